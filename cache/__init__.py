@@ -1,0 +1,1 @@
+"""Make and read stores of a frozen base's hidden states."""

@@ -1,0 +1,89 @@
+"""Files that are either whole or not there.
+
+A file is written beside its final name, flushed to the disk, and renamed. A kill leaves at most a
+`.partial` file, which `sweep_partials` removes.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.errors import DiskFullError
+
+PARTIAL = ".partial"
+
+
+def write_file(
+    path: Path, content: bytes | bytearray | memoryview, *, is_synced: bool = True
+) -> None:
+    """Write `content` to `path`, replacing what was there; folders are made.
+
+    With `is_synced=False` the bytes may still be on their way to the disk: for many files that
+    one `os.sync()` before the commit covers.
+
+    Raises:
+        DiskFullError: no space left; nothing of this file remains.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    with disk_full_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                if is_synced:
+                    file.flush()
+                    os.fsync(file.fileno())
+            partial.rename(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        if is_synced:
+            _sync_folder(path.parent)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> bytes:
+    """Write `document` in its one canonical form and return the bytes."""
+    content = json_bytes(document)
+    write_file(path, content)
+    return content
+
+
+def json_bytes(document: dict[str, Any]) -> bytes:
+    """Return the canonical bytes of a JSON document: sorted keys, indent 1, ASCII, newline."""
+    return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode("ascii")
+
+
+@contextmanager
+def disk_full_named(path: Path) -> Iterator[None]:
+    """Turn 'no space left' into a DiskFullError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFullError(
+            errno.ENOSPC,
+            f"the disk is full while writing {path}: what was finished is kept; "
+            "free some space and run the same command again",
+        ) from error
+
+
+def sweep_partials(root: Path) -> int:
+    """Remove what killed writers left behind below `root`; returns the number of files."""
+    leftovers = [path for path in root.rglob(f".*{PARTIAL}") if path.is_file()]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this a power cut may forget the rename.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

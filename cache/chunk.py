@@ -1,0 +1,107 @@
+"""Bytes of one chunk and of one shard, the same as zarr-python's codecs make and read.
+
+A chunk is Blosc (zstd level 1, byte shuffle, one block) and its crc32c. A shard is its chunks,
+then an index of (offset, bytes) pairs as little-endian uint64, then the crc32c of the index.
+zarr-python spends three quarters of a read on tasks and copies; here a chunk is decoded straight
+into its destination. tests prove both ways equal.
+"""
+
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc
+from numpy.typing import NDArray
+
+from carryon.cache.errors import DamagedStoreError
+
+_CRC_BYTES = 4
+_ENTRY_BYTES = 16
+
+
+def encode_chunk(rows: NDArray[Any]) -> bytes:
+    """Return the stored bytes of `rows`, any shape, C-contiguous."""
+    rows = np.ascontiguousarray(rows)
+    shuffle = blosc.SHUFFLE if rows.itemsize > 1 else blosc.NOSHUFFLE
+    packed = blosc.compress(rows, b"zstd", 1, shuffle, rows.nbytes)
+    return bytes(packed) + _crc(packed)
+
+
+def decode_chunk(stored: memoryview, out: NDArray[Any], *, name: str) -> None:
+    """Decode `stored` into `out`, a C-contiguous array of the chunk's shape.
+
+    Raises:
+        DamagedStoreError: the checksum or the size does not fit; `name` says which chunk.
+    """
+    packed = stored[:-_CRC_BYTES]
+    if len(stored) <= _CRC_BYTES or _crc(packed) != bytes(stored[-_CRC_BYTES:]):
+        raise DamagedStoreError(f"{name}: checksum does not match: run carryon verify, then repair")
+    num_bytes, _, _ = blosc._cbuffer_sizes(packed)
+    if num_bytes != out.nbytes:
+        raise DamagedStoreError(
+            f"{name}: expected {out.nbytes} bytes, got {num_bytes}: run carryon verify, then repair"
+        )
+    blosc.decompress(packed, out)
+
+
+def encode_shard(rows: NDArray[Any], *, rows_per_chunk: int) -> bytearray:
+    """Return the stored bytes of a unit's `rows` [R, D]; R is a multiple of `rows_per_chunk`."""
+    shard = bytearray()
+    index = []
+    for first in range(0, rows.shape[0], rows_per_chunk):
+        chunk = encode_chunk(rows[first : first + rows_per_chunk])
+        index.append((len(shard), len(chunk)))
+        shard += chunk
+    entries = np.array(index, dtype="<u8").tobytes()
+    return shard + entries + _crc(entries)
+
+
+def decode_shard(
+    stored: memoryview,
+    out: NDArray[Any],
+    *,
+    rows_per_chunk: int,
+    num_chunks: int,
+    first_chunk: int,
+    name: str,
+) -> None:
+    """Decode consecutive chunks of a shard into `out` [n * rows_per_chunk, D].
+
+    Args:
+        stored: the whole shard.
+        out: C-contiguous; its rows say how many chunks are wanted.
+        rows_per_chunk: rows of a chunk.
+        num_chunks: chunks in the shard.
+        first_chunk: the first one wanted.
+        name: of the shard, for errors.
+
+    Raises:
+        DamagedStoreError: index or chunk does not match its checksum or size; names the chunk.
+    """
+    index = shard_index(stored, num_chunks=num_chunks, name=name)
+    for number in range(out.shape[0] // rows_per_chunk):
+        offset, num_bytes = index[first_chunk + number]
+        rows = out[number * rows_per_chunk : (number + 1) * rows_per_chunk]
+        chunk_name = f"{name} chunk {first_chunk + number}"
+        decode_chunk(stored[offset : offset + num_bytes], rows, name=chunk_name)
+
+
+def shard_index(stored: memoryview, *, num_chunks: int, name: str) -> list[tuple[int, int]]:
+    """Return (offset, bytes) of each chunk of a shard.
+
+    Raises:
+        DamagedStoreError: the index is cut off, or does not match its checksum or the file.
+    """
+    index_bytes = num_chunks * _ENTRY_BYTES + _CRC_BYTES
+    entries = stored[len(stored) - index_bytes : len(stored) - _CRC_BYTES]
+    if len(stored) < index_bytes or _crc(entries) != bytes(stored[-_CRC_BYTES:]):
+        raise DamagedStoreError(f"{name}: index is damaged: run carryon verify, then repair")
+    pairs = np.frombuffer(entries, dtype="<u8").reshape(num_chunks, 2).tolist()
+    return [(int(offset), int(num_bytes)) for offset, num_bytes in pairs]
+
+
+def _crc(content: bytes | memoryview) -> bytes:
+    # google_crc32c takes arrays of a read-only buffer, but no memoryview.
+    view = np.frombuffer(content, dtype=np.uint8)
+    view.flags.writeable = False
+    return int(google_crc32c.value(view)).to_bytes(_CRC_BYTES, "little")

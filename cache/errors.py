@@ -1,0 +1,55 @@
+"""Every error a user can cause, each also the matching built-in.
+
+    CarryOnError
+    |- InputError (ValueError)             a value or file given by the user is wrong
+    |- MissingError (FileNotFoundError)    a path that should be there is not
+    |- MissingExtraError (ImportError)     an optional package is not installed
+    |- DiskFullError (OSError)             the disk is full; what was finished is kept
+    |- StoreError (ValueError)             something is wrong with a store
+       |- DamagedStoreError                bytes differ from what was written
+       |- UnfinishedStoreError             units are still to be extracted
+       |- SettingMismatchError             the store was made with other settings
+       |- StoreBusyError                   another process is writing to it
+
+Programs print these as one line and exit 2. Anything else is a bug and keeps its traceback.
+"""
+
+
+class CarryOnError(Exception):
+    """Root of the tree; catch it to catch everything a user can cause."""
+
+
+class InputError(CarryOnError, ValueError):
+    """A value or a file given by the user is wrong."""
+
+
+class MissingError(CarryOnError, FileNotFoundError):
+    """A path that should exist does not."""
+
+
+class MissingExtraError(CarryOnError, ImportError):
+    """A package of an optional extra is not installed."""
+
+
+class DiskFullError(CarryOnError, OSError):
+    """The disk is full; everything committed before is kept."""
+
+
+class StoreError(CarryOnError, ValueError):
+    """Something is wrong with a store."""
+
+
+class DamagedStoreError(StoreError):
+    """Stored bytes differ from what was written."""
+
+
+class UnfinishedStoreError(StoreError):
+    """The store has units that are planned but not extracted."""
+
+
+class SettingMismatchError(StoreError):
+    """The store was made with other settings than the ones given."""
+
+
+class StoreBusyError(StoreError):
+    """Another process is writing to the store."""

@@ -1,0 +1,77 @@
+"""The frozen head in a store: its arrays under `head/`, its facts in the manifest."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carryon.cache.arrays import encode_array, read_array, read_rows
+from carryon.cache.head import FinalNorm, Head
+from carryon.cache.layout import HEAD_CHUNK_BYTES
+
+
+def encode_head(head: Head) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of each file of the head."""
+    weight = head.weight
+    rows = max(1, HEAD_CHUNK_BYTES // (weight.shape[1] * weight.itemsize))
+    attributes = {"logical_dtype": "bfloat16"} if weight.dtype == np.uint16 else None
+    yield from encode_array("head/lm_head", weight, rows_per_chunk=rows, attributes=attributes)
+    vectors = {
+        "norm_weight": head.norm.weight,
+        "norm_bias": head.norm.bias,
+        "bias": head.bias,
+    }
+    for name, values in vectors.items():
+        if values is not None:
+            yield from encode_array(f"head/{name}", values, rows_per_chunk=len(values))
+
+
+def head_facts(head: Head) -> dict[str, Any]:
+    """Return what the manifest says of the head: everything but its arrays."""
+    return {
+        "vocab_size": head.vocab_size,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+        "has_bias": head.bias is not None,
+        "norm_kind": head.norm.kind,
+        "norm_eps": head.norm.eps,
+        "norm_weight_offset": head.norm.weight_offset,
+        "has_norm_bias": head.norm.bias is not None,
+    }
+
+
+def read_head(
+    root: Path, facts: dict[str, Any], *, tokens: NDArray[np.int32] | None = None
+) -> Head:
+    """Return the head of the store at `root`.
+
+    Args:
+        root: of the store.
+        facts: `head` of its manifest.
+        tokens: of any shape: only the rows of these tokens are read, and the head returned has
+            one row for each, in their order. Default: the whole vocabulary.
+
+    Raises:
+        DamagedStoreError: a chunk is missing or damaged.
+    """
+    weight = (
+        read_array(root, "head/lm_head")
+        if tokens is None
+        else read_rows(root, "head/lm_head", tokens.ravel())
+    )
+    bias = read_array(root, "head/bias") if facts["has_bias"] else None
+    return Head(
+        weight=weight,
+        bias=bias if bias is None or tokens is None else bias[tokens.ravel()],
+        logit_scale=facts["logit_scale"],
+        softcap=facts["softcap"],
+        norm=FinalNorm(
+            kind=facts["norm_kind"],
+            eps=facts["norm_eps"],
+            weight_offset=facts["norm_weight_offset"],
+            weight=read_array(root, "head/norm_weight"),
+            bias=read_array(root, "head/norm_bias") if facts["has_norm_bias"] else None,
+        ),
+    )

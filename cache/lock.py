@@ -1,0 +1,41 @@
+"""One writer a store: a lock that the operating system drops with the process."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from carryon.cache.errors import StoreBusyError
+
+LOCK_PATH = "units/.lock"
+"""Beside the receipts: zarr-python warns of files it does not know, but not inside an array."""
+
+
+@contextmanager
+def write_lock(root: Path) -> Iterator[None]:
+    """Hold the write lock of the store folder `root`, which is made if it does not exist.
+
+    Raises:
+        StoreBusyError: another process holds it; nothing was changed.
+    """
+    path = root / LOCK_PATH
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise StoreBusyError(
+                f"{root}: process {holder} is writing to this store: wait for it, or stop it"
+            ) from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+        yield
+        os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)

@@ -1,0 +1,88 @@
+"""Samples into units: pure and seeded.
+
+Samples are shuffled with the seed and laid one after another; a sample that no longer fits opens
+the next unit, so none crosses a unit and every writer owns its shards. Held-out samples get units
+of their own, after the others: evaluation then reads nothing else. Since samples are shuffled
+into units, reading units in sequence is already well mixed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carryon.cache.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitPlan:
+    """Where each sample lies; samples in the order of the token axis."""
+
+    order: NDArray[np.int64]
+    """[S] index, in the corpus, of each planned sample."""
+    unit: NDArray[np.int64]
+    """[S] its unit, counted from the first unit of this plan."""
+    start: NDArray[np.int64]
+    """[S] its first row, counted from the first row of this plan."""
+    num_units: int
+    """Units of this plan."""
+
+
+def plan_units(
+    lengths: NDArray[np.int32], held_out: NDArray[np.bool_], *, unit_tokens: int, seed: int
+) -> UnitPlan:
+    """Lay samples out in units of `unit_tokens` rows.
+
+    Args:
+        lengths: [S] tokens of each sample, all at least 1.
+        held_out: [S] whether a sample is kept from training.
+        unit_tokens: rows of a unit.
+        seed: of the shuffle.
+
+    Raises:
+        InputError: a sample is longer than a unit.
+    """
+    if len(lengths) and int(lengths.max()) > unit_tokens:
+        raise InputError(
+            f"unit_tokens: a sample of {int(lengths.max())} tokens does not fit in a unit of "
+            f"{unit_tokens}: raise unit_tokens or lower max_tokens"
+        )
+    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    is_held_out = held_out[shuffled]
+    order = np.concatenate([shuffled[~is_held_out], shuffled[is_held_out]]).astype(np.int64)
+    num_train = int((~is_held_out).sum())
+
+    unit = np.zeros(len(order), dtype=np.int64)
+    start = np.zeros(len(order), dtype=np.int64)
+    current, used = 0, 0
+    for position, length in enumerate(lengths[order].tolist()):
+        opens_held_out = position == num_train and used > 0
+        if used + length > unit_tokens or opens_held_out:
+            current, used = current + 1, 0
+        unit[position] = current
+        start[position] = current * unit_tokens + used
+        used += length
+    return UnitPlan(order=order, unit=unit, start=start, num_units=current + 1 if len(order) else 0)
+
+
+def plan_batches(lengths: NDArray[np.int32], *, batch_tokens: int) -> list[NDArray[np.int64]]:
+    """Group a unit's samples by length into right-padded batches of at most `batch_tokens`.
+
+    A pure function of the unit, so that a unit computed again is computed in the same batches.
+
+    Args:
+        lengths: [n] tokens of each sample.
+        batch_tokens: rows x longest row; a longer single sample still makes a batch.
+
+    Returns:
+        Indices into `lengths`, longest first, so that memory runs out at once or not at all.
+    """
+    by_length = np.argsort(-lengths.astype(np.int64), kind="stable")
+    batches: list[NDArray[np.int64]] = []
+    first = 0
+    while first < len(by_length):
+        longest = int(lengths[by_length[first]])
+        rows = max(1, batch_tokens // longest)
+        batches.append(by_length[first : first + rows])
+        first += rows
+    return batches

@@ -1,0 +1,200 @@
+"""Writing the plan of a store: everything that is known before the base runs over the corpus.
+
+Tokens, sample tables, head, probe, the documents of all arrays, and last the manifest, from which
+moment the store exists. What a killed call leaves behind is written over by the next one.
+Letters: R rows of a unit, D base width, S samples.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carryon.cache.arrays import encode_array, read_array
+from carryon.cache.atomic import json_bytes, write_file
+from carryon.cache.chunk import encode_chunk
+from carryon.cache.corpus import Sample
+from carryon.cache.errors import InputError
+from carryon.cache.head import Head
+from carryon.cache.head_files import encode_head
+from carryon.cache.layout import (
+    ROW_ARRAYS,
+    TABLE_ROWS,
+    array_document,
+    group_document,
+    row_path,
+)
+from carryon.cache.manifest import Manifest, sha256_hex, write_manifest
+from carryon.cache.plan import UnitPlan
+from carryon.cache.precision import STATE_TYPES, STEPS
+from carryon.cache.probe import Probe, encode_probe
+
+_MIN_ID_BYTES = 64
+_GROUPS = ("hidden", "samples", "head", "probe", "probe/states")
+
+
+def write_plan(
+    root: Path,
+    manifest: Manifest,
+    samples: Sequence[Sample],
+    plan: UnitPlan,
+    *,
+    head: Head,
+    probe: Probe,
+) -> Manifest:
+    """Write a new store, without hidden states.
+
+    Args:
+        root: folder of the store.
+        manifest: without `files`.
+        samples: of the corpus.
+        plan: where each of them lies.
+        head: of the base.
+        probe: of the base on this corpus.
+
+    Returns:
+        The manifest as written, with the digest of each file but those of units.
+
+    Raises:
+        DiskFullError: nothing of the store exists yet; the same call can be made again.
+    """
+    for path, content in _unit_rows(samples, plan, manifest=manifest, first_unit=0):
+        write_file(root / path, content, is_synced=False)
+    digests = {}
+    tables = _tables(samples, plan, manifest=manifest)
+    files = chain(
+        (
+            pair
+            for name, rows in tables.items()
+            for pair in encode_array(name, rows, rows_per_chunk=TABLE_ROWS)
+        ),
+        encode_head(head),
+        encode_probe(probe),
+        _documents(manifest).items(),
+    )
+    for path, content in files:
+        write_file(root / path, content, is_synced=False)
+        digests[path] = sha256_hex(content)
+    os.sync()  # all of the above before the manifest that vouches for it
+    manifest = manifest.accepting(digests)
+    write_manifest(root, manifest)
+    return manifest
+
+
+def append_plan(
+    root: Path, old: Manifest, new: Manifest, samples: Sequence[Sample], plan: UnitPlan
+) -> Manifest:
+    """Add the last part of `new` to the store planned as `old`; no existing unit is touched.
+
+    Killed before its end, the store reads as before, and a second call does all of it again:
+    files that both need (array documents, the last chunk of a table) are accepted in their old
+    and new form while they change.
+    """
+    part = new.parts[-1]
+    for path, content in _unit_rows(samples, plan, manifest=new, first_unit=part.first_unit):
+        write_file(root / path, content, is_synced=False)
+    changed = dict(_documents(new))
+    for name, added in _tables(samples, plan, manifest=new).items():
+        first = part.first_unit if name == "units" else part.first_sample
+        before = read_array(root, name, stop=first)
+        rows = np.concatenate([before, _as_wide_as(before, added)])
+        changed |= encode_array(name, rows, rows_per_chunk=TABLE_ROWS, first_row=first)
+    digests = {path: sha256_hex(content) for path, content in changed.items()}
+    write_manifest(root, old.accepting(digests))
+    for path, content in changed.items():
+        write_file(root / path, content, is_synced=False)
+    os.sync()
+    unchanged = {path: known for path, known in old.files.items() if path not in digests}
+    new = replace(new, files=unchanged).accepting(digests)
+    write_manifest(root, new)
+    return new
+
+
+def _unit_rows(
+    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest, first_unit: int
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the tokens, masks and character ends of each planned unit."""
+    size = manifest.unit_tokens
+    bounds = np.searchsorted(plan.unit, np.arange(plan.num_units + 1))
+    for unit in range(plan.num_units):
+        rows = {name: np.zeros(size, dtype=dtype) for name, dtype in ROW_ARRAYS.items()}
+        for position in range(bounds[unit], bounds[unit + 1]):
+            sample = samples[int(plan.order[position])]
+            start = int(plan.start[position]) - unit * size
+            for name, values in rows.items():
+                values[start : start + len(sample.tokens)] = getattr(sample, name)
+        for name, values in rows.items():
+            yield row_path(name, first_unit + unit), encode_chunk(values)
+
+
+def _tables(
+    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest
+) -> dict[str, NDArray[Any]]:
+    """Return the rows that the last part of `manifest` adds to each table, by array name."""
+    planned = [samples[index] for index in plan.order.tolist()]
+    ids = [sample.id.encode() for sample in planned]
+    longest = max(map(len, ids), default=0)
+    id_bytes = max(_MIN_ID_BYTES, -(-longest // 16) * 16)
+    id_rows = np.zeros((len(ids), id_bytes), dtype=np.uint8)
+    for row, text in zip(id_rows, ids, strict=True):
+        row[: len(text)] = np.frombuffer(text, dtype=np.uint8)
+    first_row = manifest.parts[-1].first_unit * manifest.unit_tokens
+    lengths = np.array([len(sample.tokens) for sample in planned], dtype=np.int32)
+    unit_tokens = np.bincount(plan.unit, weights=lengths, minlength=plan.num_units)
+    return {
+        "samples/start": plan.start + first_row,
+        "samples/length": lengths,
+        "samples/held_out": np.array([each.is_held_out for each in planned], dtype=np.uint8),
+        "samples/id": id_rows,
+        "units": unit_tokens.astype(np.int32),
+    }
+
+
+def _as_wide_as(before: NDArray[Any], added: NDArray[Any]) -> NDArray[Any]:
+    """Return id rows as wide as those that stand; other tables as they are."""
+    if before.ndim == 1 or before.shape[1] == added.shape[1]:
+        return added
+    if added.shape[1] > before.shape[1]:
+        raise InputError(
+            f"sample ids: this store keeps {before.shape[1]} bytes for an id, "
+            f"got one that needs {added.shape[1]}: use shorter ids"
+        )
+    return np.pad(added, ((0, 0), (0, before.shape[1] - added.shape[1])))
+
+
+def _documents(manifest: Manifest) -> dict[str, bytes]:
+    """Return the zarr.json of the groups and of all arrays over the token axis."""
+    rows, units = manifest.num_units * manifest.unit_tokens, manifest.num_units
+    size, width = manifest.unit_tokens, manifest.width
+    is_lossy = manifest.settings["profile"] in STEPS
+    logical = manifest.settings["dtype"]
+    documents = {f"{name}/zarr.json": group_document() for name in _GROUPS}
+    for name, dtype in ROW_ARRAYS.items():
+        documents[f"{name}/zarr.json"] = array_document(shape=(rows,), chunk=(size,), dtype=dtype)
+    for tap in manifest.taps:
+        attributes = {"logical_dtype": logical, "profile": manifest.settings["profile"]}
+        documents[f"hidden/{tap}/zarr.json"] = array_document(
+            shape=(rows, width),
+            chunk=(manifest.rows_per_chunk, width),
+            shard=(size, width),
+            dtype=STATE_TYPES[logical],
+            attributes=attributes,
+        )
+        if is_lossy:
+            documents[f"scale/token/{tap}/zarr.json"] = array_document(
+                shape=(rows,), chunk=(size,), dtype="float32"
+            )
+            documents[f"scale/channel/{tap}/zarr.json"] = array_document(
+                shape=(units, width), chunk=(1, width), dtype="float32"
+            )
+    if is_lossy:
+        documents |= {
+            f"{name}/zarr.json": group_document()
+            for name in ("scale", "scale/token", "scale/channel")
+        }
+    return {path: json_bytes(document) for path, document in documents.items()}

@@ -1,0 +1,155 @@
+"""The settings of an extraction: what is to be stored, from which text, computed how.
+
+Three concerns, one dataclass each. All of them end up in the store's manifest; a store is only
+continued with the settings that it was begun with.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from carryon.cache.errors import InputError
+
+_SettingsT = TypeVar("_SettingsT", bound="CorpusSettings | StoreSettings | ForwardSettings")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusSettings:
+    """How text becomes samples."""
+
+    mask: Literal["auto", "assistant", "completion", "all"] = "auto"
+    """Which tokens are training targets: `assistant` turns of `messages`, the `completion` of
+    `prompt` + `completion`, or `all` tokens. `auto` takes what fits each record: assistant turns,
+    completions, and everything of a plain `text`."""
+    max_tokens: int = 0
+    """Longest sample, in tokens. 0: the base's context or the unit, whichever is smaller."""
+    long: Literal["truncate", "split", "skip", "error"] = "truncate"
+    """What becomes of a longer sample: cut off, split into pieces, left out, or an error.
+    Counted and recorded."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError naming every field that is out of range."""
+        _refuse(
+            [(self.max_tokens < 0, f"max_tokens: expected 0 or more tokens, got {self.max_tokens}")]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CorpusSettings":
+        """Build from plain values; unknown keys are refused."""
+        return settings_from_dict(cls, values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreSettings:
+    """What the store holds, and how it is cut."""
+
+    taps: list[str] = field(default_factory=lambda: ["final"])
+    """Hidden states to keep: `final` (what the head reads), `prenorm` (before the base's last
+    norm), `layer.K` (after block K, counted from 1). Several in one pass are allowed."""
+    profile: Literal["exact", "near", "compact"] = "exact"
+    """`exact` keeps every bit; `near` and `compact` are smaller and record their error."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the stored states; `near` and `compact` read back as this type."""
+    unit_tokens: int = 32768
+    """Tokens in a unit, the piece of work that is written, checked, resumed and read as one."""
+    seed: int = 0
+    """Seed of the shuffle of samples into units."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError naming every field that is out of range."""
+        _refuse(
+            [
+                (not self.taps, "taps: expected at least one tap, got none"),
+                (
+                    len(set(self.taps)) != len(self.taps),
+                    f"taps: expected each tap once, got {' '.join(self.taps)}",
+                ),
+                (
+                    self.unit_tokens < 16,
+                    f"unit_tokens: expected 16 or more tokens, got {self.unit_tokens}",
+                ),
+                (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
+                (
+                    self.profile != "exact" and self.dtype != "bfloat16",
+                    f"profile {self.profile} reads back as bfloat16, got dtype {self.dtype}: "
+                    "drop dtype or use the profile exact",
+                ),
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StoreSettings":
+        """Build from plain values; unknown keys are refused."""
+        return settings_from_dict(cls, values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardSettings:
+    """How the frozen base is run."""
+
+    device: str = "auto"
+    """`auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type the base computes in. `auto`: bfloat16 where the device multiplies it natively,
+    float32 on a CPU that does not."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Attention backend of transformers."""
+    batch_tokens: int = 4096
+    """Tokens in one forward pass, pads included; one longer sample still makes a batch."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError naming every field that is out of range."""
+        _refuse(
+            [(self.batch_tokens < 1, f"batch_tokens: expected 1 or more, got {self.batch_tokens}")]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ForwardSettings":
+        """Build from plain values; unknown keys are refused."""
+        return settings_from_dict(cls, values)
+
+
+def settings_from_dict(cls: type[_SettingsT], values: Mapping[str, Any]) -> _SettingsT:
+    """Build the settings dataclass `cls` from plain values.
+
+    Raises:
+        InputError: a key is not a field of `cls`, or a value is out of range.
+    """
+    unknown = sorted(set(values) - {item.name for item in fields(cls)})
+    if unknown:
+        raise InputError(f"{cls.__name__}: unknown setting {', '.join(unknown)}")
+    return cls(**values)
+
+
+def parse_tap(name: str, *, num_layers: int) -> int | None:
+    """Return K of `layer.K`, or None for `final` and `prenorm`.
+
+    Raises:
+        InputError: no such tap in a base of `num_layers` blocks.
+    """
+    if name in ("final", "prenorm"):
+        return None
+    kind, _, number = name.partition(".")
+    if kind == "layer" and number.isdecimal() and 1 <= int(number) <= num_layers:
+        return int(number)
+    raise InputError(
+        f"tap {name!r}: this base has final, prenorm and layer.1 to layer.{num_layers}"
+    )
+
+
+def _refuse(problems: list[tuple[bool, str]]) -> None:
+    found = [text for is_wrong, text in problems if is_wrong]
+    if found:
+        raise InputError("; ".join(found))

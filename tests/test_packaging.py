@@ -1,0 +1,108 @@
+"""setup.cfg, constraints.txt and the folders agree with each other."""
+
+import ast
+import configparser
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("cache", "train", "tools")
+COMES_WITH_ANOTHER = {"huggingface_hub", "jinja2", "tokenizers"}
+"""Imported, but not listed: transformers and torch bring them."""
+OTHER_NAMES = {"yaml": "pyyaml"}
+"""Modules that are not called like their distribution."""
+
+
+def read_setup() -> configparser.ConfigParser:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    return setup
+
+
+def requirement_names(text: str) -> set[str]:
+    """Return the normalized distribution names of a requirement list."""
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return {
+        re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower()  # type: ignore[index]
+        for line in lines
+        if line
+    }
+
+
+def declared_names() -> set[str]:
+    setup = read_setup()
+    names = requirement_names(setup["options"]["install_requires"])
+    for extra in setup["options.extras_require"].values():
+        names |= requirement_names(extra)
+    return names
+
+
+def test_the_packages_are_the_folders() -> None:
+    options = read_setup()["options"]
+    packages = options["packages"].split()
+    mapped = dict(line.split(" = ") for line in options["package_dir"].strip().splitlines())
+    with_code = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+    assert sorted(mapped.values()) == with_code == sorted(FOLDERS)
+    assert packages == list(mapped) == [f"carryon.{folder}" for folder in mapped.values()]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_each_package_is_flat_and_typed(folder: str) -> None:
+    assert (ROOT / folder / "py.typed").is_file()
+    assert read_setup()["options.package_data"][f"carryon.{folder}"] == "py.typed"
+    nested = [path for path in (ROOT / folder).glob("*/*.py")]
+    assert not nested, "a sub-package has to be added to packages and package_dir"
+
+
+def test_every_direct_requirement_has_a_tested_version() -> None:
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert declared_names() <= requirement_names(constraints)
+    pins = [line for line in constraints.splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pins), "exact versions only"
+    assert pins == sorted(pins, key=str.lower)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_import_of_another_project_is_a_requirement(folder: str) -> None:
+    allowed = {name.replace("-", "_") for name in declared_names()} | COMES_WITH_ANOTHER
+    for path in (ROOT / folder).glob("*.py"):
+        foreign = top_level_imports(path) - sys.stdlib_module_names - {"carryon"}
+        named = {OTHER_NAMES.get(name, name) for name in foreign}
+        assert named <= allowed, f"{path.name} imports {sorted(named - allowed)}"
+
+
+def test_the_test_extra_holds_what_the_demo_needs() -> None:
+    extras = read_setup()["options.extras_require"]
+    assert requirement_names(extras["demo"]) <= requirement_names(extras["test"])
+
+
+def test_no_host_or_index_is_named() -> None:
+    for name in ("constraints.txt", "setup.cfg", "pyproject.toml", ".ci/run"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not re.search(r"https?://|--(extra-)?index-url|--find-links", text), name
+
+
+def test_the_installed_command_is_carryon() -> None:
+    scripts = importlib.metadata.distribution("gpt-carry-on").entry_points
+    assert {(item.name, item.value) for item in scripts} == {("carryon", "carryon.tools.main:main")}
+
+
+def test_source_is_ascii() -> None:
+    for folder in (*FOLDERS, "tests"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.read_bytes().isascii(), f"{folder}/{path.name}"
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """Return the first part of every absolute import in the file, wherever it stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.partition(".")[0])
+    return names

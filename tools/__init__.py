@@ -1,0 +1,1 @@
+"""The `carryon` command: one short file per subcommand."""

@@ -1,0 +1,1 @@
+"""Train carry-ons from a store, without the base."""

@@ -1,0 +1,150 @@
+"""The carry-on: a small causal module that corrects the base's last hidden state.
+
+    u     = blocks(bridge(norm(x)))           decoder blocks of width d, from transformers
+    delta = sigmoid(A u + b) * (B u)          B starts at zero: an untrained carry-on is the base
+    logits = W (x + alpha * delta)            W is the base's head, frozen; not part of this module
+
+Several taps each have their own norm and bridge; a learned gate, a softmax over taps for each
+token, weighs them. The state that is corrected is always that of the tap `final`, which feeds the
+head.
+
+Letters: B rows, T positions, D base width, d carry-on width, K taps, M chosen positions.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, LlamaConfig, LlamaModel
+
+from carryon.train.config import CarryOnSettings
+
+NORM_EPS = 1e-6
+
+
+class CarryOn(nn.Module):
+    """The trained part of a customized model."""
+
+    def __init__(self, settings: CarryOnSettings, *, base_width: int) -> None:
+        """Build with weights drawn from torch's global generator; the output map is zero."""
+        super().__init__()
+        self.settings = settings
+        self.base_width = base_width
+        width, num_taps = settings.width, len(settings.taps)
+        self.norms = nn.ModuleList(nn.RMSNorm(base_width, eps=NORM_EPS) for _ in settings.taps)
+        self.bridges = nn.ModuleList(
+            nn.Linear(base_width, width, bias=False) for _ in settings.taps
+        )
+        self.mixer = nn.Linear(num_taps * width, num_taps) if num_taps > 1 else None
+        self.body = LlamaModel(body_config(settings))
+        self.body.embed_tokens = None  # the bridge stands in for it
+        gate_width = {"channel": base_width, "token": 1, "none": 0}[settings.gate]
+        self.gate = nn.Linear(width, gate_width) if gate_width else None
+        self.up = nn.Linear(width, base_width, bias=False)
+        nn.init.zeros_(self.up.weight)
+        if self.mixer is not None:
+            nn.init.zeros_(self.mixer.weight)
+            nn.init.zeros_(self.mixer.bias)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
+
+    def forward(
+        self,
+        states: Mapping[str, Tensor],
+        *,
+        positions_M: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Return the correction delta to the `final` states, before alpha.
+
+        Args:
+            states: [B, T, D] for each tap of the settings. Rows padded on the right need no mask.
+            positions_M: [M] int64, indices b * T + t at which delta is wanted; None: everywhere.
+            position_ids: [B, T] or [1, T] int64, for the rotary embedding; None: counted on from
+                the cache.
+            attention_mask: [B, T_all] 1 where a token is real, for rows padded on the left.
+            past_key_values: a cache made for this body (`body_config`); it is extended.
+
+        Returns:
+            [M, D], or [B, T, D] without `positions_M`, in the type of the weights.
+        """
+        entrance_BTd, _ = self._enter(states)
+        u_BTd = self.body(
+            inputs_embeds=entrance_BTd,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        ).last_hidden_state
+        u = u_BTd if positions_M is None else u_BTd.flatten(0, 1)[positions_M]
+        delta: Tensor = self.up(u)
+        return delta if self.gate is None else torch.sigmoid(self.gate(u)) * delta
+
+    def tap_shares(self, states: Mapping[str, Tensor]) -> Tensor:
+        """Return each tap's gate for each token, [B, T, K]; they add up to 1."""
+        return self._enter(states)[1]
+
+    def _enter(self, states: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        bridged = []
+        for tap, norm, bridge in zip(self.settings.taps, self.norms, self.bridges, strict=True):
+            x_BTD = states[tap].to(bridge.weight.dtype)
+            bridged.append(bridge(norm(x_BTD)))
+        if self.mixer is None:
+            return bridged[0], torch.ones_like(bridged[0][..., :1])
+        shares_BTK = torch.softmax(self.mixer(torch.cat(bridged, dim=-1)), dim=-1)
+        stacked_BTKd = torch.stack(bridged, dim=-2)
+        return (shares_BTK.unsqueeze(-1) * stacked_BTKd).sum(dim=-2), shares_BTK
+
+
+def body_config(settings: CarryOnSettings) -> LlamaConfig:
+    """Return the config of the blocks; generation makes the body's KV cache from it."""
+    return LlamaConfig(
+        hidden_size=settings.width,
+        intermediate_size=settings.mlp_width,
+        num_hidden_layers=settings.blocks,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        rms_norm_eps=NORM_EPS,
+        vocab_size=1,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+    )
+
+
+def build_carryon(settings: CarryOnSettings, *, base_width: int, seed: int) -> CarryOn:
+    """Return an untrained carry-on; equal arguments give equal bits.
+
+    torch's global generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CarryOn(settings, base_width=base_width)
+
+
+def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
+    """Return x + alpha * delta, float32: the states that the base's head reads.
+
+    Where alpha or delta is zero the result is x bit for bit, negative zeros included, so that an
+    untrained carry-on is the base. Differentiable in delta.
+
+    Args:
+        final: [..., D], the base's `final` states.
+        delta: [..., D], from the carry-on.
+        alpha: strength of the correction; 1.0 in training.
+    """
+    exact = final.float()
+    if alpha == 0:
+        return exact
+    corrected = exact + alpha * delta.float()
+    with torch.no_grad():  # -0.0 + 0.0 is +0.0: another bit, though the same number
+        corrected.copy_(torch.where(delta == 0, exact, corrected))
+    return corrected
+
+
+def num_parameters(carryon: CarryOn) -> int:
+    """Return the number of trained values."""
+    return sum(weight.numel() for weight in carryon.parameters())

@@ -1,0 +1,50 @@
+"""Where a run computes, and in which type the head is multiplied there.
+
+Decided from what the hardware says of itself, never from a timing: the same machine always decides
+the same, so that runs can be repeated.
+"""
+
+import torch
+from accelerate import PartialState
+
+from carryon.cache.errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` takes an accelerator where there is one.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if name == "auto":
+        found: torch.device = PartialState().device
+        return found
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device: expected one that is here, got {name!r}: {reason}") from error
+    return device
+
+
+def pick_head_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the type of the head's products; `auto`: bfloat16 where `device` multiplies it."""
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def pick_chunk(chunk_tokens: int, device: torch.device) -> int:
+    """Return the positions of a chunk of the loss; 0 takes what suits `device`."""
+    return chunk_tokens or (256 if device.type == "cpu" else 2048)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether `device` has units for bfloat16; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

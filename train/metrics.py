@@ -1,0 +1,70 @@
+"""The metrics of a run: JSON lines, one for every few steps and one for each evaluation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.atomic import disk_full_named, write_file
+from carryon.train.checkpoint import Progress
+from carryon.train.step import StepFigures
+
+
+class Meter:
+    """Sums up the steps between two lines of metrics."""
+
+    def __init__(self, since: Progress) -> None:
+        """Begin after the steps that `since` counts."""
+        self._since = since
+        self._loss_sum = 0.0
+        self._grad_norm = 0.0
+
+    def add(self, figures: StepFigures) -> None:
+        """Count one step."""
+        self._loss_sum += figures.loss * figures.targets
+        self._grad_norm = max(self._grad_norm, figures.grad_norm)
+
+    def line(self, progress: Progress, *, learning_rate: float) -> dict[str, Any]:
+        """Return the metrics of the steps up to `progress`, then begin again there."""
+        since = self._since
+        elapsed_s = max(progress.elapsed_s - since.elapsed_s, 1e-9)
+        line = {
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "loss": self._loss_sum / max(1, progress.targets - since.targets),
+            "learning_rate": learning_rate,
+            "grad_norm": self._grad_norm,
+            "tokens": progress.tokens,
+            "targets": progress.targets,
+            "tokens_per_second": (progress.tokens - since.tokens) / elapsed_s,
+            "targets_per_second": (progress.targets - since.targets) / elapsed_s,
+            "data_wait_share": (progress.wait_s - since.wait_s) / elapsed_s,
+            "elapsed_s": progress.elapsed_s,
+        }
+        self._since, self._loss_sum, self._grad_norm = progress, 0.0, 0.0
+        return line
+
+
+def append_metrics(path: Path, line: dict[str, Any]) -> None:
+    """Append one line to `path`; a kill afterwards does not take it back."""
+    with disk_full_named(path), path.open("a", encoding="ascii") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of `path`; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="ascii").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def rewind_metrics(path: Path, *, step: int) -> None:
+    """Drop the lines after `step`, which a resumed run will write again."""
+    if path.exists():
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("ascii"))
