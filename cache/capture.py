@@ -6,16 +6,16 @@ stands at the pads is meaningless. Hooks are removed before returning, also afte
 Letters: B rows, T positions, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
-from carryon.cache.anatomy import first_tensor
+from carryon.cache.anatomy import Anatomy, first_tensor
 from carryon.cache.base import Base
 from carryon.cache.spec import parse_tap
-
-_Hook = torch.utils.hooks.RemovableHandle
 
 
 class _DeepestTapReached(Exception):  # noqa: N818 -- a signal, not an error
@@ -41,23 +41,16 @@ def capture(base: Base, taps: Sequence[str], token_ids: Tensor) -> dict[str, Ten
     depths = {tap: _depth(tap, num_layers=num_layers) for tap in taps}
     deepest = max(depths.values(), default=num_layers)
     states: dict[str, Tensor] = {}
-    hooks: list[_Hook] = []
 
     def keep(tap: str, found: Tensor) -> None:
         states[tap] = found
         if depths[tap] == deepest < num_layers:
             raise _DeepestTapReached
 
-    try:
-        for tap in taps:
-            hooks.extend(_attach(base, tap, depths[tap], keep))
-        with torch.inference_mode():
-            base.anatomy.decoder(input_ids=token_ids.to(base.device), use_cache=False)
-    except _DeepestTapReached:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    token_ids = token_ids.to(base.device)
+    watching = watch_taps(base.anatomy, taps, keep)
+    with watching, torch.inference_mode(), suppress(_DeepestTapReached):
+        base.anatomy.decoder(input_ids=token_ids, use_cache=False)
     return states
 
 
@@ -68,22 +61,47 @@ def base_logits(base: Base, token_ids: Tensor) -> Tensor:
     return logits
 
 
+@contextmanager
+def watch_taps(
+    anatomy: Anatomy, taps: Sequence[str], keep: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call `keep(tap, states)` whenever this thread's forward passes reach a tap.
+
+    States are [B, T, D], the model's own tensors, not copies.
+
+    Raises:
+        InputError: the base has no such tap; nothing is watched.
+    """
+    num_layers = len(anatomy.blocks)
+    depths = {tap: _depth(tap, num_layers=num_layers) for tap in taps}
+    with ExitStack() as hooks:
+        for tap, depth in depths.items():
+            hooks.enter_context(_watch(anatomy, tap, depth, keep))
+        yield
+
+
 def _depth(tap: str, *, num_layers: int) -> int:
     """Return after how many blocks the tap is known."""
     layer = parse_tap(tap, num_layers=num_layers)
     return num_layers if layer is None else layer
 
 
-def _attach(base: Base, tap: str, depth: int, keep: Callable[[str, Tensor], None]) -> list[_Hook]:
+def _watch(
+    anatomy: Anatomy, tap: str, depth: int, keep: Callable[[str, Tensor], None]
+) -> torch.utils.hooks.RemovableHandle:
+    thread = threading.get_ident()  # others may run the same base at the same time
+
     def keep_output(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        found = first_tensor(output)
-        assert found is not None  # find_anatomy saw these modules return a tensor
-        keep(tap, found)
+        if threading.get_ident() == thread:
+            found = first_tensor(output)
+            assert found is not None  # find_anatomy saw these modules return a tensor
+            keep(tap, found)
 
     def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        keep(tap, args[0])
+        if threading.get_ident() == thread:
+            keep(tap, args[0])
 
     if tap == "prenorm":
-        return [base.anatomy.norm.register_forward_pre_hook(keep_input)]
-    module = base.anatomy.norm if tap == "final" else base.anatomy.blocks[depth - 1]
-    return [module.register_forward_hook(keep_output)]
+        return anatomy.norm.register_forward_pre_hook(keep_input)
+    module = anatomy.norm if tap == "final" else anatomy.blocks[depth - 1]
+    return module.register_forward_hook(keep_output)

@@ -106,6 +106,11 @@ def receipt_path(unit: int) -> str:
     return f"units/{unit}.json"
 
 
+def copy_path(path: str) -> str:
+    """Return where the copy of a planned file lies; the head, large and in the base, has none."""
+    return f"units/copy/{path}"
+
+
 ROW_ARRAYS = {"tokens": "int32", "loss_mask": "uint8", "char_end": "int32"}
 """Arrays over the token axis that planning writes, and their types."""
 

@@ -15,13 +15,10 @@ from typing import Any
 
 from carryon.cache.atomic import json_bytes, write_json
 from carryon.cache.errors import DamagedStoreError, MissingError, StoreError
-from carryon.cache.layout import group_document
+from carryon.cache.layout import copy_path, group_document
 
 FORMAT = "carryon-store"
 FORMAT_VERSION = 1
-
-BACKUP_PATH = "units/manifest.json"
-"""A copy of the root's zarr.json, for the day that one is damaged."""
 
 _WHEREABOUTS = ("id", "revision")  # where a base was found; its digests say which one it is
 
@@ -176,7 +173,7 @@ def manifest_path(root: Path) -> Path:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write the manifest and its copy; from here on the store exists, with its plan."""
     document = group_document({"carryon": manifest.to_dict()})
-    write_json(root / BACKUP_PATH, document)
+    write_json(root / copy_path("zarr.json"), document)
     write_json(manifest_path(root), document)
 
 

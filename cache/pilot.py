@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from carryon.cache.base import Base
 from carryon.cache.capture import base_logits, capture
+from carryon.cache.corpus import Sample
 from carryon.cache.head import Head, widen
+from carryon.cache.plan import UnitPlan
 from carryon.cache.precision import STEPS, from_codes, to_codes
 from carryon.cache.probe import NUM_LOGITS, Probe, channel_relative_error
 
 PILOT_TOKENS = 256
 """Tokens taken from the start of each pilot sample."""
+_PILOT_SAMPLES = 2
 _PROBE_POSITIONS = 4  # of each sample
 _VOCAB_BLOCK = 8192  # rows of the head that are widened at a time
 
@@ -36,24 +39,18 @@ class PilotSample:
 
 
 def run_pilot(
-    base: Base, taps: Sequence[str], tokens: Sequence[NDArray[np.int32]], first_rows: Sequence[int]
+    base: Base, taps: Sequence[str], samples: Sequence[Sample], plan: UnitPlan
 ) -> list[PilotSample]:
-    """Run the base over the beginnings of samples.
-
-    Args:
-        base: the base.
-        taps: of the store.
-        tokens: token ids of each sample, [T].
-        first_rows: where each sample begins on the token axis.
-    """
+    """Run the base over the beginnings of the first samples of the first unit."""
     wanted = list(dict.fromkeys([*taps, "final"]))
     pilot = []
-    for ids, first_row in zip(tokens, first_rows, strict=True):
-        batch = torch.from_numpy(ids[:PILOT_TOKENS].astype(np.int64))[None]
+    for position in range(min(_PILOT_SAMPLES, int((plan.unit == 0).sum()))):
+        ids = samples[int(plan.order[position])].tokens[:PILOT_TOKENS]
+        batch = torch.from_numpy(ids.astype(np.int64))[None]
         states = capture(base, wanted, batch)
         pilot.append(
             PilotSample(
-                first_row=first_row,
+                first_row=int(plan.start[position]),
                 states={tap: found[0].float().cpu().numpy() for tap, found in states.items()},
                 logits=base_logits(base, batch)[0].float().cpu(),
             )

@@ -1,14 +1,14 @@
 """Writing the plan of a store: everything that is known before the base runs over the corpus.
 
 Tokens, sample tables, head, probe, the documents of all arrays, and last the manifest, from which
-moment the store exists. What a killed call leaves behind is written over by the next one.
+moment the store exists. All but the head is written twice, for repair. What a killed call leaves
+behind is written over by the next one.
 Letters: R rows of a unit, D base width, S samples.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from carryon.cache.layout import (
     ROW_ARRAYS,
     TABLE_ROWS,
     array_document,
+    copy_path,
     group_document,
     row_path,
 )
@@ -63,22 +64,14 @@ def write_plan(
     Raises:
         DiskFullError: nothing of the store exists yet; the same call can be made again.
     """
-    for path, content in _unit_rows(samples, plan, manifest=manifest, first_unit=0):
-        write_file(root / path, content, is_synced=False)
+    for path, content in unit_rows(samples, plan, manifest=manifest, first_unit=0):
+        _write_twice(root, path, content)
     digests = {}
-    tables = _tables(samples, plan, manifest=manifest)
-    files = chain(
-        (
-            pair
-            for name, rows in tables.items()
-            for pair in encode_array(name, rows, rows_per_chunk=TABLE_ROWS)
-        ),
-        encode_head(head),
-        encode_probe(probe),
-        _documents(manifest).items(),
-    )
-    for path, content in files:
+    for path, content in encode_head(head):
         write_file(root / path, content, is_synced=False)
+        digests[path] = sha256_hex(content)
+    for path, content in small_files(samples, plan, manifest=manifest, probe=probe):
+        _write_twice(root, path, content)
         digests[path] = sha256_hex(content)
     os.sync()  # all of the above before the manifest that vouches for it
     manifest = manifest.accepting(digests)
@@ -96,8 +89,8 @@ def append_plan(
     and new form while they change.
     """
     part = new.parts[-1]
-    for path, content in _unit_rows(samples, plan, manifest=new, first_unit=part.first_unit):
-        write_file(root / path, content, is_synced=False)
+    for path, content in unit_rows(samples, plan, manifest=new, first_unit=part.first_unit):
+        _write_twice(root, path, content)
     changed = dict(_documents(new))
     for name, added in _tables(samples, plan, manifest=new).items():
         first = part.first_unit if name == "units" else part.first_sample
@@ -107,7 +100,7 @@ def append_plan(
     digests = {path: sha256_hex(content) for path, content in changed.items()}
     write_manifest(root, old.accepting(digests))
     for path, content in changed.items():
-        write_file(root / path, content, is_synced=False)
+        _write_twice(root, path, content)
     os.sync()
     unchanged = {path: known for path, known in old.files.items() if path not in digests}
     new = replace(new, files=unchanged).accepting(digests)
@@ -115,10 +108,26 @@ def append_plan(
     return new
 
 
-def _unit_rows(
+def small_files(
+    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest, probe: Probe
+) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of tables, probe and documents of a new store."""
+    for name, rows in _tables(samples, plan, manifest=manifest).items():
+        yield from encode_array(name, rows, rows_per_chunk=TABLE_ROWS)
+    yield from encode_probe(probe)
+    yield from _documents(manifest).items()
+
+
+def _write_twice(root: Path, path: str, content: bytes) -> None:
+    """Write a file and its copy; a few bytes a token, so that repair never needs the corpus."""
+    write_file(root / path, content, is_synced=False)
+    write_file(root / copy_path(path), content, is_synced=False)
+
+
+def unit_rows(
     samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest, first_unit: int
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the tokens, masks and character ends of each planned unit."""
+    """Yield (path, content) of the tokens, masks and character ends of each planned unit."""
     size = manifest.unit_tokens
     bounds = np.searchsorted(plan.unit, np.arange(plan.num_units + 1))
     for unit in range(plan.num_units):

@@ -28,6 +28,21 @@ def refuse_other_settings(old: Manifest, new: Manifest, *, name: str) -> None:
             )
 
 
+def refuse_other_base(manifest: Manifest, base: Mapping[str, Any], *, name: str) -> None:
+    """Check that a loaded base (its identity as plain values) is the one of the store.
+
+    Raises:
+        SettingMismatchError: names the digest that differs.
+    """
+    for fact in _BASE_FACTS:
+        if manifest.base.get(fact) != base.get(fact):
+            raise SettingMismatchError(
+                f"{name}: the store was made with a base of {fact} "
+                f"{_short(manifest.base.get(fact))}, this base ({base.get('id')}) has "
+                f"{_short(base.get(fact))}: give the same base"
+            )
+
+
 def refuse_other_data(old: Manifest, new: Manifest, *, name: str) -> None:
     """Check that the corpus of `new` is one that the store was planned for.
 

@@ -142,6 +142,12 @@ def compute_unit(
     return hidden
 
 
+def raw_bytes(manifest: Manifest, num_tokens: int) -> int:
+    """Return the bytes of the hidden states of `num_tokens` tokens, uncompressed."""
+    item_bytes = ITEM_BYTES[STATE_TYPES[manifest.settings["dtype"]]]
+    return num_tokens * manifest.width * item_bytes * len(manifest.taps)
+
+
 class _DiskBudget:
     """Whether one more unit fits under the limit, judged by the largest unit so far."""
 
@@ -160,8 +166,6 @@ class _DiskBudget:
 def _report(
     root: Path, manifest: Manifest, receipts: list[Receipt], elapsed_s: float, *, is_finished: bool
 ) -> ExtractReport:
-    settings = manifest.settings
-    item_bytes = ITEM_BYTES[STATE_TYPES[settings["dtype"]]]
     tokens = sum(receipt.num_tokens for receipt in receipts)
     return ExtractReport(
         store=str(root),
@@ -170,7 +174,7 @@ def _report(
         num_tokens=manifest.num_tokens,
         computed_units=len(receipts),
         computed_tokens=tokens,
-        raw_bytes=tokens * manifest.width * item_bytes * len(manifest.taps),
+        raw_bytes=raw_bytes(manifest, tokens),
         stored_bytes=sum(
             receipt.files[shard_path(tap, receipt.unit)].bytes
             for receipt in receipts

@@ -30,7 +30,6 @@ from carryon.cache.manifest import Manifest, digest_of, sha256_hex
 from carryon.cache.precision import STEPS, bfloat16_bits, to_codes
 from carryon.cache.receipt import FileEntry, Receipt, write_receipt
 
-
 States = NDArray[Any]  # float32, or uint16 bits of bfloat16
 
 
@@ -156,9 +155,7 @@ def _stored(states: States, *, dtype: str) -> NDArray[Any]:
     return bfloat16_bits(states) if dtype == "bfloat16" else states.astype(dtype)
 
 
-def _check(
-    manifest: Manifest, unit_input: UnitInput, hidden: Mapping[str, States]
-) -> None:
+def _check(manifest: Manifest, unit_input: UnitInput, hidden: Mapping[str, States]) -> None:
     unit = unit_input.unit
     if list(hidden) != manifest.taps:
         raise InputError(f"unit {unit}: expected states at {manifest.taps}, got {list(hidden)}")

@@ -5,7 +5,6 @@ random chunks; `full` reads every byte and compares SHA-256. Nothing is written.
 """
 
 import random
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,18 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from carryon.cache.atomic import PARTIAL
 from carryon.cache.chunk import decode_chunk, shard_index
 from carryon.cache.errors import CarryOnError, DamagedStoreError
-from carryon.cache.layout import receipt_path, shard_path
-from carryon.cache.lock import LOCK_PATH
-from carryon.cache.manifest import (
-    BACKUP_PATH,
-    Manifest,
-    manifest_path,
-    read_manifest,
-    sha256_hex,
-)
+from carryon.cache.layout import ROW_ARRAYS, copy_path, receipt_path, row_path, shard_path
+from carryon.cache.manifest import Manifest, manifest_path, read_manifest, sha256_hex
 from carryon.cache.precision import STATE_TYPES
 from carryon.cache.reader import Store
 from carryon.cache.receipt import Receipt, read_receipt, units_with_receipt
@@ -103,8 +94,6 @@ def verify(root: Path, *, depth: Depth, seed: int = 0) -> VerifyReport:
         walk.check_some_chunks(sorted(done & set(units)), seed=seed)
     if not walk.problems:
         walk.check_meaning()
-    if depth == "full":
-        walk.check_strangers()
     return VerifyReport(
         store=str(root),
         depth=depth,
@@ -121,27 +110,19 @@ class _Walk:
         self.root, self.manifest, self.depth = root, manifest, depth
         self.problems: list[Problem] = []
         self.num_files = self.num_bytes = 0
-        self._known = {manifest_path(root).name, BACKUP_PATH, LOCK_PATH}
 
     def check_plan(self) -> None:
         """Check the manifest's copy and every file that planning wrote."""
-        backup = self._content(BACKUP_PATH, unit=None)
-        if backup is not None and backup != manifest_path(self.root).read_bytes():
-            self._note(BACKUP_PATH, None, "differs from the manifest it is a copy of")
-        for path, digests in self.manifest.files.items():
-            self._known.add(path)
-            is_small = path.endswith("zarr.json")
-            if self.depth != "full" and not is_small:
-                self._size(path, unit=None)
-                continue
-            content = self._content(path, unit=None)
-            if content is not None and sha256_hex(content) not in digests:
-                self._note(path, None, "its SHA-256 is not the one that planning recorded")
+        manifest = manifest_path(self.root)
+        planned = {manifest.name: [sha256_hex(manifest.read_bytes())]} | self.manifest.files
+        for path, digests in planned.items():
+            self._planned(path, digests)
+            if not path.startswith("head/"):
+                self._planned(copy_path(path), digests)
 
     def check_unit(self, unit: int, *, is_done: bool) -> None:
         """Check the receipt of a unit and the files it names."""
         path = receipt_path(unit)
-        self._known.add(path)
         if not is_done:
             problem = Problem(
                 path=path, unit=unit, text="the unit is not extracted", is_missing_unit=True
@@ -154,8 +135,10 @@ class _Walk:
             self._note(path, unit, str(error))
             return
         self.num_files += 1
-        self._known.update(receipt.files)
-        for name, entry in receipt.files.items():
+        entries = dict(receipt.files)
+        for name in ROW_ARRAYS:
+            entries[copy_path(row_path(name, unit))] = receipt.files[row_path(name, unit)]
+        for name, entry in entries.items():
             size = self._size(name, unit=unit)
             if size is None:
                 continue
@@ -165,6 +148,14 @@ class _Walk:
                 content = self._content(name, unit=unit) or b""
                 if sha256_hex(content) != entry.sha256:
                     self._note(name, unit, self._where(name, receipt, content))
+
+    def _planned(self, path: str, digests: list[str]) -> None:
+        if self.depth != "full" and not path.endswith("zarr.json"):
+            self._size(path, unit=None)
+            return
+        content = self._content(path, unit=None)
+        if content is not None and sha256_hex(content) not in digests:
+            self._note(path, None, "its SHA-256 is not the one that planning recorded")
 
     def check_some_chunks(self, units: list[int], *, seed: int) -> None:
         """Decode random chunks of the hidden states."""
@@ -183,7 +174,7 @@ class _Walk:
         try:
             Store.open(self.root, allow_unfinished=True)
         except CarryOnError as error:
-            self._note(manifest_path(self.root).name, None, str(error))
+            self._note("probe", None, str(error))
             return
         if self.depth != "full":
             return
@@ -197,19 +188,6 @@ class _Walk:
             )
             if found.sha256 != read_receipt(self.root, unit).input_sha256:
                 self._note(receipt_path(unit), unit, "the receipt is for other input or settings")
-
-    def check_strangers(self) -> None:
-        """Note files that no receipt knows; leftovers of killed writers do no harm."""
-        for path in sorted(self.root.rglob("*")):
-            name = path.relative_to(self.root).as_posix()
-            is_leftover = path.name.endswith(PARTIAL) or self._is_unfinished_unit(name)
-            if path.is_file() and name not in self._known and not is_leftover:
-                self._note(name, None, "no receipt knows this file")
-
-    def _is_unfinished_unit(self, name: str) -> bool:
-        missing = {problem.unit for problem in self.problems if problem.is_missing_unit}
-        parts = name.split("/c/")
-        return len(parts) == 2 and int(parts[1].split("/")[0]) in missing
 
     def _where(self, path: str, receipt: Receipt, content: bytes) -> str:
         """Say which chunk of a changed file is damaged."""
@@ -259,13 +237,3 @@ class _Walk:
         problem = Problem(path=path, unit=unit, text=text)
         if problem not in self.problems:
             self.problems.append(problem)
-
-
-def damaged_units(problems: list[Problem]) -> set[int]:
-    """Return the units that must be computed again."""
-    return {problem.unit for problem in problems if problem.unit is not None}
-
-
-def iter_plan_problems(problems: list[Problem]) -> Iterator[Problem]:
-    """Yield the problems that belong to no unit."""
-    return (problem for problem in problems if problem.unit is None)

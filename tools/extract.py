@@ -18,6 +18,7 @@ def extract(
     out: str,
     append: bool = False,
     max_disk: str = "",
+    dry_run: bool = False,
     corpus: CorpusSettings,
     store: StoreSettings,
     forward: ForwardSettings,
@@ -42,11 +43,15 @@ def extract(
         append: Add the samples of --data to a finished store; its units are kept as they are.
         max_disk: Stop before the store grows beyond this, such as 500MB or 20GB; the same
             command with more room goes on. Empty for no limit.
+        dry_run: Write nothing: run a few thousand tokens and predict bytes and time, for each
+            profile.
         corpus: How text becomes samples.
         store: What the store holds.
         forward: How the base is run.
     """
     max_disk_bytes = parse_bytes(max_disk) if max_disk else None
+    if dry_run:
+        return _print_forecast(base, data, corpus, store, forward)
     from carryon.cache.extract import extract as extract_to_store
 
     report = extract_to_store(
@@ -63,6 +68,34 @@ def extract(
         print(f"stopped at --max-disk {max_disk}; give more to go on", file=sys.stderr)
     print(json.dumps(report.to_dict()))
     return report.to_dict()
+
+
+def _print_forecast(
+    base: str,
+    data: list[str],
+    corpus: CorpusSettings,
+    store: StoreSettings,
+    forward: ForwardSettings,
+) -> dict[str, Any]:
+    from carryon.cache.extract import dry_run
+
+    found = dry_run(base=base, data=data, corpus=corpus, store=store, forward=forward)
+    print(
+        f"{found.num_samples:,} samples, {found.num_tokens:,} tokens, {found.num_units:,} units; "
+        f"{found.tokens_per_second:,.0f} tokens/s here: about {found.elapsed_s / 60:,.1f} minutes\n"
+        f"hidden states raw: {found.raw_bytes / 1e6:,.1f} MB",
+        file=sys.stderr,
+    )
+    for name, profile in found.profiles.items():
+        errors = profile.errors.get("final") or profile.errors.get("prenorm") or {}
+        quality = f", KL {errors['kl']:.1e}, top-1 {errors['top1']:.3f}" if errors else ""
+        print(
+            f"  {name:<8} store of {profile.store_bytes / 1e6:,.1f} MB, states "
+            f"{profile.ratio:.3f} of raw{quality}",
+            file=sys.stderr,
+        )
+    print(json.dumps(found.to_dict()))
+    return found.to_dict()
 
 
 def parse_bytes(text: str) -> int:

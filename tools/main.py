@@ -1,8 +1,8 @@
 """The `carryon` command: help, exit codes, and errors in one line.
 
 torch and other large packages are imported by the subcommands' functions when they run, so
-help and mistakes in the command line are answered at once. Exit codes: 0 done, 2 a mistake or
-a full disk (one line on stderr), 130 stopped with Ctrl-C. Anything else is a bug and keeps its
+help and mistakes in the command line are answered at once. Exit codes: 0 done, 1 a check that did
+not hold, 2 a mistake or a full disk (one line on stderr), 130 stopped with Ctrl-C. Anything else is a bug and keeps its
 traceback.
 """
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     prog = f"carryon {words[0]}" if words[0] in SUBCOMMANDS else "carryon"
     try:
-        call_subcommand(words[0], words[1:])
+        result = call_subcommand(words[0], words[1:])
         sys.stdout.flush()
     except CarryOnError as error:
         return _fail(f"{prog}: error: {error}")
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno in NOT_ALLOWED:
             return _fail(f"{prog}: error: {error.strerror}{where}")
         raise
+    else:
+        return result if isinstance(result, int) else 0
     return 0
 
 

@@ -12,6 +12,8 @@ SUBCOMMANDS = {
     "demo": "demo",
     "extract": "extract",
     "inspect": "inspect_store",
+    "verify": "verify",
+    "repair": "repair",
     "train": "train",
     "evaluate": "evaluate",
     "generate": "generate",

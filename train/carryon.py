@@ -37,7 +37,7 @@ class CarryOn(nn.Module):
         )
         self.mixer = nn.Linear(num_taps * width, num_taps) if num_taps > 1 else None
         self.body = LlamaModel(body_config(settings))
-        self.body.embed_tokens = None  # the bridge stands in for it
+        self.body.embed_tokens = None  # type: ignore[assignment]  # the bridge stands in for it
         gate_width = {"channel": base_width, "token": 1, "none": 0}[settings.gate]
         self.gate = nn.Linear(width, gate_width) if gate_width else None
         self.up = nn.Linear(width, base_width, bias=False)
@@ -90,7 +90,7 @@ class CarryOn(nn.Module):
     def _enter(self, states: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         bridged = []
         for tap, norm, bridge in zip(self.settings.taps, self.norms, self.bridges, strict=True):
-            x_BTD = states[tap].to(bridge.weight.dtype)
+            x_BTD = states[tap].to(self.up.weight.dtype)
             bridged.append(bridge(norm(x_BTD)))
         if self.mixer is None:
             return bridged[0], torch.ones_like(bridged[0][..., :1])
@@ -111,7 +111,6 @@ def body_config(settings: CarryOnSettings) -> LlamaConfig:
         vocab_size=1,
         bos_token_id=None,
         eos_token_id=None,
-        attn_implementation="sdpa",
     )
 
 

@@ -1,0 +1,71 @@
+"""What a store is going to be: base, corpus and settings as a plan and a manifest. Pure."""
+
+from importlib.metadata import version
+
+import numpy as np
+
+from carryon.cache.base import Base, read_head
+from carryon.cache.corpus import Corpus
+from carryon.cache.errors import InputError
+from carryon.cache.head_files import head_facts
+from carryon.cache.layout import ITEM_BYTES, chunk_rows
+from carryon.cache.manifest import CorpusPart, Manifest
+from carryon.cache.plan import UnitPlan, plan_units
+from carryon.cache.precision import STATE_TYPES
+from carryon.cache.spec import CorpusSettings, StoreSettings
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "numcodecs", "zarr", "gpt-carry-on")
+
+
+def longest_sample(corpus: CorpusSettings, store: StoreSettings, base: Base) -> int:
+    """Return the longest sample allowed, in tokens; resolves `max_tokens` 0.
+
+    Raises:
+        InputError: `max_tokens` is more than the base or a unit can hold.
+    """
+    limit = min(base.identity.context_tokens, store.unit_tokens)
+    if corpus.max_tokens > limit:
+        raise InputError(
+            f"max_tokens: expected at most {limit} (the base's context is "
+            f"{base.identity.context_tokens}, a unit {store.unit_tokens} tokens), "
+            f"got {corpus.max_tokens}"
+        )
+    return corpus.max_tokens or limit
+
+
+def plan_corpus(texts: Corpus, store: StoreSettings) -> UnitPlan:
+    """Lay the samples of a corpus out in units."""
+    lengths = np.array([len(sample.tokens) for sample in texts.samples], dtype=np.int32)
+    held_out = np.array([sample.is_held_out for sample in texts.samples], dtype=np.bool_)
+    return plan_units(lengths, held_out, unit_tokens=store.unit_tokens, seed=store.seed)
+
+
+def describe(
+    base: Base, texts: Corpus, plan: UnitPlan, *, corpus: CorpusSettings, store: StoreSettings
+) -> Manifest:
+    """Return the manifest of a new store with these samples."""
+    width = base.identity.width
+    item_bytes = ITEM_BYTES[STATE_TYPES[store.dtype]]
+    part = CorpusPart(
+        fingerprint=texts.fingerprint,
+        files=texts.files,
+        counts=texts.counts,
+        first_unit=0,
+        num_units=plan.num_units,
+        first_sample=0,
+        num_samples=len(plan.order),
+    )
+    return Manifest(
+        base=base.identity.to_dict(),
+        forward={
+            "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
+            "attention": base.attention,
+        },
+        corpus=corpus.to_dict(),
+        settings=store.to_dict(),
+        parts=[part],
+        width=width,
+        rows_per_chunk=chunk_rows(row_bytes=width * item_bytes, unit_tokens=store.unit_tokens),
+        head=head_facts(read_head(base)),
+        versions={name: version(name) for name in _LIBRARIES},
+    )

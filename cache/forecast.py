@@ -1,0 +1,152 @@
+"""What an extraction would cost, from a pilot over a few thousand tokens. Nothing is written.
+
+Letters: R rows, D base width.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from carryon.cache.base import Base, read_head
+from carryon.cache.capture import capture
+from carryon.cache.chunk import encode_chunk, encode_shard
+from carryon.cache.corpus import Corpus
+from carryon.cache.head_files import encode_head
+from carryon.cache.manifest import Manifest
+from carryon.cache.pilot import make_probe, measure_profile, run_pilot
+from carryon.cache.plan import UnitPlan, plan_batches
+from carryon.cache.plan_writer import small_files, unit_rows
+from carryon.cache.precision import STEPS, bfloat16_bits, to_codes
+from carryon.cache.run_units import raw_bytes
+
+_PILOT_ROWS = 4096
+"""Tokens that are run; fewer only if the corpus has fewer."""
+
+_RECEIPT_BYTES = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileForecast:
+    """What one profile would cost, and what it does to the states."""
+
+    store_bytes: int
+    """Predicted size of the whole store."""
+    ratio: float
+    """Hidden states stored / raw."""
+    errors: dict[str, dict[str, float]]
+    """As in the manifest: for each tap its relative error, KL and top-1 agreement."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What an extraction would cost."""
+
+    num_samples: int
+    num_tokens: int
+    num_units: int
+    pilot_tokens: int
+    raw_bytes: int
+    """Hidden states, uncompressed."""
+    tokens_per_second: float
+    elapsed_s: float
+    """Predicted seconds of the whole extraction."""
+    profiles: dict[str, ProfileForecast]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def forecast(
+    base: Base, texts: Corpus, plan: UnitPlan, manifest: Manifest, *, batch_tokens: int
+) -> Forecast:
+    """Run a pilot and predict bytes, for each profile, and time."""
+    states, elapsed_s = _run_timed(base, texts, plan, manifest, batch_tokens=batch_tokens)
+    num_pilot = len(states[manifest.taps[0]])
+    per_chunk = min(manifest.rows_per_chunk, num_pilot)
+    whole = {tap: rows[: num_pilot // per_chunk * per_chunk] for tap, rows in states.items()}
+    num_whole = len(whole[manifest.taps[0]])
+    head = read_head(base)
+    pilot = run_pilot(base, manifest.taps, texts.samples, plan)
+    fixed = sum(len(content) for _, content in encode_head(head))
+    fixed += 2 * sum(
+        len(content)
+        for files in (
+            small_files(texts.samples, plan, manifest=manifest, probe=make_probe(pilot)),
+            unit_rows(texts.samples, plan, manifest=manifest, first_unit=0),
+        )
+        for _, content in files
+    )
+    fixed += manifest.num_units * _RECEIPT_BYTES
+    raw = raw_bytes(manifest, manifest.num_tokens)
+    profiles = {}
+    is_bfloat16 = manifest.settings["dtype"] == "bfloat16"
+    for profile in ("exact", *STEPS) if is_bfloat16 else ("exact",):
+        stored = sum(_stored_bytes(manifest, profile, rows, per_chunk) for rows in whole.values())
+        ratio = stored / raw_bytes(manifest, num_whole)
+        errors = measure_profile(pilot, head, taps=manifest.taps, profile=profile)
+        profiles[profile] = ProfileForecast(
+            store_bytes=fixed + round(ratio * raw), ratio=round(ratio, 4), errors=errors
+        )
+    rate = num_pilot / elapsed_s
+    return Forecast(
+        num_samples=manifest.num_samples,
+        num_tokens=manifest.num_tokens,
+        num_units=manifest.num_units,
+        pilot_tokens=num_pilot,
+        raw_bytes=raw,
+        tokens_per_second=round(rate, 1),
+        elapsed_s=round(manifest.num_tokens / rate, 1),
+        profiles=profiles,
+    )
+
+
+def _run_timed(
+    base: Base, texts: Corpus, plan: UnitPlan, manifest: Manifest, *, batch_tokens: int
+) -> tuple[dict[str, NDArray[np.float32]], float]:
+    """Return the states of the plan's first samples, tap by tap [R, D], and the seconds taken."""
+    tokens, total = [], 0
+    for index in plan.order.tolist():
+        ids = texts.samples[index].tokens[: _PILOT_ROWS - total]
+        tokens.append(ids)
+        total += len(ids)
+        if total == _PILOT_ROWS:
+            break
+    lengths = np.array([len(ids) for ids in tokens], dtype=np.int32)
+    rows: dict[str, list[NDArray[np.float32]]] = {
+        tap: [np.empty(0, np.float32)] * len(tokens) for tap in manifest.taps
+    }
+    elapsed_s = 0.0
+    for batch in tqdm(plan_batches(lengths, batch_tokens=batch_tokens), desc="pilot"):
+        ids = np.zeros((len(batch), int(lengths[batch].max())), dtype=np.int64)
+        for row, index in enumerate(batch.tolist()):
+            ids[row, : lengths[index]] = tokens[index]
+        started_at = time.perf_counter()
+        states = capture(base, manifest.taps, torch.from_numpy(ids))
+        found = {tap: values.float().cpu().numpy() for tap, values in states.items()}
+        elapsed_s += time.perf_counter() - started_at
+        for tap, values in found.items():
+            for row, index in enumerate(batch.tolist()):
+                rows[tap][index] = values[row, : lengths[index]]
+    return {tap: np.concatenate(parts) for tap, parts in rows.items()}, elapsed_s
+
+
+def _stored_bytes(
+    manifest: Manifest, profile: str, states: NDArray[np.float32], rows_per_chunk: int
+) -> int:
+    """Return the bytes of the pilot's states [R, D] in one profile, chunked as in the store."""
+    scales = 0
+    if profile in STEPS:
+        codes = to_codes(states, step=STEPS[profile])
+        values: NDArray[Any] = codes.codes
+        scales = len(encode_chunk(codes.token_scale))
+    elif manifest.settings["dtype"] == "bfloat16":
+        values = bfloat16_bits(states)
+    else:
+        values = states.astype(manifest.settings["dtype"])
+    return len(encode_shard(values, rows_per_chunk=rows_per_chunk)) + scales

@@ -1,0 +1,77 @@
+"""carryon.train.config: settings are refused at construction, with every problem named."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from carryon.cache.errors import InputError
+from carryon.train.config import (
+    CarryOnSettings,
+    LossSettings,
+    OptimizationSettings,
+    RunSettings,
+    StreamSettings,
+)
+
+ALL = (CarryOnSettings, OptimizationSettings, StreamSettings, LossSettings, RunSettings)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "text"),
+    [
+        (CarryOnSettings, {"width": 1}, "width: expected 2 or more channels, got 1"),
+        (CarryOnSettings, {"heads": 3}, "double divides the width 128, got 3"),
+        (CarryOnSettings, {"taps": []}, "taps: expected at least one tap, got none"),
+        (CarryOnSettings, {"taps": ["final", "final"]}, "each tap once, got final final"),
+        (CarryOnSettings, {"gate": "open"}, "gate: expected channel, token or none, got open"),
+        (OptimizationSettings, {"epochs": 0}, "epochs: expected 1 or more, got 0"),
+        (OptimizationSettings, {"learning_rate": float("nan")}, "learning_rate: expected more"),
+        (OptimizationSettings, {"warmup_share": 2.0}, "warmup_share: expected 0 to 1, got 2.0"),
+        (OptimizationSettings, {"micro_batch_tokens": 9999}, "0 to batch_tokens, which is 2048"),
+        (OptimizationSettings, {"schedule": "step"}, "expected cosine, wsd or constant, got step"),
+        (StreamSettings, {"held_out_share": 1.0}, "held_out_share: expected between 0 and 1"),
+        (StreamSettings, {"window_units": 0}, "window_units: expected 1 or more, got 0"),
+        (LossSettings, {"chunk_tokens": -1}, "chunk_tokens: expected 0 or more, got -1"),
+        (RunSettings, {"keep_checkpoints": 1}, "keep_checkpoints: expected 2 or more"),
+        (RunSettings, {"saved_dtype": "int8"}, "expected bfloat16 or float32, got int8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_setting_is_refused_at_construction(
+    cls: type[Any], values: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(InputError, match=text):
+        cls(**values)
+
+
+def test_all_wrong_settings_are_named_at_once() -> None:
+    with pytest.raises(InputError, match=r"epochs: .*; .*seed: expected 0 or more, got -1"):
+        OptimizationSettings(epochs=0, seed=-1)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_settings_come_back_from_plain_values(cls: type[Any]) -> None:
+    assert cls.from_dict(cls().to_dict()) == cls()
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_an_unknown_key_is_refused(cls: type[Any]) -> None:
+    with pytest.raises(InputError, match=f"{cls.__name__}: unknown setting colour"):
+        cls.from_dict({"colour": "red"})
+
+
+def test_field_names_are_unique_so_that_settings_can_be_flat() -> None:
+    names = [item.name for cls in ALL for item in fields(cls)]
+
+    assert len(names) == len(set(names))
+
+
+def test_importing_the_settings_does_not_load_torch() -> None:
+    code = "import sys, carryon.train.config; print('torch' in sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "False"
