@@ -1,11 +1,12 @@
 """Small and middle-sized arrays of a store: sample tables, head, probe, tokens.
 
 Plain Zarr arrays, chunked along the first axis, one file a chunk. Sharded arrays (the hidden
-states) are written and read by writer.py and reader.py.
+states) are written and read by unit_writer.py and unit_reader.py.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,48 +72,74 @@ def array_info(root: Path, name: str) -> ArrayInfo:
         raise DamagedStoreError(f"{path}: missing or damaged: run carryon verify") from error
 
 
-def read_array(root: Path, name: str, *, first: int = 0, stop: int | None = None) -> NDArray[Any]:
+Digests = Mapping[str, Collection[str]]
+"""SHA-256, hex, that each file of a plan may have: `files` of the manifest."""
+
+
+def read_array(
+    root: Path, name: str, *, digests: Digests, first: int = 0, stop: int | None = None
+) -> NDArray[Any]:
     """Return rows `first` to `stop` (default: all) of the array `name`.
 
     Raises:
-        DamagedStoreError: a chunk is missing or does not match its checksum; names it.
+        DamagedStoreError: a chunk is missing or is not the one that was written; names it.
     """
     info = array_info(root, name)
     rows, rows_per_chunk = info.shape[0], info.chunk[0]
     stop = rows if stop is None else stop
     out = np.empty((stop - first, *info.shape[1:]), dtype=info.dtype)
     for number in range(first // rows_per_chunk, -(-stop // rows_per_chunk)):
-        chunk = read_chunk(root, _chunk_path(name, number, len(info.shape)), info)
+        path = _chunk_path(name, number, len(info.shape))
+        chunk = read_chunk(root, path, info, sha256=digests.get(path, ()))
         chunk_first = number * rows_per_chunk
         low, high = max(first, chunk_first), min(stop, chunk_first + rows_per_chunk)
         out[low - first : high - first] = chunk[low - chunk_first : high - chunk_first]
     return out
 
 
-def read_rows(root: Path, name: str, rows: NDArray[np.integer[Any]]) -> NDArray[Any]:
+def read_rows(
+    root: Path, name: str, rows: NDArray[np.integer[Any]], *, digests: Digests
+) -> NDArray[Any]:
     """Return chosen rows [n] of the array `name`, decoding only the chunks they lie in."""
     info = array_info(root, name)
     out = np.empty((len(rows), *info.shape[1:]), dtype=info.dtype)
     numbers = rows // info.chunk[0]
     for number in np.unique(numbers).tolist():
-        chunk = read_chunk(root, _chunk_path(name, number, len(info.shape)), info)
+        path = _chunk_path(name, number, len(info.shape))
+        chunk = read_chunk(root, path, info, sha256=digests.get(path, ()))
         here = np.flatnonzero(numbers == number)
         out[here] = chunk[rows[here] - number * info.chunk[0]]
     return out
 
 
-def read_chunk(root: Path, path: str, info: ArrayInfo) -> NDArray[Any]:
+def read_chunk(
+    root: Path, path: str, info: ArrayInfo, *, sha256: Collection[str] | None
+) -> NDArray[Any]:
     """Return one whole chunk file of an array.
 
+    Args:
+        root: of the store.
+        path: of the file.
+        info: of the array.
+        sha256: digests, hex, one of which the file must have, so that a sound file from elsewhere
+            is not taken for it. None: nothing says which it should have; its checksum must do.
+
     Raises:
-        DamagedStoreError: the file is missing or does not match its checksum.
+        DamagedStoreError: the file is missing or is not the one that was written.
     """
     try:
         stored = (root / path).read_bytes()
     except FileNotFoundError as error:
-        raise DamagedStoreError(f"{root / path}: missing: run carryon verify") from error
+        raise DamagedStoreError(
+            f"{root / path}: missing: run carryon verify, then repair"
+        ) from error
     out = np.empty(info.chunk, dtype=info.dtype)
     decode_chunk(memoryview(stored), out, name=str(root / path))
+    if sha256 is not None and hashlib.sha256(stored).hexdigest() not in sha256:
+        raise DamagedStoreError(
+            f"{root / path}: sound, but not the file that was written there: "
+            "run carryon verify, then repair"
+        )
     return out
 
 

@@ -30,7 +30,7 @@ def write_file(
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     with disk_full_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent, is_synced=is_synced)
         try:
             with partial.open("wb") as file:
                 file.write(content)
@@ -78,6 +78,16 @@ def sweep_partials(root: Path) -> int:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def _make_folder(folder: Path, *, is_synced: bool) -> None:
+    """Make `folder` and its parents; if synced, a power cut does not forget them."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent, is_synced=is_synced)
+    folder.mkdir(exist_ok=True)
+    if is_synced:
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,30 +4,31 @@ A base is any causal LM that transformers loads and whose parts `carryon.cache.a
 is read in the dtype of its checkpoint; computing in float32 widens those values and nothing else.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from carryon.cache.anatomy import Anatomy, find_anatomy, read_norm
-from carryon.cache.errors import InputError, MissingError
-from carryon.cache.extras import require
+from carryon.cache.errors import InputError
 from carryon.cache.head import Head
 from carryon.cache.identity import (
     BaseIdentity,
     digest_chat_template,
     digest_tokenizer,
     digest_weights,
+)
+from carryon.cache.pretrained import (
+    BaseSource,
+    locate_base,
+    read_checkpoint_dtype,
+    read_model,
+    read_tokenizer,
 )
 from carryon.cache.spec import ForwardSettings
 
@@ -69,7 +70,7 @@ def load_tokenizer(source: str) -> Tokenizer:
         InputError: it has no tokenizer that transformers can load.
         MissingExtraError: a .gguf file without the package gguf.
     """
-    return _load_tokenizer(_locate(source))
+    return read_tokenizer(locate_base(source))
 
 
 def load_base(source: str, *, forward: ForwardSettings) -> Base:
@@ -85,12 +86,12 @@ def load_base(source: str, *, forward: ForwardSettings) -> Base:
             attention backend does not exist here.
         MissingExtraError: a .gguf file without the package gguf.
     """
-    place = _locate(source)
+    place = locate_base(source)
     device = _pick_device(forward.device)
     compute_dtype = _pick_compute_dtype(forward.compute_dtype, device)
-    tokenizer = _load_tokenizer(place)
-    own_dtype = _read_checkpoint_dtype(place)
-    model = _load_model(place, dtype=own_dtype, device=device, attention=forward.attention)
+    tokenizer = read_tokenizer(place)
+    own_dtype = read_checkpoint_dtype(place)
+    model = read_model(place, dtype=own_dtype, device=device, attention=forward.attention)
     checkpoint_dtype: torch.dtype = model.dtype
     weights_sha256 = digest_weights(model)  # before any change of dtype
     if compute_dtype != checkpoint_dtype:
@@ -99,28 +100,16 @@ def load_base(source: str, *, forward: ForwardSettings) -> Base:
             nn.Module.to(model, dtype=compute_dtype)
         else:
             del model
-            model = _load_model(
+            model = read_model(
                 place, dtype=compute_dtype, device=device, attention=forward.attention
             )
-    model.requires_grad_(False)  # from_pretrained has called eval()
+    model.requires_grad_(False)
     anatomy = find_anatomy(model)
-    identity = BaseIdentity(
-        id=place.name if place.gguf_file is None else str(Path(place.name, place.gguf_file)),
-        revision=getattr(model.config, "_commit_hash", None),
-        architecture=type(model).__name__,
-        num_layers=len(anatomy.blocks),
-        width=anatomy.head.in_features,
-        vocab_size=anatomy.head.out_features,
-        context_tokens=_read_context_tokens(model.config.get_text_config(), tokenizer),
-        weights_sha256=weights_sha256,
-        tokenizer_sha256=digest_tokenizer(tokenizer),
-        chat_template_sha256=digest_chat_template(tokenizer),
-    )
     return Base(
         source=source,
         model=model,
         tokenizer=tokenizer,
-        identity=identity,
+        identity=_identify(place, model, anatomy, tokenizer, weights_sha256),
         anatomy=anatomy,
         device=device,
         compute_dtype=compute_dtype,
@@ -148,6 +137,27 @@ def read_head(base: Base) -> Head:
     )
 
 
+def _identify(
+    place: BaseSource,
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    tokenizer: Tokenizer,
+    weights_sha256: str,
+) -> BaseIdentity:
+    return BaseIdentity(
+        id=place.id,
+        revision=getattr(model.config, "_commit_hash", None),
+        architecture=type(model).__name__,
+        num_layers=len(anatomy.blocks),
+        width=anatomy.head.in_features,
+        vocab_size=anatomy.head.out_features,
+        context_tokens=_read_context_tokens(model.config.get_text_config(), tokenizer),
+        weights_sha256=weights_sha256,
+        tokenizer_sha256=digest_tokenizer(tokenizer),
+        chat_template_sha256=digest_chat_template(tokenizer),
+    )
+
+
 def _to_bits(
     weight: torch.Tensor,
 ) -> NDArray[np.uint16] | NDArray[np.float16] | NDArray[np.float32]:
@@ -155,126 +165,6 @@ def _to_bits(
     is_bfloat16 = weight.dtype == torch.bfloat16  # numpy has no such type
     bits: NDArray[np.uint16] = (weight.view(torch.uint16) if is_bfloat16 else weight).numpy()
     return bits
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
-    """Where transformers finds a base."""
-
-    name: str  # hub id, or absolute path of a folder
-    revision: str | None
-    gguf_file: str | None
-    is_local: bool
-
-    def arguments(self) -> dict[str, Any]:
-        """Return what every from_pretrained takes."""
-        found = {"revision": self.revision, "gguf_file": self.gguf_file}
-        return {key: value for key, value in found.items() if value is not None}
-
-
-def _locate(source: str) -> _Place:
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"base {source}: expected a folder or a .gguf file, got another file")
-        require("gguf", extra="gguf", purpose=f"base {source}")
-        folder = str(path.resolve().parent)
-        return _Place(name=folder, revision=None, gguf_file=path.name, is_local=True)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(
-                f"base {source}: expected a folder saved by transformers, but it has no "
-                "config.json; give the folder of a model, or the .gguf file itself"
-            )
-        return _Place(name=str(path.resolve()), revision=None, gguf_file=None, is_local=True)
-    looks_like_path = path.is_absolute() or source.startswith(".") or source.count("/") > 1
-    if looks_like_path or path.suffix == ".gguf" or not source:
-        raise MissingError(
-            f"base {source!r}: no such folder or file; give a folder saved by transformers, "
-            "a .gguf file or the id of a model on the hub"
-        )
-    name, _, revision = source.partition("@")
-    return _Place(name=name, revision=revision or None, gguf_file=None, is_local=False)
-
-
-def _load_tokenizer(place: _Place) -> Tokenizer:
-    with _loading(place, "tokenizer"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(place.name, **place.arguments())
-    return tokenizer
-
-
-def _load_model(
-    place: _Place, *, dtype: torch.dtype | str, device: torch.device, attention: str
-) -> PreTrainedModel:
-    extra: dict[str, Any] = {}
-    if place.gguf_file is not None:
-        # Without dequantize the weights stay packed: 15 s to load 135M, and not plain tensors.
-        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    auto: Any = AutoModelForCausalLM
-    with _loading(place, "model"):
-        model, report = auto.from_pretrained(
-            place.name,
-            dtype=dtype,
-            device_map=device,
-            # None: sdpa where the architecture has it, else eager (Gemma 2).
-            attn_implementation=None if attention == "sdpa" else attention,
-            output_loading_info=True,
-            **place.arguments(),
-            **extra,
-        )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(
-            f"base {place.name}: expected every weight of {type(model).__name__}, but "
-            f"{len(missing)} are not in the checkpoint, the first is {missing[0]}; "
-            "they would be random numbers. Give a complete causal LM"
-        )
-    loaded: PreTrainedModel = model
-    return loaded
-
-
-def _read_checkpoint_dtype(place: _Place) -> torch.dtype | str:
-    """Return the dtype that the checkpoint is saved in; `auto` where only its tensors say so."""
-    if place.gguf_file is not None:
-        return torch.bfloat16  # packed weights have no dtype of their own
-    with _loading(place, "config"):
-        config = AutoConfig.from_pretrained(place.name, **place.arguments())
-    return config.dtype if isinstance(config.dtype, torch.dtype) else "auto"
-
-
-@contextmanager
-def _loading(place: _Place, what: str) -> Iterator[None]:
-    """Turn what transformers raises into one line; keep it silent for a local base.
-
-    Progress bars stay on for the hub, where a download may take minutes.
-    """
-    log: Any = transformers.utils.logging
-    verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    if place.is_local:
-        log.disable_progress_bar()
-    try:
-        if place.gguf_file is not None:
-            # Its bar obeys no switch. Failures are exceptions, so nothing else is lost.
-            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-                yield
-        else:
-            yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        if isinstance(error, OSError) and not place.is_local:
-            raise MissingError(
-                f"base {place.name}: expected a folder, a .gguf file or the id of a model on a "
-                f"hub that can be reached; the {what} could not be fetched: {reason}"
-            ) from error
-        raise InputError(
-            f"base {place.name}: expected a causal LM that transformers "
-            f"{transformers.__version__} can load; its {what} could not be loaded: {reason}"
-        ) from error
-    finally:
-        log.set_verbosity(verbosity)
-        if has_bars:
-            log.enable_progress_bar()
 
 
 def _pick_device(name: str) -> torch.device:
@@ -308,7 +198,7 @@ def _has_native_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cpu":
         features = torch.cpu.get_capabilities()
-        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return True

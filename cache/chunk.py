@@ -100,6 +100,19 @@ def shard_index(stored: memoryview, *, num_chunks: int, name: str) -> list[tuple
     return [(int(offset), int(num_bytes)) for offset, num_bytes in pairs]
 
 
+def chunk_checksums(stored: memoryview, *, num_chunks: int, name: str) -> list[str]:
+    """Return the crc32c of each chunk of a shard as it stands at the chunk's end, hex.
+
+    Raises:
+        DamagedStoreError: the index is damaged.
+    """
+    ends = [
+        offset + num_bytes
+        for offset, num_bytes in shard_index(stored, num_chunks=num_chunks, name=name)
+    ]
+    return [bytes(stored[end - _CRC_BYTES : end]).hex() for end in ends]
+
+
 def _crc(content: bytes | memoryview) -> bytes:
     # google_crc32c takes arrays of a read-only buffer, but no memoryview.
     view = np.frombuffer(content, dtype=np.uint8)

@@ -40,6 +40,14 @@ def plan_corpus(texts: Corpus, store: StoreSettings) -> UnitPlan:
     return plan_units(lengths, held_out, unit_tokens=store.unit_tokens, seed=store.seed)
 
 
+def forward_facts(base: Base) -> dict[str, str]:
+    """Return what the manifest says of how the base computes."""
+    return {
+        "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
+        "attention": base.attention,
+    }
+
+
 def describe(
     base: Base, texts: Corpus, plan: UnitPlan, *, corpus: CorpusSettings, store: StoreSettings
 ) -> Manifest:
@@ -57,10 +65,7 @@ def describe(
     )
     return Manifest(
         base=base.identity.to_dict(),
-        forward={
-            "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
-            "attention": base.attention,
-        },
+        forward=forward_facts(base),
         corpus=corpus.to_dict(),
         settings=store.to_dict(),
         parts=[part],

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from carryon.cache.arrays import encode_array, read_array, read_rows
 from carryon.cache.head import FinalNorm, Head
 from carryon.cache.layout import HEAD_CHUNK_BYTES
+from carryon.cache.manifest import Manifest
 
 
 def encode_head(head: Head) -> Iterator[tuple[str, bytes]]:
@@ -42,26 +43,25 @@ def head_facts(head: Head) -> dict[str, Any]:
     }
 
 
-def read_head(
-    root: Path, facts: dict[str, Any], *, tokens: NDArray[np.int32] | None = None
-) -> Head:
+def read_head(root: Path, manifest: Manifest, *, tokens: NDArray[np.int32] | None = None) -> Head:
     """Return the head of the store at `root`.
 
     Args:
         root: of the store.
-        facts: `head` of its manifest.
+        manifest: of the store.
         tokens: of any shape: only the rows of these tokens are read, and the head returned has
             one row for each, in their order. Default: the whole vocabulary.
 
     Raises:
-        DamagedStoreError: a chunk is missing or damaged.
+        DamagedStoreError: a chunk is missing or is not the one that was written.
     """
+    facts, digests = manifest.head, manifest.files
     weight = (
-        read_array(root, "head/lm_head")
+        read_array(root, "head/lm_head", digests=digests)
         if tokens is None
-        else read_rows(root, "head/lm_head", tokens.ravel())
+        else read_rows(root, "head/lm_head", tokens.ravel(), digests=digests)
     )
-    bias = read_array(root, "head/bias") if facts["has_bias"] else None
+    bias = read_array(root, "head/bias", digests=digests) if facts["has_bias"] else None
     return Head(
         weight=weight,
         bias=bias if bias is None or tokens is None else bias[tokens.ravel()],
@@ -71,7 +71,11 @@ def read_head(
             kind=facts["norm_kind"],
             eps=facts["norm_eps"],
             weight_offset=facts["norm_weight_offset"],
-            weight=read_array(root, "head/norm_weight"),
-            bias=read_array(root, "head/norm_bias") if facts["has_norm_bias"] else None,
+            weight=read_array(root, "head/norm_weight", digests=digests),
+            bias=(
+                read_array(root, "head/norm_bias", digests=digests)
+                if facts["has_norm_bias"]
+                else None
+            ),
         ),
     )

@@ -5,6 +5,7 @@ bytes whichever zarr version is installed. Letters: N rows of the token axis, D 
 S samples, R rows of a unit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from carryon.cache.errors import InputError
@@ -96,6 +97,15 @@ def channel_scale_path(tap: str, unit: int) -> str:
     return f"scale/channel/{tap}/c/{unit}/0"
 
 
+def state_paths(taps: Sequence[str], unit: int, *, is_lossy: bool) -> list[str]:
+    """Return the files that computing a unit writes, without its receipt."""
+    paths = [shard_path(tap, unit) for tap in taps]
+    if is_lossy:
+        paths += [token_scale_path(tap, unit) for tap in taps]
+        paths += [channel_scale_path(tap, unit) for tap in taps]
+    return paths
+
+
 def row_path(name: str, unit: int) -> str:
     """Return the file of a unit's `tokens`, `loss_mask` or `char_end`."""
     return f"{name}/c/{unit}"
@@ -107,8 +117,13 @@ def receipt_path(unit: int) -> str:
 
 
 def copy_path(path: str) -> str:
-    """Return where the copy of a planned file lies; the head, large and in the base, has none."""
+    """Return where the copy of a file that planning wrote lies; see `has_copy`."""
     return f"units/copy/{path}"
+
+
+def has_copy(path: str) -> bool:
+    """Tell whether planning writes a file twice: all but the head, large and in the base."""
+    return not path.startswith("head/") or path == "head/zarr.json"
 
 
 ROW_ARRAYS = {"tokens": "int32", "loss_mask": "uint8", "char_end": "int32"}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from carryon.cache.atomic import disk_full_named
 from carryon.cache.errors import StoreBusyError
 
 LOCK_PATH = "units/.lock"
@@ -19,10 +20,12 @@ def write_lock(root: Path) -> Iterator[None]:
 
     Raises:
         StoreBusyError: another process holds it; nothing was changed.
+        DiskFullError: no space left for the lock.
     """
     path = root / LOCK_PATH
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with disk_full_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -33,8 +36,9 @@ def write_lock(root: Path) -> Iterator[None]:
             raise StoreBusyError(
                 f"{root}: process {holder} is writing to this store: wait for it, or stop it"
             ) from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+        with disk_full_named(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
         yield
         os.ftruncate(handle, 0)
     finally:

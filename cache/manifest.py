@@ -102,11 +102,16 @@ class Manifest:
         """SHA-256 of everything that determines the content."""
         return digest_of(self._content())
 
+    @property
+    def base_content(self) -> dict[str, Any]:
+        """Identity of the base, without where it was found."""
+        return {name: value for name, value in self.base.items() if name not in _WHEREABOUTS}
+
     def _content(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "base": {name: value for name, value in self.base.items() if name not in _WHEREABOUTS},
+            "base": self.base_content,
             "forward": self.forward,
             "corpus": self.corpus,
             "settings": self.settings,
@@ -136,6 +141,11 @@ class Manifest:
             DamagedStoreError: the digest does not match.
         """
         values = dict(document)
+        digest = values.pop("sha256", None)
+        if digest_of(values) != digest:
+            raise DamagedStoreError(
+                f"{name}: the manifest does not match its own digest: run carryon repair"
+            )
         kind, version = values.pop("format", None), values.pop("format_version", None)
         if kind != FORMAT:
             raise StoreError(f"{name}: expected a {FORMAT}, got format {kind!r}")
@@ -144,16 +154,25 @@ class Manifest:
                 f"{name}: expected format version {FORMAT_VERSION}, got {version}: "
                 "install a version of gpt-carry-on that reads it"
             )
-        fingerprint, digest = values.pop("fingerprint", None), values.pop("sha256", None)
+        fingerprint = values.pop("fingerprint", None)
         try:
             values["parts"] = [CorpusPart(**part) for part in values["parts"]]
             manifest = cls(**values)
         except (TypeError, KeyError) as error:
             raise DamagedStoreError(f"{name}: the manifest is damaged: {error}") from error
-        written = manifest.to_dict()
-        if (written["fingerprint"], written["sha256"]) != (fingerprint, digest):
-            raise DamagedStoreError(f"{name}: the manifest does not match its own digest")
+        if manifest.fingerprint != fingerprint:
+            raise DamagedStoreError(f"{name}: the manifest does not match its own fingerprint")
         return manifest
+
+    def is_stage_of(self, other: "Manifest") -> bool:
+        """Tell whether both are of one store, perhaps with an append under way between them."""
+        both = min(len(self.parts), len(other.parts))
+        mine, theirs = (replace(each, parts=each.parts[:both], files={}) for each in (self, other))
+        return mine == theirs
+
+    def part_of(self, unit: int) -> CorpusPart:
+        """Return the part of the corpus that a unit belongs to."""
+        return next(part for part in self.parts if unit < part.first_unit + part.num_units)
 
     def accepting(self, files: Mapping[str, str]) -> "Manifest":
         """Return a manifest that accepts, for each of `files`, the given digest as well."""
@@ -183,22 +202,42 @@ def read_manifest(root: Path) -> Manifest:
     Raises:
         MissingError: there is no store.
         StoreError: there is something else, or another format.
+        DamagedStoreError: the document has been changed, or only its copy is there.
+    """
+    path, copy = manifest_path(root), root / copy_path("zarr.json")
+    if path.is_file():
+        return parse_manifest(path.read_bytes(), name=str(path), has_copy=copy.is_file())
+    if copy.is_file():
+        raise DamagedStoreError(f"{path}: missing, but its copy is there: run carryon repair")
+    raise MissingError(f"{root}: no store here (no zarr.json): make one with carryon extract")
+
+
+def parse_manifest(content: bytes, *, name: str, has_copy: bool) -> Manifest:
+    """Return the manifest in the bytes of a root group's zarr.json.
+
+    Args:
+        content: of the file.
+        name: of the file, for errors.
+        has_copy: whether a copy of a manifest lies in the store: then it is one of ours, and a
+            document that says otherwise is damaged.
+
+    Raises:
+        StoreError: there is something else, or another format.
         DamagedStoreError: the document has been changed.
     """
-    path = manifest_path(root)
-    if not path.is_file():
-        raise MissingError(f"{root}: no store here (no zarr.json): make one with carryon extract")
-    content = path.read_bytes()
     try:
-        document = json.loads(content)
-        attributes = document["attributes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedStoreError(f"{path}: not the zarr.json of a group") from error
-    if "carryon" not in attributes:
-        raise StoreError(f"{root}: a Zarr group, but not a store of carryon (no manifest)")
-    manifest = Manifest.from_dict(attributes["carryon"], name=str(path))
-    if json_bytes(document) != content:
-        raise DamagedStoreError(f"{path}: the manifest is not in the form it was written in")
+        attributes = json.loads(content)["attributes"]
+        described = attributes.get("carryon")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedStoreError(
+            f"{name}: not the zarr.json of a group: run carryon repair"
+        ) from error
+    if not isinstance(described, dict):
+        kind = DamagedStoreError if has_copy else StoreError
+        raise kind(f"{name}: a Zarr group, but not a store of carryon (no manifest)")
+    manifest = Manifest.from_dict(described, name=name)
+    if json_bytes(group_document({"carryon": described})) != content:
+        raise DamagedStoreError(f"{name}: not in the form it was written in: run carryon repair")
     return manifest
 
 

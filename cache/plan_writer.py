@@ -19,7 +19,7 @@ from carryon.cache.arrays import encode_array, read_array
 from carryon.cache.atomic import json_bytes, write_file
 from carryon.cache.chunk import encode_chunk
 from carryon.cache.corpus import Sample
-from carryon.cache.errors import InputError
+from carryon.cache.errors import InputError, StoreError
 from carryon.cache.head import Head
 from carryon.cache.head_files import encode_head
 from carryon.cache.layout import (
@@ -34,6 +34,7 @@ from carryon.cache.manifest import Manifest, sha256_hex, write_manifest
 from carryon.cache.plan import UnitPlan
 from carryon.cache.precision import STATE_TYPES, STEPS
 from carryon.cache.probe import Probe, encode_probe
+from carryon.cache.receipt import units_with_receipt
 
 _MIN_ID_BYTES = 64
 _GROUPS = ("hidden", "samples", "head", "probe", "probe/states")
@@ -62,8 +63,14 @@ def write_plan(
         The manifest as written, with the digest of each file but those of units.
 
     Raises:
+        StoreError: there are receipts of a store whose manifest is gone; nothing was changed.
         DiskFullError: nothing of the store exists yet; the same call can be made again.
     """
+    if units_with_receipt(root):
+        raise StoreError(
+            f"{root}: expected a new store, got receipts of one whose manifest is gone: "
+            "run carryon repair, or choose another folder"
+        )
     for path, content in unit_rows(samples, plan, manifest=manifest, first_unit=0):
         _write_twice(root, path, content)
     digests = {}
@@ -87,20 +94,31 @@ def append_plan(
     Killed before its end, the store reads as before, and a second call does all of it again:
     files that both need (array documents, the last chunk of a table) are accepted in their old
     and new form while they change.
+
+    Raises:
+        InputError: a sample's id is in the store already, or is too long for it; nothing was
+            changed.
+        DiskFullError: the store is as it was; the same call can be made again.
     """
     part = new.parts[-1]
-    for path, content in unit_rows(samples, plan, manifest=new, first_unit=part.first_unit):
-        _write_twice(root, path, content)
-    changed = dict(_documents(new))
+    files = dict(_documents(new))
     for name, added in _tables(samples, plan, manifest=new).items():
         first = part.first_unit if name == "units" else part.first_sample
-        before = read_array(root, name, stop=first)
-        rows = np.concatenate([before, _as_wide_as(before, added)])
-        changed |= encode_array(name, rows, rows_per_chunk=TABLE_ROWS, first_row=first)
-    digests = {path: sha256_hex(content) for path, content in changed.items()}
-    write_manifest(root, old.accepting(digests))
-    for path, content in changed.items():
+        before = read_array(root, name, stop=first, digests=old.files)
+        if name == "samples/id":
+            added = _new_ids(before, added)
+        rows = np.concatenate([before, added])
+        files |= encode_array(name, rows, rows_per_chunk=TABLE_ROWS, first_row=first)
+    digests = {path: sha256_hex(content) for path, content in files.items()}
+    for path, content in unit_rows(samples, plan, manifest=new, first_unit=part.first_unit):
         _write_twice(root, path, content)
+    for path in files.keys() - old.files.keys():
+        _write_twice(root, path, files[path])
+    changed = [path for path in files if old.files.get(path, [digests[path]]) != [digests[path]]]
+    write_manifest(root, old.accepting({path: digests[path] for path in changed}))
+    for path in changed:
+        # Synced one by one: a power cut must leave the old or the new form of what stood before.
+        _write_twice(root, path, files[path], is_synced=True)
     os.sync()
     unchanged = {path: known for path, known in old.files.items() if path not in digests}
     new = replace(new, files=unchanged).accepting(digests)
@@ -118,10 +136,10 @@ def small_files(
     yield from _documents(manifest).items()
 
 
-def _write_twice(root: Path, path: str, content: bytes) -> None:
+def _write_twice(root: Path, path: str, content: bytes, *, is_synced: bool = False) -> None:
     """Write a file and its copy; a few bytes a token, so that repair never needs the corpus."""
-    write_file(root / path, content, is_synced=False)
-    write_file(root / copy_path(path), content, is_synced=False)
+    write_file(root / path, content, is_synced=is_synced)
+    write_file(root / copy_path(path), content, is_synced=is_synced)
 
 
 def unit_rows(
@@ -164,16 +182,27 @@ def _tables(
     }
 
 
-def _as_wide_as(before: NDArray[Any], added: NDArray[Any]) -> NDArray[Any]:
-    """Return id rows as wide as those that stand; other tables as they are."""
-    if before.ndim == 1 or before.shape[1] == added.shape[1]:
-        return added
-    if added.shape[1] > before.shape[1]:
+def _new_ids(before: NDArray[np.uint8], added: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the id rows `added`, as wide as those that stand.
+
+    Raises:
+        InputError: they do not fit, or one of them stands already.
+    """
+    width = before.shape[1]
+    if added[:, width:].any():
         raise InputError(
-            f"sample ids: this store keeps {before.shape[1]} bytes for an id, "
+            f"sample ids: this store keeps {width} bytes for an id, "
             f"got one that needs {added.shape[1]}: use shorter ids"
         )
-    return np.pad(added, ((0, 0), (0, before.shape[1] - added.shape[1])))
+    added = np.pad(added[:, :width], ((0, 0), (0, max(0, width - added.shape[1]))))
+    texts, known = (np.ascontiguousarray(rows).view(f"S{width}")[:, 0] for rows in (added, before))
+    twice = np.flatnonzero(np.isin(texts, known))
+    if len(twice):
+        raise InputError(
+            f"sample {bytes(texts[twice[0]]).decode()!r}: a sample with this id is in the store "
+            "already: give every sample an id of its own"
+        )
+    return added
 
 
 def _documents(manifest: Manifest) -> dict[str, bytes]:

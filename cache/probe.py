@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from carryon.cache.arrays import encode_array, read_array
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.head import Head
+from carryon.cache.manifest import Manifest
 
 NUM_LOGITS = 8
 _HEAD_TOLERANCE = 0.03  # a base that computes in bfloat16 rounds its logits to 1 part in 256
@@ -50,13 +51,17 @@ def encode_probe(probe: Probe) -> Iterator[tuple[str, bytes]]:
         yield from encode_array(f"probe/{name}", values, rows_per_chunk=len(values))
 
 
-def read_probe(root: Path, *, taps: list[str]) -> Probe:
+def read_probe(root: Path, manifest: Manifest) -> Probe:
     """Read the probe of a store."""
+
+    def read(name: str) -> NDArray[Any]:
+        return read_array(root, f"probe/{name}", digests=manifest.files)
+
     return Probe(
-        rows=read_array(root, "probe/rows"),
-        states={tap: read_array(root, f"probe/states/{tap}") for tap in {*taps, "final"}},
-        top_ids=read_array(root, "probe/top_ids"),
-        top_logits=read_array(root, "probe/top_logits"),
+        rows=read("rows"),
+        states={tap: read(f"states/{tap}") for tap in {*manifest.taps, "final"}},
+        top_ids=read("top_ids"),
+        top_logits=read("top_logits"),
     )
 
 
@@ -74,7 +79,7 @@ def check_head(probe: Probe, head: Head, *, name: str) -> None:
     rows = np.arange(probe.top_ids.size, dtype=np.int32).reshape(probe.top_ids.shape)
     made = head.logits(probe.states["final"], rows)
     error = _rms(made - probe.top_logits) / max(_rms(probe.top_logits), 1e-6)
-    if error > _HEAD_TOLERANCE:
+    if not error <= _HEAD_TOLERANCE:  # also when it is not a number
         raise DamagedStoreError(
             f"{name}: the head does not make the base's logits of the probe's states: expected a "
             f"relative error up to {_HEAD_TOLERANCE}, got {error:.3f}: head or logit scale is "
@@ -110,9 +115,9 @@ def channel_relative_error(made: NDArray[np.float32], expected: NDArray[np.float
     Residual streams have channels a hundred times larger than the rest; unweighted they would
     hide that everything else is wrong.
     """
-    channel = np.sqrt(np.mean(expected * expected, axis=0))
+    channel = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=0))
     channel = np.maximum(channel, channel.max() * 1e-4)
-    return _rms((made - expected) / channel)
+    return _rms((made.astype(np.float64) - expected) / channel)
 
 
 def _compare(
@@ -127,5 +132,5 @@ def _compare(
         )
 
 
-def _rms(values: NDArray[np.float32]) -> float:
+def _rms(values: NDArray[np.floating[Any]]) -> float:
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))

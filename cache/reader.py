@@ -29,6 +29,21 @@ from carryon.cache.unit_reader import UnitFiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRows:
+    """Consecutive tokens of one sample."""
+
+    sample: int
+    tokens: NDArray[np.int32]
+    """[T] token ids."""
+    loss_mask: NDArray[np.uint8]
+    """[T]"""
+    char_end: NDArray[np.int32]
+    """[T]"""
+    hidden: dict[str, NDArray[Any]]
+    """[T, D] for each tap asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
     """One unit, whole. The rows after its last sample belong to no sample."""
 
@@ -54,20 +69,16 @@ class Unit:
         start = int(self.starts[position])
         return slice(start, start + int(self.lengths[position]))
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleRows:
-    """Consecutive tokens of one sample."""
-
-    sample: int
-    tokens: NDArray[np.int32]
-    """[T] token ids."""
-    loss_mask: NDArray[np.uint8]
-    """[T]"""
-    char_end: NDArray[np.int32]
-    """[T]"""
-    hidden: dict[str, NDArray[Any]]
-    """[T, D] for each tap asked for."""
+    def sample(self, sample: int) -> SampleRows:
+        """Return a sample (index as in `samples`) as views of this unit's arrays."""
+        rows = self.rows_of(sample)
+        return SampleRows(
+            sample=sample,
+            tokens=self.tokens[rows],
+            loss_mask=self.loss_mask[rows],
+            char_end=self.char_end[rows],
+            hidden={tap: states[rows] for tap, states in self.hidden.items()},
+        )
 
 
 class Store:
@@ -98,7 +109,13 @@ class Store:
         """
         root = Path(path)
         manifest = read_manifest(root)
-        _check_documents(root, manifest)
+        try:
+            _check_documents(root, manifest)
+        except DamagedStoreError:
+            before, manifest = manifest, read_manifest(root)
+            if manifest == before:
+                raise
+            _check_documents(root, manifest)  # samples were appended between the two
         finished = units_with_receipt(root) & set(range(manifest.num_units))
         missing = manifest.num_units - len(finished)
         if missing and not allow_unfinished:
@@ -138,21 +155,22 @@ class Store:
     @cached_property
     def sample_starts(self) -> NDArray[np.int64]:
         """[S] first row of each sample on the token axis, ascending."""
-        return read_array(self.root, "samples/start", stop=self.num_samples)
+        return self._table("samples/start")
 
     @cached_property
     def sample_lengths(self) -> NDArray[np.int32]:
         """[S] tokens of each sample."""
-        return read_array(self.root, "samples/length", stop=self.num_samples)
+        return self._table("samples/length")
 
     @cached_property
     def sample_held_out(self) -> NDArray[np.uint8]:
         """[S] 1 where the corpus keeps the sample from training."""
-        return read_array(self.root, "samples/held_out", stop=self.num_samples)
+        return self._table("samples/held_out")
 
     def sample_id(self, sample: int) -> str:
         """Return the id of a sample."""
-        row = read_array(self.root, "samples/id", first=sample, stop=sample + 1)[0]
+        self._check_sample(sample)
+        row = self._table("samples/id", first=sample, stop=sample + 1)[0]
         return bytes(row.tobytes()).rstrip(b"\0").decode()
 
     def index_of(self, sample_id: str) -> int:
@@ -164,7 +182,7 @@ class Store:
         wanted = sample_id.encode()
         for first in range(0, self.num_samples, TABLE_ROWS):
             stop = min(first + TABLE_ROWS, self.num_samples)
-            rows = read_array(self.root, "samples/id", first=first, stop=stop)
+            rows = self._table("samples/id", first=first, stop=stop)
             if len(wanted) > rows.shape[1]:
                 break
             padded = np.frombuffer(wanted.ljust(rows.shape[1], b"\0"), dtype=np.uint8)
@@ -185,7 +203,7 @@ class Store:
 
     def receipt(self, unit: int) -> Receipt:
         """Return the receipt of a unit."""
-        return read_receipt(self.root, unit)
+        return read_receipt(self.root, self.manifest, unit)
 
     def read_unit(self, unit: int, *, taps: Sequence[str] | None = None) -> Unit:
         """Read one unit whole.
@@ -202,7 +220,7 @@ class Store:
         wanted = self._known_taps(taps)
         self._check_unit(unit)
         files = self._files
-        receipt = read_receipt(self.root, unit)
+        receipt = self.receipt(unit)
         samples = self.unit_samples(unit)
         span = slice(samples.start, samples.stop)
         all_rows = slice(0, self.manifest.unit_tokens)
@@ -235,10 +253,7 @@ class Store:
         """
         wanted = self._known_taps(taps)
         index = self.index_of(sample) if isinstance(sample, str) else sample
-        if not 0 <= index < self.num_samples:
-            raise InputError(
-                f"{self.root}: expected a sample from 0 to {self.num_samples - 1}, got {index}"
-            )
+        self._check_sample(index)
         length = int(self.sample_lengths[index])
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
@@ -247,7 +262,7 @@ class Store:
             )
         unit = self.unit_of(index)
         self._check_unit(unit)
-        files, receipt = self._files, read_receipt(self.root, unit)
+        files, receipt = self._files, self.receipt(unit)
         first = int(self.sample_starts[index]) - unit * self.manifest.unit_tokens
         rows = slice(first + start, first + stop)
         return SampleRows(
@@ -265,7 +280,18 @@ class Store:
 
     def head(self) -> Head:
         """Return the base's frozen head and final norm."""
-        return read_head(self.root, self.manifest.head)
+        return read_head(self.root, self.manifest)
+
+    def _table(self, name: str, *, first: int = 0, stop: int | None = None) -> NDArray[Any]:
+        stop = self.num_samples if stop is None else stop
+        try:
+            return read_array(self.root, name, first=first, stop=stop, digests=self.manifest.files)
+        except DamagedStoreError:
+            now = read_manifest(self.root)
+            if now == self.manifest or not now.is_stage_of(self.manifest):
+                raise
+            # Samples were appended since: these rows are the same, their file is another.
+            return read_array(self.root, name, first=first, stop=stop, digests=now.files)
 
     def _known_taps(self, taps: Sequence[str] | None) -> list[str]:
         wanted = self.taps if taps is None else list(taps)
@@ -276,6 +302,12 @@ class Store:
                 )
         return wanted
 
+    def _check_sample(self, sample: int) -> None:
+        if not 0 <= sample < self.num_samples:
+            raise InputError(
+                f"{self.root}: expected a sample from 0 to {self.num_samples - 1}, got {sample}"
+            )
+
     def _check_unit(self, unit: int) -> None:
         if not 0 <= unit < self.num_units:
             raise InputError(
@@ -283,12 +315,12 @@ class Store:
             )
 
     def _check_probe(self) -> None:
-        probe, name = read_probe(self.root, taps=self.taps), str(self.root)
-        check_head(probe, read_head(self.root, self.manifest.head, tokens=probe.top_ids), name=name)
+        probe, name = read_probe(self.root, self.manifest), str(self.root)
+        check_head(probe, read_head(self.root, self.manifest, tokens=probe.top_ids), name=name)
         unit = int(probe.rows[0]) // self.manifest.unit_tokens
         if unit not in self.finished_units:
             return
-        receipt = read_receipt(self.root, unit)
+        receipt = self.receipt(unit)
         within = probe.rows - unit * self.manifest.unit_tokens
         rows = slice(int(within.min()), int(within.max()) + 1)
         for tap in self.taps:
@@ -298,7 +330,7 @@ class Store:
 
 
 def _check_documents(root: Path, manifest: Manifest) -> None:
-    """Check the array documents against the manifest, and that no planned file is gone."""
+    """Check the documents of groups and arrays against the manifest."""
     for path, digests in manifest.files.items():
         if path.endswith("/zarr.json"):
             try:

@@ -1,8 +1,9 @@
 """Receipts: the proof that a unit is finished.
 
 A unit without a receipt does not exist. The receipt is written last, after every file of the unit
-has reached the disk, and holds the size and SHA-256 of each. It carries a digest of itself and
-the digest of its unit's input, so that a receipt can neither be changed nor come from elsewhere.
+has reached the disk, and holds the size and SHA-256 of each, and the checksum of each chunk. It
+carries a digest of itself, of its unit's input and of what the unit was made with, so that it can
+neither be changed nor come from elsewhere, nor can a file that it names.
 Receipts lie in the folder of the array `units` (tokens in each unit).
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 from carryon.cache.atomic import json_bytes, write_json
 from carryon.cache.errors import DamagedStoreError, UnfinishedStoreError
 from carryon.cache.layout import receipt_path
-from carryon.cache.manifest import digest_of
+from carryon.cache.manifest import Manifest, digest_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,10 @@ class FileEntry:
 
     bytes: int
     sha256: str
+    chunks: list[str]
+    """crc32c of each chunk of a shard, hex, as it stands at the chunk's end: a read compares
+    them, so that a whole shard from elsewhere is not taken for this one. Empty for small files,
+    which are compared by SHA-256."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +38,10 @@ class Receipt:
     unit: int
     num_tokens: int
     """Tokens of its samples; the rows after them belong to no sample."""
+    origin_sha256: str
+    """See `origin_of`."""
     input_sha256: str
-    """Over settings, starts, lengths, tokens and masks of the unit."""
+    """Over the origin, and starts, lengths, tokens, masks and character ends of the unit."""
     files: dict[str, FileEntry]
     """By path relative to the store."""
     elapsed_s: float
@@ -48,12 +55,26 @@ def write_receipt(root: Path, receipt: Receipt) -> None:
     write_json(root / receipt_path(receipt.unit), document)
 
 
-def read_receipt(root: Path, unit: int) -> Receipt:
+def origin_of(manifest: Manifest, unit: int) -> str:
+    """Return the digest of what a unit is made with: base, forward, settings, its corpus."""
+    return digest_of(
+        {
+            "base": manifest.base_content,
+            "forward": manifest.forward,
+            "settings": manifest.settings,
+            "width": manifest.width,
+            "corpus": manifest.part_of(unit).fingerprint,
+            "unit": unit,
+        }
+    )
+
+
+def read_receipt(root: Path, manifest: Manifest, unit: int) -> Receipt:
     """Read and check the receipt of a unit.
 
     Raises:
         UnfinishedStoreError: the unit has no receipt.
-        DamagedStoreError: the receipt was changed, or is another unit's.
+        DamagedStoreError: the receipt was changed, or is of another unit or store.
     """
     path = root / receipt_path(unit)
     try:
@@ -67,8 +88,14 @@ def read_receipt(root: Path, unit: int) -> Receipt:
         receipt = _from_document(document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStoreError(f"{path}: the receipt is damaged: run carryon repair") from error
-    if json_bytes(document) != content or receipt.unit != unit:
+    if json_bytes(document) != content:
         raise DamagedStoreError(f"{path}: the receipt was changed: run carryon repair")
+    if (receipt.unit, receipt.origin_sha256) != (unit, origin_of(manifest, unit)):
+        raise DamagedStoreError(
+            f"{path}: expected the receipt of unit {unit} of this store, got one of unit "
+            f"{receipt.unit} that was made with another base, corpus or setting: "
+            "run carryon repair"
+        )
     return receipt
 
 

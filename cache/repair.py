@@ -13,13 +13,20 @@ from typing import Any
 from carryon.cache.arrays import array_info, read_chunk
 from carryon.cache.atomic import sweep_partials, write_file
 from carryon.cache.base import Base, read_head
-from carryon.cache.errors import CarryOnError, DamagedStoreError
+from carryon.cache.describe import forward_facts
+from carryon.cache.errors import CarryOnError, DamagedStoreError, StoreError
 from carryon.cache.head_files import encode_head
-from carryon.cache.layout import ROW_ARRAYS, copy_path, receipt_path, row_path
+from carryon.cache.layout import ROW_ARRAYS, copy_path, has_copy, receipt_path, row_path
 from carryon.cache.lock import write_lock
-from carryon.cache.manifest import Manifest, manifest_path, read_manifest, sha256_hex
+from carryon.cache.manifest import (
+    Manifest,
+    manifest_path,
+    parse_manifest,
+    read_manifest,
+    sha256_hex,
+)
 from carryon.cache.receipt import read_receipt
-from carryon.cache.resume import refuse_other_base
+from carryon.cache.resume import refuse_other_base, refuse_other_forward
 from carryon.cache.run_units import run_units
 from carryon.cache.verify import Problem, verify
 
@@ -46,16 +53,22 @@ class RepairReport:
 def repair(root: Path, *, load_base: Callable[[Manifest], Base], batch_tokens: int) -> RepairReport:
     """Verify the store at `root` in full and put right what is wrong.
 
+    Killed at any instant, the same call goes on.
+
     Args:
         root: of the store.
         load_base: called only if states or head must be made again.
         batch_tokens: tokens in one forward pass.
 
     Raises:
+        MissingError: there is no store.
         DamagedStoreError: a planned file and its copy are both damaged; names it.
-        SettingMismatchError: the base is not the one of the store; nothing was computed.
+        SettingMismatchError: the base is not the one of the store, or computes otherwise;
+            nothing was computed.
         StoreBusyError: another process writes to the store.
     """
+    if not (manifest_path(root).exists() or (root / copy_path("zarr.json")).exists()):
+        read_manifest(root)  # raises: there is nothing to repair
     with write_lock(root):
         sweep_partials(root)
         restored = _restore_manifest(root)
@@ -65,13 +78,14 @@ def repair(root: Path, *, load_base: Callable[[Manifest], Base], batch_tokens: i
             if problem.path == "probe":  # every file is as written, and yet it means nothing
                 raise DamagedStoreError(problem.text)
         restored += _restore_planned(root, manifest, problems)
-        head_paths = [problem.path for problem in problems if problem.path.startswith("head/")]
+        head_paths = [problem.path for problem in problems if not has_copy(problem.path)]
         units = sorted(
             {each.unit for each in problems if each.unit is not None and _is_of_states(each)}
         )
         if head_paths or units:
             base = load_base(manifest)
             refuse_other_base(manifest, base.identity.to_dict(), name=str(root))
+            refuse_other_forward(manifest, forward_facts(base), name=str(root))
             restored += _restore_head(root, manifest, base, head_paths)
             for unit in units:
                 (root / receipt_path(unit)).unlink(missing_ok=True)
@@ -95,15 +109,13 @@ def _restore_manifest(root: Path) -> list[str]:
         read_manifest(root)
     except DamagedStoreError as error:
         content = copy.read_bytes() if copy.is_file() else b""
-        damaged = path.read_bytes()
-        write_file(path, content)
         try:
-            read_manifest(root)
-        except CarryOnError:
-            write_file(path, damaged)
+            parse_manifest(content, name=str(copy), has_copy=True)
+        except StoreError:
             raise DamagedStoreError(
                 f"{root}: the manifest and its copy are both damaged: {error}"
             ) from error
+        write_file(path, content)
         return [path.name]
     if not copy.is_file() or copy.read_bytes() != path.read_bytes():
         write_file(copy, path.read_bytes())
@@ -115,7 +127,7 @@ def _restore_planned(root: Path, manifest: Manifest, problems: Iterable[Problem]
     """Restore files of the plan, and token rows of units, from their twins."""
     restored = []
     for problem in problems:
-        if problem.is_missing_unit or problem.path.startswith("head/") or _is_of_states(problem):
+        if _is_of_states(problem) or not has_copy(problem.path):
             continue
         prefix = copy_path("")
         is_copy = problem.path.startswith(prefix)
@@ -137,11 +149,11 @@ def _is_right(root: Path, manifest: Manifest, path: str, twin: str, unit: int | 
     if unit is None:
         return sha256_hex((root / twin).read_bytes()) in manifest.files.get(path, [])
     try:
-        expected = read_receipt(root, unit).files[path].sha256
+        expected = read_receipt(root, manifest, unit).files[path].sha256
     except CarryOnError:
         # No receipt says what it should be; its own checksum must do.
         try:
-            read_chunk(root, twin, array_info(root, path.partition("/")[0]))
+            read_chunk(root, twin, array_info(root, path.partition("/")[0]), sha256=None)
         except DamagedStoreError:
             return False
         return True

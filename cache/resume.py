@@ -28,6 +28,20 @@ def refuse_other_settings(old: Manifest, new: Manifest, *, name: str) -> None:
             )
 
 
+def refuse_other_forward(manifest: Manifest, forward: Mapping[str, Any], *, name: str) -> None:
+    """Check that a loaded base computes as the one that made the store.
+
+    Raises:
+        SettingMismatchError: names the setting that differs, and both values.
+    """
+    for setting, before in manifest.forward.items():
+        if forward.get(setting) != before:
+            raise SettingMismatchError(
+                f"{name}: the store was made with {setting} = {before}, this base was loaded with "
+                f"{forward.get(setting)}: load it as the store was made"
+            )
+
+
 def refuse_other_base(manifest: Manifest, base: Mapping[str, Any], *, name: str) -> None:
     """Check that a loaded base (its identity as plain values) is the one of the store.
 
@@ -66,9 +80,10 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
         "forward": manifest.forward,
         "corpus": manifest.corpus,
         "store": manifest.settings,
+        "head": manifest.head,
     }
     flat = {
-        f"{section}.{name}" if section == "base" else name: value
+        f"{section}.{name}" if section in ("base", "head") else name: value
         for section, values in sections.items()
         for name, value in values.items()
     }

@@ -8,6 +8,7 @@ positions, R rows of a unit, D base width.
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,12 +20,16 @@ from tqdm import tqdm
 
 from carryon.cache.base import Base
 from carryon.cache.capture import capture
-from carryon.cache.layout import ITEM_BYTES, shard_path
+from carryon.cache.errors import DamagedStoreError
+from carryon.cache.layout import ITEM_BYTES, ROW_ARRAYS, receipt_path, row_path, shard_path
 from carryon.cache.manifest import Manifest
 from carryon.cache.plan import plan_batches
 from carryon.cache.precision import STATE_TYPES
-from carryon.cache.receipt import Receipt, units_with_receipt
+from carryon.cache.receipt import Receipt, read_receipt, units_with_receipt
 from carryon.cache.unit_writer import UnitInput, read_sample_places, read_unit_input, write_unit
+
+_CHUNK_OVERHEAD_BYTES = 1024  # header, checksum and index entry; or a chunk of zeros, compressed
+_RECEIPT_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,14 +71,12 @@ def run_units(
     The caller holds the write lock. Ctrl-C ends it between two commits; nothing is lost but the
     unit at hand.
     """
-    done = units_with_receipt(root)
-    todo = [unit for unit in range(manifest.num_units) if unit not in done]
-    todo = todo if units is None else list(units)
+    todo = _units_to_do(root, manifest) if units is None else list(units)
     starts, lengths = read_sample_places(root, manifest)
     bounds = np.searchsorted(starts, np.arange(manifest.num_units + 1) * manifest.unit_tokens)
     total = sum(int(lengths[bounds[unit] : bounds[unit + 1]].sum()) for unit in todo)
     receipts: list[Receipt] = []
-    budget = _DiskBudget(root, max_disk_bytes)
+    budget = _DiskBudget(root, manifest, max_disk_bytes)
     started_at = time.perf_counter()
     with (
         tqdm(total=total, unit="tok", desc="extract", disable=not todo) as bar,
@@ -81,11 +84,22 @@ def run_units(
     ):
         pending: Future[Receipt] | None = None
         is_finished = True
+
+        def collect(written: Future[Receipt]) -> None:
+            receipts.append(written.result())
+            budget.settle(receipts[-1])
+            bar.set_postfix_str(f"{budget.written / 1e6:,.0f} MB written")
+
         for unit in todo:
-            if not budget.allows_another(receipts, has_pending=pending is not None):
+            span = slice(bounds[unit], bounds[unit + 1])
+            num_tokens = int(lengths[span].sum())
+            if pending is not None and not budget.has_room(num_tokens):
+                collect(pending)  # its true size may leave room
+                pending = None
+            if not budget.has_room(num_tokens):
                 is_finished = False
                 break
-            span = slice(bounds[unit], bounds[unit + 1])
+            budget.reserve(num_tokens)
             unit_input = read_unit_input(
                 root, manifest, unit, starts=starts[span], lengths=lengths[span]
             )
@@ -95,17 +109,25 @@ def run_units(
             )
             elapsed_s = time.perf_counter() - unit_started_at
             if pending is not None:
-                receipts.append(pending.result())
-                bar.set_postfix_str(f"{_stored_bytes(receipts) / 1e6:,.0f} MB written")
+                collect(pending)
             pending = writer.submit(
                 write_unit, root, manifest, unit_input, hidden, elapsed_s=elapsed_s
             )
         if pending is not None:
-            receipts.append(pending.result())
-            bar.set_postfix_str(f"{_stored_bytes(receipts) / 1e6:,.0f} MB written")
+            collect(pending)
     return _report(
         root, manifest, receipts, time.perf_counter() - started_at, is_finished=is_finished
     )
+
+
+def _units_to_do(root: Path, manifest: Manifest) -> list[int]:
+    """Return the units without a receipt; one that is damaged or of another store is none."""
+    done = set()
+    for unit in units_with_receipt(root) & set(range(manifest.num_units)):
+        with suppress(DamagedStoreError):
+            read_receipt(root, manifest, unit)
+            done.add(unit)
+    return [unit for unit in range(manifest.num_units) if unit not in done]
 
 
 def compute_unit(
@@ -148,19 +170,39 @@ def raw_bytes(manifest: Manifest, num_tokens: int) -> int:
     return num_tokens * manifest.width * item_bytes * len(manifest.taps)
 
 
+def most_bytes(manifest: Manifest, num_tokens: int) -> int:
+    """Return the most that computing a unit of `num_tokens` tokens can add to the store."""
+    chunks = -(-num_tokens // manifest.rows_per_chunk)
+    raw = raw_bytes(manifest, chunks * manifest.rows_per_chunk)  # incompressible: stored as it is
+    scales = 4 * (manifest.unit_tokens + manifest.width)
+    frames = manifest.unit_tokens // manifest.rows_per_chunk * _CHUNK_OVERHEAD_BYTES
+    return raw + len(manifest.taps) * (scales + frames) + _RECEIPT_BYTES
+
+
 class _DiskBudget:
-    """Whether one more unit fits under the limit, judged by the largest unit so far."""
+    """Whether one more unit is sure to fit under the limit, however badly it compresses."""
 
-    def __init__(self, root: Path, max_bytes: int | None) -> None:
-        self._max_bytes = max_bytes
-        self._used = _folder_bytes(root) if max_bytes is not None else 0
+    def __init__(self, root: Path, manifest: Manifest, max_bytes: int | None) -> None:
+        self._root, self._manifest = root, manifest
+        self._left = None if max_bytes is None else max_bytes - _folder_bytes(root)
+        self.written = 0
+        """Bytes of the units settled."""
 
-    def allows_another(self, receipts: list[Receipt], *, has_pending: bool) -> bool:
-        if self._max_bytes is None:
-            return True
-        sizes = [_stored_bytes([receipt]) for receipt in receipts]
-        largest = max(sizes, default=0)
-        return self._used + sum(sizes) + largest * (1 + has_pending) <= self._max_bytes
+    def has_room(self, num_tokens: int) -> bool:
+        return self._left is None or most_bytes(self._manifest, num_tokens) <= self._left
+
+    def reserve(self, num_tokens: int) -> None:
+        if self._left is not None:
+            self._left -= most_bytes(self._manifest, num_tokens)
+
+    def settle(self, receipt: Receipt) -> None:
+        """Take the unit's true size in place of what was reserved for it."""
+        rows = {row_path(name, receipt.unit) for name in ROW_ARRAYS}  # there since planning
+        size = (self._root / receipt_path(receipt.unit)).stat().st_size
+        size += sum(entry.bytes for path, entry in receipt.files.items() if path not in rows)
+        self.written += size
+        if self._left is not None:
+            self._left += most_bytes(self._manifest, receipt.num_tokens) - size
 
 
 def _report(
@@ -183,10 +225,6 @@ def _report(
         elapsed_s=round(elapsed_s, 3),
         is_finished=is_finished,
     )
-
-
-def _stored_bytes(receipts: list[Receipt]) -> int:
-    return sum(entry.bytes for receipt in receipts for entry in receipt.files.values())
 
 
 def _folder_bytes(root: Path) -> int:

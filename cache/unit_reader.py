@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.arrays import ArrayInfo, array_info, read_chunk
-from carryon.cache.chunk import decode_shard
+from carryon.cache.chunk import chunk_checksums, decode_shard
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.layout import channel_scale_path, row_path, shard_path, token_scale_path
 from carryon.cache.manifest import Manifest
@@ -32,7 +32,7 @@ class UnitFiles:
         """Return a unit's `tokens`, `loss_mask` or `char_end`, [R]."""
         path = row_path(name, unit)
         self._check_size(path, receipt)
-        return read_chunk(self._root, path, self._info(name))
+        return read_chunk(self._root, path, self._info(name), sha256=[receipt.files[path].sha256])
 
     def states(self, tap: str, unit: int, rows: slice, receipt: Receipt) -> NDArray[Any]:
         """Return `rows` of a unit's states at a tap; only the chunks they lie in are decoded.
@@ -48,16 +48,25 @@ class UnitFiles:
         path = shard_path(tap, unit)
         self._check_size(path, receipt)
         stored = np.fromfile(self._root / path, dtype=np.uint8)
+        num_chunks, name = manifest.unit_tokens // per_chunk, f"{self._root} unit {unit} tap {tap}"
         dtype = STATE_TYPES[manifest.settings["dtype"]]
         out = np.empty(((stop_chunk - first_chunk) * per_chunk, manifest.width), dtype=dtype)
         decode_shard(
             stored.data,
             out,
             rows_per_chunk=per_chunk,
-            num_chunks=manifest.unit_tokens // per_chunk,
+            num_chunks=num_chunks,
             first_chunk=first_chunk,
-            name=f"{self._root} unit {unit} tap {tap}",
+            name=name,
         )
+        found = chunk_checksums(stored.data, num_chunks=num_chunks, name=name)
+        expected = receipt.files[path].chunks
+        for chunk in range(first_chunk, stop_chunk):
+            if found[chunk] != expected[chunk]:
+                raise DamagedStoreError(
+                    f"{name} chunk {chunk}: sound, but not the one that was written there: "
+                    "run carryon verify, then repair"
+                )
         skipped = first_chunk * per_chunk
         wanted = out[rows.start - skipped : rows.stop - skipped]
         if manifest.settings["profile"] not in STEPS:
@@ -70,8 +79,13 @@ class UnitFiles:
         token_path, channel_path = token_scale_path(tap, unit), channel_scale_path(tap, unit)
         self._check_size(token_path, receipt)
         self._check_size(channel_path, receipt)
-        token = read_chunk(self._root, token_path, self._info(f"scale/token/{tap}"))
-        channel = read_chunk(self._root, channel_path, self._info(f"scale/channel/{tap}"))
+        token, channel = (
+            read_chunk(self._root, path, self._info(name), sha256=[receipt.files[path].sha256])
+            for path, name in (
+                (token_path, f"scale/token/{tap}"),
+                (channel_path, f"scale/channel/{tap}"),
+            )
+        )
         return from_codes(Codes(codes=codes, token_scale=token[rows], channel_scale=channel[0]))
 
     def _info(self, name: str) -> ArrayInfo:

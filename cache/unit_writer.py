@@ -6,7 +6,7 @@ D base width, n samples of a unit.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.arrays import array_info, read_array, read_chunk
 from carryon.cache.atomic import write_file
-from carryon.cache.chunk import encode_chunk, encode_shard
+from carryon.cache.chunk import chunk_checksums, encode_chunk, encode_shard
 from carryon.cache.errors import InputError
 from carryon.cache.head import widen
 from carryon.cache.layout import (
@@ -26,9 +26,9 @@ from carryon.cache.layout import (
     shard_path,
     token_scale_path,
 )
-from carryon.cache.manifest import Manifest, digest_of, sha256_hex
+from carryon.cache.manifest import Manifest, sha256_hex
 from carryon.cache.precision import STEPS, bfloat16_bits, to_codes
-from carryon.cache.receipt import FileEntry, Receipt, write_receipt
+from carryon.cache.receipt import FileEntry, Receipt, origin_of, write_receipt
 
 States = NDArray[Any]  # float32, or uint16 bits of bfloat16
 
@@ -61,7 +61,7 @@ def read_unit_input(
     starts: NDArray[np.int64],
     lengths: NDArray[np.int32],
 ) -> UnitInput:
-    """Read a unit's tokens.
+    """Read a unit's tokens; masks and character ends are read too, and held to their checksums.
 
     Args:
         root: of the store.
@@ -69,15 +69,20 @@ def read_unit_input(
         unit: which one.
         starts: [n] first row of each of its samples, on the token axis.
         lengths: [n] their tokens.
+
+    Raises:
+        DamagedStoreError: a file is missing or does not match its checksum.
     """
-    tokens = read_chunk(root, row_path("tokens", unit), array_info(root, "tokens"))
-    mask = read_chunk(root, row_path("loss_mask", unit), array_info(root, "loss_mask"))
+    rows = {
+        name: read_chunk(root, row_path(name, unit), array_info(root, name), sha256=None)
+        for name in ROW_ARRAYS
+    }
     within = starts - unit * manifest.unit_tokens
-    digest = hashlib.sha256(_computed_with(manifest).encode())
-    for values in (within, lengths, tokens, mask):
+    digest = hashlib.sha256(origin_of(manifest, unit).encode())
+    for values in (within, lengths, *rows.values()):
         digest.update(np.ascontiguousarray(values).tobytes())
     return UnitInput(
-        unit=unit, starts=within, lengths=lengths, tokens=tokens, sha256=digest.hexdigest()
+        unit=unit, starts=within, lengths=lengths, tokens=rows["tokens"], sha256=digest.hexdigest()
     )
 
 
@@ -85,9 +90,9 @@ def read_sample_places(
     root: Path, manifest: Manifest
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Return first row and length of every planned sample, [S] each."""
-    stop = manifest.num_samples
-    starts = read_array(root, "samples/start", stop=stop)
-    return starts, read_array(root, "samples/length", stop=stop)
+    stop, digests = manifest.num_samples, manifest.files
+    starts = read_array(root, "samples/start", stop=stop, digests=digests)
+    return starts, read_array(root, "samples/length", stop=stop, digests=digests)
 
 
 def write_unit(
@@ -109,22 +114,30 @@ def write_unit(
         elapsed_s: seconds its computation took.
 
     Raises:
-        InputError: taps or shapes do not fit, or a state is not finite; names sample row and tap.
+        InputError: taps or shapes do not fit, or a state is not finite in the type it is stored
+            in; names sample, token and tap. Nothing of the unit was written.
         DiskFullError: no space left; the unit has no receipt and will be computed again.
     """
-    _check(manifest, unit_input, hidden)
+    _check_shapes(manifest, unit_input, hidden)
     unit = unit_input.unit
+    stored = {tap: _stored(manifest, states) for tap, states in hidden.items()}
+    for tap, rows in stored.items():
+        _check_rows(root, manifest, unit_input, tap, hidden[tap])
+        if rows is not hidden[tap]:
+            _check_rows(root, manifest, unit_input, tap, rows)
     entries: dict[str, FileEntry] = {}
     for name in ROW_ARRAYS:
         path = row_path(name, unit)
         entries[path] = _entry((root / path).read_bytes())
-    for tap, states in hidden.items():
-        for path, content in _encode_tap(manifest, tap, unit, states):
+    for tap, rows in stored.items():
+        for path, content in _encode_tap(manifest, tap, unit, rows):
             write_file(root / path, content)
-            entries[path] = _entry(content)
+            chunks = _checksums(manifest, content) if path == shard_path(tap, unit) else []
+            entries[path] = _entry(content, chunks=chunks)
     receipt = Receipt(
         unit=unit,
         num_tokens=unit_input.num_tokens,
+        origin_sha256=origin_of(manifest, unit),
         input_sha256=unit_input.sha256,
         files=entries,
         elapsed_s=round(elapsed_s, 3),
@@ -134,14 +147,13 @@ def write_unit(
 
 
 def _encode_tap(
-    manifest: Manifest, tap: str, unit: int, states: States
+    manifest: Manifest, tap: str, unit: int, rows: NDArray[Any]
 ) -> list[tuple[str, bytes | bytearray]]:
     profile = manifest.settings["profile"]
     rows_per_chunk = manifest.rows_per_chunk
     if profile not in STEPS:
-        rows = _stored(states, dtype=manifest.settings["dtype"])
         return [(shard_path(tap, unit), encode_shard(rows, rows_per_chunk=rows_per_chunk))]
-    codes = to_codes(widen(states), step=STEPS[profile])
+    codes = to_codes(rows, step=STEPS[profile])
     return [
         (shard_path(tap, unit), encode_shard(codes.codes, rows_per_chunk=rows_per_chunk)),
         (token_scale_path(tap, unit), encode_chunk(codes.token_scale)),
@@ -149,13 +161,18 @@ def _encode_tap(
     ]
 
 
-def _stored(states: States, *, dtype: str) -> NDArray[Any]:
+def _stored(manifest: Manifest, states: States) -> NDArray[Any]:
+    """Return the states in the type that is stored, or float32 for a lossy profile."""
+    if manifest.settings["profile"] in STEPS:
+        return widen(states)
     if states.dtype == np.uint16:
         return states
-    return bfloat16_bits(states) if dtype == "bfloat16" else states.astype(dtype)
+    dtype = manifest.settings["dtype"]
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+        return bfloat16_bits(states) if dtype == "bfloat16" else states.astype(dtype)
 
 
-def _check(manifest: Manifest, unit_input: UnitInput, hidden: Mapping[str, States]) -> None:
+def _check_shapes(manifest: Manifest, unit_input: UnitInput, hidden: Mapping[str, States]) -> None:
     unit = unit_input.unit
     if list(hidden) != manifest.taps:
         raise InputError(f"unit {unit}: expected states at {manifest.taps}, got {list(hidden)}")
@@ -166,15 +183,36 @@ def _check(manifest: Manifest, unit_input: UnitInput, hidden: Mapping[str, State
                 f"unit {unit}, tap {tap}: expected {expected} states, one row for each row of the "
                 f"unit, got {states.shape}"
             )
-        finite = _is_finite(states)
-        if not finite.all():
-            row = int(np.argmin(finite))
-            sample = int(np.searchsorted(unit_input.starts, row, side="right")) - 1
-            raise InputError(
-                f"unit {unit}, tap {tap}: the base gave a state that is not finite, in sample "
-                f"{sample} of the unit at token {row - int(unit_input.starts[sample])}: nothing "
-                "of this unit was written; leave the sample out or compute in another dtype"
-            )
+
+
+def _check_rows(
+    root: Path, manifest: Manifest, unit_input: UnitInput, tap: str, rows: NDArray[Any]
+) -> None:
+    """Check rows [R, D] as given or as stored: all finite, and 0 where there is no sample."""
+    unit = unit_input.unit
+    if rows[unit_input.num_tokens :].any():
+        raise InputError(
+            f"unit {unit}, tap {tap}: expected 0 in the rows after the last sample's "
+            f"{unit_input.num_tokens} tokens, got states: nothing of this unit was written"
+        )
+    finite = _is_finite(rows)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        within = int(np.searchsorted(unit_input.starts, row, side="right")) - 1
+        name = _sample_id(root, manifest, unit, within)
+        raise InputError(
+            f"unit {unit}, tap {tap}: a state is not finite as {manifest.settings['dtype']}, in "
+            f"sample {name!r} at token {row - int(unit_input.starts[within])}: nothing of this "
+            "unit was written; leave the sample out or compute and store in another dtype"
+        )
+
+
+def _sample_id(root: Path, manifest: Manifest, unit: int, within: int) -> str:
+    """Return the id of the sample that is number `within` of a unit."""
+    starts, _ = read_sample_places(root, manifest)
+    sample = int(np.searchsorted(starts, unit * manifest.unit_tokens)) + within
+    ids = read_array(root, "samples/id", first=sample, stop=sample + 1, digests=manifest.files)
+    return bytes(ids.tobytes()).rstrip(b"\0").decode()
 
 
 def _is_finite(states: States) -> NDArray[np.bool_]:
@@ -184,16 +222,10 @@ def _is_finite(states: States) -> NDArray[np.bool_]:
     return np.asarray(np.isfinite(states).all(axis=1))
 
 
-def _computed_with(manifest: Manifest) -> str:
-    return digest_of(
-        {
-            "base": manifest.base,
-            "forward": manifest.forward,
-            "settings": manifest.settings,
-            "width": manifest.width,
-        }
-    )
+def _checksums(manifest: Manifest, shard: bytes | bytearray) -> list[str]:
+    num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
+    return chunk_checksums(memoryview(shard), num_chunks=num_chunks, name="new shard")
 
 
-def _entry(content: bytes | bytearray) -> FileEntry:
-    return FileEntry(bytes=len(content), sha256=sha256_hex(content))
+def _entry(content: bytes | bytearray, *, chunks: Sequence[str] = ()) -> FileEntry:
+    return FileEntry(bytes=len(content), sha256=sha256_hex(content), chunks=list(chunks))

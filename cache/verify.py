@@ -1,10 +1,11 @@
 """A store against its own receipts: what is missing, what was changed, where.
 
-Three depths. `quick` compares names and sizes, and checks everything small; `sample` also decodes
-random chunks; `full` reads every byte and compares SHA-256. Nothing is written.
+Three depths. `quick` compares names and sizes, and reads documents, receipts and probe; `sample`
+also decodes random chunks; `full` reads every byte and compares SHA-256. Nothing is written.
 """
 
 import random
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,18 +13,35 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from carryon.cache.arrays import array_info, read_chunk
 from carryon.cache.chunk import decode_chunk, shard_index
-from carryon.cache.errors import CarryOnError, DamagedStoreError
-from carryon.cache.layout import ROW_ARRAYS, copy_path, receipt_path, row_path, shard_path
-from carryon.cache.manifest import Manifest, manifest_path, read_manifest, sha256_hex
-from carryon.cache.precision import STATE_TYPES
+from carryon.cache.errors import CarryOnError, DamagedStoreError, StoreError
+from carryon.cache.layout import (
+    ROW_ARRAYS,
+    copy_path,
+    has_copy,
+    receipt_path,
+    row_path,
+    shard_path,
+    state_paths,
+)
+from carryon.cache.manifest import (
+    Manifest,
+    manifest_path,
+    parse_manifest,
+    read_manifest,
+    sha256_hex,
+)
+from carryon.cache.precision import STATE_TYPES, STEPS
 from carryon.cache.reader import Store
-from carryon.cache.receipt import Receipt, read_receipt, units_with_receipt
+from carryon.cache.receipt import FileEntry, Receipt, read_receipt, units_with_receipt
 from carryon.cache.unit_writer import read_sample_places, read_unit_input
 
 Depth = Literal["quick", "sample", "full"]
 
 _SAMPLED_CHUNKS = 64
+_LARGE = ("head/lm_head/c/", "samples/", copy_path("samples/"))
+"""Files of the plan that grow with vocabulary or samples; read by `full` only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,13 +110,12 @@ def verify(root: Path, *, depth: Depth, seed: int = 0) -> VerifyReport:
         walk.check_unit(unit, is_done=unit in done)
     if depth == "sample":
         walk.check_some_chunks(sorted(done & set(units)), seed=seed)
-    if not walk.problems:
-        walk.check_meaning()
+    walk.check_meaning()
     return VerifyReport(
         store=str(root),
         depth=depth,
         problems=walk.problems,
-        num_files=walk.num_files,
+        num_files=len(walk.files),
         num_bytes=walk.num_bytes,
     )
 
@@ -109,53 +126,103 @@ class _Walk:
     def __init__(self, root: Path, manifest: Manifest, depth: Depth) -> None:
         self.root, self.manifest, self.depth = root, manifest, depth
         self.problems: list[Problem] = []
-        self.num_files = self.num_bytes = 0
+        self.files = {manifest_path(root).name}
+        self.num_bytes = manifest_path(root).stat().st_size
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing damaged was found so far."""
+        return all(problem.is_missing_unit for problem in self.problems)
 
     def check_plan(self) -> None:
         """Check the manifest's copy and every file that planning wrote."""
-        manifest = manifest_path(self.root)
-        planned = {manifest.name: [sha256_hex(manifest.read_bytes())]} | self.manifest.files
-        for path, digests in planned.items():
-            self._planned(path, digests)
-            if not path.startswith("head/"):
-                self._planned(copy_path(path), digests)
+        self._check_manifest_copy()
+        for path, digests in self.manifest.files.items():
+            self._check_planned(path, digests)
+            if has_copy(path):
+                self._check_planned(copy_path(path), digests)
 
     def check_unit(self, unit: int, *, is_done: bool) -> None:
-        """Check the receipt of a unit and the files it names."""
-        path = receipt_path(unit)
-        if not is_done:
+        """Check the receipt of a unit and its files."""
+        path, receipt = receipt_path(unit), None
+        if is_done:
+            receipt = self._checked_receipt(unit)
+        else:
             problem = Problem(
                 path=path, unit=unit, text="the unit is not extracted", is_missing_unit=True
             )
             self.problems.append(problem)
+        for name in ROW_ARRAYS:
+            for each in (row_path(name, unit), copy_path(row_path(name, unit))):
+                if receipt is not None:
+                    self._check_entry(each, receipt.files[row_path(name, unit)], receipt)
+                else:
+                    self._check_rows(name, each, unit)
+        if receipt is None:
+            return
+        for each in self._state_paths(unit):
+            self._check_entry(each, receipt.files[each], receipt)
+
+    def _state_paths(self, unit: int) -> list[str]:
+        is_lossy = self.manifest.settings["profile"] in STEPS
+        return state_paths(self.manifest.taps, unit, is_lossy=is_lossy)
+
+    def _check_manifest_copy(self) -> None:
+        copy = copy_path(manifest_path(self.root).name)
+        content = self._content(copy, unit=None)
+        if content is None:
             return
         try:
-            receipt = read_receipt(self.root, unit)
-        except CarryOnError as error:
-            self._note(path, unit, str(error))
+            found = parse_manifest(content, name=copy, has_copy=True)
+        except StoreError as error:
+            self._note(copy, None, str(error))
             return
-        self.num_files += 1
-        entries = dict(receipt.files)
-        for name in ROW_ARRAYS:
-            entries[copy_path(row_path(name, unit))] = receipt.files[row_path(name, unit)]
-        for name, entry in entries.items():
-            size = self._size(name, unit=unit)
-            if size is None:
-                continue
-            if size != entry.bytes:
-                self._note(name, unit, f"expected {entry.bytes} bytes, got {size}")
-            elif self.depth == "full":
-                content = self._content(name, unit=unit) or b""
-                if sha256_hex(content) != entry.sha256:
-                    self._note(name, unit, self._where(name, receipt, content))
+        if not found.is_stage_of(self.manifest):
+            self._note(copy, None, "it is the manifest of another store")
 
-    def _planned(self, path: str, digests: list[str]) -> None:
-        if self.depth != "full" and not path.endswith("zarr.json"):
+    def _check_planned(self, path: str, digests: Collection[str]) -> None:
+        if self.depth != "full" and path.startswith(_LARGE):
             self._size(path, unit=None)
             return
         content = self._content(path, unit=None)
         if content is not None and sha256_hex(content) not in digests:
             self._note(path, None, "its SHA-256 is not the one that planning recorded")
+
+    def _checked_receipt(self, unit: int) -> Receipt | None:
+        path = receipt_path(unit)
+        self.num_bytes += self._size(path, unit=unit) or 0
+        try:
+            receipt = read_receipt(self.root, self.manifest, unit)
+        except CarryOnError as error:
+            self._note(path, unit, str(error))
+            return None
+        expected = {row_path(name, unit) for name in ROW_ARRAYS}
+        expected |= {*self._state_paths(unit)}
+        if set(receipt.files) != expected:
+            self._note(path, unit, f"expected it to name {sorted(expected)}")
+            return None
+        return receipt
+
+    def _check_entry(self, path: str, entry: FileEntry, receipt: Receipt) -> None:
+        """Check a file against what the receipt says of it."""
+        size = self._size(path, unit=receipt.unit)
+        if size is None:
+            return
+        if size != entry.bytes:
+            self._note(path, receipt.unit, f"expected {entry.bytes} bytes, got {size}")
+        elif self.depth == "full":
+            content = self._content(path, unit=receipt.unit) or b""
+            if sha256_hex(content) != entry.sha256:
+                self._note(path, receipt.unit, self._where(path, receipt, content))
+
+    def _check_rows(self, name: str, path: str, unit: int) -> None:
+        """Check tokens, masks or character ends that no receipt speaks of yet."""
+        if self._size(path, unit=unit) is None or self.depth == "quick":
+            return
+        try:
+            read_chunk(self.root, path, array_info(self.root, name), sha256=None)
+        except DamagedStoreError as error:
+            self._note(path, unit, str(error).partition(": run carryon")[0])
 
     def check_some_chunks(self, units: list[int], *, seed: int) -> None:
         """Decode random chunks of the hidden states."""
@@ -170,7 +237,12 @@ class _Walk:
                 self._note(path, unit, text)
 
     def check_meaning(self) -> None:
-        """Check the probe, and that receipts belong to this store's input."""
+        """Check the probe, and that receipts belong to this store's input.
+
+        Only of a store whose files are sound: a damaged one would fail here again, less clearly.
+        """
+        if not self.is_sound:
+            return
         try:
             Store.open(self.root, allow_unfinished=True)
         except CarryOnError as error:
@@ -186,8 +258,8 @@ class _Walk:
             found = read_unit_input(
                 self.root, self.manifest, unit, starts=starts[span], lengths=lengths[span]
             )
-            if found.sha256 != read_receipt(self.root, unit).input_sha256:
-                self._note(receipt_path(unit), unit, "the receipt is for other input or settings")
+            if found.sha256 != read_receipt(self.root, self.manifest, unit).input_sha256:
+                self._note(receipt_path(unit), unit, "the receipt is for other tokens or samples")
 
     def _where(self, path: str, receipt: Receipt, content: bytes) -> str:
         """Say which chunk of a changed file is damaged."""
@@ -216,7 +288,7 @@ class _Walk:
         return None
 
     def _size(self, path: str, *, unit: int | None) -> int | None:
-        self.num_files += 1
+        self.files.add(path)
         try:
             return (self.root / path).stat().st_size
         except FileNotFoundError:
@@ -224,12 +296,12 @@ class _Walk:
             return None
 
     def _content(self, path: str, *, unit: int | None) -> bytes | None:
+        self.files.add(path)
         try:
             content = (self.root / path).read_bytes()
         except FileNotFoundError:
             self._note(path, unit, "the file is missing")
             return None
-        self.num_files += 1
         self.num_bytes += len(content)
         return content
 

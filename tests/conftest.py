@@ -1,12 +1,32 @@
-"""Fixtures shared by all tests: tiny bases."""
+"""Fixtures shared by all tests: tiny bases, tiny stores; and how many rounds damage tests run."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_bases import make_tiny_base
+from tiny_stores import extract_tiny, write_corpus
 
 from carryon.cache.base import Base, load_base
 from carryon.cache.spec import ForwardSettings
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run take the full number of rounds."""
+    parser.addoption(
+        "--kill-rounds",
+        type=int,
+        default=2,
+        help="random kill -9 during extraction (full: 50); 50 or more also kill at every change",
+    )
+    parser.addoption(
+        "--corruption-rounds",
+        type=int,
+        default=12,
+        help="single bytes flipped at random in a store (full: 200)",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +41,42 @@ def tiny_base(tiny_base_folder: Path) -> Base:
     return load_base(
         str(tiny_base_folder), forward=ForwardSettings(device="cpu", compute_dtype="float32")
     )
+
+
+@pytest.fixture
+def store_tmp(tmp_path: Path) -> Iterator[Path]:
+    """A new folder, in memory where the system has one: stores flush every file to the disk."""
+    if not Path("/dev/shm").is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def store_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 12 texts, two of them held out."""
+    return write_corpus(tmp_path_factory.mktemp("corpora") / "texts.jsonl", num_samples=12)
+
+
+@pytest.fixture(scope="session")
+def store_more_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another 8 texts, to be appended."""
+    path = tmp_path_factory.mktemp("corpora") / "more.jsonl"
+    return write_corpus(path, num_samples=8, first=12)
+
+
+@pytest.fixture(scope="session")
+def store_original(
+    tiny_base: Base, store_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished store of several units, at taps final and layer.1; not to be changed."""
+    root = tmp_path_factory.mktemp("stores") / "store"
+    extract_tiny(tiny_base, store_data, root)
+    return root
+
+
+@pytest.fixture
+def store_folder(store_original: Path, store_tmp: Path) -> Path:
+    """A copy of it, for a test to damage."""
+    return Path(shutil.copytree(store_original, store_tmp / "store"))

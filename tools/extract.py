@@ -66,6 +66,12 @@ def extract(
     )
     if not report.is_finished:
         print(f"stopped at --max-disk {max_disk}; give more to go on", file=sys.stderr)
+    print(
+        f"{report.store}: {report.num_tokens:,} tokens in {report.num_units:,} units; computed "
+        f"{report.computed_tokens:,} of them now in {report.elapsed_s:,.0f} s, "
+        f"{report.stored_bytes / 1e6:,.1f} MB of {report.raw_bytes / 1e6:,.1f} MB raw",
+        file=sys.stderr,
+    )
     print(json.dumps(report.to_dict()))
     return report.to_dict()
 

@@ -1,8 +1,18 @@
 """`carryon inspect`: what is in a store, for people or as JSON."""
 
 import json as json_format
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
+
+LABELS = {
+    "documents": "metadata",
+    "head": "head and norm",
+    "probe": "probe",
+    "samples": "sample tables",
+    "units": "receipts, copies",
+}
+"""What the sizes of small arrays are summed under, by the first part of their names."""
 
 
 def inspect_store(store: str, /, *, json: bool = False) -> dict[str, Any]:
@@ -92,12 +102,14 @@ def _corpus_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _size_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
+    totals: Counter[str] = Counter()
     for name, size in facts["array_bytes"].items():
-        tap = name.removeprefix("hidden/")
-        ratio = facts["ratio_to_raw"].get(tap) if tap != name else None
-        note = f", {ratio:.3f} of raw {facts['dtype']} with its scales" if ratio else ""
-        note = note if facts["profile_error"] else note.removesuffix(" with its scales")
+        totals[LABELS.get(name.partition("/")[0], name)] += size
+    rows: list[tuple[str, Any]] = []
+    for name, size in totals.items():
+        ratio = facts["ratio_to_raw"].get(name.removeprefix("hidden/"))
+        scales = " with its scales" if facts["profile"] != "exact" else ""
+        note = f", {ratio:.3f} of raw {facts['dtype']}{scales}" if ratio else ""
         rows.append((name, f"{size:,}{note}"))
     return [*rows, ("all", f"{facts['bytes']:,}")]
 

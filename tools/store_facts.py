@@ -51,12 +51,18 @@ def describe_store(store: Store) -> dict[str, Any]:
 
 
 def measure_arrays(root: Path) -> dict[str, int]:
-    """Return the bytes on disk of each array, and of everything else as `documents`."""
+    """Return the bytes on disk of each array; `units` are the receipts and the copies that
+    repair uses, `documents` all else."""
     sizes: Counter[str] = Counter()
     for path in root.rglob("*"):
         if path.is_file():
-            array, is_chunk, _ = path.relative_to(root).as_posix().partition("/c/")
-            sizes[array if is_chunk else "documents"] += path.stat().st_size
+            name = path.relative_to(root).as_posix()
+            array, is_chunk, _ = name.partition("/c/")
+            if name.startswith("units/"):
+                array = "units"
+            elif not is_chunk:
+                array = "documents"
+            sizes[array] += path.stat().st_size
     return dict(sorted(sizes.items()))
 
 

@@ -17,8 +17,16 @@ SUBCOMMANDS = {
     "train": "train",
     "evaluate": "evaluate",
     "generate": "generate",
+    "bench store": "bench_store",
 }
-"""Subcommand -> the file of this folder with a function of that file's name."""
+"""Subcommand, of one word or two -> the file of this folder with a function of that file's
+name."""
+
+
+def join_name(words: Sequence[str]) -> list[str]:
+    """Return `words` with a name of two words, such as `bench store`, as one of them."""
+    name = " ".join(words[:2])
+    return [name, *words[2:]] if name in SUBCOMMANDS else list(words)
 
 
 def find_subcommand(name: str) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """`carryon train`: store in, carry-on out."""
 
 import json
+import sys
 from typing import Any
 
 from carryon.train.config import (
@@ -52,6 +53,13 @@ def train(
         stream=stream,
         loss=loss,
         run=run,
+    )
+    print(
+        f"{report.carryon}: {report.carryon_bytes / 1e6:.2f} MB, trained in "
+        f"{report.train_s:,.0f} s ({report.tokens_per_second:,.0f} tokens/s); "
+        f"held-out NLL of the base {report.base_nll:.4f}, with the carry-on "
+        f"{report.carryon_nll:.4f}",
+        file=sys.stderr,
     )
     print(json.dumps(report.to_dict()))
     return report.to_dict()

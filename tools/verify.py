@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 from carryon.cache.errors import InputError
 
@@ -27,7 +28,7 @@ def verify(store: str, /, *, quick: bool = False, full: bool = False) -> int:
         raise InputError("--quick and --full exclude each other: give one of them")
     from carryon.cache.verify import verify as verify_store
 
-    depth = "full" if full else "quick" if quick else "sample"
+    depth: Literal["quick", "sample", "full"] = "full" if full else "quick" if quick else "sample"
     report = verify_store(Path(store), depth=depth)
     missing = [problem for problem in report.problems if problem.is_missing_unit]
     for problem in report.problems:

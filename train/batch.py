@@ -1,13 +1,12 @@
-"""A batch: samples of one store side by side, padded on the right, with their supervised pairs.
+"""A batch: samples of one store one after another, without pads, with their supervised pairs.
 
 A supervised pair is the state of one token and the id of the next, where that next token is a
-training target of the same sample. Letters: B rows, T positions of the longest row, D base width,
-M supervised pairs.
+training target of the same sample. Letters: N tokens of the batch, B samples, D base width, M
+supervised pairs.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from carryon.cache.reader import Unit
+from carryon.train.packed_attention import Packing, pack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,19 +24,19 @@ class Batch:
     samples: NDArray[np.int64]
     """[B] indices of the samples in their store."""
     lengths: NDArray[np.int64]
-    """[B] tokens of each sample; the rest of its row is pads."""
+    """[B] tokens of each sample."""
     states: dict[str, Tensor]
-    """[B, T, D] for each tap, in the store's type; pads are 0."""
+    """[N, D] for each tap, in the store's type."""
     tokens: Tensor
-    """[B, T] int32; pads are 0."""
+    """[N] int32."""
     positions: Tensor
-    """[M] int64: b * T + t of each supervised pair's state, ascending."""
+    """[M] int64: token of each supervised pair's state, ascending."""
     targets: Tensor
     """[M] int64: the token that follows it."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens without pads."""
+        """N, tokens."""
         return int(self.lengths.sum())
 
     @property
@@ -46,7 +46,13 @@ class Batch:
 
     def sample_of(self, pair: int) -> int:
         """Return the sample that supervised pair `pair` belongs to."""
-        return int(self.samples[int(self.positions[pair]) // self.tokens.shape[1]])
+        ends = np.cumsum(self.lengths)
+        row = np.searchsorted(ends, int(self.positions[pair]), side="right")
+        return int(self.samples[row])
+
+    def packing(self) -> Packing:
+        """Return where each token belongs, on the batch's device."""
+        return pack(torch.from_numpy(self.lengths).to(self.targets.device))
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`; copies from pinned memory do not wait."""
@@ -75,21 +81,17 @@ def make_batch(
     """
     places = [_place(sample, units) for sample in samples.tolist()]
     lengths = np.array([rows.stop - rows.start for _, rows in places], dtype=np.int64)
-    shape = (len(places), int(lengths.max()))
-    tokens = np.zeros(shape, dtype=np.int32)
-    is_target = np.zeros(shape, dtype=bool)
-    for row, (unit, rows) in enumerate(places):
-        tokens[row, : lengths[row]] = unit.tokens[rows]
-        is_target[row, 1 : lengths[row]] = unit.loss_mask[rows][1:] == 1
-    # The pair of target (b, t) is the state at (b, t - 1): one less in flat order, as t >= 1.
+    tokens = np.concatenate([unit.tokens[rows] for unit, rows in places])
+    is_target = np.concatenate([unit.loss_mask[rows] for unit, rows in places]) == 1
+    is_target[np.cumsum(lengths) - lengths] = False  # nothing comes before a first token
     targets_at = np.flatnonzero(is_target)
     batch = Batch(
         samples=samples,
         lengths=lengths,
-        states={tap: _stack(tap, places, shape=shape, lengths=lengths) for tap in taps},
+        states={tap: _concatenate(tap, places) for tap in taps},
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(targets_at - 1),
-        targets=torch.from_numpy(tokens.reshape(-1)[targets_at].astype(np.int64)),
+        targets=torch.from_numpy(tokens[targets_at].astype(np.int64)),
     )
     return _pinned(batch) if is_pinned else batch
 
@@ -101,18 +103,8 @@ def _place(sample: int, units: Mapping[int, Unit]) -> tuple[Unit, slice]:
     raise AssertionError(f"sample {sample} lies in none of the units {sorted(units)}")
 
 
-def _stack(
-    tap: str,
-    places: Sequence[tuple[Unit, slice]],
-    *,
-    shape: tuple[int, int],
-    lengths: NDArray[np.int64],
-) -> Tensor:
-    first = places[0][0].hidden[tap]
-    stacked: NDArray[Any] = np.zeros((*shape, first.shape[1]), dtype=first.dtype)
-    for row, (unit, rows) in enumerate(places):
-        stacked[row, : lengths[row]] = unit.hidden[tap][rows]
-    states = torch.from_numpy(stacked)
+def _concatenate(tap: str, places: Sequence[tuple[Unit, slice]]) -> Tensor:
+    states = torch.from_numpy(np.concatenate([unit.hidden[tap][rows] for unit, rows in places]))
     return states.view(torch.bfloat16) if states.dtype == torch.uint16 else states
 
 

@@ -8,7 +8,8 @@ Several taps each have their own norm and bridge; a learned gate, a softmax over
 token, weighs them. The state that is corrected is always that of the tap `final`, which feeds the
 head.
 
-Letters: B rows, T positions, D base width, d carry-on width, K taps, M chosen positions.
+Letters: B rows, T positions, N tokens of a flat batch, D base width, d carry-on width, K taps, M
+chosen positions.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,12 @@ from torch import Tensor, nn
 from transformers import Cache, LlamaConfig, LlamaModel
 
 from carryon.train.config import CarryOnSettings
+from carryon.train.packed_attention import (
+    PACKED_ATTENTION,
+    Packing,
+    register_packed_attention,
+    unused_mask,
+)
 
 NORM_EPS = 1e-6
 
@@ -36,6 +43,7 @@ class CarryOn(nn.Module):
             nn.Linear(base_width, width, bias=False) for _ in settings.taps
         )
         self.mixer = nn.Linear(num_taps * width, num_taps) if num_taps > 1 else None
+        register_packed_attention()
         self.body = LlamaModel(body_config(settings))
         self.body.embed_tokens = None  # type: ignore[assignment]  # the bridge stands in for it
         gate_width = {"channel": base_width, "token": 1, "none": 0}[settings.gate]
@@ -53,7 +61,6 @@ class CarryOn(nn.Module):
         self,
         states: Mapping[str, Tensor],
         *,
-        positions_M: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -61,15 +68,14 @@ class CarryOn(nn.Module):
         """Return the correction delta to the `final` states, before alpha.
 
         Args:
-            states: [B, T, D] for each tap of the settings. Rows padded on the right need no mask.
-            positions_M: [M] int64, indices b * T + t at which delta is wanted; None: everywhere.
+            states: [B, T, D] for each tap of the settings.
             position_ids: [B, T] or [1, T] int64, for the rotary embedding; None: counted on from
                 the cache.
             attention_mask: [B, T_all] 1 where a token is real, for rows padded on the left.
             past_key_values: a cache made for this body (`body_config`); it is extended.
 
         Returns:
-            [M, D], or [B, T, D] without `positions_M`, in the type of the weights.
+            [B, T, D] in the type of the weights.
         """
         entrance_BTd, _ = self._enter(states)
         u_BTd = self.body(
@@ -79,7 +85,32 @@ class CarryOn(nn.Module):
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
         ).last_hidden_state
-        u = u_BTd if positions_M is None else u_BTd.flatten(0, 1)[positions_M]
+        return self._leave(u_BTd)
+
+    def correct_packed(
+        self, states: Mapping[str, Tensor], packing: Packing, positions_M: Tensor
+    ) -> Tensor:
+        """Return delta at chosen tokens of samples that lie one after another.
+
+        Args:
+            states: [N, D] for each tap of the settings.
+            packing: which token belongs to which sample.
+            positions_M: [M] int64, the tokens at which delta is wanted.
+
+        Returns:
+            [M, D] in the type of the weights.
+        """
+        entrance_Nd, _ = self._enter(states)
+        u_Nd = self.body(
+            inputs_embeds=entrance_Nd[None],
+            position_ids=packing.position_ids,
+            attention_mask=unused_mask(entrance_Nd),
+            use_cache=False,
+            packing=packing,
+        ).last_hidden_state[0]
+        return self._leave(u_Nd[positions_M])
+
+    def _leave(self, u: Tensor) -> Tensor:
         delta: Tensor = self.up(u)
         return delta if self.gate is None else torch.sigmoid(self.gate(u)) * delta
 
@@ -109,6 +140,7 @@ def body_config(settings: CarryOnSettings) -> LlamaConfig:
         num_key_value_heads=settings.heads,
         rms_norm_eps=NORM_EPS,
         vocab_size=1,
+        attn_implementation=PACKED_ATTENTION,
         bos_token_id=None,
         eos_token_id=None,
     )

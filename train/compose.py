@@ -5,8 +5,8 @@ head, they become x + alpha * delta. So caps, scales and sliced logits are the b
 with an untrained carry-on, or alpha 0, the logits are the base's bit for bit.
 
 One cache object serves both: the carry-on's layers stand behind the base's, so that whatever
-generation does to a cache (reordering beams, cropping) reaches both. Caches that generation makes
-by default only; static ones are refused. Letters: B rows, T positions, D base width, V vocabulary.
+generation does to a cache (reordering beams, cropping) reaches both. Static caches are refused.
+Letters: B rows, T positions, D base width, V vocabulary.
 """
 
 import copy
@@ -132,13 +132,13 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         }
         if strength == 0:
             return self.base(**inputs)
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 "attention_mask: expected 0 and 1 for each token, [B, T], got "
-                f"{attention_mask.ndim} dimensions; a static cache makes such masks, use another"
+                f"{attention_mask.ndim} dimensions"
             )
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
 
         states: dict[str, Tensor] = {}
         thread = threading.get_ident()  # others may run the same base at the same time
@@ -173,6 +173,11 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         prepared: dict[str, Any] = self.base.prepare_inputs_for_generation(*args, **kwargs)
         return prepared
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Answer transformers for the base, whose mixture of experts it may switch."""
+        return True
+
     def _carryon_cache(self, cache: Cache) -> Cache:
         """Return the carry-on's part of `cache` as a cache of its own, sharing the layers."""
         layers = [layer for layer in cache.layers if isinstance(layer, _CarryOnLayer)]
@@ -183,6 +188,11 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         return Cache(layers=list(layers))
 
     def _check_cache(self, cache: Cache) -> None:
+        if any(layer.is_compileable for layer in cache.layers):
+            raise InputError(
+                "past_key_values: expected a cache that grows, got a static one; leave out "
+                "cache_implementation"
+            )
         seen = [layer for layer in cache.layers if isinstance(layer, _CarryOnLayer)]
         num_seen = seen[0].get_seq_length() if seen else 0
         if num_seen != cache.get_seq_length():

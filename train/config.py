@@ -78,12 +78,12 @@ class OptimizationSettings:
 
     epochs: int = 3
     """Passes over the training samples."""
-    batch_tokens: int = 2048
-    """Tokens in a step, pads included; one longer sample still makes a step."""
+    batch_tokens: int = 1024
+    """Tokens in a step; one longer sample still makes a step."""
     micro_batch_tokens: int = 0
-    """Tokens that are computed at one time within a step, pads included: less memory, the same
-    step to rounding. 0: the whole step."""
-    learning_rate: float = 2e-3
+    """Tokens that are computed at one time within a step: less memory, the same step to
+    rounding. 0: the whole step."""
+    learning_rate: float = 3e-3
     """Highest learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Learning rate over the run, after the warm-up: `cosine` falls all the way, `wsd` stays at

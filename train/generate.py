@@ -93,8 +93,8 @@ def answer(
     )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        generate: Any = model.generate
-        output = generate(
+        untyped: Any = model
+        output = untyped.generate(
             token_ids.to(model.device),
             attention_mask=torch.ones_like(token_ids).to(model.device),
             generation_config=config,

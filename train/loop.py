@@ -39,10 +39,10 @@ from carryon.train.config import (
 from carryon.train.evaluate import Nll, check_taps, measure_nll, stream_taps
 from carryon.train.interrupt import StopRequest
 from carryon.train.metrics import Meter, append_metrics, read_metrics, rewind_metrics
-from carryon.train.order import count_steps, padding_waste
+from carryon.train.order import count_steps
 from carryon.train.plots import plot_curves
 from carryon.train.report import TrainReport
-from carryon.train.run import Run, TrainSettings, prepare_run
+from carryon.train.run import Run, TrainSettings, prepare_run, split_store
 from carryon.train.run_folder import library_versions, open_run_folder, run_identity
 from carryon.train.schedule import learning_rate
 from carryon.train.step import NotFiniteError, StepFigures, take_step
@@ -87,13 +87,14 @@ def train(
     )
     opened = Store.open(store)
     check_taps(opened, carryon.taps)
+    split = split_store(settings, opened)
     config = {"store": store, "out": out, **settings.to_flat()}
     identity = run_identity(store_fingerprint=opened.fingerprint, config=config)
     folder = open_run_folder(out, identity=identity, config=config)
     if folder.result.exists():
         _say(f"{out}: this run is finished")
         return TrainReport(**json.loads(folder.result.read_text(encoding="ascii")))
-    prepared = prepare_run(settings, opened, folder=folder, identity=identity)
+    prepared = prepare_run(settings, opened, split, folder=folder, identity=identity)
     _say(_summary(prepared))
     with StopRequest() as stop:
         progress = _take_steps(prepared, _begin(prepared), stop)
@@ -258,7 +259,6 @@ def _card(run: Run, nll: Nll) -> CarryOnCard:
 
 
 def _report(run: Run, progress: Progress, nll: Nll, *, carryon_bytes: int) -> TrainReport:
-    windows = [window for epoch in run.epochs for window in epoch]
     return TrainReport(
         out=str(run.folder.root),
         carryon=str(run.folder.carryon),
@@ -270,7 +270,6 @@ def _report(run: Run, progress: Progress, nll: Nll, *, carryon_bytes: int) -> Tr
         train_s=round(progress.elapsed_s, 3),
         tokens_per_second=round(progress.tokens / progress.elapsed_s, 1),
         data_wait_share=round(progress.wait_s / progress.elapsed_s, 4),
-        padding_share=round(padding_waste(windows, run.store.sample_lengths), 4),
         held_out_samples=nll.samples,
         held_out_targets=nll.targets,
         base_nll=nll.base,
@@ -316,7 +315,10 @@ def _not_finite(run: Run, progress: Progress, error: NotFiniteError) -> InputErr
 def _summary(run: Run) -> str:
     train, lengths = run.split.train, run.store.sample_lengths
     memory = stream_bytes(
-        run.store, taps=stream_taps(run.settings.carryon.taps), settings=run.settings.stream
+        run.store,
+        taps=stream_taps(run.settings.carryon.taps),
+        settings=run.settings.stream,
+        batch_tokens=run.settings.optimization.batch_tokens,
     )
     return (
         f"train on {len(train)} samples, {int(lengths[train].sum())} tokens; "

@@ -19,7 +19,7 @@ class TrainReport:
     num_steps: int
     """Steps of all epochs."""
     num_tokens: int
-    """Tokens trained on, all epochs, pads not counted."""
+    """Tokens trained on, all epochs."""
     num_targets: int
     """Supervised tokens trained on, all epochs."""
     train_s: float
@@ -28,8 +28,6 @@ class TrainReport:
     """num_tokens / train_s."""
     data_wait_share: float
     """Part of train_s spent waiting for data."""
-    padding_share: float
-    """Part of all batch rows that were pads."""
     held_out_samples: int
     """Samples kept for evaluation."""
     held_out_targets: int

@@ -73,22 +73,35 @@ class Run:
         return seek(self.epochs[epoch], step_in_epoch) + following if self.epochs[epoch:] else []
 
 
+def split_store(settings: TrainSettings, store: Store) -> Split:
+    """Return which samples of `store` a run trains on, and which it holds out.
+
+    Raises:
+        InputError: one of the halves would be empty.
+    """
+    return split_samples(
+        store.sample_held_out,
+        share=settings.stream.held_out_share,
+        seed=settings.optimization.seed,
+        fingerprint=store.fingerprint,
+    )
+
+
 def prepare_run(
-    settings: TrainSettings, store: Store, *, folder: RunFolder, identity: dict[str, Any]
+    settings: TrainSettings,
+    store: Store,
+    split: Split,
+    *,
+    folder: RunFolder,
+    identity: dict[str, Any],
 ) -> Run:
     """Plan the order, build the untrained carry-on and load the head; nothing is written.
 
     Raises:
-        InputError: the store cannot be split, or the device is not there.
+        InputError: the device is not there.
     """
     optimization = settings.optimization
     device = pick_device(settings.run.device)
-    split = split_samples(
-        store.sample_held_out,
-        share=settings.stream.held_out_share,
-        seed=optimization.seed,
-        fingerprint=store.fingerprint,
-    )
     carryon = build_carryon(settings.carryon, base_width=store.width, seed=optimization.seed)
     carryon = carryon.to(device)
     dtype = pick_head_dtype(settings.loss.head_dtype, device)

@@ -74,7 +74,7 @@ def take_step(
     for batch in batches:
         on_device = batch.to(head.weight.device)
         batch_losses = pair_losses(carryon, on_device, head=head, chunk=chunk, alpha=1.0)
-        (batch_losses.sum() / max(1, num_targets)).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(batch_losses.sum() / max(1, num_targets))
         losses.append(batch_losses.detach())
     limit = grad_clip if grad_clip > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(carryon.parameters(), limit)
@@ -97,14 +97,14 @@ def pair_losses(
 ) -> Tensor:
     """Return the cross-entropy of the customized model at each supervised pair, [M] float32."""
     with _autocast(batch.targets.device):
-        delta_MD = carryon(batch.states, positions_M=batch.positions)
+        delta_MD = carryon.correct_packed(batch.states, batch.packing(), batch.positions)
     states_MD = customized_states(final_states(batch), delta_MD, alpha=alpha)
     return token_losses(states_MD, batch.targets, head=head, chunk=chunk)
 
 
 def final_states(batch: Batch) -> Tensor:
     """Return the base's `final` states of the supervised pairs, [M, D] in the store's type."""
-    return batch.states["final"].flatten(0, 1)[batch.positions]
+    return batch.states["final"][batch.positions]
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -126,9 +126,12 @@ class Stream:
         return False
 
 
-def stream_bytes(store: Store, *, taps: Sequence[str], settings: StreamSettings) -> int:
-    """Return the most bytes of hidden states that a stream's units hold at one time."""
+def stream_bytes(
+    store: Store, *, taps: Sequence[str], settings: StreamSettings, batch_tokens: int
+) -> int:
+    """Return the most bytes of hidden states in memory at one time: units, and steps made."""
     item_bytes = 4 if store.manifest.settings["dtype"] == "float32" else 2
-    unit_bytes = store.manifest.unit_tokens * store.width * item_bytes * len(taps)
-    in_memory = min(settings.window_units + settings.read_ahead_units, store.num_units)
-    return in_memory * unit_bytes
+    row_bytes = store.width * item_bytes * len(taps)
+    num_units = min(settings.window_units + settings.read_ahead_units, store.num_units)
+    # Beside the steps that wait, one is being made and one is in use.
+    return (num_units * store.manifest.unit_tokens + (READY_STEPS + 2) * batch_tokens) * row_bytes

@@ -1,0 +1,122 @@
+"""carryon.train.evaluate: which samples are looked at, and that the figures are those of a base."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_train_stores import make_tiny_store
+
+from carryon.cache.errors import InputError
+from carryon.cache.head import widen
+from carryon.cache.reader import Store
+from carryon.train.carryon import build_carryon
+from carryon.train.carryon_folder import CarryOnCard, save_carryon
+from carryon.train.config import CarryOnSettings
+from carryon.train.evaluate import evaluate
+
+SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, mlp_width=8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products on several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_store(tmp_path_factory.mktemp("evaluate") / "store")
+
+
+def _save(folder: Path, store: Path, *, base: dict[str, str] | None = None) -> str:
+    opened = Store.open(store)
+    carryon = build_carryon(SETTINGS, base_width=opened.width, seed=0)
+    with torch.no_grad():
+        carryon.up.weight.normal_(generator=torch.Generator().manual_seed(1))
+    card = CarryOnCard(
+        settings=SETTINGS.to_dict(),
+        base_width=opened.width,
+        base=base or opened.manifest.base,
+        store_fingerprint=opened.fingerprint,
+        split={"held_out_share": 0.25, "seed": 0},
+        alpha=1.0,
+        figures={},
+        versions={},
+    )
+    save_carryon(folder, carryon, card, dtype=torch.float32)
+    return str(folder)
+
+
+def _base_nll(store: Path, samples: list[int]) -> float:
+    """The plain formula in numpy, sample by sample."""
+    opened = Store.open(store)
+    weight = widen(opened.head().weight)
+    losses = []
+    for sample in samples:
+        rows = opened.read_sample(sample)
+        logits = widen(rows.hidden["final"]) @ weight.T
+        log_sums = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
+        for token in np.flatnonzero(rows.loss_mask[1:]) + 1:
+            losses.append(log_sums[token - 1] - logits[token - 1, rows.tokens[token]])
+    return float(np.mean(losses))
+
+
+def test_the_base_figure_is_that_of_the_plain_formula(store: Path, tmp_path: Path) -> None:
+    held_out = np.flatnonzero(Store.open(store).sample_held_out).tolist()
+
+    report = evaluate(store=str(store), carryon=_save(tmp_path / "c", store), device="cpu")
+
+    assert (report.samples, report.num_samples) == ("held-out", len(held_out))
+    assert report.base_nll == pytest.approx(_base_nll(store, held_out), rel=1e-5)
+    assert report.carryon_nll != report.base_nll
+    assert report.base_perplexity == pytest.approx(np.exp(report.base_nll))
+
+
+def test_alpha_zero_is_the_base(store: Path, tmp_path: Path) -> None:
+    report = evaluate(
+        store=str(store), carryon=_save(tmp_path / "c", store), alpha=0.0, device="cpu"
+    )
+
+    assert report.carryon_nll == report.base_nll
+
+
+def test_all_samples_of_another_store_are_looked_at(store: Path, tmp_path: Path) -> None:
+    other = make_tiny_store(tmp_path / "other", num_samples=10, num_held_out=0, seed=1)
+
+    report = evaluate(store=str(other), carryon=_save(tmp_path / "c", store), device="cpu")
+
+    assert (report.samples, report.num_samples) == ("all", 10)
+
+
+def test_a_store_without_marks_is_split_as_it_was_in_training(tmp_path: Path) -> None:
+    unmarked = make_tiny_store(tmp_path / "unmarked", num_held_out=0)
+
+    report = evaluate(store=str(unmarked), carryon=_save(tmp_path / "c", unmarked), device="cpu")
+
+    assert (report.samples, report.num_samples) == ("held-out", 6)  # a quarter of 24
+
+
+def test_held_out_samples_of_an_unmarked_foreign_store_are_refused(
+    store: Path, tmp_path: Path
+) -> None:
+    other = make_tiny_store(tmp_path / "other", num_held_out=0, seed=1)
+
+    with pytest.raises(InputError, match="marks no sample as held out"):
+        evaluate(
+            store=str(other),
+            carryon=_save(tmp_path / "c", store),
+            samples="held-out",
+            device="cpu",
+        )
+
+
+def test_a_carryon_of_another_base_is_refused(store: Path, tmp_path: Path) -> None:
+    folder = _save(tmp_path / "c", store, base={"id": "other", "weights_sha256": "ff" * 32})
+
+    with pytest.raises(InputError, match="belongs to the base other"):
+        evaluate(store=str(store), carryon=folder, device="cpu")

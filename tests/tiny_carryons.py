@@ -1,0 +1,31 @@
+"""Tiny carry-ons for tiny bases, with random weights: as if trained, but not by anybody."""
+
+from collections.abc import Sequence
+
+from tiny_bases import randomize_
+
+from carryon.cache.base import Base
+from carryon.train.carryon import CarryOn, build_carryon
+from carryon.train.carryon_folder import CarryOnCard
+from carryon.train.config import CarryOnSettings
+
+
+def make_tiny_carryon(
+    base: Base, *, taps: Sequence[str] = ("final",), is_trained: bool = True, seed: int = 5
+) -> tuple[CarryOn, CarryOnCard]:
+    """Return a carry-on of width 8 for `base`, its output map random if `is_trained`, else 0."""
+    settings = CarryOnSettings(width=8, heads=2, mlp_width=8, taps=list(taps))
+    carryon = build_carryon(settings, base_width=base.identity.width, seed=seed)
+    if is_trained:
+        randomize_(carryon, seed=seed)
+    card = CarryOnCard(
+        settings=settings.to_dict(),
+        base_width=base.identity.width,
+        base=base.identity.to_dict(),
+        store_fingerprint="0" * 64,
+        split={},
+        alpha=1.0,
+        figures={},
+        versions={},
+    )
+    return carryon, card

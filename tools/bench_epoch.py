@@ -1,0 +1,111 @@
+"""One epoch in random order into ready batches: from a store, or from another project's files."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from carryon.cache.layout import ROW_ARRAYS, row_path, state_paths
+from carryon.cache.precision import STEPS
+from carryon.cache.reader import Store, Unit
+from carryon.tools.bench_disk import Charge
+from carryon.tools.bench_peer import Peer
+from carryon.tools.bench_states import StateSet
+from carryon.train.config import StreamSettings
+from carryon.train.order import plan_epoch
+from carryon.train.stream import Stream
+
+BATCH_TOKENS = 4096
+"""Tokens of our batches, pads included; the peers' hold as many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Epoch:
+    """What one epoch delivered."""
+
+    num_tokens: int
+    """Tokens in ready batches, without pads."""
+    num_rows: int
+    """Rows of those batches, with pads."""
+    elapsed_s: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens without pads."""
+        return self.num_tokens / self.elapsed_s
+
+
+def run_store_epoch(root: Path, *, seed: int, settings: StreamSettings, charge: Charge) -> Epoch:
+    """Stream a store as the trainer does, in the order of one of its epochs."""
+    started_at = time.perf_counter()
+    store = Store.open(root)
+    samples = np.arange(store.num_samples)
+    windows = plan_epoch(
+        samples,
+        lengths=store.sample_lengths,
+        units=store.sample_starts // store.manifest.unit_tokens,
+        seed=[seed],
+        epoch=0,
+        batch_tokens=BATCH_TOKENS,
+        micro_batch_tokens=0,
+        window_units=settings.window_units,
+    )
+    num_tokens, num_rows = 0, 0
+    charged = cast(Store, _ChargedStore(store, charge))  # a stream reads units and nothing else
+    with Stream(charged, windows, taps=store.taps, settings=settings, is_pinned=False) as stream:
+        for step in stream:
+            for batch in step:
+                num_tokens += batch.num_tokens
+                num_rows += batch.tokens.numel()
+    return Epoch(
+        num_tokens=num_tokens, num_rows=num_rows, elapsed_s=time.perf_counter() - started_at
+    )
+
+
+def run_peer_epoch(
+    peer: Peer, states: StateSet, folder: Path, *, seed: int, num_threads: int, charge: Charge
+) -> Epoch:
+    """Read a peer's files in random order; threads make whole batches ahead of use."""
+    started_at = time.perf_counter()
+    batches = peer.batch(states.lengths, np.random.default_rng(seed))
+    load = peer.open(states, folder, charge)
+    num_rows = 0
+    with ThreadPoolExecutor(num_threads) as pool:
+        to_submit, pending = deque(batches), deque[Future[dict[str, Any]]]()
+        while to_submit or pending:
+            while to_submit and len(pending) < 2 * num_threads:
+                pending.append(pool.submit(load, to_submit.popleft()))
+            num_rows += pending.popleft().result()["input_ids"].numel()
+    return Epoch(
+        num_tokens=sum(int(states.lengths[batch].sum()) for batch in batches),
+        num_rows=num_rows,
+        elapsed_s=time.perf_counter() - started_at,
+    )
+
+
+class _ChargedStore:
+    """A store whose units are charged, all their files at once, before they are read."""
+
+    def __init__(self, store: Store, charge: Charge) -> None:
+        self._store = store
+        self._charge = charge
+
+    def read_unit(self, unit: int, *, taps: Sequence[str] | None = None) -> Unit:
+        store = self._store
+        is_lossy = store.manifest.settings["profile"] in STEPS
+        paths = [row_path(name, unit) for name in ROW_ARRAYS]
+        paths += state_paths(taps or store.taps, unit, is_lossy=is_lossy)
+        files = store.receipt(unit).files
+        self._charge(sum(files[path].bytes for path in paths))
+        return store.read_unit(unit, taps=taps)
+
+
+def set_torch_threads(num_threads: int) -> None:
+    """Let torch compute with so many threads; copies into batches use them too."""
+    torch.set_num_threads(num_threads)
