@@ -56,48 +56,33 @@ def encode_shard(rows: NDArray[Any], *, rows_per_chunk: int) -> bytearray:
     return shard + entries + _crc(entries)
 
 
-def decode_shard(
-    stored: memoryview,
-    out: NDArray[Any],
-    *,
-    rows_per_chunk: int,
-    num_chunks: int,
-    first_chunk: int,
-    name: str,
-) -> None:
-    """Decode consecutive chunks of a shard into `out` [n * rows_per_chunk, D].
-
-    Args:
-        stored: the whole shard.
-        out: C-contiguous; its rows say how many chunks are wanted.
-        rows_per_chunk: rows of a chunk.
-        num_chunks: chunks in the shard.
-        first_chunk: the first one wanted.
-        name: of the shard, for errors.
-
-    Raises:
-        DamagedStoreError: index or chunk does not match its checksum or size; names the chunk.
-    """
-    index = shard_index(stored, num_chunks=num_chunks, name=name)
-    for number in range(out.shape[0] // rows_per_chunk):
-        offset, num_bytes = index[first_chunk + number]
-        rows = out[number * rows_per_chunk : (number + 1) * rows_per_chunk]
-        chunk_name = f"{name} chunk {first_chunk + number}"
-        decode_chunk(stored[offset : offset + num_bytes], rows, name=chunk_name)
+def index_bytes(num_chunks: int) -> int:
+    """Return the bytes of a shard's index, which is the end of the shard."""
+    return num_chunks * _ENTRY_BYTES + _CRC_BYTES
 
 
 def shard_index(stored: memoryview, *, num_chunks: int, name: str) -> list[tuple[int, int]]:
     """Return (offset, bytes) of each chunk of a shard.
 
+    Args:
+        stored: the whole shard, or its end, with all of the index.
+        num_chunks: chunks in the shard.
+        name: of the shard, for errors.
+
     Raises:
         DamagedStoreError: the index is cut off, or does not match its checksum or the file.
     """
-    index_bytes = num_chunks * _ENTRY_BYTES + _CRC_BYTES
-    entries = stored[len(stored) - index_bytes : len(stored) - _CRC_BYTES]
-    if len(stored) < index_bytes or _crc(entries) != bytes(stored[-_CRC_BYTES:]):
+    size = index_bytes(num_chunks)
+    entries = stored[len(stored) - size : len(stored) - _CRC_BYTES]
+    if len(stored) < size or _crc(entries) != bytes(stored[-_CRC_BYTES:]):
         raise DamagedStoreError(f"{name}: index is damaged: run carryon verify, then repair")
     pairs = np.frombuffer(entries, dtype="<u8").reshape(num_chunks, 2).tolist()
     return [(int(offset), int(num_bytes)) for offset, num_bytes in pairs]
+
+
+def chunk_checksum(stored: memoryview) -> str:
+    """Return the crc32c of a chunk as it stands at the chunk's end, hex."""
+    return bytes(stored[-_CRC_BYTES:]).hex()
 
 
 def chunk_checksums(stored: memoryview, *, num_chunks: int, name: str) -> list[str]:
@@ -106,11 +91,8 @@ def chunk_checksums(stored: memoryview, *, num_chunks: int, name: str) -> list[s
     Raises:
         DamagedStoreError: the index is damaged.
     """
-    ends = [
-        offset + num_bytes
-        for offset, num_bytes in shard_index(stored, num_chunks=num_chunks, name=name)
-    ]
-    return [bytes(stored[end - _CRC_BYTES : end]).hex() for end in ends]
+    index = shard_index(stored, num_chunks=num_chunks, name=name)
+    return [chunk_checksum(stored[offset : offset + size]) for offset, size in index]
 
 
 def _crc(content: bytes | memoryview) -> bytes:

@@ -26,6 +26,9 @@ STEPS = {"near": 0.04, "compact": 0.08}
 CODE_OFFSET = 0x8080
 """Code of q = 0: q in [-128, 127] keeps the high byte at 0x80."""
 _LARGEST_Q = 0x7F7F
+_BLOCK_VALUES = 1 << 16
+"""Values decoded at a time: 256 kB of float32, which a core's own cache holds through every
+pass. Over whole units the passes wait for memory: 0.35 GB/s of bfloat16 instead of 1."""
 _OUTLIER = 10.0
 """A token whose norm is above this multiple of the unit's median (an attention sink) is left out
 of the channel statistics, which it would ruin."""
@@ -64,13 +67,34 @@ def to_codes(states: NDArray[np.float32], *, step: float) -> Codes:
     )
 
 
-def from_codes(codes: Codes) -> NDArray[np.uint16]:
-    """Return the states [R, D] as bfloat16 bits."""
-    q = codes.codes.astype(np.float32)
-    q -= CODE_OFFSET
-    q *= codes.token_scale[:, None]
-    q *= codes.channel_scale
-    return bfloat16_bits(q)
+def from_codes(codes: Codes, *, out: NDArray[np.uint16] | None = None) -> NDArray[np.uint16]:
+    """Return the states [R, D] as bfloat16 bits, in `out` if it is given."""
+    num_rows, width = codes.codes.shape
+    made = np.empty((num_rows, width), dtype=np.uint16) if out is None else out
+    per_block = max(1, _BLOCK_VALUES // width)
+    scaled = np.empty((min(per_block, num_rows), width), dtype=np.float32)
+    scratch = np.empty(scaled.shape, dtype=np.uint32)
+    for first in range(0, num_rows, per_block):
+        rows = slice(first, min(first + per_block, num_rows))
+        block = scaled[: rows.stop - first]
+        np.copyto(block, codes.codes[rows])
+        block -= CODE_OFFSET
+        block *= codes.token_scale[rows, None]
+        block *= codes.channel_scale
+        _round_to_bfloat16(block.view(np.uint32), scratch[: rows.stop - first], out=made[rows])
+    return made
+
+
+def _round_to_bfloat16(
+    bits: NDArray[np.uint32], scratch: NDArray[np.uint32], *, out: NDArray[np.uint16]
+) -> None:
+    """Do as `bfloat16_bits`, on bits of float32, without memory of its own."""
+    np.right_shift(bits, 16, out=scratch)
+    scratch &= 1
+    scratch += 0x7FFF
+    scratch += bits
+    scratch >>= 16
+    np.copyto(out, scratch, casting="unsafe")
 
 
 def _channel_scale(states: NDArray[np.float32]) -> NDArray[np.float32]:

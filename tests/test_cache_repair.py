@@ -222,7 +222,7 @@ def test_repair_killed_before_any_change_goes_on_with_the_same_call(
     store_folder: Path, tiny_base: Base, store_tmp: Path
 ) -> None:
     expected = readable_content(store_folder)
-    for path in (shard_path("final", 1), row_path("tokens", 2), "samples/id/c/0", "zarr.json"):
+    for path in (shard_path("final", 1), row_path("tokens", 2), "samples/id/c/0/0", "zarr.json"):
         middle_flipped(store_folder / path)
     root, into = store_tmp / "run", store_tmp / "killed"
     into.mkdir()

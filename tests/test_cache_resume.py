@@ -123,6 +123,13 @@ def other_norm(folder: Path) -> None:
     place.write_text(place.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
 
 
+def other_rope(folder: Path) -> None:
+    place = folder / "config.json"
+    text = place.read_text()
+    assert '"rope_theta": 10000.0' in text
+    place.write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 500.0'))
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -131,6 +138,10 @@ def other_norm(folder: Path) -> None:
         OtherBase(id="template", change=other_template, setting="base.chat_template_sha256"),
         OtherBase(id="tokenizer", change=other_tokenizer, setting="base.tokenizer_sha256"),
         OtherBase(id="epsilon of the norm", change=other_norm, setting="head.norm_eps"),
+        pytest.param(
+            OtherBase(id="rope", change=other_rope, setting="base.config_sha256"),
+            marks=pytest.mark.xfail(strict=True, reason="no digest of a base covers its config"),
+        ),
     ],
     ids=lambda case: case.id,
 )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from tiny_stores import (
     SETTINGS,
@@ -392,3 +393,18 @@ def test_opening_reads_as_many_files_of_a_large_store_as_of_a_small_one(store_tm
     # The tables are cut in chunks of 8 rows here, and the probe looks at rows of five head
     # chunks at most: only the chance of which ones may differ.
     assert abs(num_opened[large] - num_opened[small]) <= 4, num_opened
+
+
+def test_arrays_in_use_keep_their_numbers_while_others_are_read(store: Store) -> None:
+    # Memory is used again once nobody holds an array: a view of any kind must hold it.
+    held: list[tuple[torch.Tensor, bytes]] = []
+    for unit in range(store.num_units):
+        states = store.read_unit(unit).hidden["final"][3:9, ::2]
+        tensor = torch.from_numpy(states).view(torch.bfloat16)[1:]
+        held.append((tensor, states[1:].tobytes()))
+        del states
+        for other in range(store.num_units):
+            store.read_unit(other)
+            store.read_sample(store.unit_samples(other).start)
+    for tensor, expected in held:
+        assert tensor.contiguous().view(torch.uint16).numpy().tobytes() == expected

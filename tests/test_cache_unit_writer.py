@@ -71,9 +71,9 @@ def test_a_state_that_is_not_finite_is_refused_with_sample_and_position(
 ) -> None:
     planned = plan(store_tmp / "store", **settings)
     hidden, unit_input = planned.hidden_of(1), planned.input_of(1)
-    row = int(unit_input.starts[2]) + 1
+    row = int(unit_input.starts[-1]) + 1
     hidden["layer.1"][row, 5] = value
-    index = int(np.searchsorted(planned.given.plan.unit, 1)) + 2
+    index = int(np.searchsorted(planned.given.plan.unit, 2)) - 1  # the last sample of unit 1
     name = planned.given.samples[int(planned.given.plan.order[index])].id
     planned.refuses(
         hidden, f"unit 1, tap layer.1: a state is not finite .* in sample '{name}' at token 1: noth"

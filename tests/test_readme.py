@@ -10,7 +10,7 @@ import pytest
 
 from carryon.tools.main import main
 from carryon.tools.options import options_of
-from carryon.tools.subcommands import SUBCOMMANDS, find_subcommand
+from carryon.tools.subcommands import SUBCOMMANDS, find_subcommand, join_name
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def test_the_file_tree_names_every_source_file_with_a_phrase() -> None:
 
 
 def test_the_table_of_programs_is_the_list_of_subcommands() -> None:
-    listed = re.findall(r"^\| `carryon (\w+)` \| \w", README, re.M)
+    listed = re.findall(r"^\| `carryon ([\w ]+)` \| \S", README, re.M)
     assert sorted(listed) == sorted(SUBCOMMANDS)
 
 
@@ -57,10 +57,10 @@ def test_every_command_line_uses_options_that_exist() -> None:
     known = {
         name: {item.flag for item in options_of(find_subcommand(name))} for name in SUBCOMMANDS
     }
-    commands = re.findall(r"carryon (\w+)((?: +(?!&&|\|)[^\s`]+)*)", README)
-    for name, rest in commands:
+    for line in re.findall(r"carryon ([a-z]+(?: +(?!&&|\|)[^\s`]+)*)", README):
+        name, *rest = join_name(line.split())
         if name in SUBCOMMANDS:
-            used = {word.partition("=")[0] for word in rest.split() if word.startswith("--")}
+            used = {word.partition("=")[0] for word in rest if word.startswith("--")}
             assert used <= known[name] | EVERYWHERE, f"carryon {name}"
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from carryon.cache import head_files, layout, plan_writer
 from carryon.cache.base import Base, load_base
 from carryon.cache.corpus import Sample
+from carryon.cache.errors import CarryOnError
 from carryon.cache.extract import extract
 from carryon.cache.head import FinalNorm, Head, widen
 from carryon.cache.head_files import head_facts
@@ -364,6 +365,15 @@ def files_below(root: Path) -> dict[str, bytes]:
     """Return the bytes of every file of a store but its lock."""
     paths = (path for path in root.rglob("*") if path.is_file() and path.name != ".lock")
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """Return kind and text of the user's error that `call` ends with; empty if it does not."""
+    try:
+        call()
+    except CarryOnError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def flip_byte(path: Path, offset: int, *, mask: int = 0x10) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 
 from carryon.cache.layout import ROW_ARRAYS, row_path, state_paths
 from carryon.cache.precision import STEPS
@@ -104,8 +103,3 @@ class _ChargedStore:
         files = store.receipt(unit).files
         self._charge(sum(files[path].bytes for path in paths))
         return store.read_unit(unit, taps=taps)
-
-
-def set_torch_threads(num_threads: int) -> None:
-    """Let torch compute with so many threads; copies into batches use them too."""
-    torch.set_num_threads(num_threads)

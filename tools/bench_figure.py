@@ -3,7 +3,7 @@
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -66,14 +66,14 @@ def print_table(figures: Sequence[Figure]) -> None:
         print("  ".join(cells).rstrip(), file=sys.stderr)
 
 
-def in_turn(ways: dict[str, Callable[[], float]], *, rounds: int) -> dict[str, float]:
+def in_turn(ways: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, float]:
     """Run each way once a round, in turn, and return the median of what each returned.
 
     Whatever else the machine does then falls on all of them alike.
     """
     found: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
-        names = list(ways) if number % 2 == 0 else list(reversed(ways))
+        names = list(ways) if number % 2 == 0 else list(ways)[::-1]
         for name in names:
             found[name].append(ways[name]())
     return {name: statistics.median(values) for name, values in found.items()}

@@ -101,8 +101,8 @@ def make_states(
     """
     random = np.random.default_rng(seed)
     spread = 0.8
-    lengths = random.lognormal(np.log(mean_tokens) - spread**2 / 2, spread, num_samples)
-    lengths = np.clip(lengths, min(8, most_tokens), most_tokens).astype(np.int32)
+    drawn = random.lognormal(np.log(mean_tokens) - spread**2 / 2, spread, num_samples)
+    lengths = np.clip(drawn, min(8, most_tokens), most_tokens).astype(np.int32)
     num_rows = int(lengths.sum())
     taps = [*(f"layer.{number + 1}" for number in range(num_taps - 1)), "final"]
     return StateSet(

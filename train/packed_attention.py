@@ -71,10 +71,14 @@ def _attention(
     """Attend within each sample; without a packing this is transformers' own sdpa attention."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    spread = [_spread(heads, packing) for heads in (query, key, value)]
     # Pads stand at the end of a row, where causal attention never looks from a real token.
     out = nn.functional.scaled_dot_product_attention(
-        *spread, is_causal=True, scale=kwargs.get("scaling"), dropout_p=kwargs.get("dropout", 0.0)
+        _spread(query, packing),
+        _spread(key, packing),
+        _spread(value, packing),
+        is_causal=True,
+        scale=kwargs.get("scaling"),
+        dropout_p=kwargs.get("dropout", 0.0),
     )
     flat = out.transpose(1, 2).flatten(0, 1)  # [B * T, H, K]
     return flat.index_select(0, packing.place)[None], None
@@ -85,4 +89,4 @@ def _spread(heads: Tensor, packing: Packing) -> Tensor:
     tokens = heads[0].transpose(0, 1)  # [N, H, K]
     rows = tokens.new_zeros(packing.num_rows * packing.longest, *tokens.shape[1:])
     rows = rows.index_copy(0, packing.place, tokens)
-    return rows.unflatten(0, (packing.num_rows, packing.longest)).transpose(1, 2)
+    return rows.view(packing.num_rows, packing.longest, *tokens.shape[1:]).transpose(1, 2)

@@ -1,0 +1,74 @@
+"""Memory that is used again: when, and when not."""
+
+import gc
+import threading
+
+import numpy as np
+import torch
+
+from carryon.cache.recycle import Recycler
+
+
+def address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def test_memory_is_used_again_when_its_array_is_gone() -> None:
+    recycler = Recycler()
+    array = recycler.take(1000)
+    first = address(array)
+    del array
+    assert address(recycler.take(1000)) == first
+
+
+def test_memory_is_not_used_again_while_any_view_of_it_is_held() -> None:
+    recycler = Recycler()
+    array = recycler.take(1000)
+    first = address(array)
+    view = array.view(np.uint16)[10:90].reshape(8, 10)[2:]
+    del array
+    assert address(recycler.take(1000)) != first
+    tensor = torch.from_numpy(view)[1]
+    del view
+    assert address(recycler.take(1000)) != first
+    buffer = memoryview(tensor.numpy())
+    del tensor
+    assert address(recycler.take(1000)) != first
+    del buffer
+    gc.collect()
+    several = [recycler.take(1000) for _ in range(4)]
+    assert first in {address(array) for array in several}
+
+
+def test_a_little_more_fits_and_much_less_does_not() -> None:
+    recycler = Recycler()
+    array = recycler.take(1600)
+    first = address(array)
+    del array
+    assert address(recycler.take(1000)) != first
+    array = recycler.take(1650)
+    assert address(array) == first
+    assert array.shape == (1650,)
+
+
+def test_nothing_at_all_can_be_taken() -> None:
+    assert Recycler().take(0).shape == (0,)
+
+
+def test_threads_never_share_memory() -> None:
+    recycler = Recycler()
+    problems: list[int] = []
+
+    def work(number: int) -> None:
+        for size in [1000, 1020, 990, 1000] * 50:
+            array = recycler.take(size)
+            array[:] = number
+            if not (array == number).all():
+                problems.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
