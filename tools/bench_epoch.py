@@ -40,10 +40,9 @@ class Epoch:
         return self.num_tokens / self.elapsed_s
 
 
-def run_store_epoch(root: Path, *, seed: int, settings: StreamSettings, charge: Charge) -> Epoch:
+def run_store_epoch(store: Store, *, seed: int, settings: StreamSettings, charge: Charge) -> Epoch:
     """Stream a store as the trainer does, in the order of one of its epochs."""
     started_at = time.perf_counter()
-    store = Store.open(root)
     samples = np.arange(store.num_samples)
     windows = plan_epoch(
         samples,
