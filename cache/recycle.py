@@ -10,8 +10,9 @@ import weakref
 import numpy as np
 from numpy.typing import NDArray
 
-_MOST_FREE = 8
-"""Blocks kept for later; more of them go back to the system."""
+_MOST_FREE = 32
+"""Blocks kept for later, such as those of a few units with a few taps; more of them go back to the
+system."""
 
 
 class Recycler:

@@ -168,8 +168,9 @@ def copies_at_kills(
         return False
 
     roots = folder / "counted", folder / "run"
-    for root in roots if begun is not None else ():
-        shutil.copytree(begun, root)
+    if begun is not None:
+        for root in roots:
+            shutil.copytree(begun, root)
     states_at_kills(roots[0], lambda: run(roots[0]), at=count_one, into=folder)
     is_full = request.config.getoption("--kill-rounds") >= ALL_INSTANTS
     chosen = set(range(count) if is_full else range(count // 16, count, count // SOME_INSTANTS))

@@ -98,7 +98,7 @@ def test_a_store_that_lies_is_refused_on_opening(store_tmp: Path, case: Lie, pro
 
 @pytest.mark.parametrize("profile", ["exact", "compact"])
 @pytest.mark.parametrize("head", [{}, {"softcap": 4.0}, {"logit_scale": 0.25}], ids=str)
-def test_an_honest_store_is_not(store_tmp: Path, profile: str, head: dict[str, float]) -> None:
+def test_an_honest_store_is_not(store_tmp: Path, profile: str, head: dict[str, Any]) -> None:
     settings = StoreSettings.from_dict(SETTINGS.to_dict() | {"taps": TAPS, "profile": profile})
     write_store(store_tmp / "store", make_given(settings=settings, **head))
     assert Store.open(store_tmp / "store").taps == TAPS

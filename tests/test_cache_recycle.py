@@ -31,7 +31,7 @@ def test_memory_is_not_used_again_while_any_view_of_it_is_held() -> None:
     tensor = torch.from_numpy(view)[1]
     del view
     assert address(recycler.take(1000)) != first
-    buffer = memoryview(tensor.numpy())
+    buffer = tensor.numpy().data
     del tensor
     assert address(recycler.take(1000)) != first
     del buffer

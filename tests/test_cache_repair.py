@@ -32,8 +32,14 @@ def no_base(_: Manifest) -> Base:
     raise AssertionError("the base is not needed")
 
 
-def middle_flipped(path: Path) -> None:
-    flip_byte(path, path.stat().st_size // 2)
+def middle_flipped(*paths: Path) -> None:
+    for path in paths:
+        flip_byte(path, path.stat().st_size // 2)
+
+
+def cut_off(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-10])
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +77,15 @@ CASES = [
     ),
     Case(
         id="tokens cut off, and the shard made of them damaged",
-        harm=lambda root: (
-            (root / row_path("tokens", 1)).write_bytes(b"short"),
-            middle_flipped(root / shard_path("layer.1", 1)),
+        harm=lambda root: middle_flipped(
+            cut_off(root / row_path("tokens", 1)), root / shard_path("layer.1", 1)
         ),
         computed=[1],
         restored=["tokens/c/1"],
     ),
     Case(
         id="receipt damaged, and the tokens of its unit",
-        harm=lambda root: (
-            middle_flipped(root / receipt_path(1)),
-            middle_flipped(root / row_path("tokens", 1)),
-        ),
+        harm=lambda root: middle_flipped(root / receipt_path(1), root / row_path("tokens", 1)),
         computed=[1],
         restored=["tokens/c/1"],
     ),

@@ -59,7 +59,7 @@ EXACT = [
 LOSSY = [Kind(id="near", profile="near"), Kind(id="compact", profile="compact")]
 
 
-def named(kinds: list[Kind]) -> Any:  # noqa: ANN401 -- pytest's own type is private
+def named(kinds: list[Kind]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind.id)
 
 
@@ -119,7 +119,7 @@ def test_zarr_python_reads_every_array_as_we_do(store_tmp: Path, kind: Kind) -> 
     given = make_given(settings=kind.settings)
     write_store(store_tmp / "store", given)
     store = Store.open(store_tmp / "store")
-    group = zarr.open_group(store_tmp / "store", mode="r")
+    group: Any = zarr.open_group(store_tmp / "store", mode="r")
     size = UNIT_TOKENS
     for unit in store.iter_units():
         rows = slice(unit.unit * size, (unit.unit + 1) * size)
@@ -225,7 +225,7 @@ def rewrite_with_zarr(store: Store, root: Path) -> None:
     """Write all rows of `store` into `root` with zarr-python, by the array documents there."""
     units = list(store.iter_units())
     arrays = {tap: np.concatenate([unit.hidden[tap] for unit in units]) for tap in store.taps}
-    group = zarr.open_group(root, mode="r+")
+    group: Any = zarr.open_group(root, mode="r+")
     for tap, rows in arrays.items():
         shutil.rmtree(root / "hidden" / tap / "c")
         group[f"hidden/{tap}"][:] = rows
@@ -312,8 +312,10 @@ def test_rows_after_the_last_sample_of_a_unit_are_zero(store: Store) -> None:
         used = int(unit.lengths.sum())
         assert unit.rows_of(unit.samples[-1]).stop == used
         num_unused += UNIT_TOKENS - used
-        for values in (unit.tokens, unit.loss_mask, unit.char_end, *unit.hidden.values()):
-            assert not values[used:].any()
+        for name in ("tokens", "loss_mask", "char_end"):
+            assert not getattr(unit, name)[used:].any()
+        for states in unit.hidden.values():
+            assert not states[used:].any()
     assert num_unused > 0
 
 
@@ -384,15 +386,21 @@ def test_opening_reads_as_many_files_of_a_large_store_as_of_a_small_one(store_tm
     for num_samples in (20, 200):
         root = store_tmp / str(num_samples)
         write_store(root, make_given(settings=SETTINGS, num_samples=num_samples))
-        opened: list[str] = []
-        with audit(lambda event, args, opened=opened: opened.append(str(args[0])), ("open",)):
-            store = Store.open(root)
-        num_opened[store.num_units] = sum(path.startswith(str(root)) for path in opened)
+        num_units, opened = opened_by_opening(root)
+        num_opened[num_units] = sum(path.startswith(str(root)) for path in opened)
     small, large = sorted(num_opened)
     assert large > 5 * small
     # The tables are cut in chunks of 8 rows here, and the probe looks at rows of five head
     # chunks at most: only the chance of which ones may differ.
     assert abs(num_opened[large] - num_opened[small]) <= 4, num_opened
+
+
+def opened_by_opening(root: Path) -> tuple[int, list[str]]:
+    """Return the units of a store, and the files that opening it opens."""
+    opened: list[str] = []
+    with audit(lambda event, arguments: opened.append(str(arguments[0])), ("open",)):
+        store = Store.open(root)
+    return store.num_units, opened
 
 
 def test_arrays_in_use_keep_their_numbers_while_others_are_read(store: Store) -> None:

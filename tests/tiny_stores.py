@@ -355,7 +355,11 @@ def readable_content(root: Path) -> dict[str, Any]:
         "norm": store.head().norm.weight.tobytes(),
     }
     for unit in store.iter_units():
-        rows = {"tokens": unit.tokens, "loss_mask": unit.loss_mask, "char_end": unit.char_end}
+        rows: dict[str, NDArray[Any]] = {
+            "tokens": unit.tokens,
+            "loss_mask": unit.loss_mask,
+            "char_end": unit.char_end,
+        }
         for name, values in (rows | unit.hidden).items():
             content[f"{unit.unit}/{name}"] = values.tobytes()
     return content

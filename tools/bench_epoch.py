@@ -33,6 +33,8 @@ class Epoch:
     num_rows: int
     """Rows of those batches, with pads."""
     elapsed_s: float
+    cpu_s: float
+    """Time that the process had a core, all threads together."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,7 +44,7 @@ class Epoch:
 
 def run_store_epoch(store: Store, *, seed: int, settings: StreamSettings, charge: Charge) -> Epoch:
     """Stream a store as the trainer does, in the order of one of its epochs."""
-    started_at = time.perf_counter()
+    started_at, cpu_started_at = time.perf_counter(), time.process_time()
     samples = np.arange(store.num_samples)
     windows = plan_epoch(
         samples,
@@ -62,7 +64,10 @@ def run_store_epoch(store: Store, *, seed: int, settings: StreamSettings, charge
                 num_tokens += batch.num_tokens
                 num_rows += batch.tokens.numel()
     return Epoch(
-        num_tokens=num_tokens, num_rows=num_rows, elapsed_s=time.perf_counter() - started_at
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        elapsed_s=time.perf_counter() - started_at,
+        cpu_s=time.process_time() - cpu_started_at,
     )
 
 
@@ -70,7 +75,7 @@ def run_peer_epoch(
     peer: Peer, states: StateSet, folder: Path, *, seed: int, num_threads: int, charge: Charge
 ) -> Epoch:
     """Read a peer's files in random order; threads make whole batches ahead of use."""
-    started_at = time.perf_counter()
+    started_at, cpu_started_at = time.perf_counter(), time.process_time()
     batches = peer.batch(states.lengths, np.random.default_rng(seed))
     load = peer.open(states, folder, charge)
     num_rows = 0
@@ -84,6 +89,7 @@ def run_peer_epoch(
         num_tokens=sum(int(states.lengths[batch].sum()) for batch in batches),
         num_rows=num_rows,
         elapsed_s=time.perf_counter() - started_at,
+        cpu_s=time.process_time() - cpu_started_at,
     )
 
 

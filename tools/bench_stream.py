@@ -6,13 +6,15 @@ after another in every round. What counts is tokens without pads.
 
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from carryon.cache.reader import Store
 from carryon.cache.spec import StoreSettings
 from carryon.tools.bench_disk import (
     Charge,
@@ -82,26 +84,26 @@ def measure_streaming(
     disk = SlowDisk(slow_mb_per_second * 1e6)
     warm = _best_speeds(layouts, thread_counts, charge_nothing, rounds=rounds)
     slow = _best_speeds(layouts, thread_counts, disk.charge, rounds=max(1, rounds // 2))
-    cold = {layout.name: _cold_speed(layout, warm[layout.name][1]) for layout in layouts}
+    cold = {layout.name: _cold_speed(layout, warm[layout.name].threads) for layout in layouts}
     figures = []
     for layout in layouts:
-        speed, num_threads = warm[layout.name]
-        epoch = layout.run(num_threads, charge_nothing)
+        found = warm[layout.name]
         figures.append(
             Figure(
                 figure=f"stream.{states.name}.{layout.name}",
-                value=speed,
+                value=found.tokens_per_second,
                 unit="tokens/s",
                 sense="at least",
                 details={
                     **written[layout.name],
                     "role": layout.role,
-                    "warm_tokens_per_second": speed,
+                    "warm_tokens_per_second": found.tokens_per_second,
                     "cold_tokens_per_second": cold[layout.name],
-                    "slow_disk_tokens_per_second": slow[layout.name][0],
-                    "threads": num_threads,
-                    "slow_disk_threads": slow[layout.name][1],
-                    "padded_share": 1 - epoch.num_tokens / epoch.num_rows,
+                    "slow_disk_tokens_per_second": slow[layout.name].tokens_per_second,
+                    "threads": found.threads,
+                    "slow_disk_threads": slow[layout.name].threads,
+                    "tokens_per_cpu_second": found.tokens_per_cpu_second,
+                    "padded_share": found.padded_share,
                     "read_as": layout.read_as,
                 },
             )
@@ -165,14 +167,18 @@ def _our_layout(states: StateSet, work: Path, profile: str, unit_tokens: int) ->
     def write() -> None:
         write_scratch_store(folder, states, settings=settings)
 
+    @cache
+    def store() -> Store:
+        return Store.open(folder)  # once, as a run of many epochs does
+
     def run(num_threads: int, charge: Charge) -> Epoch:
         stream = StreamSettings(reader_threads=num_threads)
-        return run_store_epoch(folder, seed=_SEED, settings=stream, charge=charge)
+        return run_store_epoch(store(), seed=_SEED, settings=stream, charge=charge)
 
     return Layout(
         name=profile,
         role="ours",
-        read_as="the trainer's stream: units in random order, length-sorted padded batches",
+        read_as="the trainer's stream: units in random order, packed batches of random samples",
         folder=folder,
         write=write,
         run=run,
@@ -214,24 +220,46 @@ def _write(layout: Layout, states: StateSet) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Speed:
+    """The best of a layout's numbers of threads."""
+
+    tokens_per_second: float
+    threads: int
+    tokens_per_cpu_second: float
+    """By the process' own clock, which leaves out the time that other programs had the cores."""
+    padded_share: float
+    """Part of all batch rows that are pads."""
+
+
 def _best_speeds(
     layouts: Sequence[Layout], thread_counts: Sequence[int], charge: Charge, *, rounds: int
-) -> dict[str, tuple[float, int]]:
-    """Return tokens/s and the number of threads that gave it, for each layout."""
+) -> dict[str, _Speed]:
+    """Stream every layout with every number of threads in turn; medians of rounds."""
+    epochs: dict[tuple[str, int], list[Epoch]] = {}
 
-    def speed(layout: Layout, num_threads: int) -> float:
-        return layout.run(num_threads, charge).tokens_per_second
+    def run(layout: Layout, num_threads: int) -> float:
+        epoch = layout.run(num_threads, charge)
+        epochs.setdefault((layout.name, num_threads), []).append(epoch)
+        return epoch.tokens_per_second
 
     ways = {
-        f"{layout.name}/{num_threads}": partial(speed, layout, num_threads)
+        f"{layout.name}/{num_threads}": partial(run, layout, num_threads)
         for layout in layouts
         for num_threads in thread_counts
     }
-    speeds = in_turn(ways, rounds=rounds)
-    return {
-        layout.name: max((speeds[f"{layout.name}/{count}"], count) for count in thread_counts)
-        for layout in layouts
-    }
+    medians = in_turn(ways, rounds=rounds)
+    best = {}
+    for layout in layouts:
+        speed, threads = max((medians[f"{layout.name}/{count}"], count) for count in thread_counts)
+        found = epochs[layout.name, threads]
+        best[layout.name] = _Speed(
+            tokens_per_second=speed,
+            threads=threads,
+            tokens_per_cpu_second=statistics.median(one.num_tokens / one.cpu_s for one in found),
+            padded_share=1 - found[0].num_tokens / found[0].num_rows,
+        )
+    return best
 
 
 def _cold_speed(layout: Layout, num_threads: int) -> float | None:
