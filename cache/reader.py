@@ -2,8 +2,9 @@
 
 Opening reads a few small files, whatever the number of tokens: the manifest, the digests of the
 array documents, one listing of the receipts, the probe. A finished unit is read whole with one
-read per tap and decoded straight into place. Every chunk is checked against its checksum, every
-file against the size in its receipt: a read returns what was written or raises. Needs numpy and
+read per tap and decoded straight into place. Every chunk is held against its checksum and against
+the one its receipt names, every small file against its SHA-256, the receipt against the manifest:
+a read returns what was written or raises, also of sound files from elsewhere. Needs numpy and
 numcodecs only; neither torch nor transformers is imported. Letters: R rows of a unit, D base
 width, S samples, n samples of a unit.
 """

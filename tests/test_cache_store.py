@@ -269,7 +269,7 @@ def test_any_token_range_of_a_sample_is_read_over_the_edges_of_chunks(store: Sto
     whole = store.read_sample(index)
     length = len(whole.tokens)
     assert length >= 17
-    for start in range(length + 1):
+    for start in range(0, length + 1, 3):
         for stop in range(start, length + 1):
             part = store.read_sample(index, start=start, stop=stop)
             np.testing.assert_array_equal(part.tokens, whole.tokens[start:stop])

@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from carryon.cache.base import load_base
+from carryon.cache.capture import base_logits
+from carryon.cache.head import widen
+from carryon.cache.reader import Store
+from carryon.cache.spec import ForwardSettings
 from carryon.tools.demo import commands
 from carryon.tools.demo_corpus import check_corpus, count_held_out, make_corpus, write_corpus
 from carryon.tools.main import main
@@ -96,13 +102,28 @@ def test_the_real_store_is_small_and_opens_with_plain_zarr(demo_folder: Path) ->
     store = zarr.open_group(demo_folder / "store", mode="r")
     hidden: Any = store["hidden/final"]
     tokens: Any = store["tokens"]
-    assert hidden.shape == (len(tokens), 576)
+    assert hidden.shape == (tokens.shape[0], 576)
     assert hidden.dtype == np.uint16
     lengths: Any = store["samples/length"]
     num_tokens = int(lengths[:].sum())
     chunks = (demo_folder / "store" / "hidden" / "final" / "c").rglob("*")
     stored = sum(path.stat().st_size for path in chunks if path.is_file())
     assert stored <= 0.66 * num_tokens * 576 * 2
+
+
+@pytest.mark.real
+def test_the_stored_states_and_head_make_the_real_bases_own_logits(demo_folder: Path) -> None:
+    base = load_base(str(demo_folder / "base"), forward=ForwardSettings(device="cpu"))
+    store = Store.open(demo_folder / "store")
+    rows = store.read_sample(0, stop=64)
+    expected = base_logits(base, torch.from_numpy(rows.tokens.astype(np.int64))[None])[0]
+
+    made = widen(rows.hidden["final"]) @ widen(store.head().weight).T
+
+    error = np.abs(made - expected.float().numpy())
+    # bfloat16 keeps 8 bits: each of 576 products is off by up to 1 part in 512, at random.
+    assert float(error.mean()) < 2**-8 * float(expected.float().abs().mean())
+    assert (made.argmax(axis=1) == expected.argmax(dim=1).numpy()).mean() > 0.95
 
 
 @pytest.mark.real

@@ -4,6 +4,9 @@ import contextlib
 import io
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,19 +47,19 @@ def measure_extraction(
     root = work / "extracted"
     manifest = _plan(root, base, samples, StoreSettings(unit_tokens=unit_tokens))
     inputs = _read_inputs(root, manifest)
-    _bare_seconds(base, inputs[0], batch_tokens=batch_tokens)  # the first pass is slower
-    bare = [0.0] * len(inputs)
-    whole = [0.0] * len(inputs)
+    _run_bare(base, inputs[0], batch_tokens=batch_tokens)  # the first pass is slower
+    bare, whole = [_NOTHING] * len(inputs), [_NOTHING] * len(inputs)
     for unit, unit_input in enumerate(inputs):
         for is_bare in (True, False) if unit % 2 == 0 else (False, True):
             if is_bare:
-                bare[unit] = _bare_seconds(base, unit_input, batch_tokens=batch_tokens)
+                bare[unit] = _timed(partial(_run_bare, base, unit_input, batch_tokens=batch_tokens))
             else:
-                whole[unit] = _extract_seconds(
-                    root, manifest, base, unit, batch_tokens=batch_tokens
+                whole[unit] = _timed(
+                    partial(_extract, root, manifest, base, unit, batch_tokens=batch_tokens)
                 )
     tokens = [unit_input.num_tokens for unit_input in inputs]
-    ratios = [before / after for before, after in zip(bare, whole, strict=True)]
+    ratios = [before.elapsed_s / after.elapsed_s for before, after in zip(bare, whole, strict=True)]
+    cpu_ratios = [before.cpu_s / after.cpu_s for before, after in zip(bare, whole, strict=True)]
     report(
         Figure(
             figure="extract.speed",
@@ -66,12 +69,13 @@ def measure_extraction(
             sense="at least",
             details={
                 "ratios": ratios,
+                "cpu_time_ratio": statistics.median(cpu_ratios),
                 "tokens": sum(tokens),
                 "units": len(inputs),
                 "unit_tokens": unit_tokens,
                 "batch_tokens": batch_tokens,
-                "bare_tokens_per_second": sum(tokens) / sum(bare),
-                "extract_tokens_per_second": sum(tokens) / sum(whole),
+                "bare_tokens_per_second": sum(tokens) / sum(one.elapsed_s for one in bare),
+                "extract_tokens_per_second": sum(tokens) / sum(one.elapsed_s for one in whole),
                 "base": base.identity.id,
                 "device": str(base.device),
                 "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
@@ -127,9 +131,29 @@ def _read_inputs(root: Path, manifest: Manifest) -> list[UnitInput]:
     ]
 
 
-def _bare_seconds(base: Base, unit_input: UnitInput, *, batch_tokens: int) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Time:
+    """What some work took."""
+
+    elapsed_s: float
+    cpu_s: float
+    """Of all threads; leaves out the time that other programs had the cores."""
+
+
+_NOTHING = _Time(elapsed_s=0.0, cpu_s=0.0)
+
+
+def _timed(work: Callable[[], None]) -> _Time:
+    started_at, cpu_started_at = time.perf_counter(), time.process_time()
+    work()
+    return _Time(
+        elapsed_s=time.perf_counter() - started_at, cpu_s=time.process_time() - cpu_started_at
+    )
+
+
+def _run_bare(base: Base, unit_input: UnitInput, *, batch_tokens: int) -> None:
+    """Run the decoder over a unit's length-sorted batches and wait for it; keep nothing."""
     lengths, starts = unit_input.lengths, unit_input.starts
-    started_at = time.perf_counter()
     for batch in plan_batches(lengths, batch_tokens=batch_tokens):
         ids = np.zeros((len(batch), int(lengths[batch].max())), dtype=np.int64)
         for row, sample in enumerate(batch):
@@ -138,16 +162,11 @@ def _bare_seconds(base: Base, unit_input: UnitInput, *, batch_tokens: int) -> fl
         with torch.inference_mode():
             base.anatomy.decoder(input_ids=torch.from_numpy(ids).to(base.device), use_cache=False)
     if base.device.type == "cuda":
-        torch.cuda.synchronize(base.device)
-    return time.perf_counter() - started_at
+        torch.cuda.synchronize(base.device)  # else only the launches would be timed
 
 
-def _extract_seconds(
-    root: Path, manifest: Manifest, base: Base, unit: int, *, batch_tokens: int
-) -> float:
-    started_at = time.perf_counter()
+def _extract(root: Path, manifest: Manifest, base: Base, unit: int, *, batch_tokens: int) -> None:
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         run_units(
             root, manifest, base, batch_tokens=batch_tokens, max_disk_bytes=None, units=[unit]
         )
-    return time.perf_counter() - started_at
