@@ -103,7 +103,9 @@ def refuse_foreign_folder(root: Path) -> None:
         read_manifest(root)
         return
     others = sorted(path.name for path in root.iterdir())
-    if others and not (root / LOCK_PATH).exists():
+    lock = root / LOCK_PATH
+    was_killed_before_lock = others == [lock.parent.name] and not any(lock.parent.iterdir())
+    if others and not lock.exists() and not was_killed_before_lock:
         raise InputError(
             f"{root}: expected a new or empty folder, or a store, but it holds {others[0]}"
             f"{' and more' if len(others) > 1 else ''}: choose another folder"
