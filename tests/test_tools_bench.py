@@ -19,7 +19,7 @@ from carryon.cache.spec import StoreSettings
 from carryon.tools import bench_run
 from carryon.tools.bench_corpora import write_named_corpus
 from carryon.tools.bench_decode import measure_decoding
-from carryon.tools.bench_deepspec import deepspec, raw_map_limit
+from carryon.tools.bench_deepspec import deepspec, raw_map_straight
 from carryon.tools.bench_disk import SlowDisk, charge_nothing
 from carryon.tools.bench_epoch import run_peer_epoch, run_store_epoch
 from carryon.tools.bench_extract import measure_extraction, samples_of
@@ -45,7 +45,7 @@ PEERS = [
     specforge(has_pads=False),
     specforge(has_pads=True),
     deepspec(),
-    raw_map_limit(),
+    raw_map_straight(),
 ]
 TINY = BenchSizes(
     samples=5,
@@ -255,16 +255,16 @@ def test_a_store_is_streamed_whole_and_charged_for_its_files(
 def test_a_slow_disk_gives_no_more_than_it_has() -> None:
     disk = SlowDisk(1e6)
     started_at = time.perf_counter()
-    for _ in range(4):
+    for _ in range(8):
         disk.charge(5000)
-    assert time.perf_counter() - started_at >= 0.0199
+    assert time.perf_counter() - started_at >= 0.0399
 
 
 def test_streaming_gives_one_figure_a_layout_and_two_against_the_best_peer(
     states: StateSet, store_tmp: Path
 ) -> None:
     figures: list[Figure] = []
-    some = [specforge(has_pads=True), deepspec(), raw_map_limit()]
+    some = [specforge(has_pads=True), deepspec(), raw_map_straight()]
     measure_streaming(
         states,
         some,
@@ -284,7 +284,8 @@ def test_streaming_gives_one_figure_a_layout_and_two_against_the_best_peer(
         assert details[name]["role"] in ("ours", "peer", "limit")
         assert details[name]["bytes_per_token"] > 0
     assert details["torch_save_padded"]["ratio_to_raw"] > details["raw_map"]["ratio_to_raw"] >= 1
-    assert details["warm"]["best_peer"] in ("torch_save_padded", "raw_map")
+    assert details["warm"]["best_peer"] == "torch_save_padded"
+    assert set(details["warm"]["to_limit"]) == {"raw_map", "raw_map_straight"}
     assert not list((store_tmp / "work").iterdir())
     [plot] = plot_streaming(figures, store_tmp / "plots")
     assert plot.name == "stream-made-up.png"

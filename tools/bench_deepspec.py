@@ -1,6 +1,7 @@
 """The layout of DeepSpec: all samples one after another in one file, mapped; padded batches.
 
-Re-typed from the project. Letters: S tokens of a sample, H width.
+Re-typed from the project, without its worker processes. It is the limit for reading from memory:
+nothing is decoded and nothing is checked. Letters: S tokens of a sample, H width.
 """
 
 import struct
@@ -28,13 +29,14 @@ def deepspec() -> Peer:
         write=_write,
         open=lambda states, folder, charge: _open(states, folder, charge, copies=True),
         batch=random_batches,
+        is_limit=True,
     )
 
 
-def raw_map_limit() -> Peer:
+def raw_map_straight() -> Peer:
     """Return the same files copied straight into batches: the least work there can be."""
     return Peer(
-        name="raw_map_limit",
+        name="raw_map_straight",
         read_as="the files of raw_map, copied straight into padded batches",
         write=_write,
         open=lambda states, folder, charge: _open(states, folder, charge, copies=False),
@@ -71,6 +73,7 @@ def _open(states: StateSet, folder: Path, charge: Charge, *, copies: bool) -> Lo
 
     def views(sample: int) -> Iterator[tuple[str, NDArray[Any]]]:
         _, _, length, *offsets = index[sample]
+        charge(length * (5 + 2 * width * (1 + num_lower)))
         parts: list[tuple[str, type[np.generic], tuple[int, ...]]] = [
             ("input_ids", np.int32, (1, length)),
             ("loss_mask", np.uint8, (1, length)),
@@ -79,7 +82,6 @@ def _open(states: StateSet, folder: Path, charge: Charge, *, copies: bool) -> Lo
         ]
         for (name, dtype, shape), offset in zip(parts, offsets, strict=True):
             num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            charge(num_bytes)
             if num_bytes:
                 yield name, mapped[offset : offset + num_bytes].view(dtype).reshape(shape)
 

@@ -14,6 +14,11 @@ def charge_nothing(num_bytes: int) -> None:
     """Let a read through at once."""
 
 
+_CREDIT_S = 0.02
+"""A sleep ends late by up to some ms. So much idle time may be made up for, or layouts of many
+small reads would pay for the clock instead of the disk."""
+
+
 class SlowDisk:
     """A disk that gives so many bytes a second, to all threads together, and no more.
 
@@ -24,15 +29,15 @@ class SlowDisk:
     """
 
     def __init__(self, bytes_per_second: float) -> None:
-        """Begin idle."""
+        """Begin idle, without credit."""
         self._bytes_per_second = bytes_per_second
         self._lock = threading.Lock()
-        self._is_free_at = 0.0
+        self._is_free_at = time.perf_counter()
 
     def charge(self, num_bytes: int) -> None:
         """Wait until the disk has served `num_bytes` more."""
         with self._lock:
-            begins_at = max(time.perf_counter(), self._is_free_at)
+            begins_at = max(time.perf_counter() - _CREDIT_S, self._is_free_at)
             self._is_free_at = ends_at = begins_at + num_bytes / self._bytes_per_second
         time.sleep(max(0.0, ends_at - time.perf_counter()))
 
@@ -56,6 +61,16 @@ def drop_from_memory(folder: Path) -> bool:
             finally:
                 os.close(handle)
     return True
+
+
+def bring_into_memory(folder: Path) -> None:
+    """Read the files below `folder` once: the system may have dropped them since they were used."""
+    buffer = bytearray(1 << 20)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
 
 def measure_folder(folder: Path) -> tuple[int, int]:

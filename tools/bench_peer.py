@@ -34,7 +34,7 @@ class Peer:
     batch: Callable[[NDArray[np.int32], np.random.Generator], list[NDArray[np.int64]]]
     """Puts the samples of these lengths into batches, in random order, for one epoch."""
     is_limit: bool = False
-    """No project reads so: it bounds what any could."""
+    """It bounds what a layout can reach from memory, and no other is held against it."""
 
 
 def random_batches(

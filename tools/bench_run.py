@@ -9,7 +9,7 @@ from carryon.cache.reader import Store
 from carryon.cache.spec import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.tools.bench_corpora import write_named_corpus
 from carryon.tools.bench_decode import measure_decoding
-from carryon.tools.bench_deepspec import deepspec, raw_map_limit
+from carryon.tools.bench_deepspec import deepspec, raw_map_straight
 from carryon.tools.bench_extract import measure_extraction, samples_of
 from carryon.tools.bench_figure import Report
 from carryon.tools.bench_open import measure_opening
@@ -117,7 +117,7 @@ def _measure_streams(
         specforge(has_pads=False),
         specforge(has_pads=True),
         deepspec(),
-        raw_map_limit(),
+        raw_map_straight(),
     ]
     _stream(_made_up(sizes, num_samples=sizes.samples), peers, sizes, work, report=report)
     for label, store in stores.items():

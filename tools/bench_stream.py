@@ -19,6 +19,7 @@ from carryon.cache.spec import StoreSettings
 from carryon.tools.bench_disk import (
     Charge,
     SlowDisk,
+    bring_into_memory,
     charge_nothing,
     drop_from_memory,
     measure_folder,
@@ -239,6 +240,7 @@ def _best_speeds(
     epochs: dict[tuple[str, int], list[Epoch]] = {}
 
     def run(layout: Layout, num_threads: int) -> float:
+        bring_into_memory(layout.folder)
         epoch = layout.run(num_threads, charge)
         epochs.setdefault((layout.name, num_threads), []).append(epoch)
         return epoch.tokens_per_second
