@@ -20,6 +20,7 @@ from carryon.cache.head import Head
 from carryon.cache.identity import (
     BaseIdentity,
     digest_chat_template,
+    digest_config,
     digest_tokenizer,
     digest_weights,
 )
@@ -152,6 +153,7 @@ def _identify(
         width=anatomy.head.in_features,
         vocab_size=anatomy.head.out_features,
         context_tokens=_read_context_tokens(model.config.get_text_config(), tokenizer),
+        config_sha256=digest_config(model.config),
         weights_sha256=weights_sha256,
         tokenizer_sha256=digest_tokenizer(tokenizer),
         chat_template_sha256=digest_chat_template(tokenizer),

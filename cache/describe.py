@@ -1,7 +1,5 @@
 """What a store is going to be: base, corpus and settings as a plan and a manifest. Pure."""
 
-from importlib.metadata import version
-
 import numpy as np
 
 from carryon.cache.base import Base, read_head
@@ -13,8 +11,7 @@ from carryon.cache.manifest import CorpusPart, Manifest
 from carryon.cache.plan import UnitPlan, plan_units
 from carryon.cache.precision import STATE_TYPES
 from carryon.cache.spec import CorpusSettings, StoreSettings
-
-_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "numcodecs", "zarr", "gpt-carry-on")
+from carryon.cache.versions import library_versions
 
 
 def longest_sample(corpus: CorpusSettings, store: StoreSettings, base: Base) -> int:
@@ -72,5 +69,5 @@ def describe(
         width=width,
         rows_per_chunk=chunk_rows(row_bytes=width * item_bytes, unit_tokens=store.unit_tokens),
         head=head_facts(read_head(base)),
-        versions={name: version(name) for name in _LIBRARIES},
+        versions=library_versions(),
     )

@@ -15,11 +15,11 @@ from carryon.cache.corpus import Corpus, read_corpus
 from carryon.cache.describe import describe, longest_sample, plan_corpus
 from carryon.cache.errors import InputError
 from carryon.cache.forecast import Forecast, forecast
-from carryon.cache.lock import LOCK_PATH, write_lock
+from carryon.cache.lock import LOCK_PATH, refuse_busy, write_lock
 from carryon.cache.manifest import Manifest, manifest_path, read_manifest
 from carryon.cache.pilot import make_probe, measure_profile, run_pilot
 from carryon.cache.plan import UnitPlan
-from carryon.cache.plan_writer import append_plan, write_plan
+from carryon.cache.plan_writer import append_plan, plan_bytes, write_plan
 from carryon.cache.resume import refuse_other_data, refuse_other_settings
 from carryon.cache.run_units import ExtractReport, raw_bytes, run_units
 from carryon.cache.spec import CorpusSettings, ForwardSettings, StoreSettings, parse_tap
@@ -60,6 +60,7 @@ def extract(
     """
     root = Path(out)
     refuse_foreign_folder(root)
+    refuse_busy(root)
     loaded, texts, plan, manifest = _prepare(base, data, corpus, store, forward)
     print(_prediction(manifest), file=sys.stderr)
     with write_lock(root):
@@ -67,7 +68,7 @@ def extract(
         if not manifest_path(root).exists():
             if append:
                 raise InputError(f"{root}: no store to append to: leave out --append")
-            manifest = _begin(root, loaded, manifest, texts, plan)
+            manifest = _begin(root, loaded, manifest, texts, plan, max_disk_bytes)
         else:
             manifest = _go_on(root, manifest, texts, plan, append=append)
         return run_units(
@@ -129,12 +130,26 @@ def _prepare(
     return loaded, texts, plan, describe(loaded, texts, plan, corpus=corpus, store=store)
 
 
-def _begin(root: Path, base: Base, manifest: Manifest, texts: Corpus, plan: UnitPlan) -> Manifest:
+def _begin(
+    root: Path,
+    base: Base,
+    manifest: Manifest,
+    texts: Corpus,
+    plan: UnitPlan,
+    max_disk_bytes: int | None,
+) -> Manifest:
     head = read_head(base)
     pilot = run_pilot(base, manifest.taps, texts.samples, plan)
     errors = measure_profile(pilot, head, taps=manifest.taps, profile=manifest.settings["profile"])
-    manifest = replace(manifest, profile_error=errors)
-    return write_plan(root, manifest, texts.samples, plan, head=head, probe=make_probe(pilot))
+    manifest, probe = replace(manifest, profile_error=errors), make_probe(pilot)
+    if max_disk_bytes is not None:
+        needed = plan_bytes(manifest, texts.samples, plan, head=head, probe=probe)
+        if needed > max_disk_bytes:
+            raise InputError(
+                f"max_disk: expected more than {needed / 1e6:,.1f} MB, which the head and the "
+                f"plan of {root} take before its first unit, got {max_disk_bytes / 1e6:,.1f} MB"
+            )
+    return write_plan(root, manifest, texts.samples, plan, head=head, probe=probe)
 
 
 def _go_on(

@@ -16,18 +16,15 @@ from carryon.cache.base import Base, read_head
 from carryon.cache.capture import capture
 from carryon.cache.chunk import encode_chunk, encode_shard
 from carryon.cache.corpus import Corpus
-from carryon.cache.head_files import encode_head
 from carryon.cache.manifest import Manifest
 from carryon.cache.pilot import make_probe, measure_profile, run_pilot
 from carryon.cache.plan import UnitPlan, plan_batches
-from carryon.cache.plan_writer import small_files, unit_rows
+from carryon.cache.plan_writer import plan_bytes
 from carryon.cache.precision import STEPS, bfloat16_bits, to_codes
 from carryon.cache.run_units import raw_bytes
 
 _PILOT_ROWS = 4096
 """Tokens that are run; fewer only if the corpus has fewer."""
-
-_RECEIPT_BYTES = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,16 +70,8 @@ def forecast(
     num_whole = len(whole[manifest.taps[0]])
     head = read_head(base)
     pilot = run_pilot(base, manifest.taps, texts.samples, plan)
-    fixed = sum(len(content) for _, content in encode_head(head))
-    fixed += 2 * sum(
-        len(content)
-        for files in (
-            small_files(texts.samples, plan, manifest=manifest, probe=make_probe(pilot)),
-            unit_rows(texts.samples, plan, manifest=manifest, first_unit=0),
-        )
-        for _, content in files
-    )
-    fixed += manifest.num_units * _RECEIPT_BYTES
+    fixed = plan_bytes(manifest, texts.samples, plan, head=head, probe=make_probe(pilot))
+    fixed += manifest.num_units * _receipt_bytes(manifest)
     raw = raw_bytes(manifest, manifest.num_tokens)
     profiles = {}
     is_bfloat16 = manifest.settings["dtype"] == "bfloat16"
@@ -104,6 +93,12 @@ def forecast(
         elapsed_s=round(manifest.num_tokens / rate, 1),
         profiles=profiles,
     )
+
+
+def _receipt_bytes(manifest: Manifest) -> int:
+    """Return the bytes of a receipt: a digest of each file, a checksum of each chunk."""
+    num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
+    return 1000 + len(manifest.taps) * (200 + 16 * num_chunks)
 
 
 def _run_timed(

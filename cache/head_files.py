@@ -1,13 +1,16 @@
 """The frozen head in a store: its arrays under `head/`, its facts in the manifest."""
 
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.arrays import encode_array, read_array, read_rows
+from carryon.cache.arrays import array_info, encode_array, read_array, read_rows
+from carryon.cache.atomic import disk_full_named
 from carryon.cache.head import FinalNorm, Head
 from carryon.cache.layout import HEAD_CHUNK_BYTES
 from carryon.cache.manifest import Manifest
@@ -79,3 +82,31 @@ def read_head(root: Path, manifest: Manifest, *, tokens: NDArray[np.int32] | Non
             ),
         ),
     )
+
+
+def map_head(root: Path, manifest: Manifest) -> Head:
+    """Return the head of the store at `root` with its rows in an unnamed temporary file, mapped.
+
+    Its pages are the file's: the system fetches them when they are read and drops them when it
+    needs the memory. Reading the chunks of the store each time instead would cost a decoding of
+    the whole head for every step. The file lies in the folder for temporary files (TMPDIR), which
+    should be on a disk, and goes with the process.
+
+    Raises:
+        DamagedStoreError: a chunk is missing or is not the one that was written.
+        DiskFullError: no space for the rows, as large as the head is uncompressed.
+    """
+    name, digests = "head/lm_head", manifest.files
+    info = array_info(root, name)
+    first_token = np.zeros(1, dtype=np.int32)
+    rest = read_head(root, manifest, tokens=first_token)
+    bias = read_array(root, "head/bias", digests=digests) if rest.bias is not None else None
+    with tempfile.TemporaryFile(prefix="carryon-head-") as file:
+        with disk_full_named(Path(tempfile.gettempdir())):
+            for first in range(0, info.shape[0], info.chunk[0]):
+                stop = min(first + info.chunk[0], info.shape[0])
+                rows = read_array(root, name, digests=digests, first=first, stop=stop)
+                file.write(memoryview(rows).cast("B"))
+            file.flush()
+        weight = np.memmap(file, dtype=info.dtype, mode="c", shape=info.shape)
+    return replace(rest, weight=weight, bias=bias)

@@ -15,7 +15,32 @@ from carryon.cache.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_NOT_COMPUTED_WITH = {
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "is_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "quantization_config",
+    "return_dict",
+    "sep_token_id",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+"""Entries of a config that say how a base is found, loaded, generated with or trained, and change
+no hidden state; the weights have a digest of their own. The same base as GGUF and as safetensors
+differs in some of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +62,8 @@ class BaseIdentity:
     context_tokens: int
     """Longest sequence that the base is made for, in tokens; a very large number for a base
     that names no limit."""
+    config_sha256: str
+    """See `digest_config`."""
     weights_sha256: str
     """See `digest_weights`."""
     tokenizer_sha256: str
@@ -68,8 +95,8 @@ def digest_weights(model: "nn.Module") -> str:
     """Return the SHA-256 (hex) of everything the model loads from its checkpoint.
 
     Covered: name, shape, dtype and bytes of each parameter and each buffer that is saved, in the
-    order of the names, a tied tensor once, under its first name. Not covered: the config. Each
-    tensor is hashed by itself, so the work spreads over the CPU cores, and then the digests.
+    order of the names, a tied tensor once, under its first name. Each tensor is hashed by itself,
+    so the work spreads over the CPU cores, and then the digests.
     """
     seen: set[tuple[int, tuple[int, ...]]] = set()
     named: list[tuple[str, Tensor]] = []
@@ -81,6 +108,14 @@ def digest_weights(model: "nn.Module") -> str:
     with ThreadPoolExecutor() as pool:
         lines = pool.map(lambda item: _digest_tensor(*item), named)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def digest_config(config: "PretrainedConfig") -> str:
+    """Return the SHA-256 (hex) of what a config says of the computation: widths, epsilons, rope.
+
+    Private entries, defaults of loading and token ids are left out, at every depth.
+    """
+    return _digest_json(_computed_with(config.to_dict()))
 
 
 def digest_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -101,6 +136,18 @@ def digest_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Return the SHA-256 (hex) of the chat template, or None where there is none."""
     template = tokenizer.chat_template
     return None if template is None else _digest_json(template)
+
+
+def _computed_with(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {
+            str(key): _computed_with(item)
+            for key, item in value.items()
+            if str(key) not in _NOT_COMPUTED_WITH and not str(key).startswith("_")
+        }
+    if isinstance(value, list | tuple):
+        return [_computed_with(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def _digest_tensor(name: str, tensor: "Tensor") -> str:

@@ -14,6 +14,22 @@ LOCK_PATH = "units/.lock"
 """Beside the receipts: zarr-python warns of files it does not know, but not inside an array."""
 
 
+def refuse_busy(root: Path) -> None:
+    """Check, before any other work, that nobody writes to `root`; nothing is made or changed.
+
+    Raises:
+        StoreBusyError: another process holds the lock.
+    """
+    try:
+        handle = os.open(root / LOCK_PATH, os.O_RDWR)
+    except OSError:  # no store yet, or one that cannot be written to: the lock itself will tell
+        return
+    try:
+        _take(handle, root)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def write_lock(root: Path) -> Iterator[None]:
     """Hold the write lock of the store folder `root`, which is made if it does not exist.
@@ -27,15 +43,7 @@ def write_lock(root: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise StoreBusyError(
-                f"{root}: process {holder} is writing to this store: wait for it, or stop it"
-            ) from error
+        _take(handle, root)
         with disk_full_named(path):
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
@@ -43,3 +51,15 @@ def write_lock(root: Path) -> Iterator[None]:
         os.ftruncate(handle, 0)
     finally:
         os.close(handle)
+
+
+def _take(handle: int, root: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        raise StoreBusyError(
+            f"{root}: process {holder} is writing to this store: wait for it, or stop it"
+        ) from error

@@ -86,6 +86,18 @@ def write_plan(
     return manifest
 
 
+def plan_bytes(
+    manifest: Manifest, samples: Sequence[Sample], plan: UnitPlan, *, head: Head, probe: Probe
+) -> int:
+    """Return the bytes of all that `write_plan` writes but the manifest; nothing is written."""
+    twice = (
+        *unit_rows(samples, plan, manifest=manifest, first_unit=0),
+        *small_files(samples, plan, manifest=manifest, probe=probe),
+    )
+    once = encode_head(head)
+    return 2 * sum(len(content) for _, content in twice) + sum(len(item) for _, item in once)
+
+
 def append_plan(
     root: Path, old: Manifest, new: Manifest, samples: Sequence[Sample], plan: UnitPlan
 ) -> Manifest:

@@ -24,9 +24,10 @@ from carryon.cache.head import Head, widen
 from carryon.cache.head_files import read_head
 from carryon.cache.layout import TABLE_ROWS
 from carryon.cache.manifest import Manifest, read_manifest, sha256_hex
+from carryon.cache.precision import STATE_TYPES
 from carryon.cache.probe import check_head, check_states, read_probe
 from carryon.cache.receipt import Receipt, read_receipt, units_with_receipt
-from carryon.cache.unit_reader import UnitFiles
+from carryon.cache.unit_reader import Move, UnitFiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +140,11 @@ class Store:
         return self.manifest.width
 
     @property
+    def states_dtype(self) -> np.dtype[Any]:
+        """Type of stored states as they are read: uint16 stands for the bits of bfloat16."""
+        return np.dtype(STATE_TYPES[self.manifest.settings["dtype"]])
+
+    @property
     def num_units(self) -> int:
         """Units planned; `finished_units` says which of them are there."""
         return self.manifest.num_units
@@ -235,6 +241,22 @@ class Store:
             char_end=files.rows("char_end", unit, receipt),
             hidden={tap: files.states(tap, unit, all_rows, receipt) for tap in wanted},
         )
+
+    def copy_states(self, unit: int, tap: str, moves: Sequence[Move]) -> None:
+        """Decode rows of a unit's states at a tap straight to where they are wanted.
+
+        Args:
+            unit: 0 to `num_units` - 1.
+            tap: of the store.
+            moves: which rows of the unit go where; the arrays are of `states_dtype`.
+
+        Raises:
+            InputError, UnfinishedStoreError, DamagedStoreError: as `read_unit`; what was written
+                till then is of no use.
+        """
+        self._known_taps([tap])
+        self._check_unit(unit)
+        self._files.copy_states(tap, unit, moves, self.receipt(unit))
 
     def read_sample(
         self,

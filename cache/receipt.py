@@ -46,6 +46,8 @@ class Receipt:
     """By path relative to the store."""
     elapsed_s: float
     """Seconds of the unit's forward passes and writing."""
+    versions: dict[str, str]
+    """Of the libraries that computed it: an extraction may go on under others than it began."""
 
 
 def write_receipt(root: Path, receipt: Receipt) -> None:

@@ -6,7 +6,13 @@ from typing import Any
 from carryon.cache.errors import SettingMismatchError
 from carryon.cache.manifest import Manifest
 
-_BASE_FACTS = ("architecture", "weights_sha256", "tokenizer_sha256", "chat_template_sha256")
+_BASE_FACTS = (
+    "architecture",
+    "config_sha256",
+    "weights_sha256",
+    "tokenizer_sha256",
+    "chat_template_sha256",
+)
 
 
 def refuse_other_settings(old: Manifest, new: Manifest, *, name: str) -> None:

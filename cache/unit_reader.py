@@ -4,6 +4,9 @@ Every file is held against the size in the unit's receipt, every chunk against i
 Letters: R rows of a unit, D base width.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,26 @@ from carryon.cache.errors import DamagedStoreError
 from carryon.cache.layout import channel_scale_path, row_path, shard_path, token_scale_path
 from carryon.cache.manifest import Manifest
 from carryon.cache.precision import STATE_TYPES, STEPS, Codes, from_codes
-from carryon.cache.receipt import FileEntry, Receipt
+from carryon.cache.receipt import Receipt
 from carryon.cache.recycle import Recycler
+
+MOST_FREE = 32
+"""Arrays whose memory is kept for later: those of a few units with a few taps."""
+
+
+_BLOSC_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Move:
+    """Consecutive rows of a unit, and where they are wanted."""
+
+    first: int
+    """First row, counted within the unit."""
+    stop: int
+    """Row after the last one."""
+    to: NDArray[Any]
+    """[stop - first, D], C-contiguous, of the store's type: where they are written."""
 
 
 class UnitFiles:
@@ -27,8 +48,11 @@ class UnitFiles:
         """Read nothing yet."""
         self._root = root
         self._manifest = manifest
+        self._dtype = np.dtype(STATE_TYPES[manifest.settings["dtype"]])
+        self._is_lossy = manifest.settings["profile"] in STEPS
+        self._chunk_bytes = manifest.rows_per_chunk * manifest.width * self._dtype.itemsize
         self._infos: dict[str, ArrayInfo] = {}
-        self._memory = Recycler()
+        self._memory = Recycler(most_free=MOST_FREE)
 
     def rows(self, name: str, unit: int, receipt: Receipt) -> NDArray[Any]:
         """Return a unit's `tokens`, `loss_mask` or `char_end`, [R]."""
@@ -46,63 +70,76 @@ class UnitFiles:
         Raises:
             DamagedStoreError: a file or chunk is not what was written; names unit, tap and chunk.
         """
-        per_chunk = self._manifest.rows_per_chunk
-        chunks = range(rows.start // per_chunk, -(-rows.stop // per_chunk))
-        out = self._take(len(chunks) * per_chunk)
-        self._decode(tap, unit, chunks, receipt, out)
-        skipped = chunks.start * per_chunk
-        wanted = out[rows.start - skipped : rows.stop - skipped]
-        if self._manifest.settings["profile"] not in STEPS:
-            return wanted
-        return self._from_grid(tap, unit, wanted, rows, receipt)
+        out = self._take(rows.stop - rows.start)
+        self.copy_states(tap, unit, [Move(first=rows.start, stop=rows.stop, to=out)], receipt)
+        return out
 
-    def _decode(
-        self, tap: str, unit: int, chunks: range, receipt: Receipt, out: NDArray[Any]
-    ) -> None:
-        """Decode consecutive chunks of a unit into `out` [len(chunks) * rows of a chunk, D]."""
-        path, name = shard_path(tap, unit), f"{self._root} unit {unit} tap {tap}"
-        self._check_size(path, receipt)
-        entry, per_chunk = receipt.files[path], self._manifest.rows_per_chunk
-        found = self._stored_chunks(path, entry, chunks, name=name)
-        for number, (chunk, stored) in enumerate(zip(chunks, found, strict=True)):
-            rows = out[number * per_chunk : (number + 1) * per_chunk]
-            decode_chunk(stored, rows, name=f"{name} chunk {chunk}")
-            if chunk_checksum(stored) != entry.chunks[chunk]:
+    def copy_states(self, tap: str, unit: int, moves: Sequence[Move], receipt: Receipt) -> None:
+        """Decode rows of a unit's states at a tap straight to where they are wanted.
+
+        One chunk at a time goes through memory that stays in a core's cache; chunks of which no
+        row is wanted are not read.
+
+        Args:
+            tap: of the store.
+            unit: a finished one.
+            moves: which rows go where.
+            receipt: of the unit.
+
+        Raises:
+            DamagedStoreError: as `states`; what was written till then is of no use.
+        """
+        per_chunk = self._manifest.rows_per_chunk
+        wanted = _moves_by_chunk(moves, per_chunk)
+        name = f"{self._root} unit {unit} tap {tap}"
+        grid = self._grid(tap, unit, receipt) if wanted and self._is_lossy else None
+        scratch = self._take(per_chunk)
+        for chunk, stored in self._stored_chunks(tap, unit, sorted(wanted), receipt, name=name):
+            inside, where = wanted[chunk], f"{name} chunk {chunk}"
+            whole = grid is None and inside[0].stop - inside[0].first == per_chunk
+            rows = inside[0].to if whole else scratch
+            decode_chunk(stored, rows, name=where)
+            if chunk_checksum(stored) != receipt.files[shard_path(tap, unit)].chunks[chunk]:
                 raise DamagedStoreError(
-                    f"{name} chunk {chunk}: sound, but not the one that was written there: "
+                    f"{where}: sound, but not the one that was written there: "
                     "run carryon verify, then repair"
                 )
+            for move in [] if whole else inside:
+                found = rows[move.first - chunk * per_chunk : move.stop - chunk * per_chunk]
+                if grid is None:
+                    move.to[:] = found
+                else:
+                    token, channel = grid
+                    scales = token[move.first : move.stop]
+                    codes = Codes(codes=found, token_scale=scales, channel_scale=channel)
+                    from_codes(codes, out=move.to)
 
     def _stored_chunks(
-        self, path: str, entry: FileEntry, chunks: range, *, name: str
-    ) -> list[memoryview]:
-        """Return the stored bytes of consecutive chunks: one read for a whole shard, else two."""
+        self, tap: str, unit: int, chunks: Sequence[int], receipt: Receipt, *, name: str
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Yield chunks of a shard and their stored bytes, which hold until the next is asked for.
+
+        Each is read on its own: 0.7 of a chunk fits a core's cache, a whole shard does not.
+        """
+        path = shard_path(tap, unit)
+        self._check_size(path, receipt)
         num_chunks = self._manifest.unit_tokens // self._manifest.rows_per_chunk
-        if len(chunks) == num_chunks:
-            shard = self._read(path, 0, entry.bytes)
-            index = shard_index(shard, num_chunks=num_chunks, name=name)
-            return [shard[offset : offset + size] for offset, size in index]
+        end = receipt.files[path].bytes
         size = index_bytes(num_chunks)
-        end = self._read(path, entry.bytes - size, size)
-        index = shard_index(end, num_chunks=num_chunks, name=name)[chunks.start : chunks.stop]
-        first = min((offset for offset, _ in index), default=0)
-        stop = max((offset + size for offset, size in index), default=0)
-        part = self._read(path, first, min(stop, entry.bytes) - first)
-        return [part[offset - first : offset - first + size] for offset, size in index]
-
-    def _read(self, path: str, first: int, num_bytes: int) -> memoryview:
-        """Return bytes of a file; fewer where it ends early, which no checksum will fit."""
-        memory = self._memory.take(num_bytes).data
         with (self._root / path).open("rb", buffering=0) as file:
-            file.seek(first)
-            got = 0
-            while got < num_bytes and (more := file.readinto(memory[got:])):
-                got += more
-        return memory[:got]
+            part = _read(file, end - size, memoryview(bytearray(size)))
+            index = shard_index(part, num_chunks=num_chunks, name=name)
+            largest = max((index[chunk][1] for chunk in chunks), default=0)
+            # Of one size for all shards: Blosc adds a few bytes to what it cannot make smaller.
+            memory = self._memory.take(max(largest, self._chunk_bytes + _BLOSC_BYTES)).data
+            for chunk in chunks:
+                offset, num_bytes = index[chunk]
+                yield chunk, _read(file, offset, memory[:num_bytes])
 
-    def _from_grid(
-        self, tap: str, unit: int, codes: NDArray[np.uint16], rows: slice, receipt: Receipt
-    ) -> NDArray[np.uint16]:
+    def _grid(
+        self, tap: str, unit: int, receipt: Receipt
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the scales of each token [R] and of each channel [D] of a lossy profile."""
         token_path, channel_path = token_scale_path(tap, unit), channel_scale_path(tap, unit)
         self._check_size(token_path, receipt)
         self._check_size(channel_path, receipt)
@@ -113,14 +150,12 @@ class UnitFiles:
                 (channel_path, f"scale/channel/{tap}"),
             )
         )
-        found = Codes(codes=codes, token_scale=token[rows], channel_scale=channel[0])
-        return from_codes(found, out=self._take(len(codes)))
+        return token, channel[0]
 
     def _take(self, num_rows: int) -> NDArray[Any]:
-        """Return memory for states [num_rows, D]."""
-        dtype = np.dtype(STATE_TYPES[self._manifest.settings["dtype"]])
-        memory = self._memory.take(num_rows * self._manifest.width * dtype.itemsize)
-        return memory.view(dtype).reshape(num_rows, self._manifest.width)
+        """Return memory for stored rows [num_rows, D]."""
+        memory = self._memory.take(num_rows * self._manifest.width * self._dtype.itemsize)
+        return memory.view(self._dtype).reshape(num_rows, self._manifest.width)
 
     def _info(self, name: str) -> ArrayInfo:
         if name not in self._infos:
@@ -138,3 +173,25 @@ class UnitFiles:
                 f"{self._root / path}: expected {expected} bytes as the receipt says, got "
                 f"{'no file' if found is None else found}: run carryon verify, then repair"
             )
+
+
+def _moves_by_chunk(moves: Sequence[Move], per_chunk: int) -> dict[int, list[Move]]:
+    """Return moves cut at the borders of chunks, by chunk."""
+    found: dict[int, list[Move]] = {}
+    for move in moves:
+        for chunk in range(move.first // per_chunk, -(-move.stop // per_chunk)):
+            first = max(move.first, chunk * per_chunk)
+            stop = min(move.stop, (chunk + 1) * per_chunk)
+            cut = Move(first=first, stop=stop, to=move.to[first - move.first : stop - move.first])
+            found.setdefault(chunk, []).append(cut)
+    return found
+
+
+def _read(file: FileIO, first: int, memory: memoryview) -> memoryview:
+    """Return bytes of a file from `first` on, in `memory`; fewer where it ends early, which no
+    checksum will fit."""
+    file.seek(first)
+    got = 0
+    while got < len(memory) and (more := file.readinto(memory[got:])):
+        got += more
+    return memory[:got]

@@ -29,6 +29,7 @@ from carryon.cache.layout import (
 from carryon.cache.manifest import Manifest, sha256_hex
 from carryon.cache.precision import STEPS, bfloat16_bits, to_codes
 from carryon.cache.receipt import FileEntry, Receipt, origin_of, write_receipt
+from carryon.cache.versions import library_versions
 
 States = NDArray[Any]  # float32, or uint16 bits of bfloat16
 
@@ -141,6 +142,7 @@ def write_unit(
         input_sha256=unit_input.sha256,
         files=entries,
         elapsed_s=round(elapsed_s, 3),
+        versions=library_versions(),
     )
     write_receipt(root, receipt)
     return receipt

@@ -12,6 +12,7 @@ from tiny_stores import (
     files_below,
     flip_byte,
     make_given,
+    planned_bytes,
     readable_content,
     receipts_in,
     repair_tiny,
@@ -227,7 +228,9 @@ def test_damage_within_an_unfinished_store_is_noticed_and_put_right(
     tiny_base: Base, store_data: Path, store_original: Path, store_tmp: Path
 ) -> None:
     root = store_tmp / "store"
-    extract_tiny(tiny_base, store_data, root, max_disk_bytes=0)  # planned, nothing computed
+    planned = planned_bytes(store_original)
+    report = extract_tiny(tiny_base, store_data, root, max_disk_bytes=planned)
+    assert report.computed_units == 0
     original = files_below(root)
     for name in ("tokens", "loss_mask", "char_end"):
         flip_byte(root / f"{name}/c/1", 30)
@@ -236,7 +239,7 @@ def test_damage_within_an_unfinished_store_is_noticed_and_put_right(
         assert f"{name}/c/1" in [each.path for each in verify(root, depth="full").problems]
         (root / f"{name}/c/1").write_bytes(original[f"{name}/c/1"])
     flip_byte(root / "char_end/c/1", 30)
-    report = repair_tiny(root, lambda _: tiny_base)
-    assert report.is_complete
-    assert report.restored_files == ["char_end/c/1"]
+    repaired = repair_tiny(root, lambda _: tiny_base)
+    assert repaired.is_complete
+    assert repaired.restored_files == ["char_end/c/1"]
     assert readable_content(root) == readable_content(store_original)

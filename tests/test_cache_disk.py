@@ -6,10 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_stores import error_of, extract_tiny, files_below, readable_content, receipts_in
+from tiny_stores import (
+    error_of,
+    extract_tiny,
+    files_below,
+    planned_bytes,
+    readable_content,
+    receipts_in,
+)
 
 from carryon.cache.base import Base
-from carryon.cache.errors import DiskFullError, UnfinishedStoreError
+from carryon.cache.errors import DiskFullError, InputError, UnfinishedStoreError
 from carryon.cache.manifest import read_manifest
 from carryon.cache.reader import Store
 from carryon.cache.run_units import most_bytes
@@ -94,7 +101,9 @@ def test_a_limit_stops_before_the_store_is_larger_and_more_room_goes_on(
 ) -> None:
     expected = readable_content(store_original)
     root = store_tmp / "store"
-    assert extract_tiny(tiny_base, store_data, root, max_disk_bytes=0).computed_units == 0
+    planned = planned_bytes(store_original)
+    assert extract_tiny(tiny_base, store_data, root, max_disk_bytes=planned).computed_units == 0
+    assert bytes_below(root) <= planned
     manifest = read_manifest(root)
     step = most_bytes(manifest, manifest.unit_tokens)
     limit, num_calls, is_finished = bytes_below(root), 0, False
@@ -116,6 +125,16 @@ def test_a_limit_stops_before_the_store_is_larger_and_more_room_goes_on(
             assert verify(root, depth="full").is_sound
     assert num_calls >= 3
     assert readable_content(root) == expected
+
+
+def test_a_limit_below_the_plan_is_refused_before_anything_is_written(
+    tiny_base: Base, store_data: Path, store_tmp: Path
+) -> None:
+    root = store_tmp / "store"
+    with pytest.raises(InputError, match="max_disk: expected more than .* MB, which the head"):
+        extract_tiny(tiny_base, store_data, root, max_disk_bytes=100)
+    assert bytes_below(root) == 0
+    assert extract_tiny(tiny_base, store_data, root).is_finished
 
 
 def test_a_limit_with_room_for_all_is_no_limit(

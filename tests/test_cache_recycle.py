@@ -14,7 +14,7 @@ def address(array: np.ndarray) -> int:
 
 
 def test_memory_is_used_again_when_its_array_is_gone() -> None:
-    recycler = Recycler()
+    recycler = Recycler(most_free=8)
     array = recycler.take(1000)
     first = address(array)
     del array
@@ -22,7 +22,7 @@ def test_memory_is_used_again_when_its_array_is_gone() -> None:
 
 
 def test_memory_is_not_used_again_while_any_view_of_it_is_held() -> None:
-    recycler = Recycler()
+    recycler = Recycler(most_free=8)
     array = recycler.take(1000)
     first = address(array)
     view = array.view(np.uint16)[10:90].reshape(8, 10)[2:]
@@ -40,23 +40,33 @@ def test_memory_is_not_used_again_while_any_view_of_it_is_held() -> None:
     assert first in {address(array) for array in several}
 
 
-def test_a_little_more_fits_and_much_less_does_not() -> None:
-    recycler = Recycler()
+def test_another_size_takes_other_memory() -> None:
+    recycler = Recycler(most_free=8)
     array = recycler.take(1600)
     first = address(array)
     del array
-    assert address(recycler.take(1000)) != first
-    array = recycler.take(1650)
-    assert address(array) == first
-    assert array.shape == (1650,)
+    other = recycler.take(1000)
+    assert address(other) != first
+    assert other.shape == (1000,)
+    assert recycler.made_bytes == 2600
+
+
+def test_no_more_blocks_are_kept_than_asked_for() -> None:
+    recycler = Recycler(most_free=2)
+    arrays = [recycler.take(1000) for _ in range(4)]
+    arrays.clear()
+    assert [recycler.take(1000).shape for _ in range(4)] == [(1000,)] * 4
+    several = [recycler.take(1000) for _ in range(4)]
+    assert len({address(array) for array in several}) == 4
+    assert recycler.made_bytes == 6000
 
 
 def test_nothing_at_all_can_be_taken() -> None:
-    assert Recycler().take(0).shape == (0,)
+    assert Recycler(most_free=8).take(0).shape == (0,)
 
 
 def test_threads_never_share_memory() -> None:
-    recycler = Recycler()
+    recycler = Recycler(most_free=8)
     problems: list[int] = []
 
     def work(number: int) -> None:

@@ -256,6 +256,16 @@ def extract_tiny(
         )
 
 
+def planned_bytes(store: Path) -> int:
+    """Return the bytes of a store's files before its first unit was computed."""
+    return sum(
+        len(content)
+        for path, content in files_below(store).items()
+        if not path.startswith(("hidden/final/c", "hidden/layer.1/c", "scale/"))
+        and path.removeprefix("units/") not in receipts_in(store)
+    )
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch use one thread: on tiny tensors and a busy machine ten times as fast."""

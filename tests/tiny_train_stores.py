@@ -112,10 +112,14 @@ def make_tiny_store(
     unit_tokens: int = 64,
     taps: Sequence[str] = ("final",),
     seed: int = 0,
+    profile: str = "exact",
+    samples_seed: int | None = None,
+    first_target: int = 2,
 ) -> Path:
     """Write a store of random samples of 5 to 12 tokens, whose next token can be learned.
 
-    With 64 rows a unit holds some seven samples: 24 samples cross several units.
+    With 64 rows a unit holds some seven samples: 24 samples cross several units. Stores of one
+    `seed` and other `samples_seed` have the same head. Tokens before `first_target` are no targets.
     """
     random = np.random.default_rng(seed)
     weight = random.normal(size=(vocab_size, width)).astype(np.float32)
@@ -128,11 +132,13 @@ def make_tiny_store(
             kind="rms", eps=1e-6, weight_offset=0.0, weight=np.ones(width, np.float32), bias=None
         ),
     )
+    if samples_seed is not None:
+        random = np.random.default_rng(samples_seed)
     samples, states = [], []
     for index in range(num_samples):
         tokens = random.integers(0, vocab_size, random.integers(5, 13)).astype(np.int32)
         mask = np.ones(len(tokens), np.uint8)
-        mask[:2] = 0
+        mask[:first_target] = 0
         is_held_out = index < num_held_out
         samples.append(
             Sample(
@@ -147,5 +153,7 @@ def make_tiny_store(
         hint = np.roll(weight[np.roll(tokens, -1)], 1, axis=1)
         noise = random.normal(size=hint.shape).astype(np.float32)
         states.append({tap: (hint + 0.3 * noise).astype(np.float32) for tap in taps})
-    settings = StoreSettings(taps=list(taps), unit_tokens=unit_tokens)
+    settings = StoreSettings.from_dict(
+        {"taps": list(taps), "unit_tokens": unit_tokens, "profile": profile}
+    )
     return make_store(root, samples, states, head, settings=settings)

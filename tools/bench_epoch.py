@@ -1,4 +1,4 @@
-"""One epoch in random order into ready batches: from a store, or from another project's files."""
+"""Epochs in random order into ready batches: from a store, or from another project's files."""
 
 import time
 from collections import deque
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from carryon.cache.layout import ROW_ARRAYS, row_path, state_paths
 from carryon.cache.precision import STEPS
 from carryon.cache.reader import Store, Unit
+from carryon.cache.unit_reader import Move
 from carryon.tools.bench_disk import Charge
 from carryon.tools.bench_peer import Peer
 from carryon.tools.bench_states import StateSet
@@ -21,12 +22,15 @@ from carryon.train.order import plan_epoch
 from carryon.train.stream import Stream
 
 BATCH_TOKENS = 4096
-"""Tokens of our batches, pads included; the peers' hold as many."""
+"""Tokens of our batches; the peers' hold as many."""
+EPOCHS = 3
+"""Epochs that are read one after another, as a run of training does: memory and read-ahead are
+warm after the first tenth of it. The figures are of all of them together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epoch:
-    """What one epoch delivered."""
+    """What a few epochs delivered."""
 
     num_tokens: int
     """Tokens in ready batches, without pads."""
@@ -43,21 +47,24 @@ class Epoch:
 
 
 def run_store_epoch(store: Store, *, seed: int, settings: StreamSettings, charge: Charge) -> Epoch:
-    """Stream a store as the trainer does, in the order of one of its epochs."""
+    """Stream a store as the trainer does, in the order of its first epochs."""
     started_at, cpu_started_at = time.perf_counter(), time.process_time()
-    samples = np.arange(store.num_samples)
-    windows = plan_epoch(
-        samples,
-        lengths=store.sample_lengths,
-        units=store.sample_starts // store.manifest.unit_tokens,
-        seed=[seed],
-        epoch=0,
-        batch_tokens=BATCH_TOKENS,
-        micro_batch_tokens=0,
-        window_units=settings.window_units,
-    )
+    windows = [
+        window
+        for epoch in range(EPOCHS)
+        for window in plan_epoch(
+            np.arange(store.num_samples),
+            lengths=store.sample_lengths,
+            units=store.sample_starts // store.manifest.unit_tokens,
+            seed=[seed],
+            epoch=epoch,
+            batch_tokens=BATCH_TOKENS,
+            micro_batch_tokens=0,
+            window_units=settings.window_units,
+        )
+    ]
     num_tokens, num_rows = 0, 0
-    charged = cast(Store, _ChargedStore(store, charge))  # a stream reads units and nothing else
+    charged = _ChargedStore(store, charge)
     with Stream(charged, windows, taps=store.taps, settings=settings, is_pinned=False) as stream:
         for step in stream:
             for batch in step:
@@ -76,7 +83,11 @@ def run_peer_epoch(
 ) -> Epoch:
     """Read a peer's files in random order; threads make whole batches ahead of use."""
     started_at, cpu_started_at = time.perf_counter(), time.process_time()
-    batches = peer.batch(states.lengths, np.random.default_rng(seed))
+    batches = [
+        batch
+        for epoch in range(EPOCHS)
+        for batch in peer.batch(states.lengths, np.random.default_rng([seed, epoch]))
+    ]
     load = peer.open(states, folder, charge)
     num_rows = 0
     with ThreadPoolExecutor(num_threads) as pool:
@@ -93,18 +104,22 @@ def run_peer_epoch(
     )
 
 
-class _ChargedStore:
-    """A store whose units are charged, all their files at once, before they are read."""
+class _ChargedStore(Store):
+    """A store whose files are charged before they are read."""
 
     def __init__(self, store: Store, charge: Charge) -> None:
-        self._store = store
+        super().__init__(store.root, store.manifest, store.finished_units)
         self._charge = charge
 
     def read_unit(self, unit: int, *, taps: Sequence[str] | None = None) -> Unit:
-        store = self._store
-        is_lossy = store.manifest.settings["profile"] in STEPS
-        paths = [row_path(name, unit) for name in ROW_ARRAYS]
-        paths += state_paths(taps or store.taps, unit, is_lossy=is_lossy)
-        files = store.receipt(unit).files
+        self._charge_files(unit, [row_path(name, unit) for name in ROW_ARRAYS])
+        return super().read_unit(unit, taps=taps)
+
+    def copy_states(self, unit: int, tap: str, moves: Sequence[Move]) -> None:
+        is_lossy = self.manifest.settings["profile"] in STEPS
+        self._charge_files(unit, state_paths([tap], unit, is_lossy=is_lossy))
+        super().copy_states(unit, tap, moves)
+
+    def _charge_files(self, unit: int, paths: Sequence[str]) -> None:
+        files = self.receipt(unit).files
         self._charge(sum(files[path].bytes for path in paths))
-        return store.read_unit(unit, taps=taps)

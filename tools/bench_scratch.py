@@ -17,8 +17,8 @@ from carryon.cache.layout import ITEM_BYTES, chunk_rows
 from carryon.cache.manifest import CorpusPart, Manifest, digest_of
 from carryon.cache.plan import UnitPlan, plan_units
 from carryon.cache.plan_writer import write_plan
-from carryon.cache.precision import STATE_TYPES, bfloat16_bits
-from carryon.cache.probe import Probe
+from carryon.cache.precision import STATE_TYPES, STEPS, bfloat16_bits, from_codes, to_codes
+from carryon.cache.probe import Probe, channel_relative_error
 from carryon.cache.receipt import Receipt
 from carryon.cache.spec import CorpusSettings, StoreSettings
 from carryon.cache.unit_writer import UnitInput, read_unit_input, write_unit
@@ -26,7 +26,6 @@ from carryon.tools.bench_states import VOCABULARY, StateSet
 
 _PROBE_ROWS = 4
 _NUM_LOGITS = 8
-_PROFILE_ERROR = 0.02  # more than either lossy profile makes; measured ones need a base's pilot
 
 
 def plan_scratch(
@@ -66,11 +65,7 @@ def plan_scratch(
         ),
         head=head_facts(head),
         versions={},
-        profile_error=(
-            {tap: {"channel_relative_error": _PROFILE_ERROR} for tap in settings.taps}
-            if settings.profile != "exact"
-            else {}
-        ),
+        profile_error=_profile_error(first_states, settings),
     )
     probe = _made_up_probe(first_states, head)
     return write_plan(root, manifest, samples, plan, head=head, probe=probe), plan
@@ -164,14 +159,30 @@ def _made_up_head(width: int) -> Head:
     return Head(weight=bfloat16_bits(weight), bias=None, logit_scale=1.0, softcap=None, norm=norm)
 
 
+def _profile_error(
+    first_states: Mapping[str, NDArray[np.uint16]], settings: StoreSettings
+) -> dict[str, dict[str, float]]:
+    if settings.profile not in STEPS:
+        return {}
+    found = {}
+    for tap in settings.taps:
+        states = widen(first_states[tap])
+        made = widen(from_codes(to_codes(states, step=STEPS[settings.profile])))
+        found[tap] = {"channel_relative_error": channel_relative_error(made, states)}
+    return found
+
+
 def _made_up_probe(first_states: Mapping[str, NDArray[np.uint16]], head: Head) -> Probe:
-    num_rows = min(_PROBE_ROWS, len(first_states["final"]))
-    states = {tap: widen(rows[:num_rows]) for tap, rows in first_states.items()}
+    # As an extraction's probe: not the first token, whose states may be far larger than others.
+    first = min(1, len(first_states["final"]) - 1)
+    rows = slice(first, min(first + _PROBE_ROWS, len(first_states["final"])))
+    num_rows = rows.stop - rows.start
+    states = {tap: widen(found[rows]) for tap, found in first_states.items()}
     every_id = np.tile(np.arange(VOCABULARY, dtype=np.int32), (num_rows, 1))
     logits = head.logits(states["final"], every_id)
     top = np.argsort(-logits, axis=1)[:, :_NUM_LOGITS].astype(np.int32)
     return Probe(
-        rows=np.arange(num_rows, dtype=np.int64),
+        rows=np.arange(rows.start, rows.stop, dtype=np.int64),
         states=states,
         top_ids=top,
         top_logits=np.take_along_axis(logits, top, axis=1),

@@ -79,7 +79,7 @@ class BenchSizes:
     """Units of the large store that is opened."""
     large_samples: int = 2_000_000
     """Samples of the large store that is opened."""
-    rounds: int = 5
+    rounds: int = 3
     """Rounds that medians are taken of; writing takes ten times as many."""
 
     def __post_init__(self) -> None:

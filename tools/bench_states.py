@@ -117,14 +117,18 @@ def make_states(
 def take_states(name: str, store: Store, *, most_tokens: int) -> StateSet:
     """Return the first samples of a store, units in order, up to `most_tokens` tokens.
 
+    States before the norm are left out: the copies have a made-up norm, which their probe would
+    not fit.
+
     Raises:
         InputError: the store does not keep exact bfloat16 states.
     """
     require_exact(store)
     lengths: list[int] = []
     tokens: list[NDArray[np.int32]] = []
-    hidden: dict[str, list[NDArray[np.uint16]]] = {tap: [] for tap in store.taps}
-    for unit in store.iter_units():
+    taps = [tap for tap in store.taps if tap != "prenorm"]
+    hidden: dict[str, list[NDArray[np.uint16]]] = {tap: [] for tap in taps}
+    for unit in store.iter_units(taps=taps):
         for sample in unit.samples:
             rows = unit.rows_of(sample)
             if lengths and sum(lengths) + rows.stop - rows.start > most_tokens:
@@ -138,7 +142,7 @@ def take_states(name: str, store: Store, *, most_tokens: int) -> StateSet:
         break
     return StateSet(
         name=name,
-        taps=store.taps,
+        taps=taps,
         lengths=np.array(lengths, dtype=np.int32),
         tokens=np.concatenate(tokens),
         hidden={tap: np.concatenate(parts) for tap, parts in hidden.items()},

@@ -5,15 +5,15 @@ training target of the same sample. Letters: N tokens of the batch, B samples, D
 supervised pairs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carryon.cache.reader import Unit
 from carryon.train.packed_attention import Packing, pack
 
 
@@ -69,26 +69,32 @@ class Batch:
 
 
 def make_batch(
-    samples: NDArray[np.int64], units: Mapping[int, Unit], *, taps: Sequence[str], is_pinned: bool
+    samples: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    *,
+    tokens: NDArray[np.int32],
+    loss_mask: NDArray[np.uint8],
+    states: Mapping[str, NDArray[Any]],
+    is_pinned: bool,
 ) -> Batch:
-    """Copy `samples` out of the units that hold them.
+    """Return a batch of samples that lie one after another; states are views, nothing is copied.
 
     Args:
         samples: [B] sample indices, at least one.
-        units: the units in memory, by number; each sample lies in one of them.
-        taps: whose states are wanted.
-        is_pinned: put the tensors where an accelerator can fetch them by itself.
+        lengths: [B] tokens of each.
+        tokens: [N].
+        loss_mask: [N] 1 where the token is a training target; a sample's first token never is,
+            as nothing comes before it.
+        states: [N, D] for each tap, as a store gives them.
+        is_pinned: copy the tensors to where an accelerator can fetch them by itself.
     """
-    places = [_place(sample, units) for sample in samples.tolist()]
-    lengths = np.array([rows.stop - rows.start for _, rows in places], dtype=np.int64)
-    tokens = np.concatenate([unit.tokens[rows] for unit, rows in places])
-    is_target = np.concatenate([unit.loss_mask[rows] for unit, rows in places]) == 1
-    is_target[np.cumsum(lengths) - lengths] = False  # nothing comes before a first token
+    is_target = loss_mask == 1
+    is_target[np.cumsum(lengths) - lengths] = False
     targets_at = np.flatnonzero(is_target)
     batch = Batch(
         samples=samples,
         lengths=lengths,
-        states={tap: _concatenate(tap, places) for tap in taps},
+        states={tap: _as_tensor(rows) for tap, rows in states.items()},
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(targets_at - 1),
         targets=torch.from_numpy(tokens[targets_at].astype(np.int64)),
@@ -96,15 +102,8 @@ def make_batch(
     return _pinned(batch) if is_pinned else batch
 
 
-def _place(sample: int, units: Mapping[int, Unit]) -> tuple[Unit, slice]:
-    for unit in units.values():
-        if sample in unit.samples:
-            return unit, unit.rows_of(sample)
-    raise AssertionError(f"sample {sample} lies in none of the units {sorted(units)}")
-
-
-def _concatenate(tap: str, places: Sequence[tuple[Unit, slice]]) -> Tensor:
-    states = torch.from_numpy(np.concatenate([unit.hidden[tap][rows] for unit, rows in places]))
+def _as_tensor(rows: NDArray[Any]) -> Tensor:
+    states = torch.from_numpy(rows)
     return states.view(torch.bfloat16) if states.dtype == torch.uint16 else states
 
 

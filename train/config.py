@@ -13,7 +13,8 @@ from carryon.cache.errors import InputError
 
 _SettingsT = TypeVar(
     "_SettingsT",
-    bound="CarryOnSettings | OptimizationSettings | StreamSettings | LossSettings | RunSettings",
+    bound="CarryOnSettings | OptimizationSettings | StreamSettings | LossSettings | "
+    "MemorySettings | RunSettings",
 )
 
 
@@ -36,6 +37,9 @@ class CarryOnSettings:
     gate: Literal["channel", "token", "none"] = "channel"
     """What decides how much of the correction is let through: a gate per `channel` of the base,
     one per `token`, or `none`."""
+    dropout: float = 0.0
+    """Part of the channels of width d that are set to zero at the blocks' entrance and exit in
+    training. Which ones is decided by seed and step."""
 
     def __post_init__(self) -> None:
         """Raise InputError naming every field that is out of range."""
@@ -59,6 +63,7 @@ class CarryOnSettings:
                     self.gate not in ("channel", "token", "none"),
                     f"gate: expected channel, token or none, got {self.gate}",
                 ),
+                _not_below_one("dropout", self.dropout),
             ]
         )
 
@@ -83,6 +88,8 @@ class OptimizationSettings:
     micro_batch_tokens: int = 0
     """Tokens that are computed at one time within a step: less memory, the same step to
     rounding. 0: the whole step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, or `muon`: Muon for the matrices of the decoder blocks, AdamW for the rest."""
     learning_rate: float = 3e-3
     """Highest learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -103,7 +110,7 @@ class OptimizationSettings:
     grad_clip: float = 1.0
     """Largest norm of all gradients together. 0: no clipping."""
     seed: int = 0
-    """Seed of the first weights and of the order."""
+    """Seed of the first weights, of the order within a window, and of dropout."""
 
     def __post_init__(self) -> None:
         """Raise InputError naming every field that is out of range."""
@@ -118,6 +125,10 @@ class OptimizationSettings:
                     not 0 <= self.micro_batch_tokens <= self.batch_tokens,
                     "micro_batch_tokens: expected 0 to batch_tokens, which is "
                     f"{self.batch_tokens}, got {self.micro_batch_tokens}",
+                ),
+                (
+                    self.optimizer not in ("adamw", "muon"),
+                    f"optimizer: expected adamw or muon, got {self.optimizer}",
                 ),
                 (
                     not self.learning_rate > 0,
@@ -163,11 +174,18 @@ class StreamSettings:
     held_out_share: float = 0.05
     """Part of the samples kept for evaluation; used only where the store marks none as held
     out."""
-    window_units: int = 4
-    """Units that are in memory together; samples are mixed and sorted by length within them."""
-    read_ahead_units: int = 1
-    """Further units that are read while the window is in use."""
-    reader_threads: int = 1
+    data_seed: int = 0
+    """Seed of that choice, and of the order in which units are read."""
+    store_weights: list[float] = field(default_factory=list)
+    """How often an epoch goes through each store, where several are given: 2 is twice, 0.5
+    through one half and in the next epoch through the other. None given: once each."""
+    window_units: int = 2
+    """Units whose samples are shuffled together, at most; fewer where `host_memory_gb` does not
+    hold them."""
+    host_memory_gb: float = 2.0
+    """Hidden states in the host's memory at one time, at most, in units of 1e9 bytes: two
+    windows, one in use and one being read."""
+    reader_threads: int = 2
     """Threads that read and decode units."""
 
     def __post_init__(self) -> None:
@@ -178,13 +196,18 @@ class StreamSettings:
                     not 0 < self.held_out_share < 1,
                     f"held_out_share: expected between 0 and 1, got {self.held_out_share}",
                 ),
+                (self.data_seed < 0, f"data_seed: expected 0 or more, got {self.data_seed}"),
+                (
+                    any(not weight > 0 for weight in self.store_weights),
+                    f"store_weights: expected more than 0 for each, got {self.store_weights}",
+                ),
+                (
+                    not self.host_memory_gb > 0,
+                    f"host_memory_gb: expected more than 0, got {self.host_memory_gb}",
+                ),
                 (
                     self.window_units < 1,
                     f"window_units: expected 1 or more, got {self.window_units}",
-                ),
-                (
-                    self.read_ahead_units < 0,
-                    f"read_ahead_units: expected 0 or more, got {self.read_ahead_units}",
                 ),
                 (
                     self.reader_threads < 1,
@@ -211,8 +234,20 @@ class LossSettings:
     """Type of the head's matrix products. `auto`: bfloat16 where the device multiplies it
     natively, else float32. The loss itself is always summed in float32."""
     chunk_tokens: int = 0
-    """Supervised positions whose logits exist at one time. 0: 256 on a CPU, where they then stay
-    in the cache, and 2,048 on an accelerator."""
+    """Supervised positions whose logits exist at one time. 0: 2,048."""
+    chunk_vocabulary: int = 0
+    """Rows of the head that are multiplied at one time. 0: what suits the device and the place of
+    the head."""
+    head_place: Literal["device", "host", "mapped"] = "device"
+    """Where the head lies: on the `device`; in the `host`'s memory; or `mapped`, in an unnamed
+    temporary file from which the system fetches it as it is needed. From `host` and `mapped` it
+    comes to the device a few thousand rows at a time."""
+    kl_weight: float = 0.0
+    """Weight of KL(base || customized model), in nats a supervised token, added to the loss that
+    is trained on; it keeps the customized model near its base. 0: none."""
+    gradient_filter: float = 0.0
+    """Rows of the head whose probability is below this at each of a chunk's positions add nothing
+    to the gradient, for speed; the loss stays exact. 0: every row counts."""
 
     def __post_init__(self) -> None:
         """Raise InputError naming every field that is out of range."""
@@ -226,6 +261,16 @@ class LossSettings:
                     self.chunk_tokens < 0,
                     f"chunk_tokens: expected 0 or more, got {self.chunk_tokens}",
                 ),
+                (
+                    self.chunk_vocabulary < 0,
+                    f"chunk_vocabulary: expected 0 or more, got {self.chunk_vocabulary}",
+                ),
+                (
+                    self.head_place not in ("device", "host", "mapped"),
+                    f"head_place: expected device, host or mapped, got {self.head_place}",
+                ),
+                (not self.kl_weight >= 0, f"kl_weight: expected 0 or more, got {self.kl_weight}"),
+                _not_below_one("gradient_filter", self.gradient_filter),
             ]
         )
 
@@ -235,6 +280,48 @@ class LossSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LossSettings":
+        """Build from plain values; unknown keys are refused."""
+        return _from_dict(cls, values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemorySettings:
+    """What the weights and all that belongs to them take up."""
+
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained weights and their gradients. `bfloat16` halves both; each move of a
+    weight is then rounded up or down by chance, in proportion, so that small moves add up."""
+    optimizer_bits: Literal[32, 8] = 32
+    """Bits of each number of the optimizer's state; 8: in blocks of 256 with a scale each."""
+    step_in_backward: bool = False
+    """Move each matrix or vector of weights as soon as its gradient is known, and free that: all
+    gradients never exist together, if a step is one micro-batch. Clipping is then by the norm of
+    each one's own gradient."""
+    recompute: bool = False
+    """Keep only the input of each decoder block for the backward pass and compute the rest again:
+    a third more work in the body, little memory."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError naming every field that is out of range."""
+        _refuse(
+            [
+                (
+                    self.weights_dtype not in ("float32", "bfloat16"),
+                    f"weights_dtype: expected float32 or bfloat16, got {self.weights_dtype}",
+                ),
+                (
+                    self.optimizer_bits not in (32, 8),
+                    f"optimizer_bits: expected 32 or 8, got {self.optimizer_bits}",
+                ),
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MemorySettings":
         """Build from plain values; unknown keys are refused."""
         return _from_dict(cls, values)
 
@@ -250,6 +337,12 @@ class RunSettings:
     and the end are always evaluated."""
     evaluate_tokens: int = 65536
     """Held-out tokens, at most, of an evaluation during the run; the last one takes all."""
+    patience: int = 0
+    """Evaluations in a row without a better held-out loss, after which the run ends early. 0:
+    never."""
+    finish_with: Literal["auto", "last", "best"] = "auto"
+    """Weights of the finished carry-on: those of the `last` step, or those with the `best`
+    held-out loss of all evaluations. `auto`: the best where `patience` is set, else the last."""
     checkpoint_every: int = 100
     """Steps between checkpoints. 0: at the end of each epoch."""
     keep_checkpoints: int = 2
@@ -258,6 +351,8 @@ class RunSettings:
     """Type of the weights in the finished carry-on."""
     log_every: int = 10
     """Steps that a line of `metrics.jsonl` sums up."""
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where the metrics go as well, through accelerate; `tensorboard` writes to RUN/tensorboard."""
 
     def __post_init__(self) -> None:
         """Raise InputError naming every field that is out of range."""
@@ -270,6 +365,16 @@ class RunSettings:
                 (
                     self.evaluate_tokens < 2,
                     f"evaluate_tokens: expected 2 or more, got {self.evaluate_tokens}",
+                ),
+                (self.patience < 0, f"patience: expected 0 or more, got {self.patience}"),
+                (
+                    self.finish_with not in ("auto", "last", "best"),
+                    f"finish_with: expected auto, last or best, got {self.finish_with}",
+                ),
+                (
+                    self.tracker not in ("none", "tensorboard", "trackio", "wandb"),
+                    "tracker: expected none, tensorboard, trackio or wandb, got "
+                    f"{self.tracker}",
                 ),
                 (
                     self.checkpoint_every < 0,
@@ -288,6 +393,11 @@ class RunSettings:
             ]
         )
 
+    @property
+    def finishes_with_best(self) -> bool:
+        """Whether the finished carry-on has the weights of the best evaluation."""
+        return self.finish_with == "best" or (self.finish_with == "auto" and self.patience > 0)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
@@ -296,6 +406,43 @@ class RunSettings:
     def from_dict(cls, values: Mapping[str, Any]) -> "RunSettings":
         """Build from plain values; unknown keys are refused."""
         return _from_dict(cls, values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateSettings:
+    """How text is generated."""
+
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """Temperature of sampling. 0: always the likeliest token."""
+    top_p: float = 1.0
+    """Sampling keeps the likeliest tokens up to this sum of probabilities."""
+    seed: int = 0
+    """Seed of sampling."""
+    chat: bool = True
+    """Put the prompt into the base's chat template, as a user's turn; a base without a template
+    gets the prompt as it is."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError naming every field that is out of range."""
+        _refuse(
+            [
+                (
+                    self.max_new_tokens < 1,
+                    f"max_new_tokens: expected 1 or more, got {self.max_new_tokens}",
+                ),
+                (
+                    not self.temperature >= 0,
+                    f"temperature: expected 0 or more, got {self.temperature}",
+                ),
+                (
+                    not 0 < self.top_p <= 1,
+                    f"top_p: expected more than 0, up to 1, got {self.top_p}",
+                ),
+                (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
+            ]
+        )
 
 
 def _from_dict(cls: type[_SettingsT], values: Mapping[str, Any]) -> _SettingsT:

@@ -2,6 +2,8 @@
 
 config.yaml      every setting, flat: `carryon train --config RUN/config.yaml` repeats the run
 run.json         identity: fingerprint of the store, settings that decide the result, versions
+sessions.jsonl   one JSON line each time the run was begun or gone on with: step, versions, threads
+overlap.json     what the two halves of the data have in common
 metrics.jsonl    one JSON line for every few steps and for each evaluation
 curves.png       loss and learning rate
 checkpoints/     step folders
@@ -10,6 +12,7 @@ result.json      the report, written last: a run with it is finished
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +25,7 @@ import yaml
 from carryon.cache.atomic import write_file, write_json
 from carryon.cache.errors import InputError
 from carryon.train.checkpoint import refuse_other_identity
+from carryon.train.json_lines import append_line, read_lines
 
 FORMAT = "carryon-run"
 FORMAT_VERSION = 1
@@ -32,10 +36,12 @@ FREE_SETTINGS = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
-    "read_ahead_units",
     "reader_threads",
+    "host_memory_gb",
+    "tracker",
 )
-"""Settings that a resumed run may change: they do not decide the result."""
+"""Settings that a resumed run may change: they do not decide the result. (What is evaluated when
+does, where it decides which weights the run ends with.)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +59,16 @@ class RunFolder:
     def identity(self) -> Path:
         """What a resumed run must have too."""
         return self.root / "run.json"
+
+    @property
+    def sessions(self) -> Path:
+        """JSON lines."""
+        return self.root / "sessions.jsonl"
+
+    @property
+    def overlap(self) -> Path:
+        """What the two halves of the data have in common."""
+        return self.root / "overlap.json"
 
     @property
     def metrics(self) -> Path:
@@ -121,11 +137,36 @@ def open_run_folder(
     return folder
 
 
-def run_identity(*, store_fingerprint: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def run_identity(
+    *, store_fingerprint: str, config: Mapping[str, Any], is_decided_by_evaluations: bool
+) -> dict[str, Any]:
     """Return what decides a run's result: the store and the settings, paths left out."""
     left_out = {"store", "out", *FREE_SETTINGS}
+    if is_decided_by_evaluations:
+        left_out -= {"evaluate_every", "evaluate_tokens"}
     settings = {key: value for key, value in config.items() if key not in left_out}
     return {"store_fingerprint": store_fingerprint, **settings}
+
+
+def record_session(folder: RunFolder, *, step: int, processes: int) -> None:
+    """Note what computes the run from `step` on, and say if it was something else before.
+
+    The bits of a run are those of one set of versions, threads and processes.
+    """
+    found = {**library_versions(), "processes": str(processes)}
+    before = read_lines(folder.sessions)
+    append_line(folder.sessions, {"step": step, **found})
+    changes = [
+        f"{name} {before[-1].get(name)} -> {value}"
+        for name, value in found.items()
+        if before and before[-1].get(name) != value
+    ]
+    if changes:
+        print(
+            f"{folder.root}: goes on with other versions ({', '.join(changes)}): the result may "
+            "differ in its last bits",
+            file=sys.stderr,
+        )
 
 
 def library_versions() -> dict[str, str]:

@@ -1,26 +1,27 @@
 """Steps of batches from a store, read and decoded in background threads ahead of use.
 
-The order is given (order.py); the stream only performs it. Units in memory are bounded by the
-largest window plus the units read ahead. It holds no lock and no shared memory: closing it, or
-the end of the process, leaves nothing behind.
+The order is given (order.py); the stream only performs it. While the steps of one window are in
+use the next one is decoded: two windows are in memory, no more. It holds no lock and no shared
+memory: closing it, or the end of the process, leaves nothing behind.
 """
 
-import queue
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from carryon.cache.reader import Store, Unit
-from carryon.train.batch import Batch, make_batch
+from carryon.cache.reader import Store
+from carryon.cache.recycle import Recycler
+from carryon.train.batch import Batch
 from carryon.train.config import StreamSettings
 from carryon.train.order import Window
-
-READY_STEPS = 4
-"""Steps that wait ready made."""
-_CLOSE_CHECK_S = 0.2
+from carryon.train.window_data import (
+    WindowData,
+    fill_tasks,
+    memory_rows,
+    ordinary_tokens,
+    take_window,
+)
 
 
 class Stream:
@@ -41,7 +42,7 @@ class Stream:
             store: where the units are.
             windows: which units, and the steps made of them, in order.
             taps: whose states are wanted.
-            settings: how far ahead, with how many threads.
+            settings: with how many threads.
             is_pinned: put batches where an accelerator can fetch them by itself.
         """
         self.wait_s = 0.0
@@ -49,12 +50,13 @@ class Stream:
         self._store = store
         self._windows = list(windows)
         self._taps = list(taps)
-        self._settings = settings
         self._is_pinned = is_pinned
-        self._ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(READY_STEPS)
-        self._is_closed = threading.Event()
-        self._producer = threading.Thread(target=self._produce, name="carryon-stream", daemon=True)
-        self._producer.start()
+        self._memory = Recycler(most_free=2 * len(self._taps) * _most_batches(self._windows))
+        self._ordinary_tokens = ordinary_tokens(store, self._windows)
+        self._pool = ThreadPoolExecutor(settings.reader_threads, "carryon-reader")
+        self._filling: list[tuple[WindowData, list[Future[None]]]] = []
+        for _ in range(2):
+            self._fill_next()
 
     def __enter__(self) -> "Stream":
         """Return the stream."""
@@ -67,71 +69,57 @@ class Stream:
         trace: TracebackType | None,
     ) -> None:
         """Stop reading and end the threads."""
-        self._is_closed.set()
-        self._producer.join()
+        self._pool.shutdown(cancel_futures=True)
+
+    @property
+    def made_bytes(self) -> int:
+        """Bytes of hidden states that were taken from the system, to be used again and again."""
+        return self._memory.made_bytes
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Yield the batches of each step; errors of the reader are raised here."""
-        while True:
+        while self._filling:
+            data, tasks = self._filling.pop(0)
             started_at = time.perf_counter()
-            item = self._ready.get()
+            for task in tasks:
+                task.result()
             self.wait_s += time.perf_counter() - started_at
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            yield from data.take_steps(is_pinned=self._is_pinned)
+            self._fill_next()
 
-    def _produce(self) -> None:
-        try:
-            with ThreadPoolExecutor(self._settings.reader_threads, "carryon-reader") as pool:
-                for window, units in self._read_windows(pool):
-                    for step in window.steps:
-                        batches = [
-                            make_batch(samples, units, taps=self._taps, is_pinned=self._is_pinned)
-                            for samples in step
-                        ]
-                        if not self._put(batches):
-                            return
-            self._put(None)
-        except BaseException as error:  # noqa: BLE001 -- handed to the consumer, who raises it
-            self._put(error)
-
-    def _read_windows(self, pool: ThreadPoolExecutor) -> Iterator[tuple[Window, dict[int, Unit]]]:
-        to_submit = deque(unit for window in self._windows for unit in window.units)
-        submitted: deque[Future[Unit]] = deque()
-        for window in self._windows:
-            wanted = len(window.units) + self._settings.read_ahead_units
-            while to_submit and len(submitted) < wanted:
-                submitted.append(pool.submit(self._read, to_submit.popleft()))
-            futures = [submitted.popleft() for _ in window.units]
-            units = {unit.unit: unit for unit in (future.result() for future in futures)}
-            del futures  # they hold the units too
-            yield window, units
-            units.clear()  # before the next window is waited for
-
-    def _read(self, unit: int) -> Unit:
-        if self._is_closed.is_set():
-            raise RuntimeError("the stream was closed")
-        return self._store.read_unit(unit, taps=self._taps)
-
-    def _put(self, item: list[Batch] | BaseException | None) -> bool:
-        """Hand `item` over; False if the stream was closed meanwhile."""
-        while not self._is_closed.is_set():
-            try:
-                self._ready.put(item, timeout=_CLOSE_CHECK_S)
-            except queue.Full:
-                continue
-            return True
-        return False
+    def _fill_next(self) -> None:
+        """Give the threads the next window to decode."""
+        if not self._windows:
+            return
+        window = self._windows.pop(0)
+        data = take_window(
+            self._store,
+            window,
+            taps=self._taps,
+            memory=self._memory,
+            most_tokens=self._ordinary_tokens,
+        )
+        tasks = fill_tasks(self._store, data)
+        self._filling.append((data, [self._pool.submit(task) for task in tasks]))
 
 
-def stream_bytes(
-    store: Store, *, taps: Sequence[str], settings: StreamSettings, batch_tokens: int
-) -> int:
-    """Return the most bytes of hidden states in memory at one time: units, and steps made."""
-    item_bytes = 4 if store.manifest.settings["dtype"] == "float32" else 2
-    row_bytes = store.width * item_bytes * len(taps)
-    num_units = min(settings.window_units + settings.read_ahead_units, store.num_units)
-    # Beside the steps that wait, one is being made and one is in use.
-    return (num_units * store.manifest.unit_tokens + (READY_STEPS + 2) * batch_tokens) * row_bytes
+def stream_bytes(store: Store, windows: Sequence[Window], *, taps: Sequence[str]) -> int:
+    """Return the most bytes of hidden states in memory at one time.
+
+    Those of two windows, and of the batch in use.
+    """
+    most_tokens = ordinary_tokens(store, windows)
+    sizes = [
+        [
+            memory_rows(int(store.sample_lengths[samples].sum()), most_tokens)
+            for step in window.steps
+            for samples in step
+        ]
+        for window in windows
+    ]
+    rows = 2 * max(map(sum, sizes), default=0) + max(map(max, sizes), default=0)
+    return rows * store.width * store.states_dtype.itemsize * len(taps)
+
+
+def _most_batches(windows: Sequence[Window]) -> int:
+    return max((sum(map(len, window.steps)) for window in windows), default=0)
