@@ -21,7 +21,7 @@ from carryon.tools.bench_corpora import write_named_corpus
 from carryon.tools.bench_decode import measure_decoding
 from carryon.tools.bench_deepspec import deepspec, raw_map_straight
 from carryon.tools.bench_disk import SlowDisk, charge_nothing
-from carryon.tools.bench_epoch import run_peer_epoch, run_store_epoch
+from carryon.tools.bench_epoch import EPOCHS, run_peer_epoch, run_store_epoch
 from carryon.tools.bench_extract import measure_extraction, samples_of
 from carryon.tools.bench_figure import Figure, in_turn, print_table
 from carryon.tools.bench_open import make_large_store, measure_opening
@@ -212,7 +212,7 @@ def test_a_peer_delivers_every_token_of_its_layout(
     epoch = run_peer_epoch(
         peer, states, tmp_path, seed=0, num_threads=2, charge=lambda size: read.append(size)
     )
-    assert epoch.num_tokens == states.num_tokens < epoch.num_rows
+    assert epoch.num_tokens == EPOCHS * states.num_tokens < epoch.num_rows
     assert sum(read) >= states.raw_bytes
     load = peer.open(states, tmp_path, charge_nothing)
     batch = load(np.array([3]))
@@ -246,10 +246,10 @@ def test_a_store_is_streamed_whole_and_charged_for_its_files(
     charged: list[int] = []
     settings = StreamSettings(window_units=2, reader_threads=2)
     epoch = run_store_epoch(exact_store, seed=0, settings=settings, charge=charged.append)
-    assert epoch.num_tokens == states.num_tokens
-    assert len(charged) == exact_store.num_units > 1
+    assert epoch.num_tokens == EPOCHS * states.num_tokens
+    assert exact_store.num_units > 1
     files = [exact_store.receipt(unit).files.values() for unit in range(exact_store.num_units)]
-    assert sum(charged) == sum(entry.bytes for entries in files for entry in entries)
+    assert sum(charged) == EPOCHS * sum(entry.bytes for entries in files for entry in entries)
 
 
 def test_a_slow_disk_gives_no_more_than_it_has() -> None:

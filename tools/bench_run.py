@@ -13,7 +13,6 @@ from carryon.tools.bench_deepspec import deepspec, raw_map_straight
 from carryon.tools.bench_extract import measure_extraction, samples_of
 from carryon.tools.bench_figure import Report
 from carryon.tools.bench_open import measure_opening
-from carryon.tools.bench_peer import Peer
 from carryon.tools.bench_scratch import write_scratch_store
 from carryon.tools.bench_settings import BenchSettings, BenchSizes, split_label
 from carryon.tools.bench_size import measure_lossless, measure_profiles
@@ -119,25 +118,22 @@ def _measure_streams(
         deepspec(),
         raw_map_straight(),
     ]
-    _stream(_made_up(sizes, num_samples=sizes.samples), peers, sizes, work, report=report)
+    sets = [(_made_up(sizes, num_samples=sizes.samples), sizes.unit_tokens)]
     for label, store in stores.items():
         states = take_states(label, store, most_tokens=sizes.stream_tokens)
-        _stream(states, peers, sizes, work, report=report)
-
-
-def _stream(
-    states: StateSet, peers: list[Peer], sizes: BenchSizes, work: Path, *, report: Report
-) -> None:
-    measure_streaming(
-        states,
-        peers,
-        work / f"stream-{states.name}",
-        unit_tokens=sizes.unit_tokens,
-        rounds=sizes.rounds,
-        thread_counts=sizes.threads,
-        slow_mb_per_second=sizes.slow_disk,
-        report=report,
-    )
+        sets.append((states, store.manifest.unit_tokens))
+    while sets:
+        states, unit_tokens = sets.pop(0)
+        measure_streaming(
+            states,
+            peers,
+            work / f"stream-{states.name}",
+            unit_tokens=unit_tokens,
+            rounds=sizes.rounds,
+            thread_counts=sizes.threads,
+            slow_mb_per_second=sizes.slow_disk,
+            report=report,
+        )
 
 
 def _measure_decoders(

@@ -63,10 +63,10 @@ class BenchSizes:
     """Mean length of the made-up samples, in tokens; lengths are log-normal."""
     most_tokens: int = 2048
     """Length at which they are cut off, in tokens."""
-    stream_tokens: int = 65536
+    stream_tokens: int = 262144
     """Tokens, at most, of an extracted store that are streamed."""
     unit_tokens: int = 8192
-    """Tokens in a unit of the stores that are streamed and decoded."""
+    """Tokens in a unit of the made-up stores that are streamed and decoded."""
     threads: list[int] = field(default_factory=lambda: [1, 2])
     """Reader threads that every layout is streamed with; the best of them counts."""
     slow_disk: float = 300.0
