@@ -2,15 +2,12 @@
 
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from carryon.tools.main import main
-from carryon.tools.options import options_of
-from carryon.tools.subcommands import find_subcommand
 
 # 12 samples of 6 to 28 tokens in units of 64: several units, and a unit with several samples.
 UNIT_TOKENS = 64
@@ -140,14 +137,6 @@ def test_generate_compares_base_and_customized_model(
     assert text.startswith("base ")
     assert "| base + carry-on (alpha 1)" in text
     assert main(argv) == 0
-
-
-def test_generate_has_the_defaults_of_its_settings() -> None:
-    from carryon.train.generate import GenerateSettings
-
-    shown = {item.name: item.default for item in options_of(find_subcommand("generate"))}
-    for item in fields(GenerateSettings):
-        assert shown[item.name] == item.default, item.name
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from carryon.cache.errors import InputError, MissingError
+from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.train.carryon import CarryOn, build_carryon
 from carryon.train.carryon_folder import (
     CARD,
+    README,
     WEIGHTS,
     CarryOnCard,
     check_base,
     load_carryon,
+    locate_carryon,
+    read_card,
     save_carryon,
+    write_alpha,
 )
 from carryon.train.config import CarryOnSettings
 
@@ -103,10 +108,63 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
 def test_a_carryon_of_another_base_is_refused_with_both_digests() -> None:
     other = {"id": "org/other", "weights_sha256": "ef" * 32}
 
-    with pytest.raises(InputError, match="org/tiny .*abababab.* got org/other .*efefefef"):
-        check_base(_card(), other, folder="run/carryon")
+    with pytest.raises(
+        SettingMismatchError, match="the weights of org/tiny.*abababab.* of org/other .*efefefef"
+    ):
+        check_base(_card(), other, where="store")
+
+
+def test_a_carryon_of_another_tokenizer_is_refused() -> None:
+    card = replace(_card(), base={**_card().base, "tokenizer_sha256": "12" * 32})
+
+    with pytest.raises(SettingMismatchError, match="expected the tokenizer of org/tiny.*121212"):
+        check_base(card, {**card.base, "tokenizer_sha256": "34" * 32}, where="store")
 
 
 def test_a_carryon_of_the_same_weights_elsewhere_is_accepted() -> None:
-    check_base(_card(), {"id": "/copy", "weights_sha256": "ab" * 32}, folder="run/carryon")
-    check_base(replace(_card(), alpha=0.0), _card().base, folder="run/carryon")
+    check_base(_card(), {**_card().base, "id": "/copy"}, where="store")
+    check_base(replace(_card(), alpha=0.0), _card().base, where="store")
+
+
+def test_a_written_alpha_is_used_from_then_on_and_shown(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
+
+    write_alpha(tmp_path / "carryon", 0.7)
+
+    _, card = load_carryon(tmp_path / "carryon")
+    assert card == replace(_card(), alpha=0.7)
+    assert "| alpha | 0.7 |" in (tmp_path / "carryon" / README).read_text(encoding="utf-8")
+    assert sorted(path.name for path in (tmp_path / "carryon").iterdir()) == [README, CARD, WEIGHTS]
+    with pytest.raises(MissingError, match="expected a carry-on"):
+        write_alpha(tmp_path, 0.7)
+
+
+def test_the_model_card_names_base_store_figures_and_use(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
+
+    text = (tmp_path / "carryon" / README).read_text(encoding="utf-8")
+
+    for part in ("org/tiny", _card().store_fingerprint[:12], "carryon generate --carryon"):
+        assert part in text
+    assert all(f"| {value} |" in text for value in _card().figures.values())
+    facts = yaml.safe_load(text.split("---")[1])
+    assert facts["library_name"] == "carryon"
+
+
+def test_the_model_card_of_a_local_base_names_no_path(tmp_path: Path) -> None:
+    card = replace(_card(), base={**_card().base, "id": "/home/anna/models/tiny-base"})
+
+    save_carryon(tmp_path / "carryon", _carryon(), card, dtype=torch.float32)
+
+    text = (tmp_path / "carryon" / README).read_text(encoding="utf-8")
+    assert "tiny-base" in text
+    assert "anna" not in text
+    assert "base_model" not in text
+    assert read_card(tmp_path / "carryon") == card  # the base is found again from here
+    assert card.without_paths().base["id"] == "tiny-base"
+
+
+def test_a_folder_that_is_not_there_or_a_foreign_one_is_named(tmp_path: Path) -> None:
+    for source in (tmp_path / "none", "./none", "a/b/c"):
+        with pytest.raises(MissingError, match="expected a carry-on"):
+            load_carryon(locate_carryon(source))

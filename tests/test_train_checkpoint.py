@@ -15,8 +15,8 @@ from carryon.train.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from carryon.train.config import CarryOnSettings, OptimizationSettings
-from carryon.train.step import build_optimizer
+from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
+from carryon.train.optimizer import build_optimizer
 
 IDENTITY = {"store_fingerprint": "ab", "learning_rate": 0.5}
 
@@ -24,7 +24,9 @@ IDENTITY = {"store_fingerprint": "ab", "learning_rate": 0.5}
 def _pair(seed: int = 0) -> tuple[CarryOn, torch.optim.Optimizer]:
     settings = CarryOnSettings(width=4, blocks=1, heads=1, mlp_width=4)
     carryon = build_carryon(settings, base_width=8, seed=seed)
-    return carryon, build_optimizer(carryon, OptimizationSettings(learning_rate=0.01))
+    return carryon, build_optimizer(
+        carryon, OptimizationSettings(learning_rate=0.01), MemorySettings()
+    )
 
 
 def _step(carryon: CarryOn, optimizer: torch.optim.Optimizer) -> None:
@@ -86,7 +88,10 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         _save(tmp_path, carryon, optimizer, step=step)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [
+        "step-00000002",
+        "step-00000003",
+    ]
 
 
 def test_a_checkpoint_of_another_store_or_setting_is_refused_with_both_values(
@@ -126,4 +131,4 @@ def test_a_failed_write_leaves_the_folder_as_it_was(
     with pytest.raises(OSError, match="disk is full .* run the same command again"):
         _save(tmp_path, carryon, optimizer, step=2)
 
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]

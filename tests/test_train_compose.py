@@ -17,7 +17,7 @@ from carryon.cache.capture import base_logits, capture
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.cache.spec import ForwardSettings
 from carryon.train.carryon import customized_states
-from carryon.train.carryon_folder import CARD, load_carryon, save_carryon
+from carryon.train.carryon_folder import CARD, read_card, read_weights, save_carryon
 from carryon.train.compose import CarryOnForCausalLM
 
 FLOAT32 = ForwardSettings(device="cpu", compute_dtype="float32")
@@ -85,7 +85,8 @@ def test_logits_are_those_of_the_corrected_states(
 ) -> None:
     tokens = _tokens(2, 9)
     states = capture(family_base, TAPS, tokens)
-    corrected = customized_states(states["final"], model.carryon(states), alpha=0.5)
+    carryon, _ = make_tiny_carryon(family_base, taps=TAPS)
+    corrected = customized_states(states["final"], carryon(states), alpha=0.5)
     anatomy = family_base.anatomy
     expected = anatomy.head(corrected) * anatomy.logit_scale
     if anatomy.softcap is not None:
@@ -137,14 +138,18 @@ def test_bfloat16_base_and_carryon_generate_with_equal_bits_untrained(
     base = load_base(str(tiny_base_folder), forward=forward)
     tokens = _tokens(2, 9)
     model = CarryOnForCausalLM(base, *make_tiny_carryon(base, is_trained=False))
-    assert model.carryon.up.weight.dtype == torch.bfloat16
-    assert model.carryon.body.rotary_emb.inv_freq.dtype == torch.float32
+    (module,) = model.carryons.modules([1], device=base.device, dtype=base.compute_dtype)
+    assert module.up.weight.dtype == torch.bfloat16
+    assert module.body.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(_bits(model(tokens).logits), _bits(base_logits(base, tokens)))
 
 
 def test_decoding_is_one_tokens_work_per_step(tiny_model: CarryOnForCausalLM) -> None:
     widths: list[int] = []
-    hook = tiny_model.carryon.body.register_forward_pre_hook(
+    (module,) = tiny_model.carryons.modules(
+        [1], device=tiny_model.device, dtype=tiny_model.base.dtype
+    )
+    hook = module.body.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]),
         with_kwargs=True,
     )
@@ -261,11 +266,11 @@ def test_saving_writes_the_carryon_alone(
     model = CarryOnForCausalLM.from_pretrained(carryon_folder, base=tiny_base)
     model.save_pretrained(tmp_path / "again")
     names = {file.name for file in carryon_folder.iterdir()}
-    assert {file.name for file in (tmp_path / "again").iterdir()} == names
-    again, card = load_carryon(tmp_path / "again")
-    assert card == model.card
-    for name, weight in again.state_dict().items():
-        assert torch.equal(weight, model.carryon.state_dict()[name])
+    assert {file.name for file in (tmp_path / "again").iterdir()} == names | {"config.json"}
+    assert read_card(tmp_path / "again") == read_card(carryon_folder)
+    before, after = read_weights(carryon_folder), read_weights(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
 def test_moved_base_is_reported_and_can_be_given(
@@ -284,7 +289,7 @@ def test_another_base_or_tokenizer_is_refused(
     carryon_folder: Path, tiny_base: Base, tmp_path: Path
 ) -> None:
     other = str(make_tiny_base(tmp_path / "other", seed=1))
-    with pytest.raises(SettingMismatchError, match="expected the weights of .* got another"):
+    with pytest.raises(SettingMismatchError, match="expected the weights of .* got those of"):
         CarryOnForCausalLM.from_pretrained(carryon_folder, base=other, forward=FLOAT32)
     identity = dataclasses.replace(tiny_base.identity, tokenizer_sha256="1" * 64)
     with pytest.raises(SettingMismatchError, match=r"expected the tokenizer of .*111111"):

@@ -11,12 +11,20 @@ from carryon.cache.errors import InputError
 from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
+    MemorySettings,
     OptimizationSettings,
     RunSettings,
     StreamSettings,
 )
 
-ALL = (CarryOnSettings, OptimizationSettings, StreamSettings, LossSettings, RunSettings)
+ALL = (
+    CarryOnSettings,
+    OptimizationSettings,
+    StreamSettings,
+    LossSettings,
+    MemorySettings,
+    RunSettings,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +43,9 @@ ALL = (CarryOnSettings, OptimizationSettings, StreamSettings, LossSettings, RunS
         (StreamSettings, {"held_out_share": 1.0}, "held_out_share: expected between 0 and 1"),
         (StreamSettings, {"window_units": 0}, "window_units: expected 1 or more, got 0"),
         (LossSettings, {"chunk_tokens": -1}, "chunk_tokens: expected 0 or more, got -1"),
+        (LossSettings, {"kl_weight": -1.0}, "kl_weight: expected 0 or more, got -1.0"),
+        (LossSettings, {"head_place": "disk"}, "expected device, host or mapped, got disk"),
+        (MemorySettings, {"optimizer_bits": 4}, "optimizer_bits: expected 32 or 8, got 4"),
         (RunSettings, {"keep_checkpoints": 1}, "keep_checkpoints: expected 2 or more"),
         (RunSettings, {"saved_dtype": "int8"}, "expected bfloat16 or float32, got int8"),
     ],

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from tiny_train_stores import make_tiny_store
+from torch import nn
+from transformers import LlamaModel
 
-from carryon.cache.errors import InputError
+from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.head import widen
 from carryon.cache.reader import Store
 from carryon.train.carryon import build_carryon
@@ -79,7 +81,7 @@ def test_the_base_figure_is_that_of_the_plain_formula(store: Path, tmp_path: Pat
 
 def test_alpha_zero_is_the_base(store: Path, tmp_path: Path) -> None:
     report = evaluate(
-        store=str(store), carryon=_save(tmp_path / "c", store), alpha=0.0, device="cpu"
+        store=str(store), carryon=_save(tmp_path / "c", store), alphas=[0.0], device="cpu"
     )
 
     assert report.carryon_nll == report.base_nll
@@ -118,5 +120,38 @@ def test_held_out_samples_of_an_unmarked_foreign_store_are_refused(
 def test_a_carryon_of_another_base_is_refused(store: Path, tmp_path: Path) -> None:
     folder = _save(tmp_path / "c", store, base={"id": "other", "weights_sha256": "ff" * 32})
 
-    with pytest.raises(InputError, match="belongs to the base other"):
+    with pytest.raises(SettingMismatchError, match="expected the weights of other"):
         evaluate(store=str(store), carryon=folder, device="cpu")
+
+
+def test_a_sweep_gives_for_each_alpha_what_it_gives_alone(store: Path, tmp_path: Path) -> None:
+    carryon, alphas = _save(tmp_path / "c", store), [0.0, 0.4, 1.0]
+
+    swept = evaluate(store=str(store), carryon=carryon, alphas=alphas, device="cpu")
+
+    assert swept.alphas == alphas
+    for alpha, nll in zip(alphas, swept.carryon_nlls, strict=True):
+        alone = evaluate(store=str(store), carryon=carryon, alphas=[alpha], device="cpu")
+        assert nll == alone.carryon_nll
+    assert swept.carryon_nll == min(swept.carryon_nlls)
+    assert swept.alpha == alphas[int(np.argmin(swept.carryon_nlls))]
+
+
+def test_a_sweep_runs_the_carryon_once_for_each_batch(store: Path, tmp_path: Path) -> None:
+    calls: list[nn.Module] = []
+    carryon = _save(tmp_path / "c", store)
+    counts = []
+    for alphas in ([1.0], [0.0, 0.5, 1.0, 1.5]):
+        calls.clear()
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: calls.append(module)
+        )
+        with hook:
+            evaluate(store=str(store), carryon=carryon, alphas=alphas, device="cpu")
+        counts.append(sum(isinstance(module, LlamaModel) for module in calls))
+    assert counts[0] == counts[1] > 0
+
+
+def test_an_alpha_out_of_range_is_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="alpha: expected 0 to 10, got 11"):
+        evaluate(store=str(store), carryon=_save(tmp_path / "c", store), alphas=[1.0, 11.0])

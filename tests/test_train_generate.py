@@ -11,7 +11,8 @@ from carryon.cache.errors import InputError
 from carryon.cache.spec import ForwardSettings
 from carryon.train.carryon_folder import save_carryon
 from carryon.train.compose import CarryOnForCausalLM
-from carryon.train.generate import GenerateSettings, answer, generate_text
+from carryon.train.config import GenerateSettings
+from carryon.train.generate import answer, answers, generate_text
 
 SHORT = GenerateSettings(max_new_tokens=6)
 
@@ -77,3 +78,25 @@ def test_bad_prompts_are_refused(model: CarryOnForCausalLM) -> None:
 def test_bad_settings_are_named_together() -> None:
     with pytest.raises(InputError, match=r"max_new_tokens: .*; temperature: .*; top_p: .*; seed"):
         GenerateSettings(max_new_tokens=0, temperature=-1.0, top_p=0.0, seed=-1)
+
+
+def test_answers_of_a_batch_are_those_of_each_prompt_alone(model: CarryOnForCausalLM) -> None:
+    prompts = ["the an", "in the thing of the on", "on", "the"]
+    expected = [answer(model, prompt, settings=SHORT) for prompt in prompts]
+    for rows in (1, 3, 8):
+        assert answers(model, prompts, settings=SHORT, batch_rows=rows) == expected
+
+
+def test_answers_may_come_from_different_carryons(
+    model: CarryOnForCausalLM, tiny_base: Base, tmp_path: Path
+) -> None:
+    carryon, card = make_tiny_carryon(tiny_base, seed=8)
+    save_carryon(tmp_path / "other", carryon, card, dtype=torch.float32)
+    model.add_carryon("other", tmp_path / "other")
+    prompts = ["in the thing", "the an", "the an"]  # answered in another order: by length
+    found = answers(
+        model, prompts, settings=SHORT, batch_rows=4, carryons=[None, "other", "default"]
+    )
+    assert found[0] == answer(model, prompts[0], settings=SHORT, alpha=0.0)
+    assert found[2] == answer(model, prompts[2], settings=SHORT)
+    assert found[1] != found[2]

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError, MissingError
-from carryon.train import loop
+from carryon.train import finish, live_run
 from carryon.train.carryon_folder import load_carryon
 from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
+    MemorySettings,
     OptimizationSettings,
     RunSettings,
     StreamSettings,
@@ -38,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "optimization": OptimizationSettings(epochs=2, batch_tokens=40, learning_rate=0.02),
     "stream": StreamSettings(window_units=2),
     "loss": LossSettings(),
+    "memory": MemorySettings(),
     "run": RunSettings(device="cpu", checkpoint_every=4, log_every=2),
 }
 
@@ -58,7 +60,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def without_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_curves", lambda metrics, path: False)
+    monkeypatch.setattr(finish, "plot_curves", lambda metrics, path: False)
 
 
 def _train(store: Path, out: Path, **settings: Any) -> TrainReport:  # noqa: ANN401
@@ -87,14 +89,14 @@ def _kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise _Killed
         return take_step(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "take_step", killed_step)
+    monkeypatch.setattr(live_run, "take_step", killed_step)
 
 
 @pytest.fixture(scope="module")
 def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport]:
     out = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_curves", lambda metrics, path: False)
+        patch.setattr(finish, "plot_curves", lambda metrics, path: False)
         return out, _train(store, out)
 
 
@@ -115,13 +117,21 @@ def test_a_run_leaves_what_it_says(finished: tuple[Path, TrainReport]) -> None:
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
+        "overlap.json",
         "result.json",
         "run.json",
+        "sessions.jsonl",
     ]
     assert json.loads((out / "result.json").read_text()) == report.to_dict()
     assert report.carryon == str(out / "carryon")
     assert load_carryon(report.carryon)[1].figures["held_out_tokens"] == report.held_out_targets
-    assert len(list((out / "checkpoints").iterdir())) == 2
+    steps = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
+    assert len(steps) == 3  # the last two, and the best
+    last, best = (
+        json.loads((out / "checkpoints" / name).read_text()) for name in ("last.json", "best.json")
+    )
+    assert last["folder"] == steps[-1] == f"step-{report.num_steps:08d}"
+    assert best["folder"] == steps[0]
 
 
 def test_the_config_is_flat_and_complete(store: Path, finished: tuple[Path, TrainReport]) -> None:
@@ -129,7 +139,7 @@ def test_the_config_is_flat_and_complete(store: Path, finished: tuple[Path, Trai
 
     config = yaml.safe_load((out / "config.yaml").read_text())
 
-    expected: dict[str, Any] = {"store": str(store), "out": str(out)}
+    expected: dict[str, Any] = {"store": [str(store)], "out": str(out)}
     for part in SETTINGS.values():
         expected |= part.to_dict()
     assert config == expected
@@ -208,10 +218,10 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
         return take_step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", interrupted_step)
+        patch.setattr(live_run, "take_step", interrupted_step)
         with pytest.raises(KeyboardInterrupt, match="after step 3 of .*run the same command"):
             _train(store, tmp_path / "run")
-    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert saved == ["step-00000003"]
 
     _train(store, tmp_path / "run")

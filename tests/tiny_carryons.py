@@ -1,6 +1,7 @@
 """Tiny carry-ons for tiny bases, with random weights: as if trained, but not by anybody."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from tiny_bases import randomize_
 
@@ -11,10 +12,19 @@ from carryon.train.config import CarryOnSettings
 
 
 def make_tiny_carryon(
-    base: Base, *, taps: Sequence[str] = ("final",), is_trained: bool = True, seed: int = 5
+    base: Base,
+    *,
+    taps: Sequence[str] = ("final",),
+    is_trained: bool = True,
+    seed: int = 5,
+    blocks: int = 2,
+    gate: Literal["channel", "token", "none"] = "channel",
+    alpha: float = 1.0,
 ) -> tuple[CarryOn, CarryOnCard]:
     """Return a carry-on of width 8 for `base`, its output map random if `is_trained`, else 0."""
-    settings = CarryOnSettings(width=8, heads=2, mlp_width=8, taps=list(taps))
+    settings = CarryOnSettings(
+        width=8, heads=2, mlp_width=8, blocks=blocks, gate=gate, taps=list(taps)
+    )
     carryon = build_carryon(settings, base_width=base.identity.width, seed=seed)
     if is_trained:
         randomize_(carryon, seed=seed)
@@ -24,7 +34,7 @@ def make_tiny_carryon(
         base=base.identity.to_dict(),
         store_fingerprint="0" * 64,
         split={},
-        alpha=1.0,
+        alpha=alpha,
         figures={},
         versions={},
     )

@@ -64,7 +64,7 @@ def run_store_epoch(store: Store, *, seed: int, settings: StreamSettings, charge
         )
     ]
     num_tokens, num_rows = 0, 0
-    charged = _ChargedStore(store, charge)
+    charged = ChargedStore(store, charge)
     with Stream(charged, windows, taps=store.taps, settings=settings, is_pinned=False) as stream:
         for step in stream:
             for batch in step:
@@ -104,7 +104,7 @@ def run_peer_epoch(
     )
 
 
-class _ChargedStore(Store):
+class ChargedStore(Store):
     """A store whose files are charged before they are read."""
 
     def __init__(self, store: Store, charge: Charge) -> None:

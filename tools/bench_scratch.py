@@ -34,6 +34,7 @@ def plan_scratch(
     *,
     settings: StoreSettings,
     first_states: Mapping[str, NDArray[np.uint16]],
+    vocab_size: int = VOCABULARY,
 ) -> tuple[Manifest, UnitPlan]:
     """Write the plan of a store, without hidden states.
 
@@ -43,6 +44,7 @@ def plan_scratch(
         settings: of the store.
         first_states: [n, D] bits of bfloat16 for each tap and for `final`: the states of the
             first rows that the plan will hold; the probe is made of them.
+        vocab_size: V of the head, VOCABULARY at least.
 
     Returns:
         The manifest, and where each sample lies.
@@ -51,7 +53,7 @@ def plan_scratch(
     held_out = np.array([sample.is_held_out for sample in samples], dtype=np.bool_)
     plan = plan_units(lengths, held_out, unit_tokens=settings.unit_tokens, seed=settings.seed)
     width = int(first_states["final"].shape[1])
-    head = _made_up_head(width)
+    head = _made_up_head(width, vocab_size)
     manifest = Manifest(
         base={"id": "none", "revision": None},
         forward={},
@@ -86,7 +88,7 @@ def write_scratch_unit(
 
 
 def write_scratch_store(
-    root: Path, states: StateSet, *, settings: StoreSettings
+    root: Path, states: StateSet, *, settings: StoreSettings, vocab_size: int = VOCABULARY
 ) -> tuple[Manifest, list[Receipt]]:
     """Write a whole store of a set of states."""
     samples = states.samples()
@@ -102,6 +104,7 @@ def write_scratch_store(
         samples,
         settings=settings,
         first_states={tap: rows[first] for tap, rows in states.hidden.items()},
+        vocab_size=vocab_size,
     )
     receipts = []
     for unit in range(plan.num_units):
@@ -152,8 +155,8 @@ def _part(samples: Sequence[Sample], lengths: NDArray[np.int32], plan: UnitPlan)
     )
 
 
-def _made_up_head(width: int) -> Head:
-    weight = np.random.default_rng(0).standard_normal((VOCABULARY, width), dtype=np.float32)
+def _made_up_head(width: int, vocab_size: int) -> Head:
+    weight = np.random.default_rng(0).standard_normal((vocab_size, width), dtype=np.float32)
     ones = np.ones(width, dtype=np.float32)
     norm = FinalNorm(kind="rms", eps=1e-6, weight_offset=0.0, weight=ones, bias=None)
     return Head(weight=bfloat16_bits(weight), bias=None, logit_scale=1.0, softcap=None, norm=norm)

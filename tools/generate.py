@@ -5,6 +5,7 @@ from itertools import zip_longest
 from typing import Any
 
 from carryon.cache.spec import ForwardSettings
+from carryon.train.config import GenerateSettings
 
 COLUMN = 46
 """Characters in each of two columns."""
@@ -17,11 +18,7 @@ def generate(
     base: str | None = None,
     alpha: float | None = None,
     compare: bool = False,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    chat: bool = True,
+    settings: GenerateSettings,
     forward: ForwardSettings,
 ) -> dict[str, Any]:
     """Answer a prompt with base and carry-on together.
@@ -33,31 +30,20 @@ def generate(
         carryon generate --carryon run/carryon --prompt "Tom has 3 apples and eats 1. And now?"
 
     Args:
-        carryon: Folder of the carry-on.
+        carryon: Folder of the carry-on, or its id on the hub.
         prompt: Text to answer.
         base: The base: hub id, folder or .gguf file. Default: where it was at extraction.
         alpha: Strength of the correction: 0 is the base, 1 what was trained. Default: as the
             carry-on's own file says.
         compare: Show the answer of the base alone too.
-        max_new_tokens: Longest answer, in tokens.
-        temperature: Temperature of sampling; 0 takes always the likeliest token.
-        top_p: Sampling keeps the likeliest tokens up to this sum of probabilities.
-        seed: Seed of sampling.
-        chat: Put the prompt into the base's chat template, as a user's turn.
+        settings: How text is generated.
         forward: How the base is run.
     """
     from transformers import TextStreamer
 
     from carryon.train.compose import CarryOnForCausalLM
-    from carryon.train.generate import GenerateSettings, answer
+    from carryon.train.generate import answer
 
-    settings = GenerateSettings(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        chat=chat,
-    )
     model = CarryOnForCausalLM.from_pretrained(carryon, base=base, forward=forward)
     if not compare:
         streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -15,9 +15,14 @@ SUBCOMMANDS = {
     "verify": "verify",
     "repair": "repair",
     "train": "train",
+    "sweep": "sweep",
     "evaluate": "evaluate",
     "generate": "generate",
+    "score": "score",
+    "plan-memory": "plan_memory",
     "bench store": "bench_store",
+    "bench train": "bench_train",
+    "bench compose": "bench_compose",
 }
 """Subcommand, of one word or two -> the file of this folder with a function of that file's
 name."""

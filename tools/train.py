@@ -7,6 +7,7 @@ from typing import Any
 from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
+    MemorySettings,
     OptimizationSettings,
     RunSettings,
     StreamSettings,
@@ -15,15 +16,16 @@ from carryon.train.config import (
 
 def train(
     *,
-    store: str,
+    store: list[str],
     out: str,
     carryon: CarryOnSettings,
     optimization: OptimizationSettings,
     stream: StreamSettings,
     loss: LossSettings,
+    memory: MemorySettings,
     run: RunSettings,
 ) -> dict[str, Any]:
-    """Fit a carry-on to a store; the base is not needed.
+    """Fit a carry-on to a store, or to a mix of several; the base is not needed.
 
     The store has the hidden states, the targets and the base's frozen head, which is all that
     training reads. An untrained carry-on is the base, so the run begins with the base's own
@@ -35,12 +37,13 @@ def train(
         carryon train --store store --out run
 
     Args:
-        store: Folder of the store.
+        store: Folder of the store; or of several, of one base and the same taps, to be mixed.
         out: Folder of the run; made if missing. A run that is there is gone on with.
         carryon: The shape of a carry-on.
         optimization: How the carry-on's weights are found.
         stream: What is read from the store, and how far ahead.
         loss: How the frozen head is multiplied.
+        memory: What the weights and all that belongs to them take up.
         run: Where a run computes, and what it leaves behind.
     """
     from carryon.train.loop import train as train_carryon
@@ -52,6 +55,7 @@ def train(
         optimization=optimization,
         stream=stream,
         loss=loss,
+        memory=memory,
         run=run,
     )
     print(

@@ -49,6 +49,7 @@ class CarryOn(nn.Module):
         gate_width = {"channel": base_width, "token": 1, "none": 0}[settings.gate]
         self.gate = nn.Linear(width, gate_width) if gate_width else None
         self.up = nn.Linear(width, base_width, bias=False)
+        self.dropout = nn.Dropout(settings.dropout)
         nn.init.zeros_(self.up.weight)
         if self.mixer is not None:
             nn.init.zeros_(self.mixer.weight)
@@ -77,7 +78,7 @@ class CarryOn(nn.Module):
         Returns:
             [B, T, D] in the type of the weights.
         """
-        entrance_BTd, _ = self._enter(states)
+        entrance_BTd = self.dropout(self._enter(states)[0])
         u_BTd = self.body(
             inputs_embeds=entrance_BTd,
             position_ids=position_ids,
@@ -100,7 +101,7 @@ class CarryOn(nn.Module):
         Returns:
             [M, D] in the type of the weights.
         """
-        entrance_Nd, _ = self._enter(states)
+        entrance_Nd = self.dropout(self._enter(states)[0])
         u_Nd = self.body(
             inputs_embeds=entrance_Nd[None],
             position_ids=packing.position_ids,
@@ -111,6 +112,7 @@ class CarryOn(nn.Module):
         return self._leave(u_Nd[positions_M])
 
     def _leave(self, u: Tensor) -> Tensor:
+        u = self.dropout(u)
         delta: Tensor = self.up(u)
         return delta if self.gate is None else torch.sigmoid(self.gate(u)) * delta
 

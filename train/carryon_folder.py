@@ -6,23 +6,26 @@ belongs to by the base's digests, not by a path.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from torch import Tensor
 
-from carryon.cache.atomic import write_json
-from carryon.cache.errors import InputError, MissingError
+from carryon.cache.atomic import write_file, write_json
+from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.train.carryon import CarryOn
 from carryon.train.config import CarryOnSettings
 from carryon.train.folder import whole_folder
+from carryon.train.model_card import model_card
 
 FORMAT_VERSION = 1
 WEIGHTS = "carryon.safetensors"
 CARD = "carryon.json"
+README = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +69,12 @@ class CarryOnCard:
             raise InputError(f"expected the keys {sorted(expected)}, got {sorted(values)}")
         return cls(**values)
 
+    def without_paths(self) -> "CarryOnCard":
+        """Return the card for others: of a local base, only the last part of its path is left."""
+        name = str(self.base.get("id"))
+        shown = Path(name).name if Path(name).is_absolute() else name
+        return replace(self, base=self.base | {"id": shown})
+
 
 def save_carryon(
     folder: str | Path, carryon: CarryOn, card: CarryOnCard, *, dtype: torch.dtype
@@ -78,17 +87,94 @@ def save_carryon(
         card: what is known of it.
         dtype: of the saved weights; bfloat16 halves the file and rounds each weight to 8 bits.
     """
-    weights = {
-        name: weight.detach().to("cpu", dtype).contiguous()
-        for name, weight in carryon.state_dict().items()
-    }
     with whole_folder(Path(folder)) as partial:
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-        write_json(partial / CARD, card.to_dict())
-        num_bytes = (partial / WEIGHTS).stat().st_size
-        text = _model_card(card, num_bytes=num_bytes)
-        (partial / "README.md").write_text(text, encoding="utf-8")
-    return num_bytes
+        return write_carryon_files(partial, carryon.state_dict(), card, dtype=dtype)
+
+
+def write_carryon_files(
+    folder: Path, weights: Mapping[str, Tensor], card: CarryOnCard, *, dtype: torch.dtype
+) -> int:
+    """Write the files of a carry-on into `folder`, each whole or not at all, beside what is there.
+
+    Arguments and result as those of `save_carryon`.
+    """
+    saved = {
+        name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()
+    }
+    content = save(saved, metadata={"format": "pt"})
+    write_file(folder / WEIGHTS, content)
+    write_json(folder / CARD, card.to_dict())
+    _write_model_card(folder, card)
+    return len(content)
+
+
+def write_alpha(folder: str | Path, alpha: float) -> None:
+    """Make `alpha` the strength that the carry-on in `folder` is used with by default.
+
+    Raises:
+        MissingError: there is no carry-on.
+    """
+    root = Path(folder)
+    card = replace(read_card(root), alpha=alpha)
+    write_json(root / CARD, card.to_dict())  # the file that counts; the other is for people
+    _write_model_card(root, card)
+
+
+def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401 -- of the hub
+    """Return the folder of a carry-on that is given as folder or hub id, after fetching it.
+
+    Args:
+        source: a folder, `name/repo` or `name/repo@revision`.
+        download: revision, token, cache_dir, ...: as `huggingface_hub.snapshot_download` has them.
+
+    Raises:
+        MissingError: there is no such folder, and the hub has none of that name.
+    """
+    path = Path(source).expanduser()
+    name, _, revision = str(source).partition("@")
+    is_path = path.is_absolute() or str(source).startswith(".") or name.count("/") != 1
+    if path.is_dir() or is_path:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if revision:
+        download = download | {"revision": revision}
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CARD, WEIGHTS, README], **download))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise MissingError(
+            f"{source}: expected the folder of a carry-on, or its id on a hub that can be "
+            "reached; run carryon train, which writes one to RUN/carryon. It could not be fetched: "
+            f"{reason}"
+        ) from error
+
+
+def read_card(folder: str | Path) -> CarryOnCard:
+    """Return the card of the carry-on in `folder`; errors as those of `load_carryon`."""
+    root = Path(folder)
+    if not (root / CARD).is_file() or not (root / WEIGHTS).is_file():
+        raise MissingError(
+            f"{root}: expected a carry-on ({CARD} and {WEIGHTS}), found none: run carryon train, "
+            "which writes one to RUN/carryon"
+        )
+    try:
+        return CarryOnCard.from_dict(json.loads((root / CARD).read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise _not_a_carryon(root, error) from error
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Return the weights of the carry-on in `folder`, on the CPU, in the type they are saved in.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        return load_file(Path(folder) / WEIGHTS)
+    except SafetensorError as error:
+        raise _not_a_carryon(Path(folder), error) from error
 
 
 def load_carryon(folder: str | Path) -> tuple[CarryOn, CarryOnCard]:
@@ -98,54 +184,43 @@ def load_carryon(folder: str | Path) -> tuple[CarryOn, CarryOnCard]:
         MissingError: there is no carry-on.
         InputError: a file of it is not what `save_carryon` writes.
     """
-    root = Path(folder)
-    if not (root / CARD).is_file() or not (root / WEIGHTS).is_file():
-        raise MissingError(
-            f"{root}: expected a carry-on ({CARD} and {WEIGHTS}), found none: run carryon train, "
-            "which writes one to RUN/carryon"
-        )
+    card = read_card(folder)
+    weights = read_weights(folder)
     try:
-        card = CarryOnCard.from_dict(json.loads((root / CARD).read_text(encoding="utf-8")))
         settings = CarryOnSettings.from_dict(card.settings)
         carryon = CarryOn(settings, base_width=card.base_width)
-        weights = load_file(root / WEIGHTS)
         carryon.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    except (json.JSONDecodeError, SafetensorError, RuntimeError, InputError) as error:
-        raise InputError(f"{root}: not a carry-on as carryon train writes it: {error}") from error
+    except (RuntimeError, InputError) as error:
+        raise _not_a_carryon(Path(folder), error) from error
     return carryon.eval(), card
 
 
-def check_base(card: CarryOnCard, base: Mapping[str, Any], *, folder: str | Path) -> None:
-    """Refuse a carry-on that was trained on another base than `base`.
+def check_base(card: CarryOnCard, base: Mapping[str, Any], *, where: str | Path) -> None:
+    """Refuse a base, or a store made with one, that the carry-on was not trained on.
+
+    Args:
+        card: of the carry-on.
+        base: identity of the base that is there, as plain values.
+        where: what holds that base, or the carry-on: named in the error.
 
     Raises:
-        InputError: the digests of the weights differ; names both.
+        SettingMismatchError: weights or tokenizer differ; names both digests.
     """
-    expected, got = card.base.get("weights_sha256"), base.get("weights_sha256")
-    if expected != got:
-        raise InputError(
-            f"{folder}: this carry-on belongs to the base {card.base.get('id')} (weights "
-            f"{str(expected)[:12]}), got {base.get('id')} (weights {str(got)[:12]}): use a store "
-            "or a base of the same weights"
-        )
+    for key, name in (("weights_sha256", "weights"), ("tokenizer_sha256", "tokenizer")):
+        expected, got = card.base.get(key), base.get(key)
+        if expected != got:
+            raise SettingMismatchError(
+                f"{where}: expected the {name} of {card.base.get('id')}, which the carry-on was "
+                f"trained on ({str(expected)[:12]}), got those of {base.get('id')} "
+                f"({str(got)[:12]}): give the base that it belongs to, or a store made with it"
+            )
 
 
-def _model_card(card: CarryOnCard, *, num_bytes: int) -> str:
-    shape = CarryOnSettings.from_dict(card.settings)
-    lines = [
-        f"# Carry-on for {card.base.get('id')}",
-        "",
-        f"A {shape.kind} of {shape.blocks} blocks, width {shape.width}, on the taps "
-        f"{', '.join(shape.taps)}; {num_bytes / 1e6:.2f} MB. It corrects the last hidden state of "
-        "its frozen base, whose weights are not in here:",
-        "",
-        "    carryon generate --carryon . --prompt TEXT",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| base | {card.base.get('id')} (weights {str(card.base.get('weights_sha256'))[:12]}) |",
-        f"| store | {card.store_fingerprint[:12]} |",
-        f"| alpha | {card.alpha:g} |",
-    ]
-    lines += [f"| {name.replace('_', ' ')} | {value} |" for name, value in card.figures.items()]
-    return "\n".join(lines) + "\n"
+def _write_model_card(folder: Path, card: CarryOnCard) -> None:
+    num_bytes = (folder / WEIGHTS).stat().st_size
+    text = model_card(card.without_paths().to_dict(), num_bytes=num_bytes)
+    write_file(folder / README, text.encode())
+
+
+def _not_a_carryon(root: Path, error: Exception) -> InputError:
+    return InputError(f"{root}: not a carry-on as carryon train writes it: {error}")

@@ -3,7 +3,8 @@
 A folder `step-00000120` holds the carry-on's weights and the optimizer's state as safetensors and
 one JSON: the position, what the run has measured so far, and the store and settings it belongs to.
 There is no random state in it: the order is a function of seed and epoch, and so is whatever else
-a step draws.
+a step draws. `last.json` and `best.json` beside the folders name the newest of them and the one
+with the best held-out loss, which is kept however old it gets.
 """
 
 import json
@@ -26,6 +27,8 @@ FORMAT_VERSION = 1
 WEIGHTS = "carryon.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+LAST = "last.json"
+BEST = "best.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +49,12 @@ class Progress:
     """Seconds of training, evaluation not counted."""
     wait_s: float
     """Seconds of it spent waiting for data."""
+    best_nll: float | None = None
+    """Best held-out loss of the evaluations so far; None: there was none."""
+    best_step: int = 0
+    """Step of that evaluation."""
+    evaluations_since_best: int = 0
+    """Evaluations after it."""
 
 
 def save_checkpoint(
@@ -57,7 +66,7 @@ def save_checkpoint(
     identity: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write a step folder into `folder`, then remove all but the `keep` newest.
+    """Write a step folder into `folder`, then remove all but the `keep` newest and the best.
 
     Args:
         folder: of the run's checkpoints.
@@ -67,7 +76,7 @@ def save_checkpoint(
         identity: fingerprint of the store and settings that a resumed run must have too.
         keep: step folders to leave.
     """
-    path = folder / f"step-{progress.step:08d}"
+    path = _step_folder(folder, progress.step)
     tensors, numbers = _flatten(optimizer)
     state = {
         "format_version": FORMAT_VERSION,
@@ -79,8 +88,13 @@ def save_checkpoint(
         save_file(dict(carryon.state_dict()), partial / WEIGHTS)
         save_file(tensors, partial / OPTIMIZER)
         write_json(partial / STATE, state)
+    best = best_checkpoint(folder, progress)
+    _name(folder / LAST, path, progress)
+    if best is not None:
+        _name(folder / BEST, best, progress)
     for old in _step_folders(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old != best:
+            shutil.rmtree(old)
     return path
 
 
@@ -88,6 +102,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole step folder in `folder`, or None."""
     steps = _step_folders(folder)
     return steps[-1] if steps else None
+
+
+def best_checkpoint(folder: Path, progress: Progress) -> Path | None:
+    """Return the step folder of the best evaluation so far, or None."""
+    path = _step_folder(folder, progress.best_step)
+    return path if progress.best_nll is not None and (path / STATE).is_file() else None
+
+
+def load_weights(path: Path, carryon: CarryOn) -> None:
+    """Put the weights of a step folder into place, and nothing else."""
+    carryon.load_state_dict(load_file(path / WEIGHTS))
 
 
 def load_checkpoint(
@@ -108,7 +133,7 @@ def load_checkpoint(
             f"{path}: expected checkpoint format {FORMAT_VERSION}, got {state['format_version']}"
         )
     refuse_other_identity(state["identity"], identity, name=str(path))
-    carryon.load_state_dict(load_file(path / WEIGHTS))
+    load_weights(path, carryon)
     tensors = load_file(path / OPTIMIZER)
     optimizer.load_state_dict(_unflatten(optimizer, tensors, state["optimizer"]))
     return Progress(**state["progress"])
@@ -132,6 +157,14 @@ def refuse_other_identity(
             f"{name}: begun with other settings: {'; '.join(differences)}: "
             "give the same ones, or another --out"
         )
+
+
+def _name(pointer: Path, path: Path, progress: Progress) -> None:
+    write_json(pointer, {"folder": path.name, "best_nll": progress.best_nll})
+
+
+def _step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _step_folders(folder: Path) -> list[Path]:

@@ -1,10 +1,11 @@
-"""The customized model: a frozen base joined to a carry-on, as a transformers model.
+"""The customized model: a frozen base joined to carry-ons, as a transformers model.
 
 The base's own forward pass runs as it is; where its decoder hands the `final` states x to the
 head, they become x + alpha * delta. So caps, scales and sliced logits are the base's own, and
-with an untrained carry-on, or alpha 0, the logits are the base's bit for bit.
+with an untrained carry-on, or alpha 0, the logits are the base's bit for bit. Rows of one batch
+may have different carry-ons, or none: the base runs once for all of them.
 
-One cache object serves both: the carry-on's layers stand behind the base's, so that whatever
+One cache object serves base and carry-ons: their layers stand behind the base's, so that whatever
 generation does to a cache (reordering beams, cropping) reaches both. Static caches are refused.
 Letters: B rows, T positions, D base width, V vocabulary.
 """
@@ -12,27 +13,37 @@ Letters: B rows, T positions, D base width, V vocabulary.
 import copy
 import inspect
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from carryon.cache.base import Base, load_base
 from carryon.cache.capture import watch_taps
-from carryon.cache.errors import InputError, MissingError, SettingMismatchError
+from carryon.cache.errors import InputError, MissingError
 from carryon.cache.spec import ForwardSettings
-from carryon.train.carryon import CarryOn, customized_states
-from carryon.train.carryon_folder import CarryOnCard, load_carryon, save_carryon
+from carryon.train.carryon import CarryOn
+from carryon.train.carryon_folder import (
+    CarryOnCard,
+    check_base,
+    locate_carryon,
+    read_card,
+    write_carryon_files,
+)
+from carryon.train.carryon_set import DEFAULT, CarryOnSet
+from carryon.train.correction import find_correction
 
-MAX_ALPHA = 10.0
-"""Largest strength of a correction; far beyond what is of use."""
 
+class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A base and its carry-ons as one causal LM, with `generate`.
 
-class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """A base and a carry-on as one causal LM, with `generate`; `alpha` can be set per call."""
+    Which carry-on a row has, and how strongly, can be set for each call. `save_pretrained` and
+    `push_to_hub` come from huggingface_hub's mixin and write one carry-on, never the base.
+    """
 
     base_model_prefix = "base"
     # The base has been loaded with its attention backend; these only let the config pass.
@@ -40,15 +51,24 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # What huggingface_hub writes as config.json, by which a hub counts downloads. Given here, it
+    # also keeps the mixin from copying the arguments of __init__, the base among them.
+    _hub_mixin_config = {"model_type": "carryon"}  # noqa: RUF012
 
-    def __init__(self, base: Base, carryon: CarryOn, card: CarryOnCard) -> None:
-        """Join a loaded base and its carry-on, which is moved to the base's device and dtype.
+    def __init__(
+        self, base: Base, carryon: CarryOn | None = None, card: CarryOnCard | None = None
+    ) -> None:
+        """Join a loaded base and, where one is given, the carry-on that rows have by default.
 
         Raises:
             SettingMismatchError: the carry-on was trained on another base or tokenizer.
             InputError: the architecture generates with a cache of another kind.
         """
-        check_same_base(card, base)
+        carryons = CarryOnSet(base.identity.to_dict())
+        if (carryon is None) != (card is None):
+            raise InputError("carryon, card: expected both or neither, got one of them")
+        if carryon is not None and card is not None:
+            carryons.put(DEFAULT, carryon.state_dict(), card)
         super().__init__(copy.deepcopy(base.model.config))
         accepted = inspect.signature(base.model.forward).parameters
         if "past_key_values" not in accepted:
@@ -57,16 +77,29 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
                 "past_key_values; this architecture cannot be composed with a carry-on yet"
             )
         self.base: Any = base.model
-        self.carryon = _place_carryon_(carryon, base)
-        self.card = card
-        self.alpha = check_alpha(card.alpha)
+        self.carryons = carryons
         self.tokenizer = base.tokenizer
         self.identity = base.identity
         self.generation_config = copy.deepcopy(base.model.generation_config)
         self._is_stateful = base.model._is_stateful
         self._anatomy = base.anatomy
+        self._compute_dtype = base.compute_dtype
         self._dropped = {"position_ids", "logits_to_keep"} - set(accepted)
         self.training = False
+
+    @classmethod
+    def from_base(
+        cls, base: str | Base, *, forward: ForwardSettings | None = None
+    ) -> "CarryOnForCausalLM":
+        """Return a base without any carry-on yet; see `add_carryon`.
+
+        Args:
+            base: a loaded base, or its hub id, folder or .gguf file.
+            forward: how to run the base, where it is not loaded yet. None: the defaults.
+        """
+        if not isinstance(base, Base):
+            base = load_base(base, forward=forward or ForwardSettings())
+        return cls(base)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -75,27 +108,120 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         *,
         base: str | Base | None = None,
         forward: ForwardSettings | None = None,
+        **download: Any,  # noqa: ANN401
     ) -> "CarryOnForCausalLM":
         """Load a carry-on and the base it belongs to.
 
         Args:
-            folder: a carry-on, as `carryon train` writes it.
+            folder: a carry-on, as `carryon train` writes it, or its id on the hub.
             base: a loaded base, or its hub id, folder or .gguf file. None: where the carry-on
                 says that its base was.
             forward: how to run the base, where it is not loaded yet. None: the defaults.
+            download: revision, token, cache_dir, force_download, local_files_only: as
+                huggingface_hub has them.
 
         Raises:
             MissingError: there is no carry-on, or its base is not found.
             SettingMismatchError: `base` is not the base that it was trained on.
         """
-        carryon, card = load_carryon(folder)
+        place = locate_carryon(folder, **download)
+        card = read_card(place)
         if not isinstance(base, Base):
             base = _load_own_base(card, base, forward=forward or ForwardSettings(), folder=folder)
-        return cls(base, carryon, card)
+        check_base(card, base.identity.to_dict(), where=f"base {base.source}")
+        model = cls(base)
+        model.add_carryon(DEFAULT, place)
+        return model
 
-    def save_pretrained(self, save_directory: str | Path) -> None:  # type: ignore[override]
-        """Write the carry-on, in bfloat16; the base's weights are not copied."""
-        save_carryon(save_directory, self.carryon, self.card, dtype=torch.bfloat16)
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the default carry-on, in bfloat16; the base's weights are not copied."""
+        own = self.carryons.get(DEFAULT)
+        write_carryon_files(save_directory, own.weights, own.card, dtype=torch.bfloat16)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:  # type: ignore[override]  # noqa: ANN401
+        """Upload the default carry-on as huggingface_hub does; no path of this machine goes along.
+
+        Args:
+            repo_id: `name/repo`; it is made where it does not exist.
+            settings: private, token, branch, commit_message, ...: of huggingface_hub's mixin.
+
+        Returns:
+            The address of the commit.
+        """
+        own = self.carryons.get(DEFAULT)
+        shared = copy.copy(self)
+        shared.carryons = CarryOnSet(self.identity.to_dict())
+        shared.carryons.put(DEFAULT, own.weights, own.card.without_paths())
+        return str(ModelHubMixin.push_to_hub(shared, repo_id, **settings))
+
+    @property
+    def alpha(self) -> float:
+        """Strength of the default carry-on where a call gives none; 0 without one."""
+        return self.carryons.get(DEFAULT).card.alpha if DEFAULT in self.carryons.names else 0.0
+
+    def add_carryon(self, name: str, folder: str | Path, **download: Any) -> None:  # noqa: ANN401
+        """Load a carry-on under `name`, in the place of one of that name; see `generate`.
+
+        Args:
+            name: any text; rows that name nothing have the one called `default`.
+            folder: a carry-on, or its id on the hub.
+            download: as in `from_pretrained`.
+
+        Raises:
+            MissingError: there is no carry-on.
+            SettingMismatchError: it was trained on another base or tokenizer.
+        """
+        self.carryons.add(name, locate_carryon(folder, **download))
+
+    def drop_carryon(self, name: str) -> None:
+        """Forget the carry-on `name`; a batch that is being generated with it is finished.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        self.carryons.drop(name)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,  # noqa: ANN401
+        carryons: Sequence[str | None] | None = None,
+        alpha: float | Sequence[float] | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 -- token ids, or an output class of transformers
+        """Generate as any model of transformers does.
+
+        Args:
+            inputs: [B, T] int64 token ids; or as `input_ids`.
+            args: as in transformers.
+            carryons: for each row the name of its carry-on, or None for the base alone. None:
+                every row has the one called `default`.
+            alpha: strength of the correction, one for all rows or one for each. None: each
+                carry-on's own.
+            settings: as in transformers.
+
+        Raises:
+            InputError: names or alphas that are not one for each row, an unknown name, alpha out
+                of range, or a prompt that is longer than the base allows.
+        """
+        given = (inputs, settings.get("input_ids"), settings.get("inputs_embeds"))
+        prompts = next((each for each in given if each is not None), None)
+        num_rows, length = (1, 0) if prompts is None else prompts.shape[:2]
+        if length > self.identity.context_tokens:
+            raise InputError(
+                f"prompt: expected at most the {self.identity.context_tokens} tokens that the base "
+                f"allows, got {length}"
+            )
+        slots = self.carryons.slots(carryons, num_rows=num_rows)
+        strengths = self.carryons.strengths(alpha, slots)
+        # As tensors: generation repeats those for beams and several sequences of a prompt.
+        if any(slots):
+            settings["carryons"] = torch.tensor(slots)
+            # Put together now and kept, whatever is dropped before the first step.
+            self.carryons.modules(slots, device=self.device, dtype=self._compute_dtype)
+        is_one = len(set(strengths)) == 1
+        settings["alpha"] = strengths[0] if is_one else torch.tensor(strengths)
+        return super().generate(inputs, *args, **settings)  # type: ignore[misc]
 
     def forward(
         self,
@@ -103,8 +229,10 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        alpha: float | None = None,
+        carryons: Sequence[str | None] | Tensor | None = None,
+        alpha: float | Sequence[float] | Tensor | None = None,
         **inputs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401 -- the output class of the base's architecture
         """Return what the base's forward pass returns, its logits corrected.
@@ -114,14 +242,15 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             attention_mask: [B, T_all] 1 where a token is real, the cached ones included.
             position_ids: [B, T].
             past_key_values: what an earlier call returned; it is extended.
+            inputs_embeds: [B, T, D], in the place of input_ids.
             logits_to_keep: as in transformers.
-            alpha: strength of the correction. None: the model's own `alpha`.
+            carryons: as in `generate`.
+            alpha: as in `generate`.
             inputs: anything else the base's forward pass takes.
 
         Raises:
-            InputError: alpha out of range; a mask or cache that cannot be shared.
+            InputError: carry-ons or alpha as in `generate`; a mask or cache that cannot be shared.
         """
-        strength = self.alpha if alpha is None else check_alpha(alpha)
         named = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
         inputs |= {key: value for key, value in named.items() if key not in self._dropped}
         inputs |= {
@@ -130,10 +259,21 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             "past_key_values": past_key_values,
             "return_dict": True,
         }
-        if strength == 0:
+        if inputs_embeds is not None:
+            inputs["inputs_embeds"] = inputs_embeds
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        correction = find_correction(
+            self.carryons,
+            carryons,
+            alpha,
+            cache=past_key_values,
+            num_rows=len(given),
+            device=given.device,
+            dtype=self._compute_dtype,
+        )
+        if correction is None:
             return self.base(**inputs)
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 "attention_mask: expected 0 and 1 for each token, [B, T], got "
@@ -146,20 +286,15 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         def correct(module: nn.Module, args: tuple[object, ...], output: Any) -> None:  # noqa: ANN401
             if threading.get_ident() != thread:
                 return
-            final = output.last_hidden_state  # [B, T, D]
-            cache = output.get("past_key_values")
-            delta = self.carryon(
-                states | {"final": final},
+            output["last_hidden_state"] = correction.apply(
+                states | {"final": output.last_hidden_state},
                 position_ids=position_ids,
                 attention_mask=attention_mask,
-                past_key_values=None if cache is None else self._carryon_cache(cache),
+                cache=output.get("past_key_values"),
             )
-            corrected = customized_states(final, delta, alpha=strength)
-            output["last_hidden_state"] = corrected.to(final.dtype)
 
-        taps = [tap for tap in self.carryon.settings.taps if tap != "final"]
         with (
-            watch_taps(self._anatomy, taps, states.__setitem__),
+            watch_taps(self._anatomy, correction.lower_taps, states.__setitem__),
             self._anatomy.decoder.register_forward_hook(correct),
         ):
             return self.base(**inputs)
@@ -167,71 +302,19 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     def prepare_inputs_for_generation(
         self,
         *args: Any,  # noqa: ANN401
+        inputs_embeds: Tensor | None = None,  # named, as transformers looks for it
         **kwargs: Any,  # noqa: ANN401
     ) -> dict[str, Any]:
         """Return a step's inputs as the base's own architecture prepares them."""
-        prepared: dict[str, Any] = self.base.prepare_inputs_for_generation(*args, **kwargs)
+        prepared: dict[str, Any] = self.base.prepare_inputs_for_generation(
+            *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         return prepared
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         """Answer transformers for the base, whose mixture of experts it may switch."""
         return True
-
-    def _carryon_cache(self, cache: Cache) -> Cache:
-        """Return the carry-on's part of `cache` as a cache of its own, sharing the layers."""
-        layers = [layer for layer in cache.layers if isinstance(layer, _CarryOnLayer)]
-        if not layers:
-            make: Any = _CarryOnLayer
-            layers = [make() for _ in range(self.carryon.settings.blocks)]
-            cache.layers.extend(layers)
-        return Cache(layers=list(layers))
-
-    def _check_cache(self, cache: Cache) -> None:
-        if any(layer.is_compileable for layer in cache.layers):
-            raise InputError(
-                "past_key_values: expected a cache that grows, got a static one; leave out "
-                "cache_implementation"
-            )
-        seen = [layer for layer in cache.layers if isinstance(layer, _CarryOnLayer)]
-        num_seen = seen[0].get_seq_length() if seen else 0
-        if num_seen != cache.get_seq_length():
-            raise InputError(
-                f"past_key_values: expected {cache.get_seq_length()} tokens seen by the carry-on "
-                f"as by the base, got {num_seen}; start a cache with the alpha it goes on with, "
-                "as alpha 0 leaves the carry-on out"
-            )
-
-
-class _CarryOnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A cache layer of the carry-on's body, told apart by its class from those of the base."""
-
-
-def check_alpha(alpha: float) -> float:
-    """Return `alpha`.
-
-    Raises:
-        InputError: it is no number from 0 to MAX_ALPHA.
-    """
-    if not 0 <= alpha <= MAX_ALPHA:
-        raise InputError(f"alpha: expected 0 to {MAX_ALPHA:g}, got {alpha}")
-    return float(alpha)
-
-
-def check_same_base(card: CarryOnCard, base: Base) -> None:
-    """Refuse a base that the carry-on was not trained on.
-
-    Raises:
-        SettingMismatchError: weights or tokenizer differ; names both digests.
-    """
-    found = base.identity.to_dict()
-    for key, name in (("weights_sha256", "weights"), ("tokenizer_sha256", "tokenizer")):
-        if card.base.get(key) != found[key]:
-            raise SettingMismatchError(
-                f"base {base.source}: expected the {name} of {card.base.get('id')}, which the "
-                f"carry-on was trained on ({str(card.base.get(key))[:12]}), got another "
-                f"({found[key][:12]}); give the base it belongs to"
-            )
 
 
 def _load_own_base(
@@ -247,14 +330,3 @@ def _load_own_base(
             f"{folder}: the base it was trained on was not found; say where it is now with base. "
             f"{error}"
         ) from error
-
-
-def _place_carryon_(carryon: CarryOn, base: Base) -> CarryOn:
-    """Move the carry-on to the base; only its weights take the base's dtype.
-
-    The rotary frequencies are a buffer and stay float32: bfloat16 rounds positions.
-    """
-    carryon.to(base.device).eval().requires_grad_(False)
-    for weight in carryon.parameters():
-        weight.data = weight.data.to(base.compute_dtype)
-    return carryon

@@ -373,8 +373,7 @@ class RunSettings:
                 ),
                 (
                     self.tracker not in ("none", "tensorboard", "trackio", "wandb"),
-                    "tracker: expected none, tensorboard, trackio or wandb, got "
-                    f"{self.tracker}",
+                    f"tracker: expected none, tensorboard, trackio or wandb, got {self.tracker}",
                 ),
                 (
                     self.checkpoint_every < 0,

@@ -1,7 +1,8 @@
 """Negative log-likelihood of base and carry-on on samples of a store, without the base."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,13 +14,21 @@ from tqdm import tqdm
 from carryon.cache.errors import InputError
 from carryon.cache.reader import Store
 from carryon.train.carryon import CarryOn
-from carryon.train.carryon_folder import CarryOnCard, check_base, load_carryon
+from carryon.train.carryon_folder import (
+    CarryOnCard,
+    check_base,
+    load_carryon,
+    locate_carryon,
+)
+from carryon.train.carryon_set import check_alpha
 from carryon.train.config import LossSettings, StreamSettings
-from carryon.train.device import pick_chunk, pick_device, pick_head_dtype
-from carryon.train.loss import FrozenHead, frozen_head, token_losses
-from carryon.train.order import count_steps, plan_pass
+from carryon.train.device import pick_chunk, pick_device
+from carryon.train.frozen_head import FrozenHead, place_head
+from carryon.train.loss import token_losses
+from carryon.train.order import count_steps, plan_pass, rank_rows
+from carryon.train.processes import current_processes, sum_over_processes
 from carryon.train.split import split_samples
-from carryon.train.step import final_states, pair_losses
+from carryon.train.step import final_states, losses_of_delta, pair_delta
 from carryon.train.stream import Stream
 
 BATCH_TOKENS = 4096
@@ -49,12 +58,18 @@ class EvaluateReport:
     samples: str
     """`held-out` or `all` of the store."""
     alpha: float
+    """Of those measured, the one with the lowest NLL."""
     num_samples: int
     num_targets: int
     base_nll: float
     carryon_nll: float
+    """At that alpha."""
     base_perplexity: float
     carryon_perplexity: float
+    alphas: list[float]
+    """All that were measured."""
+    carryon_nlls: list[float]
+    """At each of them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -66,108 +81,156 @@ def evaluate(
     store: str,
     carryon: str,
     samples: Literal["auto", "held-out", "all"] = "auto",
-    alpha: float | None = None,
+    alphas: Sequence[float] = (),
     device: str = "auto",
     stream: StreamSettings | None = None,
     loss: LossSettings | None = None,
 ) -> EvaluateReport:
-    """Measure base and carry-on on a store; nothing is written.
+    """Measure base and carry-on on a store, in one pass over it; nothing is written.
 
     Args:
         store: folder of the store.
-        carryon: folder of the carry-on.
+        carryon: folder of the carry-on, or its id on the hub.
         samples: `held-out` takes those that training never saw, `all` every sample; `auto` is
             `held-out` on the store that the carry-on was trained on, and `all` on another.
-        alpha: strength of the correction. None: the carry-on's own.
+        alphas: strengths of the correction to measure. None given: the carry-on's own.
         device: as in RunSettings.
         stream: how the store is read. None: the defaults.
         loss: how the head is multiplied. None: the defaults.
 
     Raises:
-        InputError: the carry-on belongs to another base, or the store lacks a tap.
+        SettingMismatchError: the carry-on belongs to another base.
+        InputError: an alpha is out of range, or the store lacks a tap.
     """
     opened = Store.open(store)
-    module, card = load_carryon(carryon)
-    check_base(card, opened.manifest.base, folder=carryon)
+    module, card = load_carryon(locate_carryon(carryon))
+    check_base(card, opened.manifest.base, where=store)
     check_taps(opened, module.settings.taps)
     chosen, name = _choose(opened, card, samples)
-    strength = card.alpha if alpha is None else alpha
+    strengths = [check_alpha(alpha) for alpha in alphas or [card.alpha]]
     loss = loss or LossSettings()
     place = pick_device(device)
-    head = frozen_head(opened.head(), device=place, dtype=pick_head_dtype(loss.head_dtype, place))
-    nll = measure_nll(
-        opened,
-        chosen,
-        carryon=module.to(place),
-        head=head,
-        chunk=pick_chunk(loss.chunk_tokens, place),
-        alpha=strength,
-        stream=stream or StreamSettings(),
-        with_base=True,
-        with_carryon=True,
-    )
+    module, head = module.to(place), place_head(opened, loss, device=place)
+    chunk = pick_chunk(loss.chunk_tokens)
+    judged = [
+        Judged(carryon=module, head=head, chunk=chunk, alpha=alpha, with_base=True)
+        for alpha in strengths
+    ]
+    found = measure_nlls(opened, chosen, judged, stream=stream or StreamSettings())
+    best = min(range(len(found)), key=lambda index: found[index].carryon)
     return EvaluateReport(
         store=store,
         carryon=carryon,
         samples=name,
-        alpha=strength,
-        num_samples=nll.samples,
-        num_targets=nll.targets,
-        base_nll=nll.base,
-        carryon_nll=nll.carryon,
-        base_perplexity=math.exp(nll.base),
-        carryon_perplexity=math.exp(nll.carryon),
+        alpha=strengths[best],
+        num_samples=found[best].samples,
+        num_targets=found[best].targets,
+        base_nll=found[best].base,
+        carryon_nll=found[best].carryon,
+        base_perplexity=math.exp(found[best].base),
+        carryon_perplexity=math.exp(found[best].carryon),
+        alphas=strengths,
+        carryon_nlls=[nll.carryon for nll in found],
     )
 
 
-def measure_nll(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A carry-on to be measured, and the head that it is measured through."""
+
+    carryon: CarryOn | None
+    """None: only the base."""
+    head: FrozenHead
+    chunk: int
+    """Supervised positions whose logits exist at one time."""
+    alpha: float = 1.0
+    """Strength of the correction."""
+    with_base: bool = False
+    """Whether the base is measured too."""
+
+
+def measure_nlls(
     store: Store,
     samples: NDArray[np.int64],
+    judged: Sequence[Judged],
     *,
-    carryon: CarryOn,
-    head: FrozenHead,
-    chunk: int,
-    alpha: float,
     stream: StreamSettings,
-    with_base: bool,
-    with_carryon: bool,
-) -> Nll:
-    """Return the mean NLL of `samples`, summed in float64, in one pass over their units."""
+) -> list[Nll]:
+    """Return the mean NLL of `samples` for each carry-on, all in one pass over their units.
+
+    Sums are in float64; several processes share the samples.
+
+    Raises:
+        InputError: there is no supervised token in `samples`.
+    """
+    processes = current_processes()
     windows = plan_pass(
-        samples, lengths=store.sample_lengths, units=sample_units(store), batch_tokens=BATCH_TOKENS
+        rank_rows(samples, rank=processes.rank, world_size=processes.size),
+        lengths=store.sample_lengths,
+        units=sample_units(store),
+        batch_tokens=BATCH_TOKENS,
     )
-    device = head.weight.device
-    base_sum = carryon_sum = 0.0
+    taps = [tap for each in judged if each.carryon for tap in each.carryon.settings.taps]
+    device = judged[0].head.device
+    sums = [[0.0, 0.0] for _ in judged]
     targets = 0
     reader = Stream(
         store,
         windows,
-        taps=stream_taps(carryon.settings.taps if with_carryon else []),
+        taps=stream_taps(taps),
         settings=stream,
         is_pinned=device.type == "cuda",
     )
-    with torch.no_grad(), reader as steps:
+    modules = {id(each.carryon): each.carryon for each in judged if each.carryon is not None}
+    with torch.no_grad(), reader as steps, _without_dropout(modules.values()):
         for batches in tqdm(steps, total=count_steps(windows), desc="evaluate", leave=False):
             for batch in (each.to(device) for each in batches):
                 targets += batch.num_targets
-                if with_base:
-                    losses = token_losses(
-                        final_states(batch), batch.targets, head=head, chunk=chunk
-                    )
-                    base_sum += float(losses.double().sum())
-                if with_carryon:
-                    losses = pair_losses(carryon, batch, head=head, chunk=chunk, alpha=alpha)
-                    carryon_sum += float(losses.double().sum())
-    if targets == 0:
+                bases: dict[tuple[int, int], float] = {}
+                deltas: dict[int, torch.Tensor] = {}
+                for each, total in zip(judged, sums, strict=True):
+                    head, chunk = each.head, each.chunk
+                    if each.with_base:
+                        key = (id(head), chunk)
+                        if key not in bases:
+                            losses = token_losses(
+                                final_states(batch), batch.targets, head=head, chunk=chunk
+                            )
+                            bases[key] = float(losses.double().sum())
+                        total[0] += bases[key]
+                    if each.carryon is not None:
+                        if id(each.carryon) not in deltas:  # once for all alphas
+                            deltas[id(each.carryon)] = pair_delta(each.carryon, batch)
+                        delta = deltas[id(each.carryon)]
+                        losses = losses_of_delta(
+                            delta, batch, head=head, chunk=chunk, alpha=each.alpha
+                        )
+                        total[1] += float(losses.double().sum())
+    flat = [value for total in sums for value in total]
+    count, *found = sum_over_processes(targets, *flat, device=device)
+    if count == 0:
         raise InputError(
             f"{store.root}: no supervised token in the {len(samples)} samples to evaluate on"
         )
-    return Nll(
-        base=base_sum / targets if with_base else math.nan,
-        carryon=carryon_sum / targets if with_carryon else math.nan,
-        samples=len(samples),
-        targets=targets,
-    )
+    return [
+        Nll(
+            base=base / count if each.with_base else math.nan,
+            carryon=carryon / count if each.carryon is not None else math.nan,
+            samples=len(samples),
+            targets=int(count),
+        )
+        for each, base, carryon in zip(judged, found[::2], found[1::2], strict=True)
+    ]
+
+
+@contextmanager
+def _without_dropout(carryons: Iterable[CarryOn]) -> Iterator[None]:
+    before = [(carryon, carryon.training) for carryon in carryons]
+    for carryon, _ in before:
+        carryon.eval()
+    yield
+    for carryon, is_training in before:
+        carryon.train(is_training)
 
 
 def stream_taps(taps: Sequence[str]) -> list[str]:
@@ -198,7 +261,7 @@ def sample_units(store: Store) -> NDArray[np.int64]:
 def _choose(
     store: Store, card: CarryOnCard, samples: Literal["auto", "held-out", "all"]
 ) -> tuple[NDArray[np.int64], str]:
-    is_own = store.fingerprint == card.store_fingerprint
+    is_own = store.fingerprint in card.split.get("stores", [card.store_fingerprint])
     if samples == "all" or (samples == "auto" and not is_own):
         return np.arange(store.num_samples, dtype=np.int64), "all"
     if not is_own and not store.sample_held_out.any():

@@ -1,10 +1,10 @@
-"""Text from a customized model: a prompt in, the answer out.
+"""Text from a customized model: prompts in, answers out.
 
-Prompts take the base's chat template, as its own users would; the answer is repeatable. Letters:
-T positions.
+Prompts take the base's chat template, as its own users would; the answers are repeatable. Letters:
+B prompts, T positions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +15,8 @@ from transformers import GenerationConfig
 from carryon.cache.base import Base
 from carryon.cache.errors import InputError
 from carryon.cache.spec import ForwardSettings
-from carryon.train.compose import CarryOnForCausalLM, check_alpha
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateSettings:
-    """How text is generated."""
-
-    max_new_tokens: int = 256
-    """Longest answer, in tokens."""
-    temperature: float = 0.0
-    """Temperature of sampling. 0: always the likeliest token."""
-    top_p: float = 1.0
-    """Sampling keeps the likeliest tokens up to this sum of probabilities."""
-    seed: int = 0
-    """Seed of sampling."""
-    chat: bool = True
-    """Put the prompt into the base's chat template, as a user's turn; a base without a template
-    gets the prompt as it is."""
-
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        problems = [
-            (
-                self.max_new_tokens < 1,
-                f"max_new_tokens: expected 1 or more, got {self.max_new_tokens}",
-            ),
-            (not self.temperature >= 0, f"temperature: expected 0 or more, got {self.temperature}"),
-            (not 0 < self.top_p <= 1, f"top_p: expected more than 0, up to 1, got {self.top_p}"),
-            (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
-        ]
-        found = [text for is_wrong, text in problems if is_wrong]
-        if found:
-            raise InputError("; ".join(found))
+from carryon.train.compose import CarryOnForCausalLM
+from carryon.train.config import GenerateSettings
 
 
 def answer(
@@ -70,39 +39,45 @@ def answer(
     Raises:
         InputError: an empty prompt, one too long for the base, or alpha out of range.
     """
-    token_ids = _encode(model, prompt, is_chat=settings.chat)
-    room = model.identity.context_tokens - settings.max_new_tokens
-    if token_ids.shape[1] > room:
-        raise InputError(
-            f"prompt: expected at most {room} tokens, so that {settings.max_new_tokens} new ones "
-            f"fit in the base's {model.identity.context_tokens}, got {token_ids.shape[1]}"
+    return _answer_batch(model, [prompt], settings=settings, alpha=alpha, streamer=streamer)[0]
+
+
+def answers(
+    model: CarryOnForCausalLM,
+    prompts: Sequence[str],
+    *,
+    settings: GenerateSettings,
+    batch_rows: int,
+    alpha: float | None = None,
+    carryons: Sequence[str | None] | None = None,
+) -> list[str]:
+    """Return the answer to each prompt; prompts of like length are answered together.
+
+    Args:
+        model: the customized model.
+        prompts: as in `answer`.
+        settings: as in `answer`; sampling begins anew from its seed in each batch.
+        batch_rows: prompts that are answered together, at most.
+        alpha: as in `answer`.
+        carryons: for each prompt the name of its carry-on, or None; see `generate` of the model.
+
+    Raises:
+        InputError: as `answer`.
+    """
+    found: list[str] = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for first in range(0, len(order), batch_rows):
+        chosen = order[first : first + batch_rows]
+        texts = _answer_batch(
+            model,
+            [prompts[index] for index in chosen],
+            settings=settings,
+            alpha=alpha,
+            carryons=None if carryons is None else [carryons[index] for index in chosen],
         )
-    own = model.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else model.tokenizer.eos_token_id
-    pad = own.pad_token_id if own.pad_token_id is not None else model.tokenizer.pad_token_id
-    sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
-    if settings.temperature > 0:
-        sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    # A fresh config: a base's own one may sample, or hold settings that greedy search complains of.
-    make_config: Any = GenerationConfig
-    config = make_config(
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=pad if pad is not None else (eos[0] if isinstance(eos, list) else eos),
-        **sampling,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        untyped: Any = model
-        output = untyped.generate(
-            token_ids.to(model.device),
-            attention_mask=torch.ones_like(token_ids).to(model.device),
-            generation_config=config,
-            alpha=model.alpha if alpha is None else check_alpha(alpha),
-            streamer=streamer,
-        )
-    new_ids = output[0, token_ids.shape[1] :]
-    return str(model.tokenizer.decode(new_ids, skip_special_tokens=True))
+        for index, text in zip(chosen, texts, strict=True):
+            found[index] = text
+    return found
 
 
 def generate_text(
@@ -121,16 +96,79 @@ def generate_text(
     return answer(model, prompt, settings=settings, alpha=alpha, streamer=streamer)
 
 
-def _encode(model: CarryOnForCausalLM, prompt: str, *, is_chat: bool) -> Tensor:
-    """Return the token ids of a prompt, [1, T] int64."""
+def pad_left(rows: Sequence[Sequence[int]], *, pad: int) -> tuple[Tensor, Tensor]:
+    """Return token ids [B, T] int64 of rows that all end at the same place, and their mask."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for number, row in enumerate(rows):
+        tokens[number, longest - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask[number, longest - len(row) :] = 1
+    return tokens, mask
+
+
+def _answer_batch(
+    model: CarryOnForCausalLM,
+    prompts: Sequence[str],
+    *,
+    settings: GenerateSettings,
+    alpha: float | None,
+    carryons: Sequence[str | None] | None = None,
+    streamer: Any = None,  # noqa: ANN401
+) -> list[str]:
+    rows = [_encode(model, prompt, is_chat=settings.chat) for prompt in prompts]
+    longest = max(len(row) for row in rows)
+    room = model.identity.context_tokens - settings.max_new_tokens
+    if longest > room:
+        raise InputError(
+            f"prompt: expected at most {room} tokens, so that {settings.max_new_tokens} new ones "
+            f"fit in the base's {model.identity.context_tokens}, got {longest}"
+        )
+    config = _generation_config(model, settings)
+    tokens, mask = pad_left(rows, pad=config.pad_token_id or 0)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        output = model.generate(
+            tokens.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            carryons=carryons,
+            alpha=alpha,
+            streamer=streamer,
+        )
+    texts: list[str] = model.tokenizer.batch_decode(
+        output[:, tokens.shape[1] :], skip_special_tokens=True
+    )
+    return texts
+
+
+def _generation_config(model: CarryOnForCausalLM, settings: GenerateSettings) -> Any:  # noqa: ANN401
+    own: Any = model.generation_config
+    eos = own.eos_token_id if own.eos_token_id is not None else model.tokenizer.eos_token_id
+    pad = own.pad_token_id if own.pad_token_id is not None else model.tokenizer.pad_token_id
+    sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
+    if settings.temperature > 0:
+        sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    # A fresh config: a base's own one may sample, or hold settings that greedy search complains of.
+    make_config: Any = GenerationConfig
+    return make_config(
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=pad if pad is not None else (eos[0] if isinstance(eos, list) else eos),
+        **sampling,
+    )
+
+
+def _encode(model: CarryOnForCausalLM, prompt: str, *, is_chat: bool) -> list[int]:
+    """Return the token ids of a prompt."""
     if is_chat and model.tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": prompt}]
         text = model.tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True
         )
-        ids = model.tokenizer(text, add_special_tokens=False).input_ids
+        ids: list[int] = model.tokenizer(text, add_special_tokens=False).input_ids
     else:
         ids = model.tokenizer(prompt).input_ids
     if not prompt or not ids:
         raise InputError("prompt: expected some text, got none")
-    return torch.tensor([ids], dtype=torch.int64)
+    return ids

@@ -1,50 +1,24 @@
-"""Exact cross-entropy over the full vocabulary against a frozen head, in chunks of tokens.
+"""Exact cross-entropy over the full vocabulary against a frozen head, in chunks.
 
-Since the head is frozen, the gradient to the hidden states is made in the forward pass, chunk by
-chunk: logits of one chunk are the only thing of size V that ever exists. The log-sum-exp and the
-loss are float32 whatever the matrix products are computed in.
+Since the head is frozen, the gradient to the hidden states is made in the forward pass, and
+nothing of size [M, V] ever exists. One pass over the head, in blocks of rows (frozen_head.py), and
+for each block over the positions, in chunks. With the head on an accelerator a block is all of it
+and chunks run over positions alone; with the head in host memory or in a file, blocks are what is
+fetched at one time. Sums and losses are float32 whatever the matrix products are computed in.
 
 Letters: M supervised positions, D base width, V vocabulary, C positions of a chunk.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from carryon.cache.head import Head
+from carryon.train.block_softmax import block_logits, block_softmax, cap_, has_kernel, join_
+from carryon.train.frozen_head import FrozenHead
 
-BLOCK_ROWS = 16
-"""Rows of a CPU's softmax pass: 16 x 49,152 float32 logits (3 MB) stay in the cache."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FrozenHead:
-    """logits = cap(scale * (W x + bias)) as tensors on a device, never trained."""
-
-    weight: Tensor
-    """W, [V, D], bfloat16 or float32: the type of the matrix products."""
-    bias: Tensor | None
-    """[V], of the weight's type, or None."""
-    logit_scale: float
-    """Multiplies the logits before the cap."""
-    softcap: float | None
-    """Soft limit of the logits, or None."""
-
-
-def frozen_head(head: Head, *, device: torch.device, dtype: torch.dtype) -> FrozenHead:
-    """Return a store's head as tensors of `dtype` on `device`."""
-    weight = torch.from_numpy(head.weight)
-    if weight.dtype == torch.uint16:  # bfloat16 bits
-        weight = weight.view(torch.bfloat16)
-    bias = None if head.bias is None else torch.from_numpy(head.bias).to(device, dtype)
-    return FrozenHead(
-        weight=weight.to(device, dtype),
-        bias=bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-    )
+_ROWS_AT_ONCE = 256  # positions whose targets' rows are in float32 at one time
 
 
 def token_losses(states_MD: Tensor, targets_M: Tensor, *, head: FrozenHead, chunk: int) -> Tensor:
@@ -60,93 +34,130 @@ def token_losses(states_MD: Tensor, targets_M: Tensor, *, head: FrozenHead, chun
         chunk: positions whose logits exist at one time.
     """
     if torch.is_grad_enabled() and states_MD.requires_grad:
-        losses: Tensor = _FrozenHeadLoss.apply(states_MD, targets_M, head, chunk)  # type: ignore[no-untyped-call]
+        losses: Tensor = _CrossEntropy.apply(states_MD, targets_M, head, chunk)  # type: ignore[no-untyped-call]
         return losses
     with torch.no_grad():
-        return _losses_and_gradient(states_MD, targets_M, head, chunk, with_gradient=False)[0]
+        return _cross_entropy(states_MD, targets_M, head, chunk, with_gradient=False)[0]
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
+def base_divergences(states_MD: Tensor, base_MD: Tensor, *, head: FrozenHead, chunk: int) -> Tensor:
+    """Return KL(base || customized model) at each position, [M] float32, from their states.
+
+    Differentiable in `states_MD`, as `token_losses` is; not in `base_MD`.
+    """
+    if torch.is_grad_enabled() and states_MD.requires_grad:
+        found: Tensor = _Divergence.apply(states_MD, base_MD, head, chunk)  # type: ignore[no-untyped-call]
+        return found
+    with torch.no_grad():
+        return _divergence(states_MD, base_MD, head, chunk)[0]
+
+
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, targets: Tensor, head: FrozenHead, chunk: int) -> Tensor:  # noqa: ANN401
-        losses, gradient = _losses_and_gradient(states, targets, head, chunk, with_gradient=True)
-        ctx.save_for_backward(gradient)
-        ctx.states_dtype = states.dtype
-        return losses
+        losses, gradient = _cross_entropy(states, targets, head, chunk, with_gradient=True)
+        return _keep(ctx, states, losses, gradient)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
-        (gradient,) = ctx.saved_tensors
-        grad_states = (gradient * grad_outputs[0].unsqueeze(1)).to(ctx.states_dtype)
-        return grad_states, None, None, None
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        return _scaled_gradient(ctx, grad_outputs[0])
 
 
-def _losses_and_gradient(
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, base: Tensor, head: FrozenHead, chunk: int) -> Tensor:  # noqa: ANN401
+        found, gradient = _divergence(states, base, head, chunk)
+        return _keep(ctx, states, found, gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        return _scaled_gradient(ctx, grad_outputs[0])
+
+
+def _keep(ctx: Any, states: Tensor, values: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ANN401
+    ctx.save_for_backward(gradient)
+    ctx.states_dtype = states.dtype
+    return values
+
+
+def _scaled_gradient(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    (gradient,) = ctx.saved_tensors
+    # In place: a second backward pass would be wrong, and torch refuses it.
+    return gradient.mul_(grad_values.unsqueeze(1)).to(ctx.states_dtype), None, None, None
+
+
+def _cross_entropy(
     states: Tensor, targets: Tensor, head: FrozenHead, chunk: int, *, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    num_positions, width = states.shape
-    losses = torch.empty(num_positions, dtype=torch.float32, device=states.device)
-    gradient = torch.empty(
-        (num_positions if with_gradient else 0, width), dtype=torch.float32, device=states.device
-    )
-    # One buffer for all chunks: fresh pages for 50 MB would cost more than the softmax over them.
-    rows = min(chunk, num_positions)
-    buffer = torch.empty(
-        (rows, head.weight.shape[0]), dtype=head.weight.dtype, device=states.device
-    )
-    for first in range(0, num_positions, chunk):
-        part = slice(first, min(first + chunk, num_positions))
-        logits = buffer[: part.stop - part.start]
-        _logits_(states[part], head, out=logits)
-        slopes = _cap_(logits, head.softcap, with_slopes=with_gradient)
-        losses[part] = _softmax_(logits, targets[part])
-        if with_gradient:
-            gradient[part] = _gradient_(logits, slopes, targets[part], head)
-    return losses, gradient
+) -> tuple[Tensor, Tensor | None]:
+    states = states.to(head.dtype)
+    log_sums = torch.empty(len(states), dtype=torch.float32, device=states.device)
+    means = torch.empty_like(states, dtype=torch.float32) if with_gradient else None
+    for block in head.blocks():
+        for part in _slices(len(states), chunk):
+            found = block_softmax(states[part], block, head, with_mean=with_gradient)
+            mean = None if means is None else means[part]
+            join_(log_sums[part], mean, found, is_first=block.first == 0)
+    for part in _slices(len(states), _ROWS_AT_ONCE):
+        rows = head.rows(targets[part]).float()
+        logits, slopes = _target_logits(states[part], rows, targets[part], head)
+        log_sums[part] -= logits
+        if means is not None:  # softmax - 1 at the target, softmax elsewhere
+            means[part] -= rows if slopes is None else rows.mul_(slopes.unsqueeze(1))
+            means[part] *= head.logit_scale
+    return log_sums, means
 
 
-def _logits_(states: Tensor, head: FrozenHead, *, out: Tensor) -> None:
-    scaled = (states.float() * head.logit_scale).to(head.weight.dtype)
-    torch.mm(scaled, head.weight.t(), out=out)
+def _target_logits(
+    states: Tensor, rows: Tensor, targets: Tensor, head: FrozenHead
+) -> tuple[Tensor, Tensor | None]:
+    logits = (states.float() * rows).sum(dim=1)
+    if not has_kernel(head) and head.device.type == "cpu":
+        logits = logits.to(head.dtype).float()  # as `block_logits` has it in the log-sum-exp
     if head.bias is not None:
-        out.add_(head.bias, alpha=head.logit_scale)
+        logits = logits + head.bias[targets]
+    return cap_(logits * head.logit_scale, head.softcap, with_slopes=True)
 
 
-def _cap_(logits: Tensor, softcap: float | None, *, with_slopes: bool) -> Tensor | None:
-    # cap(z) = c tanh(z / c), whose slope is 1 - tanh(z / c)^2.
-    if softcap is None:
-        return None
-    tanh = logits.div_(softcap).tanh_()
-    slopes = 1 - tanh * tanh if with_slopes else None
-    logits.mul_(softcap)
-    return slopes
+def _divergence(
+    states: Tensor, base: Tensor, head: FrozenHead, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Return sum of p_base (z_base - z) + log-sum-exp(z) - log-sum-exp(z_base), and its gradient.
 
-
-def _softmax_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Turn logits [C, V] into probabilities in place; return the losses [C], float32.
-
-    The log-sum-exp needs no pass of its own: it is max - log(largest probability), and the
-    largest probability is at least 1 / V.
+    z are logits. The sum is of small differences, so it is made of the logits themselves.
     """
-    target_logits = logits.gather(1, targets.unsqueeze(1)).squeeze(1).float()
-    block_rows = BLOCK_ROWS if logits.device.type == "cpu" else len(logits)
-    log_sums = torch.empty_like(target_logits)
-    for first in range(0, len(logits), block_rows):
-        block = logits[first : first + block_rows]
-        exact = block.float()  # the block itself where it is float32
-        largest = exact.amax(dim=1)
-        torch.softmax(exact, dim=1, out=exact)
-        log_sums[first : first + block_rows] = largest - exact.amax(dim=1).log()
-        if exact.dtype != block.dtype:
-            block.copy_(exact)  # bfloat16 is enough for the product that makes the gradient
-    return log_sums - target_logits
+    states, base = states.to(head.dtype), base.to(head.dtype)
+    log_sums, base_log_sums = _log_sums_of_nothing(states), _log_sums_of_nothing(states)
+    shifts = torch.zeros_like(log_sums)  # sum of p_base (z_base - z)
+    means = torch.zeros_like(states, dtype=torch.float32)
+    base_means = torch.zeros_like(means)  # sum of p_base * slope of z * row
+    for block in head.blocks():
+        for part in _slices(len(states), chunk):
+            logits, slopes = block_logits(states[part], block, head, with_slopes=True)
+            base_logits, _ = block_logits(base[part], block, head, with_slopes=False)
+            log_sum, base_log_sum = logits.logsumexp(dim=1), base_logits.logsumexp(dim=1)
+            base_p = (base_logits - base_log_sum.unsqueeze(1)).exp_()
+            shift = (base_p * base_logits.sub_(logits)).sum(dim=1)
+            p = logits.sub_(log_sum.unsqueeze(1)).exp_()
+            if slopes is not None:
+                p, base_p = p.mul_(slopes), base_p.mul_(slopes)
+            for total, total_mean, new, weights in (
+                (log_sums, means, log_sum, p),
+                (base_log_sums, base_means, base_log_sum, base_p),
+            ):
+                share = torch.sigmoid(new - total[part]).unsqueeze(1)
+                mean = torch.mm(weights.to(head.dtype), block.weight)
+                total_mean[part].lerp_(mean.float(), share)
+            shifts[part].lerp_(shift, torch.sigmoid(base_log_sum - base_log_sums[part]))
+            log_sums[part] = torch.logaddexp(log_sums[part], log_sum)
+            base_log_sums[part] = torch.logaddexp(base_log_sums[part], base_log_sum)
+    gradient = means.sub_(base_means).mul_(head.logit_scale)
+    return shifts + log_sums - base_log_sums, gradient
 
 
-def _gradient_(
-    probabilities: Tensor, slopes: Tensor | None, targets: Tensor, head: FrozenHead
-) -> Tensor:
-    # d loss / d logits = p - 1 at the target, p elsewhere.
-    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
-    if slopes is not None:
-        probabilities.mul_(slopes)
-    return torch.mm(probabilities, head.weight).float() * head.logit_scale
+def _log_sums_of_nothing(states: Tensor) -> Tensor:
+    return torch.full((len(states),), -torch.inf, dtype=torch.float32, device=states.device)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for first in range(0, length, size):
+        yield slice(first, min(first + size, length))

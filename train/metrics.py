@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.atomic import disk_full_named, write_file
+from carryon.cache.atomic import write_file
 from carryon.train.checkpoint import Progress
+from carryon.train.json_lines import append_line, read_lines
 from carryon.train.step import StepFigures
 
 
@@ -46,21 +47,12 @@ class Meter:
 
 def append_metrics(path: Path, line: dict[str, Any]) -> None:
     """Append one line to `path`; a kill afterwards does not take it back."""
-    with disk_full_named(path), path.open("a", encoding="ascii") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(path, line)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of `path`; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="ascii").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return read_lines(path)
 
 
 def rewind_metrics(path: Path, *, step: int) -> None:

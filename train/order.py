@@ -1,9 +1,11 @@
-"""The order of an epoch: a pure function of sample lengths, units, seed and epoch.
+"""The order of an epoch: a pure function of sample lengths, units, seeds and epoch.
 
 Units are read in a seeded random order, a few at a time: a window. Within a window the samples are
-shuffled and cut into steps of so many tokens. Batches are flat (batch.py), so neighbours need not
-be of one length: grouping by length would also group by kind. Nothing depends on how many
-processes share the work: each takes samples of every batch (`rank_rows`).
+shuffled and cut into steps of so many tokens. Which units make a window depends on one seed, their
+samples' order on another, so that runs of several seeds and batch sizes can share one read of the
+store (joint_order.py). Batches are flat (batch.py), so neighbours need not be of one length:
+grouping by length would also group by kind. Nothing depends on how many processes share the work:
+each takes samples of every batch (`rank_rows`).
 """
 
 from collections.abc import Sequence
@@ -11,6 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+_SHUFFLE = 1
+"""Keeps the numbers drawn for the order within windows apart from those for the units'."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +38,8 @@ def plan_epoch(
     batch_tokens: int,
     micro_batch_tokens: int,
     window_units: int,
+    shuffle_seed: int = 0,
+    kinds: NDArray[np.int64] | None = None,
 ) -> list[Window]:
     """Return the windows of an epoch, in order; each of `samples` stands in exactly one step.
 
@@ -40,18 +47,22 @@ def plan_epoch(
         samples: [n] indices of the samples to train on.
         lengths: [S] tokens of every sample of the store.
         units: [S] unit of every sample of the store.
-        seed: of the whole run.
+        seed: of the order of units.
         epoch: counted from 0.
         batch_tokens: tokens of a step; a longer sample still makes a step.
         micro_batch_tokens: tokens of a batch within a step; 0: the whole step is one batch.
         window_units: units in a window.
+        shuffle_seed: of the order within a window.
+        kinds: [S] kind of every sample, the same throughout a unit; the units of each kind are
+            spread evenly over the epoch. None: all are of one kind.
     """
-    random = np.random.default_rng([*seed, epoch])
-    unit_order = random.permutation(np.unique(units[samples]))
+    unit_order = _order_units(samples, units, kinds, np.random.default_rng([*seed, epoch]))
+    random = np.random.default_rng([*seed, epoch, shuffle_seed, _SHUFFLE])
     windows = []
+    by_unit = _samples_by_unit(samples, units)
     for first in range(0, len(unit_order), window_units):
         chosen = unit_order[first : first + window_units]
-        inside = samples[np.isin(units[samples], chosen)]
+        inside = np.sort(np.concatenate([by_unit[unit] for unit in chosen.tolist()]))
         shuffled = inside[random.permutation(len(inside))]
         steps = _cut_evenly(shuffled, lengths, budget=batch_tokens)
         windows.append(
@@ -75,8 +86,7 @@ def plan_pass(
 ) -> list[Window]:
     """Return one pass over `samples` in store order, a unit at a time: for evaluation."""
     windows = []
-    for unit in np.unique(units[samples]).tolist():
-        inside = samples[units[samples] == unit]
+    for unit, inside in sorted(_samples_by_unit(samples, units).items()):
         batches = _cut(inside, lengths, budget=batch_tokens)
         windows.append(Window(units=(unit,), steps=tuple((batch,) for batch in batches)))
     return windows
@@ -122,13 +132,38 @@ def _cut(
     samples: NDArray[np.int64], lengths: NDArray[np.int32], *, budget: int
 ) -> list[NDArray[np.int64]]:
     """Cut `samples`, in their order, into runs of at most `budget` tokens."""
+    ends = np.cumsum(lengths[samples], dtype=np.int64)
     runs = []
     first, used = 0, 0
-    for position, length in enumerate(lengths[samples].tolist()):
-        if position > first and used + length > budget:
-            runs.append(samples[first:position])
-            first, used = position, 0
-        used += length
-    if first < len(samples):
-        runs.append(samples[first:])
+    while first < len(samples):
+        stop = max(first + 1, int(np.searchsorted(ends, used + budget, side="right")))
+        runs.append(samples[first:stop])
+        first, used = stop, int(ends[stop - 1])
     return runs
+
+
+def _order_units(
+    samples: NDArray[np.int64],
+    units: NDArray[np.int64],
+    kinds: NDArray[np.int64] | None,
+    random: np.random.Generator,
+) -> NDArray[np.int64]:
+    found, first = np.unique(units[samples], return_index=True)
+    if kinds is None:
+        return random.permutation(found)
+    kind_of_unit = kinds[samples[first]]
+    places = np.empty(len(found))
+    for kind in np.unique(kind_of_unit).tolist():
+        inside = np.flatnonzero(kind_of_unit == kind)
+        # One unit in each n-th part of the epoch, somewhere within it.
+        places[random.permutation(inside)] = np.arange(len(inside)) + random.random(len(inside))
+        places[inside] /= len(inside)
+    return found[np.argsort(places, kind="stable")]
+
+
+def _samples_by_unit(
+    samples: NDArray[np.int64], units: NDArray[np.int64]
+) -> dict[int, NDArray[np.int64]]:
+    by_unit = samples[np.argsort(units[samples], kind="stable")]
+    found, first = np.unique(units[by_unit], return_index=True)
+    return dict(zip(found.tolist(), np.split(by_unit, first[1:]), strict=True))

@@ -17,7 +17,7 @@ class TrainReport:
     carryon_bytes: int
     """Size of the carry-on's weights as saved."""
     num_steps: int
-    """Steps of all epochs."""
+    """Steps taken."""
     num_tokens: int
     """Tokens trained on, all epochs."""
     num_targets: int
@@ -40,6 +40,10 @@ class TrainReport:
     """exp(base_nll)."""
     carryon_perplexity: float
     """exp(carryon_nll)."""
+    held_out_overlap: float
+    """Share of the held-out targets whose last 32 tokens stand in the training half too."""
+    finished_with_step: int
+    """Step whose weights the carry-on has: the last, or the one with the best held-out loss."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -3,24 +3,28 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from carryon.cache.reader import Store
 from carryon.train.carryon import CarryOn, build_carryon
 from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
+    MemorySettings,
     OptimizationSettings,
     RunSettings,
     StreamSettings,
 )
-from carryon.train.device import pick_chunk, pick_device, pick_head_dtype
-from carryon.train.evaluate import sample_units
-from carryon.train.loss import FrozenHead, frozen_head
-from carryon.train.order import Window, count_steps, plan_epoch, seek
+from carryon.train.device import pick_chunk, pick_device
+from carryon.train.evaluate import Judged
+from carryon.train.frozen_head import FrozenHead, place_head
+from carryon.train.optimizer import build_optimizer, lean_
+from carryon.train.order import Window, count_steps
+from carryon.train.overlap import Overlap
 from carryon.train.run_folder import RunFolder
-from carryon.train.split import Split, split_samples
-from carryon.train.step import build_optimizer
+from carryon.train.train_data import TrainData
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,11 +35,19 @@ class TrainSettings:
     optimization: OptimizationSettings
     stream: StreamSettings
     loss: LossSettings
+    memory: MemorySettings
     run: RunSettings
 
     def to_flat(self) -> dict[str, Any]:
         """Return all fields under their own names, as plain values."""
-        parts = (self.carryon, self.optimization, self.stream, self.loss, self.run)
+        parts = (
+            self.carryon,
+            self.optimization,
+            self.stream,
+            self.loss,
+            self.memory,
+            self.run,
+        )
         return {key: value for part in parts for key, value in part.to_dict().items()}
 
 
@@ -47,8 +59,9 @@ class Run:
     folder: RunFolder
     identity: dict[str, Any]
     """Store and settings that a resumed run must have too."""
-    store: Store
-    split: Split
+    data: TrainData
+    overlap: Overlap
+    """Of the halves of the data."""
     epochs: list[list[Window]]
     """The order of every epoch."""
     carryon: CarryOn
@@ -58,75 +71,75 @@ class Run:
     """Supervised positions whose logits exist at one time."""
 
     @property
+    def store(self) -> Store:
+        """Where the data is."""
+        return self.data.store
+
+    @property
     def num_steps(self) -> int:
         """Steps of all epochs."""
         return sum(map(count_steps, self.epochs))
 
     @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.head.weight.device
+    def windows(self) -> list[Window]:
+        """The whole run, from the first epoch to the last."""
+        return [window for windows in self.epochs for window in windows]
 
-    def windows_from(self, epoch: int, step_in_epoch: int) -> list[Window]:
-        """Return what is left of the run at a position, through its last epoch."""
-        following = [window for windows in self.epochs[epoch + 1 :] for window in windows]
-        return seek(self.epochs[epoch], step_in_epoch) + following if self.epochs[epoch:] else []
+    @property
+    def sampled(self) -> NDArray[np.int64]:
+        """Held-out samples of an evaluation during the run."""
+        held_out = self.data.split.held_out
+        tokens = np.cumsum(self.store.sample_lengths[held_out])
+        return held_out[: max(1, int((tokens <= self.settings.run.evaluate_tokens).sum()))]
 
-
-def split_store(settings: TrainSettings, store: Store) -> Split:
-    """Return which samples of `store` a run trains on, and which it holds out.
-
-    Raises:
-        InputError: one of the halves would be empty.
-    """
-    return split_samples(
-        store.sample_held_out,
-        share=settings.stream.held_out_share,
-        seed=settings.optimization.seed,
-        fingerprint=store.fingerprint,
-    )
+    def judged(self, *, with_base: bool, with_carryon: bool) -> Judged:
+        """Return what an evaluation measures of this run."""
+        return Judged(
+            carryon=self.carryon if with_carryon else None,
+            head=self.head,
+            chunk=self.chunk,
+            with_base=with_base,
+        )
 
 
 def prepare_run(
     settings: TrainSettings,
-    store: Store,
-    split: Split,
+    data: TrainData,
     *,
     folder: RunFolder,
     identity: dict[str, Any],
+    overlap: Overlap,
+    heads: dict[LossSettings, FrozenHead],
 ) -> Run:
     """Plan the order, build the untrained carry-on and load the head; nothing is written.
+
+    Args:
+        settings: of the run.
+        data: what it is trained on.
+        folder: of the run.
+        identity: see `run_identity`.
+        overlap: of the halves of the data.
+        heads: of runs prepared before, by their settings; this run's is added.
 
     Raises:
         InputError: the device is not there.
     """
     optimization = settings.optimization
     device = pick_device(settings.run.device)
-    carryon = build_carryon(settings.carryon, base_width=store.width, seed=optimization.seed)
-    carryon = carryon.to(device)
-    dtype = pick_head_dtype(settings.loss.head_dtype, device)
+    base_width = data.store.width
+    carryon = build_carryon(settings.carryon, base_width=base_width, seed=optimization.seed)
+    carryon = lean_(carryon.to(device), settings.memory)
+    if settings.loss not in heads:
+        heads[settings.loss] = place_head(data.store, settings.loss, device=device)
     return Run(
         settings=settings,
         folder=folder,
         identity=identity,
-        store=store,
-        split=split,
-        epochs=[_plan(settings, store, split, epoch) for epoch in range(optimization.epochs)],
+        data=data,
+        overlap=overlap,
+        epochs=data.plan(optimization),
         carryon=carryon,
-        optimizer=build_optimizer(carryon, optimization),
-        head=frozen_head(store.head(), device=device, dtype=dtype),
-        chunk=pick_chunk(settings.loss.chunk_tokens, device),
-    )
-
-
-def _plan(settings: TrainSettings, store: Store, split: Split, epoch: int) -> list[Window]:
-    return plan_epoch(
-        split.train,
-        lengths=store.sample_lengths,
-        units=sample_units(store),
-        seed=(settings.optimization.seed, int(store.fingerprint[:16], 16)),
-        epoch=epoch,
-        batch_tokens=settings.optimization.batch_tokens,
-        micro_batch_tokens=settings.optimization.micro_batch_tokens,
-        window_units=settings.stream.window_units,
+        optimizer=build_optimizer(carryon, optimization, settings.memory),
+        head=heads[settings.loss],
+        chunk=pick_chunk(settings.loss.chunk_tokens),
     )

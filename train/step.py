@@ -1,18 +1,20 @@
 """One step of training: gradients of a few batches, then one move of the optimizer."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from carryon.train.batch import Batch
 from carryon.train.carryon import CarryOn, customized_states
-from carryon.train.config import OptimizationSettings
 from carryon.train.device import multiplies_bfloat16
-from carryon.train.loss import FrozenHead, token_losses
+from carryon.train.frozen_head import FrozenHead
+from carryon.train.loss import base_divergences, token_losses
+from carryon.train.optimizer import Parts
+from carryon.train.processes import gather_lists, sum_gradients_, sum_over_processes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,22 +40,6 @@ class NotFiniteError(ArithmeticError):
         self.samples = samples
 
 
-def build_optimizer(carryon: CarryOn, settings: OptimizationSettings) -> torch.optim.AdamW:
-    """Return AdamW over the carry-on's weights; only matrices decay."""
-    weights = list(carryon.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [weight for weight in weights if weight.ndim >= 2]},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-
-
 def take_step(
     carryon: CarryOn,
     optimizer: torch.optim.Optimizer,
@@ -63,32 +49,74 @@ def take_step(
     chunk: int,
     learning_rate: float,
     grad_clip: float,
+    kl_weight: float = 0.0,
 ) -> StepFigures:
     """Move the weights of `carryon` down the gradient of the batches' mean loss.
 
     Raises:
-        NotFiniteError: the loss or a gradient is not finite; nothing was moved.
+        NotFiniteError: the loss or a gradient is not finite; nothing was moved, but by an
+            optimizer that moves in the backward pass, where some gradients may have been finite.
     """
-    num_targets = sum(batch.num_targets for batch in batches)
-    losses = []
-    for batch in batches:
-        on_device = batch.to(head.weight.device)
-        batch_losses = pair_losses(carryon, on_device, head=head, chunk=chunk, alpha=1.0)
-        torch.autograd.backward(batch_losses.sum() / max(1, num_targets))
-        losses.append(batch_losses.detach())
+    num_targets, num_tokens = map(int, _counts(batches, head.device))
     limit = grad_clip if grad_clip > 0 else float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(carryon.parameters(), limit)
-    _check_finite(batches, losses, norm)
+    in_backward = optimizer if isinstance(optimizer, Parts) and optimizer.in_backward else None
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    total = sum(float(part.double().sum()) for part in losses)
+    losses: list[Tensor] = []
+    squares: list[Tensor] = []
+    for number, batch in enumerate(batches):
+        batch_losses, objective = _objective(
+            carryon, batch.to(head.device), head=head, chunk=chunk, kl_weight=kl_weight
+        )
+        losses.append(batch_losses.detach())
+        is_moving = in_backward is not None and number == len(batches) - 1
+        if is_moving and not bool(torch.isfinite(objective.detach())):
+            raise NotFiniteError(_bad_samples(batches, losses))
+        mean = objective / max(1, num_targets)
+        if in_backward is not None and is_moving:
+            squares = in_backward.backward_and_move(mean, max_norm=limit)
+        else:
+            torch.autograd.backward(mean)
+        del batch_losses, objective, mean  # and the gradient that they hold
+    if in_backward is None:
+        sum_gradients_(carryon.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(carryon.parameters(), limit)
+    else:
+        norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    [total] = sum_over_processes(
+        sum(float(part.double().sum()) for part in losses), device=head.device
+    )
+    if not (math.isfinite(total) and math.isfinite(float(norm))):
+        raise NotFiniteError(_bad_samples(batches, losses))
+    if in_backward is None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return StepFigures(
         loss=total / max(1, num_targets),
         grad_norm=float(norm),
-        tokens=sum(batch.num_tokens for batch in batches),
+        tokens=num_tokens,
         targets=num_targets,
+    )
+
+
+def _objective(
+    carryon: CarryOn, batch: Batch, *, head: FrozenHead, chunk: int, kl_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropies [M], and the sum that is trained on."""
+    states_MD = customized_states(final_states(batch), pair_delta(carryon, batch), alpha=1.0)
+    losses = token_losses(states_MD, batch.targets, head=head, chunk=chunk)
+    if kl_weight == 0:
+        return losses, losses.sum()
+    drift = base_divergences(states_MD, final_states(batch), head=head, chunk=chunk)
+    return losses, losses.sum() + kl_weight * drift.sum()
+
+
+def _counts(batches: Sequence[Batch], device: torch.device) -> list[float]:
+    """Return targets and tokens of a step, those of all processes together."""
+    return sum_over_processes(
+        sum(batch.num_targets for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        device=device,
     )
 
 
@@ -96,8 +124,19 @@ def pair_losses(
     carryon: CarryOn, batch: Batch, *, head: FrozenHead, chunk: int, alpha: float
 ) -> Tensor:
     """Return the cross-entropy of the customized model at each supervised pair, [M] float32."""
+    return losses_of_delta(pair_delta(carryon, batch), batch, head=head, chunk=chunk, alpha=alpha)
+
+
+def pair_delta(carryon: CarryOn, batch: Batch) -> Tensor:
+    """Return the carry-on's correction at each supervised pair, before alpha, [M, D]."""
     with _autocast(batch.targets.device):
-        delta_MD = carryon.correct_packed(batch.states, batch.packing(), batch.positions)
+        return carryon.correct_packed(batch.states, batch.packing(), batch.positions)
+
+
+def losses_of_delta(
+    delta_MD: Tensor, batch: Batch, *, head: FrozenHead, chunk: int, alpha: float
+) -> Tensor:
+    """Return the cross-entropy of each pair whose state is corrected by alpha * delta, [M]."""
     states_MD = customized_states(final_states(batch), delta_MD, alpha=alpha)
     return token_losses(states_MD, batch.targets, head=head, chunk=chunk)
 
@@ -114,13 +153,13 @@ def _autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def _check_finite(batches: Sequence[Batch], losses: Sequence[Tensor], norm: Tensor) -> None:
-    if all(bool(torch.isfinite(part).all()) for part in losses) and bool(torch.isfinite(norm)):
-        return
+def _bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[int]:
+    """Return the samples with a loss that is not finite, or all if there is none, of all
+    processes: a sum that is not finite is so for each of them."""
     samples = {
         batch.sample_of(pair)
         for batch, part in zip(batches, losses, strict=True)
         for pair in torch.nonzero(~torch.isfinite(part)).flatten().tolist()
     }
     everyone = {sample for batch in batches for sample in batch.samples.tolist()}
-    raise NotFiniteError(sorted(samples or everyone))
+    return gather_lists(sorted(samples)) or gather_lists(sorted(everyone))

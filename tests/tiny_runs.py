@@ -1,0 +1,122 @@
+"""Tiny settings of training runs, and what tests ask of the run folders they leave."""
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from carryon.train import finish
+from carryon.train import sweep as sweep_module
+from carryon.train.config import (
+    CarryOnSettings,
+    LossSettings,
+    MemorySettings,
+    OptimizationSettings,
+    RunSettings,
+    StreamSettings,
+)
+from carryon.train.loop import train
+from carryon.train.metrics import read_metrics
+from carryon.train.report import TrainReport
+from carryon.train.run import TrainSettings
+from carryon.train.sweep import change, sweep
+
+TINY = TrainSettings(
+    carryon=CarryOnSettings(width=8, blocks=1, heads=2, mlp_width=8),
+    optimization=OptimizationSettings(epochs=2, batch_tokens=40, learning_rate=0.02),
+    stream=StreamSettings(window_units=2),
+    loss=LossSettings(),
+    memory=MemorySettings(),
+    run=RunSettings(device="cpu", checkpoint_every=4, log_every=2),
+)
+"""Two epochs of 5 or 6 steps over the store of `make_tiny_store`."""
+
+KILLED: dict[str, Any] = {
+    "epochs": 4,
+    "checkpoint_every": 2,
+    "evaluate_every": 3,
+    "dropout": 0.2,
+    "finish_with": "best",
+}
+RUNS = {"slow": {"learning_rate": 0.01}, "seed": {"seed": 4}, "short": {"epochs": 2}}
+
+TIMES = ("tokens_per_second", "targets_per_second", "data_wait_share", "elapsed_s")
+
+
+def train_tiny(store: Path | Sequence[Path], out: Path, **changes: Any) -> TrainReport:  # noqa: ANN401
+    """Train with the tiny settings, some of them changed by name."""
+    paths = [store] if isinstance(store, Path) else store
+    settings = change(TINY, changes)
+    parts = {name: getattr(settings, name) for name in settings.__slots__}
+    return train(store=[str(path) for path in paths], out=str(out), **parts)
+
+
+def saved_weights(out: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a run's finished carry-on."""
+    return load_file(out / "carryon" / "carryon.safetensors")
+
+
+def assert_same_bits(found: Path, expected: Path) -> None:
+    """Check that two runs ended with the same carry-on."""
+    ours, theirs = saved_weights(found), saved_weights(expected)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+def metrics_without_times(out: Path) -> list[dict[str, Any]]:
+    """Return the metrics of a run, but for how long they took."""
+    return [
+        {key: value for key, value in line.items() if key not in TIMES}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+def without(report: TrainReport, *, out: str) -> TrainReport:
+    """Return a report as a run in another folder would give it, times left out."""
+    return replace(
+        report, out=out, carryon="", train_s=0.0, tokens_per_second=0.0, data_wait_share=0.0
+    )
+
+
+def begin(store: Path, out: Path, *, is_sweep: bool) -> Any:  # noqa: ANN401 -- a Process
+    """Start the training in a process of its own; returns once it trains."""
+    ours, theirs = _processes().Pipe()
+    process = _processes().Process(target=_train_in_child, args=(store, out, is_sweep, theirs))
+    process.start()
+    theirs.close()
+    assert ours.recv() == "begun"
+    return process
+
+
+@cache
+def _processes() -> Any:  # noqa: ANN401 -- a context has no public type
+    """Children of a process that has imported the trainer once: each would take seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["carryon.train.sweep", "transformers.models.llama.modeling_llama"]
+    )
+    return context
+
+
+def _train_in_child(store: Path, out: Path, is_sweep: bool, talk: Connection) -> None:
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed with the process
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
+    torch.set_num_threads(1)
+    finish.plot_curves = lambda metrics, path: False
+    sweep_module.plot_runs = lambda metrics, path: False
+    talk.send("begun")
+    if is_sweep:
+        sweep(store=str(store), out=str(out), settings=TINY, runs=RUNS)
+    else:
+        train_tiny(store, out, **KILLED)

@@ -1,0 +1,182 @@
+"""Training a carry-on from a store, LoRA on its base, and full fine-tuning of it, side by side.
+
+The same samples, in the same batches: tokens a second of whole steps, in one process, in turn.
+LoRA and full fine-tuning run the base forward and backward on rows padded to the longest sample;
+its pads are not counted as tokens. Letters: N tokens of a batch.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from carryon.cache.base import load_base
+from carryon.cache.extras import require
+from carryon.cache.reader import Store
+from carryon.cache.spec import ForwardSettings
+from carryon.tools.bench_figure import Figure, in_turn
+from carryon.tools.bench_train import TrainJob
+from carryon.train.batch import Batch
+from carryon.train.carryon import build_carryon
+from carryon.train.config import (
+    CarryOnSettings,
+    LossSettings,
+    MemorySettings,
+    OptimizationSettings,
+    StreamSettings,
+)
+from carryon.train.device import DEFAULT_CHUNK, pick_device
+from carryon.train.frozen_head import place_head
+from carryon.train.optimizer import build_optimizer
+from carryon.train.step import take_step
+from carryon.train.stream import Stream
+from carryon.train.train_data import open_data
+
+LORA_TARGET = 20.0
+RANK = 8
+_IGNORED = -100  # label of a token that is no target, in transformers
+
+
+def measure_lora(job: TrainJob) -> None:
+    """Report how many times faster than LoRA's the carry-on's steps are, and the rest beside it."""
+    sizes = job.sizes
+    batches = _batches(job.settings.store, sizes.lora_batch_tokens, count=sizes.lora_steps)
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    carryon = _carryon_steps(Store.open(job.settings.store), batches)
+    base_batches = [_padded(batch) for batch in batches]
+    found: dict[str, dict[str, float]] = {}
+    for name, lora in (("lora", True), ("full", False)):
+        ways = {
+            "carryon": _timed(carryon),
+            name: _timed(_base_steps(job.settings.base, base_batches, has_lora=lora)),
+        }
+        found[name] = in_turn(ways, rounds=sizes.rounds)
+        del ways
+        gc.collect()
+    speeds = {
+        "carryon": num_tokens / found["lora"]["carryon"],
+        "lora": num_tokens / found["lora"]["lora"],
+        "full": num_tokens / found["full"]["full"],
+    }
+    details = {
+        "tokens_per_second": speeds,
+        "tokens": num_tokens,
+        "steps": len(batches),
+        "rank": RANK,
+    }
+    job.report(
+        Figure(
+            figure="lora.speed",
+            value=found["lora"]["lora"] / found["lora"]["carryon"],
+            unit="of LoRA's tokens/s",
+            target=LORA_TARGET,
+            sense="at least",
+            details=details,
+        )
+    )
+    job.report(
+        Figure(
+            figure="full.speed",
+            value=found["full"]["full"] / found["full"]["carryon"],
+            unit="of full fine-tuning's tokens/s",
+            sense="at least",
+            details=details,
+        )
+    )
+
+
+def _batches(path: str, batch_tokens: int, *, count: int) -> list[Batch]:
+    """Return the first batches of an epoch, as training takes them."""
+    data = open_data([path], StreamSettings(), taps=["final"])
+    [windows] = data.plan(OptimizationSettings(epochs=1, batch_tokens=batch_tokens))
+    stream = Stream(data.store, windows, taps=["final"], settings=data.settings, is_pinned=False)
+    found: list[Batch] = []
+    with stream as steps:
+        for step in steps:
+            found += step
+            if len(found) >= count:
+                break
+    return found[:count]
+
+
+def _carryon_steps(store: Store, batches: Sequence[Batch]) -> Callable[[], None]:
+    settings = OptimizationSettings()
+    device = pick_device("auto")
+    carryon = build_carryon(CarryOnSettings(), base_width=store.width, seed=0).to(device)
+    optimizer = build_optimizer(carryon, settings, MemorySettings())
+    head = place_head(store, LossSettings(), device=device)
+
+    def run() -> None:
+        for batch in batches:
+            take_step(
+                carryon,
+                optimizer,
+                [batch],
+                head=head,
+                chunk=DEFAULT_CHUNK,
+                learning_rate=1e-4,
+                grad_clip=settings.grad_clip,
+            )
+
+    return run
+
+
+def _padded(batch: Batch) -> dict[str, NDArray[np.int64]]:
+    """Return rows of tokens, attention mask and labels, as trainers of whole models take them."""
+    shape = (len(batch.lengths), int(batch.lengths.max()))
+    ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    labels = np.full(shape, _IGNORED, np.int64)
+    flat = np.full(batch.num_tokens, _IGNORED, np.int64)
+    flat[batch.positions.numpy() + 1] = batch.targets.numpy()
+    starts = np.cumsum(batch.lengths) - batch.lengths
+    for row, (start, length) in enumerate(zip(starts, batch.lengths, strict=True)):
+        ids[row, :length] = batch.tokens[start : start + length].numpy()
+        mask[row, :length] = 1
+        labels[row, :length] = flat[start : start + length]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _base_steps(
+    source: str, batches: Sequence[dict[str, NDArray[np.int64]]], *, has_lora: bool
+) -> Callable[[], None]:
+    forward = ForwardSettings(compute_dtype="bfloat16")
+    base = load_base(source, forward=forward)
+    model: Any = base.model
+    if has_lora:
+        peft = require("peft", extra="bench", purpose="comparing with LoRA")
+        config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, config)
+    else:
+        model.requires_grad_(True)
+    model.train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
+    on_device = [
+        {name: torch.from_numpy(values).to(base.device) for name, values in batch.items()}
+        for batch in batches
+    ]
+
+    def run() -> None:
+        for batch in on_device:
+            model(**batch, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _timed(way: Callable[[], None]) -> Callable[[], float]:
+    way()
+
+    def seconds() -> float:
+        started_at = time.perf_counter()
+        way()
+        if torch.cuda.is_available():  # a waiting point: kernels run behind the calls
+            torch.cuda.synchronize()
+        return time.perf_counter() - started_at
+
+    return seconds

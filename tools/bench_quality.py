@@ -1,0 +1,154 @@
+"""What carry-ons come to on held-out text: from lossy stores, from several taps, of each preset.
+
+Every comparison is one sweep over one store, so that all runs see the same samples in the same
+order; only what is compared differs.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from carryon.cache.reader import Store
+from carryon.tools.bench_figure import Figure
+from carryon.tools.bench_recode import recode_store
+from carryon.tools.bench_train import TrainJob
+from carryon.train.config import (
+    PRESETS,
+    CarryOnSettings,
+    LossSettings,
+    MemorySettings,
+    OptimizationSettings,
+    RunSettings,
+    StreamSettings,
+)
+from carryon.train.evaluate import evaluate
+from carryon.train.report import TrainReport
+from carryon.train.run import TrainSettings
+from carryon.train.sweep import sweep
+from carryon.train.sweep_runs import Changes
+
+PROFILE_TARGETS = {"near": 0.002, "compact": 0.005}
+SEEDS = (0, 1, 2)
+
+
+def measure_profiles(job: TrainJob) -> None:
+    """Train on lossy copies of a store; what counts is the loss on its exact states."""
+    store = Store.open(job.settings.store)
+    exact = _train(job, store.root, "exact", {"exact": {}})["exact"]
+    for profile, target in PROFILE_TARGETS.items():
+        root = job.work / profile
+        recode_store(store, root, profile=profile)
+        report = _train(job, root, f"on-{profile}", {profile: {}})[profile]
+        found = evaluate(
+            store=str(store.root), carryon=report.carryon, samples="held-out", device="auto"
+        )
+        job.report(
+            Figure(
+                figure=f"trained_on.{profile}",
+                value=found.carryon_nll / exact.carryon_nll - 1,
+                target=target,
+                unit="relative to exact",
+                details={
+                    "held_out_nll": found.carryon_nll,
+                    "held_out_nll_exact": exact.carryon_nll,
+                    "base_nll": found.base_nll,
+                    "epochs": job.sizes.quality_epochs,
+                },
+            )
+        )
+
+
+def measure_taps(job: TrainJob) -> None:
+    """Train on several taps and on `final` alone, of the same size, with three seeds."""
+    store = Store.open(job.settings.store)
+    one = CarryOnSettings()
+    runs: dict[str, Changes] = {}
+    for middle in _middle_taps(store):
+        several = same_size(one, taps=["final", *middle], base_width=store.width)
+        changes = {"taps": several.taps, "mlp_width": several.mlp_width}
+        runs |= {f"{'+'.join(middle)}.{seed}": changes | {"seed": seed} for seed in SEEDS}
+    runs |= {f"final.{seed}": {"seed": seed} for seed in SEEDS}
+    reports = _train(job, store.root, "taps", runs)
+    mixes = {name.rpartition(".")[0] for name in reports} - {"final"}
+    by_mix = {
+        mix: [reports[f"{mix}.{seed}"].carryon_nll for seed in SEEDS] for mix in (*mixes, "final")
+    }
+    best = min(mixes, key=lambda mix: statistics.mean(by_mix[mix]))
+    gains = [
+        alone - mixed for alone, mixed in zip(by_mix["final"], by_mix[best], strict=True)
+    ]
+    job.report(
+        Figure(
+            figure="taps.seeds_better",
+            value=sum(gain > 0 for gain in gains),
+            target=len(SEEDS),
+            sense="at least",
+            unit=f"of {len(SEEDS)} seeds",
+            details={
+                "best": f"final+{best}",
+                "held_out_nll": by_mix,
+                "gains": gains,
+                "bytes_final": reports["final.0"].carryon_bytes,
+                "bytes_best": reports[f"{best}.0"].carryon_bytes,
+                "epochs": job.sizes.quality_epochs,
+            },
+        )
+    )
+
+
+def measure_presets(job: TrainJob) -> None:
+    """Train each preset; its loss beside its bytes and seconds."""
+    store = Store.open(job.settings.store)
+    for name, preset in PRESETS.items():
+        # One after another: seconds of a run alone are what a user waits.
+        report = _train(job, store.root, f"preset-{name}", {name: {"preset": name}})[name]
+        job.report(
+            Figure(
+                figure=f"preset.{name}",
+                value=report.carryon_nll,
+                unit="nats, held out",
+                details={
+                    "base_nll": report.base_nll,
+                    "megabytes": report.carryon_bytes / 1e6,
+                    "train_s": report.train_s,
+                    "tokens_per_second": report.tokens_per_second,
+                    "epochs": job.sizes.quality_epochs,
+                    "held_out_overlap": report.held_out_overlap,
+                    **preset,
+                },
+            )
+        )
+
+
+def same_size(one: CarryOnSettings, *, taps: list[str], base_width: int) -> CarryOnSettings:
+    """Return a shape on `taps` with no more weights than `one`, the MLPs as much smaller."""
+    more = (len(taps) - len(one.taps)) * (one.width * base_width + base_width)
+    mixer = len(taps) * (len(taps) * one.width + 1)
+    mlp_width = one.mlp_width - math.ceil((more + mixer) / (3 * one.width * one.blocks))
+    return CarryOnSettings.from_dict(
+        one.to_dict() | {"taps": taps, "mlp_width": max(1, mlp_width)}
+    )
+
+
+def _middle_taps(store: Store) -> list[list[str]]:
+    """Return what is mixed with `final`: each middle layer alone, and the lowest with the highest."""
+    layers = [tap for tap in store.taps if tap.startswith("layer.")]
+    layers.sort(key=lambda tap: int(tap.removeprefix("layer.")))
+    alone = [[layer] for layer in layers]
+    return [*alone, [layers[-1], layers[0]]] if len(layers) > 1 else alone
+
+
+def _train(
+    job: TrainJob, root: Path, name: str, runs: Mapping[str, Changes]
+) -> dict[str, TrainReport]:
+    settings = TrainSettings(
+        carryon=CarryOnSettings(),
+        optimization=OptimizationSettings(epochs=job.sizes.quality_epochs),
+        stream=StreamSettings(),
+        loss=LossSettings(),
+        memory=MemorySettings(),
+        run=RunSettings(),
+    )
+    reports = sweep(store=str(root), out=str(job.work / name), settings=settings, runs=runs)
+    return dict(zip(runs, reports, strict=True))

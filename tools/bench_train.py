@@ -1,0 +1,101 @@
+"""`carryon bench train`: how fast, how small and how good training from a store is."""
+
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from carryon.tools.bench_figure import Figure, Report, print_json, print_table
+from carryon.tools.bench_train_settings import (
+    FIGURES,
+    QUICK_TRAIN,
+    BenchTrainSettings,
+    BenchTrainSizes,
+    missing_options,
+    scratch_parent,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainJob:
+    """What each measurement of `carryon bench train` is given."""
+
+    settings: BenchTrainSettings
+    sizes: BenchTrainSizes
+    work: Path
+    """A folder for what is written on the way; it is there, and is removed afterwards."""
+    report: Report
+
+
+def bench_train(
+    *,
+    out: str = "",
+    work: str = "",
+    quick: bool = False,
+    settings: BenchTrainSettings,
+    sizes: BenchTrainSizes,
+) -> list[dict[str, Any]]:
+    """Measure training: speed, memory and quality, beside the limits and beside other ways.
+
+    Speeds are compared side by side: the same input, in one process, in turn, medians of several
+    rounds. One JSON line for each figure goes to stdout as soon as it is known, a table to stderr
+    at the end. A target that is missed reads "met": false; the exit code stays 0.
+
+    What needs a base or a store says so on stderr and is left out without them.
+
+    Example:
+        carryon bench train --base demo/base --store demo/store --figures loss lora
+
+    Args:
+        out: Folder for figures.jsonl. Empty for none.
+        work: Folder for what is written on the way; what is written is removed. Empty for the
+            system's folder for such things.
+        quick: See in a minute that everything runs: tiny sizes, whatever the options below say.
+        settings: What is measured.
+        sizes: How much is measured.
+    """
+    from carryon.cache.atomic import write_file
+
+    found: list[Figure] = []
+
+    def report(figure: Figure) -> None:
+        found.append(figure)
+        print_json(figure)
+
+    for name in FIGURES:
+        if name not in settings.figures:
+            continue
+        if missing := missing_options(name, settings):
+            print(f"{name}: left out, it needs {' and '.join(missing)}", file=sys.stderr)
+            continue
+        with tempfile.TemporaryDirectory(
+            prefix="carryon-bench-", dir=scratch_parent(work)
+        ) as scratch:
+            measure = find_measurement(name)
+            measure(
+                TrainJob(
+                    settings=settings,
+                    sizes=QUICK_TRAIN if quick else sizes,
+                    work=Path(scratch),
+                    report=report,
+                )
+            )
+    print_table(found)
+    documents = [figure.to_dict() for figure in found]
+    if out:
+        lines = "".join(json.dumps(document) + "\n" for document in documents)
+        write_file(Path(out) / "figures.jsonl", lines.encode())
+    return documents
+
+
+def find_measurement(figure: str) -> Callable[[TrainJob], None]:
+    """Return the function that measures `figure`; its file is imported only now."""
+    module, _, function = FIGURES[figure].partition(":")
+    measure: Callable[[TrainJob], None] = getattr(
+        importlib.import_module(f"carryon.tools.{module}"), function
+    )
+    return measure

@@ -1,0 +1,150 @@
+"""What `carryon bench train` measures, and how much of it."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from carryon.cache.errors import InputError
+
+FIGURES = {
+    "loss": "bench_loss:measure_loss",
+    "step": "bench_step:measure_step",
+    "memory": "bench_memory:measure_memory",
+    "lora": "bench_lora:measure_lora",
+    "data_wait": "bench_step:measure_data_wait",
+    "padding": "bench_step:measure_padding",
+    "units": "bench_train_units:measure_units",
+    "resume": "bench_train_units:measure_resume",
+    "kills": "bench_train_kills:measure_kills",
+    "sweep": "bench_train_sweep:measure_sweep",
+}
+"""What can be measured, in the order in which it is -> the file of this folder and the function of
+it that measures, called as function(job) with a TrainJob (bench_train.py)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchTrainSettings:
+    """What is measured."""
+
+    figures: list[str] = field(default_factory=lambda: list(FIGURES))
+    """Some of: loss (value and gradient against the two matrix products alone), step (a whole
+    step against the loss alone), memory (peak of a large carry-on on a large base), lora (steps
+    against LoRA and full fine-tuning of the base), data_wait (share of a run spent waiting for
+    data), padding (share of computed rows that are pads), units (a store of 100 times as many
+    units), resume (time to the first batch late in an epoch), kills (runs killed at random
+    instants), sweep (several runs side by side against as many one after another)."""
+    base: str = ""
+    """Base to compare with: hub id, folder or .gguf file. Empty for none: what needs it is left
+    out."""
+    store: str = ""
+    """Extracted store of that base. Empty for none: what needs it is left out."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError naming every field that is out of range."""
+        unknown = [name for name in self.figures if name not in FIGURES]
+        if unknown:
+            raise InputError(
+                f"figures: expected some of {' '.join(FIGURES)}, got {' '.join(unknown)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchTrainSizes:
+    """How much is measured."""
+
+    rounds: int = 5
+    """Rounds that medians are taken of."""
+    loss_width: int = 576
+    """Width of the base whose head is multiplied in `loss` and `step`."""
+    loss_vocabulary: int = 49152
+    """Vocabulary of that head."""
+    loss_tokens: int = 2048
+    """Supervised positions of one call of the loss."""
+    memory_width: int = 5120
+    """Width of the base in `memory`."""
+    memory_vocabulary: int = 152064
+    """Vocabulary of the base in `memory`."""
+    memory_carryon_width: int = 1760
+    """Width of the carry-on in `memory`; 1,760 makes 100 million weights at width 5,120."""
+    memory_tokens: int = 2048
+    """Tokens of a micro-batch in `memory`."""
+    memory_steps: int = 2
+    """Optimizer steps in `memory`."""
+    lora_steps: int = 4
+    """Batches a round in `lora`, the same for every way."""
+    lora_batch_tokens: int = 1024
+    """Tokens of a batch in `lora`, at most."""
+    units_small: int = 20
+    """Units of the smaller store in `units`; the other has 100 times as many. `resume` takes that
+    one too."""
+    units_tokens: int = 400_000
+    """Tokens that are streamed in a round of `units`."""
+    kills_rounds: int = 30
+    """Kills in `kills`."""
+    sweep_runs: int = 8
+    """Runs in `sweep`."""
+    sweep_samples: int = 60
+    """Samples of the store in `sweep`, of 300 tokens on average."""
+    sweep_width: int = 2560
+    """Width of the base in `sweep`."""
+    sweep_taps: int = 4
+    """Taps in `sweep`."""
+    sweep_mb_per_second: int = 30
+    """What the disk gives in `sweep`."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError naming every field that is out of range."""
+        wrong = [name for name, value in asdict(self).items() if not value > 0]
+        if wrong:
+            raise InputError(f"{', '.join(wrong)}: expected more than 0")
+
+
+QUICK_TRAIN = BenchTrainSizes(
+    rounds=1,
+    loss_width=64,
+    loss_vocabulary=2048,
+    loss_tokens=256,
+    memory_width=64,
+    memory_vocabulary=2048,
+    memory_carryon_width=32,
+    memory_tokens=256,
+    lora_steps=1,
+    lora_batch_tokens=256,
+    units_small=2,
+    units_tokens=20_000,
+    kills_rounds=1,
+    sweep_runs=2,
+    sweep_samples=12,
+    sweep_width=64,
+)
+"""Sizes that show in a minute that everything runs, and give no numbers to believe."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """Options without which a figure cannot be measured."""
+
+    base: bool = False
+    store: bool = False
+
+
+NEEDS = {
+    "lora": Needs(base=True, store=True),
+    "data_wait": Needs(store=True),
+    "padding": Needs(store=True),
+}
+"""Of the figures that are not named here, none needs anything."""
+
+
+def missing_options(figure: str, settings: BenchTrainSettings) -> list[str]:
+    """Return the options that `figure` needs and that were not given."""
+    needs = NEEDS.get(figure, Needs())
+    wanted = {"--base": (needs.base, settings.base), "--store": (needs.store, settings.store)}
+    return [option for option, (is_needed, given) in wanted.items() if is_needed and not given]
+
+
+def scratch_parent(work: str) -> Path | None:
+    """Return the folder `work`, made if missing, or None for the system's own."""
+    if not work:
+        return None
+    Path(work).mkdir(parents=True, exist_ok=True)
+    return Path(work)

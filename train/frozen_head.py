@@ -1,0 +1,132 @@
+"""The frozen head as the loss reads it: on the device, or a few thousand rows at a time.
+
+Nothing here is trained. Letters: M positions, D base width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from carryon.cache.head import Head
+from carryon.cache.head_files import map_head
+from carryon.cache.reader import Store
+from carryon.train.config import LossSettings
+from carryon.train.device import pick_head_dtype, reuse_freed_memory
+
+CPU_BLOCK_ROWS = 4096
+"""Rows that a CPU multiplies at one time; 2,048 to 12,288 are alike at width 576, at 49,152 it
+takes a quarter longer, as its copies of the rows no longer stay in the cache."""
+STREAMED_BLOCK_BYTES = 24 << 20
+"""Bytes of rows that are fetched and multiplied at one time where the head is not on the device;
+a CPU's kernel makes two rearranged copies of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadBlock:
+    """Some rows of the head, ready to be multiplied."""
+
+    first: int
+    """Vocabulary row of the first."""
+    weight: Tensor
+    """[rows, D], on the device, in the type of the products."""
+    bias: Tensor | None
+    """[rows] float32, on the device, or None."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrozenHead:
+    """logits = cap(scale * (W x + bias)), with cap(z) = softcap * tanh(z / softcap)."""
+
+    weight: Tensor
+    """W, [V, D], wherever it lies, in whatever type it has there."""
+    bias: Tensor | None
+    """[V] float32, on the device, or None."""
+    logit_scale: float
+    """Multiplies the logits before the cap."""
+    softcap: float | None
+    """Soft limit of the logits, or None."""
+    dtype: torch.dtype
+    """Of the matrix products: bfloat16 or float32."""
+    device: torch.device
+    """Where they are computed."""
+    block_rows: int
+    """Rows that are multiplied at one time."""
+    gradient_filter: float = 0.0
+    """As in LossSettings."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return len(self.weight)
+
+    def blocks(self) -> Iterator[HeadBlock]:
+        """Yield all rows in order, block by block; one that was fetched is not kept."""
+        for first in range(0, self.vocab_size, self.block_rows):
+            rows = slice(first, first + self.block_rows)
+            yield HeadBlock(
+                first=first,
+                weight=self.weight[rows].to(self.device, self.dtype),
+                bias=None if self.bias is None else self.bias[rows],
+            )
+
+    def rows(self, token_ids: Tensor) -> Tensor:
+        """Return the rows of tokens [M], [M, D] on the device, rounded as those of the blocks."""
+        picked = self.weight[token_ids.to(self.weight.device)]
+        return picked.to(self.device, self.dtype)
+
+
+def place_head(store: Store, settings: LossSettings, *, device: torch.device) -> FrozenHead:
+    """Return a store's head where `settings` want it."""
+    head = map_head(store.root, store.manifest) if settings.head_place == "mapped" else store.head()
+    return frozen_head(
+        head,
+        device=device,
+        dtype=pick_head_dtype(settings.head_dtype, device),
+        is_resident=settings.head_place == "device",
+        block_rows=settings.chunk_vocabulary,
+        gradient_filter=settings.gradient_filter,
+    )
+
+
+def frozen_head(
+    head: Head,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    is_resident: bool = True,
+    block_rows: int = 0,
+    gradient_filter: float = 0.0,
+) -> FrozenHead:
+    """Return a store's head for products of `dtype` on `device`.
+
+    Args:
+        head: of the store.
+        device: where it is multiplied.
+        dtype: of the products.
+        is_resident: put all of it on `device` in `dtype`; else it stays as and where it is.
+        block_rows: rows that are multiplied at one time; 0 takes what suits.
+        gradient_filter: as in LossSettings.
+    """
+    if device.type == "cpu" and is_resident:
+        reuse_freed_memory()
+    weight = torch.from_numpy(head.weight)
+    if weight.dtype == torch.uint16:  # bfloat16 bits
+        weight = weight.view(torch.bfloat16)
+    return FrozenHead(
+        weight=weight.to(device, dtype) if is_resident else weight,
+        bias=None if head.bias is None else torch.from_numpy(head.bias).to(device),
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        dtype=dtype,
+        device=device,
+        block_rows=block_rows or _block_rows(head, device=device, is_resident=is_resident),
+        gradient_filter=gradient_filter,
+    )
+
+
+def _block_rows(head: Head, *, device: torch.device, is_resident: bool) -> int:
+    if not is_resident:
+        return max(256, STREAMED_BLOCK_BYTES // (2 * head.width))
+    return CPU_BLOCK_ROWS if device.type == "cpu" else head.vocab_size

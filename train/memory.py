@@ -1,0 +1,126 @@
+"""What a run will take up in memory, by part, before anything is run. Pure arithmetic.
+
+Bytes of the process beyond an interpreter that has imported torch; on an accelerator those of its
+own memory, but for the imports. Letters: N tokens of a micro-batch, M of them supervised, D base
+width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from carryon.train.carryon import CarryOn
+from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
+from carryon.train.device import DEFAULT_CHUNK
+from carryon.train.frozen_head import CPU_BLOCK_ROWS, STREAMED_BLOCK_BYTES
+from carryon.train.lean_adamw import WORKING_BYTES
+
+IMPORT_BYTES = 150_000_000
+"""What transformers, zarr and the rest take up once they are imported."""
+_ROOM = 1.25  # of the memory of batches: they are used again for others, and take the longest's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryCase:
+    """What a run is made of, as far as memory goes."""
+
+    base_width: int
+    vocab_size: int
+    micro_batch_tokens: int
+    supervised_share: float
+    """M / N."""
+    window_tokens: int
+    """Tokens of a window of units; two windows are in memory."""
+    head_bytes: int
+    """Of each number of the products: 2 or 4."""
+    carryon: CarryOnSettings
+    loss: LossSettings
+    memory: MemorySettings
+
+
+def plan_memory(case: MemoryCase) -> dict[str, int]:
+    """Return the bytes of each part of a run's peak."""
+    with torch.device("meta"):
+        sizes = [
+            weight.numel()
+            for weight in CarryOn(case.carryon, base_width=case.base_width).parameters()
+        ]
+    item = 2 if case.memory.weights_dtype == "bfloat16" else 4
+    num_weights, largest = sum(sizes), max(sizes)
+    is_lean = item == 2 or case.memory.optimizer_bits == 8
+    state_bytes = 2 + 8 / 256 if case.memory.optimizer_bits == 8 else 8
+    moved = largest if case.memory.step_in_backward else num_weights
+    positions = int(case.micro_batch_tokens * case.supervised_share)
+    return {
+        "imports": IMPORT_BYTES,
+        "weights": num_weights * item,
+        "gradients": moved * item,
+        "optimizer": int(num_weights * state_bytes) + (WORKING_BYTES if is_lean else 0),
+        "head": _head(case),
+        "logits": _logits(case, positions),
+        # The states that the head reads in float32 and in the head's type, their gradient, and
+        # a mean of rows for each block, beside what the backward pass makes of the gradient.
+        "states": positions * case.base_width * (4 + case.head_bytes + 4 + case.head_bytes + 8),
+        "activations": _activations(case, positions, item=item),
+        "batches": int(
+            _ROOM * 2 * case.window_tokens * case.base_width * 2 * len(case.carryon.taps)
+        ),
+    }
+
+
+def leaner_settings(case: MemoryCase, *, limit: int) -> Iterator[tuple[str, MemoryCase]]:
+    """Yield the case and what it becomes as settings are added that save most for least time.
+
+    Ends with the first that fits `limit` bytes, or when there is nothing left to add.
+    """
+    yield "as given", case
+    changes = {
+        "--head-place mapped": lambda c: replace(c, loss=replace(c.loss, head_place="mapped")),
+        "--recompute": lambda c: replace(c, memory=replace(c.memory, recompute=True)),
+        "--weights-dtype bfloat16": lambda c: replace(
+            c, memory=replace(c.memory, weights_dtype="bfloat16")
+        ),
+        "--optimizer-bits 8": lambda c: replace(c, memory=replace(c.memory, optimizer_bits=8)),
+        "--step-in-backward": lambda c: replace(c, memory=replace(c.memory, step_in_backward=True)),
+    }
+    added = ""
+    for option, change in changes.items():
+        if sum(plan_memory(case).values()) <= limit:
+            return
+        changed = change(case)
+        if changed == case:
+            continue
+        case, added = changed, f"{added} {option}".strip()
+        yield added, case
+
+
+def _head(case: MemoryCase) -> int:
+    item = {"device": case.head_bytes, "host": 2, "mapped": 0}[case.loss.head_place]
+    rows = case.loss.chunk_vocabulary or (
+        CPU_BLOCK_ROWS
+        if case.loss.head_place == "device"
+        else STREAMED_BLOCK_BYTES // (2 * case.base_width)
+    )
+    # The attention kernel rearranges a block twice, as keys and as values.
+    copies = 2 * min(rows, case.vocab_size) * case.base_width * case.head_bytes
+    return case.vocab_size * case.base_width * item + copies
+
+
+def _logits(case: MemoryCase, positions: int) -> int:
+    chunk = min(case.loss.chunk_tokens or DEFAULT_CHUNK, positions)
+    return chunk * 512 * 4  # the kernel has 512 columns at a time, in float32
+
+
+def _activations(case: MemoryCase, positions: int, *, item: int) -> int:
+    shape = case.carryon
+    # Kept of a block for its backward pass: two norms, queries, keys, values, what attention
+    # gives and its spread copies, the MLP's two halves, their activation and product.
+    block = (14 * shape.width + 4 * shape.mlp_width) * case.micro_batch_tokens * item
+    entrance = 3 * case.base_width * case.micro_batch_tokens * len(shape.taps) * item
+    gates = {"channel": case.base_width, "token": 1, "none": 0}[shape.gate]
+    exit_ = (case.base_width + 3 * gates) * positions * item
+    if case.memory.recompute:
+        kept = shape.blocks * shape.width * case.micro_batch_tokens * item
+        return kept + block + entrance + exit_
+    return shape.blocks * block + entrance + exit_
