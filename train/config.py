@@ -245,9 +245,6 @@ class LossSettings:
     kl_weight: float = 0.0
     """Weight of KL(base || customized model), in nats a supervised token, added to the loss that
     is trained on; it keeps the customized model near its base. 0: none."""
-    gradient_filter: float = 0.0
-    """Rows of the head whose probability is below this at each of a chunk's positions add nothing
-    to the gradient, for speed; the loss stays exact. 0: every row counts."""
 
     def __post_init__(self) -> None:
         """Raise InputError naming every field that is out of range."""
@@ -270,7 +267,6 @@ class LossSettings:
                     f"head_place: expected device, host or mapped, got {self.head_place}",
                 ),
                 (not self.kl_weight >= 0, f"kl_weight: expected 0 or more, got {self.kl_weight}"),
-                _not_below_one("gradient_filter", self.gradient_filter),
             ]
         )
 
