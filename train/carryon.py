@@ -143,7 +143,7 @@ def _bridge(x_BTD: Tensor, norm: Any, bridge: Any) -> Tensor:  # noqa: ANN401 --
         x_BTD = x_BTD.to(weight.dtype)
     size = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
     factor = torch.rsqrt(size * size / x_BTD.shape[-1] + NORM_EPS)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and weight.requires_grad:
         bridged = nn.functional.linear(x_BTD, weight * norm.weight)
     else:
         bridged = bridge(x_BTD * norm.weight)
