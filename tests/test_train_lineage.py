@@ -1,5 +1,6 @@
 """carryon.train.lineage: releases that leave the trunk as it is, and can be made again."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from carryon.train.metrics import read_metrics
 from carryon.train.paths import path_rate
 from carryon.train.piece import Piece, digest_of_state
 from carryon.train.sweep import change
+from carryon.train.versions import list_versions
 
 SETTINGS = change(TINY, {"final_share": 0.1, "log_every": 1, "dropout": 0.2})
 
@@ -166,3 +168,24 @@ def test_fewer_steps_than_alpha_allows_leave_no_lineage(stores: list[str], tmp_p
         update(lineage=str(tmp_path / "new"), store=[stores[0]], settings=SETTINGS, alpha=0.05)
 
     assert not (tmp_path / "new").exists()
+
+
+def test_versions_are_listed_with_their_cost_and_losses(grown: Lineage) -> None:
+    found = list_versions(str(grown.root), device="cpu")
+
+    assert [version.version for version in found] == [1, 2, 3]
+    assert [len(version.held_out_nlls) for version in found] == [3, 3, 3]
+    for version in found:
+        report = json.loads(grown.version(version.version).result.read_text())
+        own = version.held_out_nlls[version.version - 1]
+        assert own == pytest.approx(report["carryon_nll"], rel=1e-6)
+    assert found[0].steps_so_far == found[0].scratch_steps == found[0].path_steps
+    assert _steps_taken(grown) == found[2].steps_so_far
+    assert (grown.root / "paths.png").exists()
+
+
+def _steps_taken(lineage: Lineage) -> int:
+    steps = 0
+    for path in lineage.root.glob("*/*/metrics.jsonl"):
+        steps += sum("loss" in line for line in read_metrics(path))  # log_every is 1
+    return steps
