@@ -17,7 +17,7 @@ OPTIONS = [
     *("--width", "8", "--blocks", "1", "--heads", "2", "--mlp-width", "8"),
     *("--batch-tokens", "40", "--learning-rate", "0.02", "--window-units", "2"),
     *("--device", "cpu", "--checkpoint-every", "4", "--log-every", "2"),
-    *("--epochs", "2", "--saved-dtype", "float32"),
+    *("--epochs", "2", "--saved-dtype", "float32", "--head-dtype", "float32"),
 ]
 
 
@@ -27,7 +27,7 @@ def test_two_processes_train_as_one_and_either_goes_on_for_the_other(
 ) -> None:
     monkeypatch.setattr(finish, "plot_curves", lambda metrics, path: False)
     store = make_tiny_store(tmp_path / "store")
-    alone = train_tiny(store, tmp_path / "one", saved_dtype="float32")
+    alone = train_tiny(store, tmp_path / "one", saved_dtype="float32", head_dtype="float32")
 
     launch(store, tmp_path / "two")
 
@@ -41,7 +41,7 @@ def test_two_processes_train_as_one_and_either_goes_on_for_the_other(
     assert lines[-1]["held_out_nll"] == pytest.approx(alone.carryon_nll, rel=1e-3)
 
     go_back(tmp_path / "two", tmp_path / "one", to="step-00000008")
-    train_tiny(store, tmp_path / "two", saved_dtype="float32")
+    train_tiny(store, tmp_path / "two", saved_dtype="float32", head_dtype="float32")
 
     assert_close(tmp_path / "two", tmp_path / "one")
     sessions = read_metrics(tmp_path / "two" / "sessions.jsonl")
@@ -78,5 +78,5 @@ def go_back(out: Path, other: Path, *, to: str) -> None:
 def assert_close(found: Path, expected: Path) -> None:
     for name, weight in saved_weights(found).items():
         torch.testing.assert_close(
-            weight, saved_weights(expected)[name], rtol=2e-2, atol=4e-3, msg=name
+            weight, saved_weights(expected)[name], rtol=1e-2, atol=1e-3, msg=name
         )

@@ -241,8 +241,8 @@ class LossSettings:
     """How the frozen head is multiplied."""
 
     head_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of the head's matrix products. `auto`: bfloat16 where the device multiplies it
-    natively, else float32. The loss itself is always summed in float32."""
+    """Type of the matrix products, the head's and the carry-on's. `auto`: bfloat16 where the
+    device multiplies it natively, else float32. The loss itself is always summed in float32."""
     chunk_tokens: int = 0
     """Supervised positions whose logits exist at one time. 0: 2,048."""
     chunk_vocabulary: int = 0

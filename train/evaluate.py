@@ -200,7 +200,7 @@ def measure_nlls(
                         total[0] += bases[key]
                     if each.carryon is not None:
                         if id(each.carryon) not in deltas:  # once for all alphas
-                            deltas[id(each.carryon)] = pair_delta(each.carryon, batch)
+                            deltas[id(each.carryon)] = pair_delta(each.carryon, batch, head=head)
                         delta = deltas[id(each.carryon)]
                         losses = losses_of_delta(
                             delta, batch, head=head, chunk=chunk, alpha=each.alpha

@@ -21,6 +21,7 @@ import yaml
 
 from carryon.cache.atomic import write_file, write_json
 from carryon.cache.errors import InputError, MissingError
+from carryon.cache.manifest import read_manifest
 from carryon.train.checkpoint import newest_checkpoint
 from carryon.train.loop import Job, train_jointly
 from carryon.train.order import count_steps
@@ -253,6 +254,12 @@ def _grow(
         raise InputError(
             f"{old[0]}: expected new data, got a store that the lineage has seen: extract the new "
             "samples to a store of their own"
+        )
+    if grown_by := [path for path in stores if len(read_manifest(Path(path)).parts) > 1]:
+        raise InputError(
+            f"{grown_by[0]}: expected a store of new samples alone, got one that was appended to, "
+            "whose old samples would be trained on again: extract the new ones to a store of "
+            "their own"
         )
     steps = sum(map(count_steps, data.plan(settings.optimization)))
     branch_point(0, steps, alpha=alpha)

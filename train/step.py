@@ -10,7 +10,6 @@ from torch import Tensor
 
 from carryon.train.batch import Batch
 from carryon.train.carryon import CarryOn, customized_states
-from carryon.train.device import multiplies_bfloat16
 from carryon.train.frozen_head import FrozenHead
 from carryon.train.loss import base_divergences, token_losses
 from carryon.train.optimizer import Parts
@@ -103,7 +102,9 @@ def _objective(
     carryon: CarryOn, batch: Batch, *, head: FrozenHead, chunk: int, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies [M], and the sum that is trained on."""
-    states_MD = customized_states(final_states(batch), pair_delta(carryon, batch), alpha=1.0)
+    states_MD = customized_states(
+        final_states(batch), pair_delta(carryon, batch, head=head), alpha=1.0
+    )
     losses = token_losses(states_MD, batch.targets, head=head, chunk=chunk)
     if kl_weight == 0:
         return losses, losses.sum()
@@ -124,12 +125,14 @@ def pair_losses(
     carryon: CarryOn, batch: Batch, *, head: FrozenHead, chunk: int, alpha: float
 ) -> Tensor:
     """Return the cross-entropy of the customized model at each supervised pair, [M] float32."""
-    return losses_of_delta(pair_delta(carryon, batch), batch, head=head, chunk=chunk, alpha=alpha)
+    return losses_of_delta(
+        pair_delta(carryon, batch, head=head), batch, head=head, chunk=chunk, alpha=alpha
+    )
 
 
-def pair_delta(carryon: CarryOn, batch: Batch) -> Tensor:
+def pair_delta(carryon: CarryOn, batch: Batch, *, head: FrozenHead) -> Tensor:
     """Return the carry-on's correction at each supervised pair, before alpha, [M, D]."""
-    with _autocast(batch.targets.device):
+    with _autocast(head):
         return carryon.correct_packed(batch.states, batch.packing(), batch.positions)
 
 
@@ -146,11 +149,11 @@ def final_states(batch: Batch) -> Tensor:
     return batch.states["final"][batch.positions]
 
 
-def _autocast(device: torch.device) -> AbstractContextManager[object]:
-    # Weights stay float32; where bfloat16 is native, matrices are multiplied in it.
-    if not multiplies_bfloat16(device):
+def _autocast(head: FrozenHead) -> AbstractContextManager[object]:
+    # Weights stay as they are; matrices are multiplied in the type that the head's are.
+    if head.dtype != torch.bfloat16:
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(head.device.type, torch.bfloat16)
 
 
 def _bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[int]:
