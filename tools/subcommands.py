@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "sweep": "sweep",
     "evaluate": "evaluate",
     "generate": "generate",
+    "merge": "merge",
     "score": "score",
     "plan-memory": "plan_memory",
     "bench store": "bench_store",
