@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.blocks import encode_blocks, read_blocks
 from carryon.cache.arrays import array_info, read_chunk
 from carryon.cache.atomic import sweep_partials, write_file
 from carryon.cache.base import Base, read_head
+from carryon.cache.blocks import encode_blocks, read_blocks
 from carryon.cache.describe import forward_facts
 from carryon.cache.errors import CarryOnError, DamagedStoreError, StoreError
 from carryon.cache.head_files import encode_head

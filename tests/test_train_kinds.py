@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,11 +17,11 @@ from carryon.cache.reader import Store
 from carryon.cache.repair import repair
 from carryon.cache.spec import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.verify import verify
-from carryon.train.batch import Batch
 from carryon.train.blocks_carryon import build_kind, with_own_tap
 from carryon.train.compose import CarryOnForCausalLM
 from carryon.train.config import (
     CarryOnSettings,
+    GenerateSettings,
     LossSettings,
     MemorySettings,
     OptimizationSettings,
@@ -68,7 +68,7 @@ def make_place(
     return Place(base, root / "store")
 
 
-def fit(place: Place, out: Path, **settings: Any) -> Path:
+def fit(place: Place, out: Path, **settings: Any) -> Path:  # noqa: ANN401
     """Train a carry-on for a few steps; return its folder."""
     train(
         store=str(place.store),
@@ -108,7 +108,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["native", "top"])
 def test_an_untrained_kind_says_what_the_base_computed(
-    tmp_path: Path, family: str, kind: Any
+    tmp_path: Path, family: str, kind: Literal["native", "top"]
 ) -> None:
     """From packed samples, at every token."""
     store = Store.open(make_place(tmp_path, family).store)
@@ -237,3 +237,21 @@ def test_damaged_blocks_are_noticed_and_repaired(tmp_path: Path) -> None:
         batch_tokens=256,
     )
     assert path.read_bytes() == before
+
+
+def test_a_merged_kind_is_not_compared_with_its_base_in_one_model(
+    tmp_path: Path, llama: Place
+) -> None:
+    """It would show the customized model twice."""
+    from carryon.tools.generate import generate
+
+    carryon = fit(llama, tmp_path / "run", kind="top")
+    with pytest.raises(InputError, match="neither --compare nor --alpha"):
+        generate(
+            carryon=str(carryon),
+            prompt="the",
+            base=str(llama.base),
+            compare=True,
+            settings=GenerateSettings(),
+            forward=FORWARD,
+        )

@@ -75,7 +75,9 @@ def measure_taps(job: TrainJob) -> None:
         mix: [reports[f"{mix}.{seed}"].carryon_nll for seed in SEEDS] for mix in (*mixes, "final")
     }
     best = min(mixes, key=lambda mix: statistics.mean(by_mix[mix]))
-    gains = [alone - mixed for alone, mixed in zip(by_mix["final"], by_mix[best], strict=True)]
+    gains = [
+        alone - mixed for alone, mixed in zip(by_mix["final"], by_mix[best], strict=True)
+    ]
     job.report(
         Figure(
             figure="taps.seeds_better",
@@ -124,7 +126,9 @@ def same_size(one: CarryOnSettings, *, taps: list[str], base_width: int) -> Carr
     more = (len(taps) - len(one.taps)) * (one.width * base_width + base_width)
     mixer = len(taps) * (len(taps) * one.width + 1)
     mlp_width = one.mlp_width - math.ceil((more + mixer) / (3 * one.width * one.blocks))
-    return CarryOnSettings.from_dict(one.to_dict() | {"taps": taps, "mlp_width": max(1, mlp_width)})
+    return CarryOnSettings.from_dict(
+        one.to_dict() | {"taps": taps, "mlp_width": max(1, mlp_width)}
+    )
 
 
 def _middle_taps(store: Store) -> list[list[str]]:

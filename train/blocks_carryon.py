@@ -25,6 +25,7 @@ from carryon.train.config import CarryOnSettings
 from carryon.train.packed_attention import (
     PACKED_ATTENTION,
     Packing,
+    pack,
     register_packed_attention,
     unused_mask,
 )
@@ -189,7 +190,14 @@ def _begin_as_base(body: Any, blocks: Blocks) -> None:  # noqa: ANN401 -- any ar
                 weight.zero_()
     width = int(blocks.config["hidden_size"])
     states = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
-    found = body(inputs_embeds=states, use_cache=False).last_hidden_state
+    packing = pack(torch.tensor([4]))
+    found = body(
+        inputs_embeds=states,
+        position_ids=packing.position_ids,
+        attention_mask=unused_mask(states[0]),
+        use_cache=False,
+        packing=packing,
+    ).last_hidden_state
     if not torch.equal(found, getattr(body, blocks.names["norm"])(states)):
         raise InputError(
             f"kind native: expected new blocks of {blocks.config['model_type']} that begin as the "
