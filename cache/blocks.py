@@ -87,13 +87,14 @@ def build_decoder(
     """
     config = shortened_config(blocks.config, number)
     config._attn_implementation = attention
-    model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
+    auto: Any = AutoModel
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     getattr(model, blocks.names["norm"]).load_state_dict(blocks.norm)
     if with_weights:
         own = getattr(model, blocks.names["blocks"])
         for block, weights in zip(own, blocks.blocks[-number:], strict=True):
             block.load_state_dict(weights)
-    model.set_input_embeddings(nn.Identity())  # type: ignore[arg-type]  # states stand in
+    model.set_input_embeddings(nn.Identity())  # states stand in
     return model
 
 
@@ -172,7 +173,9 @@ def _prove(base: Base, blocks: Blocks) -> None:
     tokens = torch.arange(_PROOF_TOKENS)[None] % base.identity.vocab_size
     states = capture(base, [tap, "final"], tokens)
     try:
-        decoder = build_decoder(blocks, number, with_weights=True, attention=base.attention).eval()
+        decoder: Any = build_decoder(
+            blocks, number, with_weights=True, attention=base.attention
+        ).eval()
         with torch.inference_mode():
             found = decoder(
                 inputs_embeds=states[tap].float().cpu(), use_cache=False

@@ -97,7 +97,7 @@ class BlocksCarryOn(CarryOn):
         found = super().state_dict(*args, **settings)
         return {name: weight for name, weight in found.items() if name in trained}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **settings: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **settings: Any) -> Any:  # noqa: ANN401
         """Take what `state_dict` gave.
 
         Raises:

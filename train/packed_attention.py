@@ -76,8 +76,9 @@ def _attention(
     # Pads stand at the end of a row, where causal attention never looks from a real token.
     groups = query.shape[1] // key.shape[1]  # heads of the query that share one of the keys
     window = kwargs.get("sliding_window")
-    is_banded = window is not None and window < packing.longest
-    band = _seen(window, packing, query) if is_banded else None
+    band = None
+    if window is not None and window < packing.longest:
+        band = _seen(window, packing, query)
     if kwargs.get("s_aux") is not None:
         raise InputError("attention sinks: not known to training from a store; train a bottleneck")
     q_BHTK = _spread(query, packing)
