@@ -106,7 +106,7 @@ def map_head(root: Path, manifest: Manifest) -> Head:
             for first in range(0, info.shape[0], info.chunk[0]):
                 stop = min(first + info.chunk[0], info.shape[0])
                 rows = read_array(root, name, digests=digests, first=first, stop=stop)
-                file.write(memoryview(rows).cast("B"))
+                file.write(rows.data.cast("B"))
             file.flush()
         weight = np.memmap(file, dtype=info.dtype, mode="c", shape=info.shape)
     return replace(rest, weight=weight, bias=bias)

@@ -104,7 +104,7 @@ class UnitFiles:
                     f"{where}: sound, but not the one that was written there: "
                     "run carryon verify, then repair"
                 )
-            for move in [] if whole else inside:
+            for move in inside[1:] if whole else inside:  # a sample may be wanted twice
                 found = rows[move.first - chunk * per_chunk : move.stop - chunk * per_chunk]
                 if grid is None:
                     move.to[:] = found

@@ -53,7 +53,8 @@ def test_the_packages_are_the_folders() -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_each_package_is_flat_and_typed(folder: str) -> None:
     assert (ROOT / folder / "py.typed").is_file()
-    assert read_setup()["options.package_data"][f"carryon.{folder}"] == "py.typed"
+    shipped = read_setup()["options.package_data"][f"carryon.{folder}"]
+    assert shipped == ("py.typed, presets/*.yaml" if folder == "train" else "py.typed")
     nested = [path for path in (ROOT / folder).glob("*/*.py")]
     assert not nested, "a sub-package has to be added to packages and package_dir"
 

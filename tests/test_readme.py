@@ -49,7 +49,7 @@ def test_the_file_tree_names_every_source_file_with_a_phrase() -> None:
 
 
 def test_the_table_of_programs_is_the_list_of_subcommands() -> None:
-    listed = re.findall(r"^\| `carryon ([\w ]+)` \| \S", README, re.M)
+    listed = re.findall(r"^\| `carryon ([\w -]+)` \| \S", README, re.M)
     assert sorted(listed) == sorted(SUBCOMMANDS)
 
 

@@ -11,6 +11,8 @@ from carryon.cache.errors import InputError
 from carryon.cache.spec import StoreSettings
 from carryon.tools.command_line import parse_call
 from carryon.tools.options import options_of
+from carryon.tools.train import train
+from carryon.train.preset_files import PRESETS, read_preset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,3 +182,27 @@ def test_help_texts_of_the_settings_are_found() -> None:
     assert "`final`" in found["--taps"].help
     assert found["--unit-tokens"].default == StoreSettings().unit_tokens
     assert json.dumps(found["--taps"].default) == '["final"]'
+
+
+@pytest.mark.parametrize("words", [["--config", "large"], ["--config=large"]])
+def test_a_preset_is_found_by_its_name_and_its_settings_can_be_changed(words: list[str]) -> None:
+    call = parse_call(train, [*words, "--store", "s", "--out", "o", "--blocks", "3"], prog="t")
+    carryon = call.arguments["carryon"]
+    preset = read_preset("large")
+    assert (carryon.width, carryon.mlp_width) == (preset["width"], preset["mlp_width"])
+    assert carryon.blocks == 3
+
+
+def test_a_file_goes_before_a_preset_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "large").write_text("width: 32\n")
+    monkeypatch.chdir(tmp_path)
+    call = parse_call(train, ["--config", "large", "--store", "s", "--out", "o"], prog="t")
+    assert call.arguments["carryon"].width == 32
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_is_a_shape_that_can_be_built(name: str) -> None:
+    call = parse_call(train, ["--config", name, "--store", "s", "--out", "o"], prog="t")
+    assert call.arguments["carryon"].width > 0

@@ -39,7 +39,7 @@ ALL = (
         (OptimizationSettings, {"learning_rate": float("nan")}, "learning_rate: expected more"),
         (OptimizationSettings, {"warmup_share": 2.0}, "warmup_share: expected 0 to 1, got 2.0"),
         (OptimizationSettings, {"micro_batch_tokens": 9999}, "0 to batch_tokens, which is 1024"),
-        (OptimizationSettings, {"schedule": "step"}, "expected cosine, wsd or constant, got step"),
+        (OptimizationSettings, {"schedule": "step"}, "constant, knee or multistep, got step"),
         (StreamSettings, {"held_out_share": 1.0}, "held_out_share: expected between 0 and 1"),
         (StreamSettings, {"window_units": 0}, "window_units: expected 1 or more, got 0"),
         (LossSettings, {"chunk_tokens": -1}, "chunk_tokens: expected 0 or more, got -1"),

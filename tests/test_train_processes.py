@@ -78,5 +78,5 @@ def go_back(out: Path, other: Path, *, to: str) -> None:
 def assert_close(found: Path, expected: Path) -> None:
     for name, weight in saved_weights(found).items():
         torch.testing.assert_close(
-            weight, saved_weights(expected)[name], rtol=1e-2, atol=1e-3, msg=name
+            weight, saved_weights(expected)[name], rtol=2e-2, atol=4e-3, msg=name
         )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from carryon.cache.errors import InputError
 from carryon.train.config import OptimizationSettings
 from carryon.train.schedule import learning_rate
 
@@ -44,3 +45,22 @@ def test_a_run_of_one_step_has_a_learning_rate(schedule: str) -> None:
     (rate,) = _curve(num_steps=1, schedule=schedule)
 
     assert 0 <= rate <= 1
+
+
+def test_knee_stays_for_its_part_and_falls_in_a_line_to_its_end() -> None:
+    curve = _curve(schedule="knee", warmup_share=0.0, explore_share=0.6, final_share=0.1)
+
+    assert curve[:60] == pytest.approx([1.0] * 60)
+    assert curve[79] == pytest.approx(0.55)
+    assert curve[-1] == 0.1
+
+
+def test_multistep_falls_by_equal_factors_after_80_and_90_percent() -> None:
+    curve = _curve(schedule="multistep", warmup_share=0.0, final_share=0.1)
+
+    assert curve == pytest.approx([1.0] * 80 + [0.1**0.5] * 10 + [0.1] * 10)
+
+
+def test_multistep_to_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="final_share: expected more than 0 for multistep"):
+        OptimizationSettings(schedule="multistep")

@@ -45,7 +45,8 @@ def make_carryons(
         tokens: [B, T] of some text, on which the size of the corrections is set.
     """
     settings = pick_shape(base.identity.width, max_bytes=max_bytes)
-    final = capture(base, ["final"], tokens)["final"].float().cpu()
+    # A copy: what inference mode made cannot be differentiated, and a carry-on is made to be.
+    final = capture(base, ["final"], tokens)["final"].float().cpu().clone()
     made = []
     for seed in range(num):
         carryon = build_carryon(settings, base_width=base.identity.width, seed=seed).eval()

@@ -5,7 +5,7 @@ Letters: M positions, D width, V vocabulary.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from carryon.train.frozen_head import CPU_BLOCK_ROWS, FrozenHead
 from carryon.train.loss import token_losses
 
 LOSS_TARGET = 0.75
-FILTERED_TARGET = 1.0
-FILTER = 1e-4
-"""Threshold of the gradient filter that is measured."""
 _CALLS = 3  # in a round, of each way
 _CHECKED = 64  # positions that are compared with the plain float32 formula
 _LIKELY = 12.0  # lead of a made-up state's own token, in nats before the sum over the rest
@@ -42,32 +39,26 @@ class MadeUpLoss:
 
 
 def measure_loss(job: TrainJob) -> None:
-    """Report the speed of the loss, without and with the gradient filter, and its errors."""
+    """Report the speed of the loss, and its errors."""
     sizes = job.sizes
     given = make_up_loss(
         positions=sizes.loss_tokens, width=sizes.loss_width, vocabulary=sizes.loss_vocabulary
     )
-    filtered = replace(given, head=replace(given.head, gradient_filter=FILTER))
     ways = {f"limit.{name}": way for name, way in products_alone(given).items()}
-    ways |= {"loss": loss_way(given), "filtered": loss_way(filtered)}
+    ways["loss"] = loss_way(given)
     seconds = in_turn({name: timed(way) for name, way in ways.items()}, rounds=sizes.rounds)
     limit = min(value for name, value in seconds.items() if name.startswith("limit."))
     details = {"tokens_per_second": {k: sizes.loss_tokens / v for k, v in seconds.items()}}
-    for name, one, target in (
-        ("loss.speed", given, LOSS_TARGET),
-        ("loss.filtered.speed", filtered, FILTERED_TARGET),
-    ):
-        way = "filtered" if "filtered" in name else "loss"
-        job.report(
-            Figure(
-                figure=name,
-                value=limit / seconds[way],
-                unit="of the products' speed",
-                target=target,
-                sense="at least",
-                details={"dtype": str(given.head.dtype), **details, **errors_of(one)},
-            )
+    job.report(
+        Figure(
+            figure="loss.speed",
+            value=limit / seconds["loss"],
+            unit="of the products' speed",
+            target=LOSS_TARGET,
+            sense="at least",
+            details={"dtype": str(given.head.dtype), **details, **errors_of(given)},
         )
+    )
 
 
 def make_up_loss(*, positions: int, width: int, vocabulary: int) -> MadeUpLoss:

@@ -164,7 +164,7 @@ def plain_base_nll(store: Store) -> float:
         states = torch.from_numpy(rows.hidden["final"]).view(torch.bfloat16).float()[:-1]
         targets = torch.from_numpy(rows.tokens[1:].astype(np.int64))
         logits = torch.cat(
-            [states @ block.float().t() for block in weight.split(_ROWS_AT_ONCE)], dim=1
+            [states @ block.float().t() for block in torch.split(weight, _ROWS_AT_ONCE)], dim=1
         )
         losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
     return float(torch.cat(losses).double().mean())

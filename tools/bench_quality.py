@@ -14,7 +14,6 @@ from carryon.tools.bench_figure import Figure
 from carryon.tools.bench_recode import recode_store
 from carryon.tools.bench_train import TrainJob
 from carryon.train.config import (
-    PRESETS,
     CarryOnSettings,
     LossSettings,
     MemorySettings,
@@ -23,6 +22,7 @@ from carryon.train.config import (
     StreamSettings,
 )
 from carryon.train.evaluate import evaluate
+from carryon.train.preset_files import PRESETS, read_preset
 from carryon.train.report import TrainReport
 from carryon.train.run import TrainSettings
 from carryon.train.sweep import sweep
@@ -75,9 +75,7 @@ def measure_taps(job: TrainJob) -> None:
         mix: [reports[f"{mix}.{seed}"].carryon_nll for seed in SEEDS] for mix in (*mixes, "final")
     }
     best = min(mixes, key=lambda mix: statistics.mean(by_mix[mix]))
-    gains = [
-        alone - mixed for alone, mixed in zip(by_mix["final"], by_mix[best], strict=True)
-    ]
+    gains = [alone - mixed for alone, mixed in zip(by_mix["final"], by_mix[best], strict=True)]
     job.report(
         Figure(
             figure="taps.seeds_better",
@@ -100,9 +98,10 @@ def measure_taps(job: TrainJob) -> None:
 def measure_presets(job: TrainJob) -> None:
     """Train each preset; its loss beside its bytes and seconds."""
     store = Store.open(job.settings.store)
-    for name, preset in PRESETS.items():
+    for name in PRESETS:
+        preset = read_preset(name)
         # One after another: seconds of a run alone are what a user waits.
-        report = _train(job, store.root, f"preset-{name}", {name: {"preset": name}})[name]
+        report = _train(job, store.root, f"preset-{name}", {name: preset})[name]
         job.report(
             Figure(
                 figure=f"preset.{name}",
@@ -126,13 +125,11 @@ def same_size(one: CarryOnSettings, *, taps: list[str], base_width: int) -> Carr
     more = (len(taps) - len(one.taps)) * (one.width * base_width + base_width)
     mixer = len(taps) * (len(taps) * one.width + 1)
     mlp_width = one.mlp_width - math.ceil((more + mixer) / (3 * one.width * one.blocks))
-    return CarryOnSettings.from_dict(
-        one.to_dict() | {"taps": taps, "mlp_width": max(1, mlp_width)}
-    )
+    return CarryOnSettings.from_dict(one.to_dict() | {"taps": taps, "mlp_width": max(1, mlp_width)})
 
 
 def _middle_taps(store: Store) -> list[list[str]]:
-    """Return what is mixed with `final`: each middle layer alone, and the lowest with the highest."""
+    """Return what is mixed with `final`: each layer alone, and the lowest with the highest."""
     layers = [tap for tap in store.taps if tap.startswith("layer.")]
     layers.sort(key=lambda tap: int(tap.removeprefix("layer.")))
     alone = [[layer] for layer in layers]

@@ -16,6 +16,9 @@ FIGURES = {
     "resume": "bench_train_units:measure_resume",
     "kills": "bench_train_kills:measure_kills",
     "sweep": "bench_train_sweep:measure_sweep",
+    "profiles": "bench_quality:measure_profiles",
+    "taps": "bench_quality:measure_taps",
+    "presets": "bench_quality:measure_presets",
 }
 """What can be measured, in the order in which it is -> the file of this folder and the function of
 it that measures, called as function(job) with a TrainJob (bench_train.py)."""
@@ -31,7 +34,9 @@ class BenchTrainSettings:
     against LoRA and full fine-tuning of the base), data_wait (share of a run spent waiting for
     data), padding (share of computed rows that are pads), units (a store of 100 times as many
     units), resume (time to the first batch late in an epoch), kills (runs killed at random
-    instants), sweep (several runs side by side against as many one after another)."""
+    instants), sweep (several runs side by side against as many one after another), profiles
+    (held-out loss after training on lossy copies of a store), taps (several taps against `final`
+    alone, three seeds), presets (held-out loss of each preset)."""
     base: str = ""
     """Base to compare with: hub id, folder or .gguf file. Empty for none: what needs it is left
     out."""
@@ -90,6 +95,8 @@ class BenchTrainSizes:
     """Taps in `sweep`."""
     sweep_mb_per_second: int = 30
     """What the disk gives in `sweep`."""
+    quality_epochs: int = 3
+    """Epochs of every run in `profiles`, `taps` and `presets`."""
 
     def __post_init__(self) -> None:
         """Raise InputError naming every field that is out of range."""
@@ -115,6 +122,7 @@ QUICK_TRAIN = BenchTrainSizes(
     sweep_runs=2,
     sweep_samples=12,
     sweep_width=64,
+    quality_epochs=1,
 )
 """Sizes that show in a minute that everything runs, and give no numbers to believe."""
 
@@ -131,6 +139,9 @@ NEEDS = {
     "lora": Needs(base=True, store=True),
     "data_wait": Needs(store=True),
     "padding": Needs(store=True),
+    "profiles": Needs(store=True),
+    "taps": Needs(store=True),
+    "presets": Needs(store=True),
 }
 """Of the figures that are not named here, none needs anything."""
 

@@ -13,12 +13,14 @@ import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from carryon.cache.errors import InputError
 from carryon.tools.options import REQUIRED, Option, is_settings, options_of
+from carryon.train.preset_files import PRESETS
 
 
 def parse_call(
@@ -77,7 +79,11 @@ def build_parser(
             groups[item.heading] = parser.add_argument_group(item.heading)
         _add(groups[item.heading], item)
     parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file of options, by their names."
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="YAML file of options, by their names; for training also a preset: "
+        f"{', '.join(PRESETS)}.",
     )
     return parser
 
@@ -96,6 +102,10 @@ def normalize(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         name = name.replace("_", "-") if name.startswith("--") else name
+        if name == "--config" and (equals or rest):
+            given = value if equals else rest.pop(0)
+            result.append(f"--config={config_path(given)}")
+            continue
         option = flags.get(name)
         if option is None or not option.is_list:
             result.append(name + equals + value)
@@ -109,6 +119,12 @@ def normalize(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
         result.append(f"{name}{'+' if name in seen else ''}={_json_list(values, option)}")
         seen.add(name)
     return result
+
+
+def config_path(given: str) -> str:
+    """Return the file that `--config` names: a path, or a preset if there is no such file."""
+    is_preset = given in PRESETS and not Path(given).exists()
+    return str(PRESETS[given]) if is_preset else given
 
 
 def explain(message: str, options: Sequence[Option], *, prog: str) -> str:

@@ -59,7 +59,7 @@ def plan_memory(
         memory=memory,
     )
     most = parse_bytes(limit) if limit else sys.maxsize
-    tried = [
+    tried: list[dict[str, Any]] = [
         {"settings": name, "parts": (parts := plan(each)), "total": sum(parts.values())}
         for name, each in leaner_settings(case, limit=most)
     ]

@@ -16,6 +16,8 @@ SUBCOMMANDS = {
     "repair": "repair",
     "train": "train",
     "sweep": "sweep",
+    "update": "update",
+    "versions": "versions",
     "evaluate": "evaluate",
     "generate": "generate",
     "merge": "merge",

@@ -13,6 +13,7 @@ chosen positions.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,13 +128,31 @@ class CarryOn(nn.Module):
     def _enter(self, states: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         bridged = []
         for tap, norm, bridge in zip(self.settings.taps, self.norms, self.bridges, strict=True):
-            x_BTD = states[tap].to(self.up.weight.dtype)
-            bridged.append(bridge(norm(x_BTD)))
+            bridged.append(_bridge(states[tap], norm, bridge))
         if self.mixer is None:
             return bridged[0], torch.ones_like(bridged[0][..., :1])
         shares_BTK = torch.softmax(self.mixer(torch.cat(bridged, dim=-1)), dim=-1)
         stacked_BTKd = torch.stack(bridged, dim=-2)
         return (shares_BTK.unsqueeze(-1) * stacked_BTKd).sum(dim=-2), shares_BTK
+
+
+def _bridge(x_BTD: Tensor, norm: Any, bridge: Any) -> Tensor:  # noqa: ANN401 -- or of rows.py
+    """Return bridge(norm(x)) without a normed copy of x, whose width is a few times d.
+
+    RMS norm is a factor for each token, applied behind the bridge, and a weight for each channel,
+    which training folds into the bridge, so that its gradient takes no pass over [B, T, D] either.
+    """
+    weight: Tensor = bridge.weight
+    if not torch.is_autocast_enabled(x_BTD.device.type):
+        x_BTD = x_BTD.to(weight.dtype)
+    size = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
+    factor = torch.rsqrt(size * size / x_BTD.shape[-1] + NORM_EPS)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        bridged = nn.functional.linear(x_BTD, weight * norm.weight)
+    else:
+        bridged = bridge(x_BTD * norm.weight)
+    assert isinstance(bridged, Tensor)
+    return (bridged.float() * factor).to(bridged.dtype)
 
 
 def body_config(settings: CarryOnSettings) -> LlamaConfig:
@@ -165,8 +184,8 @@ def build_carryon(settings: CarryOnSettings, *, base_width: int, seed: int) -> C
 def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
     """Return x + alpha * delta, float32: the states that the base's head reads.
 
-    Where alpha or delta is zero the result is x bit for bit, negative zeros included, so that an
-    untrained carry-on is the base. Differentiable in delta.
+    Where alpha or delta is zero the result is x, so that an untrained carry-on is the base; but in
+    training bit for bit, negative zeros included. Differentiable in delta.
 
     Args:
         final: [..., D], the base's `final` states.
@@ -176,8 +195,8 @@ def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
     exact = final.float()
     if alpha == 0:
         return exact
-    corrected = exact + alpha * delta.float()
-    with torch.no_grad():  # -0.0 + 0.0 is +0.0: another bit, though the same number
+    corrected = exact + (delta if alpha == 1 else alpha * delta.float())
+    if not torch.is_grad_enabled():  # -0.0 + 0.0 is +0.0: another bit, though the same number
         corrected.copy_(torch.where(delta == 0, exact, corrected))
     return corrected
 

@@ -133,10 +133,16 @@ def load_checkpoint(
             f"{path}: expected checkpoint format {FORMAT_VERSION}, got {state['format_version']}"
         )
     refuse_other_identity(state["identity"], identity, name=str(path))
+    load_state(path, carryon=carryon, optimizer=optimizer)
+    return Progress(**state["progress"])
+
+
+def load_state(path: Path, *, carryon: CarryOn, optimizer: torch.optim.Optimizer) -> None:
+    """Put the weights and the optimizer's state into place, whatever run they are of."""
+    state = json.loads((path / STATE).read_text(encoding="ascii"))
     load_weights(path, carryon)
     tensors = load_file(path / OPTIMIZER)
     optimizer.load_state_dict(_unflatten(optimizer, tensors, state["optimizer"]))
-    return Progress(**state["progress"])
 
 
 def refuse_other_identity(

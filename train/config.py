@@ -112,13 +112,16 @@ class OptimizationSettings:
     """`adamw`, or `muon`: Muon for the matrices of the decoder blocks, AdamW for the rest."""
     learning_rate: float = 3e-3
     """Highest learning rate."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant", "knee", "multistep"] = "cosine"
     """Learning rate over the run, after the warm-up: `cosine` falls all the way, `wsd` stays at
-    the top and falls in the last part, `constant` stays."""
+    the top and falls in the last part, `constant` stays, `knee` stays for a part and then falls in
+    a straight line, `multistep` falls at once after 80 % and after 90 %."""
     warmup_share: float = 0.03
     """Part of all steps in which the learning rate rises from zero."""
     decay_share: float = 0.2
     """Part of all steps in which `wsd` falls."""
+    explore_share: float = 0.5
+    """Part of the steps after the warm-up in which `knee` stays at the top."""
     final_share: float = 0.0
     """Learning rate at the end, as a part of the highest; `constant` ignores it."""
     weight_decay: float = 0.01
@@ -155,9 +158,16 @@ class OptimizationSettings:
                     f"learning_rate: expected more than 0, got {self.learning_rate}",
                 ),
                 (
-                    self.schedule not in ("cosine", "wsd", "constant"),
-                    f"schedule: expected cosine, wsd or constant, got {self.schedule}",
+                    self.schedule not in ("cosine", "wsd", "constant", "knee", "multistep"),
+                    "schedule: expected cosine, wsd, constant, knee or multistep, got "
+                    f"{self.schedule}",
                 ),
+                (
+                    self.schedule == "multistep" and self.final_share == 0,
+                    "final_share: expected more than 0 for multistep, whose factors multiply to "
+                    "it, got 0: 0.1 is usual",
+                ),
+                _not_below_one("explore_share", self.explore_share),
                 _not_a_share("warmup_share", self.warmup_share),
                 _not_a_share("decay_share", self.decay_share),
                 (
@@ -265,9 +275,6 @@ class LossSettings:
     kl_weight: float = 0.0
     """Weight of KL(base || customized model), in nats a supervised token, added to the loss that
     is trained on; it keeps the customized model near its base. 0: none."""
-    gradient_filter: float = 0.0
-    """Rows of the head whose probability is below this at each of a chunk's positions add nothing
-    to the gradient, for speed; the loss stays exact. 0: every row counts."""
 
     def __post_init__(self) -> None:
         """Raise InputError naming every field that is out of range."""
@@ -290,7 +297,6 @@ class LossSettings:
                     f"head_place: expected device, host or mapped, got {self.head_place}",
                 ),
                 (not self.kl_weight >= 0, f"kl_weight: expected 0 or more, got {self.kl_weight}"),
-                _not_below_one("gradient_filter", self.gradient_filter),
             ]
         )
 

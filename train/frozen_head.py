@@ -53,8 +53,6 @@ class FrozenHead:
     """Where they are computed."""
     block_rows: int
     """Rows that are multiplied at one time."""
-    gradient_filter: float = 0.0
-    """As in LossSettings."""
 
     @property
     def vocab_size(self) -> int:
@@ -86,7 +84,6 @@ def place_head(store: Store, settings: LossSettings, *, device: torch.device) ->
         dtype=pick_head_dtype(settings.head_dtype, device),
         is_resident=settings.head_place == "device",
         block_rows=settings.chunk_vocabulary,
-        gradient_filter=settings.gradient_filter,
     )
 
 
@@ -97,7 +94,6 @@ def frozen_head(
     dtype: torch.dtype,
     is_resident: bool = True,
     block_rows: int = 0,
-    gradient_filter: float = 0.0,
 ) -> FrozenHead:
     """Return a store's head for products of `dtype` on `device`.
 
@@ -107,7 +103,6 @@ def frozen_head(
         dtype: of the products.
         is_resident: put all of it on `device` in `dtype`; else it stays as and where it is.
         block_rows: rows that are multiplied at one time; 0 takes what suits.
-        gradient_filter: as in LossSettings.
     """
     if device.type == "cpu" and is_resident:
         reuse_freed_memory()
@@ -122,7 +117,6 @@ def frozen_head(
         dtype=dtype,
         device=device,
         block_rows=block_rows or _block_rows(head, device=device, is_resident=is_resident),
-        gradient_filter=gradient_filter,
     )
 
 

@@ -94,10 +94,10 @@ class LeanAdamW(torch.optim.Optimizer):
         flat, gradient = weight.view(-1), weight.grad.reshape(-1)  # type: ignore[union-attr]
         for first in range(0, weight.numel(), _CHUNK):
             part = slice(first, min(first + _CHUNK, weight.numel()))
-            moments = _decode(state, part) if is_coded else (state["m"][part], state["v"][part])
-            moved = _adamw(flat[part].float(), gradient[part].float(), *moments, state, group)
+            m, v = _decode(state, part) if is_coded else (state["m"][part], state["v"][part])
+            moved = _adamw(flat[part].float(), gradient[part].float(), m, v, state, group)
             if is_coded:
-                _encode_(state, part, *moments, noise)
+                _encode_(state, part, m, v, noise)
             if weight.dtype == torch.bfloat16:
                 moved = round_by_chance(moved, noise[2])
             flat[part] = moved

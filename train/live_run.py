@@ -14,11 +14,13 @@ from carryon.train.batch import Batch
 from carryon.train.checkpoint import (
     Progress,
     load_checkpoint,
+    load_state,
     newest_checkpoint,
     save_checkpoint,
 )
 from carryon.train.metrics import Meter, append_metrics, rewind_metrics
 from carryon.train.order import count_steps
+from carryon.train.piece import progress_at
 from carryon.train.processes import Processes
 from carryon.train.run import Run
 from carryon.train.run_folder import record_session
@@ -51,6 +53,10 @@ class LiveRun:
                 newest, carryon=run.carryon, optimizer=run.optimizer, identity=run.identity
             )
             self._saved_step = self.progress.step
+        elif run.piece is not None:
+            self.progress = progress_at(run.piece.first, run.epochs)
+            if run.piece.start is not None:
+                load_state(run.piece.start, carryon=run.carryon, optimizer=run.optimizer)
         self.is_new = newest is None
         """Whether the base is still to be measured."""
         self._meter = Meter(self.progress)
@@ -179,6 +185,8 @@ class LiveRun:
 
     def _rate(self, step: int) -> float:
         run = self.run
+        if run.piece is not None:
+            return run.piece.rate(step, run.settings.optimization)
         return learning_rate(step, num_steps=run.num_steps, settings=run.settings.optimization)
 
     def _not_finite(self, error: NotFiniteError) -> InputError:

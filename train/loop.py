@@ -33,6 +33,7 @@ from carryon.train.frozen_head import FrozenHead
 from carryon.train.interrupt import StopRequest
 from carryon.train.live_run import LiveRun
 from carryon.train.overlap import NGRAM, WARN_ABOVE, Overlap, measure_overlap
+from carryon.train.piece import Piece
 from carryon.train.processes import (
     Processes,
     join_processes,
@@ -52,6 +53,8 @@ class Job:
     out: str
     """The run folder (run_folder.py says what is in it)."""
     settings: TrainSettings
+    piece: Piece | None = None
+    """What it takes of the order of the data, and from where. None: all, from the start."""
 
 
 def train(
@@ -156,7 +159,13 @@ def _open(
             _say(f"{job.out}: this run is finished", processes)
             continue
         run = prepare_run(
-            job.settings, data, folder=folder, identity=identity, overlap=overlap, heads=heads
+            job.settings,
+            data,
+            folder=folder,
+            identity=identity,
+            overlap=overlap,
+            heads=heads,
+            piece=job.piece,
         )
         _say(_summary(run), processes)
         runs.append(run)
@@ -201,7 +210,9 @@ def _overlap(data: TrainData, jobs: Sequence[Job]) -> Overlap:
 
 
 def _identity(data: TrainData, job: Job) -> dict[str, object]:
-    resolved = {"window_units": data.settings.window_units}
+    resolved: dict[str, object] = {"window_units": data.settings.window_units}
+    if job.piece is not None:
+        resolved |= job.piece.identity()
     return run_identity(
         store_fingerprint=data.store.fingerprint,
         config=job.settings.to_flat() | resolved,

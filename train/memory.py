@@ -5,7 +5,7 @@ own memory, but for the imports. Letters: N tokens of a micro-batch, M of them s
 width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,7 +75,7 @@ def leaner_settings(case: MemoryCase, *, limit: int) -> Iterator[tuple[str, Memo
     Ends with the first that fits `limit` bytes, or when there is nothing left to add.
     """
     yield "as given", case
-    changes = {
+    changes: dict[str, Callable[[MemoryCase], MemoryCase]] = {
         "--head-place mapped": lambda c: replace(c, loss=replace(c.loss, head_place="mapped")),
         "--recompute": lambda c: replace(c, memory=replace(c.memory, recompute=True)),
         "--weights-dtype bfloat16": lambda c: replace(

@@ -67,7 +67,9 @@ class Parts(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all parts, their weights counted on."""
-        state, groups, first = {}, [], 0
+        state: dict[int, Any] = {}
+        groups: list[Any] = []
+        first = 0
         for part in self.parts:
             document = part.state_dict()
             state |= {first + index: values for index, values in document["state"].items()}
@@ -174,8 +176,9 @@ def lean_(carryon: CarryOn, memory: MemorySettings) -> CarryOn:
     if memory.recompute:
         # As `activation_checkpointing_enable` does, which wants input embeddings.
         for layer in carryon.body.layers:
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            body: Any = layer
+            body.gradient_checkpointing = True
+            body._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     return carryon
 
 

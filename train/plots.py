@@ -76,6 +76,22 @@ def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bo
     return True
 
 
+def plot_paths(rates: Mapping[str, Sequence[float]], path: Path) -> bool:
+    """Draw learning rates over the steps, by name, to `path`; returns whether it was drawn."""
+    if not _can_draw():
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in rates.items():
+        axes.plot(range(1, len(values) + 1), values, label=name)
+    axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    axes.legend(loc="lower left", fontsize="small")
+    _save(figure, path)
+    return True
+
+
 def _can_draw() -> bool:
     try:
         require("matplotlib", extra="plot", purpose="the plot of the curves")

@@ -24,6 +24,7 @@ from carryon.train.frozen_head import FrozenHead, place_head
 from carryon.train.optimizer import build_optimizer, lean_
 from carryon.train.order import Window, count_steps
 from carryon.train.overlap import Overlap
+from carryon.train.piece import Piece, cut_epochs
 from carryon.train.run_folder import RunFolder
 from carryon.train.train_data import TrainData
 
@@ -70,6 +71,8 @@ class Run:
     head: FrozenHead
     chunk: int
     """Supervised positions whose logits exist at one time."""
+    piece: Piece | None = None
+    """What it takes of the whole order, and from where. None: all, from the start."""
 
     @property
     def store(self) -> Store:
@@ -111,6 +114,7 @@ def prepare_run(
     identity: dict[str, Any],
     overlap: Overlap,
     heads: dict[LossSettings, FrozenHead],
+    piece: Piece | None = None,
 ) -> Run:
     """Plan the order, build the untrained carry-on and load the head; nothing is written.
 
@@ -121,6 +125,7 @@ def prepare_run(
         identity: see `run_identity`.
         overlap: of the halves of the data.
         heads: of runs prepared before, by their settings; this run's is added.
+        piece: what it takes of the whole order. None: all of it.
 
     Raises:
         InputError: the device is not there.
@@ -137,7 +142,10 @@ def prepare_run(
         identity=identity,
         data=data,
         overlap=overlap,
-        epochs=data.plan(optimization),
+        epochs=cut_epochs(data.plan(optimization), piece.stop)
+        if piece
+        else data.plan(optimization),
+        piece=piece,
         carryon=carryon,
         optimizer=build_optimizer(carryon, optimization, settings.memory),
         head=heads[settings.loss],

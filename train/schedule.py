@@ -8,24 +8,42 @@ from carryon.train.config import OptimizationSettings
 def learning_rate(step: int, *, num_steps: int, settings: OptimizationSettings) -> float:
     """Return the learning rate of `step`, counted from 0, in a run of `num_steps` steps.
 
-    The warm-up rises in equal parts and reaches the top on its last step; `cosine` and `wsd` reach
+    The warm-up rises in equal parts and reaches the top on its last step; all but `constant` reach
     `final_share` on the last step.
     """
     warmup_steps = round(settings.warmup_share * num_steps)
     if step < warmup_steps:
         return settings.learning_rate * (step + 1) / warmup_steps
-    top, bottom = settings.learning_rate, settings.learning_rate * settings.final_share
     if settings.schedule == "constant":
-        return top
+        return settings.learning_rate
+    if settings.schedule == "wsd":
+        decay_from = num_steps - round(settings.decay_share * num_steps)
+        if step < decay_from:
+            return settings.learning_rate
+        return falling_rate(part_done(step, first=decay_from, num_steps=num_steps), settings)
+    passed = part_done(step, first=warmup_steps, num_steps=num_steps)
+    if settings.schedule == "knee":
+        explored = settings.explore_share
+        passed = max(0.0, passed - explored) / (1 - explored)
+    return falling_rate(passed, settings)
+
+
+def falling_rate(passed: float, settings: OptimizationSettings) -> float:
+    """Return the learning rate at the part `passed` of a fall from the top to the end.
+
+    `cosine` falls as its name says, `multistep` at once by equal factors after 80 % and 90 %, the
+    others in a straight line. At 1 it is the end exactly.
+    """
+    top, bottom = settings.learning_rate, settings.learning_rate * settings.final_share
+    if settings.schedule == "multistep":
+        if passed <= 0.8:
+            return top
+        return top * math.sqrt(settings.final_share) if passed <= 0.9 else bottom
     if settings.schedule == "cosine":
-        passed = _part_done(step, first=warmup_steps, num_steps=num_steps)
         return bottom + (top - bottom) * 0.5 * (1 + math.cos(math.pi * passed))
-    decay_from = num_steps - round(settings.decay_share * num_steps)
-    if step < decay_from:
-        return top
-    return top + (bottom - top) * _part_done(step, first=decay_from, num_steps=num_steps)
+    return bottom + (top - bottom) * (1 - passed)
 
 
-def _part_done(step: int, *, first: int, num_steps: int) -> float:
-    # 1/n on the first of n steps, 1 on the last.
+def part_done(step: int, *, first: int, num_steps: int) -> float:
+    """Return the part of steps `first` to `num_steps` that is done after `step`: 1 on the last."""
     return min(1.0, (step - first + 1) / max(1, num_steps - first))

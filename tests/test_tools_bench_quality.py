@@ -1,0 +1,51 @@
+"""Copies of stores in lossy profiles, and shapes of equal size: what quality figures rest on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_train_stores import make_tiny_store
+
+from carryon.cache.errors import InputError
+from carryon.cache.head import widen
+from carryon.cache.precision import STEPS, from_codes, to_codes
+from carryon.cache.reader import Store
+from carryon.cache.verify import verify
+from carryon.tools.bench_quality import same_size
+from carryon.tools.bench_recode import recode_store
+from carryon.train.carryon import build_carryon, num_parameters
+from carryon.train.config import CarryOnSettings
+
+
+@pytest.mark.parametrize("profile", list(STEPS))
+def test_a_copy_holds_the_same_samples_and_the_states_of_its_profile(
+    tmp_path: Path, profile: str
+) -> None:
+    store = Store.open(make_tiny_store(tmp_path / "store", taps=("layer.1", "final")))
+
+    copy = recode_store(store, tmp_path / "copy", profile=profile)
+
+    assert verify(tmp_path / "copy", depth="full").is_sound
+    assert copy.manifest.base == store.manifest.base
+    np.testing.assert_array_equal(copy.sample_held_out, store.sample_held_out)
+    for ours, theirs in zip(copy.iter_units(), store.iter_units(), strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        for tap, bits in theirs.hidden.items():
+            expected = from_codes(to_codes(widen(bits), step=STEPS[profile]))
+            np.testing.assert_array_equal(ours.hidden[tap], expected)
+    assert [copy.sample_id(0), copy.sample_id(5)] == [store.sample_id(0), store.sample_id(5)]
+
+
+def test_only_an_exact_store_is_copied(tmp_path: Path) -> None:
+    store = Store.open(make_tiny_store(tmp_path / "store", profile="near"))
+    with pytest.raises(InputError, match="expected a store of exact bfloat16 states"):
+        recode_store(store, tmp_path / "copy", profile="compact")
+
+
+@pytest.mark.parametrize("taps", [["final", "layer.1"], ["final", "layer.9", "layer.1"]])
+def test_more_taps_take_no_more_weights(taps: list[str]) -> None:
+    one = CarryOnSettings()
+    several = same_size(one, taps=taps, base_width=576)
+    sizes = [num_parameters(build_carryon(s, base_width=576, seed=0)) for s in (one, several)]
+    assert several.taps == taps
+    assert 0.98 * sizes[0] < sizes[1] <= sizes[0]

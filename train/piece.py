@@ -1,0 +1,107 @@
+"""A piece of a path: a run that begins where another one stood, and has its own learning rates.
+
+The order of samples is that of the whole run over the same data, of which a piece takes the steps
+from `first` to `stop`. So two pieces with one beginning differ in nothing but their learning rates.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.errors import InputError
+from carryon.train.checkpoint import OPTIMIZER, WEIGHTS, Progress
+from carryon.train.config import OptimizationSettings
+from carryon.train.order import Window, count_steps
+from carryon.train.paths import Paradigm, path_rate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """Which steps a run takes, from which state, at which learning rates."""
+
+    paradigm: Paradigm
+    """The path that it is a piece of."""
+    version: int
+    """The version that the path leads to, counted from 1."""
+    ends: tuple[int, ...]
+    """The step of the path at which each increment ends, up to this version's."""
+    alpha: float
+    """Part of an increment's steps in which a branch falls."""
+    first: int
+    """Step of the data's order to begin at."""
+    stop: int
+    """Step of it to end before."""
+    offset: int
+    """Step of the path at which the data's order begins."""
+    start: Path | None
+    """Step folder whose weights and optimizer state it begins with. None: a new carry-on."""
+
+    def rate(self, step: int, settings: OptimizationSettings) -> float:
+        """Return the learning rate of a step of the data's order."""
+        return path_rate(
+            self.offset + step,
+            paradigm=self.paradigm,
+            version=self.version,
+            ends=self.ends,
+            alpha=self.alpha,
+            settings=settings,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the piece's result: plain values, the start by its bytes."""
+        return {
+            "paradigm": self.paradigm,
+            "version": self.version,
+            "ends": list(self.ends),
+            "path_alpha": self.alpha,
+            "steps": [self.first, self.stop, self.offset],
+            "start_sha256": digest_of_state(self.start) if self.start else None,
+        }
+
+
+def digest_of_state(folder: Path) -> str:
+    """Return the SHA-256 of the weights and the optimizer's state in a step folder."""
+    digest = hashlib.sha256()
+    for name in (WEIGHTS, OPTIMIZER):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def cut_epochs(epochs: Sequence[Sequence[Window]], stop: int) -> list[list[Window]]:
+    """Return the first `stop` steps of a run's order; windows that stay whole stay one object.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    left, found = stop, []
+    for windows in epochs:
+        kept = []
+        for window in windows:
+            if left > 0:
+                whole = len(window.steps) <= left
+                kept.append(window if whole else replace(window, steps=window.steps[:left]))
+            left -= len(window.steps)
+        if kept:
+            found.append(kept)
+    if left > 0:
+        raise InputError(f"a piece of a run: expected {stop} steps or more, got {stop - left}")
+    return found
+
+
+def progress_at(first: int, epochs: Sequence[Sequence[Window]]) -> Progress:
+    """Return the position of a piece that has taken no step of its own."""
+    epoch, left = 0, first
+    while epoch < len(epochs) and left >= count_steps(list(epochs[epoch])):
+        left -= count_steps(list(epochs[epoch]))
+        epoch += 1
+    return Progress(
+        step=first,
+        epoch=epoch,
+        step_in_epoch=left,
+        tokens=0,
+        targets=0,
+        elapsed_s=0.0,
+        wait_s=0.0,
+    )
