@@ -11,6 +11,7 @@ from pathlib import Path
 
 from carryon.cache.atomic import sweep_partials
 from carryon.cache.base import Base, load_base, read_head
+from carryon.cache.blocks import encode_blocks, read_blocks
 from carryon.cache.corpus import Corpus, read_corpus
 from carryon.cache.describe import describe, longest_sample, plan_corpus
 from carryon.cache.errors import InputError
@@ -139,17 +140,20 @@ def _begin(
     max_disk_bytes: int | None,
 ) -> Manifest:
     head = read_head(base)
+    number = manifest.settings.get("with_blocks", 0)
+    blocks = dict(encode_blocks(read_blocks(base, number))) if number else {}
     pilot = run_pilot(base, manifest.taps, texts.samples, plan)
     errors = measure_profile(pilot, head, taps=manifest.taps, profile=manifest.settings["profile"])
     manifest, probe = replace(manifest, profile_error=errors), make_probe(pilot)
     if max_disk_bytes is not None:
         needed = plan_bytes(manifest, texts.samples, plan, head=head, probe=probe)
+        needed += sum(map(len, blocks.values()))
         if needed > max_disk_bytes:
             raise InputError(
                 f"max_disk: expected more than {needed / 1e6:,.1f} MB, which the head and the "
                 f"plan of {root} take before its first unit, got {max_disk_bytes / 1e6:,.1f} MB"
             )
-    return write_plan(root, manifest, texts.samples, plan, head=head, probe=probe)
+    return write_plan(root, manifest, texts.samples, plan, head=head, probe=probe, extra=blocks)
 
 
 def _go_on(

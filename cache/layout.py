@@ -122,8 +122,8 @@ def copy_path(path: str) -> str:
 
 
 def has_copy(path: str) -> bool:
-    """Tell whether planning writes a file twice: all but the head, large and in the base."""
-    return not path.startswith("head/") or path == "head/zarr.json"
+    """Tell whether planning writes a file twice: all but what is large and in the base."""
+    return not path.startswith(("head/", "blocks/")) or path == "head/zarr.json"
 
 
 ROW_ARRAYS = {"tokens": "int32", "loss_mask": "uint8", "char_end": "int32"}

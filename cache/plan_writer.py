@@ -7,7 +7,7 @@ Letters: R rows of a unit, D base width, S samples.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def write_plan(
     *,
     head: Head,
     probe: Probe,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write a new store, without hidden states.
 
@@ -58,6 +59,7 @@ def write_plan(
         plan: where each of them lies.
         head: of the base.
         probe: of the base on this corpus.
+        extra: further files of the base, by path.
 
     Returns:
         The manifest as written, with the digest of each file but those of units.
@@ -74,7 +76,7 @@ def write_plan(
     for path, content in unit_rows(samples, plan, manifest=manifest, first_unit=0):
         _write_twice(root, path, content)
     digests = {}
-    for path, content in encode_head(head):
+    for path, content in (*encode_head(head), *(extra or {}).items()):
         write_file(root / path, content, is_synced=False)
         digests[path] = sha256_hex(content)
     for path, content in small_files(samples, plan, manifest=manifest, probe=probe):

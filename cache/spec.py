@@ -58,6 +58,9 @@ class StoreSettings:
     """Tokens in a unit, the piece of work that is written, checked, resumed and read as one."""
     seed: int = 0
     """Seed of the shuffle of samples into units."""
+    with_blocks: int = 0
+    """The base's last blocks to keep beside the head, from which carry-ons of the kinds `native`
+    and `top` are trained without the base. 0: none."""
 
     def __post_init__(self) -> None:
         """Raise InputError naming every field that is out of range."""
@@ -74,6 +77,10 @@ class StoreSettings:
                 ),
                 (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
                 (
+                    self.with_blocks < 0,
+                    f"with_blocks: expected 0 or more blocks, got {self.with_blocks}",
+                ),
+                (
                     self.profile != "exact" and self.dtype != "bfloat16",
                     f"profile {self.profile} reads back as bfloat16, got dtype {self.dtype}: "
                     "drop dtype or use the profile exact",
@@ -83,7 +90,10 @@ class StoreSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self)
+        values = asdict(self)
+        if not self.with_blocks:
+            del values["with_blocks"]  # as in stores from before there were any
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StoreSettings":

@@ -40,7 +40,7 @@ from carryon.cache.unit_writer import read_sample_places, read_unit_input
 Depth = Literal["quick", "sample", "full"]
 
 _SAMPLED_CHUNKS = 64
-_LARGE = ("head/lm_head/c/", "samples/", copy_path("samples/"))
+_LARGE = ("head/lm_head/c/", "blocks/", "samples/", copy_path("samples/"))
 """Files of the plan that grow with vocabulary or samples; read by `full` only."""
 
 

@@ -4,6 +4,7 @@ import textwrap
 from itertools import zip_longest
 from typing import Any
 
+from carryon.cache.errors import InputError
 from carryon.cache.spec import ForwardSettings
 from carryon.train.config import GenerateSettings
 
@@ -45,6 +46,11 @@ def generate(
     from carryon.train.generate import answer
 
     model = CarryOnForCausalLM.from_pretrained(carryon, base=base, forward=forward)
+    if not model.carryons.names and (compare or alpha not in (None, 1.0)):
+        raise InputError(
+            f"{carryon}: expected neither --compare nor --alpha for a carry-on of the kind native "
+            "or top, which is merged into its base: generate with a bottleneck to compare"
+        )
     if not compare:
         streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         text = answer(model, prompt, settings=settings, alpha=alpha, streamer=streamer)

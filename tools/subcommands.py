@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "versions": "versions",
     "evaluate": "evaluate",
     "generate": "generate",
+    "merge": "merge",
     "score": "score",
     "plan-memory": "plan_memory",
     "bench store": "bench_store",

@@ -112,6 +112,10 @@ class CarryOn(nn.Module):
         ).last_hidden_state[0]
         return self._leave(u_Nd[positions_M])
 
+    def customize(self, final: Tensor, said: Tensor, *, alpha: float) -> Tensor:
+        """Return the states that the head reads, of the base's and what this module said."""
+        return customized_states(final, said, alpha=alpha)
+
     def _leave(self, u: Tensor) -> Tensor:
         u = self.dropout(u)
         delta: Tensor = self.up(u)
@@ -199,4 +203,4 @@ def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
 
 def num_parameters(carryon: CarryOn) -> int:
     """Return the number of trained values."""
-    return sum(weight.numel() for weight in carryon.parameters())
+    return sum(weight.numel() for weight in carryon.parameters() if weight.requires_grad)

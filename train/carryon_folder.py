@@ -5,7 +5,7 @@ belongs to by the base's digests, not by a path.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from carryon.cache.atomic import write_file, write_json
+from carryon.cache.blocks import Blocks
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.train.carryon import CarryOn
 from carryon.train.config import CarryOnSettings
@@ -177,8 +178,14 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         raise _not_a_carryon(Path(folder), error) from error
 
 
-def load_carryon(folder: str | Path) -> tuple[CarryOn, CarryOnCard]:
+def load_carryon(
+    folder: str | Path, *, blocks: Blocks | Callable[[], Blocks] | None = None
+) -> tuple[CarryOn, CarryOnCard]:
     """Return the carry-on in `folder`, weights in float32 on the CPU, and its card.
+
+    Args:
+        folder: of the carry-on.
+        blocks: of its base, or what reads them; needed for the kinds `native` and `top`.
 
     Raises:
         MissingError: there is no carry-on.
@@ -188,11 +195,30 @@ def load_carryon(folder: str | Path) -> tuple[CarryOn, CarryOnCard]:
     weights = read_weights(folder)
     try:
         settings = CarryOnSettings.from_dict(card.settings)
-        carryon = CarryOn(settings, base_width=card.base_width)
+        carryon = _build(settings, card, blocks, root=Path(folder))
         carryon.load_state_dict({name: weight.float() for name, weight in weights.items()})
     except (RuntimeError, InputError) as error:
         raise _not_a_carryon(Path(folder), error) from error
     return carryon.eval(), card
+
+
+def _build(
+    settings: CarryOnSettings,
+    card: CarryOnCard,
+    blocks: Blocks | Callable[[], Blocks] | None,
+    *,
+    root: Path,
+) -> CarryOn:
+    if settings.kind == "bottleneck":
+        return CarryOn(settings, base_width=card.base_width)
+    if blocks is None:
+        raise InputError(
+            f"a carry-on of the kind {settings.kind} is used as a checkpoint: carryon merge "
+            f"--carryon {root} makes it"
+        )
+    from carryon.train.blocks_carryon import BlocksCarryOn
+
+    return BlocksCarryOn(settings, blocks() if callable(blocks) else blocks)
 
 
 def check_base(card: CarryOnCard, base: Mapping[str, Any], *, where: str | Path) -> None:

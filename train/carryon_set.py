@@ -80,6 +80,12 @@ class CarryOnSet:
             SettingMismatchError: it was trained on another base or tokenizer.
         """
         check_base(card, self._base, where=f"carry-on {name}")
+        kind = card.settings.get("kind")
+        if kind in ("native", "top"):
+            raise InputError(
+                f"a carry-on of the kind {kind} takes the place of the base's own states and "
+                "cannot stand beside others: make a checkpoint of it with carryon merge"
+            )
         shape = self._shape_of(card)
         expected = {key: tuple(weight.shape) for key, weight in shape.state_dict().items()}
         found = {key: tuple(weight.shape) for key, weight in weights.items()}

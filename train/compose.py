@@ -14,6 +14,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
+from carryon.cache.anatomy import find_anatomy
 from carryon.cache.base import Base, load_base
 from carryon.cache.capture import watch_taps
 from carryon.cache.errors import InputError, MissingError
@@ -120,15 +122,21 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             download: revision, token, cache_dir, force_download, local_files_only: as
                 huggingface_hub has them.
 
+        A `native` or `top` is merged into the base in memory: `base` is then the customized model
+        itself, without carry-ons, and alpha has nothing to scale.
+
         Raises:
             MissingError: there is no carry-on, or its base is not found.
             SettingMismatchError: `base` is not the base that it was trained on.
         """
         place = locate_carryon(folder, **download)
         card = read_card(place)
+        is_shared = isinstance(base, Base)
         if not isinstance(base, Base):
             base = _load_own_base(card, base, forward=forward or ForwardSettings(), folder=folder)
         check_base(card, base.identity.to_dict(), where=f"base {base.source}")
+        if card.settings.get("kind") in ("native", "top"):
+            return cls(_merged(place, base, is_shared=is_shared))
         model = cls(base)
         model.add_carryon(DEFAULT, place)
         return model
@@ -315,6 +323,17 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
     def _can_set_experts_implementation(cls) -> bool:
         """Answer transformers for the base, whose mixture of experts it may switch."""
         return True
+
+
+def _merged(place: Path, base: Base, *, is_shared: bool) -> Base:
+    """Return the base with a `native` or `top` inside; one that others hold too is copied."""
+    from carryon.train.merge import load_for_base, merge_into
+
+    module = load_for_base(place, base)
+    if is_shared:
+        model = copy.deepcopy(base.model)
+        base = replace(base, model=model, anatomy=find_anatomy(model))
+    return merge_into(base, module)
 
 
 def _load_own_base(

@@ -22,10 +22,13 @@ _SettingsT = TypeVar(
 class CarryOnSettings:
     """The shape of a carry-on."""
 
-    kind: Literal["bottleneck"] = "bottleneck"
-    """`bottleneck`: decoder blocks of a width of your choice behind a bridge."""
+    kind: Literal["bottleneck", "native", "top"] = "bottleneck"
+    """`bottleneck`: decoder blocks of a width of your choice behind a bridge. `native`: new blocks
+    of the base's own kind behind its last. `top`: a copy of the base's last blocks. The last two
+    need a store with blocks of the base, and can be merged into an ordinary checkpoint."""
     taps: list[str] = field(default_factory=lambda: ["final"])
-    """Taps of the store that the carry-on reads."""
+    """Taps of the store that the carry-on reads. `native` and `top` have theirs: `prenorm`, and
+    the one below the copied blocks."""
     width: int = 128
     """Width d of the carry-on's blocks, in channels."""
     blocks: int = 2
@@ -40,12 +43,29 @@ class CarryOnSettings:
     dropout: float = 0.0
     """Part of the channels of width d that are set to zero at the blocks' entrance and exit in
     training. Which ones is decided by seed and step."""
+    lora_rank: int = 0
+    """Rank of LoRA on the copy of a `top`. 0: the copy is trained whole."""
+    lora_alpha: int = 16
+    """LoRA's scale: what it adds is multiplied by this, divided by the rank."""
 
     def __post_init__(self) -> None:
         """Raise InputError naming every field that is out of range."""
         _refuse(
             [
-                (self.kind != "bottleneck", f"kind: expected bottleneck, got {self.kind}"),
+                (
+                    self.kind not in ("bottleneck", "native", "top"),
+                    f"kind: expected bottleneck, native or top, got {self.kind}",
+                ),
+                (
+                    self.kind != "bottleneck" and self.dropout > 0,
+                    f"dropout: expected 0 for the kind {self.kind}, got {self.dropout}",
+                ),
+                (
+                    self.lora_rank < 0 or (self.lora_rank > 0 and self.kind != "top"),
+                    f"lora_rank: expected 0, or more for the kind top, got {self.lora_rank} for "
+                    f"the kind {self.kind}",
+                ),
+                (self.lora_alpha < 1, f"lora_alpha: expected 1 or more, got {self.lora_alpha}"),
                 (not self.taps, "taps: expected at least one tap, got none"),
                 (
                     len(set(self.taps)) != len(self.taps),

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from carryon.cache.blocks import load_blocks
 from carryon.cache.errors import InputError
 from carryon.cache.reader import Store
 from carryon.train.carryon import CarryOn
@@ -103,7 +104,9 @@ def evaluate(
         InputError: an alpha is out of range, or the store lacks a tap.
     """
     opened = Store.open(store)
-    module, card = load_carryon(locate_carryon(carryon))
+    module, card = load_carryon(
+        locate_carryon(carryon), blocks=lambda: load_blocks(opened.root, opened.manifest)
+    )
     check_base(card, opened.manifest.base, where=store)
     check_taps(opened, module.settings.taps)
     chosen, name = _choose(opened, card, samples)
@@ -203,7 +206,7 @@ def measure_nlls(
                             deltas[id(each.carryon)] = pair_delta(each.carryon, batch, head=head)
                         delta = deltas[id(each.carryon)]
                         losses = losses_of_delta(
-                            delta, batch, head=head, chunk=chunk, alpha=each.alpha
+                            each.carryon, delta, batch, head=head, chunk=chunk, alpha=each.alpha
                         )
                         total[1] += float(losses.double().sum())
     flat = [value for total in sums for value in total]

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from carryon.cache.atomic import write_json
 from carryon.cache.errors import InputError
+from carryon.cache.manifest import Manifest, read_manifest
 from carryon.cache.reader import Store
+from carryon.train.blocks_carryon import with_own_tap
 from carryon.train.carryon import num_parameters
 from carryon.train.config import (
     CarryOnSettings,
@@ -113,6 +115,8 @@ def train_jointly(
     Raises:
         InputError, KeyboardInterrupt: as `train`; every run keeps what it had.
     """
+    manifest = read_manifest(Path(paths[0]))
+    jobs = [_with_own_tap(job, manifest) for job in jobs]
     processes = join_processes(jobs[0].settings.run.device)
     data, prepared = _open(paths, jobs, processes, behind)
     finished = {job.out: _finished(job.out) for job in jobs}
@@ -173,6 +177,11 @@ def _open(
             processes,
         )
     return data, runs
+
+
+def _with_own_tap(job: Job, manifest: Manifest) -> Job:
+    carryon = with_own_tap(job.settings.carryon, manifest)
+    return replace(job, settings=replace(job.settings, carryon=carryon))
 
 
 def _check_processes(runs: Sequence[Run], processes: Processes) -> None:

@@ -109,8 +109,12 @@ def build_optimizer(
                 "optimizer: expected adamw with weights_dtype bfloat16, optimizer_bits 8 or "
                 "step_in_backward, got muon"
             )
-        blocks = [weight for weight in carryon.body.parameters() if weight.ndim == 2]
-        rest = [weight for weight in carryon.parameters() if not _is_among(weight, blocks)]
+        blocks = [
+            weight
+            for weight in carryon.body.parameters()
+            if weight.ndim == 2 and weight.requires_grad
+        ]
+        rest = [weight for weight in _trained(carryon) if not _is_among(weight, blocks)]
         muon = torch.optim.Muon(
             blocks,
             lr=settings.learning_rate,
@@ -118,7 +122,7 @@ def build_optimizer(
             adjust_lr_fn="match_rms_adamw",  # so that the learning rate suits both
         )
         return Parts([muon, _adamw(rest, settings, memory)], in_backward=False)
-    weights = list(carryon.parameters())
+    weights = _trained(carryon)
     if memory.step_in_backward:
         parts = [
             _adamw([weight], settings, memory, first_index=index)
@@ -126,6 +130,10 @@ def build_optimizer(
         ]
         return Parts(parts, in_backward=True)
     return _adamw(weights, settings, memory)
+
+
+def _trained(carryon: CarryOn) -> list[Tensor]:
+    return [weight for weight in carryon.parameters() if weight.requires_grad]
 
 
 def _adamw(

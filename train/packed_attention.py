@@ -16,6 +16,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from carryon.cache.errors import InputError
+
 PACKED_ATTENTION = "carryon_packed"
 """Name of this attention in transformers' table."""
 
@@ -74,17 +76,42 @@ def _attention(
     if query.device.type == "cpu":  # its backward kernel takes half the time in float32
         query, key, value = query.float(), key.float(), value.float()
     # Pads stand at the end of a row, where causal attention never looks from a real token.
+    groups = query.shape[1] // key.shape[1]  # heads of the query that share one of the keys
+    window = kwargs.get("sliding_window")
+    band = None
+    if window is not None and window < packing.longest:
+        band = _seen(window, packing, query)
+    if kwargs.get("s_aux") is not None:
+        raise InputError("attention sinks: not known to training from a store; train a bottleneck")
+    q_BHTK = _spread(query, packing)
+    k_BHTK = _spread(key, packing).repeat_interleave(groups, dim=1)
+    v_BHTK = _spread(value, packing).repeat_interleave(groups, dim=1)
+    scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     with torch.autocast(query.device.type, enabled=False):
-        out = nn.functional.scaled_dot_product_attention(
-            _spread(query, packing),
-            _spread(key, packing),
-            _spread(value, packing),
-            is_causal=True,
-            scale=kwargs.get("scaling"),
-            dropout_p=kwargs.get("dropout", 0.0),
-        )
+        if softcap is None:
+            out = nn.functional.scaled_dot_product_attention(
+                q_BHTK,
+                k_BHTK,
+                v_BHTK,
+                attn_mask=band,
+                is_causal=band is None,
+                scale=scale,
+                dropout_p=kwargs.get("dropout", 0.0),
+            )
+        else:  # no kernel of torch limits scores
+            scores = softcap * torch.tanh(q_BHTK @ k_BHTK.mT * (scale or 1.0) / softcap)
+            seen = _seen(packing.longest, packing, query) if band is None else band
+            scores = scores.masked_fill(~seen, float("-inf"))
+            out = scores.softmax(dim=-1, dtype=torch.float32).to(v_BHTK.dtype) @ v_BHTK
     flat = out.transpose(1, 2).flatten(0, 1)  # [B * T, H, K]
     return flat.index_select(0, packing.place)[None], None
+
+
+def _seen(window: int, packing: Packing, like: Tensor) -> Tensor:
+    """Return who sees whom, [T, T]: the last `window` tokens, itself among them."""
+    at = torch.arange(packing.longest, device=like.device)
+    distance = at[:, None] - at
+    return (distance >= 0) & (distance < window)
 
 
 def _spread(heads: Tensor, packing: Packing) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from carryon.cache.reader import Store
-from carryon.train.carryon import CarryOn, build_carryon
+from carryon.train.blocks_carryon import build_kind
+from carryon.train.carryon import CarryOn
 from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
@@ -131,8 +132,7 @@ def prepare_run(
     """
     optimization = settings.optimization
     device = pick_device(settings.run.device)
-    base_width = data.store.width
-    carryon = build_carryon(settings.carryon, base_width=base_width, seed=optimization.seed)
+    carryon = build_kind(settings.carryon, data.store, seed=optimization.seed)
     carryon = lean_(carryon.to(device), settings.memory)
     if settings.loss not in heads:
         heads[settings.loss] = place_head(data.store, settings.loss, device=device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from carryon.train.batch import Batch
-from carryon.train.carryon import CarryOn, customized_states
+from carryon.train.carryon import CarryOn
 from carryon.train.frozen_head import FrozenHead
 from carryon.train.loss import base_divergences, token_losses
 from carryon.train.optimizer import Parts
@@ -102,9 +102,8 @@ def _objective(
     carryon: CarryOn, batch: Batch, *, head: FrozenHead, chunk: int, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies [M], and the sum that is trained on."""
-    states_MD = customized_states(
-        final_states(batch), pair_delta(carryon, batch, head=head), alpha=1.0
-    )
+    delta_MD = pair_delta(carryon, batch, head=head)
+    states_MD = carryon.customize(final_states(batch), delta_MD, alpha=1.0)
     losses = token_losses(states_MD, batch.targets, head=head, chunk=chunk)
     if kl_weight == 0:
         return losses, losses.sum()
@@ -125,22 +124,21 @@ def pair_losses(
     carryon: CarryOn, batch: Batch, *, head: FrozenHead, chunk: int, alpha: float
 ) -> Tensor:
     """Return the cross-entropy of the customized model at each supervised pair, [M] float32."""
-    return losses_of_delta(
-        pair_delta(carryon, batch, head=head), batch, head=head, chunk=chunk, alpha=alpha
-    )
+    delta_MD = pair_delta(carryon, batch, head=head)
+    return losses_of_delta(carryon, delta_MD, batch, head=head, chunk=chunk, alpha=alpha)
 
 
 def pair_delta(carryon: CarryOn, batch: Batch, *, head: FrozenHead) -> Tensor:
-    """Return the carry-on's correction at each supervised pair, before alpha, [M, D]."""
+    """Return what the carry-on says of each supervised pair, before alpha, [M, D]."""
     with _autocast(head):
         return carryon.correct_packed(batch.states, batch.packing(), batch.positions)
 
 
 def losses_of_delta(
-    delta_MD: Tensor, batch: Batch, *, head: FrozenHead, chunk: int, alpha: float
+    carryon: CarryOn, delta_MD: Tensor, batch: Batch, *, head: FrozenHead, chunk: int, alpha: float
 ) -> Tensor:
     """Return the cross-entropy of each pair whose state is corrected by alpha * delta, [M]."""
-    states_MD = customized_states(final_states(batch), delta_MD, alpha=alpha)
+    states_MD = carryon.customize(final_states(batch), delta_MD, alpha=alpha)
     return token_losses(states_MD, batch.targets, head=head, chunk=chunk)
 
 
