@@ -173,9 +173,8 @@ def _prove(base: Base, blocks: Blocks) -> None:
     tokens = torch.arange(_PROOF_TOKENS)[None] % base.identity.vocab_size
     states = capture(base, [tap, "final"], tokens)
     try:
-        decoder: Any = build_decoder(
-            blocks, number, with_weights=True, attention=base.attention
-        ).eval()
+        decoder: Any = build_decoder(blocks, number, with_weights=True, attention=base.attention)
+        decoder.eval()
         with torch.inference_mode():
             found = decoder(
                 inputs_embeds=states[tap].float().cpu(), use_cache=False
