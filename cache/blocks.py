@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load, save
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from carryon.cache.atomic import json_bytes
-from carryon.cache.base import Base
-from carryon.cache.capture import capture
 from carryon.cache.errors import DamagedStoreError, InputError
 from carryon.cache.manifest import Manifest, sha256_hex
+
+if TYPE_CHECKING:  # the trainer reads blocks and loads no base
+    from carryon.cache.base import Base
 
 CONFIG_PATH = "blocks/config.json"
 _PROOF_TOKENS = 12
@@ -47,7 +48,7 @@ class Blocks:
         return int(self.config["num_hidden_layers"])
 
 
-def read_blocks(base: Base, number: int) -> Blocks:
+def read_blocks(base: "Base", number: int) -> Blocks:
     """Return the last `number` blocks of a loaded base, proved to do what the base does.
 
     Raises:
@@ -161,13 +162,15 @@ def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in found.items()}
 
 
-def _stored_dtype(base: Base) -> torch.dtype:
+def _stored_dtype(base: "Base") -> torch.dtype:
     # Computing in float32 widens the checkpoint's values and nothing else.
     is_widened = base.compute_dtype == torch.float32
     return base.checkpoint_dtype if is_widened else base.compute_dtype
 
 
-def _prove(base: Base, blocks: Blocks) -> None:
+def _prove(base: "Base", blocks: Blocks) -> None:
+    from carryon.cache.capture import capture
+
     number = len(blocks.blocks)
     tap = f"layer.{base.identity.num_layers - number}"
     tokens = torch.arange(_PROOF_TOKENS)[None] % base.identity.vocab_size
@@ -188,7 +191,7 @@ def _prove(base: Base, blocks: Blocks) -> None:
         raise _refusal(base, f"run alone they are {error_size:.2g} off what the base computes")
 
 
-def _refusal(base: Base, reason: str) -> InputError:
+def _refusal(base: "Base", reason: str) -> InputError:
     return InputError(
         f"{base.identity.architecture}: expected blocks that can be cut out of the base, but "
         f"{reason}: leave out --with-blocks"

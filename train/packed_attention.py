@@ -73,6 +73,7 @@ def _attention(
     """Attend within each sample; without a packing this is transformers' own sdpa attention."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    dtype = value.dtype
     if query.device.type == "cpu":  # its backward kernel takes half the time in float32
         query, key, value = query.float(), key.float(), value.float()
     # Pads stand at the end of a row, where causal attention never looks from a real token.
@@ -104,7 +105,7 @@ def _attention(
             scores = scores.masked_fill(~seen, float("-inf"))
             out = scores.softmax(dim=-1, dtype=torch.float32).to(v_BHTK.dtype) @ v_BHTK
     flat = out.transpose(1, 2).flatten(0, 1)  # [B * T, H, K]
-    return flat.index_select(0, packing.place)[None], None
+    return flat.index_select(0, packing.place)[None].to(dtype), None
 
 
 def _seen(window: int, packing: Packing, like: Tensor) -> Tensor:
