@@ -95,9 +95,20 @@ def test_plain_recomputation_notices_another_alpha(tiny_base: Base, tmp_path: Pa
     tokens = make_prompts(tiny_base, tmp_path, num=2, num_tokens=9)
     carryon, card = make_carryons(tiny_base, 1, max_bytes=4096, tokens=tokens)[0]
     model = CarryOnForCausalLM(tiny_base, carryon, card)
-    plain = plain_logits(tiny_base, carryon, tokens)
-    assert relative_error(model(tokens).logits[:, -1], plain) < 1e-5
-    assert relative_error(model(tokens, alpha=0.9).logits[:, -1], plain) > 1e-4
+    plain = plain_logits(tiny_base, carryon, tokens, 4)
+    assert relative_error(model(tokens).logits[:, -5:-1], plain) < 1e-5
+    assert relative_error(model(tokens, alpha=0.9).logits[:, -5:-1], plain) > 1e-4
+
+
+def test_one_recomputation_decides_every_token_as_one_for_each_would(
+    tiny_base: Base, tmp_path: Path
+) -> None:
+    tokens = make_prompts(tiny_base, tmp_path, num=2, num_tokens=9)
+    carryon, _ = make_carryons(tiny_base, 1, max_bytes=4096, tokens=tokens)[0]
+    at_once = plain_logits(tiny_base, carryon, tokens, 4)
+    for place in range(4):
+        shorter = plain_logits(tiny_base, carryon, tokens[:, : 6 + place], 1)
+        assert relative_error(at_once[:, place], shorter[:, 0]) < 1e-5
 
 
 def test_the_command_prints_json_lines_and_writes_them(

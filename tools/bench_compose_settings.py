@@ -57,7 +57,7 @@ class BenchComposeSizes:
     prompts: int = 100
     """Prompts in `greedy`."""
     greedy_tokens: int = 24
-    """Tokens that are generated in `greedy`; each is recomputed from the whole text before it."""
+    """Tokens that are generated in `greedy`; each is held against a recomputation."""
     rounds: int = 7
     """Rounds that medians are taken of."""
 

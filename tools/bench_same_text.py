@@ -1,11 +1,13 @@
-"""Greedy text from a cache against plain recomputation of the whole text for each token.
+"""Greedy text from a cache against plain recomputation of the whole text.
 
 The recomputation shares nothing with composing but the trained module: base states by a forward
-pass without a cache, the carry-on on all of them, the base's norm and head on the sum. Prompts of
-one length and the same batches on both sides, so that neither pads nor another split of the work
-is what differs. In bfloat16 a logit has 8 bits, and the likeliest tokens are often a rounding
-apart, for the base alone just as well; so the claim is made in float32, and what the base's own
-type does is reported beside the base alone in that type.
+pass without a cache, the carry-on on all of them, the base's norm and head on the sum. A causal
+model says at every position what it would say of the text up to there alone, so one pass over the
+generated text recomputes every choice in it: as long as all were the same, what came before each
+is the recomputed text itself. Prompts of one length and the same batches on both sides, so that
+neither pads nor another split of the work is what differs. In bfloat16 a logit has 8 bits, and the
+likeliest tokens are often a rounding apart, for the base alone just as well; so the claim is made
+in float32, and what the base's own type does is reported beside the base alone in that type.
 """
 
 import copy
@@ -23,7 +25,8 @@ from carryon.tools.bench_figure import Figure
 from carryon.train.carryon import CarryOn, customized_states
 from carryon.train.compose import CarryOnForCausalLM
 
-Logits = Callable[[Tensor], Tensor]
+Logits = Callable[[Tensor, int], Tensor]
+"""Of token ids [B, T] and n: the logits that decided each of the last n tokens, [B, n, V]."""
 
 
 def measure_greedy(job: ComposeJob) -> None:
@@ -41,15 +44,15 @@ def measure_greedy(job: ComposeJob) -> None:
         for rows in sizes.batch_sizes:
             batches = torch.split(prompts.to(base.device), rows)
 
-            def plain(tokens: Tensor, base: Base = base, own: CarryOn = own) -> Tensor:
-                return plain_logits(base, own, tokens)
+            def plain(tokens: Tensor, last: int, base: Base = base, own: CarryOn = own) -> Tensor:
+                return plain_logits(base, own, tokens, last)
 
             details: dict[str, float] = {"prompts": len(prompts), "new_tokens": sizes.greedy_tokens}
             if base.compute_dtype != torch.float32:
                 alone: Any = base.model
 
-                def bare(tokens: Tensor, base: Base = base) -> Tensor:
-                    return base_logits(base, tokens)[:, -1]
+                def bare(tokens: Tensor, last: int, base: Base = base) -> Tensor:
+                    return base_logits(base, tokens)[:, -last - 1 : -1]
 
                 share, worst = _compare_texts(alone, bare, batches, sizes.greedy_tokens)
                 details |= {"base_alone": share, "base_alone_worst_choice": worst}
@@ -67,12 +70,12 @@ def measure_greedy(job: ComposeJob) -> None:
 
 
 @torch.inference_mode()
-def plain_logits(base: Base, carryon: CarryOn, tokens: Tensor) -> Tensor:
-    """Return the customized logits after the last of `tokens` [B, T], recomputed: [B, V]."""
+def plain_logits(base: Base, carryon: CarryOn, tokens: Tensor, last: int) -> Tensor:
+    """Return the customized logits before each of the `last` of `tokens` [B, T]: [B, last, V]."""
     states = capture(base, carryon.settings.taps, tokens)
     customized = customized_states(states["final"], carryon(states), alpha=1.0)
-    last = customized[:, -1].to(base.compute_dtype)
-    logits: Tensor = base.anatomy.head(last) * base.anatomy.logit_scale
+    before = customized[:, -last - 1 : -1].to(base.compute_dtype)
+    logits: Tensor = base.anatomy.head(before) * base.anatomy.logit_scale
     cap = base.anatomy.softcap
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -99,16 +102,12 @@ def _compare_texts(
             pad_token_id=0,
             max_new_tokens=num_new,
         )
-        is_same = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-        for length in range(tokens.shape[1], generated.shape[1]):
-            # As long as all choices were the same, this is the recomputed text itself.
-            found = logits(generated[:, :length]).float()
-            chosen = generated[:, length]
-            is_same &= found.argmax(dim=-1) == chosen
-            largest = found.amax(dim=-1)
-            short = (largest - found.gather(1, chosen[:, None]).squeeze(1)) / largest.abs()
-            worst = max(worst, float(short.max()))
-        same += int(is_same.sum())
+        found = logits(generated, num_new).float()
+        chosen = generated[:, -num_new:]
+        same += int((found.argmax(dim=-1) == chosen).all(dim=1).sum())
+        largest = found.amax(dim=-1)
+        short = (largest - found.gather(2, chosen.unsqueeze(2)).squeeze(2)) / largest.abs()
+        worst = max(worst, float(short.max()))
         total += len(tokens)
     return same / total, worst
 
