@@ -31,6 +31,7 @@ from carryon.train.config import (
 from carryon.train.evaluate import evaluate
 from carryon.train.loop import train
 from carryon.train.merge import merge
+from carryon.train.metrics import read_metrics
 from carryon.train.packed_attention import pack
 
 FORWARD = ForwardSettings(device="cpu", compute_dtype="float32", batch_tokens=256)
@@ -68,7 +69,7 @@ def make_place(
     return Place(base, root / "store")
 
 
-def fit(place: Place, out: Path, **settings: Any) -> Path:  # noqa: ANN401
+def fit(place: Place, out: Path, *, kl_weight: float = 0.0, **settings: Any) -> Path:  # noqa: ANN401
     """Train a carry-on for a few steps; return its folder."""
     train(
         store=str(place.store),
@@ -76,7 +77,7 @@ def fit(place: Place, out: Path, **settings: Any) -> Path:  # noqa: ANN401
         carryon=CarryOnSettings(blocks=1, **settings),
         optimization=OptimizationSettings(epochs=2, batch_tokens=64, learning_rate=1e-2),
         stream=StreamSettings(),
-        loss=LossSettings(),
+        loss=LossSettings(kl_weight=kl_weight),
         memory=MemorySettings(),
         run=RunSettings(device="cpu"),
     )
@@ -148,6 +149,43 @@ def test_a_merged_checkpoint_gives_the_customized_models_logits_and_loss(
             scores = model(tokens).logits[0, :-1].log_softmax(-1)
         losses.append(-scores.gather(1, tokens[0, 1:, None]).flatten())
     assert float(torch.cat(losses).mean()) == pytest.approx(measured.carryon_nll, abs=2e-3)
+
+
+@pytest.mark.parametrize(("kind", "tap"), [("native", "prenorm"), ("top", "layer.1")])
+def test_a_store_of_a_kinds_own_tap_is_enough(
+    tmp_path: Path, llama: Place, kind: str, tap: str
+) -> None:
+    """To train, with KL too, and to measure base and carry-on as a store with `final` does."""
+    lean = make_place(tmp_path, taps=[tap])
+    nlls = {}
+    for kl_weight in (0.0, 100.0):
+        out = tmp_path / f"run-{kl_weight:g}"
+        carryon = str(fit(lean, out, kind=kind, kl_weight=kl_weight))
+        from_lean, from_whole = (
+            evaluate(
+                store=str(place.store),
+                carryon=carryon,
+                samples="all",
+                alphas=[0.0, 1.0],
+                device="cpu",
+            )
+            for place in (lean, llama)
+        )
+        assert from_lean.base_nll == pytest.approx(from_whole.base_nll, abs=2e-4)
+        assert from_lean.carryon_nlls == pytest.approx(from_whole.carryon_nlls, abs=2e-4)
+        assert from_lean.carryon_nlls[0] == from_lean.base_nll
+        begun = read_metrics(out / "metrics.jsonl")[0]["held_out_nll"]
+        held_out = evaluate(store=str(lean.store), carryon=carryon, device="cpu")
+        assert held_out.base_nll == pytest.approx(begun, abs=1e-6)
+        nlls[kl_weight] = from_lean.carryon_nll
+    assert nlls[0.0] < nlls[100.0] - 0.01 < from_lean.base_nll
+
+
+def test_a_bottleneck_needs_the_tap_that_it_corrects(tmp_path: Path) -> None:
+    """The error says how to extract it."""
+    place = make_place(tmp_path, taps=["layer.1"])
+    with pytest.raises(InputError, match="expected the taps final, layer.1, it has layer.1"):
+        fit(place, tmp_path / "run", taps=["layer.1"])
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's

@@ -3,7 +3,8 @@
     native: final' = norm(new blocks(prenorm))           output projections start at zero
     top:    final' = norm(copies of the last k(layer.(L-k)))    trained whole, or by LoRA
 
-They return what the head reads, no correction to it, so their strength is 1 or 0. A decoder of the
+They return what the head reads, no correction to it, so their strength is 1 or 0, and they train
+from a store of their own tap alone. A decoder of the
 base's class runs them (cache/blocks.py), with the attention for samples that lie one after another.
 Letters: N tokens of a flat batch, D base width, M chosen positions.
 """
@@ -78,18 +79,20 @@ class BlocksCarryOn(CarryOn):
         ).last_hidden_state[0]
         return found[positions_M]
 
-    def customize(self, final: Tensor, said: Tensor, *, alpha: float) -> Tensor:
-        """Return the base's states or the customized ones, float32.
+    def customize(
+        self, states: Mapping[str, Tensor], positions_M: Tensor, said_MD: Tensor, *, alpha: float
+    ) -> Tensor:
+        """Return what was said, float32: it takes the place of the base's states.
 
         Raises:
-            InputError: alpha is neither 0 nor 1.
+            InputError: alpha is not 1; at 0 there is nothing but the base.
         """
-        if alpha not in (0, 1):
+        if alpha != 1:
             raise InputError(
                 f"alpha: expected 0 or 1 for a carry-on of the kind {self.settings.kind}, which "
                 f"takes the place of the base's states, got {alpha:g}"
             )
-        return said.float() if alpha else final.float()
+        return said_MD.float()
 
     def state_dict(self, *args: Any, **settings: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
         """Return what is trained; all else is the base's."""
@@ -132,10 +135,19 @@ def build_kind(settings: CarryOnSettings, store: Store, *, seed: int) -> CarryOn
     """
     if settings.kind == "bottleneck":
         return build_carryon(settings, base_width=store.width, seed=seed)
-    blocks = load_blocks(store.root, store.manifest)
+    blocks = blocks_of(store)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return BlocksCarryOn(settings, blocks)
+
+
+def blocks_of(store: Store) -> Blocks:
+    """Return the base's last blocks of a store.
+
+    Raises:
+        InputError: it has none.
+    """
+    return load_blocks(store.root, store.manifest)
 
 
 def with_own_tap(settings: CarryOnSettings, manifest: Manifest) -> CarryOnSettings:

@@ -112,9 +112,18 @@ class CarryOn(nn.Module):
         ).last_hidden_state[0]
         return self._leave(u_Nd[positions_M])
 
-    def customize(self, final: Tensor, said: Tensor, *, alpha: float) -> Tensor:
-        """Return the states that the head reads, of the base's and what this module said."""
-        return customized_states(final, said, alpha=alpha)
+    def customize(
+        self, states: Mapping[str, Tensor], positions_M: Tensor, said_MD: Tensor, *, alpha: float
+    ) -> Tensor:
+        """Return the states that the head reads, [M, D] float32.
+
+        Args:
+            states: as in `correct_packed`, and at `final`.
+            positions_M: as in `correct_packed`.
+            said_MD: what that gave.
+            alpha: strength of the correction.
+        """
+        return customized_states(states["final"][positions_M], said_MD, alpha=alpha)
 
     def _leave(self, u: Tensor) -> Tensor:
         u = self.dropout(u)

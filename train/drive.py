@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from carryon.cache.errors import InputError
-from carryon.train.evaluate import measure_nlls, stream_taps
+from carryon.train.evaluate import measure_nlls
 from carryon.train.interrupt import StopRequest
 from carryon.train.joint_order import JointOrder, join_orders
 from carryon.train.live_run import LiveRun
@@ -106,7 +106,7 @@ def _stop(lives: Sequence[LiveRun]) -> None:
 
 
 def _taps(lives: Sequence[LiveRun]) -> list[str]:
-    return stream_taps([tap for live in lives for tap in live.run.settings.carryon.taps])
+    return list(dict.fromkeys(tap for live in lives for tap in live.run.taps))
 
 
 def _check_memory(data: TrainData, order: JointOrder, taps: Sequence[str]) -> None:

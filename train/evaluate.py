@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from carryon.cache.blocks import load_blocks
 from carryon.cache.errors import InputError
 from carryon.cache.reader import Store
+from carryon.train.base_states import BaseStates, find_base_states
+from carryon.train.blocks_carryon import blocks_of
 from carryon.train.carryon import CarryOn
 from carryon.train.carryon_folder import (
     CarryOnCard,
@@ -22,14 +24,14 @@ from carryon.train.carryon_folder import (
     locate_carryon,
 )
 from carryon.train.carryon_set import check_alpha
-from carryon.train.config import LossSettings, StreamSettings
+from carryon.train.config import CarryOnSettings, LossSettings, StreamSettings
 from carryon.train.device import pick_chunk, pick_device
 from carryon.train.frozen_head import FrozenHead, place_head
 from carryon.train.loss import token_losses
 from carryon.train.order import count_steps, plan_pass, rank_rows
 from carryon.train.processes import current_processes, sum_over_processes
 from carryon.train.split import split_samples
-from carryon.train.step import final_states, losses_of_delta, pair_delta
+from carryon.train.step import losses_of_delta, pair_delta
 from carryon.train.stream import Stream
 
 BATCH_TOKENS = 4096
@@ -104,11 +106,9 @@ def evaluate(
         InputError: an alpha is out of range, or the store lacks a tap.
     """
     opened = Store.open(store)
-    module, card = load_carryon(
-        locate_carryon(carryon), blocks=lambda: load_blocks(opened.root, opened.manifest)
-    )
+    module, card = load_carryon(locate_carryon(carryon), blocks=partial(blocks_of, opened))
     check_base(card, opened.manifest.base, where=store)
-    check_taps(opened, module.settings.taps)
+    check_taps(opened, stream_taps(module.settings))
     chosen, name = _choose(opened, card, samples)
     strengths = [check_alpha(alpha) for alpha in alphas or [card.alpha]]
     loss = loss or LossSettings()
@@ -151,6 +151,11 @@ class Judged:
     with_base: bool = False
     """Whether the base is measured too."""
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base's own states are."""
+        return self.with_base or (self.carryon is not None and self.alpha == 0)
+
 
 def measure_nlls(
     store: Store,
@@ -173,14 +178,18 @@ def measure_nlls(
         units=sample_units(store),
         batch_tokens=BATCH_TOKENS,
     )
-    taps = [tap for each in judged if each.carryon for tap in each.carryon.settings.taps]
     device = judged[0].head.device
+    taps = [tap for each in judged if each.carryon for tap in stream_taps(each.carryon.settings)]
+    base: BaseStates | None = None
+    if any(each.needs_base for each in judged):
+        base = find_base_states(store, device=device)
+        taps.append(base.tap)
     sums = [[0.0, 0.0] for _ in judged]
     targets = 0
     reader = Stream(
         store,
         windows,
-        taps=stream_taps(taps),
+        taps=list(dict.fromkeys(taps)),
         settings=stream,
         is_pinned=device.type == "cuda",
     )
@@ -193,15 +202,16 @@ def measure_nlls(
                 deltas: dict[int, torch.Tensor] = {}
                 for each, total in zip(judged, sums, strict=True):
                     head, chunk = each.head, each.chunk
-                    if each.with_base:
+                    if base is not None and each.needs_base:
                         key = (id(head), chunk)
                         if key not in bases:
-                            losses = token_losses(
-                                final_states(batch), batch.targets, head=head, chunk=chunk
-                            )
+                            states = base.at_pairs(batch, head)
+                            losses = token_losses(states, batch.targets, head=head, chunk=chunk)
                             bases[key] = float(losses.double().sum())
                         total[0] += bases[key]
-                    if each.carryon is not None:
+                    if each.carryon is not None and each.alpha == 0:
+                        total[1] += bases[key]  # the base itself, for carry-ons of any kind
+                    elif each.carryon is not None:
                         if id(each.carryon) not in deltas:  # once for all alphas
                             deltas[id(each.carryon)] = pair_delta(each.carryon, batch, head=head)
                         delta = deltas[id(each.carryon)]
@@ -236,21 +246,23 @@ def _without_dropout(carryons: Iterable[CarryOn]) -> Iterator[None]:
         carryon.train(is_training)
 
 
-def stream_taps(taps: Sequence[str]) -> list[str]:
-    """Return what must be read for a carry-on on `taps`: those, and `final`, which it corrects."""
-    return list(dict.fromkeys(["final", *taps]))
+def stream_taps(carryon: CarryOnSettings) -> list[str]:
+    """Return what must be read for a carry-on: its taps, and `final` for a bottleneck, which
+    corrects it; the other kinds take its place."""
+    own = carryon.taps
+    return list(dict.fromkeys(["final", *own])) if carryon.kind == "bottleneck" else list(own)
 
 
 def check_taps(store: Store, taps: Sequence[str]) -> None:
-    """Refuse a carry-on on `taps` where the store cannot feed it.
+    """Refuse a store that lacks one of `taps`.
 
     Raises:
         InputError: names the taps that are missing and those that are there.
     """
-    missing = [tap for tap in stream_taps(taps) if tap not in store.taps]
+    missing = [tap for tap in taps if tap not in store.taps]
     if missing:
         raise InputError(
-            f"{store.root}: expected the taps {', '.join(stream_taps(taps))}, it has "
+            f"{store.root}: expected the taps {', '.join(taps)}, it has "
             f"{', '.join(store.taps)}: extract again with --taps "
             f"{' '.join([*store.taps, *missing])}"
         )

@@ -60,7 +60,7 @@ def _choose_weights(live: LiveRun) -> int:
 
 def _round_(run: Run) -> None:
     with torch.no_grad():
-        for weight in run.carryon.parameters():
+        for weight in run.carryon.state_dict().values():  # what is saved; all else is the base's
             weight.copy_(weight.to(_saved_dtype(run)))
 
 

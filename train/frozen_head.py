@@ -4,6 +4,7 @@ Nothing here is trained. Letters: M positions, D base width, V vocabulary.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,15 @@ class FrozenHead:
     def vocab_size(self) -> int:
         """V."""
         return len(self.weight)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which modules multiply matrices in the type that the head's are.
+
+        Their weights stay as they are.
+        """
+        if self.dtype != torch.bfloat16:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def blocks(self) -> Iterator[HeadBlock]:
         """Yield all rows in order, block by block; one that was fetched is not kept."""

@@ -22,7 +22,9 @@ import yaml
 from carryon.cache.atomic import write_file, write_json
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.manifest import read_manifest
+from carryon.train.blocks_carryon import with_own_tap
 from carryon.train.checkpoint import newest_checkpoint
+from carryon.train.evaluate import stream_taps
 from carryon.train.loop import Job, train_jointly
 from carryon.train.order import count_steps
 from carryon.train.paths import BRANCH_SCHEDULES, Paradigm, branch_point
@@ -116,7 +118,9 @@ def update(
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
     _check_settings(settings)
-    data = open_data(list(store), settings.stream, taps=settings.carryon.taps)
+    shape = with_own_tap(settings.carryon, read_manifest(Path(store[0])))
+    settings = replace(settings, carryon=shape)
+    data = open_data(list(store), settings.stream, taps=stream_taps(shape))
     found = _grow(lineage, list(store), data, settings, alpha)
     version = len(found.increments)
     if version > 1:

@@ -106,6 +106,7 @@ class LiveRun:
                     learning_rate=rate,
                     grad_clip=run.settings.optimization.grad_clip,
                     kl_weight=run.settings.loss.kl_weight,
+                    base=run.base,
                 )
         except NotFiniteError as error:
             raise self._not_finite(error) from error

@@ -137,13 +137,13 @@ def _open(
 ) -> tuple[TrainData, list[Run]]:
     """Check everything, then begin or find the run folders; returns the runs to be done."""
     first = jobs[0].settings
-    data = open_data(paths, first.stream, taps=first.carryon.taps)
+    data = open_data(paths, first.stream, taps=stream_taps(first.carryon))
     if behind is not None:
         data = replace(data, store=behind(data.store))
     overlap = _overlap(data, jobs)
     identities = []
     for job in jobs:
-        check_taps(data.store, job.settings.carryon.taps)
+        check_taps(data.store, stream_taps(job.settings.carryon))
         identities.append(_identity(data, job))
     pick_device(first.run.device)
     heads: dict[LossSettings, FrozenHead] = {}
@@ -230,7 +230,7 @@ def _finished(out: str) -> TrainReport | None:
 
 def _summary(run: Run) -> str:
     train, lengths = run.data.split.train, run.store.sample_lengths
-    memory = stream_bytes(run.store, run.windows, taps=stream_taps(run.settings.carryon.taps))
+    memory = stream_bytes(run.store, run.windows, taps=run.taps)
     return (
         f"train on {len(train)} samples, {int(lengths[train].sum())} tokens; "
         f"{len(run.data.split.held_out)} samples held out\n"

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from carryon.cache.reader import Store
+from carryon.train.base_states import BaseStates, find_base_states
 from carryon.train.blocks_carryon import build_kind
 from carryon.train.carryon import CarryOn
 from carryon.train.config import (
@@ -19,7 +20,7 @@ from carryon.train.config import (
     StreamSettings,
 )
 from carryon.train.device import pick_chunk, pick_device
-from carryon.train.evaluate import Judged
+from carryon.train.evaluate import Judged, stream_taps
 from carryon.train.frozen_head import FrozenHead, place_head
 from carryon.train.optimizer import build_optimizer, lean_
 from carryon.train.order import Window, count_steps
@@ -71,8 +72,16 @@ class Run:
     head: FrozenHead
     chunk: int
     """Supervised positions whose logits exist at one time."""
+    base: BaseStates | None
+    """The base's own states, where the loss compares with them."""
     piece: Piece | None = None
     """What it takes of the whole order, and from where. None: all, from the start."""
+
+    @property
+    def taps(self) -> list[str]:
+        """What must be read for a step."""
+        also = [] if self.base is None else [self.base.tap]
+        return list(dict.fromkeys([*stream_taps(self.settings.carryon), *also]))
 
     @property
     def store(self) -> Store:
@@ -150,4 +159,5 @@ def prepare_run(
         optimizer=build_optimizer(carryon, optimization, settings.memory),
         head=heads[settings.loss],
         chunk=pick_chunk(settings.loss.chunk_tokens),
+        base=find_base_states(data.store, device=device) if settings.loss.kl_weight else None,
     )

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from carryon.train.base_states import BaseStates
 from carryon.train.batch import Batch
 from carryon.train.carryon import CarryOn
 from carryon.train.frozen_head import FrozenHead
@@ -49,8 +49,11 @@ def take_step(
     learning_rate: float,
     grad_clip: float,
     kl_weight: float = 0.0,
+    base: BaseStates | None = None,
 ) -> StepFigures:
     """Move the weights of `carryon` down the gradient of the batches' mean loss.
+
+    `base` is needed with a `kl_weight` only.
 
     Raises:
         NotFiniteError: the loss or a gradient is not finite; nothing was moved, but by an
@@ -65,7 +68,7 @@ def take_step(
     squares: list[Tensor] = []
     for number, batch in enumerate(batches):
         batch_losses, objective = _objective(
-            carryon, batch.to(head.device), head=head, chunk=chunk, kl_weight=kl_weight
+            carryon, batch.to(head.device), head=head, chunk=chunk, kl_weight=kl_weight, base=base
         )
         losses.append(batch_losses.detach())
         is_moving = in_backward is not None and number == len(batches) - 1
@@ -99,15 +102,21 @@ def take_step(
 
 
 def _objective(
-    carryon: CarryOn, batch: Batch, *, head: FrozenHead, chunk: int, kl_weight: float
+    carryon: CarryOn,
+    batch: Batch,
+    *,
+    head: FrozenHead,
+    chunk: int,
+    kl_weight: float,
+    base: BaseStates | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies [M], and the sum that is trained on."""
     delta_MD = pair_delta(carryon, batch, head=head)
-    states_MD = carryon.customize(final_states(batch), delta_MD, alpha=1.0)
+    states_MD = carryon.customize(batch.states, batch.positions, delta_MD, alpha=1.0)
     losses = token_losses(states_MD, batch.targets, head=head, chunk=chunk)
-    if kl_weight == 0:
+    if kl_weight == 0 or base is None:
         return losses, losses.sum()
-    drift = base_divergences(states_MD, final_states(batch), head=head, chunk=chunk)
+    drift = base_divergences(states_MD, base.at_pairs(batch, head), head=head, chunk=chunk)
     return losses, losses.sum() + kl_weight * drift.sum()
 
 
@@ -130,7 +139,7 @@ def pair_losses(
 
 def pair_delta(carryon: CarryOn, batch: Batch, *, head: FrozenHead) -> Tensor:
     """Return what the carry-on says of each supervised pair, before alpha, [M, D]."""
-    with _autocast(head):
+    with head.autocast():
         return carryon.correct_packed(batch.states, batch.packing(), batch.positions)
 
 
@@ -138,20 +147,8 @@ def losses_of_delta(
     carryon: CarryOn, delta_MD: Tensor, batch: Batch, *, head: FrozenHead, chunk: int, alpha: float
 ) -> Tensor:
     """Return the cross-entropy of each pair whose state is corrected by alpha * delta, [M]."""
-    states_MD = carryon.customize(final_states(batch), delta_MD, alpha=alpha)
+    states_MD = carryon.customize(batch.states, batch.positions, delta_MD, alpha=alpha)
     return token_losses(states_MD, batch.targets, head=head, chunk=chunk)
-
-
-def final_states(batch: Batch) -> Tensor:
-    """Return the base's `final` states of the supervised pairs, [M, D] in the store's type."""
-    return batch.states["final"][batch.positions]
-
-
-def _autocast(head: FrozenHead) -> AbstractContextManager[object]:
-    # Weights stay as they are; matrices are multiplied in the type that the head's are.
-    if head.dtype != torch.bfloat16:
-        return nullcontext()
-    return torch.autocast(head.device.type, torch.bfloat16)
 
 
 def _bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from carryon.cache.errors import InputError
 from carryon.cache.reader import Store
 from carryon.train.config import OptimizationSettings, StreamSettings
-from carryon.train.evaluate import sample_units, stream_taps
+from carryon.train.evaluate import sample_units
 from carryon.train.mixed_store import MixedStore, open_stores
 from carryon.train.order import Window, plan_epoch
 from carryon.train.split import Split, split_samples
@@ -73,7 +73,7 @@ def open_data(paths: Sequence[str], settings: StreamSettings, *, taps: Sequence[
     Args:
         paths: folders of the stores.
         settings: how they are mixed, split and read.
-        taps: of the carry-on.
+        taps: those that are read for the carry-on.
 
     Raises:
         InputError: the stores do not fit together, one half would be empty, or the memory does
@@ -100,7 +100,7 @@ def window_units(store: Store, settings: StreamSettings, *, taps: Sequence[str])
     Raises:
         InputError: it does not hold one.
     """
-    present = [tap for tap in stream_taps(taps) if tap in store.taps]
+    present = [tap for tap in taps if tap in store.taps]
     row_bytes = store.width * store.states_dtype.itemsize * len(present)
     two_units = int(2 * store.manifest.unit_tokens * row_bytes * ROOM)
     fitting = int(settings.host_memory_gb * 1e9) // two_units

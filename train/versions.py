@@ -7,11 +7,14 @@ LINEAGE/paths.png.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.atomic import write_json
 from carryon.cache.errors import MissingError
+from carryon.train.blocks_carryon import blocks_of
+from carryon.train.carryon import CarryOn
 from carryon.train.carryon_folder import load_carryon
 from carryon.train.config import (
     CarryOnSettings,
@@ -22,7 +25,7 @@ from carryon.train.config import (
     StreamSettings,
 )
 from carryon.train.device import pick_chunk, pick_device
-from carryon.train.evaluate import Judged, measure_nlls
+from carryon.train.evaluate import Judged, measure_nlls, stream_taps
 from carryon.train.frozen_head import place_head
 from carryon.train.lineage import Lineage, read_lineage
 from carryon.train.path_cost import steps_to_take
@@ -125,14 +128,17 @@ def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> dict[
     path = lineage.root / "versions.json"
     known: dict[str, float] = json.loads(path.read_text("ascii")) if path.exists() else {}
     settings = settings_of(lineage)
-    modules = {number: load_carryon(lineage.version(number).carryon)[0] for number in released}
+    modules: dict[int, CarryOn] = {}
     for on in released:
         wanted = [number for number in released if f"{number} on {on}" not in known]
         if not wanted:
             continue
-        data = open_data(
-            lineage.increments[on - 1].stores, settings.stream, taps=settings.carryon.taps
-        )
+        taps = stream_taps(settings.carryon)
+        data = open_data(lineage.increments[on - 1].stores, settings.stream, taps=taps)
+        for number in set(wanted) - set(modules):
+            modules[number], _ = load_carryon(
+                lineage.version(number).carryon, blocks=partial(blocks_of, data.store)
+            )
         place = pick_device(device)
         head = place_head(data.store, settings.loss, device=place)
         judged = [
