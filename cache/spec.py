@@ -4,17 +4,15 @@ Three concerns, one dataclass each. All of them end up in the store's manifest; 
 continued with the settings that it was begun with.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from carryon.cache.errors import InputError
-
-_SettingsT = TypeVar("_SettingsT", bound="CorpusSettings | StoreSettings | ForwardSettings")
+from carryon.cache.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CorpusSettings:
+class CorpusSettings(Settings):
     """How text becomes samples."""
 
     mask: Literal["auto", "assistant", "completion", "all"] = "auto"
@@ -27,24 +25,15 @@ class CorpusSettings:
     """What becomes of a longer sample: cut off, split into pieces, left out, or an error.
     Counted and recorded."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        _refuse(
-            [(self.max_tokens < 0, f"max_tokens: expected 0 or more tokens, got {self.max_tokens}")]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CorpusSettings":
-        """Build from plain values; unknown keys are refused."""
-        return settings_from_dict(cls, values)
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [
+            (self.max_tokens < 0, f"max_tokens: expected 0 or more tokens, got {self.max_tokens}")
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoreSettings:
+class StoreSettings(Settings):
     """What the store holds, and how it is cut."""
 
     taps: list[str] = field(default_factory=lambda: ["final"])
@@ -62,47 +51,40 @@ class StoreSettings:
     """The base's last blocks to keep beside the head, from which carry-ons of the kinds `native`
     and `top` are trained without the base. 0: none."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        _refuse(
-            [
-                (not self.taps, "taps: expected at least one tap, got none"),
-                (
-                    len(set(self.taps)) != len(self.taps),
-                    f"taps: expected each tap once, got {' '.join(self.taps)}",
-                ),
-                (
-                    self.unit_tokens < 16,
-                    f"unit_tokens: expected 16 or more tokens, got {self.unit_tokens}",
-                ),
-                (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
-                (
-                    self.with_blocks < 0,
-                    f"with_blocks: expected 0 or more blocks, got {self.with_blocks}",
-                ),
-                (
-                    self.profile != "exact" and self.dtype != "bfloat16",
-                    f"profile {self.profile} reads back as bfloat16, got dtype {self.dtype}: "
-                    "drop dtype or use the profile exact",
-                ),
-            ]
-        )
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [
+            (not self.taps, "taps: expected at least one tap, got none"),
+            (
+                len(set(self.taps)) != len(self.taps),
+                f"taps: expected each tap once, got {' '.join(self.taps)}",
+            ),
+            (
+                self.unit_tokens < 16,
+                f"unit_tokens: expected 16 or more tokens, got {self.unit_tokens}",
+            ),
+            (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
+            (
+                self.with_blocks < 0,
+                f"with_blocks: expected 0 or more blocks, got {self.with_blocks}",
+            ),
+            (
+                self.profile != "exact" and self.dtype != "bfloat16",
+                f"profile {self.profile} reads back as bfloat16, got dtype {self.dtype}: "
+                "drop dtype or use the profile exact",
+            ),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        values = asdict(self)
+        values = Settings.to_dict(self)
         if not self.with_blocks:
             del values["with_blocks"]  # as in stores from before there were any
         return values
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "StoreSettings":
-        """Build from plain values; unknown keys are refused."""
-        return settings_from_dict(cls, values)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ForwardSettings:
+class ForwardSettings(Settings):
     """How the frozen base is run."""
 
     device: str = "auto"
@@ -115,32 +97,11 @@ class ForwardSettings:
     batch_tokens: int = 4096
     """Tokens in one forward pass, pads included; one longer sample still makes a batch."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        _refuse(
-            [(self.batch_tokens < 1, f"batch_tokens: expected 1 or more, got {self.batch_tokens}")]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ForwardSettings":
-        """Build from plain values; unknown keys are refused."""
-        return settings_from_dict(cls, values)
-
-
-def settings_from_dict(cls: type[_SettingsT], values: Mapping[str, Any]) -> _SettingsT:
-    """Build the settings dataclass `cls` from plain values.
-
-    Raises:
-        InputError: a key is not a field of `cls`, or a value is out of range.
-    """
-    unknown = sorted(set(values) - {item.name for item in fields(cls)})
-    if unknown:
-        raise InputError(f"{cls.__name__}: unknown setting {', '.join(unknown)}")
-    return cls(**values)
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [
+            (self.batch_tokens < 1, f"batch_tokens: expected 1 or more, got {self.batch_tokens}")
+        ]
 
 
 def parse_tap(name: str, *, num_layers: int) -> int | None:
@@ -157,9 +118,3 @@ def parse_tap(name: str, *, num_layers: int) -> int | None:
     raise InputError(
         f"tap {name!r}: this base has final, prenorm and layer.1 to layer.{num_layers}"
     )
-
-
-def _refuse(problems: list[tuple[bool, str]]) -> None:
-    found = [text for is_wrong, text in problems if is_wrong]
-    if found:
-        raise InputError("; ".join(found))

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: tiny bases, tiny stores; and how many rounds damage tests run."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,14 +31,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+THREADS = torch.get_num_threads()
+
+
+def pytest_configure() -> None:
+    """One thread for tiny tensors, which mostly wait on several; in fixtures and processes too.
+
+    How many threads there are decides the last bits of a sum.
+    """
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 @pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for tiny tensors, which mostly wait on several; all of them for real bases."""
-    before = torch.get_num_threads()
-    if request.node.get_closest_marker("real") is None:
-        torch.set_num_threads(1)
+def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All threads for real bases."""
+    if request.node.get_closest_marker("real") is not None:
+        torch.set_num_threads(THREADS)
+        monkeypatch.delenv("OMP_NUM_THREADS")
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from carryon.cache.base import Base
 from carryon.cache.capture import capture
 from carryon.cache.errors import InputError
 from carryon.tools import bench_compose as bench_compose_file
-from carryon.tools.bench_compose import find_measurement
+from carryon.tools.bench_command import find_measurement
 from carryon.tools.bench_compose_job import ComposeJob, make_carryons, make_prompts, pick_shape
 from carryon.tools.bench_compose_settings import (
     FIGURES,
@@ -33,7 +33,7 @@ TINY = replace(QUICK_COMPOSE, carryon_bytes=4096, prompts=3, carryons=3, batch_s
 def _measure(figure: str, base: Base, work: Path) -> dict[str, Figure]:
     found: list[Figure] = []
     job = ComposeJob(base=base, sizes=TINY, work=work, report=found.append)
-    find_measurement(figure)(job)
+    find_measurement(FIGURES[figure])(job)
     return {item.figure: item for item in found}
 
 

@@ -1,8 +1,5 @@
 """`carryon bench compose`: what a customized model costs beside its base, and that it is exact."""
 
-import importlib
-import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,44 +39,17 @@ def bench_compose(
         settings: What is measured.
         sizes: How much is measured.
     """
-    from carryon.cache.atomic import write_file
     from carryon.cache.base import load_base
     from carryon.cache.spec import ForwardSettings
+    from carryon.tools.bench_command import find_measurement, run_measurements
     from carryon.tools.bench_compose_job import ComposeJob
-    from carryon.tools.bench_figure import Figure, print_json, print_table
 
-    found: list[Figure] = []
-
-    def report(figure: Figure) -> None:
-        found.append(figure)
-        print_json(figure)
-
-    if work:
-        Path(work).mkdir(parents=True, exist_ok=True)
     base = load_base(settings.base, forward=ForwardSettings())
-    for name in FIGURES:
-        if name not in settings.figures:
-            continue
-        with tempfile.TemporaryDirectory(prefix="carryon-bench-", dir=work or None) as scratch:
-            job = ComposeJob(
-                base=base,
-                sizes=QUICK_COMPOSE if quick else sizes,
-                work=Path(scratch),
-                report=report,
-            )
-            find_measurement(name)(job)
-    print_table(found)
-    documents = [figure.to_dict() for figure in found]
-    if out:
-        lines = "".join(json.dumps(document) + "\n" for document in documents)
-        write_file(Path(out) / "figures.jsonl", lines.encode())
-    return documents
+    chosen = QUICK_COMPOSE if quick else sizes
 
+    def measure(name: str, scratch: Path, report: Callable[..., None]) -> None:
+        job = ComposeJob(base=base, sizes=chosen, work=scratch, report=report)
+        find_measurement(FIGURES[name])(job)
 
-def find_measurement(figure: str) -> Callable[..., None]:
-    """Return the function that measures `figure`; its file is imported only now."""
-    module, _, function = FIGURES[figure].partition(":")
-    measure: Callable[..., None] = getattr(
-        importlib.import_module(f"carryon.tools.{module}"), function
-    )
-    return measure
+    names = [name for name in FIGURES if name in settings.figures]
+    return [figure.to_dict() for figure in run_measurements(names, measure, out=out, work=work)]

@@ -1,8 +1,8 @@
 """What `carryon bench compose` measures, and how much of it."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from carryon.cache.errors import InputError
+from carryon.cache.settings import Settings, not_positive, unknown_names
 
 FIGURES = {
     "generate": "bench_generate:measure_generation",
@@ -17,7 +17,7 @@ it that measures, called as function(job) with a ComposeJob (bench_compose_job.p
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchComposeSettings:
+class BenchComposeSettings(Settings):
     """What is measured."""
 
     base: str
@@ -29,17 +29,13 @@ class BenchComposeSettings:
     against each carry-on alone), families (cached against uncached logits, tiny bases of every
     architecture)."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        unknown = [name for name in self.figures if name not in FIGURES]
-        if unknown:
-            raise InputError(
-                f"figures: expected some of {' '.join(FIGURES)}, got {' '.join(unknown)}"
-            )
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [unknown_names("figures", self.figures, FIGURES)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchComposeSizes:
+class BenchComposeSizes(Settings):
     """How much is measured."""
 
     carryon_bytes: int = 1_100_000
@@ -61,14 +57,9 @@ class BenchComposeSizes:
     rounds: int = 7
     """Rounds that medians are taken of."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        numbers = {name: value for name, value in asdict(self).items() if name != "batch_sizes"}
-        wrong = [name for name, value in numbers.items() if not value > 0]
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            wrong.append("batch_sizes")
-        if wrong:
-            raise InputError(f"{', '.join(wrong)}: expected more than 0")
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [not_positive(self.to_dict())]
 
 
 QUICK_COMPOSE = BenchComposeSizes(

@@ -1,16 +1,16 @@
 """What `carryon bench store` measures, and how much of it."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from carryon.cache.errors import InputError
+from carryon.cache.settings import Settings, not_positive, unknown_names
 
 FIGURES = ("lossless", "profiles", "extract", "stream", "decode", "write", "open")
 """What can be measured, in the order in which it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchSettings:
+class BenchSettings(Settings):
     """What is measured."""
 
     figures: list[str] = field(default_factory=lambda: list(FIGURES))
@@ -28,23 +28,21 @@ class BenchSettings:
     """Corpora to extract with --base, unless a --store has the same label: gsm (GSM-symbolic
     problems), python (the standard library's docstrings and code), or LABEL=PATH of your own."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        unknown = [name for name in self.figures if name not in FIGURES]
-        if unknown:
-            raise InputError(
-                f"figures: expected some of {' '.join(FIGURES)}, got {' '.join(unknown)}"
-            )
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
         labels = [label for label, _ in map(split_label, self.store)]
-        if len(set(labels)) != len(labels):
-            raise InputError(
+        return [
+            unknown_names("figures", self.figures, FIGURES),
+            (
+                len(set(labels)) != len(labels),
                 f"store: expected a label of its own for each store, got {' '.join(labels)}: "
-                "write LABEL=PATH"
-            )
+                "write LABEL=PATH",
+            ),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchSizes:
+class BenchSizes(Settings):
     """How much is measured."""
 
     corpus_tokens: int = 65536
@@ -82,14 +80,9 @@ class BenchSizes:
     rounds: int = 3
     """Rounds that medians are taken of; writing takes ten times as many."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        numbers = {name: value for name, value in asdict(self).items() if name != "threads"}
-        wrong = [name for name, value in numbers.items() if not value > 0]
-        if not self.threads or min(self.threads) < 1:
-            wrong.append("threads")
-        if wrong:
-            raise InputError(f"{', '.join(wrong)}: expected more than 0")
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [not_positive(self.to_dict())]
 
 
 QUICK = BenchSizes(

@@ -1,7 +1,6 @@
 """`carryon bench store`: how small and how fast stores are, beside other layouts."""
 
-import json
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +36,14 @@ def bench_store(
         settings: What is measured.
         sizes: How much is measured.
     """
-    from carryon.cache.atomic import write_file
-    from carryon.tools.bench_figure import Figure, print_json, print_table
+    from carryon.tools.bench_command import run_measurements
     from carryon.tools.bench_plot import plot_streaming
     from carryon.tools.bench_run import run_benchmarks
 
-    found: list[Figure] = []
+    def measure(name: str, scratch: Path, report: Callable[..., None]) -> None:
+        run_benchmarks(settings, QUICK if quick else sizes, scratch, report=report)
 
-    def report(figure: Figure) -> None:
-        found.append(figure)
-        print_json(figure)
-
-    if work:
-        Path(work).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="carryon-bench-", dir=work or None) as scratch:
-        run_benchmarks(settings, QUICK if quick else sizes, Path(scratch), report=report)
-    print_table(found)
-    documents = [figure.to_dict() for figure in found]
+    found = run_measurements(["store"], measure, out=out, work=work)
     if out:
-        lines = "".join(json.dumps(document) + "\n" for document in documents)
-        write_file(Path(out) / "figures.jsonl", lines.encode())
         plot_streaming(found, Path(out))
-    return documents
+    return [figure.to_dict() for figure in found]

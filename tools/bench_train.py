@@ -1,22 +1,18 @@
 """`carryon bench train`: how fast, how small and how good training from a store is."""
 
-import importlib
-import json
 import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carryon.tools.bench_figure import Figure, Report, print_json, print_table
+from carryon.tools.bench_command import find_measurement, run_measurements
+from carryon.tools.bench_figure import Report
 from carryon.tools.bench_train_settings import (
     FIGURES,
     QUICK_TRAIN,
     BenchTrainSettings,
     BenchTrainSizes,
     missing_options,
-    scratch_parent,
 )
 
 
@@ -58,44 +54,18 @@ def bench_train(
         settings: What is measured.
         sizes: How much is measured.
     """
-    from carryon.cache.atomic import write_file
+    chosen = QUICK_TRAIN if quick else sizes
 
-    found: list[Figure] = []
+    def measure(name: str, scratch: Path, report: Report) -> None:
+        job = TrainJob(settings=settings, sizes=chosen, work=scratch, report=report)
+        find_measurement(FIGURES[name])(job)
 
-    def report(figure: Figure) -> None:
-        found.append(figure)
-        print_json(figure)
-
+    names = []
     for name in FIGURES:
         if name not in settings.figures:
             continue
         if missing := missing_options(name, settings):
             print(f"{name}: left out, it needs {' and '.join(missing)}", file=sys.stderr)
-            continue
-        with tempfile.TemporaryDirectory(
-            prefix="carryon-bench-", dir=scratch_parent(work)
-        ) as scratch:
-            measure = find_measurement(name)
-            measure(
-                TrainJob(
-                    settings=settings,
-                    sizes=QUICK_TRAIN if quick else sizes,
-                    work=Path(scratch),
-                    report=report,
-                )
-            )
-    print_table(found)
-    documents = [figure.to_dict() for figure in found]
-    if out:
-        lines = "".join(json.dumps(document) + "\n" for document in documents)
-        write_file(Path(out) / "figures.jsonl", lines.encode())
-    return documents
-
-
-def find_measurement(figure: str) -> Callable[[TrainJob], None]:
-    """Return the function that measures `figure`; its file is imported only now."""
-    module, _, function = FIGURES[figure].partition(":")
-    measure: Callable[[TrainJob], None] = getattr(
-        importlib.import_module(f"carryon.tools.{module}"), function
-    )
-    return measure
+        else:
+            names.append(name)
+    return [figure.to_dict() for figure in run_measurements(names, measure, out=out, work=work)]

@@ -1,9 +1,8 @@
 """What `carryon bench train` measures, and how much of it."""
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from carryon.cache.errors import InputError
+from carryon.cache.settings import Settings, not_positive, unknown_names
 
 FIGURES = {
     "loss": "bench_loss:measure_loss",
@@ -25,7 +24,7 @@ it that measures, called as function(job) with a TrainJob (bench_train.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchTrainSettings:
+class BenchTrainSettings(Settings):
     """What is measured."""
 
     figures: list[str] = field(default_factory=lambda: list(FIGURES))
@@ -43,17 +42,13 @@ class BenchTrainSettings:
     store: str = ""
     """Extracted store of that base. Empty for none: what needs it is left out."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        unknown = [name for name in self.figures if name not in FIGURES]
-        if unknown:
-            raise InputError(
-                f"figures: expected some of {' '.join(FIGURES)}, got {' '.join(unknown)}"
-            )
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [unknown_names("figures", self.figures, FIGURES)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchTrainSizes:
+class BenchTrainSizes(Settings):
     """How much is measured."""
 
     rounds: int = 5
@@ -98,11 +93,9 @@ class BenchTrainSizes:
     quality_epochs: int = 3
     """Epochs of every run in `profiles`, `taps` and `presets`."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        wrong = [name for name, value in asdict(self).items() if not value > 0]
-        if wrong:
-            raise InputError(f"{', '.join(wrong)}: expected more than 0")
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [not_positive(self.to_dict())]
 
 
 QUICK_TRAIN = BenchTrainSizes(
@@ -151,11 +144,3 @@ def missing_options(figure: str, settings: BenchTrainSettings) -> list[str]:
     needs = NEEDS.get(figure, Needs())
     wanted = {"--base": (needs.base, settings.base), "--store": (needs.store, settings.store)}
     return [option for option, (is_needed, given) in wanted.items() if is_needed and not given]
-
-
-def scratch_parent(work: str) -> Path | None:
-    """Return the folder `work`, made if missing, or None for the system's own."""
-    if not work:
-        return None
-    Path(work).mkdir(parents=True, exist_ok=True)
-    return Path(work)

@@ -5,21 +5,14 @@ run itself. Field names are unique across them, so that a run's settings are one
 names on a command line and in `config.yaml`. Nothing here imports torch.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal
 
-from carryon.cache.errors import InputError
-
-_SettingsT = TypeVar(
-    "_SettingsT",
-    bound="CarryOnSettings | OptimizationSettings | StreamSettings | LossSettings | "
-    "MemorySettings | RunSettings",
-)
+from carryon.cache.settings import Settings, not_a_share, not_below_one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CarryOnSettings:
+class CarryOnSettings(Settings):
     """The shape of a carry-on."""
 
     kind: Literal["bottleneck", "native", "top"] = "bottleneck"
@@ -48,57 +41,38 @@ class CarryOnSettings:
     lora_alpha: int = 16
     """LoRA's scale: what it adds is multiplied by this, divided by the rank."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        _refuse(
-            [
-                (
-                    self.kind not in ("bottleneck", "native", "top"),
-                    f"kind: expected bottleneck, native or top, got {self.kind}",
-                ),
-                (
-                    self.kind != "bottleneck" and self.dropout > 0,
-                    f"dropout: expected 0 for the kind {self.kind}, got {self.dropout}",
-                ),
-                (
-                    self.lora_rank < 0 or (self.lora_rank > 0 and self.kind != "top"),
-                    f"lora_rank: expected 0, or more for the kind top, got {self.lora_rank} for "
-                    f"the kind {self.kind}",
-                ),
-                (self.lora_alpha < 1, f"lora_alpha: expected 1 or more, got {self.lora_alpha}"),
-                (not self.taps, "taps: expected at least one tap, got none"),
-                (
-                    len(set(self.taps)) != len(self.taps),
-                    f"taps: expected each tap once, got {' '.join(self.taps)}",
-                ),
-                (self.width < 2, f"width: expected 2 or more channels, got {self.width}"),
-                (self.blocks < 1, f"blocks: expected 1 or more, got {self.blocks}"),
-                (
-                    self.heads < 1 or self.width % (2 * max(self.heads, 1)) != 0,
-                    f"heads: expected a number whose double divides the width {self.width}, "
-                    f"got {self.heads}",
-                ),
-                (self.mlp_width < 1, f"mlp_width: expected 1 or more, got {self.mlp_width}"),
-                (
-                    self.gate not in ("channel", "token", "none"),
-                    f"gate: expected channel, token or none, got {self.gate}",
-                ),
-                _not_below_one("dropout", self.dropout),
-            ]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CarryOnSettings":
-        """Build from plain values; unknown keys are refused."""
-        return _from_dict(cls, values)
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [
+            (
+                self.kind != "bottleneck" and self.dropout > 0,
+                f"dropout: expected 0 for the kind {self.kind}, got {self.dropout}",
+            ),
+            (
+                self.lora_rank < 0 or (self.lora_rank > 0 and self.kind != "top"),
+                f"lora_rank: expected 0, or more for the kind top, got {self.lora_rank} for "
+                f"the kind {self.kind}",
+            ),
+            (self.lora_alpha < 1, f"lora_alpha: expected 1 or more, got {self.lora_alpha}"),
+            (not self.taps, "taps: expected at least one tap, got none"),
+            (
+                len(set(self.taps)) != len(self.taps),
+                f"taps: expected each tap once, got {' '.join(self.taps)}",
+            ),
+            (self.width < 2, f"width: expected 2 or more channels, got {self.width}"),
+            (self.blocks < 1, f"blocks: expected 1 or more, got {self.blocks}"),
+            (
+                self.heads < 1 or self.width % (2 * max(self.heads, 1)) != 0,
+                f"heads: expected a number whose double divides the width {self.width}, "
+                f"got {self.heads}",
+            ),
+            (self.mlp_width < 1, f"mlp_width: expected 1 or more, got {self.mlp_width}"),
+            not_below_one("dropout", self.dropout),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizationSettings:
+class OptimizationSettings(Settings):
     """How the carry-on's weights are found."""
 
     epochs: int = 3
@@ -135,70 +109,50 @@ class OptimizationSettings:
     seed: int = 0
     """Seed of the first weights, of the order within a window, and of dropout."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        _refuse(
-            [
-                (self.epochs < 1, f"epochs: expected 1 or more, got {self.epochs}"),
-                (
-                    self.batch_tokens < 2,
-                    f"batch_tokens: expected 2 or more, got {self.batch_tokens}",
-                ),
-                (
-                    not 0 <= self.micro_batch_tokens <= self.batch_tokens,
-                    "micro_batch_tokens: expected 0 to batch_tokens, which is "
-                    f"{self.batch_tokens}, got {self.micro_batch_tokens}",
-                ),
-                (
-                    self.optimizer not in ("adamw", "muon"),
-                    f"optimizer: expected adamw or muon, got {self.optimizer}",
-                ),
-                (
-                    not self.learning_rate > 0,
-                    f"learning_rate: expected more than 0, got {self.learning_rate}",
-                ),
-                (
-                    self.schedule not in ("cosine", "wsd", "constant", "knee", "multistep"),
-                    "schedule: expected cosine, wsd, constant, knee or multistep, got "
-                    f"{self.schedule}",
-                ),
-                (
-                    self.schedule == "multistep" and self.final_share == 0,
-                    "final_share: expected more than 0 for multistep, whose factors multiply to "
-                    "it, got 0: 0.1 is usual",
-                ),
-                _not_below_one("explore_share", self.explore_share),
-                _not_a_share("warmup_share", self.warmup_share),
-                _not_a_share("decay_share", self.decay_share),
-                (
-                    self.warmup_share + self.decay_share > 1,
-                    "warmup_share and decay_share: expected at most 1 together, got "
-                    f"{self.warmup_share} and {self.decay_share}",
-                ),
-                _not_a_share("final_share", self.final_share),
-                (
-                    not self.weight_decay >= 0,
-                    f"weight_decay: expected 0 or more, got {self.weight_decay}",
-                ),
-                _not_below_one("beta1", self.beta1),
-                _not_below_one("beta2", self.beta2),
-                (not self.grad_clip >= 0, f"grad_clip: expected 0 or more, got {self.grad_clip}"),
-                (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
-            ]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "OptimizationSettings":
-        """Build from plain values; unknown keys are refused."""
-        return _from_dict(cls, values)
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [
+            (self.epochs < 1, f"epochs: expected 1 or more, got {self.epochs}"),
+            (
+                self.batch_tokens < 2,
+                f"batch_tokens: expected 2 or more, got {self.batch_tokens}",
+            ),
+            (
+                not 0 <= self.micro_batch_tokens <= self.batch_tokens,
+                "micro_batch_tokens: expected 0 to batch_tokens, which is "
+                f"{self.batch_tokens}, got {self.micro_batch_tokens}",
+            ),
+            (
+                not self.learning_rate > 0,
+                f"learning_rate: expected more than 0, got {self.learning_rate}",
+            ),
+            (
+                self.schedule == "multistep" and self.final_share == 0,
+                "final_share: expected more than 0 for multistep, whose factors multiply to "
+                "it, got 0: 0.1 is usual",
+            ),
+            not_below_one("explore_share", self.explore_share),
+            not_a_share("warmup_share", self.warmup_share),
+            not_a_share("decay_share", self.decay_share),
+            (
+                self.warmup_share + self.decay_share > 1,
+                "warmup_share and decay_share: expected at most 1 together, got "
+                f"{self.warmup_share} and {self.decay_share}",
+            ),
+            not_a_share("final_share", self.final_share),
+            (
+                not self.weight_decay >= 0,
+                f"weight_decay: expected 0 or more, got {self.weight_decay}",
+            ),
+            not_below_one("beta1", self.beta1),
+            not_below_one("beta2", self.beta2),
+            (not self.grad_clip >= 0, f"grad_clip: expected 0 or more, got {self.grad_clip}"),
+            (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StreamSettings:
+class StreamSettings(Settings):
     """What is read from the store, and how far ahead."""
 
     held_out_share: float = 0.05
@@ -218,46 +172,35 @@ class StreamSettings:
     reader_threads: int = 2
     """Threads that read and decode units."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        _refuse(
-            [
-                (
-                    not 0 < self.held_out_share < 1,
-                    f"held_out_share: expected between 0 and 1, got {self.held_out_share}",
-                ),
-                (self.data_seed < 0, f"data_seed: expected 0 or more, got {self.data_seed}"),
-                (
-                    any(not weight > 0 for weight in self.store_weights),
-                    f"store_weights: expected more than 0 for each, got {self.store_weights}",
-                ),
-                (
-                    not self.host_memory_gb > 0,
-                    f"host_memory_gb: expected more than 0, got {self.host_memory_gb}",
-                ),
-                (
-                    self.window_units < 1,
-                    f"window_units: expected 1 or more, got {self.window_units}",
-                ),
-                (
-                    self.reader_threads < 1,
-                    f"reader_threads: expected 1 or more, got {self.reader_threads}",
-                ),
-            ]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "StreamSettings":
-        """Build from plain values; unknown keys are refused."""
-        return _from_dict(cls, values)
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [
+            (
+                not 0 < self.held_out_share < 1,
+                f"held_out_share: expected between 0 and 1, got {self.held_out_share}",
+            ),
+            (self.data_seed < 0, f"data_seed: expected 0 or more, got {self.data_seed}"),
+            (
+                any(not weight > 0 for weight in self.store_weights),
+                f"store_weights: expected more than 0 for each, got {self.store_weights}",
+            ),
+            (
+                not self.host_memory_gb > 0,
+                f"host_memory_gb: expected more than 0, got {self.host_memory_gb}",
+            ),
+            (
+                self.window_units < 1,
+                f"window_units: expected 1 or more, got {self.window_units}",
+            ),
+            (
+                self.reader_threads < 1,
+                f"reader_threads: expected 1 or more, got {self.reader_threads}",
+            ),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LossSettings:
+class LossSettings(Settings):
     """How the frozen head is multiplied."""
 
     head_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -276,42 +219,23 @@ class LossSettings:
     """Weight of KL(base || customized model), in nats a supervised token, added to the loss that
     is trained on; it keeps the customized model near its base. 0: none."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        _refuse(
-            [
-                (
-                    self.head_dtype not in ("auto", "bfloat16", "float32"),
-                    f"head_dtype: expected auto, bfloat16 or float32, got {self.head_dtype}",
-                ),
-                (
-                    self.chunk_tokens < 0,
-                    f"chunk_tokens: expected 0 or more, got {self.chunk_tokens}",
-                ),
-                (
-                    self.chunk_vocabulary < 0,
-                    f"chunk_vocabulary: expected 0 or more, got {self.chunk_vocabulary}",
-                ),
-                (
-                    self.head_place not in ("device", "host", "mapped"),
-                    f"head_place: expected device, host or mapped, got {self.head_place}",
-                ),
-                (not self.kl_weight >= 0, f"kl_weight: expected 0 or more, got {self.kl_weight}"),
-            ]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LossSettings":
-        """Build from plain values; unknown keys are refused."""
-        return _from_dict(cls, values)
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [
+            (
+                self.chunk_tokens < 0,
+                f"chunk_tokens: expected 0 or more, got {self.chunk_tokens}",
+            ),
+            (
+                self.chunk_vocabulary < 0,
+                f"chunk_vocabulary: expected 0 or more, got {self.chunk_vocabulary}",
+            ),
+            (not self.kl_weight >= 0, f"kl_weight: expected 0 or more, got {self.kl_weight}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MemorySettings:
+class MemorySettings(Settings):
     """What the weights and all that belongs to them take up."""
 
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -327,33 +251,13 @@ class MemorySettings:
     """Keep only the input of each decoder block for the backward pass and compute the rest again:
     a third more work in the body, little memory."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        _refuse(
-            [
-                (
-                    self.weights_dtype not in ("float32", "bfloat16"),
-                    f"weights_dtype: expected float32 or bfloat16, got {self.weights_dtype}",
-                ),
-                (
-                    self.optimizer_bits not in (32, 8),
-                    f"optimizer_bits: expected 32 or 8, got {self.optimizer_bits}",
-                ),
-            ]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "MemorySettings":
-        """Build from plain values; unknown keys are refused."""
-        return _from_dict(cls, values)
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunSettings:
+class RunSettings(Settings):
     """Where a run computes, and what it leaves behind."""
 
     device: str = "auto"
@@ -380,61 +284,38 @@ class RunSettings:
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Where the metrics go as well, through accelerate; `tensorboard` writes to RUN/tensorboard."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        _refuse(
-            [
-                (
-                    self.evaluate_every < 0,
-                    f"evaluate_every: expected 0 or more steps, got {self.evaluate_every}",
-                ),
-                (
-                    self.evaluate_tokens < 2,
-                    f"evaluate_tokens: expected 2 or more, got {self.evaluate_tokens}",
-                ),
-                (self.patience < 0, f"patience: expected 0 or more, got {self.patience}"),
-                (
-                    self.finish_with not in ("auto", "last", "best"),
-                    f"finish_with: expected auto, last or best, got {self.finish_with}",
-                ),
-                (
-                    self.tracker not in ("none", "tensorboard", "trackio", "wandb"),
-                    f"tracker: expected none, tensorboard, trackio or wandb, got {self.tracker}",
-                ),
-                (
-                    self.checkpoint_every < 0,
-                    f"checkpoint_every: expected 0 or more steps, got {self.checkpoint_every}",
-                ),
-                (
-                    self.keep_checkpoints < 2,
-                    "keep_checkpoints: expected 2 or more, as the last may be half written, got "
-                    f"{self.keep_checkpoints}",
-                ),
-                (self.log_every < 1, f"log_every: expected 1 or more steps, got {self.log_every}"),
-                (
-                    self.saved_dtype not in ("bfloat16", "float32"),
-                    f"saved_dtype: expected bfloat16 or float32, got {self.saved_dtype}",
-                ),
-            ]
-        )
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [
+            (
+                self.evaluate_every < 0,
+                f"evaluate_every: expected 0 or more steps, got {self.evaluate_every}",
+            ),
+            (
+                self.evaluate_tokens < 2,
+                f"evaluate_tokens: expected 2 or more, got {self.evaluate_tokens}",
+            ),
+            (self.patience < 0, f"patience: expected 0 or more, got {self.patience}"),
+            (
+                self.checkpoint_every < 0,
+                f"checkpoint_every: expected 0 or more steps, got {self.checkpoint_every}",
+            ),
+            (
+                self.keep_checkpoints < 2,
+                "keep_checkpoints: expected 2 or more, as the last may be half written, got "
+                f"{self.keep_checkpoints}",
+            ),
+            (self.log_every < 1, f"log_every: expected 1 or more steps, got {self.log_every}"),
+        ]
 
     @property
     def finishes_with_best(self) -> bool:
         """Whether the finished carry-on has the weights of the best evaluation."""
         return self.finish_with == "best" or (self.finish_with == "auto" and self.patience > 0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "RunSettings":
-        """Build from plain values; unknown keys are refused."""
-        return _from_dict(cls, values)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateSettings:
+class GenerateSettings(Settings):
     """How text is generated."""
 
     max_new_tokens: int = 256
@@ -449,43 +330,20 @@ class GenerateSettings:
     """Put the prompt into the base's chat template, as a user's turn; a base without a template
     gets the prompt as it is."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        _refuse(
-            [
-                (
-                    self.max_new_tokens < 1,
-                    f"max_new_tokens: expected 1 or more, got {self.max_new_tokens}",
-                ),
-                (
-                    not self.temperature >= 0,
-                    f"temperature: expected 0 or more, got {self.temperature}",
-                ),
-                (
-                    not 0 < self.top_p <= 1,
-                    f"top_p: expected more than 0, up to 1, got {self.top_p}",
-                ),
-                (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
-            ]
-        )
-
-
-def _from_dict(cls: type[_SettingsT], values: Mapping[str, Any]) -> _SettingsT:
-    unknown = sorted(set(values) - {item.name for item in fields(cls)})
-    if unknown:
-        raise InputError(f"{cls.__name__}: unknown setting {', '.join(unknown)}")
-    return cls(**values)
-
-
-def _not_a_share(name: str, value: float) -> tuple[bool, str]:
-    return not 0 <= value <= 1, f"{name}: expected 0 to 1, got {value}"
-
-
-def _not_below_one(name: str, value: float) -> tuple[bool, str]:
-    return not 0 <= value < 1, f"{name}: expected 0 or more and below 1, got {value}"
-
-
-def _refuse(problems: list[tuple[bool, str]]) -> None:
-    found = [text for is_wrong, text in problems if is_wrong]
-    if found:
-        raise InputError("; ".join(found))
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        return [
+            (
+                self.max_new_tokens < 1,
+                f"max_new_tokens: expected 1 or more, got {self.max_new_tokens}",
+            ),
+            (
+                not self.temperature >= 0,
+                f"temperature: expected 0 or more, got {self.temperature}",
+            ),
+            (
+                not 0 < self.top_p <= 1,
+                f"top_p: expected more than 0, up to 1, got {self.top_p}",
+            ),
+            (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
+        ]
