@@ -117,8 +117,16 @@ def repeat_last(kinds: list[str], number: int) -> list[str]:
     return (kinds * -(-number // len(kinds)))[-number:]
 
 
-def encode_blocks(blocks: Blocks) -> Iterator[tuple[str, bytes]]:
-    """Yield (path, content) of each file."""
+def block_files(base: "Base", number: int) -> dict[str, bytes]:
+    """Return (path, content) of each file that keeps a base's last `number` blocks; 0: none.
+
+    Raises:
+        InputError: as `read_blocks`.
+    """
+    return dict(_encode(read_blocks(base, number))) if number else {}
+
+
+def _encode(blocks: Blocks) -> Iterator[tuple[str, bytes]]:
     facts = {"config": blocks.config, "names": blocks.names, "blocks": len(blocks.blocks)}
     yield CONFIG_PATH, json_bytes(facts)
     yield "blocks/norm.safetensors", save(blocks.norm)
@@ -133,7 +141,7 @@ def load_blocks(root: Path, manifest: Manifest) -> Blocks:
         InputError: it was made without any.
         DamagedStoreError: a file is missing or is not the one that was written.
     """
-    if not manifest.settings.get("with_blocks"):
+    if not manifest.num_blocks:
         raise InputError(
             f"{root}: expected a store with the base's last blocks, it has none: extract with "
             "--with-blocks K, or train a bottleneck"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from carryon.cache.atomic import sweep_partials
 from carryon.cache.base import Base, load_base, read_head
-from carryon.cache.blocks import encode_blocks, read_blocks
+from carryon.cache.blocks import block_files
 from carryon.cache.corpus import Corpus, read_corpus
 from carryon.cache.describe import describe, longest_sample, plan_corpus
 from carryon.cache.errors import InputError
@@ -140,20 +140,18 @@ def _begin(
     max_disk_bytes: int | None,
 ) -> Manifest:
     head = read_head(base)
-    number = manifest.settings.get("with_blocks", 0)
-    blocks = dict(encode_blocks(read_blocks(base, number))) if number else {}
+    blocks = block_files(base, manifest.num_blocks)
     pilot = run_pilot(base, manifest.taps, texts.samples, plan)
     errors = measure_profile(pilot, head, taps=manifest.taps, profile=manifest.settings["profile"])
     manifest, probe = replace(manifest, profile_error=errors), make_probe(pilot)
     if max_disk_bytes is not None:
-        needed = plan_bytes(manifest, texts.samples, plan, head=head, probe=probe)
-        needed += sum(map(len, blocks.values()))
+        needed = plan_bytes(manifest, texts.samples, plan, head=head, probe=probe, blocks=blocks)
         if needed > max_disk_bytes:
             raise InputError(
                 f"max_disk: expected more than {needed / 1e6:,.1f} MB, which the head and the "
                 f"plan of {root} take before its first unit, got {max_disk_bytes / 1e6:,.1f} MB"
             )
-    return write_plan(root, manifest, texts.samples, plan, head=head, probe=probe, extra=blocks)
+    return write_plan(root, manifest, texts.samples, plan, head=head, probe=probe, blocks=blocks)
 
 
 def _go_on(

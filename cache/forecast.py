@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from carryon.cache.base import Base, read_head
+from carryon.cache.blocks import block_files
 from carryon.cache.capture import capture
 from carryon.cache.chunk import encode_chunk, encode_shard
 from carryon.cache.corpus import Corpus
@@ -70,7 +71,14 @@ def forecast(
     num_whole = len(whole[manifest.taps[0]])
     head = read_head(base)
     pilot = run_pilot(base, manifest.taps, texts.samples, plan)
-    fixed = plan_bytes(manifest, texts.samples, plan, head=head, probe=make_probe(pilot))
+    fixed = plan_bytes(
+        manifest,
+        texts.samples,
+        plan,
+        head=head,
+        probe=make_probe(pilot),
+        blocks=block_files(base, manifest.num_blocks),
+    )
     fixed += manifest.num_units * _receipt_bytes(manifest)
     raw = raw_bytes(manifest, manifest.num_tokens)
     profiles = {}

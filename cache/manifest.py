@@ -73,6 +73,11 @@ class Manifest:
         return list(self.settings["taps"])
 
     @property
+    def num_blocks(self) -> int:
+        """The base's last blocks that are kept."""
+        return int(self.settings.get("with_blocks", 0))
+
+    @property
     def unit_tokens(self) -> int:
         """Rows of a unit."""
         return int(self.settings["unit_tokens"])

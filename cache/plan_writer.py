@@ -48,7 +48,7 @@ def write_plan(
     *,
     head: Head,
     probe: Probe,
-    extra: Mapping[str, bytes] | None = None,
+    blocks: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write a new store, without hidden states.
 
@@ -59,7 +59,7 @@ def write_plan(
         plan: where each of them lies.
         head: of the base.
         probe: of the base on this corpus.
-        extra: further files of the base, by path.
+        blocks: of the base, the files by path. None: without.
 
     Returns:
         The manifest as written, with the digest of each file but those of units.
@@ -76,7 +76,7 @@ def write_plan(
     for path, content in unit_rows(samples, plan, manifest=manifest, first_unit=0):
         _write_twice(root, path, content)
     digests = {}
-    for path, content in (*encode_head(head), *(extra or {}).items()):
+    for path, content in (*encode_head(head), *(blocks or {}).items()):
         write_file(root / path, content, is_synced=False)
         digests[path] = sha256_hex(content)
     for path, content in small_files(samples, plan, manifest=manifest, probe=probe):
@@ -89,14 +89,20 @@ def write_plan(
 
 
 def plan_bytes(
-    manifest: Manifest, samples: Sequence[Sample], plan: UnitPlan, *, head: Head, probe: Probe
+    manifest: Manifest,
+    samples: Sequence[Sample],
+    plan: UnitPlan,
+    *,
+    head: Head,
+    probe: Probe,
+    blocks: Mapping[str, bytes],
 ) -> int:
     """Return the bytes of all that `write_plan` writes but the manifest; nothing is written."""
     twice = (
         *unit_rows(samples, plan, manifest=manifest, first_unit=0),
         *small_files(samples, plan, manifest=manifest, probe=probe),
     )
-    once = encode_head(head)
+    once = (*encode_head(head), *blocks.items())
     return 2 * sum(len(content) for _, content in twice) + sum(len(item) for _, item in once)
 
 

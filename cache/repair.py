@@ -13,7 +13,7 @@ from typing import Any
 from carryon.cache.arrays import array_info, read_chunk
 from carryon.cache.atomic import sweep_partials, write_file
 from carryon.cache.base import Base, read_head
-from carryon.cache.blocks import encode_blocks, read_blocks
+from carryon.cache.blocks import block_files
 from carryon.cache.describe import forward_facts
 from carryon.cache.errors import CarryOnError, DamagedStoreError, StoreError
 from carryon.cache.head_files import encode_head
@@ -162,10 +162,11 @@ def _is_right(root: Path, manifest: Manifest, path: str, twin: str, unit: int | 
 
 
 def _restore_head(root: Path, manifest: Manifest, base: Base, paths: list[str]) -> list[str]:
-    restored = []
-    number = manifest.settings.get("with_blocks", 0)
-    blocks = encode_blocks(read_blocks(base, number)) if paths and number else ()
-    for path, content in (*encode_head(read_head(base)), *blocks) if paths else ():
+    restored: list[str] = []
+    if not paths:
+        return restored
+    blocks = block_files(base, manifest.num_blocks)
+    for path, content in (*encode_head(read_head(base)), *blocks.items()):
         if path not in paths:
             continue
         if sha256_hex(content) not in manifest.files[path]:

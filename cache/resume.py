@@ -85,7 +85,7 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
         "base": {name: manifest.base.get(name) for name in _BASE_FACTS},
         "forward": manifest.forward,
         "corpus": manifest.corpus,
-        "store": manifest.settings,
+        "store": manifest.settings | {"with_blocks": manifest.num_blocks},
         "head": manifest.head,
     }
     flat = {

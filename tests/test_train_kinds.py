@@ -12,7 +12,7 @@ from tiny_stores import write_corpus
 from transformers import AutoModelForCausalLM
 
 from carryon.cache.errors import InputError, SettingMismatchError
-from carryon.cache.extract import extract
+from carryon.cache.extract import dry_run, extract
 from carryon.cache.reader import Store
 from carryon.cache.repair import repair
 from carryon.cache.spec import CorpusSettings, ForwardSettings, StoreSettings
@@ -35,6 +35,7 @@ from carryon.train.metrics import read_metrics
 from carryon.train.packed_attention import pack
 
 FORWARD = ForwardSettings(device="cpu", compute_dtype="float32", batch_tokens=256)
+CORPUS = CorpusSettings(mask="all", max_tokens=32)
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3"]
 TOKENS = torch.tensor([[1, 5, 9, 20, 33, 7, 60]])
 
@@ -48,16 +49,21 @@ class Place:
 
 
 def make_place(
-    root: Path, family: str = "llama", *, blocks: int = 1, taps: Sequence[str] = ()
+    root: Path,
+    family: str = "llama",
+    *,
+    blocks: int = 1,
+    taps: Sequence[str] = (),
+    first_sample: int = 0,
 ) -> Place:
-    """Extract a store with blocks from a tiny base."""
+    """Extract a store with blocks from a tiny base, or append to it."""
     base = make_tiny_base(root / "base", family)
-    data = write_corpus(root / "data.jsonl", num_samples=12)
+    data = write_corpus(root / "data.jsonl", num_samples=12, first=first_sample)
     extract(
         base=str(base),
         data=[data],
         out=root / "store",
-        corpus=CorpusSettings(mask="all", max_tokens=32),
+        corpus=CORPUS,
         store=StoreSettings(
             taps=list(taps) or ["final", "prenorm", "layer.1", "layer.2"],
             unit_tokens=64,
@@ -65,16 +71,24 @@ def make_place(
             with_blocks=blocks,
         ),
         forward=FORWARD,
+        append=first_sample > 0,
     )
     return Place(base, root / "store")
 
 
-def fit(place: Place, out: Path, *, kl_weight: float = 0.0, **settings: Any) -> Path:  # noqa: ANN401
+def fit(
+    place: Place,
+    out: Path,
+    *,
+    kl_weight: float = 0.0,
+    blocks: int = 1,
+    **settings: Any,  # noqa: ANN401
+) -> Path:
     """Train a carry-on for a few steps; return its folder."""
     train(
         store=str(place.store),
         out=str(out),
-        carryon=CarryOnSettings(blocks=1, **settings),
+        carryon=CarryOnSettings(blocks=blocks, **settings),
         optimization=OptimizationSettings(epochs=2, batch_tokens=64, learning_rate=1e-2),
         stream=StreamSettings(),
         loss=LossSettings(kl_weight=kl_weight),
@@ -236,6 +250,53 @@ def test_an_adapter_needs_lora_and_its_own_base(tmp_path: Path, llama: Place) ->
     with pytest.raises(SettingMismatchError, match="expected the weights"):
         merge(carryon, base=str(other), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_store_of_more_blocks_serves_fewer(tmp_path: Path) -> None:
+    """The last ones; and says which tap it lacks."""
+    place = make_place(tmp_path, "llama-untied", blocks=2, taps=["layer.2"])
+    carryon = fit(place, tmp_path / "run", kind="top")
+    merge(carryon, base=str(place.base), out=tmp_path / "merged", device="cpu")
+    logits = plain_logits(tmp_path / "merged")
+    torch.testing.assert_close(logits, composed_logits(carryon, place), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="expected the taps layer.1, it has layer.2"):
+        fit(place, tmp_path / "other", kind="top", blocks=2)
+
+
+def test_blocks_are_counted_before_they_are_written(tmp_path: Path, llama: Place) -> None:
+    """By a dry run."""
+    found = [
+        dry_run(
+            base=str(llama.base),
+            data=[llama.store.parent / "data.jsonl"],
+            corpus=CORPUS,
+            store=StoreSettings(unit_tokens=64, with_blocks=number),
+            forward=FORWARD,
+        )
+        for number in (0, 1)
+    ]
+    files = [path.stat().st_size for path in (llama.store / "blocks").iterdir()]
+    sizes = [each.profiles["exact"].store_bytes for each in found]
+    assert sizes[1] - sizes[0] == pytest.approx(sum(files), rel=0.01)
+
+
+@pytest.mark.parametrize(("begun", "now"), [(0, 1), (1, 0), (2, 1)])
+def test_a_store_goes_on_with_as_many_blocks_only(tmp_path: Path, begun: int, now: int) -> None:
+    """The error names both numbers."""
+    make_place(tmp_path, "llama-untied", blocks=begun)
+    text = f"begun with with_blocks = {begun}, this call has {now}"
+    with pytest.raises(SettingMismatchError, match=text):
+        make_place(tmp_path, "llama-untied", blocks=now)
+
+
+def test_appended_samples_keep_the_blocks(tmp_path: Path) -> None:
+    """And the store is sound afterwards."""
+    place = make_place(tmp_path)
+    before = (place.store / "blocks" / "0.safetensors").read_bytes()
+    make_place(tmp_path, first_sample=12)
+    assert (place.store / "blocks" / "0.safetensors").read_bytes() == before
+    assert verify(place.store, depth="full").is_complete
+    fit(place, tmp_path / "run", kind="top")
 
 
 def test_more_blocks_than_there_are_is_refused(tmp_path: Path, llama: Place) -> None:

@@ -28,7 +28,7 @@ def recode_store(store: Store, root: Path, *, profile: str) -> Store:
     require_exact(store)
     manifest = replace(
         store.manifest,
-        settings=store.manifest.settings | {"profile": profile},
+        settings=store.manifest.settings | {"profile": profile, "with_blocks": 0},
         profile_error=_errors(store, profile),
         files={},
     )

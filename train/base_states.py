@@ -55,7 +55,7 @@ def find_base_states(store: Store, *, device: torch.device) -> BaseStates:
     if "prenorm" in store.taps:
         return BaseStates(tap="prenorm", norm=store.head().norm)
     num_layers = int(store.manifest.base["num_layers"])
-    for number in range(1, 1 + store.manifest.settings.get("with_blocks", 0)):
+    for number in range(1, 1 + store.manifest.num_blocks):
         tap = f"layer.{num_layers - number}"
         if tap in store.taps:
             settings = CarryOnSettings(kind="top", blocks=number, taps=[tap])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from carryon.cache.errors import InputError
 from carryon.cache.reader import Store
 from carryon.train.config import OptimizationSettings, StreamSettings
-from carryon.train.evaluate import sample_units
+from carryon.train.evaluate import check_taps, sample_units
 from carryon.train.mixed_store import MixedStore, open_stores
 from carryon.train.order import Window, plan_epoch
 from carryon.train.split import Split, split_samples
@@ -76,10 +76,11 @@ def open_data(paths: Sequence[str], settings: StreamSettings, *, taps: Sequence[
         taps: those that are read for the carry-on.
 
     Raises:
-        InputError: the stores do not fit together, one half would be empty, or the memory does
-            not hold one unit.
+        InputError: the stores do not fit together or lack a tap, one half would be empty, or the
+            memory does not hold one unit.
     """
     store = open_stores(paths, settings.store_weights)
+    check_taps(store, taps)
     share, seed = settings.held_out_share, settings.data_seed
     if isinstance(store, MixedStore):
         split = store.split(share=share, seed=seed)
@@ -100,8 +101,7 @@ def window_units(store: Store, settings: StreamSettings, *, taps: Sequence[str])
     Raises:
         InputError: it does not hold one.
     """
-    present = [tap for tap in taps if tap in store.taps]
-    row_bytes = store.width * store.states_dtype.itemsize * len(present)
+    row_bytes = store.width * store.states_dtype.itemsize * len(taps)
     two_units = int(2 * store.manifest.unit_tokens * row_bytes * ROOM)
     fitting = int(settings.host_memory_gb * 1e9) // two_units
     if fitting < 1:
