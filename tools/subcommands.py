@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "generate": "generate",
     "merge": "merge",
     "score": "score",
+    "compare": "compare",
     "plan-memory": "plan_memory",
     "bench store": "bench_store",
     "bench train": "bench_train",

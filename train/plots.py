@@ -14,13 +14,11 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
 
     Without matplotlib nothing is written but one line on stderr that says how to get it.
     """
-    if not _can_draw():
-        return False
-    from matplotlib.figure import Figure
-
     steps = [line for line in metrics if "loss" in line]
     evaluations = [line for line in metrics if "held_out_nll" in line]
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = begin_plot(width=8, height=5)
+    if figure is None:
+        return False
     axes = figure.add_subplot()
     axes.plot(_column(steps, "step"), _column(steps, "loss"), alpha=0.5, label="training loss")
     axes.plot(
@@ -36,7 +34,7 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     rate.plot(_column(steps, "step"), _column(steps, "learning_rate"), color="tab:green", alpha=0.4)
     rate.set_ylabel("learning rate", color="tab:green")
     axes.legend(loc="upper right")
-    _save(figure, path)
+    save_plot(figure, path)
     return True
 
 
@@ -46,11 +44,9 @@ def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bo
     A thin line is a run's training loss, dots of its colour its held-out NLL, over the tokens
     that it has seen.
     """
-    if not _can_draw():
+    figure = begin_plot(width=9, height=6)
+    if figure is None:
         return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, lines) in enumerate(metrics.items()):
         color = f"C{number % 10}"
@@ -72,24 +68,31 @@ def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bo
         )
     axes.set(xlabel="tokens", ylabel="nats per supervised token")
     axes.legend(loc="upper right", fontsize="small")
-    _save(figure, path)
+    save_plot(figure, path)
     return True
 
 
 def plot_paths(rates: Mapping[str, Sequence[float]], path: Path) -> bool:
     """Draw learning rates over the steps, by name, to `path`; returns whether it was drawn."""
-    if not _can_draw():
+    figure = begin_plot(width=9, height=4)
+    if figure is None:
         return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, values in rates.items():
         axes.plot(range(1, len(values) + 1), values, label=name)
     axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     axes.legend(loc="lower left", fontsize="small")
-    _save(figure, path)
+    save_plot(figure, path)
     return True
+
+
+def begin_plot(*, width: float, height: float) -> Any:  # noqa: ANN401 -- matplotlib is optional
+    """Return an empty matplotlib figure, in inches; None, and a line on stderr, without it."""
+    if not _can_draw():
+        return None
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _can_draw() -> bool:
@@ -101,7 +104,8 @@ def _can_draw() -> bool:
     return True
 
 
-def _save(figure: Any, path: Path) -> None:  # noqa: ANN401 -- matplotlib is optional
+def save_plot(figure: Any, path: Path) -> None:  # noqa: ANN401 -- matplotlib is optional
+    """Write a figure as a PNG, whole or not at all."""
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, dpi=120, format="png")
     partial.rename(path)

@@ -1,0 +1,222 @@
+"""What is trained in `carryon compare`, all in one form: losses of samples, and weights to move.
+
+Carry-ons and controls read a store, LoRA and full fine-tuning run the whole base. Batches are flat
+(train/packed_attention.py), supervised positions alone go through the head, and the loss is the
+trainer's own, for every method: so LoRA is measured at its fastest. Only full fine-tuning, whose
+head moves too, takes the plain formula. Letters: N tokens, M supervised positions, D width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from carryon.cache.base import load_base, read_head
+from carryon.cache.corpus import Sample
+from carryon.cache.extras import require
+from carryon.cache.plan import plan_units
+from carryon.cache.reader import Store
+from carryon.cache.spec import ForwardSettings
+from carryon.tools.compare_settings import LORA_RANK, Method
+from carryon.train.batch import Batch, make_batch
+from carryon.train.blocks_carryon import build_kind
+from carryon.train.carryon import NORM_EPS, CarryOn
+from carryon.train.config import CarryOnSettings, LossSettings
+from carryon.train.device import DEFAULT_CHUNK, multiplies_bfloat16, pick_device
+from carryon.train.evaluate import stream_taps
+from carryon.train.frozen_head import FrozenHead, frozen_head, place_head
+from carryon.train.loss import token_losses
+from carryon.train.packed_attention import (
+    PACKED_ATTENTION,
+    Packing,
+    register_packed_attention,
+    unused_mask,
+)
+from carryon.train.step import pair_losses
+
+Reader = Callable[[NDArray[np.int64]], Batch]
+"""What makes a batch of samples, given their indices in the data."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learner:
+    """A method that can be trained."""
+
+    model: nn.Module
+    """Its parameters that require a gradient are trained."""
+    losses: Callable[[Batch], Tensor]
+    """Cross-entropy of each supervised position, [M] float32, differentiable."""
+    ship_bytes: int
+    """What a user's version takes up, in bfloat16."""
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    @property
+    def trainable_bytes(self) -> int:
+        """Bytes of it, as it is trained."""
+        return sum(weight.numel() * weight.element_size() for weight in self.weights)
+
+
+def read_samples(samples: Sequence[Sample]) -> Reader:
+    """Return a reader of tokens alone, for what runs the base itself."""
+
+    def read(chosen: NDArray[np.int64]) -> Batch:
+        some = [samples[index] for index in chosen.tolist()]
+        return make_batch(
+            chosen,
+            np.array([len(sample.tokens) for sample in some]),
+            tokens=np.concatenate([sample.tokens for sample in some]),
+            loss_mask=np.concatenate([sample.loss_mask for sample in some]),
+            states={},
+            is_pinned=False,
+        )
+
+    return read
+
+
+def read_store(store: Store, samples: Sequence[Sample], taps: Sequence[str]) -> Reader:
+    """Return a reader of tokens and states.
+
+    Args:
+        store: of the first samples, all of them or some.
+        samples: all.
+        taps: whose states are wanted.
+    """
+    plan = plan_units(
+        np.array([len(sample.tokens) for sample in samples[: store.num_samples]], dtype=np.int32),
+        np.zeros(store.num_samples, dtype=np.bool_),
+        unit_tokens=store.manifest.unit_tokens,
+        seed=store.manifest.settings["seed"],
+    )
+    place = np.argsort(plan.order)
+
+    def read(chosen: NDArray[np.int64]) -> Batch:
+        rows = [store.read_sample(int(place[index]), taps=taps) for index in chosen]
+        return make_batch(
+            chosen,
+            np.array([len(row.tokens) for row in rows]),
+            tokens=np.concatenate([row.tokens for row in rows]),
+            loss_mask=np.concatenate([row.loss_mask for row in rows]),
+            states={tap: np.concatenate([row.hidden[tap] for row in rows]) for tap in taps},
+            is_pinned=False,
+        )
+
+    return read
+
+
+def read_taps(method: Method) -> list[str]:
+    """Return the taps that a carry-on's training reads."""
+    assert method.carryon is not None
+    return stream_taps(method.carryon.taps)
+
+
+def build_learner(method: Method, *, base: str, store: Store | None, seed: int) -> Learner:
+    """Return a method's untrained learner: at first it is the base.
+
+    Raises:
+        MissingExtraError: PEFT is not installed.
+    """
+    if method.carryon is None:
+        return _whole_base(base, has_lora=method.name == "lora", seed=seed)
+    assert store is not None
+    device = pick_device("auto")
+    if method.name in ("linear", "mlp"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module: CarryOn = Control(
+                method.carryon, base_width=store.width, is_linear=method.name == "linear"
+            )
+    else:
+        module = build_kind(method.carryon, store, seed=seed)
+    module = module.to(device)
+    head = place_head(store, LossSettings(), device=device)
+
+    def losses(batch: Batch) -> Tensor:
+        return pair_losses(module, batch.to(device), head=head, chunk=DEFAULT_CHUNK, alpha=1.0)
+
+    return Learner(model=module, losses=losses, ship_bytes=2 * _count(module))
+
+
+class Control(CarryOn):
+    """A correction of each token's state by itself: a linear map, or an MLP without attention."""
+
+    def __init__(self, settings: CarryOnSettings, *, base_width: int, is_linear: bool) -> None:
+        """Build with a zero output, as a carry-on begins; an MLP has the size of a bottleneck."""
+        nn.Module.__init__(self)
+        self.settings = settings
+        width = base_width * len(settings.taps)
+        inner = round(4.5 * settings.width * base_width / (width + base_width))
+        self.enter = nn.Identity() if is_linear else nn.Linear(width, inner)
+        self.up = nn.Linear(width if is_linear else inner, base_width, bias=False)
+        nn.init.zeros_(self.up.weight)
+        self.is_linear = is_linear
+
+    def correct_packed(
+        self, states: Mapping[str, Tensor], packing: Packing, positions_M: Tensor
+    ) -> Tensor:
+        """Return delta at chosen tokens, [M, D]; see CarryOn."""
+        taps = [states[tap][positions_M].float() for tap in self.settings.taps]
+        x = torch.cat([nn.functional.rms_norm(x, x.shape[-1:], eps=NORM_EPS) for x in taps], dim=-1)
+        x = self.enter(x)
+        found: Tensor = self.up(x if self.is_linear else nn.functional.silu(x))
+        return found
+
+
+def _whole_base(source: str, *, has_lora: bool, seed: int) -> Learner:
+    base = load_base(source, forward=ForwardSettings())
+    model: Any = base.model
+    device = base.device
+    register_packed_attention()
+    model.set_attn_implementation(PACKED_ATTENTION)
+    if has_lora:
+        peft = require("peft", extra="lora", purpose="comparing with LoRA")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = peft.LoraConfig(
+                r=LORA_RANK,
+                lora_alpha=2 * LORA_RANK,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+            peft.get_peft_model(model, config)
+    else:
+        model.float().requires_grad_(True)  # weights that move need more digits than bfloat16
+    is_bfloat16 = multiplies_bfloat16(device)
+    frozen: FrozenHead | None = None
+    if has_lora:
+        dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+        frozen = frozen_head(read_head(base), device=device, dtype=dtype)
+    decoder, head = base.anatomy.decoder, base.anatomy.head
+
+    def losses(batch: Batch) -> Tensor:
+        batch = batch.to(device)
+        ids = batch.tokens.long()[None]
+        packing = batch.packing()
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
+            states_MD = decoder(
+                input_ids=ids,
+                position_ids=packing.position_ids,
+                attention_mask=unused_mask(torch.zeros((), device=device)),
+                use_cache=False,
+                packing=packing,
+            ).last_hidden_state[0][batch.positions]
+            if frozen is None:
+                logits = head(states_MD).float() * base.anatomy.logit_scale
+        if frozen is None and base.anatomy.softcap is not None:
+            logits = base.anatomy.softcap * torch.tanh(logits / base.anatomy.softcap)
+        if frozen is None:
+            return nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+        return token_losses(states_MD.float(), batch.targets, head=frozen, chunk=DEFAULT_CHUNK)
+
+    return Learner(model=model, losses=losses, ship_bytes=2 * _count(model))
+
+
+def _count(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
