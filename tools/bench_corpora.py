@@ -32,7 +32,7 @@ _PAGES_A_FAMILY = 2
 """Manual pages whose names begin alike (git-add, git-am) repeat each other."""
 _PAGE_CHARACTERS = 12_000
 """Of a page, at most: a few are books."""
-_PAGES_AT_ONCE = 32
+_PAGES_AT_ONCE = 8
 
 
 def write_named_corpus(name: str, path: Path, *, num_tokens: int) -> None:

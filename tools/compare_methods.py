@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from carryon.cache.base import load_base, read_head
 from carryon.cache.corpus import Sample
-from carryon.cache.extras import require
 from carryon.cache.plan import plan_units
 from carryon.cache.reader import Store
 from carryon.cache.spec import ForwardSettings
 from carryon.tools.compare_settings import LORA_RANK, Method
 from carryon.train.batch import Batch, make_batch
-from carryon.train.blocks_carryon import build_kind
+from carryon.train.blocks_carryon import add_lora_, build_kind
 from carryon.train.carryon import NORM_EPS, CarryOn
 from carryon.train.config import CarryOnSettings, LossSettings
 from carryon.train.device import DEFAULT_CHUNK, multiplies_bfloat16, pick_device
@@ -114,7 +113,7 @@ def read_store(store: Store, samples: Sequence[Sample], taps: Sequence[str]) -> 
 def read_taps(method: Method) -> list[str]:
     """Return the taps that a carry-on's training reads."""
     assert method.carryon is not None
-    return stream_taps(method.carryon.taps)
+    return stream_taps(method.carryon)
 
 
 def build_learner(method: Method, *, base: str, store: Store | None, seed: int) -> Learner:
@@ -176,16 +175,13 @@ def _whole_base(source: str, *, has_lora: bool, seed: int) -> Learner:
     register_packed_attention()
     model.set_attn_implementation(PACKED_ATTENTION)
     if has_lora:
-        peft = require("peft", extra="lora", purpose="comparing with LoRA")
+        shape = CarryOnSettings(kind="top", lora_rank=LORA_RANK)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            config = peft.LoraConfig(
-                r=LORA_RANK,
-                lora_alpha=2 * LORA_RANK,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            )
-            peft.get_peft_model(model, config)
+            add_lora_(base.anatomy.decoder, shape)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()  # as PEFT has it, whatever the base's type
     else:
         model.float().requires_grad_(True)  # weights that move need more digits than bfloat16
     is_bfloat16 = multiplies_bfloat16(device)

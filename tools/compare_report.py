@@ -103,12 +103,13 @@ def _table(groups: Mapping[Key, Rows], sweeps: Rows) -> str:
             )
         )
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    facts = next(iter(groups.values()))[0] if groups else {"data": {}, "base_nll": float("nan")}
-    data = facts["data"]
-    notes = [
-        f"{data.get('corpus')}: {data.get('train_tokens', 0):,} training tokens; held-out NLL of "
-        f"the base {facts['base_nll']:.4f}, on {data.get('clean_windows')} clean windows."
-    ]
+    notes = []
+    for row in [row for rows in groups.values() for row in rows][:1]:
+        data = row["data"]
+        notes.append(
+            f"{data['corpus']}: {data['train_tokens']:,} training tokens; held-out NLL of the base "
+            f"{row['base_nll']:.4f}, on {data['clean_windows']} clean windows."
+        )
     for row in sweeps:
         notes.append(
             f"Learning rate {row['learning_rate']:g} of {row['method']}: {row['nll']:.4f} in "

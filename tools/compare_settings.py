@@ -8,10 +8,11 @@ import math
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from carryon.cache.errors import InputError
+from carryon.cache.settings import Settings, not_positive
 from carryon.tools.bench_quality import same_size
 from carryon.train.config import CarryOnSettings
 
@@ -38,7 +39,7 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareSettings:
+class CompareSettings(Settings):
     """What is compared, on what, for how long."""
 
     corpus: str = "pydoc"
@@ -82,31 +83,23 @@ class CompareSettings:
     batch_tokens: int = 1024
     """Tokens of a step, of every method."""
 
-    def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        positive = {
-            name: getattr(self, name)
-            for name in ("sweep_seconds", "tokens", "held_out_tokens", "batch_tokens")
-        } | {f"seconds {value:g}": value for value in self.seconds}
-        problems = [f"{name}: expected more than 0" for name, x in positive.items() if not x > 0]
-        problems += [
-            f"{name}: expected at least one"
-            for name in ("methods", "seeds", "seconds", "runs")
-            if not getattr(self, name)
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what is out of range."""
+        names = ("seconds", "sweep_seconds", "tokens", "held_out_tokens", "batch_tokens")
+        empty = [name for name in ("methods", "seeds", "runs") if not getattr(self, name)]
+        return [
+            not_positive({name: getattr(self, name) for name in names}),
+            (bool(empty), f"{', '.join(empty)}: expected at least one"),
+            (
+                self.window_tokens < 64,
+                f"window_tokens: expected 64 or more, got {self.window_tokens}",
+            ),
         ]
-        if self.window_tokens < 64:
-            problems.append(f"window_tokens: expected 64 or more, got {self.window_tokens}")
-        if problems:
-            raise InputError("; ".join(problems))
 
     def data_facts(self) -> dict[str, Any]:
         """Return the settings that decide which data there is."""
         names = ("corpus", "tokens", "held_out_tokens", "window_tokens")
         return {name: getattr(self, name) for name in names}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

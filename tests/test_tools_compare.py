@@ -1,0 +1,266 @@
+"""`carryon compare` on a tiny base: the data, every method as a row, and what rows come to."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from carryon.cache.errors import InputError
+from carryon.tools.bench_corpora import write_named_corpus
+from carryon.tools.command_line import parse_call
+from carryon.tools.compare import compare
+from carryon.tools.compare_data import Material, iter_steps, order_pass, prepare_material
+from carryon.tools.compare_report import report
+from carryon.tools.compare_row import best_rate, main
+from carryon.tools.compare_settings import (
+    CompareSettings,
+    Row,
+    find_methods,
+    list_rows,
+    row_command,
+)
+
+LAYERS = {"num_layers": 2, "width": 16}  # of the tiny base
+METHODS = ["lora", "full", "bottleneck", "native-1", "top-1", "top-lora-1", "linear", "mlp"]
+
+
+def make_text(path: Path) -> Path:
+    """Write 24 documents of made-up words; one in the training half repeats a held-out one."""
+    random = np.random.default_rng(0)
+    texts = [" ".join(map(str, random.integers(0, 10**6, 40))) for _ in range(24)]
+    texts[3] = texts[8]  # every eighth is held out
+    path.write_text(
+        "".join(json.dumps({"id": f"d{i}", "text": x}) + "\n" for i, x in enumerate(texts))
+    )
+    return path
+
+
+def tiny_settings(text: Path, methods: Sequence[str] = ("lora",)) -> CompareSettings:
+    return CompareSettings(
+        corpus=f"made-up={text}",
+        methods=list(methods),
+        seconds=[0.4],
+        evaluate_at=[0.2],
+        tokens=3000,
+        held_out_tokens=600,
+        window_tokens=64,
+        batch_tokens=128,
+    )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A folder with the data of a comparison."""
+    root = tmp_path_factory.mktemp("compare")
+    settings = tiny_settings(make_text(root / "text.jsonl"))
+    prepare_material(settings, base=str(tiny_base_folder), out=root)
+    return root
+
+
+def material_of(work: Path, base: Path) -> Material:
+    return prepare_material(tiny_settings(work / "text.jsonl"), base=str(base), out=work)
+
+
+def test_no_document_is_in_both_halves_and_repeated_text_is_not_trained_on(
+    work: Path, tiny_base_folder: Path
+) -> None:
+    material = material_of(work, tiny_base_folder)
+    halves = [
+        {sample.id.partition("/")[0] for sample in half}
+        for half in (material.train, material.held_out)
+    ]
+    assert not halves[0] & halves[1]
+    assert "d3" not in halves[0]
+    assert material.facts["dropped_windows"] > 0
+    assert material.facts["clean_overlap"] < 0.05
+    assert "d8" in halves[1]
+
+
+def test_windows_join_to_the_text_that_they_were_cut_from(
+    work: Path, tiny_base_folder: Path
+) -> None:
+    lines = (work / "text.jsonl").read_text().splitlines()
+    texts = {record["id"]: record["text"] for record in map(json.loads, lines)}
+    pieces = map(json.loads, (work / "train.jsonl").read_text().splitlines())
+    joined: dict[str, dict[int, str]] = {}
+    for piece in pieces:
+        name, _, number = piece["id"].partition("/")
+        joined.setdefault(name, {})[int(number)] = piece["text"]
+    name, parts = next((name, parts) for name, parts in joined.items() if set(parts) >= {0, 1})
+    assert texts[name].startswith(parts[0] + parts[1])
+    lengths = [len(sample.tokens) for sample in material_of(work, tiny_base_folder).train]
+    assert 60 <= max(lengths) <= 68
+
+
+def test_shorter_runs_see_the_same_samples_first() -> None:
+    few, many = (order_pass(number, seed=1, epoch=0) for number in (100, 300))
+    assert sorted(few) == list(range(100))
+    assert sorted(many) == list(range(300))
+    np.testing.assert_array_equal(few[:64], many[:64])
+    assert order_pass(100, seed=2, epoch=0).tolist() != few.tolist()
+    assert order_pass(100, seed=1, epoch=1).tolist() != few.tolist()
+
+
+def test_steps_go_through_all_samples_again_and_again(work: Path, tiny_base_folder: Path) -> None:
+    train = material_of(work, tiny_base_folder).train
+    steps = iter_steps(train, 10, seed=0, batch_tokens=128)
+    seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    while not seen[2]:
+        epoch, chosen = next(steps)
+        assert len(chosen) == 1 or sum(len(train[i].tokens) for i in chosen) <= 128
+        seen[epoch] += chosen.tolist()
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(10))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_as_the_base_and_learns_until_its_budget_ends(
+    method: str, work: Path, tiny_base_folder: Path, store_tmp: Path
+) -> None:
+    out = Path(shutil.copytree(work, store_tmp / "out"))
+    (out / "rows").mkdir()
+    settings = tiny_settings(work / "text.jsonl", [method])
+    for run in ("first", "second") if method in ("bottleneck", "top-1") else ("first",):
+        row = Row(method=method, run=run, seconds=0.4, seed=1)
+        request: dict[str, Any] = {
+            "settings": settings.to_dict(),
+            "row": asdict(row),
+            "base": str(tiny_base_folder),
+            "out": str(out),
+            "learning_rate": 3e-3,
+            "command": row_command(settings, row, base=str(tiny_base_folder), out=str(out)),
+            **LAYERS,
+        }
+        main(request)
+        found = json.loads((out / "rows" / f"{row.name}.json").read_text())
+        # bfloat16 states, and blocks that compute on them, are the base's to rounding
+        assert found["base_nll"] == pytest.approx(
+            BASE_NLL.setdefault("tiny", found["base_nll"]), abs=0.01
+        )
+        assert found["steps"] >= 1
+        assert found["curve"][-1]["clock_s"] == pytest.approx(
+            found["train_s"] + (found["extraction"]["seconds"] if run == "first" else 0)
+        )
+        assert found["losses"][-1] < found["losses"][0] + 0.5
+        assert found["ship_bytes"] > 0
+        if method == "bottleneck":
+            assert found["extraction"]["tokens"] > 0
+    assert not list((out / "work").glob(f"{method}*/zarr.json")), "stores of first runs are removed"
+
+
+BASE_NLL: dict[str, float] = {}
+
+
+def test_rows_are_found_again_by_the_command_that_is_printed() -> None:
+    settings = CompareSettings(
+        methods=["top-3", "lora"], seeds=[0, 4], learning_rates=["lora=1e-3,2e-3"], tokens=500
+    )
+    methods = find_methods(settings, num_layers=8, width=32)
+    rows = list_rows(settings, methods)
+    assert [row.run for row in rows[:2]] == ["sweep", "sweep"]
+    assert len(rows) == 2 + 2 * 2 * (2 + 1)  # seeds, budgets, runs of top and of lora
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows[2:]:
+        words = row_command(settings, row, base="b", out="o").split()[2:]
+        again = parse_call(compare, words, prog="carryon compare").kwargs["settings"]
+        known = find_methods(
+            CompareSettings(**{**again.to_dict(), "learning_rates": []}), num_layers=8, width=32
+        )
+        assert row in list_rows(again, known)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"methods": ["lorry"]}, "method 'lorry': expected lora, full"),
+        ({"methods": ["lora-3"]}, "method 'lora-3'"),
+        ({"learning_rates": ["top=1e-3"]}, "expected METHOD=NUMBER for one of lora"),
+        ({"learning_rates": ["lora=fast"]}, "got 'lora=fast'"),
+        ({"seconds": [0.0]}, "seconds: expected more than 0"),
+        ({"seeds": []}, "seeds: expected at least one"),
+    ],
+)
+def test_wrong_settings_are_named(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        find_methods(CompareSettings(**({"methods": ["lora"]} | changes)), **LAYERS)
+
+
+def test_the_best_rate_of_the_short_runs_is_taken() -> None:
+    settings = CompareSettings(methods=["lora"], sweep_seconds=5.0)
+    lora = find_methods(settings, **LAYERS)["lora"]
+    done = [
+        {"method": "lora", "run": "sweep", "seconds": 5.0, "learning_rate": rate, "nll": nll}
+        for rate, nll in zip(lora.rates, (3.0, 2.0, 2.5), strict=True)
+    ]
+    assert best_rate(lora, settings, done) == lora.rates[1]
+
+
+def make_row(method: str, run: str, seed: int, nll: float, extraction_s: float) -> dict[str, Any]:
+    return {
+        "method": method,
+        "run": run,
+        "seconds": 300.0,
+        "seed": seed,
+        "nll": nll,
+        "base_nll": 3.0,
+        "curve": [
+            {"clock_s": 0.0, "tokens": 0, "steps": 0, "nll": 3.0},
+            {"clock_s": 100.0, "tokens": 50, "steps": 1, "nll": nll + 0.05},
+            {"clock_s": 300.0, "tokens": 90, "steps": 2, "nll": nll},
+        ],
+        "extraction": {"seconds": extraction_s, "tokens": 50 if extraction_s else 0},
+        "tokens": 90,
+        "tokens_per_second": 0.3,
+        "train_s": 300.0 - extraction_s,
+        "learning_rate": 1e-3,
+        "trainable_bytes": 8,
+        "ship_bytes": 4,
+        "peak_bytes": 16,
+        "data": {"corpus": "pydoc", "train_tokens": 100, "clean_windows": 3},
+    }
+
+
+def test_a_target_is_met_only_if_every_seed_meets_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [make_row("lora", "first", seed, 2.5, 0.0) for seed in (0, 1)]
+    rows += [make_row("top", "second", seed, nll, 60.0) for seed, nll in ((0, 2.4), (1, 2.46))]
+    rows += [make_row("linear", "second", seed, 1.0, 60.0) for seed in (0, 1)]  # a control
+
+    figures = {each["figure"]: each for each in report(tmp_path, rows)}
+
+    second = figures["compare.pydoc.second_run.300s"]
+    assert second["best"] == "top"
+    assert second["seeds"] == pytest.approx([0.1, 0.04])
+    assert second["mean"] == pytest.approx(0.07)
+    assert second["met"] is False  # 0.04 of seed 1 is under the target of 0.05
+    # seed 0 is at LoRA's 2.5 by second 100, seed 1 by second 300: 200 s on average, 100 saved
+    assert figures["compare.break_even.top.300s"]["value"] == pytest.approx(0.6)
+    assert "| top | second | 300 | 0 1 | 2.4300 |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert (tmp_path / "pareto.png").stat().st_size > 1000
+    assert len(capsys.readouterr().out.splitlines()) == len(figures)
+
+
+def test_reference_documentation_is_split_by_topic(tmp_path: Path) -> None:
+    write_named_corpus("pydoc", tmp_path / "pydoc.jsonl", num_tokens=5000)
+    records = [json.loads(line) for line in (tmp_path / "pydoc.jsonl").read_text().splitlines()]
+    assert len({record["id"] for record in records}) == len(records) > 1
+    assert 15_000 < sum(len(record["text"]) for record in records) <= 20_000
+
+
+@pytest.mark.skipif(
+    shutil.which("man") is None or not Path("/usr/share/man/man1").is_dir(),
+    reason="this system has no manual pages",
+)
+def test_manual_pages_are_plain_text(tmp_path: Path) -> None:
+    write_named_corpus("manpages", tmp_path / "man.jsonl", num_tokens=1000)
+    records = [json.loads(line) for line in (tmp_path / "man.jsonl").read_text().splitlines()]
+    assert records
+    for record in records:
+        assert "\b" not in record["text"]
+        assert not any(line.startswith((".SH", ".TH")) for line in record["text"].splitlines())
