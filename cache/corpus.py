@@ -10,7 +10,7 @@ Letters: T tokens of a sample.
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,10 +72,18 @@ def read_corpus(
     *,
     settings: CorpusSettings,
     max_tokens: int,
+    held_out: Container[str] = (),
 ) -> Corpus:
     """Read files, and all files below folders, into samples of at most `max_tokens` tokens.
 
     A progress bar in bytes of the files goes to stderr.
+
+    Args:
+        paths: files and folders.
+        tokenizer: of the base.
+        settings: how text becomes samples.
+        max_tokens: of a sample.
+        held_out: ids of samples to hold out, besides those that the files mark.
 
     Raises:
         MissingError: a path does not exist.
@@ -95,7 +103,9 @@ def read_corpus(
         for records in _batches(read_records(found)):
             renderings = [render(record, tokenizer, mask=settings.mask) for record in records]
             for record, rows in zip(records, encode(encoder, renderings), strict=True):
-                kept, tally = _fit(record, rows, long=settings.long, max_tokens=max_tokens)
+                kept, tally = _fit(
+                    record, rows, long=settings.long, max_tokens=max_tokens, held_out=held_out
+                )
                 samples.extend(kept)
                 counts.update(tally)
             bar.update(sum(record.num_bytes for record in records))
@@ -123,7 +133,12 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _fit(
-    record: Record, rows: TokenRows, *, long: LongPolicy, max_tokens: int
+    record: Record,
+    rows: TokenRows,
+    *,
+    long: LongPolicy,
+    max_tokens: int,
+    held_out: Container[str],
 ) -> tuple[list[Sample], dict[str, int]]:
     """Return what is kept of a record, and what that adds to the counts."""
     num_tokens = len(rows.tokens)
@@ -139,13 +154,14 @@ def _fit(
         loss_mask = rows.loss_mask[piece.start : piece.stop].copy()
         loss_mask[:1] = 0  # nothing stands before it that could predict it
         if loss_mask.any():
+            name = _piece_id(record, index) if len(ranges) > 1 else record.id
             kept.append(
                 Sample(
-                    id=_piece_id(record, index) if len(ranges) > 1 else record.id,
+                    id=name,
                     tokens=rows.tokens[piece.start : piece.stop].copy(),
                     loss_mask=loss_mask,
                     char_end=rows.char_end[piece.start : piece.stop].copy(),
-                    is_held_out=record.is_held_out,
+                    is_held_out=record.is_held_out or name in held_out,
                 )
             )
     num_cut = num_tokens - max_tokens if is_long and long == "truncate" else 0

@@ -5,7 +5,7 @@ resumes: finished units are skipped, the others computed.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ def extract(
     forward: ForwardSettings,
     append: bool = False,
     max_disk_bytes: int | None = None,
+    held_out: Container[str] = (),
 ) -> ExtractReport:
     """Extract the hidden states of a corpus into the store at `out`, or go on with it.
 
@@ -52,6 +53,7 @@ def extract(
         append: add the samples of `data` to a store that is there.
         max_disk_bytes: stop before the store would grow beyond it; what is written stays valid
             and the same call with more room goes on.
+        held_out: ids of samples to hold out, besides those that the data marks.
 
     Raises:
         InputError: data, tap or setting cannot be used; nothing was written.
@@ -62,7 +64,7 @@ def extract(
     root = Path(out)
     refuse_foreign_folder(root)
     refuse_busy(root)
-    loaded, texts, plan, manifest = _prepare(base, data, corpus, store, forward)
+    loaded, texts, plan, manifest = _prepare(base, data, corpus, store, forward, held_out)
     print(_prediction(manifest), file=sys.stderr)
     with write_lock(root):
         sweep_partials(root)
@@ -120,13 +122,20 @@ def _prepare(
     corpus: CorpusSettings,
     store: StoreSettings,
     forward: ForwardSettings,
+    held_out: Container[str] = (),
 ) -> tuple[Base, Corpus, UnitPlan, Manifest]:
     """Load base and corpus and plan the store; nothing is written."""
     loaded = load_base(base, forward=forward) if isinstance(base, str) else base
     for tap in store.taps:
         parse_tap(tap, num_layers=loaded.identity.num_layers)
     corpus = replace(corpus, max_tokens=longest_sample(corpus, store, loaded))
-    texts = read_corpus(data, loaded.tokenizer, settings=corpus, max_tokens=corpus.max_tokens)
+    texts = read_corpus(
+        data,
+        loaded.tokenizer,
+        settings=corpus,
+        max_tokens=corpus.max_tokens,
+        held_out=held_out,
+    )
     plan = plan_corpus(texts, store)
     return loaded, texts, plan, describe(loaded, texts, plan, corpus=corpus, store=store)
 

@@ -1,16 +1,19 @@
 """Tiny settings of training runs, and what tests ask of the run folders they leave."""
 
+import json
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -25,6 +28,7 @@ from carryon.train.config import (
     RunSettings,
     StreamSettings,
 )
+from carryon.train.lineage import update
 from carryon.train.loop import train
 from carryon.train.metrics import read_metrics
 from carryon.train.report import TrainReport
@@ -89,6 +93,39 @@ def without(report: TrainReport, *, out: str) -> TrainReport:
     )
 
 
+def write_texts(path: Path) -> Path:
+    """Write a corpus of 12 short texts, with ids of their own; none is marked as held out."""
+    lines = [
+        {
+            "id": f"{path.stem}-{index}",
+            "text": f"{index} is the thing " + "on an ice " * (index % 4),
+        }
+        for index in range(12)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@contextmanager
+def without_plots() -> Iterator[None]:
+    """Let runs draw no curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "plot_curves", lambda metrics, path: False)
+        yield
+
+
+def begin_update(lineage: Path, data: Path, base: Path, settings: TrainSettings) -> Any:  # noqa: ANN401
+    """Start an update of a lineage in a process of its own; returns once it has begun."""
+    ours, theirs = _processes().Pipe()
+    process = _processes().Process(
+        target=_update_in_child, args=(lineage, data, base, settings, theirs)
+    )
+    process.start()
+    theirs.close()
+    assert ours.recv() == "begun"
+    return process
+
+
 def begin(store: Path, out: Path, *, is_sweep: bool) -> Any:  # noqa: ANN401 -- a Process
     """Start the training in a process of its own; returns once it trains."""
     ours, theirs = _processes().Pipe()
@@ -104,19 +141,31 @@ def _processes() -> Any:  # noqa: ANN401 -- a context has no public type
     """Children of a process that has imported the trainer once: each would take seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["carryon.train.sweep", "transformers.models.llama.modeling_llama"]
+        ["carryon.train.lineage", "transformers.models.llama.modeling_llama"]
     )
     return context
 
 
+def _update_in_child(
+    lineage: Path, data: Path, base: Path, settings: TrainSettings, talk: Connection
+) -> None:
+    _be_quiet()
+    talk.send("begun")
+    update(lineage=str(lineage), data=[str(data)], base=str(base), settings=settings)
+
+
 def _train_in_child(store: Path, out: Path, is_sweep: bool, talk: Connection) -> None:
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed with the process
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
-    torch.set_num_threads(1)
-    finish.plot_curves = lambda metrics, path: False
-    sweep_module.plot_runs = lambda metrics, path: False
+    _be_quiet()
     talk.send("begun")
     if is_sweep:
         sweep(store=str(store), out=str(out), settings=TINY, runs=RUNS)
     else:
         train_tiny(store, out, **KILLED)
+
+
+def _be_quiet() -> None:
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed with the process
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
+    torch.set_num_threads(1)
+    finish.plot_curves = lambda metrics, path: False
+    sweep_module.plot_runs = lambda metrics, path: False

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from carryon.cache.blocks import Blocks, build_decoder, load_blocks
 from carryon.cache.errors import InputError
 from carryon.cache.extras import require
-from carryon.cache.manifest import Manifest
 from carryon.cache.reader import Store
 from carryon.train.carryon import CarryOn, build_carryon
 from carryon.train.config import CarryOnSettings
@@ -150,15 +149,18 @@ def blocks_of(store: Store) -> Blocks:
     return load_blocks(store.root, store.manifest)
 
 
-def with_own_tap(settings: CarryOnSettings, manifest: Manifest) -> CarryOnSettings:
+def with_own_tap(settings: CarryOnSettings, num_layers: int) -> CarryOnSettings:
     """Return the settings with the tap that a kind reads: `prenorm`, or `layer.(L-k)`.
+
+    Args:
+        settings: of a carry-on of any kind.
+        num_layers: L, blocks of the base.
 
     Raises:
         InputError: other taps were asked for, or as many blocks as the base has.
     """
     if settings.kind == "bottleneck":
         return settings
-    num_layers = int(manifest.base["num_layers"])
     if settings.kind == "top" and settings.blocks >= num_layers:
         raise InputError(
             f"blocks: expected 1 to {num_layers - 1} for the kind top, as the base has "

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from carryon.cache.errors import InputError
 from carryon.cache.reader import Store
+from carryon.cache.store_part import manifest_of_part, open_store
 from carryon.train.base_states import BaseStates, find_base_states
 from carryon.train.blocks_carryon import blocks_of
 from carryon.train.carryon import CarryOn
@@ -105,7 +106,7 @@ def evaluate(
         SettingMismatchError: the carry-on belongs to another base.
         InputError: an alpha is out of range, or the store lacks a tap.
     """
-    opened = Store.open(store)
+    opened = open_store(store)
     module, card = load_carryon(locate_carryon(carryon), blocks=partial(blocks_of, opened))
     check_base(card, opened.manifest.base, where=store)
     check_taps(opened, stream_taps(module.settings))
@@ -273,10 +274,29 @@ def sample_units(store: Store) -> NDArray[np.int64]:
     return np.asarray(store.sample_starts // store.manifest.unit_tokens, dtype=np.int64)
 
 
+def _parts_among(store: Store, fingerprints: Sequence[str]) -> list[int]:
+    manifest, name = store.manifest, str(store.root)
+    numbers = range(1, len(manifest.parts) + 1)
+    return [
+        number
+        for number in numbers
+        if manifest_of_part(manifest, number, name=name).fingerprint in fingerprints
+    ]
+
+
 def _choose(
     store: Store, card: CarryOnCard, samples: Literal["auto", "held-out", "all"]
 ) -> tuple[NDArray[np.int64], str]:
-    is_own = store.fingerprint in card.split.get("stores", [card.store_fingerprint])
+    known = card.split.get("stores", [card.store_fingerprint])
+    is_own = store.fingerprint in known
+    own = _parts_among(store, known)
+    if own and not is_own and samples != "all":
+        if store.sample_held_out.any():
+            return np.flatnonzero(store.sample_held_out).astype(np.int64), "held-out"
+        raise InputError(
+            f"{store.root}: the carry-on was trained on part {own[0]} of it, which marks no sample "
+            f"as held out: evaluate on {store.root}#{own[0]}, or on all samples"
+        )
     if samples == "all" or (samples == "auto" and not is_own):
         return np.arange(store.num_samples, dtype=np.int64), "all"
     if not is_own and not store.sample_held_out.any():

@@ -1,132 +1,134 @@
 """A lineage: a trunk at the highest learning rate, and for every release a branch that falls.
 
-lineage.json        base, settings, alpha, and every increment of data with its steps
-config.yaml         the settings, flat, for the next update
-trunk/0002-head     run folder: increment 2 up to the branch point
-trunk/0002-tail     run folder: the rest of it, taken when the next version is asked for
-versions/0002       run folder: the branch; its carryon/ is version 2
-
-Every piece is a run of its own, which begins with a copy of the state in which another ended. A
-branch so leaves the trunk as it is, and begun again it ends with the same bits.
+lineage_folder.py says what is in its folder. Every piece is a run of its own, which begins with a
+copy of the state in which another ended. A branch so leaves the trunk as it is, and begun again it
+ends with the same bits.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from carryon.cache.atomic import write_file, write_json
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.manifest import read_manifest
+from carryon.cache.store_part import manifest_of_part, split_name
 from carryon.train.blocks_carryon import with_own_tap
 from carryon.train.checkpoint import newest_checkpoint
 from carryon.train.evaluate import stream_taps
+from carryon.train.lineage_folder import (
+    Increment,
+    Lineage,
+    lasting_settings,
+    read_lineage,
+    refuse_changed_base,
+    refuse_changed_settings,
+    write_config,
+    write_lineage,
+)
 from carryon.train.loop import Job, train_jointly
+from carryon.train.new_text import extract_text
 from carryon.train.order import count_steps
 from carryon.train.paths import BRANCH_SCHEDULES, Paradigm, branch_point
 from carryon.train.piece import Piece
 from carryon.train.report import TrainReport
 from carryon.train.run import TrainSettings
-from carryon.train.run_folder import FREE_SETTINGS, RunFolder
-from carryon.train.train_data import TrainData, open_data
-
-FORMAT = "carryon-lineage"
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Increment:
-    """The data of one update."""
-
-    stores: list[str]
-    """Folders of the stores."""
-    fingerprints: list[str]
-    steps: int
-    """Steps of its whole order."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lineage:
-    """What a lineage folder says of itself."""
-
-    root: Path
-    base: dict[str, Any]
-    alpha: float
-    settings: dict[str, Any]
-    """Flat, without those that a resumed run may change."""
-    increments: list[Increment]
-
-    @property
-    def ends(self) -> list[int]:
-        """The step of the trunk at which each increment ends."""
-        return list(accumulate(increment.steps for increment in self.increments))
-
-    def branch_step(self, version: int) -> int:
-        """Return the step of a version's increment at which its branch leaves the trunk."""
-        return branch_point(0, self.increments[version - 1].steps, alpha=self.alpha)
-
-    def head(self, version: int) -> RunFolder:
-        """Return the trunk's piece up to a version's branch point."""
-        return RunFolder(root=self.root / "trunk" / f"{version:04d}-head")
-
-    def tail(self, version: int) -> RunFolder:
-        """Return the trunk's piece from a version's branch point to the increment's end."""
-        return RunFolder(root=self.root / "trunk" / f"{version:04d}-tail")
-
-    def version(self, version: int) -> RunFolder:
-        """Return the branch that is a version."""
-        return RunFolder(root=self.root / "versions" / f"{version:04d}")
-
-
-def read_lineage(root: str | Path) -> Lineage | None:
-    """Return the lineage in a folder; None where there is none.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
-    path = Path(root) / "lineage.json"
-    if not path.exists():
-        if Path(root).exists() and (not Path(root).is_dir() or any(Path(root).iterdir())):
-            raise InputError(f"{root}: holds something that is not a lineage: give a new folder")
-        return None
-    document = json.loads(path.read_text(encoding="ascii"))
-    if (document.pop("format"), document.pop("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise InputError(f"{path}: expected {FORMAT} {FORMAT_VERSION}: it is of another version")
-    increments = [Increment(**each) for each in document.pop("increments")]
-    return Lineage(root=Path(root), increments=increments, **document)
+from carryon.train.run_folder import RunFolder
+from carryon.train.train_data import open_data
 
 
 def update(
-    *, lineage: str, store: Sequence[str], settings: TrainSettings, alpha: float = 0.6
+    *,
+    lineage: str,
+    settings: TrainSettings,
+    store: Sequence[str] = (),
+    data: Sequence[str] = (),
+    base: str = "",
+    alpha: float = 0.6,
 ) -> TrainReport:
     """Move the trunk on to new data, branch, and release the next version.
 
-    Interrupted, the same call goes on.
+    A version that is begun is finished first. Interrupted, the same call goes on.
 
     Args:
         lineage: folder of the lineage; begun if missing.
-        store: folders of the stores with the new data.
         settings: of all runs of the lineage, the same from the first update on.
+        store: folders of stores: those of their parts that the lineage has not seen are the new
+            data. None: the lineage's own store.
+        data: files of new texts, to be appended first to the store (a single one).
+        base: that extracts them.
         alpha: part of an increment's steps in which a branch falls.
 
     Raises:
         InputError: no new data, another base, other settings, or too few steps for alpha.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
-    _check_settings(settings)
-    shape = with_own_tap(settings.carryon, read_manifest(Path(store[0])))
-    settings = replace(settings, carryon=shape)
-    data = open_data(list(store), settings.stream, taps=stream_taps(shape))
-    found = _grow(lineage, list(store), data, settings, alpha)
-    version = len(found.increments)
+    check_branches(settings)
+    found = read_lineage(lineage)
+    if found is None:
+        found = Lineage(
+            root=Path(lineage),
+            base={},
+            alpha=alpha,
+            settings=lasting_settings(settings),
+            increments=[],
+        )
+    settings = settings_on(found.base, settings)
+    refuse_changed_settings(found, settings, alpha=alpha)
+    stores = list(store) or [str(found.store)]
+    if data:
+        extract_text(found, data, base=base, stores=stores, settings=settings)
+    elif not store and not found.store.exists():
+        raise InputError(f"{lineage}: expected --data or --store with the new data, got neither")
+    report = None
+    if found.increments and len(found.released) < len(found.increments):
+        report = release_newest(found, settings)
+    new = _unseen(found, stores)
+    if not new and report is None:
+        raise InputError(
+            f"{' '.join(stores)}: expected new data, got only what the lineage has seen in its "
+            f"{len(found.increments)} increments: give new texts with --data, or append them with "
+            "carryon extract --append"
+        )
+    if new:
+        report = release_newest(grow(found, new, settings), settings)
+    assert report is not None
+    return report
+
+
+def grow(lineage: Lineage, parts: Sequence[str], settings: TrainSettings) -> Lineage:
+    """Return the lineage with parts of stores as its last increment, written down.
+
+    Raises:
+        InputError: they are of another base, or have too few steps for alpha.
+    """
+    base = read_manifest(split_name(parts[0])[0]).base
+    settings = settings_on(base, settings)
+    data = open_data(list(parts), settings.stream, taps=stream_taps(settings.carryon))
+    if not lineage.increments:
+        lineage = replace(lineage, base=base, settings=lasting_settings(settings))
+    refuse_changed_base(lineage, base, name=parts[0])
+    steps = sum(map(count_steps, data.plan(settings.optimization)))
+    branch_point(0, steps, alpha=lineage.alpha)
+    grown = Increment(stores=list(parts), fingerprints=data.fingerprints, steps=steps)
+    lineage = replace(lineage, increments=[*lineage.increments, grown])
+    print(
+        f"{lineage.root}: increment {len(lineage.increments)}, {' '.join(parts)}: {steps} steps",
+        file=sys.stderr,
+    )
+    write_lineage(lineage)
+    write_config(lineage, settings)
+    return lineage
+
+
+def release_newest(lineage: Lineage, settings: TrainSettings) -> TrainReport:
+    """Move the trunk up to the newest increment's branch point, and release its version."""
+    version = len(lineage.increments)
     if version > 1:
-        _train(found, version - 1, "tail", settings)
-    _train(found, version, "head", settings)
-    return release(found, version, settings=settings, out=found.version(version).root)
+        _train(lineage, version - 1, "tail", settings)
+    _train(lineage, version, "head", settings)
+    return release(lineage, version, settings=settings, out=lineage.version(version).root)
 
 
 def release(
@@ -150,6 +152,53 @@ def release(
         start=_start_of_branch(lineage, version),
     )
     return _run(lineage, version, piece, settings=settings, out=out)
+
+
+def release_anew(lineage: Lineage, settings: TrainSettings) -> TrainReport:
+    """Train the first version's whole path from an untrained carry-on, in LINEAGE/anew."""
+    steps = lineage.increments[0].steps
+    piece = _piece(lineage, 1, paradigm="switch", first=0, stop=steps, start=None)
+    return _run(lineage, 1, piece, settings=settings, out=lineage.root / "anew")
+
+
+def settings_on(base: Mapping[str, Any], settings: TrainSettings) -> TrainSettings:
+    """Return settings with the tap that the carry-on's kind reads on a base, once that is known."""
+    if "num_layers" not in base:
+        return settings
+    return replace(settings, carryon=with_own_tap(settings.carryon, base["num_layers"]))
+
+
+def check_branches(settings: TrainSettings) -> None:
+    """Check that settings can be those of a lineage.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if settings.optimization.schedule not in BRANCH_SCHEDULES:
+        raise InputError(
+            f"schedule: expected {', '.join(BRANCH_SCHEDULES)} for a branch, got "
+            f"{settings.optimization.schedule}"
+        )
+    if settings.run.patience or settings.run.finishes_with_best:
+        raise InputError(
+            "patience and finish_with: expected 0 and last in a lineage, whose versions end with "
+            "their last step"
+        )
+
+
+def _unseen(lineage: Lineage, stores: Sequence[str]) -> list[str]:
+    """Return STORE#NUMBER of each part that is in no increment."""
+    seen = {print_ for each in lineage.increments for print_ in each.fingerprints}
+    found = []
+    for store in stores:
+        folder, chosen = split_name(store)
+        manifest = read_manifest(folder)
+        for number in [chosen] if chosen else range(1, len(manifest.parts) + 1):
+            print_ = manifest_of_part(manifest, number, name=str(folder)).fingerprint
+            if print_ not in seen:
+                seen.add(print_)
+                found.append(f"{folder.resolve()}#{number}")
+    return found
 
 
 def _train(lineage: Lineage, version: int, part: str, settings: TrainSettings) -> None:
@@ -208,7 +257,9 @@ def _start_of_branch(lineage: Lineage, version: int) -> Path | None:
 
 
 def _end_of_trunk(lineage: Lineage, version: int) -> Path | None:
-    return _state(lineage.tail(version)) if version else None
+    if version:
+        return _state(lineage.tail(version))
+    return newest_checkpoint(lineage.start) if lineage.predecessor else None
 
 
 def _state(folder: RunFolder) -> Path:
@@ -216,89 +267,3 @@ def _state(folder: RunFolder) -> Path:
     if newest is None:
         raise MissingError(f"{folder.root}: expected a finished piece of the trunk, found none")
     return newest
-
-
-def _grow(
-    root: str, stores: list[str], data: TrainData, settings: TrainSettings, alpha: float
-) -> Lineage:
-    """Return the lineage with the new data as its last increment, written down."""
-    lineage = read_lineage(root)
-    base = {key: data.store.manifest.base.get(key) for key in ("id", "weights_sha256")}
-    lasting = _lasting(settings)
-    if lineage is None:
-        lineage = Lineage(root=Path(root), base=base, alpha=alpha, settings=lasting, increments=[])
-    if lineage.base != base:
-        raise InputError(
-            f"{stores[0]}: expected a store of the lineage's base {lineage.base}, got {base}"
-        )
-    expected, got = lineage.settings | {"alpha": lineage.alpha}, lasting | {"alpha": alpha}
-    changed = [
-        f"{name} {expected.get(name)} -> {got.get(name)}"
-        for name in sorted(set(expected) | set(got))
-        if expected.get(name) != got.get(name)
-    ]
-    if changed:
-        raise InputError(
-            f"{root}: expected the settings of the first update, got {', '.join(changed)}: give "
-            f"--config {lineage.root / 'config.yaml'}, or begin another lineage"
-        )
-    fingerprints = data.fingerprints
-    released = len(lineage.increments)
-    last = lineage.increments[-1] if lineage.increments else None
-    is_begun = last is not None and not lineage.version(released).result.exists()
-    if is_begun and last is not None:
-        if last.fingerprints != fingerprints:
-            raise InputError(
-                f"{root}: expected version {released}, which is begun, to be finished first, with "
-                f"--store {' '.join(last.stores)}, got {' '.join(stores)}"
-            )
-        return lineage
-    known = {print_ for each in lineage.increments for print_ in each.fingerprints}
-    if old := [path for path, print_ in zip(stores, fingerprints, strict=True) if print_ in known]:
-        raise InputError(
-            f"{old[0]}: expected new data, got a store that the lineage has seen: extract the new "
-            "samples to a store of their own"
-        )
-    if grown_by := [path for path in stores if len(read_manifest(Path(path)).parts) > 1]:
-        raise InputError(
-            f"{grown_by[0]}: expected a store of new samples alone, got one that was appended to, "
-            "whose old samples would be trained on again: extract the new ones to a store of "
-            "their own"
-        )
-    steps = sum(map(count_steps, data.plan(settings.optimization)))
-    branch_point(0, steps, alpha=alpha)
-    resolved = [str(Path(path).resolve()) for path in stores]
-    grown = Increment(stores=resolved, fingerprints=fingerprints, steps=steps)
-    lineage = replace(lineage, increments=[*lineage.increments, grown])
-    lineage.root.mkdir(parents=True, exist_ok=True)
-    config = yaml.safe_dump(settings.to_flat() | {"alpha": alpha}, sort_keys=False)
-    write_file(lineage.root / "config.yaml", config.encode())
-    document = {
-        "base": base,
-        "alpha": alpha,
-        "settings": lasting,
-        "increments": [asdict(each) for each in lineage.increments],
-    }
-    write_json(
-        lineage.root / "lineage.json",
-        {"format": FORMAT, "format_version": FORMAT_VERSION, **document},
-    )
-    return lineage
-
-
-def _lasting(settings: TrainSettings) -> dict[str, Any]:
-    flat = settings.to_flat()
-    return {name: value for name, value in flat.items() if name not in FREE_SETTINGS}
-
-
-def _check_settings(settings: TrainSettings) -> None:
-    if settings.optimization.schedule not in BRANCH_SCHEDULES:
-        raise InputError(
-            f"schedule: expected {', '.join(BRANCH_SCHEDULES)} for a branch, got "
-            f"{settings.optimization.schedule}"
-        )
-    if settings.run.patience or settings.run.finishes_with_best:
-        raise InputError(
-            "patience and finish_with: expected 0 and last in a lineage, whose versions end with "
-            "their last step"
-        )

@@ -15,6 +15,7 @@ from carryon.cache.atomic import write_json
 from carryon.cache.errors import InputError
 from carryon.cache.manifest import Manifest, read_manifest
 from carryon.cache.reader import Store
+from carryon.cache.store_part import split_name
 from carryon.train.blocks_carryon import with_own_tap
 from carryon.train.carryon import num_parameters
 from carryon.train.config import (
@@ -115,7 +116,7 @@ def train_jointly(
     Raises:
         InputError, KeyboardInterrupt: as `train`; every run keeps what it had.
     """
-    manifest = read_manifest(Path(paths[0]))
+    manifest = read_manifest(split_name(paths[0])[0])
     jobs = [_with_own_tap(job, manifest) for job in jobs]
     processes = join_processes(jobs[0].settings.run.device)
     data, prepared = _open(paths, jobs, processes, behind)
@@ -180,7 +181,7 @@ def _open(
 
 
 def _with_own_tap(job: Job, manifest: Manifest) -> Job:
-    carryon = with_own_tap(job.settings.carryon, manifest)
+    carryon = with_own_tap(job.settings.carryon, manifest.base.get("num_layers", 0))
     return replace(job, settings=replace(job.settings, carryon=carryon))
 
 

@@ -19,6 +19,7 @@ from carryon.cache.head import Head
 from carryon.cache.manifest import digest_of
 from carryon.cache.reader import Store, Unit
 from carryon.cache.receipt import Receipt
+from carryon.cache.store_part import open_store
 from carryon.cache.unit_reader import Move
 from carryon.train.split import Split, split_samples
 
@@ -191,7 +192,7 @@ def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store:
             f"store: expected each folder once, got {' '.join(paths)}: a weight of 2 takes one "
             "twice"
         )
-    stores = [Store.open(path) for path in paths]
+    stores = [open_store(path) for path in paths]
     if len(stores) > 1:
         return MixedStore(stores, weights)
     if weights:

@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from carryon.cache.atomic import write_json
@@ -16,25 +15,18 @@ from carryon.cache.errors import MissingError
 from carryon.train.blocks_carryon import blocks_of
 from carryon.train.carryon import CarryOn
 from carryon.train.carryon_folder import load_carryon
-from carryon.train.config import (
-    CarryOnSettings,
-    LossSettings,
-    MemorySettings,
-    OptimizationSettings,
-    RunSettings,
-    StreamSettings,
-)
 from carryon.train.device import pick_chunk, pick_device
 from carryon.train.evaluate import Judged, measure_nlls, stream_taps
 from carryon.train.frozen_head import place_head
-from carryon.train.lineage import Lineage, read_lineage
-from carryon.train.path_cost import steps_to_take
-from carryon.train.paths import path_rate
+from carryon.train.lineage_folder import Lineage, open_lineage, settings_of
+from carryon.train.path_cost import steps_by_formula, steps_to_take
+from carryon.train.paths import Paradigm, path_rate
 from carryon.train.plots import plot_paths
-from carryon.train.run import TrainSettings
 from carryon.train.run_folder import RunFolder
-from carryon.train.sweep import change
 from carryon.train.train_data import open_data
+
+COMPARED: dict[str, Paradigm] = {"ptfs": "scratch", "continual": "restart", "switch": "switch"}
+"""Paradigms whose cost is shown, by the names that the paper gives them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,15 +42,20 @@ class Version:
     path_steps: int
     """Steps that its weights have seen."""
     steps_so_far: int
-    """Steps taken for it and all before it, trunk and branches."""
-    scratch_steps: int
-    """Steps that it and all before it would take from scratch."""
-    seconds_so_far: float
-    """Seconds of training for it and all before it."""
+    """Steps taken for it and all before it, trunk and branches, as their runs have counted them."""
     tokens_so_far: int
     """Tokens trained on for it and all before it."""
+    seconds_so_far: float
+    """Seconds of training for it and all before it."""
+    paradigm_steps: dict[str, int]
+    """Steps that it and all before it take from scratch (`ptfs`), each from the last (`continual`)
+    and by path switching (`switch`), on increments of these lengths."""
+    formula_steps: dict[str, float]
+    """The same by the formulas for increments of one length, here their mean."""
     held_out_nlls: list[float]
     """On the held-out samples of each increment, the lineage's first to its last."""
+    base_nlls: list[float]
+    """Of the base alone on the same."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -72,59 +69,51 @@ def list_versions(root: str, *, device: str = "auto") -> list[Version]:
         MissingError: there is no lineage, or no version in it.
     """
     lineage = open_lineage(root)
-    released = [
-        number
-        for number in range(1, len(lineage.increments) + 1)
-        if lineage.version(number).result.exists()
-    ]
+    released = lineage.released
     if not released:
         raise MissingError(f"{root}: expected a released version, found none: carryon update")
     nlls = _measure(lineage, released, device=device)
-    taken = _ledger(lineage, released)
-    ends = lineage.ends
+    ends, alpha = lineage.ends, lineage.alpha
     plot_paths(_paths(lineage, released), lineage.root / "paths.png")
-    return [
-        Version(
-            version=number,
-            carryon=str(lineage.version(number).carryon),
-            stores=lineage.increments[number - 1].stores,
-            path_steps=ends[number - 1],
-            steps_so_far=steps_to_take("switch", ends[:number], alpha=lineage.alpha),
-            scratch_steps=steps_to_take("scratch", ends[:number], alpha=lineage.alpha),
-            seconds_so_far=round(seconds, 3),
-            tokens_so_far=tokens,
-            held_out_nlls=nlls[number],
+    found = []
+    steps, tokens, seconds = 0, 0, 0.0
+    for number in released:
+        for report, first in _pieces(lineage, number):
+            steps += report["num_steps"] - first
+            tokens += report["num_tokens"]
+            seconds += report["train_s"]
+        found.append(
+            Version(
+                version=number,
+                carryon=str(lineage.version(number).carryon),
+                stores=lineage.increments[number - 1].stores,
+                path_steps=ends[number - 1],
+                steps_so_far=steps,
+                tokens_so_far=tokens,
+                seconds_so_far=round(seconds, 3),
+                paradigm_steps={
+                    name: steps_to_take(paradigm, ends[:number], alpha=alpha)
+                    for name, paradigm in COMPARED.items()
+                },
+                formula_steps={
+                    name: _formula(paradigm, number, ends[number - 1], alpha=alpha)
+                    for name, paradigm in COMPARED.items()
+                },
+                held_out_nlls=[nlls[f"{number} on {on}"] for on in released],
+                base_nlls=[nlls[f"base on {on}"] for on in released],
+            )
         )
-        for number, (seconds, tokens) in zip(released, taken, strict=True)
-    ]
+    return found
 
 
-def open_lineage(root: str) -> Lineage:
-    """Return the lineage in a folder.
-
-    Raises:
-        MissingError: there is none.
-    """
-    lineage = read_lineage(root)
-    if lineage is None:
-        raise MissingError(f"{root}: expected a lineage, found none: carryon update begins one")
-    return lineage
+def _formula(paradigm: Paradigm, versions: int, num_steps: int, *, alpha: float) -> float:
+    # The formulas are linear in T: of T = 1, times the mean length of an increment.
+    unit = steps_by_formula(paradigm, versions=versions, steps=1, alpha=alpha)
+    return round(float(unit * num_steps / versions), 1)
 
 
-def settings_of(lineage: Lineage) -> TrainSettings:
-    """Return the settings of a lineage's runs; those that do not decide the result as usual."""
-    usual = TrainSettings(
-        carryon=CarryOnSettings(),
-        optimization=OptimizationSettings(),
-        stream=StreamSettings(),
-        loss=LossSettings(),
-        memory=MemorySettings(),
-        run=RunSettings(),
-    )
-    return change(usual, lineage.settings)
-
-
-def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> dict[int, list[float]]:
+def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> dict[str, float]:
+    """Return held-out losses by `VERSION on INCREMENT`, `base` among the versions."""
     path = lineage.root / "versions.json"
     known: dict[str, float] = json.loads(path.read_text("ascii")) if path.exists() else {}
     settings = settings_of(lineage)
@@ -141,49 +130,44 @@ def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> dict[
             )
         place = pick_device(device)
         head = place_head(data.store, settings.loss, device=place)
+        chunk = pick_chunk(settings.loss.chunk_tokens)
+        is_first = f"base on {on}" not in known
         judged = [
-            Judged(
-                carryon=modules[number].to(place),
-                head=head,
-                chunk=pick_chunk(settings.loss.chunk_tokens),
-            )
+            Judged(carryon=modules[number].to(place), head=head, chunk=chunk, with_base=is_first)
             for number in wanted
         ]
         found = measure_nlls(data.store, data.split.held_out, judged, stream=data.settings)
         known |= {f"{v} on {on}": nll.carryon for v, nll in zip(wanted, found, strict=True)}
+        if is_first:
+            known[f"base on {on}"] = found[0].base
         write_json(path, known)
-    return {v: [known[f"{v} on {on}"] for on in released] for v in released}
+    return known
 
 
-def _ledger(lineage: Lineage, released: Sequence[int]) -> list[tuple[float, int]]:
-    """Return seconds and tokens up to each version, as the runs have counted them."""
-    seconds, tokens, found = 0.0, 0, []
-    for number in released:
-        folders = [lineage.head(number), lineage.version(number)]
-        folders += [lineage.tail(number - 1)] if number > 1 else []
-        for report in _reports(folders):
-            seconds += report["train_s"]
-            tokens += report["num_tokens"]
-        found.append((seconds, tokens))
-    return found
-
-
-def _reports(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def _pieces(lineage: Lineage, version: int) -> list[tuple[dict[str, Any], int]]:
+    """Return the reports of the runs that a version took, each with the step it began at."""
+    branch = lineage.branch_step(version)
+    runs: list[tuple[RunFolder, int]] = [
+        (lineage.head(version), 0),
+        (lineage.version(version), branch),
+    ]
+    if version > 1:
+        runs.append((lineage.tail(version - 1), lineage.branch_step(version - 1)))
     # An alpha of 1 leaves the trunk no head.
-    paths: list[Path] = [folder.result for folder in folders if folder.result.exists()]
-    return [json.loads(path.read_text(encoding="ascii")) for path in paths]
+    there = [(folder.result, first) for folder, first in runs if folder.result.exists()]
+    return [(json.loads(path.read_text(encoding="ascii")), first) for path, first in there]
 
 
 def _paths(lineage: Lineage, released: Sequence[int]) -> dict[str, list[float]]:
     settings = settings_of(lineage).optimization
     last = released[-1]
-    wanted = [("trunk", "trunk", last)]
+    wanted: list[tuple[str, Paradigm, int]] = [("trunk", "trunk", last)]
     wanted += [(f"version {number}", "switch", number) for number in released]
     return {
         name: [
             path_rate(
                 step,
-                paradigm=paradigm,  # type: ignore[arg-type]
+                paradigm=paradigm,
                 version=number,
                 ends=lineage.ends,
                 alpha=lineage.alpha,
