@@ -27,6 +27,8 @@ SUBCOMMANDS = {
     "bench store": "bench_store",
     "bench train": "bench_train",
     "bench compose": "bench_compose",
+    "bench paths": "bench_paths",
+    "experiment paths": "experiment_paths",
 }
 """Subcommand, of one word or two -> the file of this folder with a function of that file's
 name."""

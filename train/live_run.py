@@ -1,5 +1,6 @@
 """A run while it is trained: its position, its steps, and what follows a step."""
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -145,7 +146,7 @@ class LiveRun:
                 optimizer=self.run.optimizer,
                 progress=self.progress,
                 identity=self.run.identity,
-                keep=self.run.settings.run.keep_checkpoints,
+                keep=self._keep(),
             )
         self._saved_step = self.progress.step
 
@@ -161,7 +162,11 @@ class LiveRun:
         self.awaits_evaluation = (
             settings.finishes_with_best if is_last else _is_turn(settings.evaluate_every, progress)
         )
-        is_saved = is_last or _is_turn(settings.checkpoint_every, progress)
+        is_saved = (
+            is_last
+            or _is_turn(settings.checkpoint_every, progress)
+            or (self.run.piece is not None and progress.step in self.run.piece.saves)
+        )
         line = None
         if is_saved or self.awaits_evaluation or progress.step % settings.log_every == 0:
             line = self._meter.line(progress, learning_rate=rate) | self._tap_shares(batches)
@@ -178,6 +183,10 @@ class LiveRun:
         with torch.no_grad():
             shares = carryon.tap_shares(batch.states).flatten(0, -2).float().mean(dim=0)
         return {"tap_shares": dict(zip(taps, shares.tolist(), strict=True))}
+
+    def _keep(self) -> int:
+        piece = self.run.piece
+        return sys.maxsize if piece and piece.saves else self.run.settings.run.keep_checkpoints
 
     def _note(self, line: dict[str, Any]) -> None:
         if self._writes:

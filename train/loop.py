@@ -130,6 +130,25 @@ def train_jointly(
     return [finished[job.out] or reports[str(Path(job.out))] for job in jobs]
 
 
+def train_pieces(paths: Sequence[str], jobs: Sequence[Job]) -> None:
+    """Train pieces of paths side by side, up to the checkpoints that they end with.
+
+    Nothing is evaluated and no carry-on is written. After a kill the same call goes on.
+
+    Args:
+        paths: folders of the stores.
+        jobs: runs of the same StreamSettings, on the same device.
+
+    Raises:
+        InputError, KeyboardInterrupt: as `train`; every run keeps what it had.
+    """
+    processes = join_processes(jobs[0].settings.run.device)
+    data, prepared = _open(paths, jobs, processes, None)
+    lives = [LiveRun(run, processes) for run in prepared]
+    with StopRequest() as stop:
+        drive(data, lives, processes, stop)
+
+
 def _open(
     paths: Sequence[str],
     jobs: Sequence[Job],

@@ -5,6 +5,7 @@ start, `ends[i]` is the step at which increment i ends. A path is the sequence o
 that the weights of one version have seen.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -65,6 +66,27 @@ def path_rate(
     if paradigm in ("trunk", "wsm") or step < branch:
         return settings.learning_rate
     return falling_rate(part_done(step, first=branch, num_steps=stop), settings)
+
+
+def staged_rate(
+    step: int, *, ends: Sequence[int], fall_parts: Sequence[float], settings: OptimizationSettings
+) -> float:
+    """Return the learning rate of `step` where each increment begins at the top and falls in part.
+
+    Args:
+        step: counted from 0, below ends[-1].
+        ends: the step at which each increment ends.
+        fall_parts: how much of a whole fall an increment's steps hold: 1 all of it, 0.5 the first
+            half (a period twice as long as the increment), 0 nothing.
+        settings: schedule, highest and last learning rate, warm-up.
+    """
+    warmup_steps = round(settings.warmup_share * ends[0])
+    if step < warmup_steps:
+        return settings.learning_rate * (step + 1) / warmup_steps
+    stage = bisect_right(ends, step)
+    first = ends[stage - 1] if stage else warmup_steps
+    passed = part_done(step, first=first, num_steps=ends[stage])
+    return falling_rate(fall_parts[stage] * passed, settings)
 
 
 def branch_point(first: int, stop: int, *, alpha: float) -> int:

@@ -14,7 +14,7 @@ from carryon.cache.errors import InputError
 from carryon.train.checkpoint import OPTIMIZER, WEIGHTS, Progress
 from carryon.train.config import OptimizationSettings
 from carryon.train.order import Window, count_steps
-from carryon.train.paths import Paradigm, path_rate
+from carryon.train.paths import Paradigm, path_rate, staged_rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +37,18 @@ class Piece:
     """Step of the path at which the data's order begins."""
     start: Path | None
     """Step folder whose weights and optimizer state it begins with. None: a new carry-on."""
+    fall_parts: tuple[float, ...] = ()
+    """How much of a whole fall each increment's steps hold, whatever the paradigm. Empty: as the
+    paradigm says."""
+    saves: tuple[int, ...] = ()
+    """Steps after which a checkpoint is written and kept; they do not decide the result."""
 
     def rate(self, step: int, settings: OptimizationSettings) -> float:
         """Return the learning rate of a step of the data's order."""
+        if self.fall_parts:
+            return staged_rate(
+                self.offset + step, ends=self.ends, fall_parts=self.fall_parts, settings=settings
+            )
         return path_rate(
             self.offset + step,
             paradigm=self.paradigm,
@@ -51,7 +60,8 @@ class Piece:
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the piece's result: plain values, the start by its bytes."""
-        return {
+        staged = {"fall_parts": list(self.fall_parts)} if self.fall_parts else {}
+        return staged | {
             "paradigm": self.paradigm,
             "version": self.version,
             "ends": list(self.ends),

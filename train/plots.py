@@ -74,14 +74,32 @@ def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bo
 
 def plot_paths(rates: Mapping[str, Sequence[float]], path: Path) -> bool:
     """Draw learning rates over the steps, by name, to `path`; returns whether it was drawn."""
+    lines = {name: (range(1, len(values) + 1), values) for name, values in rates.items()}
+    return plot_lines(lines, path, x_label="step", y_label="learning rate", is_from_zero=True)
+
+
+def plot_lines(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path,
+    *,
+    x_label: str,
+    y_label: str,
+    is_from_zero: bool = False,
+) -> bool:
+    """Draw lines of x and y, by name, to `path`; returns whether it was drawn.
+
+    Lines of few points have dots on them.
+    """
     figure = begin_plot(width=9, height=4)
     if figure is None:
         return False
     axes = figure.add_subplot()
-    for name, values in rates.items():
-        axes.plot(range(1, len(values) + 1), values, label=name)
-    axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    axes.legend(loc="lower left", fontsize="small")
+    for name, (xs, ys) in lines.items():
+        axes.plot(list(xs), list(ys), label=name, marker="o" if len(xs) < 12 else None)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    if is_from_zero:
+        axes.set(ylim=(0, None))
+    axes.legend(loc="best", fontsize="small")
     save_plot(figure, path)
     return True
 
