@@ -167,3 +167,46 @@ def test_a_mistake_writes_nothing(
     error = capsys.readouterr().err
     assert text in error.splitlines()[-1]
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def lineage(work: Path, tiny_base_folder: Path) -> Path:
+    """A lineage of two versions, from texts."""
+    for number in (1, 2):
+        records = [{"id": f"{number}-{i}", "text": "the thing " * (i % 4 + 2)} for i in range(12)]
+        corpus = work / f"{number}.jsonl"
+        corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
+        update = ["update", "--lineage", str(work / "lineage"), "--data", str(corpus)]
+        assert main([*update, "--base", str(tiny_base_folder), *TINY_RUN]) == 0
+    return work / "lineage"
+
+
+def test_versions_are_shown_as_a_table_and_as_json_lines(
+    lineage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["versions", "--lineage", str(lineage), "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    first, second = map(json.loads, shown.out.splitlines())
+    table = shown.err[shown.err.index("version  ") :].splitlines()
+    assert table[0].endswith("NLL on 1  NLL on 2")
+    assert table[1].split() == ["base", *(f"{nll:.4f}" for nll in first["base_nlls"])]
+    assert table[3].split()[0] == "2"
+    assert table[3].split()[-2:] == [f"{nll:.4f}" for nll in second["held_out_nlls"]]
+    share = second["steps_so_far"] / second["paradigm_steps"]["ptfs"]
+    assert shown.err.splitlines()[-1].endswith(f": {share:.2f}")
+    assert share < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--also-anew"], "expected with --new-base, got none"),
+        (["--new-base", "b"], "expected --old-lineage, and neither --base nor --store"),
+        (["--old-lineage", "l", "--new-base", "b"], "l: expected a lineage, found none"),
+    ],
+)
+def test_a_new_base_without_its_lineage_is_one_line(
+    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["update", "--lineage", str(tmp_path / "new"), *words]) == 2
+    assert expected in capsys.readouterr().err
