@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+from carryon.cache.errors import InputError
 from carryon.cache.reader import Store
 from carryon.tools.bench_figure import Figure
 from carryon.tools.bench_recode import recode_store
@@ -129,11 +130,15 @@ def same_size(one: CarryOnSettings, *, taps: list[str], base_width: int) -> Carr
 
 
 def _middle_taps(store: Store) -> list[list[str]]:
-    """Return what is mixed with `final`: each layer alone, and the lowest with the highest."""
+    """Return what is mixed with `final`: the middle layer, and the highest with the lowest."""
     layers = [tap for tap in store.taps if tap.startswith("layer.")]
     layers.sort(key=lambda tap: int(tap.removeprefix("layer.")))
-    alone = [[layer] for layer in layers]
-    return [*alone, [layers[-1], layers[0]]] if len(layers) > 1 else alone
+    if not layers:
+        raise InputError(
+            f"{store.root}: expected taps beside final to mix, got {' '.join(store.taps)}: extract "
+            "with --taps layer.10 layer.20 final or the like"
+        )
+    return [[layers[(len(layers) - 1) // 2]], *([[layers[-1], layers[0]]] if layers[1:] else [])]
 
 
 def _train(
