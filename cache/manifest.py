@@ -108,6 +108,18 @@ class Manifest:
         return digest_of(self._content())
 
     @property
+    def samples_digest(self) -> str:
+        """SHA-256 of which samples there are and where they lie, whatever is kept of each token.
+
+        What is drawn at random for a store is drawn from this: so stores of one corpus are split
+        alike and read in one order, whatever their taps and their precision.
+        """
+        parts = [asdict(part) for part in self.parts]
+        for part in parts:
+            del part["files"]
+        return digest_of({"parts": parts, "unit_tokens": self.unit_tokens})
+
+    @property
     def base_content(self) -> dict[str, Any]:
         """Identity of the base, without where it was found."""
         return {name: value for name, value in self.base.items() if name not in _WHEREABOUTS}

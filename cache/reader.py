@@ -91,6 +91,7 @@ class Store:
         self.root = root
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
+        self.samples_digest = manifest.samples_digest
         self.finished_units = finished
         self._files = UnitFiles(root, manifest)
 

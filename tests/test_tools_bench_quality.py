@@ -14,7 +14,8 @@ from carryon.cache.verify import verify
 from carryon.tools.bench_quality import same_size
 from carryon.tools.bench_recode import recode_store
 from carryon.train.carryon import build_carryon, num_parameters
-from carryon.train.config import CarryOnSettings
+from carryon.train.config import CarryOnSettings, OptimizationSettings, StreamSettings
+from carryon.train.train_data import open_data
 
 
 @pytest.mark.parametrize("profile", list(STEPS))
@@ -34,6 +35,23 @@ def test_a_copy_holds_the_same_samples_and_the_states_of_its_profile(
             expected = from_codes(to_codes(widen(bits), step=STEPS[profile]))
             np.testing.assert_array_equal(ours.hidden[tap], expected)
     assert [copy.sample_id(0), copy.sample_id(5)] == [store.sample_id(0), store.sample_id(5)]
+
+
+def test_a_copy_is_split_and_read_as_the_original_is(tmp_path: Path) -> None:
+    store = Store.open(make_tiny_store(tmp_path / "store"))
+    copy = recode_store(store, tmp_path / "copy", profile="near")
+    settings = OptimizationSettings(epochs=2, batch_tokens=64)
+    ours, theirs = (
+        open_data([str(each.root)], StreamSettings(window_units=2), taps=["final"])
+        for each in (copy, store)
+    )
+    assert copy.fingerprint != store.fingerprint
+    np.testing.assert_array_equal(ours.split.held_out, theirs.split.held_out)
+    for one, other in zip(ours.plan(settings), theirs.plan(settings), strict=True):
+        assert [w.units for w in one] == [w.units for w in other]
+        assert [[b.tolist() for b in step] for w in one for step in w.steps] == [
+            [b.tolist() for b in step] for w in other for step in w.steps
+        ]
 
 
 def test_only_an_exact_store_is_copied(tmp_path: Path) -> None:

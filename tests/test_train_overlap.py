@@ -49,7 +49,7 @@ def _store(root: Path, texts: list[tuple[NDArray[np.int32], int, bool]]) -> Stor
 
 
 def _share(store: Store) -> float:
-    split = split_samples(store.sample_held_out, share=0.1, seed=0, fingerprint=store.fingerprint)
+    split = split_samples(store.sample_held_out, share=0.1, seed=0, digest=store.samples_digest)
     return measure_overlap(store, split, units=sample_units(store)).share
 
 

@@ -155,7 +155,7 @@ def plain_base_nll(store: Store) -> float:
         store.sample_held_out,
         share=settings.held_out_share,
         seed=0,
-        fingerprint=store.fingerprint,
+        digest=store.samples_digest,
     )
     weight = torch.from_numpy(store.head().weight).view(torch.bfloat16)
     losses = []

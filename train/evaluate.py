@@ -308,6 +308,6 @@ def _choose(
         store.sample_held_out,
         share=card.split["held_out_share"],
         seed=card.split["seed"],
-        fingerprint=store.fingerprint,
+        digest=store.samples_digest,
     )
     return split.held_out, "held-out"

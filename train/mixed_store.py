@@ -65,6 +65,9 @@ class MixedStore(Store):
         self.fingerprint = digest_of(
             {"stores": [store.fingerprint for store in stores], "weights": weights}
         )
+        self.samples_digest = digest_of(
+            {"stores": [store.samples_digest for store in stores], "weights": weights}
+        )
         self._places = _lay_out(stores, weights)
         self.finished_units = set(range(self.num_units))
 
@@ -144,7 +147,7 @@ class MixedStore(Store):
                 place.store.sample_held_out,
                 share=share,
                 seed=seed,
-                fingerprint=place.store.fingerprint,
+                digest=place.store.samples_digest,
             )
             train.append(found.train + place.first_sample)
             if not place.is_repeat:

@@ -18,21 +18,21 @@ class Split:
     """Indices of the samples kept for evaluation."""
 
 
-def split_samples(marked: NDArray[np.uint8], *, share: float, seed: int, fingerprint: str) -> Split:
+def split_samples(marked: NDArray[np.uint8], *, share: float, seed: int, digest: str) -> Split:
     """Return the split that the store marks, or a seeded one where it marks none.
 
     Args:
         marked: [S] 1 where the store marks a sample as held out.
         share: part of the samples to hold out where none is marked; at least one is.
         seed: of the choice.
-        fingerprint: of the store, so that stores of equal size are split differently.
+        digest: of the samples, so that stores of equal size are split differently.
 
     Raises:
         InputError: one of the halves would be empty.
     """
     is_held_out = marked.astype(bool)
     if not is_held_out.any() and len(marked) > 1:
-        random = np.random.default_rng([seed, int(fingerprint[:16], 16)])
+        random = np.random.default_rng([seed, int(digest[:16], 16)])
         number = min(len(marked) - 1, max(1, round(share * len(marked))))
         is_held_out[random.permutation(len(marked))[:number]] = True
     if is_held_out.all() or not is_held_out.any():

@@ -32,7 +32,7 @@ class TrainData:
     @property
     def seed(self) -> tuple[int, int]:
         """What the order of units is drawn from."""
-        return self.settings.data_seed, int(self.store.fingerprint[:16], 16)
+        return self.settings.data_seed, int(self.store.samples_digest[:16], 16)
 
     @property
     def fingerprints(self) -> list[str]:
@@ -86,7 +86,7 @@ def open_data(paths: Sequence[str], settings: StreamSettings, *, taps: Sequence[
         split = store.split(share=share, seed=seed)
     else:
         split = split_samples(
-            store.sample_held_out, share=share, seed=seed, fingerprint=store.fingerprint
+            store.sample_held_out, share=share, seed=seed, digest=store.samples_digest
         )
     return TrainData(
         store=store,
