@@ -44,6 +44,11 @@ ALL = (
         (StreamSettings, {"window_units": 0}, "window_units: expected 1 or more, got 0"),
         (LossSettings, {"chunk_tokens": -1}, "chunk_tokens: expected 0 or more, got -1"),
         (LossSettings, {"kl_weight": -1.0}, "kl_weight: expected 0 or more, got -1.0"),
+        (
+            LossSettings,
+            {"gradient_filter": 1.0},
+            "gradient_filter: expected 0 or more and below 1, got 1.0",
+        ),
         (LossSettings, {"head_place": "disk"}, "expected device, host or mapped, got disk"),
         (MemorySettings, {"optimizer_bits": 4}, "optimizer_bits: expected 32 or 8, got 4"),
         (RunSettings, {"keep_checkpoints": 1}, "keep_checkpoints: expected 2 or more"),

@@ -121,6 +121,7 @@ def test_lean_weights_are_bfloat16_and_frequencies_are_not() -> None:
     [
         {"optimizer": "muon"},
         {"kl_weight": 0.1},
+        {"gradient_filter": 1e-2, "head_dtype": "float32"},
         {**LEAN.to_dict(), "head_place": "mapped"},
     ],
     ids=lambda changes: next(iter(changes)),

@@ -26,6 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "long": {"epochs": 3, "batch_tokens": 25},
     "small": {"micro_batch_tokens": 13, "dropout": 0.3},
     "middle": {"taps": ["final", "layer.1"]},
+    "filtered": {"gradient_filter": 1e-2, "head_dtype": "float32"},
     "early": {"patience": 1, "evaluate_every": 2, "learning_rate": 3.0},
 }
 

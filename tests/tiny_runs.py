@@ -51,6 +51,8 @@ KILLED: dict[str, Any] = {
     "evaluate_every": 3,
     "dropout": 0.2,
     "finish_with": "best",
+    "head_dtype": "float32",
+    "gradient_filter": 1e-2,
 }
 RUNS = {"slow": {"learning_rate": 0.01}, "seed": {"seed": 4}, "short": {"epochs": 2}}
 

@@ -2,7 +2,8 @@
 
 The same samples, in the same batches: tokens a second of whole steps, in one process, in turn.
 LoRA and full fine-tuning run the base forward and backward on rows padded to the longest sample;
-its pads are not counted as tokens. Letters: N tokens of a batch.
+its pads are not counted as tokens. All of them compute in the type that suits the device, as
+`head_dtype` and `compute_dtype` have it with `auto`. Letters: N tokens of a batch.
 """
 
 import gc
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from carryon.cache.base import load_base
+from carryon.cache.base import Base, load_base
 from carryon.cache.extras import require
 from carryon.cache.reader import Store
 from carryon.cache.spec import ForwardSettings
@@ -50,12 +51,14 @@ def measure_lora(job: TrainJob) -> None:
     base_batches = [_padded(batch) for batch in batches]
     found: dict[str, dict[str, float]] = {}
     for name, lora in (("lora", True), ("full", False)):
+        base = load_base(job.settings.base, forward=ForwardSettings())
+        base_dtype = str(base.compute_dtype)
         ways = {
             "carryon": _timed(carryon),
-            name: _timed(_base_steps(job.settings.base, base_batches, has_lora=lora)),
+            name: _timed(_base_steps(base, base_batches, has_lora=lora)),
         }
         found[name] = in_turn(ways, rounds=sizes.rounds)
-        del ways
+        del ways, base
         gc.collect()
     speeds = {
         "carryon": num_tokens / found["lora"]["carryon"],
@@ -67,6 +70,7 @@ def measure_lora(job: TrainJob) -> None:
         "tokens": num_tokens,
         "steps": len(batches),
         "rank": RANK,
+        "dtype": base_dtype,
     }
     job.report(
         Figure(
@@ -141,10 +145,8 @@ def _padded(batch: Batch) -> dict[str, NDArray[np.int64]]:
 
 
 def _base_steps(
-    source: str, batches: Sequence[dict[str, NDArray[np.int64]]], *, has_lora: bool
+    base: Base, batches: Sequence[dict[str, NDArray[np.int64]]], *, has_lora: bool
 ) -> Callable[[], None]:
-    forward = ForwardSettings(compute_dtype="bfloat16")
-    base = load_base(source, forward=forward)
     model: Any = base.model
     if has_lora:
         peft = require("peft", extra="bench", purpose="comparing with LoRA")

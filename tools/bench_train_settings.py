@@ -28,7 +28,8 @@ class BenchTrainSettings(Settings):
     """What is measured."""
 
     figures: list[str] = field(default_factory=lambda: list(FIGURES))
-    """Some of: loss (value and gradient against the two matrix products alone), step (a whole
+    """Some of: loss (value and gradient against the two matrix products alone,
+    exact and with a gradient filter), step (a whole
     step against the loss alone), memory (peak of a large carry-on on a large base), lora (steps
     against LoRA and full fine-tuning of the base), data_wait (share of a run spent waiting for
     data), padding (share of computed rows that are pads), units (a store of 100 times as many
@@ -59,6 +60,8 @@ class BenchTrainSizes(Settings):
     """Vocabulary of that head."""
     loss_tokens: int = 2048
     """Supervised positions of one call of the loss."""
+    loss_filter: float = 1e-6
+    """Gradient filter of `loss.filtered`: probabilities below it are left out of the gradient."""
     memory_width: int = 5120
     """Width of the base in `memory`."""
     memory_vocabulary: int = 152064

@@ -5,11 +5,12 @@ Nothing here is trained. Letters: M positions, D base width, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from carryon.cache.errors import InputError
 from carryon.cache.head import Head
 from carryon.cache.head_files import map_head
 from carryon.cache.reader import Store
@@ -54,6 +55,10 @@ class FrozenHead:
     """Where they are computed."""
     block_rows: int
     """Rows that are multiplied at one time."""
+    gradient_filter: float = 0.0
+    """Probability below which a row is left out of the gradient (gradient_filter.py). 0: none."""
+    mean_row: Tensor | None = None
+    """[D] float32, on the device: the mean of all rows, where there is a gradient filter."""
 
     @property
     def vocab_size(self) -> int:
@@ -88,13 +93,29 @@ class FrozenHead:
 def place_head(store: Store, settings: LossSettings, *, device: torch.device) -> FrozenHead:
     """Return a store's head where `settings` want it."""
     head = map_head(store.root, store.manifest) if settings.head_place == "mapped" else store.head()
-    return frozen_head(
+    dtype = pick_head_dtype(settings.head_dtype, device)
+    if settings.gradient_filter > 0 and device.type == "cpu" and dtype != torch.float32:
+        raise InputError(
+            "gradient_filter: expected products in float32, as a CPU would round the loss with it, "
+            "got bfloat16: add --head-dtype float32"
+        )
+    placed = frozen_head(
         head,
         device=device,
-        dtype=pick_head_dtype(settings.head_dtype, device),
+        dtype=dtype,
         is_resident=settings.head_place == "device",
         block_rows=settings.chunk_vocabulary,
     )
+    return with_gradient_filter(placed, settings.gradient_filter)
+
+
+def with_gradient_filter(head: FrozenHead, least: float) -> FrozenHead:
+    """Return `head` with a filter that leaves out probabilities below `least`; 0: as it is."""
+    if least == 0:
+        return head
+    sums = [block.weight.float().sum(dim=0) for block in head.blocks()]
+    mean_row = torch.stack(sums).sum(dim=0) / head.vocab_size
+    return replace(head, gradient_filter=least, mean_row=mean_row)
 
 
 def frozen_head(

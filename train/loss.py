@@ -17,6 +17,7 @@ from torch import Tensor
 
 from carryon.train.block_softmax import block_logits, block_softmax, cap_, has_kernel, join_
 from carryon.train.frozen_head import FrozenHead
+from carryon.train.gradient_filter import POSITIONS_AT_ONCE, filtered_softmax
 
 _ROWS_AT_ONCE = 256  # positions whose targets' rows are in float32 at one time
 
@@ -92,9 +93,18 @@ def _cross_entropy(
     states = states.to(head.dtype)
     log_sums = torch.empty(len(states), dtype=torch.float32, device=states.device)
     means = torch.empty_like(states, dtype=torch.float32) if with_gradient else None
+    is_filtered = with_gradient and head.gradient_filter > 0
+    if is_filtered:
+        chunk = min(chunk, POSITIONS_AT_ONCE)
+        floors = _least_log_sums(states, targets, head)
     for block in head.blocks():
         for part in _slices(len(states), chunk):
-            found = block_softmax(states[part], block, head, with_mean=with_gradient)
+            if is_filtered:
+                if block.first > 0:
+                    torch.maximum(floors[part], log_sums[part], out=floors[part])
+                found = filtered_softmax(states[part], block, head, floors=floors[part])
+            else:
+                found = block_softmax(states[part], block, head, with_mean=with_gradient)
             mean = None if means is None else means[part]
             join_(log_sums[part], mean, found, is_first=block.first == 0)
     for part in _slices(len(states), _ROWS_AT_ONCE):
@@ -105,6 +115,15 @@ def _cross_entropy(
             means[part] -= rows if slopes is None else rows.mul_(slopes.unsqueeze(1))
             means[part] *= head.logit_scale
     return log_sums, means
+
+
+def _least_log_sums(states: Tensor, targets: Tensor, head: FrozenHead) -> Tensor:
+    """Return what each log-sum-exp is at least, whatever the other logits are: the target's."""
+    found = torch.empty(len(states), dtype=torch.float32, device=states.device)
+    for part in _slices(len(states), _ROWS_AT_ONCE):
+        rows = head.rows(targets[part]).float()
+        found[part], _ = _target_logits(states[part], rows, targets[part], head)
+    return found
 
 
 def _target_logits(
