@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from carryon.tools.bench_figure import Figure, print_json, print_table
 
 if TYPE_CHECKING:
-    from carryon.train.lineage import Lineage
+    from carryon.train.lineage_folder import Lineage
     from carryon.train.run import TrainSettings
 
 ALPHA = 0.6
@@ -99,7 +99,8 @@ def measure(root: Path, stores: Sequence[str], schedule: str) -> Iterator[Figure
         RunSettings,
         StreamSettings,
     )
-    from carryon.train.lineage import read_lineage, update
+    from carryon.train.lineage import update
+    from carryon.train.lineage_folder import read_lineage
     from carryon.train.run import TrainSettings
 
     settings = TrainSettings(
