@@ -14,9 +14,9 @@ def _curve(num_steps: int = 100, **values: object) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant", "knee", "multistep"])
 def test_the_warm_up_rises_in_equal_parts_to_the_top(schedule: str) -> None:
-    assert _curve(schedule=schedule, warmup_share=0.1)[:10] == pytest.approx(
+    assert _curve(schedule=schedule, warmup_share=0.1, final_share=0.1)[:10] == pytest.approx(
         [0.1 * (step + 1) for step in range(10)]
     )
 

@@ -100,7 +100,7 @@ def measure(root: Path, stores: Sequence[str], schedule: str) -> Iterator[Figure
         StreamSettings,
     )
     from carryon.train.lineage import update
-    from carryon.train.lineage_folder import read_lineage
+    from carryon.train.lineage_folder import open_lineage
     from carryon.train.run import TrainSettings
 
     settings = TrainSettings(
@@ -119,8 +119,7 @@ def measure(root: Path, stores: Sequence[str], schedule: str) -> Iterator[Figure
     )
     for store in stores:
         update(lineage=str(root / "lineage"), store=[store], settings=settings, alpha=ALPHA)
-    lineage = read_lineage(root / "lineage")
-    assert lineage is not None
+    lineage = open_lineage(root / "lineage")
     counts = _count_others(root / "others", stores, settings)
     # Every step that the lineage's runs have logged, whatever the plan says.
     counts["switch"] = sum(len(_lines(path)) for path in lineage.root.glob("*/*/metrics.jsonl"))

@@ -92,67 +92,43 @@ def figures_of(name: str, results: Sequence[Row]) -> list[Figure]:
 
 
 def _figures(results: Sequence[Row], schedule: str) -> Iterator[Figure]:
-    switches = series_of(results, "switch", schedule, alpha=DEFAULT_ALPHA)
     found = {
         kind: one
         for kind in PARADIGMS
         for one in series_of(results, kind, schedule)
         if one.alpha in (0, DEFAULT_ALPHA)
     }
-    if switches:
-        switch, last = switches[0], switches[0].num_versions
-        ours = switch.nlls(last)
+    if "switch" in found:
+        switch, last = found["switch"], found["switch"].num_versions
         if "scratch" in found:
-            theirs = found["scratch"].nlls(last)
-            spread = max(theirs.values()) - min(theirs.values())
-            differences = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
-            yield Figure(
-                figure="switch_minus_scratch",
-                value=statistics.fmean(differences.values()),
-                unit="nats",
-                target=spread,
-                details={
-                    "seeds": len(differences),
-                    "differences": list(differences.values()),
-                    "spread": spread,
-                    "spread_is": "largest less smallest NLL of the last version from scratch",
-                    "switch": switch.mean(last),
-                    "scratch": found["scratch"].mean(last),
-                },
-            )
-            yield Figure(
-                figure="steps_of_switch",
-                value=switch.paid("steps") / found["scratch"].paid("steps"),
-                unit="of scratch",
-                details={
-                    "by_formula": _share("switch", last, DEFAULT_ALPHA),
-                    "targets": switch.paid("targets") / found["scratch"].paid("targets"),
-                    "seconds": switch.paid("train_s") / found["scratch"].paid("train_s"),
-                },
-            )
+            yield from _against_scratch(switch, found["scratch"], last)
         if "restart" in found and "low" in found:
+            both = [found[kind].nlls(last) for kind in ("restart", "low")]
             better = {
-                seed: min(found[kind].nlls(last)[seed] for kind in ("restart", "low"))
-                for seed in ours
-                if all(seed in found[kind].seeds for kind in ("restart", "low"))
+                seed: min(nlls[seed] for nlls in both) for seed in set(both[0]) & set(both[1])
             }
-            differences = {seed: ours[seed] - better[seed] for seed in better}
-            yield Figure(
-                figure="switch_minus_better_continual",
-                value=max(differences.values()),
-                unit="nats, worst seed",
-                target=0.0,
-                details={"seeds": len(better), "differences": list(differences.values())},
-            )
+            if differences := _differences(switch.nlls(last), better):
+                yield Figure(
+                    figure="switch_minus_better_continual",
+                    value=max(differences),
+                    unit="nats, worst seed",
+                    details={"differences": differences},
+                )
+                yield Figure(
+                    figure="switch_below_better_continual",
+                    value=sum(difference < 0 for difference in differences),
+                    unit=f"of {len(differences)} seeds",
+                    target=len(differences),
+                    sense="at least",
+                )
         for kind in ("wsd-s", "wsm", "trunk"):
-            if kind in found:
-                theirs = found[kind].nlls(last)
-                differences = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+            theirs = found[kind].nlls(last) if kind in found else {}
+            if differences := _differences(switch.nlls(last), theirs):
                 yield Figure(
                     figure=f"switch_minus_{kind}",
-                    value=statistics.fmean(differences.values()),
+                    value=statistics.fmean(differences),
                     unit="nats",
-                    details={"differences": list(differences.values())},
+                    details={"differences": differences},
                 )
     curve = alpha_curve(results, schedule)
     if len(curve) > 2:
@@ -162,6 +138,40 @@ def _figures(results: Sequence[Row], schedule: str) -> Iterator[Figure]:
             unit="of an increment",
             details={"nll_by_alpha": {f"{alpha:g}": nll for alpha, nll in curve.items()}},
         )
+
+
+def _against_scratch(switch: Series, scratch: Series, last: int) -> Iterator[Figure]:
+    theirs = scratch.nlls(last)
+    spread = max(theirs.values()) - min(theirs.values())
+    if differences := _differences(switch.nlls(last), theirs):
+        yield Figure(
+            figure="switch_minus_scratch",
+            value=statistics.fmean(differences),
+            unit="nats",
+            target=spread,
+            details={
+                "differences": differences,
+                "spread": spread,
+                "spread_is": "largest less smallest NLL of the last version from scratch",
+                "switch": switch.mean(last),
+                "scratch": scratch.mean(last),
+            },
+        )
+    yield Figure(
+        figure="steps_of_switch",
+        value=switch.paid("steps") / scratch.paid("steps"),
+        unit="of scratch",
+        details={
+            "by_formula": _share("switch", last, DEFAULT_ALPHA),
+            "targets": switch.paid("targets") / scratch.paid("targets"),
+            "seconds": switch.paid("train_s") / scratch.paid("train_s"),
+        },
+    )
+
+
+def _differences(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
+    """Return ours less theirs for each seed that both have."""
+    return [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
 
 
 def alpha_curve(results: Sequence[Row], schedule: str) -> dict[float, float]:

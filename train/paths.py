@@ -84,6 +84,8 @@ def staged_rate(
     if step < warmup_steps:
         return settings.learning_rate * (step + 1) / warmup_steps
     stage = bisect_right(ends, step)
+    if not fall_parts[stage]:
+        return settings.learning_rate
     first = ends[stage - 1] if stage else warmup_steps
     passed = part_done(step, first=first, num_steps=ends[stage])
     return falling_rate(fall_parts[stage] * passed, settings)
