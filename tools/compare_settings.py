@@ -137,7 +137,7 @@ def list_rows(settings: CompareSettings, methods: dict[str, Method]) -> list[Row
         for seconds in settings.seconds:
             for name, method in methods.items():
                 # Nothing is extracted for the whole base: all its runs are first ones.
-                runs = settings.runs if method.is_carryon else ["first"]
+                runs: list[RunName] = [*settings.runs] if method.is_carryon else ["first"]
                 rows += [Row(method=name, run=run, seconds=seconds, seed=seed) for run in runs]
     return rows
 
