@@ -157,7 +157,11 @@ BASE_NLL: dict[str, float] = {}
 
 def test_rows_are_found_again_by_the_command_that_is_printed() -> None:
     settings = CompareSettings(
-        methods=["top-3", "lora"], seeds=[0, 4], learning_rates=["lora=1e-3,2e-3"], tokens=500
+        methods=["top-3", "lora"],
+        seeds=[0, 4],
+        learning_rates=["lora=1e-3,2e-3", "top-3=5e-4"],
+        passes=["top-3=2"],
+        tokens=500,
     )
     methods = find_methods(settings, num_layers=8, width=32)
     rows = list_rows(settings, methods)
@@ -167,9 +171,8 @@ def test_rows_are_found_again_by_the_command_that_is_printed() -> None:
     for row in rows[2:]:
         words = row_command(settings, row, base="b", out="o").split()[2:]
         again = parse_call(compare, words, prog="carryon compare").kwargs["settings"]
-        known = find_methods(
-            CompareSettings(**{**again.to_dict(), "learning_rates": []}), num_layers=8, width=32
-        )
+        known = find_methods(again, num_layers=8, width=32)
+        assert known[row.method] == methods[row.method]
         assert row in list_rows(again, known)
 
 

@@ -97,8 +97,8 @@ class CompareSettings(Settings):
         ]
 
     def data_facts(self) -> dict[str, Any]:
-        """Return the settings that decide which data there is."""
-        names = ("corpus", "tokens", "held_out_tokens", "window_tokens")
+        """Return the settings that all rows of one folder share."""
+        names = ("corpus", "tokens", "held_out_tokens", "window_tokens", "batch_tokens")
         return {name: getattr(self, name) for name in names}
 
 
@@ -127,7 +127,7 @@ def list_rows(settings: CompareSettings, methods: dict[str, Method]) -> list[Row
             method=name,
             run="sweep",
             seconds=settings.sweep_seconds,
-            seed=min(settings.seeds),
+            seed=0,
             learning_rate=rate,
         )
         for name, method in methods.items()
@@ -149,6 +149,11 @@ def row_command(settings: CompareSettings, row: Row, *, base: str, out: str) -> 
     one = replace(settings, methods=[row.method], seeds=[row.seed], seconds=[row.seconds])
     if row.run != "sweep":
         one = replace(one, runs=[row.run])
+    for name in ("learning_rates", "passes"):
+        mine = [text for text in getattr(one, name) if text.startswith(f"{row.method}=")]
+        one = replace(one, **{name: mine})
+    if row.run == "sweep":  # the same training, under a name of its own
+        one = replace(one, learning_rates=[f"{row.method}={row.learning_rate:g}"])
     for name, value in one.to_dict().items():
         if value != defaults[name] or name == "methods":
             values = value if isinstance(value, list) else [value]
