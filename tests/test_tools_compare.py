@@ -24,6 +24,7 @@ from carryon.tools.compare_settings import (
     list_rows,
     row_command,
 )
+from carryon.tools.experiment_cot import experiment_cot
 
 LAYERS = {"num_layers": 2, "width": 16}  # of the tiny base
 METHODS = ["lora", "full", "bottleneck", "native-1", "top-1", "top-lora-1", "linear", "mlp"]
@@ -247,6 +248,28 @@ def test_a_target_is_met_only_if_every_seed_meets_it(
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert (tmp_path / "pareto.png").stat().st_size > 1000
     assert len(capsys.readouterr().out.splitlines()) == len(figures)
+
+
+def test_answers_are_taught_and_counted(
+    store_tmp: Path, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"
+    found = experiment_cot(
+        base=str(tiny_base_folder),
+        out=str(store_tmp / "cot"),
+        task=task,
+        samples=20,
+        num=4,
+        seeds=[0],
+        epochs=1,
+    )
+    corpus = (store_tmp / "cot" / "corpus.jsonl").read_text().splitlines()
+    questions: dict[str, set[str]] = {"train": set(), "held-out": set()}
+    for record in map(json.loads, corpus):
+        questions[record["split"]].add(record["messages"][0]["content"])
+    assert not questions["train"] & questions["held-out"]
+    assert 0 <= found[0]["value"] <= 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found[0]
 
 
 def test_reference_documentation_is_split_by_topic(tmp_path: Path) -> None:

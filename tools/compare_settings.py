@@ -149,9 +149,12 @@ def row_command(settings: CompareSettings, row: Row, *, base: str, out: str) -> 
     one = replace(settings, methods=[row.method], seeds=[row.seed], seconds=[row.seconds])
     if row.run != "sweep":
         one = replace(one, runs=[row.run])
-    for name in ("learning_rates", "passes"):
-        mine = [text for text in getattr(one, name) if text.startswith(f"{row.method}=")]
-        one = replace(one, **{name: mine})
+    own = f"{row.method}="
+    one = replace(
+        one,
+        learning_rates=[text for text in one.learning_rates if text.startswith(own)],
+        passes=[text for text in one.passes if text.startswith(own)],
+    )
     if row.run == "sweep":  # the same training, under a name of its own
         one = replace(one, learning_rates=[f"{row.method}={row.learning_rate:g}"])
     for name, value in one.to_dict().items():
