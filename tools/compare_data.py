@@ -28,7 +28,7 @@ from carryon.train.overlap import NGRAM, WARN_ABOVE, hash_ngrams
 
 _HELD_OUT_EVERY = 8
 """One document in so many is held out where the corpus marks none."""
-_SHUFFLED_TOGETHER = 64
+_SHUFFLED_TOGETHER = 8
 """Samples of the first pass whose order a seed changes: a shorter run sees the same first ones."""
 
 

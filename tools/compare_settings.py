@@ -197,18 +197,18 @@ def _method(name: str, *, num_layers: int, width: int) -> Method:
     if kind == "native":
         blocks = int(number or 2)
         shape = CarryOnSettings(kind="native", blocks=blocks, taps=["prenorm"])
-        return Method(name=name, rates=(1e-3,), carryon=shape)
+        return Method(name=name, rates=(3e-4, 1e-3), carryon=shape)
     if kind.startswith("top"):
         blocks = int(number or max(1, min(8, num_layers - 1)))
         rank = LORA_RANK if kind == "top-lora" else 0
         shape = CarryOnSettings(
             kind="top", blocks=blocks, taps=[f"layer.{num_layers - blocks}"], lora_rank=rank
         )
-        return Method(name=name, rates=(2e-3 if rank else 1e-3,), carryon=shape)
+        return Method(name=name, rates=(1e-3, 2e-3) if rank else (2e-4, 5e-4, 1e-3), carryon=shape)
     taps = ["final", f"layer.{math.ceil(num_layers / 2)}"]
     return Method(
         name=name,
-        rates=(3e-3,),
+        rates=(1e-3, 3e-3),
         passes=2.0,
         carryon=same_size(CarryOnSettings(), taps=taps, base_width=width),
     )
