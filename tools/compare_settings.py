@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import Settings, not_positive
-from carryon.tools.bench_quality import same_size
 from carryon.train.config import CarryOnSettings
 
 RunName = Literal["first", "second", "sweep"]
@@ -205,6 +204,8 @@ def _method(name: str, *, num_layers: int, width: int) -> Method:
             kind="top", blocks=blocks, taps=[f"layer.{num_layers - blocks}"], lora_rank=rank
         )
         return Method(name=name, rates=(1e-3, 2e-3) if rank else (2e-4, 5e-4, 1e-3), carryon=shape)
+    from carryon.tools.bench_quality import same_size  # imports torch
+
     taps = ["final", f"layer.{math.ceil(num_layers / 2)}"]
     return Method(
         name=name,
