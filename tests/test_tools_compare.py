@@ -24,6 +24,7 @@ from carryon.tools.compare_settings import (
     list_rows,
     row_command,
 )
+from carryon.tools.experiment_cot import experiment_cot
 
 LAYERS = {"num_layers": 2, "width": 16}  # of the tiny base
 METHODS = ["lora", "full", "bottleneck", "native-1", "top-1", "top-lora-1", "linear", "mlp"]
@@ -157,7 +158,11 @@ BASE_NLL: dict[str, float] = {}
 
 def test_rows_are_found_again_by_the_command_that_is_printed() -> None:
     settings = CompareSettings(
-        methods=["top-3", "lora"], seeds=[0, 4], learning_rates=["lora=1e-3,2e-3"], tokens=500
+        methods=["top-3", "lora"],
+        seeds=[0, 4],
+        learning_rates=["lora=1e-3,2e-3", "top-3=5e-4"],
+        passes=["top-3=2"],
+        tokens=500,
     )
     methods = find_methods(settings, num_layers=8, width=32)
     rows = list_rows(settings, methods)
@@ -167,9 +172,8 @@ def test_rows_are_found_again_by_the_command_that_is_printed() -> None:
     for row in rows[2:]:
         words = row_command(settings, row, base="b", out="o").split()[2:]
         again = parse_call(compare, words, prog="carryon compare").kwargs["settings"]
-        known = find_methods(
-            CompareSettings(**{**again.to_dict(), "learning_rates": []}), num_layers=8, width=32
-        )
+        known = find_methods(again, num_layers=8, width=32)
+        assert known[row.method] == methods[row.method]
         assert row in list_rows(again, known)
 
 
@@ -244,6 +248,28 @@ def test_a_target_is_met_only_if_every_seed_meets_it(
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert (tmp_path / "pareto.png").stat().st_size > 1000
     assert len(capsys.readouterr().out.splitlines()) == len(figures)
+
+
+def test_answers_are_taught_and_counted(
+    store_tmp: Path, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"
+    found = experiment_cot(
+        base=str(tiny_base_folder),
+        out=str(store_tmp / "cot"),
+        task=task,
+        samples=20,
+        num=4,
+        seeds=[0],
+        epochs=1,
+    )
+    corpus = (store_tmp / "cot" / "corpus.jsonl").read_text().splitlines()
+    questions: dict[str, set[str]] = {"train": set(), "held-out": set()}
+    for record in map(json.loads, corpus):
+        questions[record["split"]].add(record["messages"][0]["content"])
+    assert not questions["train"] & questions["held-out"]
+    assert 0 <= found[0]["value"] <= 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found[0]
 
 
 def test_reference_documentation_is_split_by_topic(tmp_path: Path) -> None:

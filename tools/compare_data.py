@@ -28,7 +28,7 @@ from carryon.train.overlap import NGRAM, WARN_ABOVE, hash_ngrams
 
 _HELD_OUT_EVERY = 8
 """One document in so many is held out where the corpus marks none."""
-_SHUFFLED_TOGETHER = 64
+_SHUFFLED_TOGETHER = 8
 """Samples of the first pass whose order a seed changes: a shorter run sees the same first ones."""
 
 
@@ -79,6 +79,11 @@ def prepare_material(settings: CompareSettings, *, base: str, out: Path) -> Mate
         for held_out in (False, True):
             mine = [x for x, mark in zip(records, is_held_out, strict=True) if mark == held_out]
             halves.append(list(_cut(mine, tokenizer, settings.window_tokens)))
+            if not halves[-1]:
+                raise InputError(
+                    f"corpus {settings.corpus}: expected text to train on and text to hold out, "
+                    f"got {len(records)} documents: take more"
+                )
         train, judged = (_read_records(_shuffled(half), out, tokenizer) for half in halves)
         train, judged, facts = _separate(train, judged, settings)
         _write(train_file, train)
@@ -147,9 +152,10 @@ def _read_documents(settings: CompareSettings, out: Path) -> Iterator[dict[str, 
     path = Path(given)
     if not equals:
         path = out / "corpus.jsonl"
-        # A third more: for the held-out half, and for windows that are too short.
-        share = 1 if label == GSM else 4 / 3
-        write_named_corpus(label, path, num_tokens=int(share * settings.tokens))
+        wanted = settings.tokens
+        if label != GSM:  # which brings its own held-out half; a third more, as ends are dropped
+            wanted = max(wanted, _HELD_OUT_EVERY * settings.held_out_tokens) * 4 // 3
+        write_named_corpus(label, path, num_tokens=wanted)
     for file in list_files([path]):
         if file.suffix != ".jsonl":
             yield {"id": file.name, "text": file.read_text(encoding="utf-8", errors="replace")}

@@ -149,7 +149,8 @@ def _train(
     optimizer = build_optimizer(learner.model, optimization, MemorySettings())  # type: ignore[arg-type]
     train, budget_s = bench.material.train, max(1e-9, row.seconds - spent_s)
     steps = iter_steps(train, num_samples, seed=row.seed, batch_tokens=bench.settings.batch_tokens)
-    curve = [_evaluation(bench, learner, read_held_out, clock_s=0.0, tokens=0, steps=0)]
+    start = _known_start(bench)
+    curve = [start or _evaluation(bench, learner, read_held_out, clock_s=0.0, tokens=0, steps=0)]
     points = sorted(at for at in bench.settings.evaluate_at if spent_s < at < row.seconds)
     losses: list[float] = []
     took: list[float] = []
@@ -218,6 +219,16 @@ def _evaluation(
             total += float(learner.losses(batch).double().sum())
             targets += batch.num_targets
     return {"clock_s": clock_s, "tokens": tokens, "steps": steps, "nll": total / targets}
+
+
+def _known_start(bench: Bench) -> dict[str, Any] | None:
+    """Return the evaluation with which another row of the method began, if there is one."""
+    for path in (bench.out / "rows").glob(f"{bench.method.name}-*.json"):
+        row = json.loads(path.read_text())
+        if row["method"] == bench.method.name:
+            found: dict[str, Any] = row["curve"][0]
+            return found
+    return None
 
 
 def _first_store(bench: Bench, row: Row) -> tuple[Store, dict[str, Any]]:

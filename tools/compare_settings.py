@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import Settings, not_positive
-from carryon.tools.bench_quality import same_size
 from carryon.train.config import CarryOnSettings
 
 RunName = Literal["first", "second", "sweep"]
@@ -97,8 +96,8 @@ class CompareSettings(Settings):
         ]
 
     def data_facts(self) -> dict[str, Any]:
-        """Return the settings that decide which data there is."""
-        names = ("corpus", "tokens", "held_out_tokens", "window_tokens")
+        """Return the settings that all rows of one folder share."""
+        names = ("corpus", "tokens", "held_out_tokens", "window_tokens", "batch_tokens")
         return {name: getattr(self, name) for name in names}
 
 
@@ -127,7 +126,7 @@ def list_rows(settings: CompareSettings, methods: dict[str, Method]) -> list[Row
             method=name,
             run="sweep",
             seconds=settings.sweep_seconds,
-            seed=min(settings.seeds),
+            seed=0,
             learning_rate=rate,
         )
         for name, method in methods.items()
@@ -137,7 +136,7 @@ def list_rows(settings: CompareSettings, methods: dict[str, Method]) -> list[Row
         for seconds in settings.seconds:
             for name, method in methods.items():
                 # Nothing is extracted for the whole base: all its runs are first ones.
-                runs = settings.runs if method.is_carryon else ["first"]
+                runs: list[RunName] = [*settings.runs] if method.is_carryon else ["first"]
                 rows += [Row(method=name, run=run, seconds=seconds, seed=seed) for run in runs]
     return rows
 
@@ -149,6 +148,14 @@ def row_command(settings: CompareSettings, row: Row, *, base: str, out: str) -> 
     one = replace(settings, methods=[row.method], seeds=[row.seed], seconds=[row.seconds])
     if row.run != "sweep":
         one = replace(one, runs=[row.run])
+    own = f"{row.method}="
+    one = replace(
+        one,
+        learning_rates=[text for text in one.learning_rates if text.startswith(own)],
+        passes=[text for text in one.passes if text.startswith(own)],
+    )
+    if row.run == "sweep":  # the same training, under a name of its own
+        one = replace(one, learning_rates=[f"{row.method}={row.learning_rate:g}"])
     for name, value in one.to_dict().items():
         if value != defaults[name] or name == "methods":
             values = value if isinstance(value, list) else [value]
@@ -189,18 +196,20 @@ def _method(name: str, *, num_layers: int, width: int) -> Method:
     if kind == "native":
         blocks = int(number or 2)
         shape = CarryOnSettings(kind="native", blocks=blocks, taps=["prenorm"])
-        return Method(name=name, rates=(1e-3,), carryon=shape)
+        return Method(name=name, rates=(3e-4, 1e-3), carryon=shape)
     if kind.startswith("top"):
         blocks = int(number or max(1, min(8, num_layers - 1)))
         rank = LORA_RANK if kind == "top-lora" else 0
         shape = CarryOnSettings(
             kind="top", blocks=blocks, taps=[f"layer.{num_layers - blocks}"], lora_rank=rank
         )
-        return Method(name=name, rates=(2e-3 if rank else 1e-3,), carryon=shape)
+        return Method(name=name, rates=(1e-3, 2e-3) if rank else (2e-4, 5e-4, 1e-3), carryon=shape)
+    from carryon.tools.bench_quality import same_size  # imports torch
+
     taps = ["final", f"layer.{math.ceil(num_layers / 2)}"]
     return Method(
         name=name,
-        rates=(3e-3,),
+        rates=(1e-3, 3e-3),
         passes=2.0,
         carryon=same_size(CarryOnSettings(), taps=taps, base_width=width),
     )

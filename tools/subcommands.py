@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "score": "score",
     "compare": "compare",
     "plan-memory": "plan_memory",
+    "experiment cot": "experiment_cot",
     "bench store": "bench_store",
     "bench train": "bench_train",
     "bench compose": "bench_compose",
