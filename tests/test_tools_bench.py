@@ -358,7 +358,9 @@ def test_python_corpus_is_source_of_the_standard_library(tmp_path: Path) -> None
 
 
 def test_an_unknown_corpus_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="corpus 'x': expected gsm, python, or LABEL=PATH"):
+    with pytest.raises(
+        InputError, match="corpus 'x': expected gsm, python, pydoc, manpages, or LABEL=PATH"
+    ):
         write_named_corpus("x", tmp_path / "x.jsonl", num_tokens=10)
 
 

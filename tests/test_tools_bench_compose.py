@@ -131,5 +131,5 @@ def test_the_command_prints_json_lines_and_writes_them(
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(InputError, match="figures: expected some of generate"):
         BenchComposeSettings(base="b", figures=["speed"])
-    with pytest.raises(InputError, match="rounds, batch_sizes: expected more than 0"):
+    with pytest.raises(InputError, match="batch_sizes, rounds: expected more than 0"):
         BenchComposeSizes(rounds=0, batch_sizes=[])

@@ -6,13 +6,12 @@ divides. How good the versions are is for `carryon experiment paths`.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carryon.tools.bench_figure import Figure, print_json, print_table
+from carryon.tools.bench_figure import Figure, Report
 
 if TYPE_CHECKING:
     from carryon.train.lineage_folder import Lineage
@@ -25,7 +24,7 @@ STEPS = 10
 _SAMPLE_TOKENS = 16
 
 
-def bench_paths(*, work: str = "") -> list[dict[str, Any]]:
+def bench_paths(*, out: str = "", work: str = "") -> list[dict[str, Any]]:
     """Measure releasing versions: cost in steps, exactness of the trunk, learning rates.
 
     Four increments of made-up data, ten steps each, alpha 0.6; cosine, knee and multistep. One
@@ -33,25 +32,25 @@ def bench_paths(*, work: str = "") -> list[dict[str, Any]]:
     reads "met": false; the exit code stays 0.
 
     Example:
-        carryon bench paths
+        carryon bench paths --out figures
 
     Args:
+        out: Folder for figures.jsonl. Empty for none.
         work: Folder for what is written on the way; what is written is removed. Empty for the
             system's folder for such things.
     """
     import torch
 
+    from carryon.tools.bench_command import run_measurements
     from carryon.train.paths import BRANCH_SCHEDULES
 
     torch.set_num_threads(1)  # on such small products several mostly wait for each other
-    found: list[Figure] = []
-    with tempfile.TemporaryDirectory(prefix="carryon-bench-", dir=work or None) as scratch:
-        stores = write_stores(Path(scratch))
-        for schedule in BRANCH_SCHEDULES:
-            for figure in measure(Path(scratch) / schedule, stores, schedule):
-                found.append(replace(figure, figure=f"paths.{schedule}.{figure.figure}"))
-                print_json(found[-1])
-    print_table(found)
+
+    def run(schedule: str, scratch: Path, report: Report) -> None:
+        for figure in measure(scratch / schedule, write_stores(scratch), schedule):
+            report(replace(figure, figure=f"paths.{schedule}.{figure.figure}"))
+
+    found = run_measurements(BRANCH_SCHEDULES, run, out=out, work=work)
     return [figure.to_dict() for figure in found]
 
 
