@@ -95,18 +95,19 @@ class PathRuns:
         """
         saves = plan.saves(later)
         while wanted := [each for each in plan.versions if not self.result(each).exists()]:
+            if made := [each for each in wanted if self._is_made(each, saves)]:
+                self._measure(made)
+                self._give_up(plan, saves)
+                continue
             needed = self._needed(plan, wanted, saves)
-            ready = [each for each in needed if self._has_start(plan, each)]
-            if ready:
-                together = [each for each in ready if each.increments == ready[0].increments]
-                print(
-                    f"paths: {len(wanted)} versions and {len(needed)} runs to go; now "
-                    f"{' '.join(each.name for each in together[:AT_ONCE])}",
-                    file=sys.stderr,
-                )
-                self._train(together[:AT_ONCE], saves)
-            self._measure([each for each in wanted if self._is_made(each)])
-            self._give_up(plan, saves)
+            ready = [each for each in needed if self._has_start(each)]
+            together = [each for each in ready if each.increments == ready[0].increments]
+            print(
+                f"paths: {len(wanted)} versions and {len(needed)} runs to go; now "
+                f"{' '.join(each.name for each in together[:AT_ONCE])}",
+                file=sys.stderr,
+            )
+            self._train(together[:AT_ONCE], saves)
 
     def result(self, version: Version) -> Path:
         """Return the file with what a version came to."""
@@ -192,34 +193,29 @@ class PathRuns:
     def _has(self, state: State) -> bool:
         return self.ledger(state[0]).exists() and (self.state(state) / STATE).exists()
 
-    def _has_start(self, plan: Plan, segment: Segment) -> bool:
+    def _has_start(self, segment: Segment) -> bool:
         return segment.after is None or self._has(segment.after)
 
-    def _is_made(self, version: Version) -> bool:
-        names = [name for name, _, _ in version.paid]
+    def _is_made(self, version: Version, saves: Mapping[str, Sequence[int]]) -> bool:
         return all(map(self._has, version.states)) and all(
-            self.ledger(name).exists() for name in names
+            self._is_counted(name, saves[name]) for name, _, _ in version.paid
         )
 
     def _measure(self, versions: Sequence[Version]) -> None:
-        if not versions:
-            return
+        """Measure versions, one after another, so that a kill loses little."""
         device = pick_device(self.settings.run.device)
-        modules = [self._load(version).to(device) for version in versions]
-        nlls: list[list[Nll]] = [[] for _ in versions]
-        for index in range(max(version.number for version in versions)):
-            asked = [n for n, version in enumerate(versions) if version.number > index]
-            data = self.data((index,))
-            head: FrozenHead = place_head(data.store, self.settings.loss, device=device)
-            chunk = pick_chunk(self.settings.loss.chunk_tokens)
-            judged = [Judged(carryon=modules[n], head=head, chunk=chunk) for n in asked]
-            found = measure_nlls(
-                data.store, data.split.held_out, judged, stream=self.settings.stream
-            )
-            for number, nll in zip(asked, found, strict=True):
-                nlls[number].append(nll)
-        for version, found in zip(versions, nlls, strict=True):
-            self._write(version, found)
+        head: FrozenHead | None = None
+        for version in versions:
+            carryon = self._load(version).to(device)
+            nlls: list[Nll] = []
+            for index in range(version.number):
+                data = self.data((index,))
+                head = head or place_head(data.store, self.settings.loss, device=device)
+                chunk = pick_chunk(self.settings.loss.chunk_tokens)
+                judged = [Judged(carryon=carryon, head=head, chunk=chunk)]
+                held_out = data.split.held_out
+                nlls += measure_nlls(data.store, held_out, judged, stream=self.settings.stream)
+            self._write(version, nlls)
 
     def _load(self, version: Version) -> CarryOn:
         """Return a version: its state, or the mean of its states, rounded as one that is saved."""
