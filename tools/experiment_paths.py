@@ -15,6 +15,8 @@ from carryon.train.config import (
 )
 
 _KINDS = ["scratch", "restart", "low", "switch", "trunk", "wsd-s", "wsm"]
+_UNEVEN = 0.05
+"""Part by which the steps of the mixed order may differ from the increments' own."""
 
 
 def experiment_paths(
@@ -93,6 +95,14 @@ def experiment_paths(
     experiment = PathRuns(root=Path(out), stores=stores, settings=settings)
     experiment.begin()
     lengths = {seed: experiment.lengths(seed) for seed in seeds}
+    for steps in lengths.values():
+        if abs(steps.so_far[-1] / sum(steps.alone) - 1) > _UNEVEN:
+            print(
+                f"warning: all increments mixed make {steps.so_far[-1]} steps, one after another "
+                f"{sum(steps.alone)}: versions from scratch take other steps than the rest; give "
+                "--batch-tokens of several times the longest sample",
+                file=sys.stderr,
+            )
     if study in ("stage1", "stage2"):
         plan = plan_pilots(lengths, kind=study, schedules=schedules, settings=optimization)
     else:
