@@ -93,7 +93,7 @@ def attend_packed(
     if not is_lean:
         return attend(query, key, value)
     size = -(-query.shape[1] // _GROUPS)
-    groups = zip(*(x.split(size, dim=1) for x in (query, key, value)), strict=True)
+    groups = zip(*(torch.split(x, size, dim=1) for x in (query, key, value)), strict=True)
     return torch.cat([recomputed(attend, *group) for group in groups], dim=2)
 
 

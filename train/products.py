@@ -37,7 +37,7 @@ def product(x: Tensor, weight: Tensor, wide: torch.dtype | None) -> Tensor:
     if wide is None:
         return nn.functional.linear(x, weight)
     out: Tensor = _Product.apply(x.flatten(0, -2), weight, wide)  # type: ignore[no-untyped-call]
-    return out.unflatten(0, x.shape[:-1])
+    return out.view(*x.shape[:-1], -1)
 
 
 def gated_product(
@@ -53,7 +53,7 @@ def gated_product(
         out: Tensor = _Gated.apply(  # type: ignore[no-untyped-call]
             x.flatten(0, -2), gate.weight, gate.bias, value.weight, value.wide, kind
         )
-        return out.unflatten(0, x.shape[:-1])
+        return out.view(*x.shape[:-1], -1)
     act = nn.functional.silu if kind == "silu" else torch.sigmoid
     found: Tensor = act(gate(x)) * value(x)
     return found
