@@ -76,8 +76,7 @@ def test_what_is_computed_again_gives_the_same_gradients() -> None:
     assert torch.equal(gradients[0][1], gradients[1][1])
 
 
-def _decoders() -> tuple[Decoder, nn.Module]:
-    torch.manual_seed(0)
+def _llama() -> nn.Module:
     config = LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=OUT,
@@ -86,7 +85,23 @@ def _decoders() -> tuple[Decoder, nn.Module]:
         num_key_value_heads=HEADS,
         vocab_size=1,
     )
-    ours, theirs = Decoder(**SHAPE), LlamaModel(config)
+    return LlamaModel(config)
+
+
+def test_a_seeds_first_weights_are_those_of_transformers_llama() -> None:
+    torch.manual_seed(6)
+    ours, after = Decoder(**SHAPE).state_dict(), torch.rand(1)
+    torch.manual_seed(6)
+    theirs, theirs_after = _llama().state_dict(), torch.rand(1)
+
+    assert [*ours, "embed_tokens.weight"] == sorted(theirs, key="embed_tokens.weight".__eq__)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    assert torch.equal(after, theirs_after)
+
+
+def _decoders() -> tuple[Decoder, nn.Module]:
+    torch.manual_seed(0)
+    ours, theirs = Decoder(**SHAPE), _llama()
     with torch.no_grad():
         for weight in ours.parameters():
             weight.add_(0.3 * torch.randn(weight.shape))

@@ -104,8 +104,10 @@ class Decoder(nn.Module):
         self.head_width = width // heads
         self.recompute = False
         """Keep only what goes into attention and MLP for the backward pass."""
+        embedding = nn.Embedding(1, width)  # draws as Llama's does: a seed's weights are the same
         self.layers = nn.ModuleList(Layer(width, heads, mlp_width) for _ in range(blocks))
         self.norm = Norm(width)
+        nn.init.normal_(embedding.weight)
         for module in self.modules():
             if isinstance(module, Product):
                 nn.init.normal_(module.weight, std=_FIRST_WEIGHTS)
