@@ -28,21 +28,30 @@ def write_file(
     Raises:
         DiskFullError: no space left; nothing of this file remains.
     """
+    with whole_file(path, is_synced=is_synced) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def whole_file(path: Path, *, is_synced: bool = True) -> Iterator[Path]:
+    """Yield where to write a file; at the end of the block it becomes `path`.
+
+    Raises:
+        DiskFullError: no space left; nothing of this file remains.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     with disk_full_named(path):
         _make_folder(path.parent, is_synced=is_synced)
         try:
-            with partial.open("wb") as file:
-                file.write(content)
-                if is_synced:
-                    file.flush()
-                    os.fsync(file.fileno())
+            yield partial
+            if is_synced:
+                _sync(partial)
             partial.rename(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
         if is_synced:
-            _sync_folder(path.parent)
+            _sync(path.parent)  # without this a power cut may forget the rename
 
 
 def write_json(path: Path, document: dict[str, Any]) -> bytes:
@@ -87,12 +96,11 @@ def _make_folder(folder: Path, *, is_synced: bool) -> None:
     _make_folder(folder.parent, is_synced=is_synced)
     folder.mkdir(exist_ok=True)
     if is_synced:
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    # Without this a power cut may forget the rename.
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

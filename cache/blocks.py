@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from carryon.cache.atomic import json_bytes
 from carryon.cache.errors import DamagedStoreError, InputError
 from carryon.cache.manifest import Manifest, sha256_hex
 
 if TYPE_CHECKING:  # the trainer reads blocks and loads no base
+    from transformers import PretrainedConfig, PreTrainedModel
+
     from carryon.cache.base import Base
 
 CONFIG_PATH = "blocks/config.json"
@@ -76,7 +77,7 @@ def read_blocks(base: "Base", number: int) -> Blocks:
 
 def build_decoder(
     blocks: Blocks, number: int, *, with_weights: bool, attention: str = "sdpa"
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Return a decoder of the base's class with `number` blocks, in float32, without embeddings.
 
     Args:
@@ -86,6 +87,8 @@ def build_decoder(
             transformers begins them. The final norm is always the base's.
         attention: backend.
     """
+    from transformers import AutoModel
+
     config = shortened_config(blocks.config, number)
     config._attn_implementation = attention
     auto: Any = AutoModel
@@ -99,8 +102,10 @@ def build_decoder(
     return model
 
 
-def shortened_config(values: Mapping[str, Any], number: int) -> PretrainedConfig:
+def shortened_config(values: Mapping[str, Any], number: int) -> "PretrainedConfig":
     """Return a base's config with its last `number` blocks only, and no vocabulary."""
+    from transformers import AutoConfig
+
     values = dict(values)
     kind = values.pop("model_type")
     for name in ("layer_types", "mlp_layer_types"):

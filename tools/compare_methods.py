@@ -23,8 +23,9 @@ from carryon.cache.spec import ForwardSettings
 from carryon.tools.compare_settings import LORA_RANK, Method
 from carryon.train.batch import Batch, make_batch
 from carryon.train.blocks_carryon import add_lora_, build_kind
-from carryon.train.carryon import NORM_EPS, CarryOn
+from carryon.train.carryon import CarryOn
 from carryon.train.config import CarryOnSettings, LossSettings
+from carryon.train.decoder import NORM_EPS
 from carryon.train.device import DEFAULT_CHUNK, multiplies_bfloat16, pick_device
 from carryon.train.evaluate import stream_taps
 from carryon.train.frozen_head import FrozenHead, frozen_head, place_head
@@ -35,6 +36,7 @@ from carryon.train.packed_attention import (
     register_packed_attention,
     unused_mask,
 )
+from carryon.train.products import Product
 from carryon.train.step import pair_losses
 
 Reader = Callable[[NDArray[np.int64]], Batch]
@@ -153,7 +155,7 @@ class Control(CarryOn):
         width = base_width * len(settings.taps)
         inner = round(4.5 * settings.width * base_width / (width + base_width))
         self.enter = nn.Identity() if is_linear else nn.Linear(width, inner)
-        self.up = nn.Linear(width if is_linear else inner, base_width, bias=False)
+        self.up = Product(width if is_linear else inner, base_width, bias=False)
         nn.init.zeros_(self.up.weight)
         self.is_linear = is_linear
 

@@ -1,6 +1,6 @@
 """The carry-on: a small causal module that corrects the base's last hidden state.
 
-    u     = blocks(bridge(norm(x)))           decoder blocks of width d, from transformers
+    u     = blocks(bridge(norm(x)))           decoder blocks of width d (decoder.py)
     delta = sigmoid(A u + b) * (B u)          B starts at zero: an untrained carry-on is the base
     logits = W (x + alpha * delta)            W is the base's head, frozen; not part of this module
 
@@ -17,17 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, LlamaConfig, LlamaModel
 
 from carryon.train.config import CarryOnSettings
-from carryon.train.packed_attention import (
-    PACKED_ATTENTION,
-    Packing,
-    register_packed_attention,
-    unused_mask,
-)
-
-NORM_EPS = 1e-6
+from carryon.train.decoder import NORM_EPS, Decoder
+from carryon.train.packed_attention import Packing
+from carryon.train.products import Product, gated_product, product
 
 
 class CarryOn(nn.Module):
@@ -40,16 +34,17 @@ class CarryOn(nn.Module):
         self.base_width = base_width
         width, num_taps = settings.width, len(settings.taps)
         self.norms = nn.ModuleList(nn.RMSNorm(base_width, eps=NORM_EPS) for _ in settings.taps)
-        self.bridges = nn.ModuleList(
-            nn.Linear(base_width, width, bias=False) for _ in settings.taps
-        )
+        self.bridges = nn.ModuleList(Product(base_width, width, bias=False) for _ in settings.taps)
         self.mixer = nn.Linear(num_taps * width, num_taps) if num_taps > 1 else None
-        register_packed_attention()
-        self.body = LlamaModel(body_config(settings))
-        self.body.embed_tokens = None  # type: ignore[assignment]  # the bridge stands in for it
+        self.body: Any = Decoder(
+            width=width,
+            blocks=settings.blocks,
+            heads=settings.heads,
+            mlp_width=settings.mlp_width,
+        )
         gate_width = {"channel": base_width, "token": 1, "none": 0}[settings.gate]
-        self.gate = nn.Linear(width, gate_width) if gate_width else None
-        self.up = nn.Linear(width, base_width, bias=False)
+        self.gate = Product(width, gate_width) if gate_width else None
+        self.up = Product(width, base_width, bias=False)
         self.dropout = nn.Dropout(settings.dropout)
         nn.init.zeros_(self.up.weight)
         if self.mixer is not None:
@@ -65,7 +60,7 @@ class CarryOn(nn.Module):
         *,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Any = None,  # noqa: ANN401 -- a Cache of transformers
     ) -> Tensor:
         """Return the correction delta to the `final` states, before alpha.
 
@@ -74,7 +69,7 @@ class CarryOn(nn.Module):
             position_ids: [B, T] or [1, T] int64, for the rotary embedding; None: counted on from
                 the cache.
             attention_mask: [B, T_all] 1 where a token is real, for rows padded on the left.
-            past_key_values: a cache made for this body (`body_config`); it is extended.
+            past_key_values: a cache of as many layers as blocks, or that grows; it is extended.
 
         Returns:
             [B, T, D] in the type of the weights.
@@ -85,8 +80,7 @@ class CarryOn(nn.Module):
             position_ids=position_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
-        ).last_hidden_state
+        )
         return self._leave(u_BTd)
 
     def correct_packed(
@@ -106,10 +100,8 @@ class CarryOn(nn.Module):
         u_Nd = self.body(
             inputs_embeds=entrance_Nd[None],
             position_ids=packing.position_ids,
-            attention_mask=unused_mask(entrance_Nd),
-            use_cache=False,
             packing=packing,
-        ).last_hidden_state[0]
+        )[0]
         return self._leave(u_Nd[positions_M])
 
     def customize(
@@ -127,8 +119,10 @@ class CarryOn(nn.Module):
 
     def _leave(self, u: Tensor) -> Tensor:
         u = self.dropout(u)
-        delta: Tensor = self.up(u)
-        return delta if self.gate is None else torch.sigmoid(self.gate(u)) * delta
+        if self.gate is None:
+            delta: Tensor = self.up(u)
+            return delta
+        return gated_product(u, self.gate, self.up, "sigmoid")
 
     def tap_shares(self, states: Mapping[str, Tensor]) -> Tensor:
         """Return each tap's gate for each token, [B, T, K]; they add up to 1."""
@@ -157,27 +151,11 @@ def _bridge(x_BTD: Tensor, norm: Any, bridge: Any) -> Tensor:  # noqa: ANN401 --
     size = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
     factor = torch.rsqrt(size * size / x_BTD.shape[-1] + NORM_EPS)
     if torch.is_grad_enabled() and weight.requires_grad:
-        bridged = nn.functional.linear(x_BTD, weight * norm.weight)
+        bridged = product(x_BTD, weight * norm.weight, bridge.wide)
     else:
         bridged = bridge(x_BTD * norm.weight)
     assert isinstance(bridged, Tensor)
     return (bridged.float() * factor).to(bridged.dtype)
-
-
-def body_config(settings: CarryOnSettings) -> LlamaConfig:
-    """Return the config of the blocks; generation makes the body's KV cache from it."""
-    return LlamaConfig(
-        hidden_size=settings.width,
-        intermediate_size=settings.mlp_width,
-        num_hidden_layers=settings.blocks,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        rms_norm_eps=NORM_EPS,
-        vocab_size=1,
-        attn_implementation=PACKED_ATTENTION,  # type: ignore[call-arg]  # taken by the base class
-        bos_token_id=None,
-        eos_token_id=None,
-    )
 
 
 def build_carryon(settings: CarryOnSettings, *, base_width: int, seed: int) -> CarryOn:

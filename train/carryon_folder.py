@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from carryon.cache.atomic import write_file, write_json
+from carryon.cache.atomic import whole_file, write_file, write_json
 from carryon.cache.blocks import Blocks
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.train.carryon import CarryOn
@@ -102,11 +102,12 @@ def write_carryon_files(
     saved = {
         name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()
     }
-    content = save(saved, metadata={"format": "pt"})
-    write_file(folder / WEIGHTS, content)
+    # Straight from the weights to the disk: as bytes they would be in memory twice more.
+    with whole_file(folder / WEIGHTS) as partial:
+        save_file(saved, partial, metadata={"format": "pt"})
     write_json(folder / CARD, card.to_dict())
     _write_model_card(folder, card)
-    return len(content)
+    return (folder / WEIGHTS).stat().st_size
 
 
 def write_alpha(folder: str | Path, alpha: float) -> None:

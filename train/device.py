@@ -4,14 +4,16 @@ Decided from what the hardware says of itself, never from a timing: the same mac
 the same, so that runs can be repeated.
 """
 
+import ctypes
+
 import torch
-from accelerate import PartialState
 
 from carryon.cache.errors import InputError
 
 DEFAULT_CHUNK = 2048
 """Positions of a chunk of the loss: a CPU's kernel is a quarter slower at 1,024, half as fast at
 512, and keeps the logits of a few hundred at a time; on an accelerator their logits fit."""
+_MMAP_THRESHOLD = -3  # as malloc.h has it
 
 
 def pick_device(name: str) -> torch.device:
@@ -21,6 +23,8 @@ def pick_device(name: str) -> torch.device:
         InputError: there is no such device here.
     """
     if name == "auto":
+        from accelerate import PartialState
+
         found: torch.device = PartialState().device
         return found
     try:
@@ -62,3 +66,13 @@ def reuse_freed_memory() -> None:
     freed; they stop at 32 MB. Other C libraries do as they please.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def return_freed_memory() -> None:
+    """Let the C library hand back at once whatever is freed of 1 MB or more.
+
+    By itself it keeps freed blocks of up to 32 MB, between others that are in use.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 20)

@@ -15,7 +15,7 @@ from carryon.cache.head import Head
 from carryon.cache.head_files import map_head
 from carryon.cache.reader import Store
 from carryon.train.config import LossSettings
-from carryon.train.device import pick_head_dtype, reuse_freed_memory
+from carryon.train.device import pick_head_dtype, return_freed_memory, reuse_freed_memory
 
 CPU_BLOCK_ROWS = 4096
 """Rows that a CPU multiplies at one time; 2,048 to 12,288 are alike at width 576, at 49,152 it
@@ -135,8 +135,8 @@ def frozen_head(
         is_resident: put all of it on `device` in `dtype`; else it stays as and where it is.
         block_rows: rows that are multiplied at one time; 0 takes what suits.
     """
-    if device.type == "cpu" and is_resident:
-        reuse_freed_memory()
+    if device.type == "cpu":
+        (reuse_freed_memory if is_resident else return_freed_memory)()
     weight = torch.from_numpy(head.weight)
     if weight.dtype == torch.uint16:  # bfloat16 bits
         weight = weight.view(torch.bfloat16)

@@ -10,6 +10,7 @@ moments as fourth roots, so that small values keep their relative size. torchao 
 too; they need a compiler at run time, and draw from the global generator.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,7 +27,36 @@ WORKING_BYTES = 14 * 4 * _CHUNK
 _EPS = 1e-8
 
 
-class LeanAdamW(torch.optim.Optimizer):
+class PlainOptimizer(torch.optim.Optimizer):
+    """What every optimizer has, without torch's constructor, which imports its compiler: 70 MB."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        """Take the weights of `groups`; what a group leaves out is that of `defaults`."""
+        self.defaults = defaults
+        self.state = defaultdict(dict)
+        self.param_groups = [{**defaults, **group} for group in groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        assert set_to_none
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups, each weight as its place in the list of all."""
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        places = {id(weight): index for index, weight in enumerate(weights)}
+        return {
+            "state": {places[id(weight)]: values for weight, values in self.state.items()},
+            "param_groups": [
+                {**group, "params": [places[id(weight)] for weight in group["params"]]}
+                for group in self.param_groups
+            ],
+        }
+
+
+class LeanAdamW(PlainOptimizer):
     """AdamW whose state and weights may be in fewer bits than it computes in."""
 
     def __init__(

@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from carryon.cache.errors import InputError
 from carryon.train.carryon import CarryOn
 from carryon.train.config import MemorySettings, OptimizationSettings
-from carryon.train.lean_adamw import LeanAdamW
+from carryon.train.decoder import Decoder
+from carryon.train.device import multiplies_bfloat16
+from carryon.train.lean_adamw import LeanAdamW, PlainOptimizer
+from carryon.train.products import Product
 
 
-class Parts(torch.optim.Optimizer):
+class Parts(PlainOptimizer):
     """Several optimizers, each of some weights, as one.
 
     With `in_backward` each moves its weights as soon as their gradients are known.
@@ -26,7 +28,7 @@ class Parts(torch.optim.Optimizer):
         self.in_backward = in_backward
         self._clip: float | None = None  # None: gradients stay where they are
         self._squares: list[Tensor] = []
-        super().__init__([group for part in parts for group in part.param_groups], {})
+        super().__init__([], {})
         self.param_groups = [group for part in parts for group in part.param_groups]
         if in_backward:
             for part in parts:
@@ -173,12 +175,20 @@ def lean_(carryon: CarryOn, memory: MemorySettings) -> CarryOn:
     if memory.weights_dtype == "bfloat16":
         for weight in carryon.parameters():
             weight.data = weight.data.bfloat16()
-    if memory.recompute:
+        device = next(carryon.parameters()).device
+        is_emulated = device.type == "cpu" and not multiplies_bfloat16(device)
+        for module in carryon.modules():
+            if is_emulated and isinstance(module, Product):
+                module.wide = torch.float32
+    if memory.recompute and isinstance(carryon.body, Decoder):
+        carryon.body.recompute = True
+    elif memory.recompute:
+        from torch.utils.checkpoint import checkpoint
+
         # As `activation_checkpointing_enable` does, which wants input embeddings.
         for layer in carryon.body.layers:
-            body: Any = layer
-            body.gradient_checkpointing = True
-            body._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     return carryon
 
 

@@ -7,19 +7,20 @@ tokens only, and here alone, where it is cheap, heads are spread to [B, T] rows 
 Letters: N tokens of a batch, B samples, T longest sample, H heads, K head width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from carryon.cache.errors import InputError
+from carryon.train.products import recomputed
 
 PACKED_ATTENTION = "carryon_packed"
 """Name of this attention in transformers' table."""
+_GROUPS = 4
+"""Groups of heads that are attended one after another where memory is short."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,9 @@ def pack(lengths: Tensor) -> Packing:
 
 def register_packed_attention() -> None:
     """Make PACKED_ATTENTION known to transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
     AttentionInterface.register(PACKED_ATTENTION, _attention)
     AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
@@ -59,6 +63,38 @@ def register_packed_attention() -> None:
 def unused_mask(like: Tensor) -> Tensor:
     """Return a mask that keeps transformers from building an [N, N] one for a packed batch."""
     return like.new_zeros(1, 1, 1, 1)
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    *,
+    turn: Callable[[Tensor], Tensor],
+    is_lean: bool,
+) -> Tensor:
+    """Attend within each sample, causally; returns [1, N, H, K].
+
+    Args:
+        query: [1, H, N, K], as are `key` and `value`.
+        key: of as many heads.
+        value: of as many heads.
+        packing: which token belongs to which sample.
+        turn: turns queries and keys by their positions.
+        is_lean: take some heads at a time, and compute them again in the backward pass.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cpu":
+            q, k, v = q.float(), k.float(), v.float()
+        return _within_samples(turn(q), turn(k), v, packing).to(query.dtype)
+
+    if not is_lean:
+        return attend(query, key, value)
+    size = -(-query.shape[1] // _GROUPS)
+    groups = zip(*(torch.split(x, size, dim=1) for x in (query, key, value)), strict=True)
+    return torch.cat([recomputed(attend, *group) for group in groups], dim=2)
 
 
 def _attention(
@@ -72,10 +108,22 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attend within each sample; without a packing this is transformers' own sdpa attention."""
     if packing is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     dtype = value.dtype
     if query.device.type == "cpu":  # its backward kernel takes half the time in float32
         query, key, value = query.float(), key.float(), value.float()
+    return _within_samples(query, key, value, packing, **kwargs).to(dtype), None
+
+
+def _within_samples(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    **kwargs: Any,  # noqa: ANN401 -- of transformers' attention
+) -> Tensor:
     # Pads stand at the end of a row, where causal attention never looks from a real token.
     groups = query.shape[1] // key.shape[1]  # heads of the query that share one of the keys
     window = kwargs.get("sliding_window")
@@ -105,7 +153,7 @@ def _attention(
             scores = scores.masked_fill(~seen, float("-inf"))
             out = scores.softmax(dim=-1, dtype=torch.float32).to(v_BHTK.dtype) @ v_BHTK
     flat = out.transpose(1, 2).flatten(0, 1)  # [B * T, H, K]
-    return flat.index_select(0, packing.place)[None].to(dtype), None
+    return flat.index_select(0, packing.place)[None]
 
 
 def _seen(window: int, packing: Packing, like: Tensor) -> Tensor:

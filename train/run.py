@@ -141,10 +141,10 @@ def prepare_run(
     """
     optimization = settings.optimization
     device = pick_device(settings.run.device)
+    if settings.loss not in heads:  # first: it says what becomes of memory that is freed
+        heads[settings.loss] = place_head(data.store, settings.loss, device=device)
     carryon = build_kind(settings.carryon, data.store, seed=optimization.seed)
     carryon = lean_(carryon.to(device), settings.memory)
-    if settings.loss not in heads:
-        heads[settings.loss] = place_head(data.store, settings.loss, device=device)
     return Run(
         settings=settings,
         folder=folder,

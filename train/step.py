@@ -111,8 +111,9 @@ def _objective(
     base: BaseStates | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies [M], and the sum that is trained on."""
-    delta_MD = pair_delta(carryon, batch, head=head)
-    states_MD = carryon.customize(batch.states, batch.positions, delta_MD, alpha=1.0)
+    states_MD = carryon.customize(
+        batch.states, batch.positions, pair_delta(carryon, batch, head=head), alpha=1.0
+    )
     losses = token_losses(states_MD, batch.targets, head=head, chunk=chunk)
     if kl_weight == 0 or base is None:
         return losses, losses.sum()

@@ -1,0 +1,172 @@
+"""Products of matrices of weights, in little memory where the weights are in few bits.
+
+A CPU without units for bfloat16 multiplies it six times slower than float32. There products are
+made in float32, from widened copies of a part of the tokens or of a part of the weights at a time:
+never of all. Sums over tokens, gradients of weights among them, stay in float32 until they are
+complete. Letters: N tokens, I and O widths of a matrix.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+_ROWS = 512
+"""Tokens that are widened at one time."""
+_CHANNELS = 512
+"""Rows of a matrix that are widened at one time."""
+
+
+class Product(nn.Linear):
+    """A linear map that can be told to multiply in another type than its weights'."""
+
+    wide: torch.dtype | None = None
+    """Of the products; None: that of the weights, by torch's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., O] of [..., I], in the type of `x`."""
+        if self.wide is None:
+            return super().forward(x)
+        out = product(x, self.weight, self.wide)
+        return out if self.bias is None else out + self.bias
+
+
+def product(x: Tensor, weight: Tensor, wide: torch.dtype | None) -> Tensor:
+    """Return x [..., I] times weight [O, I], multiplied in `wide`; None: in their own type."""
+    if wide is None:
+        return nn.functional.linear(x, weight)
+    out: Tensor = _Product.apply(x.flatten(0, -2), weight, wide)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], -1)
+
+
+def gated_product(
+    x: Tensor, gate: nn.Module, value: nn.Module, kind: Literal["silu", "sigmoid"]
+) -> Tensor:
+    """Return kind(gate(x)) * value(x), of which a lean backward pass keeps `x` alone."""
+    if (
+        isinstance(gate, Product)
+        and isinstance(value, Product)
+        and value.wide is not None
+        and gate.weight.shape == value.weight.shape
+    ):
+        out: Tensor = _Gated.apply(  # type: ignore[no-untyped-call]
+            x.flatten(0, -2), gate.weight, gate.bias, value.weight, value.wide, kind
+        )
+        return out.view(*x.shape[:-1], -1)
+    act = nn.functional.silu if kind == "silu" else torch.sigmoid
+    found: Tensor = act(gate(x)) * value(x)
+    return found
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return function(*inputs), keeping for the backward pass the inputs alone.
+
+    torch's own checkpoints import its compiler, 70 MB. Weights that `function` uses get their
+    gradients at once when it is computed again, so each must be used in one such call alone.
+    """
+    found: Tensor = _Recomputed.apply(function, *inputs)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.function = function
+        kind = inputs[0].device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        inputs = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            out = ctx.function(*inputs)
+        torch.autograd.backward(out, grads[0])
+        return None, *(x.grad for x in inputs)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x, weight)
+        ctx.wide = wide
+        columns, out = weight.to(wide).t(), x.new_empty(len(x), len(weight))
+        for part in _parts(len(x), _ROWS):
+            out[part] = x[part].to(wide) @ columns
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, weight = ctx.saved_tensors
+        grad, wide, grad_x = grads[0], ctx.wide, None
+        if ctx.needs_input_grad[0]:
+            wide_weight, grad_x = weight.to(wide), torch.empty_like(x)
+            for part in _parts(len(x), _ROWS):
+                grad_x[part] = grad[part].to(wide) @ wide_weight
+            del wide_weight
+        total = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        for part in _parts(len(x), _ROWS):
+            total.addmm_(grad[part].to(wide).t(), x[part].to(wide))
+        return grad_x, total.to(weight.dtype), None
+
+
+class _Gated(torch.autograd.Function):
+    """Some rows of both matrices at a time, so that nothing of [N, O] is ever in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        gate: Tensor,
+        bias: Tensor | None,
+        value: Tensor,
+        wide: torch.dtype,
+        kind: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, gate, bias, value)
+        ctx.wide, ctx.kind = wide, kind
+        wide_x, out = x.to(wide), x.new_empty(len(x), len(value))
+        for part in _parts(len(value), _CHANNELS):
+            a = _gates(wide_x, gate, bias, part)
+            act = nn.functional.silu(a) if kind == "silu" else torch.sigmoid(a)
+            out[:, part] = act.mul_(wide_x @ value[part].to(wide).t())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, gate, bias, value = ctx.saved_tensors
+        wide = ctx.wide
+        wide_x = x.to(wide)
+        grad_x, grad_gate, grad_value = (
+            torch.zeros_like(wide_x),
+            torch.empty_like(gate),
+            torch.empty_like(value),
+        )
+        grad_bias = None if bias is None else torch.empty_like(bias)
+        for part in _parts(len(value), _CHANNELS):
+            a, grad = _gates(wide_x, gate, bias, part), grads[0][:, part].to(wide)
+            share = torch.sigmoid(a)
+            act = a * share if ctx.kind == "silu" else share
+            grad_v = grad * act
+            grad.mul_(wide_x @ value[part].to(wide).t())  # of the activation
+            slope = 1 - share if ctx.kind == "sigmoid" else a.mul_(1 - share).add_(1)
+            grad_a = grad.mul_(slope.mul_(share))
+            grad_value[part] = grad_v.t() @ wide_x
+            grad_gate[part] = grad_a.t() @ wide_x
+            if grad_bias is not None:
+                grad_bias[part] = grad_a.sum(dim=0)
+            grad_x.addmm_(grad_v, value[part].to(wide))
+            grad_x.addmm_(grad_a, gate[part].to(wide))
+        return grad_x.to(x.dtype), grad_gate, grad_bias, grad_value, None, None
+
+
+def _gates(x: Tensor, gate: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+    logits = x @ gate[part].to(x.dtype).t()
+    return logits if bias is None else logits.add_(bias[part])
+
+
+def _parts(length: int, size: int) -> Iterator[slice]:
+    for first in range(0, length, size):
+        yield slice(first, min(first + size, length))
