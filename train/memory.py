@@ -16,8 +16,12 @@ from carryon.train.device import DEFAULT_CHUNK
 from carryon.train.frozen_head import CPU_BLOCK_ROWS, STREAMED_BLOCK_BYTES
 from carryon.train.lean_adamw import WORKING_BYTES
 
-IMPORT_BYTES = 150_000_000
-"""What transformers, zarr and the rest take up once they are imported."""
+IMPORT_BYTES = 10_000_000
+"""What the trainer of a `bottleneck` takes up once it is imported."""
+COMPILER_BYTES = 70_000_000
+"""What torch's own optimizers import on top of that."""
+TRANSFORMERS_BYTES = 130_000_000
+"""What the kinds made of the base's own blocks import."""
 _ROOM = 1.25  # of the memory of batches: they are used again for others, and take the longest's
 
 
@@ -52,17 +56,21 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
     state_bytes = 2 + 8 / 256 if case.memory.optimizer_bits == 8 else 8
     moved = largest if case.memory.step_in_backward else num_weights
     positions = int(case.micro_batch_tokens * case.supervised_share)
+    # The states that the head reads in float32 and in the head's type, their gradient, and a mean
+    # of rows for each block, beside what the backward pass makes of the gradient.
+    states = positions * case.base_width * (4 + case.head_bytes + 4 + case.head_bytes + 8)
+    logits = _logits(case, positions)
     return {
-        "imports": IMPORT_BYTES,
+        "imports": IMPORT_BYTES
+        + (0 if is_lean else COMPILER_BYTES)
+        + (0 if case.carryon.kind == "bottleneck" else TRANSFORMERS_BYTES),
         "weights": num_weights * item,
         "gradients": moved * item,
         "optimizer": int(num_weights * state_bytes) + (WORKING_BYTES if is_lean else 0),
         "head": _head(case),
-        "logits": _logits(case, positions),
-        # The states that the head reads in float32 and in the head's type, their gradient, and
-        # a mean of rows for each block, beside what the backward pass makes of the gradient.
-        "states": positions * case.base_width * (4 + case.head_bytes + 4 + case.head_bytes + 8),
-        "activations": _activations(case, positions, item=item),
+        "logits": logits,
+        "states": states,
+        "activations": _activations(case, positions, item=item, loss_bytes=states + logits),
         "batches": int(
             _ROOM * 2 * case.window_tokens * case.base_width * 2 * len(case.carryon.taps)
         ),
@@ -112,7 +120,7 @@ def _logits(case: MemoryCase, positions: int) -> int:
     return chunk * 512 * 4  # the kernel has 512 columns at a time, in float32
 
 
-def _activations(case: MemoryCase, positions: int, *, item: int) -> int:
+def _activations(case: MemoryCase, positions: int, *, item: int, loss_bytes: int) -> int:
     shape = case.carryon
     # Kept of a block for its backward pass: two norms, queries, keys, values, what attention
     # gives and its spread copies, the MLP's two halves, their activation and product.
@@ -122,5 +130,6 @@ def _activations(case: MemoryCase, positions: int, *, item: int) -> int:
     exit_ = (case.base_width + 3 * gates) * positions * item
     if case.memory.recompute:
         kept = shape.blocks * shape.width * case.micro_batch_tokens * item
-        return kept + block + entrance + exit_
+        # One block at a time is computed again, when what the loss needed is free once more.
+        return kept + max(0, block - loss_bytes) + entrance + exit_
     return shape.blocks * block + entrance + exit_
