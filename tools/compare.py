@@ -41,7 +41,6 @@ def compare(*, base: str, out: str, settings: CompareSettings) -> list[dict[str,
     from carryon.tools.compare_report import report
 
     folder = Path(out)
-    (folder / "rows").mkdir(parents=True, exist_ok=True)
     facts = _base_facts(base, folder)
     shape = {name: int(facts[name]) for name in ("num_layers", "width")}
     methods = find_methods(settings, **shape)
@@ -125,6 +124,7 @@ def _base_facts(source: str, folder: Path) -> dict[str, Any]:
 
     identity = load_base(source, forward=ForwardSettings()).identity
     facts = {"source": source, **identity.to_dict()}
+    (folder / "rows").mkdir(parents=True, exist_ok=True)  # not before the base is there
     write_json(path, facts)
     return facts
 
