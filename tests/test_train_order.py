@@ -73,6 +73,15 @@ def test_no_step_is_a_stub() -> None:
         assert min(tokens) > 0.4 * max(tokens)
 
 
+def test_only_a_sample_longer_than_the_budget_makes_a_larger_step() -> None:
+    budget = int(np.median(LENGTHS))
+
+    steps = [batch for window in _plan(batch_tokens=budget) for (batch,) in window.steps]
+
+    assert all(LENGTHS[batch].sum() <= budget or len(batch) == 1 for batch in steps)
+    assert any(LENGTHS[batch].sum() > budget for batch in steps)
+
+
 def test_a_window_needs_only_its_own_units() -> None:
     windows = _plan()
 

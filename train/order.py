@@ -118,7 +118,7 @@ def _cut_evenly(
     # A plain cut leaves one stub of a step. The smallest budget that needs no more steps than
     # the full one spreads it over the others.
     num_steps = len(_cut(samples, lengths, budget=budget))
-    low, high = int(lengths[samples].max()), max(budget, int(lengths[samples].max()))
+    low, high = min(budget, int(lengths[samples].max())), budget
     while low < high:
         middle = (low + high) // 2
         if len(_cut(samples, lengths, budget=middle)) <= num_steps:
