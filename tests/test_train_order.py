@@ -20,14 +20,16 @@ UNITS = (np.arange(NUM_SAMPLES) // 50).astype(np.int64)
 TRAIN = np.arange(20, NUM_SAMPLES, dtype=np.int64)
 
 
-def _plan(*, seed: int = 0, epoch: int = 0, micro_batch_tokens: int = 0) -> list[Window]:
+def _plan(
+    *, seed: int = 0, epoch: int = 0, batch_tokens: int = 2048, micro_batch_tokens: int = 0
+) -> list[Window]:
     return plan_epoch(
         TRAIN,
         lengths=LENGTHS,
         units=UNITS,
         seed=(seed, 7),
         epoch=epoch,
-        batch_tokens=2048,
+        batch_tokens=batch_tokens,
         micro_batch_tokens=micro_batch_tokens,
         window_units=4,
     )
