@@ -1,5 +1,6 @@
 """Copies of stores in lossy profiles, and shapes of equal size: what quality figures rest on."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,14 @@ from carryon.cache.head import widen
 from carryon.cache.precision import STEPS, from_codes, to_codes
 from carryon.cache.reader import Store
 from carryon.cache.verify import verify
-from carryon.tools.bench_quality import same_size
+from carryon.tools.bench_figure import Figure
+from carryon.tools.bench_quality import measure_presets, same_size
 from carryon.tools.bench_recode import recode_store
+from carryon.tools.bench_train import TrainJob
+from carryon.tools.bench_train_settings import QUICK_TRAIN, BenchTrainSettings
 from carryon.train.carryon import build_carryon, num_parameters
 from carryon.train.config import CarryOnSettings, OptimizationSettings, StreamSettings
+from carryon.train.preset_files import PRESETS
 from carryon.train.train_data import open_data
 
 
@@ -67,3 +72,21 @@ def test_more_taps_take_no_more_weights(taps: list[str]) -> None:
     sizes = [num_parameters(build_carryon(s, base_width=576, seed=0)) for s in (one, several)]
     assert several.taps == taps
     assert 0.98 * sizes[0] < sizes[1] <= sizes[0]
+
+
+def test_every_preset_is_measured_after_one_epoch_and_after_all(tmp_path: Path) -> None:
+    store = make_tiny_store(tmp_path / "store")
+    found: list[Figure] = []
+    job = TrainJob(
+        settings=BenchTrainSettings(store=str(store)),
+        sizes=replace(QUICK_TRAIN, quality_epochs=2),
+        work=tmp_path / "work",
+        report=found.append,
+    )
+
+    measure_presets(job)
+
+    epochs = {figure.figure: figure.details["epochs"] for figure in found}
+    assert epochs == {f"preset.{name}.epochs_{n}": n for n in (1, 2) for name in PRESETS}
+    sizes = [figure.details["megabytes"] for figure in found[: len(PRESETS)]]
+    assert sizes == sorted(set(sizes))

@@ -97,28 +97,28 @@ def measure_taps(job: TrainJob) -> None:
 
 
 def measure_presets(job: TrainJob) -> None:
-    """Train each preset; its loss beside its bytes and seconds."""
+    """Train each preset, for one epoch and for all; its loss beside its bytes and seconds."""
     store = Store.open(job.settings.store)
-    for name in PRESETS:
-        preset = read_preset(name)
-        # One after another: seconds of a run alone are what a user waits.
-        report = _train(job, store.root, f"preset-{name}", {name: preset})[name]
-        job.report(
-            Figure(
-                figure=f"preset.{name}",
-                value=report.carryon_nll,
-                unit="nats, held out",
-                details={
-                    "base_nll": report.base_nll,
-                    "megabytes": report.carryon_bytes / 1e6,
-                    "train_s": report.train_s,
-                    "tokens_per_second": report.tokens_per_second,
-                    "epochs": job.sizes.quality_epochs,
-                    "held_out_overlap": report.held_out_overlap,
-                    **preset,
-                },
+    for epochs in sorted({1, job.sizes.quality_epochs}):
+        for name in PRESETS:
+            changes = read_preset(name) | {"epochs": epochs}
+            # One after another: seconds of a run alone are what a user waits.
+            report = _train(job, store.root, f"preset-{name}-{epochs}", {name: changes})[name]
+            job.report(
+                Figure(
+                    figure=f"preset.{name}.epochs_{epochs}",
+                    value=report.carryon_nll,
+                    unit="nats, held out",
+                    details={
+                        "base_nll": report.base_nll,
+                        "megabytes": report.carryon_bytes / 1e6,
+                        "train_s": report.train_s,
+                        "tokens_per_second": report.tokens_per_second,
+                        "held_out_overlap": report.held_out_overlap,
+                        **changes,
+                    },
+                )
             )
-        )
 
 
 def same_size(one: CarryOnSettings, *, taps: list[str], base_width: int) -> CarryOnSettings:

@@ -36,7 +36,8 @@ class BenchTrainSettings(Settings):
     units), resume (time to the first batch late in an epoch), kills (runs killed at random
     instants), sweep (several runs side by side against as many one after another), profiles
     (held-out loss after training on lossy copies of a store), taps (several taps against `final`
-    alone, three seeds), presets (held-out loss of each preset)."""
+    alone, three seeds), presets (held-out loss, bytes and seconds of each
+    preset, after one epoch and after all)."""
     base: str = ""
     """Base to compare with: hub id, folder or .gguf file. Empty for none: what needs it is left
     out."""
