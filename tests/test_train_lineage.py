@@ -268,15 +268,17 @@ def test_parts_that_were_appended_elsewhere_are_the_new_data(
     ]
 
 
-def test_a_version_is_evaluated_on_what_its_own_part_holds_out(growing: list[Path]) -> None:
+def test_a_version_is_evaluated_on_what_the_parts_it_has_seen_hold_out(
+    growing: list[Path],
+) -> None:
     carryon = str(growing[2] / "versions" / "0002" / "carryon")
     store = str(growing[2] / "store")
 
-    found = evaluate(store=f"{store}#2", carryon=carryon, device="cpu")
+    old, new = (evaluate(store=f"{store}#{part}", carryon=carryon, device="cpu") for part in (1, 2))
     report = json.loads((growing[2] / "versions" / "0002" / "result.json").read_text())
-    assert found.samples == "held-out"
-    assert found.carryon_nll == pytest.approx(report["carryon_nll"], rel=1e-6)
-    with pytest.raises(InputError, match="trained on part 2 of it, .* evaluate on .*store#2"):
+    assert [old.samples, new.samples] == ["held-out", "held-out"]
+    assert new.carryon_nll == pytest.approx(report["carryon_nll"], rel=1e-6)
+    with pytest.raises(InputError, match="trained on #1, #2 of it, .* evaluate on .*store#2"):
         evaluate(store=store, carryon=carryon, device="cpu")
 
 

@@ -294,8 +294,9 @@ def _choose(
         if store.sample_held_out.any():
             return np.flatnonzero(store.sample_held_out).astype(np.int64), "held-out"
         raise InputError(
-            f"{store.root}: the carry-on was trained on part {own[0]} of it, which marks no sample "
-            f"as held out: evaluate on {store.root}#{own[0]}, or on all samples"
+            f"{store.root}: the carry-on was trained on {', '.join(f'#{part}' for part in own)} of "
+            f"it, which mark no sample as held out: evaluate on {store.root}#{own[-1]} or another "
+            "part alone, or on all samples"
         )
     if samples == "all" or (samples == "auto" and not is_own):
         return np.arange(store.num_samples, dtype=np.int64), "all"

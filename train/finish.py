@@ -93,7 +93,7 @@ def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:
         split={
             "held_out_share": run.settings.stream.held_out_share,
             "seed": run.settings.stream.data_seed,
-            "stores": run.data.fingerprints,
+            "stores": [*(run.piece.seen if run.piece else ()), *run.data.fingerprints],
         },
         alpha=1.0,
         figures=figures,

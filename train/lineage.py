@@ -239,6 +239,9 @@ def _piece(
         stop=stop,
         offset=ends[-1] - lineage.increments[version - 1].steps,
         start=start,
+        seen=tuple(
+            each for past in lineage.increments[: version - 1] for each in past.fingerprints
+        ),
     )
 
 

@@ -42,6 +42,8 @@ class Piece:
     paradigm says."""
     saves: tuple[int, ...] = ()
     """Steps after which a checkpoint is written and kept; they do not decide the result."""
+    seen: tuple[str, ...] = ()
+    """Fingerprints of the data that `start` was trained on already, for the carry-on's card."""
 
     def rate(self, step: int, settings: OptimizationSettings) -> float:
         """Return the learning rate of a step of the data's order."""
