@@ -36,7 +36,11 @@ ALL = (
         (CarryOnSettings, {"taps": ["final", "final"]}, "each tap once, got final final"),
         (CarryOnSettings, {"gate": "open"}, "gate: expected channel, token or none, got open"),
         (OptimizationSettings, {"epochs": 0}, "epochs: expected 1 or more, got 0"),
-        (OptimizationSettings, {"learning_rate": float("nan")}, "learning_rate: expected more"),
+        (
+            OptimizationSettings,
+            {"learning_rate": float("nan")},
+            "learning_rate: expected 0 or more",
+        ),
         (OptimizationSettings, {"warmup_share": 2.0}, "warmup_share: expected 0 to 1, got 2.0"),
         (OptimizationSettings, {"micro_batch_tokens": 9999}, "0 to batch_tokens, which is 1024"),
         (OptimizationSettings, {"schedule": "step"}, "constant, knee or multistep, got step"),

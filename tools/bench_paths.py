@@ -115,7 +115,7 @@ def measure(root: Path, stores: Sequence[str], schedule: str) -> Iterator[Figure
         loss=LossSettings(),
         memory=MemorySettings(),
         run=RunSettings(device="cpu", log_every=1),
-    )
+    ).resolved()
     for store in stores:
         update(lineage=str(root / "lineage"), store=[store], settings=settings, alpha=ALPHA)
     lineage = open_lineage(root / "lineage")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from carryon.cache.errors import InputError
 from carryon.cache.settings import Settings, not_positive
 from carryon.train.config import CarryOnSettings
+from carryon.train.kind_rates import rates_of
 
 RunName = Literal["first", "second", "sweep"]
 LORA_RANK = 8
@@ -196,20 +197,20 @@ def _method(name: str, *, num_layers: int, width: int) -> Method:
     if kind == "native":
         blocks = int(number or 2)
         shape = CarryOnSettings(kind="native", blocks=blocks, taps=["prenorm"])
-        return Method(name=name, rates=(3e-4, 1e-3), carryon=shape)
+        return Method(name=name, rates=rates_of(shape), carryon=shape)
     if kind.startswith("top"):
         blocks = int(number or max(1, min(8, num_layers - 1)))
         rank = LORA_RANK if kind == "top-lora" else 0
         shape = CarryOnSettings(
             kind="top", blocks=blocks, taps=[f"layer.{num_layers - blocks}"], lora_rank=rank
         )
-        return Method(name=name, rates=(1e-3, 2e-3) if rank else (2e-4, 5e-4, 1e-3), carryon=shape)
+        return Method(name=name, rates=rates_of(shape), carryon=shape)
     from carryon.tools.bench_quality import same_size  # imports torch
 
     taps = ["final", f"layer.{math.ceil(num_layers / 2)}"]
     return Method(
         name=name,
-        rates=(1e-3, 3e-3),
+        rates=rates_of(CarryOnSettings()),
         passes=2.0,
         carryon=same_size(CarryOnSettings(), taps=taps, base_width=width),
     )

@@ -32,6 +32,7 @@ from carryon.train.evaluate import check_taps, sample_units, stream_taps
 from carryon.train.finish import finish_runs
 from carryon.train.frozen_head import FrozenHead
 from carryon.train.interrupt import StopRequest
+from carryon.train.kind_rates import rate_warning
 from carryon.train.live_run import LiveRun
 from carryon.train.overlap import NGRAM, WARN_ABOVE, Overlap, measure_overlap
 from carryon.train.piece import Piece
@@ -188,6 +189,8 @@ def _open(
             piece=job.piece,
         )
         _say(_summary(run), processes)
+        if warning := rate_warning(run.settings.optimization, run.settings.carryon):
+            _say(warning, processes)
         runs.append(run)
     if runs and overlap.share > WARN_ABOVE:
         _say(

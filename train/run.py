@@ -1,7 +1,7 @@
 """A prepared run: all that stays the same from its first step to its last."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from carryon.train.config import (
 from carryon.train.device import pick_chunk, pick_device
 from carryon.train.evaluate import Judged, stream_taps
 from carryon.train.frozen_head import FrozenHead, place_head
+from carryon.train.kind_rates import with_own_rate
 from carryon.train.optimizer import build_optimizer, lean_
 from carryon.train.order import Window, count_steps
 from carryon.train.overlap import Overlap
@@ -41,11 +42,15 @@ class TrainSettings:
     memory: MemorySettings
     run: RunSettings
 
+    def resolved(self) -> Self:
+        """Return the settings with the learning rate of the carry-on's kind if none is given."""
+        return replace(self, optimization=with_own_rate(self.optimization, self.carryon))
+
     def to_flat(self) -> dict[str, Any]:
-        """Return all fields under their own names, as plain values."""
+        """Return all fields under their own names, as plain values, as they are in force."""
         parts = (
             self.carryon,
-            self.optimization,
+            self.resolved().optimization,
             self.stream,
             self.loss,
             self.memory,
@@ -139,6 +144,7 @@ def prepare_run(
     Raises:
         InputError: the device is not there.
     """
+    settings = settings.resolved()
     optimization = settings.optimization
     device = pick_device(settings.run.device)
     if settings.loss not in heads:  # first: it says what becomes of memory that is freed
