@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def make_carryons(
                     weight.normal_(std=spread, generator=generator)
             delta = carryon({"final": final})
             carryon.up.weight.mul_(_SHARE * final.norm() / delta.norm())
-        made.append((carryon, _card(base, settings)))
+        made.append((carryon, made_up_card(settings, base.identity.to_dict())))
     return made
 
 
@@ -90,11 +91,12 @@ def make_prompts(base: Base, work: Path, *, num: int, num_tokens: int) -> Tensor
     return torch.tensor(ids, dtype=torch.int64).reshape(num, num_tokens)
 
 
-def _card(base: Base, settings: CarryOnSettings) -> CarryOnCard:
+def made_up_card(settings: CarryOnSettings, identity: dict[str, Any]) -> CarryOnCard:
+    """Return the card of a carry-on that no run has trained, for the base of an identity."""
     return CarryOnCard(
         settings=settings.to_dict(),
-        base_width=base.identity.width,
-        base=base.identity.to_dict(),
+        base_width=identity["width"],
+        base=identity,
         store_fingerprint="0" * 64,
         split={},
         alpha=1.0,

@@ -23,10 +23,10 @@ def measure_generation(job: ComposeJob) -> None:
         )
         model = _load(job, tokens, num=1)
         ways = {
-            "carryon": lambda model=model, tokens=tokens: _speed(job, model, tokens),
-            "base": lambda tokens=tokens: _speed(job, job.base.model, tokens),
+            "carryon": lambda model=model, tokens=tokens: generation_speed(job, model, tokens),
+            "base": lambda tokens=tokens: generation_speed(job, job.base.model, tokens),
         }
-        _compare(job, f"generate.batch-{rows}", ways, target=BASE_TARGET)
+        compare_speeds(job, f"generate.batch-{rows}", ways, target=BASE_TARGET)
 
 
 def measure_mixed_rows(job: ComposeJob) -> None:
@@ -37,10 +37,10 @@ def measure_mixed_rows(job: ComposeJob) -> None:
     model = _load(job, tokens, num=rows)
     own = [_name(number) for number in range(rows)]
     ways = {
-        "mixed": lambda: _speed(job, model, tokens, carryons=own),
-        "one": lambda: _speed(job, model, tokens, carryons=[_name(0)] * rows),
+        "mixed": lambda: generation_speed(job, model, tokens, carryons=own),
+        "one": lambda: generation_speed(job, model, tokens, carryons=[_name(0)] * rows),
     }
-    _compare(job, f"mixed.rows-{rows}", ways, target=MIXED_TARGET)
+    compare_speeds(job, f"mixed.rows-{rows}", ways, target=MIXED_TARGET)
 
 
 def _load(job: ComposeJob, tokens: Tensor, *, num: int) -> CarryOnForCausalLM:
@@ -56,7 +56,8 @@ def _name(number: int) -> str:
     return DEFAULT if number == 0 else f"carry-on-{number}"
 
 
-def _compare(job: ComposeJob, figure: str, ways: dict[str, Any], *, target: float) -> None:
+def compare_speeds(job: ComposeJob, figure: str, ways: dict[str, Any], *, target: float) -> None:
+    """Run two ways in turn and report the first's speed as a part of the second's."""
     for way in ways.values():
         way()  # memory and threads are set up
     speeds = in_turn(ways, rounds=job.sizes.rounds)
@@ -74,7 +75,7 @@ def _compare(job: ComposeJob, figure: str, ways: dict[str, Any], *, target: floa
     )
 
 
-def _speed(job: ComposeJob, model: Any, tokens: Tensor, **settings: Any) -> float:  # noqa: ANN401
+def generation_speed(job: ComposeJob, model: Any, tokens: Tensor, **settings: Any) -> float:  # noqa: ANN401
     """Return tokens/s of generating from `tokens`, the prompt's own forward pass included."""
     started_at = time.perf_counter()
     output = model.generate(

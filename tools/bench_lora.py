@@ -22,7 +22,8 @@ from carryon.cache.spec import ForwardSettings
 from carryon.tools.bench_figure import Figure, in_turn
 from carryon.tools.bench_train import TrainJob
 from carryon.train.batch import Batch
-from carryon.train.carryon import build_carryon
+from carryon.train.blocks_carryon import build_kind
+from carryon.train.carryon import CarryOn
 from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
@@ -45,17 +46,21 @@ _IGNORED = -100  # label of a token that is no target, in transformers
 def measure_lora(job: TrainJob) -> None:
     """Report how many times faster than LoRA's the carry-on's steps are, and the rest beside it."""
     sizes = job.sizes
-    batches = _batches(job.settings.store, sizes.lora_batch_tokens, count=sizes.lora_steps)
+    batches = take_batches(
+        job.settings.store, sizes.lora_batch_tokens, count=sizes.lora_steps, taps=["final"]
+    )
     num_tokens = sum(batch.num_tokens for batch in batches)
-    carryon = _carryon_steps(Store.open(job.settings.store), batches)
-    base_batches = [_padded(batch) for batch in batches]
+    store = Store.open(job.settings.store)
+    module = build_kind(CarryOnSettings(), store, seed=0).to(pick_device("auto"))
+    carryon = carryon_steps(module, store, batches, learning_rate=1e-4)
+    base_batches = [padded_rows(batch) for batch in batches]
     found: dict[str, dict[str, float]] = {}
     for name, lora in (("lora", True), ("full", False)):
         base = load_base(job.settings.base, forward=ForwardSettings())
         base_dtype = str(base.compute_dtype)
         ways = {
-            "carryon": _timed(carryon),
-            name: _timed(_base_steps(base, base_batches, has_lora=lora)),
+            "carryon": timed(carryon),
+            name: timed(base_steps(base, base_batches, has_lora=lora)),
         }
         found[name] = in_turn(ways, rounds=sizes.rounds)
         del ways, base
@@ -93,11 +98,11 @@ def measure_lora(job: TrainJob) -> None:
     )
 
 
-def _batches(path: str, batch_tokens: int, *, count: int) -> list[Batch]:
+def take_batches(path: str, batch_tokens: int, *, count: int, taps: Sequence[str]) -> list[Batch]:
     """Return the first batches of an epoch, as training takes them."""
-    data = open_data([path], StreamSettings(), taps=["final"])
+    data = open_data([path], StreamSettings(), taps=taps)
     [windows] = data.plan(OptimizationSettings(epochs=1, batch_tokens=batch_tokens))
-    stream = Stream(data.store, windows, taps=["final"], settings=data.settings, is_pinned=False)
+    stream = Stream(data.store, windows, taps=taps, settings=data.settings, is_pinned=False)
     found: list[Batch] = []
     with stream as steps:
         for step in steps:
@@ -107,12 +112,13 @@ def _batches(path: str, batch_tokens: int, *, count: int) -> list[Batch]:
     return found[:count]
 
 
-def _carryon_steps(store: Store, batches: Sequence[Batch]) -> Callable[[], None]:
+def carryon_steps(
+    carryon: CarryOn, store: Store, batches: Sequence[Batch], *, learning_rate: float
+) -> Callable[[], None]:
+    """Return what trains a carry-on of any kind by a step for each batch."""
     settings = OptimizationSettings()
-    device = pick_device("auto")
-    carryon = build_carryon(CarryOnSettings(), base_width=store.width, seed=0).to(device)
     optimizer = build_optimizer(carryon, settings, MemorySettings())
-    head = place_head(store, LossSettings(), device=device)
+    head = place_head(store, LossSettings(), device=pick_device("auto"))
 
     def run() -> None:
         for batch in batches:
@@ -122,14 +128,14 @@ def _carryon_steps(store: Store, batches: Sequence[Batch]) -> Callable[[], None]
                 [batch],
                 head=head,
                 chunk=DEFAULT_CHUNK,
-                learning_rate=1e-4,
+                learning_rate=learning_rate,
                 grad_clip=settings.grad_clip,
             )
 
     return run
 
 
-def _padded(batch: Batch) -> dict[str, NDArray[np.int64]]:
+def padded_rows(batch: Batch) -> dict[str, NDArray[np.int64]]:
     """Return rows of tokens, attention mask and labels, as trainers of whole models take them."""
     shape = (len(batch.lengths), int(batch.lengths.max()))
     ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -144,9 +150,10 @@ def _padded(batch: Batch) -> dict[str, NDArray[np.int64]]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _base_steps(
+def base_steps(
     base: Base, batches: Sequence[dict[str, NDArray[np.int64]]], *, has_lora: bool
 ) -> Callable[[], None]:
+    """Return what trains a base by a step for each batch: LoRA on it, or all of its weights."""
     model: Any = base.model
     if has_lora:
         peft = require("peft", extra="bench", purpose="comparing with LoRA")
@@ -171,7 +178,8 @@ def _base_steps(
     return run
 
 
-def _timed(way: Callable[[], None]) -> Callable[[], float]:
+def timed(way: Callable[[], None]) -> Callable[[], float]:
+    """Run `way` once, which sets up memory and threads; return what runs and times it."""
     way()
 
     def seconds() -> float:

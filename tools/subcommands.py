@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "bench store": "bench_store",
     "bench train": "bench_train",
     "bench compose": "bench_compose",
+    "bench merge": "bench_merge",
     "bench paths": "bench_paths",
     "experiment paths": "experiment_paths",
 }

@@ -86,7 +86,7 @@ class OptimizationSettings(Settings):
     """`adamw`, or `muon`: Muon for the matrices of the decoder blocks, AdamW for the rest."""
     learning_rate: float = 0.0
     """Highest learning rate. 0: the kind's own, which is 0.003 for a `bottleneck`, 0.001 for a
-    `native`, 0.0002 for a `top`, and 0.001 for a `top` by LoRA."""
+    `native`, 0.0002 for a `top`, and 0.002 for a `top` by LoRA."""
     schedule: Literal["cosine", "wsd", "constant", "knee", "multistep"] = "cosine"
     """Learning rate over the run, after the warm-up: `cosine` falls all the way, `wsd` stays at
     the top and falls in the last part, `constant` stays, `knee` stays for a part and then falls in

@@ -12,7 +12,7 @@ RATES = {
     "bottleneck": (3e-3, 1e-3),
     "native": (1e-3, 3e-4),
     "top": (2e-4, 5e-4, 1e-3),
-    "top by LoRA": (1e-3, 2e-3),
+    "top by LoRA": (2e-3, 1e-3),
 }
 """Highest learning rates that suit each kind: its own first, then others that are worth a try."""
 WARN_ABOVE = 10.0
