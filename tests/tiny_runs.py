@@ -22,8 +22,6 @@ from carryon.train import finish
 from carryon.train import sweep as sweep_module
 from carryon.train.config import (
     CarryOnSettings,
-    LossSettings,
-    MemorySettings,
     OptimizationSettings,
     RunSettings,
     StreamSettings,
@@ -39,8 +37,6 @@ TINY = TrainSettings(
     carryon=CarryOnSettings(width=8, blocks=1, heads=2, mlp_width=8),
     optimization=OptimizationSettings(epochs=2, batch_tokens=40, learning_rate=0.02),
     stream=StreamSettings(window_units=2),
-    loss=LossSettings(),
-    memory=MemorySettings(),
     run=RunSettings(device="cpu", checkpoint_every=4, log_every=2),
 )
 """Two epochs of 5 or 6 steps over the store of `make_tiny_store`."""

@@ -92,8 +92,6 @@ def measure(root: Path, stores: Sequence[str], schedule: str) -> Iterator[Figure
     """Train a lineage, a trunk without branches and the other paradigms; yield the figures."""
     from carryon.train.config import (
         CarryOnSettings,
-        LossSettings,
-        MemorySettings,
         OptimizationSettings,
         RunSettings,
         StreamSettings,
@@ -112,8 +110,6 @@ def measure(root: Path, stores: Sequence[str], schedule: str) -> Iterator[Figure
             warmup_share=0.2,
         ),
         stream=StreamSettings(held_out_share=0.09),
-        loss=LossSettings(),
-        memory=MemorySettings(),
         run=RunSettings(device="cpu", log_every=1),
     ).resolved()
     for store in stores:

@@ -16,11 +16,7 @@ from carryon.tools.bench_recode import recode_store
 from carryon.tools.bench_train import TrainJob
 from carryon.train.config import (
     CarryOnSettings,
-    LossSettings,
-    MemorySettings,
     OptimizationSettings,
-    RunSettings,
-    StreamSettings,
 )
 from carryon.train.evaluate import evaluate
 from carryon.train.preset_files import PRESETS, read_preset
@@ -144,13 +140,6 @@ def _middle_taps(store: Store) -> list[list[str]]:
 def _train(
     job: TrainJob, root: Path, name: str, runs: Mapping[str, Changes]
 ) -> dict[str, TrainReport]:
-    settings = TrainSettings(
-        carryon=CarryOnSettings(),
-        optimization=OptimizationSettings(epochs=job.sizes.quality_epochs),
-        stream=StreamSettings(),
-        loss=LossSettings(),
-        memory=MemorySettings(),
-        run=RunSettings(),
-    )
+    settings = TrainSettings(optimization=OptimizationSettings(epochs=job.sizes.quality_epochs))
     reports = sweep(store=str(root), out=str(job.work / name), settings=settings, runs=runs)
     return dict(zip(runs, reports, strict=True))

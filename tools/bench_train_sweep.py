@@ -14,8 +14,6 @@ from carryon.tools.bench_states import make_states
 from carryon.tools.bench_train import TrainJob
 from carryon.train.config import (
     CarryOnSettings,
-    LossSettings,
-    MemorySettings,
     OptimizationSettings,
     RunSettings,
     StreamSettings,
@@ -105,7 +103,5 @@ def _settings(learning_rate: float, taps: list[str]) -> TrainSettings:
         carryon=CarryOnSettings(taps=taps),
         optimization=OptimizationSettings(learning_rate=learning_rate, epochs=1),
         stream=StreamSettings(window_units=2),
-        loss=LossSettings(),
-        memory=MemorySettings(),
         run=RunSettings(checkpoint_every=0),
     )

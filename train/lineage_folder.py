@@ -23,14 +23,6 @@ import yaml
 
 from carryon.cache.atomic import write_file, write_json
 from carryon.cache.errors import InputError, MissingError
-from carryon.train.config import (
-    CarryOnSettings,
-    LossSettings,
-    MemorySettings,
-    OptimizationSettings,
-    RunSettings,
-    StreamSettings,
-)
 from carryon.train.paths import branch_point
 from carryon.train.run import TrainSettings
 from carryon.train.run_folder import FREE_SETTINGS, RunFolder
@@ -164,15 +156,7 @@ def lasting_settings(settings: TrainSettings) -> dict[str, Any]:
 
 def settings_of(lineage: Lineage) -> TrainSettings:
     """Return the settings of a lineage's runs; those that do not decide the result as usual."""
-    usual = TrainSettings(
-        carryon=CarryOnSettings(),
-        optimization=OptimizationSettings(),
-        stream=StreamSettings(),
-        loss=LossSettings(),
-        memory=MemorySettings(),
-        run=RunSettings(),
-    )
-    return change(usual, lineage.settings)
+    return change(TrainSettings(), lineage.settings)
 
 
 def refuse_changed_settings(lineage: Lineage, settings: TrainSettings, *, alpha: float) -> None:

@@ -1,6 +1,6 @@
 """A prepared run: all that stays the same from its first step to its last."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -33,14 +33,14 @@ from carryon.train.train_data import TrainData
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSettings:
-    """The settings of a run, by concern."""
+    """The settings of a run, by concern; what is not given is as usual."""
 
-    carryon: CarryOnSettings
-    optimization: OptimizationSettings
-    stream: StreamSettings
-    loss: LossSettings
-    memory: MemorySettings
-    run: RunSettings
+    carryon: CarryOnSettings = field(default_factory=CarryOnSettings)
+    optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    stream: StreamSettings = field(default_factory=StreamSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    run: RunSettings = field(default_factory=RunSettings)
 
     def resolved(self) -> Self:
         """Return the settings with the learning rate of the carry-on's kind if none is given."""
