@@ -80,8 +80,8 @@ class CompareSettings(Settings):
     """Held-out tokens that are looked at, in clean windows."""
     window_tokens: int = 512
     """Tokens of a window that documents are cut into."""
-    batch_tokens: int = 1024
-    """Tokens of a step, of every method."""
+    batch_tokens: int = 512
+    """Tokens of a step, of every method; small ones, as a CPU takes few of them in minutes."""
 
     def problems(self) -> list[tuple[bool, str]]:
         """Return what is out of range."""
@@ -192,7 +192,7 @@ def _method(name: str, *, num_layers: int, width: int) -> Method:
             "mlp; native-K, top-K and top-lora-K with a number of blocks"
         )
     if kind in ("lora", "full"):
-        rates = (5e-4, 1e-3, 2e-3) if kind == "lora" else (2e-5, 6e-5, 2e-4)
+        rates = (1e-3, 2e-3, 4e-3) if kind == "lora" else (2e-5, 6e-5, 2e-4)
         return Method(name=name, rates=rates)
     if kind == "native":
         blocks = int(number or 2)
