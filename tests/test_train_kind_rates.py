@@ -1,6 +1,7 @@
 """Learning rates by kind: shown in the help, in force and recorded unless another is given."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.extract import extract
 from carryon.cache.spec import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.tools.compare_settings import CompareSettings, find_methods
+from carryon.tools.experiment_paths import experiment_paths
 from carryon.tools.options import options_of
 from carryon.tools.sweep import sweep
 from carryon.tools.train import train
@@ -127,6 +129,19 @@ def test_a_lineage_keeps_its_kinds_rate(store: str, tmp_path: Path) -> None:
     assert document["settings"]["learning_rate"] == RATES["top"][0]
     with pytest.raises(InputError, match="got only what the lineage has seen"):  # not: another rate
         run_command(update, changes, lineage=str(lineage), store=[store])
+
+
+def test_paths_are_planned_with_the_kinds_rate(store: str, tmp_path: Path) -> None:
+    changes = TOP | {"taps": ["layer.1"], "epochs": 1, "batch_tokens": 32, "final_share": 0.1}
+    chosen: dict[str, Any] = {"paradigms": ["switch"], "seeds": [0]}
+    stores, out = [store, str(shutil.copytree(store, tmp_path / "store"))], tmp_path / "out"
+    run_command(experiment_paths, changes, stores=stores, out=str(out), **chosen)
+    recorded = json.loads((out / "experiment.json").read_text())
+    assert recorded["learning_rate"] == RATES["top"][0]
+    metrics = [read_metrics(path) for path in out.glob("runs/s0/trunk-*/metrics.jsonl")]
+    assert (
+        max(line.get("learning_rate", 0) for lines in metrics for line in lines) == RATES["top"][0]
+    )
 
 
 @pytest.mark.parametrize("name", ["top", "top by LoRA"])

@@ -28,7 +28,7 @@ from carryon.train.paths import PARADIGMS
 from carryon.train.sweep import change
 
 SETTINGS = change(TINY, {"epochs": 1, "batch_tokens": 20, "final_share": 0.1, "dropout": 0.2})
-OPTIMIZATION = OptimizationSettings(epochs=1, final_share=0.1, warmup_share=0.0)
+OPTIMIZATION = OptimizationSettings(epochs=1, learning_rate=3e-3, final_share=0.1, warmup_share=0.0)
 LENGTHS = {0: Lengths(alone=(10, 10, 10, 10), so_far=(10, 20, 30, 40))}
 
 

@@ -91,7 +91,8 @@ def experiment_paths(
         loss=loss,
         memory=memory,
         run=run,
-    )
+    ).resolved()  # plans compare learning rates
+    optimization = settings.optimization
     experiment = PathRuns(root=Path(out), stores=stores, settings=settings)
     experiment.begin()
     lengths = {seed: experiment.lengths(seed) for seed in seeds}

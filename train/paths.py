@@ -42,6 +42,7 @@ def path_rate(
         alpha: part of an increment's steps in which a branch falls.
         settings: schedule, highest and last learning rate, warm-up.
     """
+    assert settings.learning_rate > 0, "expected the settings of a run, which are resolved"
     stop = ends[version - 1]
     if paradigm == "scratch":
         return learning_rate(step, num_steps=stop, settings=settings)

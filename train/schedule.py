@@ -11,6 +11,7 @@ def learning_rate(step: int, *, num_steps: int, settings: OptimizationSettings) 
     The warm-up rises in equal parts and reaches the top on its last step; all but `constant` reach
     `final_share` on the last step.
     """
+    assert settings.learning_rate > 0, "expected the settings of a run, which are resolved"
     warmup_steps = round(settings.warmup_share * num_steps)
     if step < warmup_steps:
         return settings.learning_rate * (step + 1) / warmup_steps
