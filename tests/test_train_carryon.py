@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from carryon.train import carryon as carryon_module
 from carryon.train.carryon import (
     CarryOn,
     build_carryon,
@@ -75,6 +76,27 @@ def test_alpha_zero_is_the_base_bit_for_bit_after_training() -> None:
 
     assert delta.abs().min() > 0
     assert torch.equal(customized.view(torch.int16), states["final"].view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_states_are_corrected_part_by_part(
+    dtype: torch.dtype, alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carryon_module, "_ROWS_AT_ONCE", 3)  # of 7
+    random = torch.Generator().manual_seed(8)
+    final = torch.randn(7, WIDTH, generator=random).bfloat16()
+    delta = torch.randn(7, WIDTH, generator=random).to(dtype).requires_grad_()
+    before, slopes = delta.detach().clone(), torch.randn(7, WIDTH, generator=random)
+
+    corrected = customized_states(final, delta, alpha=alpha)
+    (gradient,) = torch.autograd.grad((corrected * slopes).sum(), delta)
+
+    assert torch.equal(corrected, final.float() + alpha * before.float())
+    assert torch.equal(gradient, (alpha * slopes).to(dtype))
+    assert torch.equal(delta, before)
+    with torch.no_grad():
+        assert torch.equal(customized_states(final, delta, alpha=alpha), corrected)
 
 
 def test_an_untrained_carryon_can_be_trained() -> None:

@@ -12,11 +12,13 @@ from torch import nn
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.head import widen
 from carryon.cache.reader import Store
+from carryon.train import evaluate as evaluate_module
 from carryon.train.carryon import build_carryon
 from carryon.train.carryon_folder import CarryOnCard, save_carryon
 from carryon.train.config import CarryOnSettings
 from carryon.train.decoder import Decoder
 from carryon.train.evaluate import evaluate
+from carryon.train.products import Product
 
 SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, mlp_width=8)
 
@@ -77,6 +79,29 @@ def test_the_base_figure_is_that_of_the_plain_formula(store: Path, tmp_path: Pat
     assert report.base_nll == pytest.approx(_base_nll(store, held_out), rel=1e-5)
     assert report.carryon_nll != report.base_nll
     assert report.base_perplexity == pytest.approx(np.exp(report.base_nll))
+
+
+def test_a_wide_base_is_evaluated_in_smaller_batches_with_the_same_result(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carryon, sizes = _save(tmp_path / "c", store), []
+    found = []
+    for limit in (evaluate_module.BATCH_BYTES, 20 * 2 * 16):  # 20 tokens of width 16
+        monkeypatch.setattr(evaluate_module, "BATCH_BYTES", limit)
+        lengths: list[int] = []
+        hook = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args, lengths=lengths: (
+                lengths.append(len(args[0].flatten(0, -2)))
+                if isinstance(module, Product) and module.in_features == 16
+                else None
+            )
+        )
+        with hook:
+            found.append(evaluate(store=str(store), carryon=carryon, device="cpu"))
+        sizes.append(max(lengths))
+
+    assert sizes[0] > 20 >= sizes[1]
+    assert found[1].carryon_nll == pytest.approx(found[0].carryon_nll, rel=1e-6)
 
 
 def test_alpha_zero_is_the_base(store: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from carryon.cache.head import FinalNorm, Head
 from carryon.cache.precision import bfloat16_bits
 from carryon.train import block_softmax, loss
+from carryon.train import frozen_head as frozen
 from carryon.train.frozen_head import FrozenHead, frozen_head
 from carryon.train.loss import base_divergences, token_losses
 
@@ -133,6 +134,17 @@ def test_without_the_kernel_value_and_gradient_are_the_same(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_softmax, "has_kernel", lambda head: False)
+    test_value_and_gradient_equal_the_plain_formula(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_wide_head_needs_no_kernel_and_gives_the_same(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not case.head().is_wide
+    monkeypatch.setattr(frozen, "WIDE", WIDTH)
+    assert not block_softmax.has_kernel(case.head())
+    assert not case.head(torch.bfloat16).is_wide
     test_value_and_gradient_equal_the_plain_formula(case)
 
 

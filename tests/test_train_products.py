@@ -61,6 +61,19 @@ def test_lean_products_and_their_gradients_equal_plain_ones(
         _assert_close(lean, plain, error)
 
 
+@pytest.mark.parametrize("wide", [None, torch.float32])
+def test_a_scale_of_the_input_goes_into_the_weights(wide: torch.dtype | None) -> None:
+    module = _product(1)
+    torch.manual_seed(3)
+    x = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    scale = torch.randn(WIDTH, requires_grad=True)
+    leaves = [x, module.weight, scale]
+
+    found = _found(products.product(x, module.weight, wide, scale=scale), leaves)
+
+    _assert_close(found, _found(module(x * scale), leaves), 1e-5)
+
+
 def test_what_is_computed_again_gives_the_same_gradients() -> None:
     product = _product(0)
     gradients = []
@@ -142,7 +155,10 @@ def test_the_trainer_imports_neither_transformers_nor_torchs_compiler() -> None:
         "weight = torch.nn.Parameter(torch.ones(3))\n"
         "lean.LeanAdamW([{'params': [weight]}], lr=1, betas=(0, 0), weight_decay=0, bits=8, "
         "seed=0).zero_grad()\n"
-        "names = ('transformers', 'torch._dynamo', 'scipy')\n"
+        "from carryon.train.products import recomputed\n"
+        "torch.autograd.backward(recomputed(lambda x: 2 * x, weight).sum())\n"
+        "assert weight.grad.tolist() == [2, 2, 2]\n"
+        "names = ('transformers', 'torch._dynamo', 'scipy', 'sympy')\n"
         "print([name for name in names if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)

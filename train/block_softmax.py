@@ -4,7 +4,8 @@ The gradient of a log-sum-exp of logits is the mean of the head's rows, weighed 
 attention with the states as queries and the head as keys and as values. So where a CPU is to
 multiply a head without a soft cap, its attention kernel does all in one: both products and the
 softmax between them in the cache, logits in float32, nothing of size [C, rows] written. Elsewhere
-the logits of the block are made.
+the logits of the block are made; so they are of a wide head in float32, as then the two products
+take nearly all of the time and their sum goes straight to where it is wanted.
 
 Results of two blocks are joined by their log-sum-exps, so the whole vocabulary needs one pass.
 Letters: C positions, D base width.
@@ -26,7 +27,9 @@ class BlockSoftmax:
     """[C] float32: log of the sum of exp(logit)."""
     mean: Tensor | None
     """[C, D]: sum of softmax * slope * row, the gradient of `log_sum` to the states but for the
-    logit scale; None where it was not asked for."""
+    logit scale; None where it was not asked for, or is still to be made of `weights`."""
+    weights: Tensor | None = None
+    """[C, rows] float32: softmax * slope."""
 
 
 def block_softmax(
@@ -42,6 +45,8 @@ def block_softmax(
     weights = logits.sub_(log_sum.unsqueeze(1)).exp_()
     if slopes is not None:
         weights.mul_(slopes)
+    if head.dtype == torch.float32:
+        return BlockSoftmax(log_sum=log_sum, mean=None, weights=weights)
     return BlockSoftmax(log_sum=log_sum, mean=torch.mm(weights.to(head.dtype), block.weight))
 
 
@@ -50,6 +55,7 @@ def has_kernel(head: FrozenHead) -> bool:
     return (
         head.device.type == "cpu"
         and head.softcap is None
+        and not head.is_wide
         and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
     )
 
@@ -89,17 +95,22 @@ def cap_(
     return logits.mul_(softcap), slopes
 
 
-def join_(log_sum: Tensor, mean: Tensor | None, part: BlockSoftmax, *, is_first: bool) -> None:
-    """Join a softmax over further rows to `log_sum` [C] and `mean` [C, D], both float32.
+def join_(log_sum: Tensor, mean: Tensor | None, part: BlockSoftmax, block: HeadBlock) -> None:
+    """Join the softmax over the rows of `block` to `log_sum` [C] and `mean` [C, D], both float32.
 
-    What stands in them before the first is written over.
+    What stands in them before the first block is written over.
     """
-    if is_first:
+    if block.first == 0:
         log_sum.copy_(part.log_sum)
         if mean is not None and part.mean is not None:
             mean.copy_(part.mean)
+        elif mean is not None and part.weights is not None:
+            torch.mm(part.weights, block.weight, out=mean)
         return
-    if mean is not None and part.mean is not None:
+    if mean is not None:
         share = torch.sigmoid(part.log_sum - log_sum).unsqueeze(1)
-        mean.lerp_(part.mean.float(), share)
+        if part.mean is not None:
+            mean.lerp_(part.mean.float(), share)
+        elif part.weights is not None:
+            mean.mul_(1 - share).addmm_(part.weights.mul_(share), block.weight)
     torch.logaddexp(log_sum, part.log_sum, out=log_sum)

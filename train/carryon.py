@@ -23,6 +23,8 @@ from carryon.train.decoder import NORM_EPS, Decoder
 from carryon.train.packed_attention import Packing
 from carryon.train.products import Product, gated_product, product
 
+_ROWS_AT_ONCE = 256  # rows of states that are in float32 beside their sum
+
 
 class CarryOn(nn.Module):
     """The trained part of a customized model."""
@@ -151,7 +153,7 @@ def _bridge(x_BTD: Tensor, norm: Any, bridge: Any) -> Tensor:  # noqa: ANN401 --
     size = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
     factor = torch.rsqrt(size * size / x_BTD.shape[-1] + NORM_EPS)
     if torch.is_grad_enabled() and weight.requires_grad:
-        bridged = product(x_BTD, weight * norm.weight, bridge.wide)
+        bridged = product(x_BTD, weight, bridge.wide, scale=norm.weight)
     else:
         bridged = bridge(x_BTD * norm.weight)
     assert isinstance(bridged, Tensor)
@@ -179,12 +181,17 @@ def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
         delta: [..., D], from the carry-on.
         alpha: strength of the correction; 1.0 in training.
     """
-    exact = final.float()
     if alpha == 0:
-        return exact
-    corrected = exact + (delta if alpha == 1 else alpha * delta.float())
-    if not torch.is_grad_enabled():  # -0.0 + 0.0 is +0.0: another bit, though the same number
-        corrected.copy_(torch.where(delta == 0, exact, corrected))
+        return final.float()
+    corrected = delta.to(torch.float32, copy=True) if alpha == 1 else alpha * delta.float()
+    # A part at a time: of a wide base each float32 copy of all is 42 MB for 2,048 tokens. What is
+    # added is constant, so the gradient need not know of it.
+    parts = (torch.split(x, _ROWS_AT_ONCE) for x in (corrected.detach(), final, delta.detach()))
+    for sum_, state, said in zip(*parts, strict=True):
+        exact = state.float()
+        sum_.add_(exact)
+        if not torch.is_grad_enabled():  # -0.0 + 0.0 is +0.0: another bit, though the same number
+            sum_.copy_(torch.where(said == 0, exact, sum_))
     return corrected
 
 

@@ -150,7 +150,7 @@ class Decoder(nn.Module):
             assert isinstance(layer, Layer)
             first = partial(layer.attention, attend=partial(attend, number))
             x = recomputed(layer, recomputed(first, x)) if is_lean else layer(first(x))
-        out: Tensor = self.norm(x)
+        out: Tensor = recomputed(self.norm, x) if is_lean else self.norm(x)
         return out
 
     def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,7 @@ def drive(
                     tokens_per_s = round(line["tokens_per_second"])
                     bar.set_postfix(loss=line["loss"], tokens_per_s=tokens_per_s)
                 bar.update()
+            batches = []  # given back before the next window's memory is taken
             [stops] = sum_over_processes(stop.is_set, device=device)
             if stops:
                 _stop(lives)

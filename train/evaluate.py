@@ -36,7 +36,10 @@ from carryon.train.step import losses_of_delta, pair_delta
 from carryon.train.stream import Stream
 
 BATCH_TOKENS = 4096
-"""Tokens of an evaluation's batch, pads included."""
+"""Tokens of an evaluation's batch, at most."""
+BATCH_BYTES = 20 << 20
+"""States of a tap in an evaluation's batch, at most; else evaluating a wide base would take more
+memory than training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +180,7 @@ def measure_nlls(
         rank_rows(samples, rank=processes.rank, world_size=processes.size),
         lengths=store.sample_lengths,
         units=sample_units(store),
-        batch_tokens=BATCH_TOKENS,
+        batch_tokens=min(BATCH_TOKENS, BATCH_BYTES // (2 * store.width)),
     )
     device = judged[0].head.device
     taps = [tap for each in judged if each.carryon for tap in stream_taps(each.carryon.settings)]

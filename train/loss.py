@@ -106,7 +106,7 @@ def _cross_entropy(
             else:
                 found = block_softmax(states[part], block, head, with_mean=with_gradient)
             mean = None if means is None else means[part]
-            join_(log_sums[part], mean, found, is_first=block.first == 0)
+            join_(log_sums[part], mean, found, block)
     for part in _slices(len(states), _ROWS_AT_ONCE):
         rows = head.rows(targets[part]).float()
         logits, slopes = _target_logits(states[part], rows, targets[part], head)

@@ -11,7 +11,7 @@ from carryon.cache.errors import InputError
 from carryon.train.carryon import CarryOn
 from carryon.train.config import MemorySettings, OptimizationSettings
 from carryon.train.decoder import Decoder
-from carryon.train.device import multiplies_bfloat16
+from carryon.train.device import multiplies_bfloat16, return_small_memory
 from carryon.train.lean_adamw import LeanAdamW, PlainOptimizer
 from carryon.train.products import Product
 
@@ -51,6 +51,7 @@ class Parts(PlainOptimizer):
             torch.autograd.backward(mean)
         finally:
             self._clip = None
+        return_small_memory()
         return self._squares
 
     def _hook(self, part: torch.optim.Optimizer) -> Any:  # noqa: ANN401

@@ -32,11 +32,16 @@ class Product(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-def product(x: Tensor, weight: Tensor, wide: torch.dtype | None) -> Tensor:
-    """Return x [..., I] times weight [O, I], multiplied in `wide`; None: in their own type."""
+def product(
+    x: Tensor, weight: Tensor, wide: torch.dtype | None, *, scale: Tensor | None = None
+) -> Tensor:
+    """Return x [..., I] * scale [I] times weight [O, I]; the scale goes into the weights.
+
+    Multiplied in `wide`, where no scaled copy of the weights is kept; None: in their own type.
+    """
     if wide is None:
-        return nn.functional.linear(x, weight)
-    out: Tensor = _Product.apply(x.flatten(0, -2), weight, wide)  # type: ignore[no-untyped-call]
+        return nn.functional.linear(x, weight if scale is None else weight * scale)
+    out: Tensor = _Product.apply(x.flatten(0, -2), weight, wide, scale)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], -1)
 
 
@@ -83,33 +88,57 @@ class _Recomputed(torch.autograd.Function):
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             out = ctx.function(*inputs)
-        torch.autograd.backward(out, grads[0])
+            # Given the gradient itself, torch imports sympy to compare shapes: 30 MB.
+            slope: Tensor = _Slope.apply(out, grads[0])  # type: ignore[no-untyped-call]
+        torch.autograd.backward(slope)
         return None, *(x.grad for x in inputs)
+
+
+class _Slope(torch.autograd.Function):
+    """A number whose gradient to `out` is `grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, grad: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(grad)
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        return ctx.saved_tensors[0], None
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        weight: Tensor,
+        wide: torch.dtype,
+        scale: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
         ctx.wide = wide
-        columns, out = weight.to(wide).t(), x.new_empty(len(x), len(weight))
+        columns, out = _scaled(weight, scale, wide).t(), x.new_empty(len(x), len(weight))
         for part in _parts(len(x), _ROWS):
             out[part] = x[part].to(wide) @ columns
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x, weight = ctx.saved_tensors
-        grad, wide, grad_x = grads[0], ctx.wide, None
+        x, weight, scale = ctx.saved_tensors
+        grad, wide, grad_x, grad_scale = grads[0], ctx.wide, None, None
         if ctx.needs_input_grad[0]:
-            wide_weight, grad_x = weight.to(wide), torch.empty_like(x)
+            wide_weight, grad_x = _scaled(weight, scale, wide), torch.empty_like(x)
             for part in _parts(len(x), _ROWS):
                 grad_x[part] = grad[part].to(wide) @ wide_weight
             del wide_weight
         total = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         for part in _parts(len(x), _ROWS):
             total.addmm_(grad[part].to(wide).t(), x[part].to(wide))
-        return grad_x, total.to(weight.dtype), None
+        if scale is not None:
+            grad_scale = (total * weight).sum(dim=0).to(scale.dtype)
+            total.mul_(scale)
+        return grad_x, total.to(weight.dtype), None, grad_scale
 
 
 class _Gated(torch.autograd.Function):
@@ -160,6 +189,10 @@ class _Gated(torch.autograd.Function):
             grad_x.addmm_(grad_v, value[part].to(wide))
             grad_x.addmm_(grad_a, gate[part].to(wide))
         return grad_x.to(x.dtype), grad_gate, grad_bias, grad_value, None, None
+
+
+def _scaled(weight: Tensor, scale: Tensor | None, wide: torch.dtype) -> Tensor:
+    return weight.to(wide) if scale is None else weight.to(wide) * scale
 
 
 def _gates(x: Tensor, gate: Tensor, bias: Tensor | None, part: slice) -> Tensor:
