@@ -42,6 +42,14 @@ def test_a_block_computed_again_takes_no_room_beside_the_loss() -> None:
     assert again < 0.6 * kept
 
 
+def test_a_wide_head_in_float32_takes_less_than_the_kernels_copies_of_it() -> None:
+    loss = LossSettings(head_place="mapped")
+    kernels, plain = (plan_memory(replace(LARGE, loss=loss, head_bytes=size)) for size in (2, 4))
+    assert plain["head"] == 1024 * 5120 * 4
+    assert plain["head"] + plain["logits"] < kernels["head"] + kernels["logits"]
+    assert plain["states"] == 2048 * 5120 * 8 < kernels["states"]
+
+
 def test_settings_are_added_until_the_limit_is_kept() -> None:
     *before, (added, last) = leaner_settings(LARGE, limit=1_000_000_000)
     assert sum(plan_memory(last).values()) <= 1_000_000_000

@@ -21,6 +21,7 @@ from carryon.tools.bench_figure import Figure
 from carryon.tools.bench_scratch import write_scratch_store
 from carryon.tools.bench_states import StateSet
 from carryon.tools.bench_train import TrainJob
+from carryon.tools.bench_train_settings import BenchTrainSizes
 from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
@@ -29,12 +30,20 @@ from carryon.train.config import (
     RunSettings,
     StreamSettings,
 )
+from carryon.train.device import pick_head_dtype
+from carryon.train.memory import MemoryCase, plan_memory
 
 TARGET_GB = 0.75
+PLAN_TARGET = 0.15
+"""What `carryon plan-memory` may be off by, either way, in parts of what is measured."""
 _SAMPLES_A_STEP = 8
 _HELD_OUT = 1
 _FIRST_VOCABULARY = 256  # rows that the made-up probe looks at
 _ROWS_AT_ONCE = 8192  # of the head, in float32
+_LOSS = LossSettings(head_place="mapped")
+_MEMORY = MemorySettings(
+    weights_dtype="bfloat16", optimizer_bits=8, step_in_backward=True, recompute=True
+)
 
 _IN_A_FRESH_PROCESS = """
 import json, sys
@@ -47,7 +56,7 @@ print(json.dumps(train_watched(json.loads(sys.argv[1]), before=before)))
 
 
 def measure_memory(job: TrainJob) -> None:
-    """Report the peak, and whether the loss is that of the plain formula."""
+    """Report the peak, whether the loss is the plain formula's, and how far off the plan is."""
     sizes = job.sizes
     root = job.work / "store"
     write_large_store(
@@ -81,6 +90,38 @@ def measure_memory(job: TrainJob) -> None:
             },
         )
     )
+    parts = plan_memory(_case(sizes))
+    ratio = sum(parts.values()) / found["peak_bytes"]
+    job.report(
+        Figure(
+            figure="memory.plan",
+            value=abs(ratio - 1),
+            unit="of the measured peak, too much or too little",
+            target=PLAN_TARGET,
+            details={
+                "ratio": ratio,
+                "planned_bytes": sum(parts.values()),
+                "measured_bytes": found["peak_bytes"],
+                "parts": parts,
+            },
+        )
+    )
+
+
+def _case(sizes: BenchTrainSizes) -> MemoryCase:
+    """Return what `carryon plan-memory` would be told of this run."""
+    head_dtype = pick_head_dtype(_LOSS.head_dtype, torch.device("cpu"))
+    return MemoryCase(
+        base_width=sizes.memory_width,
+        vocab_size=sizes.memory_vocabulary,
+        micro_batch_tokens=sizes.memory_tokens,
+        supervised_share=1 - _SAMPLES_A_STEP / sizes.memory_tokens,  # not a sample's first token
+        window_tokens=sizes.memory_tokens,
+        head_bytes=head_dtype.itemsize,
+        carryon=carryon_shape(sizes.memory_carryon_width),
+        loss=_LOSS,
+        memory=_MEMORY,
+    )
 
 
 def carryon_shape(width: int) -> CarryOnSettings:
@@ -104,10 +145,8 @@ def train_watched(request: Mapping[str, Any], *, before: int) -> dict[str, Any]:
                 epochs=1, batch_tokens=request["batch_tokens"], warmup_share=0.0
             ),
             stream=StreamSettings(window_units=1),
-            loss=LossSettings(head_place="mapped"),
-            memory=MemorySettings(
-                weights_dtype="bfloat16", optimizer_bits=8, step_in_backward=True, recompute=True
-            ),
+            loss=_LOSS,
+            memory=_MEMORY,
             run=RunSettings(device="cpu"),
         )
     return {

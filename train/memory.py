@@ -13,7 +13,12 @@ import torch
 from carryon.train.carryon import CarryOn
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
 from carryon.train.device import DEFAULT_CHUNK
-from carryon.train.frozen_head import CPU_BLOCK_ROWS, STREAMED_BLOCK_BYTES
+from carryon.train.frozen_head import (
+    CPU_BLOCK_ROWS,
+    STREAMED_BLOCK_BYTES,
+    WIDE,
+    WIDE_BLOCK_ROWS,
+)
 from carryon.train.lean_adamw import WORKING_BYTES
 
 IMPORT_BYTES = 10_000_000
@@ -42,6 +47,11 @@ class MemoryCase:
     loss: LossSettings
     memory: MemorySettings
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the head is multiplied by plain products, as FrozenHead.is_wide has it."""
+        return self.head_bytes == 4 and self.base_width >= WIDE
+
 
 def plan_memory(case: MemoryCase) -> dict[str, int]:
     """Return the bytes of each part of a run's peak."""
@@ -57,8 +67,10 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
     moved = largest if case.memory.step_in_backward else num_weights
     positions = int(case.micro_batch_tokens * case.supervised_share)
     # The states that the head reads in float32 and in the head's type, their gradient, and a mean
-    # of rows for each block, beside what the backward pass makes of the gradient.
-    states = positions * case.base_width * (4 + case.head_bytes + 4 + case.head_bytes + 8)
+    # of rows for each block, beside what the backward pass makes of the gradient. Of a wide head
+    # states and gradient alone.
+    a_channel = 8 if case.is_wide else 4 + case.head_bytes + 4 + case.head_bytes + 8
+    states = positions * case.base_width * a_channel
     logits = _logits(case, positions)
     return {
         "imports": IMPORT_BYTES
@@ -105,18 +117,25 @@ def leaner_settings(case: MemoryCase, *, limit: int) -> Iterator[tuple[str, Memo
 
 def _head(case: MemoryCase) -> int:
     item = {"device": case.head_bytes, "host": 2, "mapped": 0}[case.loss.head_place]
-    rows = case.loss.chunk_vocabulary or (
-        CPU_BLOCK_ROWS
-        if case.loss.head_place == "device"
-        else STREAMED_BLOCK_BYTES // (2 * case.base_width)
-    )
     # The attention kernel rearranges a block twice, as keys and as values.
-    copies = 2 * min(rows, case.vocab_size) * case.base_width * case.head_bytes
-    return case.vocab_size * case.base_width * item + copies
+    copies = (1 if case.is_wide else 2) * min(_rows(case), case.vocab_size)
+    return (case.vocab_size * item + copies * case.head_bytes) * case.base_width
+
+
+def _rows(case: MemoryCase) -> int:
+    if case.loss.chunk_vocabulary:
+        return case.loss.chunk_vocabulary
+    if case.is_wide:
+        return WIDE_BLOCK_ROWS
+    if case.loss.head_place == "device":
+        return CPU_BLOCK_ROWS
+    return STREAMED_BLOCK_BYTES // (2 * case.base_width)
 
 
 def _logits(case: MemoryCase, positions: int) -> int:
     chunk = min(case.loss.chunk_tokens or DEFAULT_CHUNK, positions)
+    if case.is_wide:
+        return chunk * _rows(case) * 8  # and once more while their exponentials are added
     return chunk * 512 * 4  # the kernel has 512 columns at a time, in float32
 
 
@@ -124,12 +143,15 @@ def _activations(case: MemoryCase, positions: int, *, item: int, loss_bytes: int
     shape = case.carryon
     # Kept of a block for its backward pass: two norms, queries, keys, values, what attention
     # gives and its spread copies, the MLP's two halves, their activation and product.
-    block = (14 * shape.width + 4 * shape.mlp_width) * case.micro_batch_tokens * item
-    entrance = 3 * case.base_width * case.micro_batch_tokens * len(shape.taps) * item
+    a_channel = case.micro_batch_tokens * item
+    attention, mlp = 14 * shape.width * a_channel, 4 * shape.mlp_width * a_channel
+    entrance = 3 * case.base_width * len(shape.taps) * a_channel
     gates = {"channel": case.base_width, "token": 1, "none": 0}[shape.gate]
     exit_ = (case.base_width + 3 * gates) * positions * item
+    if item == 2 and case.head_bytes == 4:  # products.py widens a part at a time, and keeps none
+        entrance, exit_ = 0, shape.width * positions * item
     if case.memory.recompute:
-        kept = shape.blocks * shape.width * case.micro_batch_tokens * item
-        # One block at a time is computed again, when what the loss needed is free once more.
-        return kept + max(0, block - loss_bytes) + entrance + exit_
-    return shape.blocks * block + entrance + exit_
+        kept = (2 * shape.blocks + 2) * shape.width * a_channel
+        # Half a block at a time is computed again, when what the loss needed is free once more.
+        return kept + max(0, max(attention, mlp) - loss_bytes) + entrance + exit_
+    return shape.blocks * (attention + mlp) + entrance + exit_
