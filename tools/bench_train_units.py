@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,23 +39,29 @@ print(json.dumps(found))
 def measure_units(job: TrainJob) -> None:
     """Stream as many tokens of a store as of one of 100 times as many units."""
     folders = _make_stores(job, (1, TIMES_AS_MANY))
-    peaks: dict[str, list[float]] = {name: [] for name in folders}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
 
     def stream(name: str) -> float:
         command = [sys.executable, "-c", _STREAM_IN_A_FRESH_PROCESS]
         command += [str(folders[name]), str(job.sizes.units_tokens)]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
         found = json.loads(done.stdout)
-        peaks[name].append(found["peak_mb"])
+        runs[name].append(found)
         return float(found["tokens_per_second"])
 
     ways = {name: (lambda name=name: stream(name)) for name in folders}
     speeds = in_turn(ways, rounds=job.sizes.rounds)
-    memory = {name: float(np.median(values)) for name, values in peaks.items()}
+    median = {
+        name: {key: float(np.median([run[key] for run in each])) for key in each[0]}
+        for name, each in runs.items()
+    }
+    memory = {name: found["peak_mb"] for name, found in median.items()}
     few, many = folders
     details = {
         "units": {name: job.sizes.units_small * int(name) for name in folders},
         "tokens_per_second": speeds,
+        "tokens": {name: found["tokens"] for name, found in median.items()},
+        "planned_s": {name: found["planned_s"] for name, found in median.items()},
         "peak_mb": memory,
     }
     for figure, value, unit, target in (
@@ -109,9 +116,11 @@ def stream_tokens(
     """Stream so many tokens of a store, epoch after epoch, as the trainer does."""
     before = resident_bytes()
     data, optimization = _open(folder)
-    one = count_steps(data.plan(optimization)[0]) * optimization.batch_tokens
-    epochs = OptimizationSettings(epochs=max(1, round(num_tokens / one)))
+    one = int(data.store.sample_lengths[data.split.train].sum())
+    epochs = replace(optimization, epochs=-(-num_tokens // one))
+    started_at = time.perf_counter()
     windows = [window for epoch in data.plan(epochs) for window in epoch]
+    planned_s = time.perf_counter() - started_at
     seen, peak = 0, before
     started_at = time.perf_counter()
     with Stream(
@@ -123,7 +132,12 @@ def stream_tokens(
             if seen >= num_tokens:
                 break
     elapsed_s = time.perf_counter() - started_at
-    return {"tokens_per_second": seen / elapsed_s, "peak_mb": (peak - before) / 1e6}
+    return {
+        "tokens_per_second": seen / elapsed_s,
+        "tokens": seen,
+        "planned_s": planned_s,
+        "peak_mb": (peak - before) / 1e6,
+    }
 
 
 def _open(folder: str) -> tuple[TrainData, OptimizationSettings]:
