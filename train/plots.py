@@ -97,6 +97,8 @@ def plot_lines(
     for name, (xs, ys) in lines.items():
         axes.plot(list(xs), list(ys), label=name, marker="o" if len(xs) < 12 else None)
     axes.set(xlabel=x_label, ylabel=y_label)
+    if all(isinstance(x, int) for xs, _ in lines.values() for x in xs):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if is_from_zero:
         axes.set(ylim=(0, None))
     axes.legend(loc="best", fontsize="small")
