@@ -3,9 +3,12 @@
 import json
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from carryon.cache.atomic import write_file
 from carryon.cache.spec import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.train.config import (
     CarryOnSettings,
@@ -16,6 +19,10 @@ from carryon.train.config import (
     RunSettings,
     StreamSettings,
 )
+
+if TYPE_CHECKING:
+    from carryon.train.exact_match import Problem, Score
+    from carryon.train.report import TrainReport
 
 TARGET = 0.275
 """Of two-term sums, that a prototype reached."""
@@ -58,13 +65,8 @@ def experiment_cot(
             steps, and many of them, are what teaches.
         learning_rate: Highest learning rate.
     """
-    from carryon.cache.base import load_base
-    from carryon.cache.extract import extract
     from carryon.tools.bench_figure import Figure, print_json
-    from carryon.tools.bench_quality import same_size
-    from carryon.train.compose import CarryOnForCausalLM
-    from carryon.train.exact_match import make_problems, score
-    from carryon.train.loop import train
+    from carryon.train.exact_match import make_problems
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,51 +74,13 @@ def experiment_cot(
     known = {problem.question for problem in held_out}
     problems = make_problems(task, num=samples, seed=TRAINING_SEED)
     parts = {"train": [x for x in problems if x.question not in known], "held-out": held_out}
-    corpus = folder / "corpus.jsonl"
-    with corpus.open("w", encoding="utf-8") as file:
-        for split, some in parts.items():
-            for index, problem in enumerate(some):
-                messages = [
-                    {"role": "user", "content": problem.question},
-                    {"role": "assistant", "content": problem.answer},
-                ]
-                record = {"id": f"{split}-{index}", "split": split, "messages": messages}
-                file.write(json.dumps(record) + "\n")
-    loaded = load_base(base, forward=ForwardSettings())
-    taps = ["final", f"layer.{-(-loaded.identity.num_layers // 2)}"]
-    extract(
-        base=loaded,
-        data=[corpus],
-        out=folder / "store",
-        corpus=CorpusSettings(),
-        store=StoreSettings(taps=taps),
-        forward=ForwardSettings(),
+    shape = _extract(base, folder, _write_corpus(folder / "corpus.jsonl", parts))
+    optimization = OptimizationSettings(
+        epochs=epochs, batch_tokens=batch_tokens, learning_rate=learning_rate
     )
-    shape = same_size(CarryOnSettings(), taps=taps, base_width=loaded.identity.width)
-    del loaded
-    reports = [
-        train(
-            store=str(folder / "store"),
-            out=str(folder / f"seed-{seed}"),
-            carryon=shape,
-            optimization=OptimizationSettings(
-                epochs=epochs, batch_tokens=batch_tokens, learning_rate=learning_rate, seed=seed
-            ),
-            stream=StreamSettings(),
-            loss=LossSettings(),
-            memory=MemorySettings(),
-            run=RunSettings(),
-        )
-        for seed in seeds
-    ]
+    reports = [_train(folder, shape, replace(optimization, seed=seed)) for seed in seeds]
     print(f"answers to {num} problems, from the base and with each carry-on", file=sys.stderr)
-    settings = GenerateSettings(max_new_tokens=_ANSWER_TOKENS)
-    alone, found = None, []
-    for report in reports:
-        model = CarryOnForCausalLM.from_pretrained(report.carryon, base=base)
-        alone = alone or score(model, held_out, settings=settings, batch_rows=16, alpha=0.0)
-        found.append(score(model, held_out, settings=settings, batch_rows=16))
-    assert alone is not None
+    alone, found = _answer(base, [report.carryon for report in reports], held_out)
     figure = Figure(
         figure=f"cot.{task.partition(':')[0]}.exact",
         value=statistics.mean(result.exact for result in found),
@@ -136,3 +100,71 @@ def experiment_cot(
     )
     print_json(figure)
     return [figure.to_dict()]
+
+
+def _write_corpus(path: Path, parts: Mapping[str, Sequence["Problem"]]) -> Path:
+    """Write problems and bare answers as conversations, each marked with its half."""
+    lines = []
+    for split, some in parts.items():
+        for index, problem in enumerate(some):
+            messages = [
+                {"role": "user", "content": problem.question},
+                {"role": "assistant", "content": problem.answer},
+            ]
+            lines.append({"id": f"{split}-{index}", "split": split, "messages": messages})
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return path
+
+
+def _extract(base: str, folder: Path, corpus: Path) -> CarryOnSettings:
+    """Extract the corpus to FOLDER/store; return the shape that is trained from it."""
+    from carryon.cache.base import load_base
+    from carryon.cache.extract import extract
+    from carryon.tools.bench_quality import same_size
+
+    loaded = load_base(base, forward=ForwardSettings())
+    taps = ["final", f"layer.{-(-loaded.identity.num_layers // 2)}"]
+    extract(
+        base=loaded,
+        data=[corpus],
+        out=folder / "store",
+        corpus=CorpusSettings(),
+        store=StoreSettings(taps=taps),
+        forward=ForwardSettings(),
+    )
+    return same_size(CarryOnSettings(), taps=taps, base_width=loaded.identity.width)
+
+
+def _train(
+    folder: Path, shape: CarryOnSettings, optimization: OptimizationSettings
+) -> "TrainReport":
+    from carryon.train.loop import train
+
+    return train(
+        store=str(folder / "store"),
+        out=str(folder / f"seed-{optimization.seed}"),
+        carryon=shape,
+        optimization=optimization,
+        stream=StreamSettings(),
+        loss=LossSettings(),
+        memory=MemorySettings(),
+        run=RunSettings(),
+    )
+
+
+def _answer(
+    base: str, carryons: Sequence[str], problems: Sequence["Problem"]
+) -> tuple["Score", list["Score"]]:
+    """Return how the base alone answers the problems, and how it does with each carry-on."""
+    from carryon.train.compose import CarryOnForCausalLM
+    from carryon.train.exact_match import score
+
+    settings = GenerateSettings(max_new_tokens=_ANSWER_TOKENS)
+    alone: list[Score] = []
+    found: list[Score] = []
+    for carryon in carryons:
+        model = CarryOnForCausalLM.from_pretrained(carryon, base=base)
+        if not alone:
+            alone = [score(model, problems, settings=settings, batch_rows=16, alpha=0.0)]
+        found.append(score(model, problems, settings=settings, batch_rows=16))
+    return alone[0], found
