@@ -198,7 +198,9 @@ def test_a_store_of_a_kinds_own_tap_is_enough(
 def test_a_bottleneck_needs_the_tap_that_it_corrects(tmp_path: Path) -> None:
     """The error says how to extract it."""
     place = make_place(tmp_path, taps=["layer.1"])
-    with pytest.raises(InputError, match="expected the taps final, layer.1, it has layer.1"):
+    with pytest.raises(
+        InputError, match=r"it has layer.1: extract again with --taps layer.1 final$"
+    ):
         fit(place, tmp_path / "run", taps=["layer.1"])
 
 
@@ -253,14 +255,18 @@ def test_an_adapter_needs_lora_and_its_own_base(tmp_path: Path, llama: Place) ->
 
 
 def test_a_store_of_more_blocks_serves_fewer(tmp_path: Path) -> None:
-    """The last ones; and says which tap it lacks."""
+    """The last ones; and says which taps and blocks to extract where it lacks them."""
     place = make_place(tmp_path, "llama-untied", blocks=2, taps=["layer.2"])
     carryon = fit(place, tmp_path / "run", kind="top")
     merge(carryon, base=str(place.base), out=tmp_path / "merged", device="cpu")
     logits = plain_logits(tmp_path / "merged")
     torch.testing.assert_close(logits, composed_logits(carryon, place), rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="expected the taps layer.1, it has layer.2"):
-        fit(place, tmp_path / "other", kind="top", blocks=2)
+    for shape, words in (
+        ({"kind": "top", "blocks": 2}, "--taps layer.2 layer.1 --with-blocks 2"),
+        ({"kind": "native"}, "--taps layer.2 prenorm --with-blocks 1"),
+    ):
+        with pytest.raises(InputError, match=f"it has layer.2: extract again with {words}$"):
+            fit(place, tmp_path / "other", **shape)  # type: ignore[arg-type]
 
 
 def test_blocks_are_counted_before_they_are_written(tmp_path: Path, llama: Place) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from carryon.cache.errors import InputError
 from carryon.cache.reader import Store
+from carryon.cache.spec import parse_tap
 from carryon.cache.store_part import manifest_of_part, open_store
 from carryon.train.base_states import BaseStates, find_base_states
 from carryon.train.blocks_carryon import blocks_of
@@ -265,10 +266,14 @@ def check_taps(store: Store, taps: Sequence[str]) -> None:
     """
     missing = [tap for tap in taps if tap not in store.taps]
     if missing:
+        words = ["--taps", *store.taps, *missing]
+        if "final" not in taps:  # a kind that merges, which needs the base's blocks as well
+            num_layers = int(store.manifest.base["num_layers"])
+            layers = [parse_tap(tap, num_layers=num_layers) or num_layers - 1 for tap in taps]
+            words += ["--with-blocks", str(num_layers - min(layers))]
         raise InputError(
             f"{store.root}: expected the taps {', '.join(taps)}, it has "
-            f"{', '.join(store.taps)}: extract again with --taps "
-            f"{' '.join([*store.taps, *missing])}"
+            f"{', '.join(store.taps)}: extract again with {' '.join(words)}"
         )
 
 
