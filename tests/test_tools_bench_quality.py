@@ -13,7 +13,7 @@ from carryon.cache.precision import STEPS, from_codes, to_codes
 from carryon.cache.reader import Store
 from carryon.cache.verify import verify
 from carryon.tools.bench_figure import Figure
-from carryon.tools.bench_quality import measure_presets, same_size
+from carryon.tools.bench_quality import measure_presets, measure_sampled, same_size
 from carryon.tools.bench_recode import recode_store
 from carryon.tools.bench_train import TrainJob
 from carryon.tools.bench_train_settings import QUICK_TRAIN, BenchTrainSettings
@@ -90,3 +90,22 @@ def test_every_preset_is_measured_after_one_epoch_and_after_all(tmp_path: Path) 
     assert epochs == {f"preset.{name}.epochs_{n}": n for n in (1, 2) for name in PRESETS}
     sizes = [figure.details["megabytes"] for figure in found[: len(PRESETS)]]
     assert sizes == sorted(set(sizes))
+
+
+def test_a_sampled_softmax_is_compared_with_the_exact_loss(tmp_path: Path) -> None:
+    found: list[Figure] = []
+    job = TrainJob(
+        settings=BenchTrainSettings(
+            store=str(make_tiny_store(tmp_path / "store", vocab_size=1000))
+        ),
+        sizes=replace(QUICK_TRAIN, sampled_rows=100),
+        work=tmp_path / "work",
+        report=found.append,
+    )
+
+    measure_sampled(job)
+
+    assert [figure.figure for figure in found] == ["sampled.speed", "sampled.nll"]
+    details = found[1].details
+    assert len(set(details["held_out_nll"]) | set(details["held_out_nll_exact"])) == 6
+    assert max(details["held_out_nll_exact"]) < details["base_nll"]

@@ -132,7 +132,7 @@ def test_every_method_starts_as_the_base_and_learns_until_its_budget_ends(
             "row": asdict(row),
             "base": str(tiny_base_folder),
             "out": str(out),
-            "learning_rate": 3e-3,
+            "learning_rate": 3e-4,
             "command": row_command(settings, row, base=str(tiny_base_folder), out=str(out)),
             **LAYERS,
         }
@@ -146,7 +146,8 @@ def test_every_method_starts_as_the_base_and_learns_until_its_budget_ends(
         assert found["curve"][-1]["clock_s"] == pytest.approx(
             found["train_s"] + (found["extraction"]["seconds"] if run == "first" else 0)
         )
-        assert found["losses"][-1] < found["losses"][0] + 0.5
+        assert found["nll"] != found["base_nll"]
+        assert found["nll"] < found["base_nll"] + 0.1
         assert found["ship_bytes"] > 0
         if method == "bottleneck":
             assert found["extraction"]["tokens"] > 0
@@ -198,7 +199,7 @@ def test_the_best_rate_of_the_short_runs_is_taken() -> None:
     lora = find_methods(settings, **LAYERS)["lora"]
     done = [
         {"method": "lora", "run": "sweep", "seconds": 5.0, "learning_rate": rate, "nll": nll}
-        for rate, nll in zip(lora.rates, (3.0, 2.0, 2.5), strict=True)
+        for rate, nll in zip(lora.rates, (3.0, 2.0, 2.5, 2.6), strict=True)
     ]
     assert best_rate(lora, settings, done) == lora.rates[1]
 

@@ -53,6 +53,12 @@ ALL = (
             {"gradient_filter": 1.0},
             "gradient_filter: expected 0 or more and below 1, got 1.0",
         ),
+        (LossSettings, {"sampled_softmax": -1}, "sampled_softmax: expected 0 or more, got -1"),
+        (
+            LossSettings,
+            {"sampled_softmax": 8, "kl_weight": 0.1},
+            "sampled_softmax: expected 0 with gradient_filter or kl_weight",
+        ),
         (LossSettings, {"head_place": "disk"}, "expected device, host or mapped, got disk"),
         (MemorySettings, {"optimizer_bits": 4}, "optimizer_bits: expected 32 or 8, got 4"),
         (RunSettings, {"keep_checkpoints": 1}, "keep_checkpoints: expected 2 or more"),

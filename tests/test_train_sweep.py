@@ -27,6 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "small": {"micro_batch_tokens": 13, "dropout": 0.3},
     "middle": {"taps": ["final", "layer.1"]},
     "filtered": {"gradient_filter": 1e-2, "head_dtype": "float32"},
+    "sampled": {"sampled_softmax": 1},
     "early": {"patience": 1, "evaluate_every": 2, "learning_rate": 3.0},
 }
 

@@ -32,8 +32,8 @@ from carryon.train.config import (
     StreamSettings,
 )
 from carryon.train.device import DEFAULT_CHUNK, pick_device
-from carryon.train.frozen_head import place_head
 from carryon.train.optimizer import build_optimizer
+from carryon.train.sampled_softmax import place_training_head
 from carryon.train.step import take_step
 from carryon.train.stream import Stream
 from carryon.train.train_data import open_data
@@ -53,6 +53,9 @@ def measure_lora(job: TrainJob) -> None:
     store = Store.open(job.settings.store)
     module = build_kind(CarryOnSettings(), store, seed=0).to(pick_device("auto"))
     carryon = carryon_steps(module, store, batches, learning_rate=1e-4)
+    sampled = carryon_steps(
+        module, store, batches, learning_rate=1e-4, sampled_softmax=sizes.sampled_rows
+    )
     base_batches = [padded_rows(batch) for batch in batches]
     found: dict[str, dict[str, float]] = {}
     for name, lora in (("lora", True), ("full", False)):
@@ -60,6 +63,7 @@ def measure_lora(job: TrainJob) -> None:
         base_dtype = str(base.compute_dtype)
         ways = {
             "carryon": timed(carryon),
+            "sampled": timed(sampled),
             name: timed(base_steps(base, base_batches, has_lora=lora)),
         }
         found[name] = in_turn(ways, rounds=sizes.rounds)
@@ -67,6 +71,7 @@ def measure_lora(job: TrainJob) -> None:
         gc.collect()
     speeds = {
         "carryon": num_tokens / found["lora"]["carryon"],
+        "sampled": num_tokens / found["lora"]["sampled"],
         "lora": num_tokens / found["lora"]["lora"],
         "full": num_tokens / found["full"]["full"],
     }
@@ -85,6 +90,14 @@ def measure_lora(job: TrainJob) -> None:
             target=LORA_TARGET,
             sense="at least",
             details=details,
+        )
+    )
+    job.report(
+        Figure(
+            figure="lora.speed_sampled",
+            value=found["lora"]["lora"] / found["lora"]["sampled"],
+            unit="of LoRA's tokens/s, with a sampled softmax",
+            details={**details, "rows": sizes.sampled_rows},
         )
     )
     job.report(
@@ -113,12 +126,18 @@ def take_batches(path: str, batch_tokens: int, *, count: int, taps: Sequence[str
 
 
 def carryon_steps(
-    carryon: CarryOn, store: Store, batches: Sequence[Batch], *, learning_rate: float
+    carryon: CarryOn,
+    store: Store,
+    batches: Sequence[Batch],
+    *,
+    learning_rate: float,
+    sampled_softmax: int = 0,
 ) -> Callable[[], None]:
     """Return what trains a carry-on of any kind by a step for each batch."""
     settings = OptimizationSettings()
     optimizer = build_optimizer(carryon, settings, MemorySettings())
-    head = place_head(store, LossSettings(), device=pick_device("auto"))
+    loss = LossSettings(sampled_softmax=sampled_softmax)
+    head = place_training_head(store, loss, device=pick_device("auto"))
 
     def run() -> None:
         for batch in batches:

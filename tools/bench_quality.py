@@ -1,4 +1,4 @@
-"""What carry-ons come to on held-out text: from lossy stores, from several taps, of each preset.
+"""What carry-ons come to on held-out text: from lossy stores, several taps, presets, other losses.
 
 Every comparison is one sweep over one store, so that all runs see the same samples in the same
 order; only what is compared differs.
@@ -115,6 +115,49 @@ def measure_presets(job: TrainJob) -> None:
                     },
                 )
             )
+
+
+def measure_sampled(job: TrainJob) -> None:
+    """Train with a sampled softmax and with all of it, step by step in turn, with three seeds."""
+    runs: dict[str, Changes] = {}
+    for seed in SEEDS:
+        runs |= {
+            f"{number}.{seed}": {"sampled_softmax": number, "seed": seed}
+            for number in (0, job.sizes.sampled_rows)
+        }
+    reports = _train(job, Store.open(job.settings.store).root, "sampled", runs)
+    exact = [reports[f"0.{seed}"] for seed in SEEDS]
+    sampled = [reports[f"{job.sizes.sampled_rows}.{seed}"] for seed in SEEDS]
+    nlls = [report.carryon_nll for report in sampled]
+    exact_nlls = [report.carryon_nll for report in exact]
+    job.report(
+        Figure(
+            figure="sampled.speed",
+            value=statistics.median(
+                ours.tokens_per_second / theirs.tokens_per_second
+                for ours, theirs in zip(sampled, exact, strict=True)
+            ),
+            unit="of the exact loss's tokens/s",
+            details={
+                "tokens_per_second": [report.tokens_per_second for report in sampled],
+                "tokens_per_second_exact": [report.tokens_per_second for report in exact],
+            },
+        )
+    )
+    job.report(
+        Figure(
+            figure="sampled.nll",
+            value=statistics.mean(nlls) - statistics.mean(exact_nlls),
+            unit="nats above the exact loss, held out, mean of three seeds",
+            details={
+                "held_out_nll": nlls,
+                "held_out_nll_exact": exact_nlls,
+                "base_nll": exact[0].base_nll,
+                "rows": job.sizes.sampled_rows,
+                "epochs": job.sizes.quality_epochs,
+            },
+        )
+    )
 
 
 def same_size(one: CarryOnSettings, *, taps: list[str], base_width: int) -> CarryOnSettings:

@@ -18,6 +18,7 @@ FIGURES = {
     "profiles": "bench_quality:measure_profiles",
     "taps": "bench_quality:measure_taps",
     "presets": "bench_quality:measure_presets",
+    "sampled": "bench_quality:measure_sampled",
 }
 """What can be measured, in the order in which it is -> the file of this folder and the function of
 it that measures, called as function(job) with a TrainJob (bench_train.py)."""
@@ -37,7 +38,8 @@ class BenchTrainSettings(Settings):
     instants), sweep (several runs side by side against as many one after another), profiles
     (held-out loss after training on lossy copies of a store), taps (several taps against `final`
     alone, three seeds), presets (held-out loss, bytes and seconds of each
-    preset, after one epoch and after all)."""
+    preset, after one epoch and after all), sampled (speed and held-out loss with a sampled softmax
+    against those with the exact loss, three seeds)."""
     base: str = ""
     """Base to compare with: hub id, folder or .gguf file. Empty for none: what needs it is left
     out."""
@@ -95,7 +97,9 @@ class BenchTrainSizes(Settings):
     sweep_mb_per_second: int = 30
     """What the disk gives in `sweep`."""
     quality_epochs: int = 3
-    """Epochs of every run in `profiles`, `taps` and `presets`."""
+    """Epochs of every run in `profiles`, `taps`, `presets` and `sampled`."""
+    sampled_rows: int = 2048
+    """Rows that are drawn for a step in `sampled`."""
 
     def problems(self) -> list[tuple[bool, str]]:
         """Return what is out of range."""
@@ -120,6 +124,7 @@ QUICK_TRAIN = BenchTrainSizes(
     sweep_samples=12,
     sweep_width=64,
     quality_epochs=1,
+    sampled_rows=1024,
 )
 """Sizes that show in a minute that everything runs, and give no numbers to believe."""
 
@@ -139,6 +144,7 @@ NEEDS = {
     "profiles": Needs(store=True),
     "taps": Needs(store=True),
     "presets": Needs(store=True),
+    "sampled": Needs(store=True),
 }
 """Of the figures that are not named here, none needs anything."""
 

@@ -16,6 +16,7 @@ from carryon.tools.compare_settings import (
     list_rows,
     row_command,
 )
+from carryon.train.config import setting_of
 
 
 def compare(*, base: str, out: str, settings: CompareSettings) -> list[dict[str, Any]]:
@@ -135,8 +136,9 @@ def _refuse_other_data(settings: CompareSettings, folder: Path) -> None:
         return
     found = json.loads(path.read_text())
     for name, value in settings.data_facts().items():
-        if found[name] != value:
+        begun = setting_of(found, name)
+        if begun != value:
             raise InputError(
-                f"{folder}: expected {name} {found[name]}, with which it was begun, got {value}: "
-                "give another --out"
+                f"{folder}: expected {name} {begun}, with which it was begun, got {value}: give "
+                "another --out"
             )

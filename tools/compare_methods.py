@@ -37,6 +37,7 @@ from carryon.train.packed_attention import (
     unused_mask,
 )
 from carryon.train.products import Product
+from carryon.train.sampled_softmax import sampled_head, with_sampled_softmax
 from carryon.train.step import pair_losses
 
 Reader = Callable[[NDArray[np.int64]], Batch]
@@ -118,14 +119,37 @@ def read_taps(method: Method) -> list[str]:
     return stream_taps(method.carryon)
 
 
-def build_learner(method: Method, *, base: str, store: Store | None, seed: int) -> Learner:
+def build_learner(
+    method: Method,
+    *,
+    base: str,
+    store: Store | None,
+    seed: int,
+    samples: Sequence[Sample] = (),
+    sampled_softmax: int = 0,
+) -> Learner:
     """Return a method's untrained learner: at first it is the base.
+
+    Args:
+        method: which.
+        base: the base.
+        store: of the carry-on's states; None for what trains the base.
+        seed: of the first weights.
+        samples: of the training half; a sampled softmax always holds their tokens.
+        sampled_softmax: rows that it draws beside; 0: the loss is exact.
 
     Raises:
         MissingExtraError: PEFT is not installed.
     """
+
+    def sampling(head: FrozenHead) -> FrozenHead:
+        known = np.zeros(head.vocab_size, dtype=np.bool_)
+        for sample in samples:
+            known[sample.tokens] = True
+        return with_sampled_softmax(head, known, sampled_softmax)
+
     if method.carryon is None:
-        return _whole_base(base, has_lora=method.name == "lora", seed=seed)
+        return _whole_base(base, has_lora=method.name == "lora", seed=seed, sampling=sampling)
     assert store is not None
     device = pick_device("auto")
     if method.name in ("linear", "mlp"):
@@ -137,10 +161,11 @@ def build_learner(method: Method, *, base: str, store: Store | None, seed: int) 
     else:
         module = build_kind(method.carryon, store, seed=seed)
     module = module.to(device)
-    head = place_head(store, LossSettings(), device=device)
+    head = sampling(place_head(store, LossSettings(), device=device))
 
     def losses(batch: Batch) -> Tensor:
-        return pair_losses(module, batch.to(device), head=head, chunk=DEFAULT_CHUNK, alpha=1.0)
+        rows = _rows_of(head)
+        return pair_losses(module, batch.to(device), head=rows, chunk=DEFAULT_CHUNK, alpha=1.0)
 
     return Learner(model=module, losses=losses, ship_bytes=2 * _count(module))
 
@@ -170,7 +195,9 @@ class Control(CarryOn):
         return found
 
 
-def _whole_base(source: str, *, has_lora: bool, seed: int) -> Learner:
+def _whole_base(
+    source: str, *, has_lora: bool, seed: int, sampling: Callable[[FrozenHead], FrozenHead]
+) -> Learner:
     base = load_base(source, forward=ForwardSettings())
     model: Any = base.model
     device = base.device
@@ -190,7 +217,7 @@ def _whole_base(source: str, *, has_lora: bool, seed: int) -> Learner:
     frozen: FrozenHead | None = None
     if has_lora:
         dtype = torch.bfloat16 if is_bfloat16 else torch.float32
-        frozen = frozen_head(read_head(base), device=device, dtype=dtype)
+        frozen = sampling(frozen_head(read_head(base), device=device, dtype=dtype))
     decoder, head = base.anatomy.decoder, base.anatomy.head
 
     def losses(batch: Batch) -> Tensor:
@@ -211,9 +238,15 @@ def _whole_base(source: str, *, has_lora: bool, seed: int) -> Learner:
             logits = base.anatomy.softcap * torch.tanh(logits / base.anatomy.softcap)
         if frozen is None:
             return nn.functional.cross_entropy(logits, batch.targets, reduction="none")
-        return token_losses(states_MD.float(), batch.targets, head=frozen, chunk=DEFAULT_CHUNK)
+        rows = _rows_of(frozen)
+        return token_losses(states_MD.float(), batch.targets, head=rows, chunk=DEFAULT_CHUNK)
 
     return Learner(model=model, losses=losses, ship_bytes=2 * _count(model))
+
+
+def _rows_of(head: FrozenHead) -> FrozenHead:
+    """Return the rows to multiply: a step's, or all where something is evaluated."""
+    return sampled_head(head) if torch.is_grad_enabled() else head
 
 
 def _count(model: nn.Module) -> int:

@@ -104,7 +104,7 @@ def run_row(bench: Bench, row: Row, *, rate: float, before: int) -> dict[str, An
         num_samples = store.num_samples
     counted_s = extraction["seconds"] if row.run == "first" else 0.0
     with watched_peak() as peak:
-        learner = build_learner(method, base=bench.base, store=store, seed=row.seed)
+        learner = _build(bench, store, seed=row.seed)
         if store is None or judged is None:
             readers = read_samples(material.train), read_samples(material.held_out)
         else:
@@ -130,7 +130,19 @@ def run_row(bench: Bench, row: Row, *, rate: float, before: int) -> dict[str, An
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "data": bench.material.facts,
         "batch_tokens": bench.settings.batch_tokens,
+        "sampled_softmax": bench.settings.sampled_softmax,
     }
+
+
+def _build(bench: Bench, store: Store | None, *, seed: int) -> Learner:
+    return build_learner(
+        bench.method,
+        base=bench.base,
+        store=store,
+        seed=seed,
+        samples=bench.material.train,
+        sampled_softmax=bench.settings.sampled_softmax,
+    )
 
 
 def _train(
@@ -265,7 +277,7 @@ def _rehearse(bench: Bench, base: Base) -> dict[str, float]:
     forward_s = _extract(bench, base, data, root)
     fixed_s = time.perf_counter() - started_at - forward_s
     store = Store.open(root)
-    learner = build_learner(bench.method, base=bench.base, store=store, seed=0)
+    learner = _build(bench, store, seed=0)
     optimizer = build_optimizer(learner.model, OptimizationSettings(), MemorySettings())  # type: ignore[arg-type]
     read = read_store(store, bench.material.train, read_taps(bench.method))
     steps = iter_steps(

@@ -82,6 +82,8 @@ class CompareSettings(Settings):
     """Tokens of a window that documents are cut into."""
     batch_tokens: int = 512
     """Tokens of a step, of every method; small ones, as a CPU takes few of them in minutes."""
+    sampled_softmax: int = 0
+    """As of `carryon train`, for every method but `full`. 0: all train on the exact loss."""
 
     def problems(self) -> list[tuple[bool, str]]:
         """Return what is out of range."""
@@ -94,11 +96,22 @@ class CompareSettings(Settings):
                 self.window_tokens < 64,
                 f"window_tokens: expected 64 or more, got {self.window_tokens}",
             ),
+            (
+                self.sampled_softmax < 0,
+                f"sampled_softmax: expected 0 or more, got {self.sampled_softmax}",
+            ),
         ]
 
     def data_facts(self) -> dict[str, Any]:
         """Return the settings that all rows of one folder share."""
-        names = ("corpus", "tokens", "held_out_tokens", "window_tokens", "batch_tokens")
+        names = (
+            "corpus",
+            "tokens",
+            "held_out_tokens",
+            "window_tokens",
+            "batch_tokens",
+            "sampled_softmax",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -192,7 +205,7 @@ def _method(name: str, *, num_layers: int, width: int) -> Method:
             "mlp; native-K, top-K and top-lora-K with a number of blocks"
         )
     if kind in ("lora", "full"):
-        rates = (1e-3, 2e-3, 4e-3) if kind == "lora" else (2e-5, 6e-5, 2e-4)
+        rates = (1e-3, 2e-3, 4e-3, 8e-3) if kind == "lora" else (2e-5, 6e-5, 2e-4)
         return Method(name=name, rates=rates)
     if kind == "native":
         blocks = int(number or 2)

@@ -100,17 +100,18 @@ def join_(log_sum: Tensor, mean: Tensor | None, part: BlockSoftmax, block: HeadB
 
     What stands in them before the first block is written over.
     """
+    part_sum = part.log_sum + block.log_weight if block.log_weight else part.log_sum
     if block.first == 0:
-        log_sum.copy_(part.log_sum)
+        log_sum.copy_(part_sum)
         if mean is not None and part.mean is not None:
             mean.copy_(part.mean)
         elif mean is not None and part.weights is not None:
             torch.mm(part.weights, block.weight, out=mean)
         return
     if mean is not None:
-        share = torch.sigmoid(part.log_sum - log_sum).unsqueeze(1)
+        share = torch.sigmoid(part_sum - log_sum).unsqueeze(1)
         if part.mean is not None:
             mean.lerp_(part.mean.float(), share)
         elif part.weights is not None:
             mean.mul_(1 - share).addmm_(part.weights.mul_(share), block.weight)
-    torch.logaddexp(log_sum, part.log_sum, out=log_sum)
+    torch.logaddexp(log_sum, part_sum, out=log_sum)

@@ -21,6 +21,7 @@ from torch import Tensor
 from carryon.cache.atomic import PARTIAL, write_json
 from carryon.cache.errors import InputError
 from carryon.train.carryon import CarryOn
+from carryon.train.config import setting_of
 from carryon.train.folder import whole_folder
 
 FORMAT_VERSION = 1
@@ -156,7 +157,7 @@ def refuse_other_identity(
     differences = [
         f"{key} is {found.get(key)!r} there and {expected.get(key)!r} here"
         for key in sorted(set(found) | set(expected))
-        if found.get(key) != expected.get(key)
+        if setting_of(found, key) != setting_of(expected, key)
     ]
     if differences:
         raise InputError(

@@ -35,11 +35,30 @@ class HeadBlock:
     """Some rows of the head, ready to be multiplied."""
 
     first: int
-    """Vocabulary row of the first."""
+    """Number of its first row among all that are multiplied."""
     weight: Tensor
     """[rows, D], on the device, in the type of the products."""
     bias: Tensor | None
     """[rows] float32, on the device, or None."""
+    log_weight: float = 0.0
+    """Log of how many rows of the vocabulary each of them stands for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownRows:
+    """What a sampled softmax multiplies (sampled_softmax.py)."""
+
+    blocks: tuple[HeadBlock, ...]
+    """The rows of every step."""
+    others: Tensor
+    """[V - rows] int64, on the host: the tokens of all other rows."""
+    number: int
+    """How many of them are drawn for a step."""
+
+    @property
+    def num_rows(self) -> int:
+        """Of every step."""
+        return sum(len(block.weight) for block in self.blocks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +83,10 @@ class FrozenHead:
     """Probability below which a row is left out of the gradient (gradient_filter.py). 0: none."""
     mean_row: Tensor | None = None
     """[D] float32, on the device: the mean of all rows, where there is a gradient filter."""
+    known: KnownRows | None = None
+    """What steps of training are to draw from. None: they multiply all rows."""
+    parts: tuple[HeadBlock, ...] | None = None
+    """Rows that stand for all. None: all of them."""
 
     @property
     def vocab_size(self) -> int:
@@ -86,6 +109,9 @@ class FrozenHead:
 
     def blocks(self) -> Iterator[HeadBlock]:
         """Yield all rows in order, block by block; one that was fetched is not kept."""
+        if self.parts is not None:
+            yield from self.parts
+            return
         for first in range(0, self.vocab_size, self.block_rows):
             rows = slice(first, first + self.block_rows)
             yield HeadBlock(

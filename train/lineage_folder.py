@@ -23,6 +23,7 @@ import yaml
 
 from carryon.cache.atomic import write_file, write_json
 from carryon.cache.errors import InputError, MissingError
+from carryon.train.config import setting_of
 from carryon.train.paths import branch_point
 from carryon.train.run import TrainSettings
 from carryon.train.run_folder import FREE_SETTINGS, RunFolder
@@ -170,7 +171,7 @@ def refuse_changed_settings(lineage: Lineage, settings: TrainSettings, *, alpha:
     changed = [
         f"{name} {expected.get(name)} -> {got.get(name)}"
         for name in sorted(set(expected) | set(got))
-        if expected.get(name) != got.get(name)
+        if setting_of(expected, name) != setting_of(got, name)
     ]
     if changed:
         raise InputError(

@@ -21,13 +21,14 @@ from carryon.train.config import (
 )
 from carryon.train.device import pick_chunk, pick_device
 from carryon.train.evaluate import Judged, stream_taps
-from carryon.train.frozen_head import FrozenHead, place_head
+from carryon.train.frozen_head import FrozenHead
 from carryon.train.kind_rates import with_own_rate
 from carryon.train.optimizer import build_optimizer, lean_
 from carryon.train.order import Window, count_steps
 from carryon.train.overlap import Overlap
 from carryon.train.piece import Piece, cut_epochs
 from carryon.train.run_folder import RunFolder
+from carryon.train.sampled_softmax import place_training_head
 from carryon.train.train_data import TrainData
 
 
@@ -148,7 +149,7 @@ def prepare_run(
     optimization = settings.optimization
     device = pick_device(settings.run.device)
     if settings.loss not in heads:  # first: it says what becomes of memory that is freed
-        heads[settings.loss] = place_head(data.store, settings.loss, device=device)
+        heads[settings.loss] = place_training_head(data.store, settings.loss, device=device)
     carryon = build_kind(settings.carryon, data.store, seed=optimization.seed)
     carryon = lean_(carryon.to(device), settings.memory)
     return Run(

@@ -14,6 +14,7 @@ from carryon.train.frozen_head import FrozenHead
 from carryon.train.loss import base_divergences, token_losses
 from carryon.train.optimizer import Parts
 from carryon.train.processes import gather_lists, sum_gradients_, sum_over_processes
+from carryon.train.sampled_softmax import sampled_head
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +115,7 @@ def _objective(
     states_MD = carryon.customize(
         batch.states, batch.positions, pair_delta(carryon, batch, head=head), alpha=1.0
     )
-    losses = token_losses(states_MD, batch.targets, head=head, chunk=chunk)
+    losses = token_losses(states_MD, batch.targets, head=sampled_head(head), chunk=chunk)
     if kl_weight == 0 or base is None:
         return losses, losses.sum()
     drift = base_divergences(states_MD, base.at_pairs(batch, head), head=head, chunk=chunk)

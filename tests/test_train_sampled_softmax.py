@@ -1,0 +1,191 @@
+"""carryon.train.sampled_softmax: the loss of chosen rows, right on average.
+
+Shapes: 70 positions in chunks of 32, width 16, a vocabulary of 300 rows in blocks of 128, of which
+the first 60 are known.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import assert_same_bits, train_tiny
+from tiny_train_stores import make_tiny_store
+from torch import Tensor
+
+from carryon.cache.reader import Store
+from carryon.train.config import LossSettings
+from carryon.train.frozen_head import FrozenHead, place_head
+from carryon.train.loss import token_losses
+from carryon.train.sampled_softmax import (
+    place_training_head,
+    sampled_head,
+    tokens_of,
+    with_sampled_softmax,
+)
+
+POSITIONS, WIDTH, VOCABULARY, KNOWN, NUMBER, CHUNK, BLOCK_ROWS = 70, 16, 300, 60, 24, 32, 128
+ROUNDING = 3e-6
+HEADS = [
+    {},
+    {"has_bias": True},
+    {"logit_scale": 0.5},
+    {"softcap": 6.0},
+    {"has_bias": True, "logit_scale": 0.7, "softcap": 6.0},
+]
+
+
+def _head(
+    *, has_bias: bool = False, logit_scale: float = 1.0, softcap: float | None = None
+) -> FrozenHead:
+    random = torch.Generator().manual_seed(1)
+    rows = torch.randn(VOCABULARY, WIDTH, generator=random)
+    return FrozenHead(
+        weight=rows,
+        bias=torch.randn(VOCABULARY, generator=random) if has_bias else None,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        block_rows=BLOCK_ROWS,
+    )
+
+
+def _known() -> np.ndarray:
+    return np.arange(VOCABULARY) < KNOWN
+
+
+def _given() -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(2)
+    states = torch.randn(POSITIONS, WIDTH, generator=random)
+    return states, torch.randint(KNOWN, (POSITIONS,), generator=random)
+
+
+def _plain_logits(states: Tensor, head: FrozenHead) -> Tensor:
+    logits = states @ head.weight.t()
+    logits = (logits if head.bias is None else logits + head.bias) * head.logit_scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+@pytest.mark.parametrize("kind", HEADS, ids=str)
+def test_loss_and_gradient_are_those_of_the_plain_formula_over_the_same_rows(
+    kind: dict[str, float],
+) -> None:
+    whole = _head(**kind)  # type: ignore[arg-type]
+    head = with_sampled_softmax(whole, _known(), NUMBER)
+    states, targets = _given()
+    torch.manual_seed(3)
+    drawn = KNOWN + torch.randint(VOCABULARY - KNOWN, (NUMBER,))
+    plain_states = states.clone().requires_grad_()
+    logits = _plain_logits(plain_states, whole)
+    weighed = logits[:, drawn] + math.log((VOCABULARY - KNOWN) / NUMBER)
+    chosen = torch.cat([logits[:, :KNOWN], weighed], dim=1)
+    expected = torch.nn.functional.cross_entropy(chosen, targets, reduction="none")
+    expected.sum().backward()
+
+    states.requires_grad_()
+    torch.manual_seed(3)
+    found = token_losses(states, targets, head=sampled_head(head), chunk=CHUNK)
+    found.sum().backward()
+
+    torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=ROUNDING)
+    assert states.grad is not None
+    assert plain_states.grad is not None
+    largest = float(plain_states.grad.abs().max())
+    torch.testing.assert_close(states.grad, plain_states.grad, rtol=0, atol=ROUNDING * largest)
+
+
+def test_the_sum_of_exponentials_is_right_on_average() -> None:
+    whole = _head()
+    head = with_sampled_softmax(whole, _known(), NUMBER)
+    states, targets = _given()
+    picked = _plain_logits(states, whole).gather(1, targets[:, None])[:, 0]
+    exact = (token_losses(states, targets, head=whole, chunk=CHUNK) + picked).double().exp()
+    torch.manual_seed(4)
+
+    draws = [
+        (token_losses(states, targets, head=sampled_head(head), chunk=CHUNK) + picked)
+        .double()
+        .exp()
+        / exact
+        for _ in range(2000)
+    ]
+
+    ratios = torch.stack(draws)
+    errors = ratios.std(dim=0) / math.sqrt(len(ratios))
+    assert float(ratios.std(dim=0).min()) > 0.01  # it is an estimate
+    assert float(((ratios.mean(dim=0) - 1).abs() / errors).max()) < 5
+
+
+def test_what_is_evaluated_is_of_the_whole_vocabulary() -> None:
+    whole = _head()
+    head = with_sampled_softmax(whole, _known(), NUMBER)
+    states, targets = _given()
+
+    found = token_losses(states, targets, head=head, chunk=CHUNK)
+
+    assert torch.equal(found, token_losses(states, targets, head=whole, chunk=CHUNK))
+
+
+@pytest.mark.parametrize(
+    ("known", "number"),
+    [(KNOWN, 0), (KNOWN, VOCABULARY - KNOWN), (0, NUMBER), (VOCABULARY, NUMBER)],
+    ids=["off", "as many as others", "nothing known", "all known"],
+)
+def test_where_nothing_is_saved_the_head_stays_whole(known: int, number: int) -> None:
+    whole = _head()
+
+    found = with_sampled_softmax(whole, np.arange(VOCABULARY) < known, number)
+
+    assert found is whole
+    assert sampled_head(found) is whole
+
+
+def test_the_rows_multiplied_are_the_known_and_the_drawn() -> None:
+    head = sampled_head(with_sampled_softmax(_head(), _known(), NUMBER))
+
+    blocks = list(head.blocks())
+
+    assert [block.first for block in blocks] == [0, KNOWN]
+    assert [len(block.weight) for block in blocks] == [KNOWN, NUMBER]
+    assert [block.log_weight for block in blocks] == [0.0, math.log((VOCABULARY - KNOWN) / NUMBER)]
+
+
+def test_many_rows_come_in_blocks() -> None:
+    known = np.arange(VOCABULARY) < 150
+    whole = replace(_head(), block_rows=64)
+
+    head = sampled_head(with_sampled_softmax(whole, known, 100))
+
+    assert [block.first for block in head.blocks()] == [0, 64, 128, 150, 214]
+    assert sum(len(block.weight) for block in head.blocks()) == 250
+
+
+def test_known_is_what_stands_in_the_store(tmp_path: Path) -> None:
+    store = Store.open(make_tiny_store(tmp_path / "store", vocab_size=1000))
+    cpu = torch.device("cpu")
+    whole = place_head(store, LossSettings(), device=cpu)
+    tokens = {token for unit in store.iter_units(taps=[]) for token in unit.tokens.tolist()}
+
+    found = tokens_of(store, vocab_size=whole.vocab_size)
+
+    assert set(np.flatnonzero(found).tolist()) == tokens
+    head = place_training_head(store, LossSettings(sampled_softmax=3), device=cpu)
+    assert head.known is not None
+    assert head.known.num_rows == len(tokens)
+    assert set(head.known.others.tolist()) == set(range(whole.vocab_size)) - tokens
+
+
+def test_training_with_it_lowers_the_held_out_nll_and_repeats(tmp_path: Path) -> None:
+    store = make_tiny_store(tmp_path / "store", vocab_size=1000)
+
+    exact = train_tiny(store, tmp_path / "exact")
+    report = train_tiny(store, tmp_path / "run", sampled_softmax=100)
+    train_tiny(store, tmp_path / "again", sampled_softmax=100)
+
+    assert report.carryon_nll < report.base_nll
+    assert report.base_nll == exact.base_nll
+    assert report.carryon_nll != exact.carryon_nll
+    assert_same_bits(tmp_path / "again", tmp_path / "run")
