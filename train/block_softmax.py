@@ -36,7 +36,8 @@ def block_softmax(
     states: Tensor, block: HeadBlock, head: FrozenHead, *, with_mean: bool
 ) -> BlockSoftmax:
     """Return the softmax of `states` [C, D], of the head's type, over the rows of `block`."""
-    if has_kernel(head):
+    # Its second product is of no use without the mean; in bfloat16 its logits are the better ones.
+    if has_kernel(head) and (with_mean or head.dtype != torch.float32):
         return _by_attention(states, block, head)
     logits, slopes = block_logits(states, block, head, with_slopes=with_mean)
     log_sum = torch.logsumexp(logits, dim=1)

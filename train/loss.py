@@ -94,8 +94,9 @@ def _cross_entropy(
     log_sums = torch.empty(len(states), dtype=torch.float32, device=states.device)
     means = torch.empty_like(states, dtype=torch.float32) if with_gradient else None
     is_filtered = with_gradient and head.gradient_filter > 0
-    if is_filtered:
+    if is_filtered or (not with_gradient and head.device.type == "cpu"):
         chunk = min(chunk, POSITIONS_AT_ONCE)
+    if is_filtered:
         floors = _least_log_sums(states, targets, head)
     for block in head.blocks():
         for part in _slices(len(states), chunk):
