@@ -82,7 +82,7 @@ class CompareSettings(Settings):
     """Tokens of a window that documents are cut into."""
     batch_tokens: int = 512
     """Tokens of a step, of every method; small ones, as a CPU takes few of them in minutes."""
-    sampled_softmax: int = 0
+    sampled_softmax: int = 2048
     """As of `carryon train`, for every method but `full`. 0: all train on the exact loss."""
 
     def problems(self) -> list[tuple[bool, str]]:
@@ -224,7 +224,7 @@ def _method(name: str, *, num_layers: int, width: int) -> Method:
     return Method(
         name=name,
         rates=rates_of(CarryOnSettings()),
-        passes=2.0,
+        passes=6.0,
         carryon=same_size(CarryOnSettings(), taps=taps, base_width=width),
     )
 
