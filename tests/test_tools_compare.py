@@ -251,6 +251,17 @@ def test_a_target_is_met_only_if_every_seed_meets_it(
     assert len(capsys.readouterr().out.splitlines()) == len(figures)
 
 
+def test_a_first_run_that_ends_below_lora_has_paid_for_its_extraction(tmp_path: Path) -> None:
+    rows = [make_row("lora", "first", 0, 2.5, 0.0)]
+    rows += [make_row("top", "first", 0, 2.45, 60.0), make_row("top", "second", 0, 2.4, 60.0)]
+    rows += [make_row("native", "first", 0, 2.55, 60.0), make_row("native", "second", 0, 2.4, 60.0)]
+
+    figures = {each["figure"]: each for each in report(tmp_path, rows)}
+
+    assert figures["compare.break_even.top.300s"]["value"] == 1
+    assert figures["compare.break_even.native.300s"]["value"] == pytest.approx(0.3)
+
+
 def test_answers_are_taught_and_counted(
     store_tmp: Path, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
