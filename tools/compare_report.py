@@ -290,7 +290,12 @@ def _plot_pareto(groups: Mapping[Key, Rows], path: Path) -> None:
         nll, size = _mean(rows, "nll"), rows[0]["ship_bytes"] / 1e6
         for axes, x in ((by_time, seconds), (by_size, size)):
             axes.scatter([x], [nll], **style)
-            axes.annotate(f"{method} {run} {seconds:g} s", (x, nll), fontsize=6)
-    by_time.set(xlabel="seconds", ylabel="held-out NLL, nats")
+            label = f"{method}, {run} run of {seconds:g} s"
+            axes.annotate(label, (x, nll), fontsize=7, xytext=(5, 3), textcoords="offset points")
+    by_time.set(xlabel="seconds, extraction included", ylabel="held-out NLL, nats")
     by_size.set(xlabel="megabytes to ship", xscale="log")
+    for which in (by_size.xaxis.set_major_formatter, by_size.xaxis.set_minor_formatter):
+        which("{x:g}")
+    for axes in (by_time, by_size):
+        axes.margins(x=0.4, y=0.1)
     save_plot(figure, path)

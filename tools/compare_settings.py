@@ -65,7 +65,7 @@ class CompareSettings(Settings):
     """Budgets; each is a run of its own, whose learning rate falls to its end."""
     runs: list[Literal["first", "second"]] = field(default_factory=lambda: ["first", "second"])
     """For carry-ons: `first` extracts within the budget, `second` finds the store there."""
-    evaluate_at: list[float] = field(default_factory=list)
+    evaluate_at: list[float] = field(default_factory=lambda: [75.0, 225.0])
     """Seconds on a run's clock at which it is evaluated as well; the clock stands still then."""
     learning_rates: list[str] = field(default_factory=list)
     """METHOD=RATE or METHOD=RATE,RATE,... in place of a method's own."""
