@@ -1,13 +1,15 @@
 """carryon.train.gradient_filter: an exact loss, and a gradient within its stated bound.
 
-Shapes: 70 positions in chunks of 32, width 16, a vocabulary of 300 rows in blocks of 128.
+Shapes: 70 positions in chunks of 32, heads of tiny_heads.py.
 """
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny_heads import HEADS, VOCABULARY, WIDTH, make_head
 from tiny_train_stores import make_tiny_store
 from torch import Tensor
 
@@ -19,31 +21,12 @@ from carryon.train.frozen_head import FrozenHead, place_head, with_gradient_filt
 from carryon.train.gradient_filter import farthest_from_mean
 from carryon.train.loss import token_losses
 
-POSITIONS, WIDTH, VOCABULARY, CHUNK, BLOCK_ROWS, LEAST = 70, 16, 300, 32, 128, 1e-3
+POSITIONS, CHUNK, LEAST = 70, 32, 1e-3
 ROUNDING = 2e-6
-HEADS = [
-    {},
-    {"has_bias": True},
-    {"logit_scale": 0.5},
-    {"softcap": 6.0},
-    {"has_bias": True, "logit_scale": 0.7, "softcap": 6.0},
-]
 
 
-def _head(
-    *, has_bias: bool = False, logit_scale: float = 1.0, softcap: float | None = None
-) -> FrozenHead:
-    random = torch.Generator().manual_seed(1)
-    rows = 1.0 + torch.randn(VOCABULARY, WIDTH, generator=random)  # a mean row far from 0
-    return FrozenHead(
-        weight=rows,
-        bias=torch.randn(VOCABULARY, generator=random) if has_bias else None,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        block_rows=BLOCK_ROWS,
-    )
+def _head(**kind: Any) -> FrozenHead:  # noqa: ANN401
+    return make_head(mean=1.0, **kind)  # a mean row far from 0
 
 
 def _given() -> tuple[Tensor, Tensor]:
@@ -73,7 +56,7 @@ def test_the_loss_is_exact_and_the_gradient_within_the_bound(
     kind: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gradient_filter, "_MOST_SPARSE", 1.0)  # always by the sparse sum
-    exact = _head(**kind)  # type: ignore[arg-type]
+    exact = _head(**kind)
     filtered = with_gradient_filter(exact, LEAST)
     p = _probabilities(exact)
     left_out = torch.where(p < LEAST, p, 0.0).sum(dim=1)

@@ -1,7 +1,6 @@
 """carryon.train.sampled_softmax: the loss of chosen rows, right on average.
 
-Shapes: 70 positions in chunks of 32, width 16, a vocabulary of 300 rows in blocks of 128, of which
-the first 60 are known.
+Shapes: 70 positions in chunks of 32, heads of tiny_heads.py, of whose 300 rows 60 are known.
 """
 
 import math
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_heads import HEADS, VOCABULARY, WIDTH, make_head
 from tiny_runs import assert_same_bits, train_tiny
 from tiny_train_stores import make_tiny_store
 from torch import Tensor
@@ -26,31 +26,8 @@ from carryon.train.sampled_softmax import (
     with_sampled_softmax,
 )
 
-POSITIONS, WIDTH, VOCABULARY, KNOWN, NUMBER, CHUNK, BLOCK_ROWS = 70, 16, 300, 60, 24, 32, 128
+POSITIONS, KNOWN, NUMBER, CHUNK = 70, 60, 24, 32
 ROUNDING = 3e-6
-HEADS = [
-    {},
-    {"has_bias": True},
-    {"logit_scale": 0.5},
-    {"softcap": 6.0},
-    {"has_bias": True, "logit_scale": 0.7, "softcap": 6.0},
-]
-
-
-def _head(
-    *, has_bias: bool = False, logit_scale: float = 1.0, softcap: float | None = None
-) -> FrozenHead:
-    random = torch.Generator().manual_seed(1)
-    rows = torch.randn(VOCABULARY, WIDTH, generator=random)
-    return FrozenHead(
-        weight=rows,
-        bias=torch.randn(VOCABULARY, generator=random) if has_bias else None,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        block_rows=BLOCK_ROWS,
-    )
 
 
 def _known() -> np.ndarray:
@@ -73,7 +50,7 @@ def _plain_logits(states: Tensor, head: FrozenHead) -> Tensor:
 def test_loss_and_gradient_are_those_of_the_plain_formula_over_the_same_rows(
     kind: dict[str, float],
 ) -> None:
-    whole = _head(**kind)  # type: ignore[arg-type]
+    whole = make_head(**kind)  # type: ignore[arg-type]
     head = with_sampled_softmax(whole, _known(), NUMBER)
     states, targets = _given()
     torch.manual_seed(3)
@@ -98,7 +75,7 @@ def test_loss_and_gradient_are_those_of_the_plain_formula_over_the_same_rows(
 
 
 def test_the_sum_of_exponentials_is_right_on_average() -> None:
-    whole = _head()
+    whole = make_head()
     head = with_sampled_softmax(whole, _known(), NUMBER)
     states, targets = _given()
     picked = _plain_logits(states, whole).gather(1, targets[:, None])[:, 0]
@@ -120,7 +97,7 @@ def test_the_sum_of_exponentials_is_right_on_average() -> None:
 
 
 def test_what_is_evaluated_is_of_the_whole_vocabulary() -> None:
-    whole = _head()
+    whole = make_head()
     head = with_sampled_softmax(whole, _known(), NUMBER)
     states, targets = _given()
 
@@ -135,7 +112,7 @@ def test_what_is_evaluated_is_of_the_whole_vocabulary() -> None:
     ids=["off", "as many as others", "nothing known", "all known"],
 )
 def test_where_nothing_is_saved_the_head_stays_whole(known: int, number: int) -> None:
-    whole = _head()
+    whole = make_head()
 
     found = with_sampled_softmax(whole, np.arange(VOCABULARY) < known, number)
 
@@ -144,7 +121,7 @@ def test_where_nothing_is_saved_the_head_stays_whole(known: int, number: int) ->
 
 
 def test_the_rows_multiplied_are_the_known_and_the_drawn() -> None:
-    head = sampled_head(with_sampled_softmax(_head(), _known(), NUMBER))
+    head = sampled_head(with_sampled_softmax(make_head(), _known(), NUMBER))
 
     blocks = list(head.blocks())
 
@@ -155,7 +132,7 @@ def test_the_rows_multiplied_are_the_known_and_the_drawn() -> None:
 
 def test_many_rows_come_in_blocks() -> None:
     known = np.arange(VOCABULARY) < 150
-    whole = replace(_head(), block_rows=64)
+    whole = replace(make_head(), block_rows=64)
 
     head = sampled_head(with_sampled_softmax(whole, known, 100))
 
