@@ -1,5 +1,6 @@
 """carryon.tools.peak_memory: what was in use at one time is seen, and nothing that a file backs."""
 
+import mmap
 import time
 from pathlib import Path
 
@@ -11,11 +12,19 @@ _BYTES = 64 << 20
 _SLACK = 8 << 20
 
 
+def _take() -> mmap.mmap:
+    """Return memory fresh from the system: what was freed before may be given out again."""
+    memory = mmap.mmap(-1, _BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, _BYTES, mmap.PAGESIZE):
+        memory[page] = 1
+    return memory
+
+
 def test_memory_in_use_is_counted_until_it_is_freed() -> None:
     before = anonymous_bytes()
-    held = np.ones(_BYTES, dtype=np.uint8)
+    held = _take()
     during = anonymous_bytes()
-    del held
+    held.close()
 
     assert abs(during - before - _BYTES) < _SLACK
     assert abs(anonymous_bytes() - before) < _SLACK
@@ -24,9 +33,9 @@ def test_memory_in_use_is_counted_until_it_is_freed() -> None:
 def test_the_peak_is_of_what_was_freed_again() -> None:
     before = anonymous_bytes()
     with watched_peak() as peak:
-        held = np.ones(_BYTES, dtype=np.uint8)
+        held = _take()
         time.sleep(0.05)  # ten looks
-        del held
+        held.close()
 
     assert abs(peak.bytes - before - _BYTES) < _SLACK
 
@@ -34,7 +43,7 @@ def test_the_peak_is_of_what_was_freed_again() -> None:
 def test_what_still_stands_at_the_end_is_seen_however_short_the_block_was() -> None:
     before = anonymous_bytes()
     with watched_peak() as peak:
-        held = np.ones(_BYTES, dtype=np.uint8)
+        held = _take()
 
     assert peak.bytes - before > len(held) - _SLACK
 
