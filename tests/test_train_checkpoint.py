@@ -13,6 +13,7 @@ from carryon.train.checkpoint import (
     Progress,
     load_checkpoint,
     newest_checkpoint,
+    refuse_other_identity,
     save_checkpoint,
 )
 from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
@@ -132,3 +133,10 @@ def test_a_failed_write_leaves_the_folder_as_it_was(
         _save(tmp_path, carryon, optimizer, step=2)
 
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
+
+
+def test_a_run_begun_before_there_was_a_setting_goes_on_without_it() -> None:
+    refuse_other_identity({"width": 8}, {"width": 8, "sampled_softmax": 0}, name="run")
+
+    with pytest.raises(InputError, match="sampled_softmax is None there and 5 here"):
+        refuse_other_identity({"width": 8}, {"width": 8, "sampled_softmax": 5}, name="run")

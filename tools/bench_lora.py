@@ -69,46 +69,40 @@ def measure_lora(job: TrainJob) -> None:
         found[name] = in_turn(ways, rounds=sizes.rounds)
         del ways, base
         gc.collect()
-    speeds = {
-        "carryon": num_tokens / found["lora"]["carryon"],
-        "sampled": num_tokens / found["lora"]["sampled"],
-        "lora": num_tokens / found["lora"]["lora"],
-        "full": num_tokens / found["full"]["full"],
-    }
     details = {
-        "tokens_per_second": speeds,
+        "tokens_per_second": {
+            way: num_tokens / (found["full"] if way == "full" else found["lora"])[way]
+            for way in ("carryon", "sampled", "lora", "full")
+        },
         "tokens": num_tokens,
         "steps": len(batches),
         "rank": RANK,
         "dtype": base_dtype,
     }
-    job.report(
-        Figure(
-            figure="lora.speed",
-            value=found["lora"]["lora"] / found["lora"]["carryon"],
-            unit="of LoRA's tokens/s",
-            target=LORA_TARGET,
-            sense="at least",
-            details=details,
+    _report_ratios(job, found, details)
+
+
+def _report_ratios(
+    job: TrainJob, seconds: dict[str, dict[str, float]], details: dict[str, Any]
+) -> None:
+    """Report LoRA and full fine-tuning against the carry-on that was timed in turn with them."""
+    for figure, other, ours, target in (
+        ("lora.speed", "lora", "carryon", LORA_TARGET),
+        ("lora.speed_sampled", "lora", "sampled", None),
+        ("full.speed", "full", "carryon", None),
+    ):
+        whose = "LoRA's" if other == "lora" else "full fine-tuning's"
+        job.report(
+            Figure(
+                figure=figure,
+                value=seconds[other][other] / seconds[other][ours],
+                unit=f"of {whose} tokens/s",
+                target=target,
+                sense="at least",
+                details=details
+                | ({"sampled_softmax": job.sizes.sampled_rows} if ours == "sampled" else {}),
+            )
         )
-    )
-    job.report(
-        Figure(
-            figure="lora.speed_sampled",
-            value=found["lora"]["lora"] / found["lora"]["sampled"],
-            unit="of LoRA's tokens/s, with a sampled softmax",
-            details={**details, "rows": sizes.sampled_rows},
-        )
-    )
-    job.report(
-        Figure(
-            figure="full.speed",
-            value=found["full"]["full"] / found["full"]["carryon"],
-            unit="of full fine-tuning's tokens/s",
-            sense="at least",
-            details=details,
-        )
-    )
 
 
 def take_batches(path: str, batch_tokens: int, *, count: int, taps: Sequence[str]) -> list[Batch]:
