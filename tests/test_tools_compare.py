@@ -284,6 +284,31 @@ def test_answers_are_taught_and_counted(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found[0]
 
 
+def test_what_seen_problems_are_worth_is_told_apart(
+    store_tmp: Path, tiny_base_folder: Path
+) -> None:
+    [found] = experiment_cot(
+        base=str(tiny_base_folder),
+        out=str(store_tmp / "cot"),
+        task="chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1",
+        samples=60,
+        num=20,
+        seeds=[0],
+        epochs=1,
+        keep_seen=True,
+    )
+    corpus = (store_tmp / "cot" / "corpus.jsonl").read_text().splitlines()
+    questions: dict[str, list[str]] = {"train": [], "held-out": []}
+    for record in map(json.loads, corpus):
+        questions[record["split"]].append(record["messages"][0]["content"])
+    seen = sum(question in questions["train"] for question in questions["held-out"])
+    assert len(questions["train"]) == 60
+    assert found["figure"] == "cot.chain_sum.exact_with_seen"
+    assert found["target"] is None
+    assert found["seen_share"] == seen / 20 > 0
+    assert 0 <= found["exact_seen"] <= 1
+
+
 def test_reference_documentation_is_split_by_topic(tmp_path: Path) -> None:
     write_named_corpus("pydoc", tmp_path / "pydoc.jsonl", num_tokens=5000)
     records = [json.loads(line) for line in (tmp_path / "pydoc.jsonl").read_text().splitlines()]
