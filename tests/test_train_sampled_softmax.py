@@ -1,6 +1,7 @@
 """carryon.train.sampled_softmax: the loss of chosen rows, right on average.
 
-Shapes: 70 positions in chunks of 32, heads of tiny_heads.py, of whose 300 rows 60 are known.
+Shapes: 70 positions in chunks of 32, heads of tiny_heads.py, of whose 300 rows 60 are frequent;
+targets are of the first 80.
 """
 
 import math
@@ -16,28 +17,30 @@ from tiny_train_stores import make_tiny_store
 from torch import Tensor
 
 from carryon.cache.reader import Store
+from carryon.train import sampled_softmax
 from carryon.train.config import LossSettings
 from carryon.train.frozen_head import FrozenHead, place_head
 from carryon.train.loss import token_losses
 from carryon.train.sampled_softmax import (
+    count_tokens,
     place_training_head,
     sampled_head,
-    tokens_of,
     with_sampled_softmax,
 )
 
-POSITIONS, KNOWN, NUMBER, CHUNK = 70, 60, 24, 32
+POSITIONS, FREQUENT, NUMBER, CHUNK = 70, 60, 24, 32
+TARGETS = 80
 ROUNDING = 3e-6
 
 
-def _known() -> np.ndarray:
-    return np.arange(VOCABULARY) < KNOWN
+def _counts(number: int = FREQUENT) -> np.ndarray:
+    return np.maximum(0, number - np.arange(VOCABULARY))
 
 
 def _given() -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(2)
     states = torch.randn(POSITIONS, WIDTH, generator=random)
-    return states, torch.randint(KNOWN, (POSITIONS,), generator=random)
+    return states, torch.randint(TARGETS, (POSITIONS,), generator=random)
 
 
 def _plain_logits(states: Tensor, head: FrozenHead) -> Tensor:
@@ -51,20 +54,26 @@ def test_loss_and_gradient_are_those_of_the_plain_formula_over_the_same_rows(
     kind: dict[str, float],
 ) -> None:
     whole = make_head(**kind)  # type: ignore[arg-type]
-    head = with_sampled_softmax(whole, _known(), NUMBER)
+    head = with_sampled_softmax(whole, _counts(), NUMBER)
     states, targets = _given()
     torch.manual_seed(3)
-    drawn = KNOWN + torch.randint(VOCABULARY - KNOWN, (NUMBER,))
+    drawn = FREQUENT + torch.randint(VOCABULARY - FREQUENT, (NUMBER,))
+    rare = sorted(set(targets.tolist()) - set(range(FREQUENT)))
+    drawn = drawn[[token not in rare for token in drawn.tolist()]]
+    assert len(rare) > 5
+    assert 0 < len(drawn) < NUMBER
     plain_states = states.clone().requires_grad_()
     logits = _plain_logits(plain_states, whole)
-    weighed = logits[:, drawn] + math.log((VOCABULARY - KNOWN) / NUMBER)
-    chosen = torch.cat([logits[:, :KNOWN], weighed], dim=1)
-    expected = torch.nn.functional.cross_entropy(chosen, targets, reduction="none")
+    weighed = logits[:, drawn] + math.log((VOCABULARY - FREQUENT - len(rare)) / len(drawn))
+    always = [*range(FREQUENT), *rare]
+    chosen = torch.cat([logits[:, always], weighed], dim=1)
+    places = torch.tensor([always.index(target) for target in targets.tolist()])
+    expected = torch.nn.functional.cross_entropy(chosen, places, reduction="none")
     expected.sum().backward()
 
     states.requires_grad_()
     torch.manual_seed(3)
-    found = token_losses(states, targets, head=sampled_head(head), chunk=CHUNK)
+    found = token_losses(states, targets, head=sampled_head(head, targets), chunk=CHUNK)
     found.sum().backward()
 
     torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=ROUNDING)
@@ -76,14 +85,14 @@ def test_loss_and_gradient_are_those_of_the_plain_formula_over_the_same_rows(
 
 def test_the_sum_of_exponentials_is_right_on_average() -> None:
     whole = make_head()
-    head = with_sampled_softmax(whole, _known(), NUMBER)
+    head = with_sampled_softmax(whole, _counts(), NUMBER)
     states, targets = _given()
     picked = _plain_logits(states, whole).gather(1, targets[:, None])[:, 0]
     exact = (token_losses(states, targets, head=whole, chunk=CHUNK) + picked).double().exp()
     torch.manual_seed(4)
 
     draws = [
-        (token_losses(states, targets, head=sampled_head(head), chunk=CHUNK) + picked)
+        (token_losses(states, targets, head=sampled_head(head, targets), chunk=CHUNK) + picked)
         .double()
         .exp()
         / exact
@@ -98,7 +107,7 @@ def test_the_sum_of_exponentials_is_right_on_average() -> None:
 
 def test_what_is_evaluated_is_of_the_whole_vocabulary() -> None:
     whole = make_head()
-    head = with_sampled_softmax(whole, _known(), NUMBER)
+    head = with_sampled_softmax(whole, _counts(), NUMBER)
     states, targets = _given()
 
     found = token_losses(states, targets, head=head, chunk=CHUNK)
@@ -107,52 +116,75 @@ def test_what_is_evaluated_is_of_the_whole_vocabulary() -> None:
 
 
 @pytest.mark.parametrize(
-    ("known", "number"),
-    [(KNOWN, 0), (KNOWN, VOCABULARY - KNOWN), (0, NUMBER), (VOCABULARY, NUMBER)],
-    ids=["off", "as many as others", "nothing known", "all known"],
+    ("frequent", "number"),
+    [(FREQUENT, 0), (FREQUENT, VOCABULARY - FREQUENT), (0, NUMBER), (VOCABULARY, NUMBER)],
+    ids=["off", "as many as others", "no counts", "all frequent"],
 )
-def test_where_nothing_is_saved_the_head_stays_whole(known: int, number: int) -> None:
+def test_where_nothing_is_saved_the_head_stays_whole(frequent: int, number: int) -> None:
     whole = make_head()
 
-    found = with_sampled_softmax(whole, np.arange(VOCABULARY) < known, number)
+    found = with_sampled_softmax(whole, _counts(frequent), number)
 
     assert found is whole
-    assert sampled_head(found) is whole
+    assert sampled_head(found, torch.tensor([1])) is whole
 
 
-def test_the_rows_multiplied_are_the_known_and_the_drawn() -> None:
-    head = sampled_head(with_sampled_softmax(make_head(), _known(), NUMBER))
+def test_the_rows_multiplied_are_the_frequent_those_of_the_targets_and_the_drawn() -> None:
+    head = with_sampled_softmax(make_head(), _counts(), NUMBER)
+    targets = torch.tensor([3, FREQUENT + 5, FREQUENT + 5, FREQUENT + 9])
+    torch.manual_seed(3)
+    drawn = FREQUENT + torch.randint(VOCABULARY - FREQUENT, (NUMBER,))
+    kept = drawn[(drawn != FREQUENT + 5) & (drawn != FREQUENT + 9)]
 
-    blocks = list(head.blocks())
+    torch.manual_seed(3)
+    blocks = list(sampled_head(head, targets).blocks())
 
-    assert [block.first for block in blocks] == [0, KNOWN]
-    assert [len(block.weight) for block in blocks] == [KNOWN, NUMBER]
-    assert [block.log_weight for block in blocks] == [0.0, math.log((VOCABULARY - KNOWN) / NUMBER)]
+    assert [block.first for block in blocks] == [0, FREQUENT, FREQUENT + 2]
+    assert [block.log_weight for block in blocks[:2]] == [0.0, 0.0]
+    assert blocks[2].log_weight == math.log((VOCABULARY - FREQUENT - 2) / len(kept))
+    ids = [torch.arange(FREQUENT), torch.tensor([FREQUENT + 5, FREQUENT + 9]), kept]
+    for block, some in zip(blocks, ids, strict=True):
+        assert torch.equal(block.weight, head.rows(some))
+
+
+def test_only_so_many_tokens_are_frequent_the_most_frequent_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampled_softmax, "MOST_FREQUENT", 10)
+    counts = _counts()[::-1].copy()  # the last tokens are the most frequent
+
+    head = with_sampled_softmax(make_head(), counts, NUMBER)
+
+    assert head.frequent is not None
+    assert head.frequent.num_rows == 10
+    assert torch.nonzero(head.frequent.is_one)[:, 0].tolist() == list(
+        range(VOCABULARY - 10, VOCABULARY)
+    )
+    assert head.frequent.others.tolist() == list(range(VOCABULARY - 10))
 
 
 def test_many_rows_come_in_blocks() -> None:
-    known = np.arange(VOCABULARY) < 150
     whole = replace(make_head(), block_rows=64)
 
-    head = sampled_head(with_sampled_softmax(whole, known, 100))
+    head = sampled_head(with_sampled_softmax(whole, _counts(150), 100), torch.tensor([1]))
 
     assert [block.first for block in head.blocks()] == [0, 64, 128, 150, 214]
     assert sum(len(block.weight) for block in head.blocks()) == 250
 
 
-def test_known_is_what_stands_in_the_store(tmp_path: Path) -> None:
+def test_what_is_counted_is_what_stands_in_the_store(tmp_path: Path) -> None:
     store = Store.open(make_tiny_store(tmp_path / "store", vocab_size=1000))
     cpu = torch.device("cpu")
     whole = place_head(store, LossSettings(), device=cpu)
-    tokens = {token for unit in store.iter_units(taps=[]) for token in unit.tokens.tolist()}
+    tokens = [token for unit in store.iter_units(taps=[]) for token in unit.tokens.tolist()]
 
-    found = tokens_of(store, vocab_size=whole.vocab_size)
+    found = count_tokens(store, vocab_size=whole.vocab_size)
 
-    assert set(np.flatnonzero(found).tolist()) == tokens
+    assert found.tolist() == [tokens.count(token) for token in range(whole.vocab_size)]
     head = place_training_head(store, LossSettings(sampled_softmax=3), device=cpu)
-    assert head.known is not None
-    assert head.known.num_rows == len(tokens)
-    assert set(head.known.others.tolist()) == set(range(whole.vocab_size)) - tokens
+    assert head.frequent is not None
+    assert head.frequent.num_rows == len(set(tokens))
+    assert set(head.frequent.others.tolist()) == set(range(whole.vocab_size)) - set(tokens)
 
 
 def test_training_with_it_lowers_the_held_out_nll_and_repeats(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def build_learner(
         base: the base.
         store: of the carry-on's states; None for what trains the base.
         seed: of the first weights.
-        samples: of the training half; a sampled softmax always holds their tokens.
+        samples: of the training half; a sampled softmax holds their most frequent tokens.
         sampled_softmax: rows that it draws beside; 0: the loss is exact.
 
     Raises:
@@ -143,10 +143,10 @@ def build_learner(
     """
 
     def sampling(head: FrozenHead) -> FrozenHead:
-        known = np.zeros(head.vocab_size, dtype=np.bool_)
+        counts = np.zeros(head.vocab_size, dtype=np.int64)
         for sample in samples:
-            known[sample.tokens] = True
-        return with_sampled_softmax(head, known, sampled_softmax)
+            counts += np.bincount(sample.tokens, minlength=head.vocab_size)
+        return with_sampled_softmax(head, counts, sampled_softmax)
 
     if method.carryon is None:
         return _whole_base(base, has_lora=method.name == "lora", seed=seed, sampling=sampling)
@@ -164,7 +164,7 @@ def build_learner(
     head = sampling(place_head(store, LossSettings(), device=device))
 
     def losses(batch: Batch) -> Tensor:
-        rows = _rows_of(head)
+        rows = _rows_of(head, batch)
         return pair_losses(module, batch.to(device), head=rows, chunk=DEFAULT_CHUNK, alpha=1.0)
 
     return Learner(model=module, losses=losses, ship_bytes=2 * _count(module))
@@ -238,15 +238,15 @@ def _whole_base(
             logits = base.anatomy.softcap * torch.tanh(logits / base.anatomy.softcap)
         if frozen is None:
             return nn.functional.cross_entropy(logits, batch.targets, reduction="none")
-        rows = _rows_of(frozen)
+        rows = _rows_of(frozen, batch)
         return token_losses(states_MD.float(), batch.targets, head=rows, chunk=DEFAULT_CHUNK)
 
     return Learner(model=model, losses=losses, ship_bytes=2 * _count(model))
 
 
-def _rows_of(head: FrozenHead) -> FrozenHead:
+def _rows_of(head: FrozenHead, batch: Batch) -> FrozenHead:
     """Return the rows to multiply: a step's, or all where something is evaluated."""
-    return sampled_head(head) if torch.is_grad_enabled() else head
+    return sampled_head(head, batch.targets) if torch.is_grad_enabled() else head
 
 
 def _count(model: nn.Module) -> int:

@@ -111,7 +111,7 @@ def experiment_cot(
 def _apart(
     problems: Sequence["Problem"], seen: set[str], found: Sequence["Score"]
 ) -> dict[str, float]:
-    """Return how many answers to seen and to unseen problems are right; nothing where none is seen."""
+    """Return which part of the answers to seen and to unseen problems is right; {}: none seen."""
     from carryon.train.exact_match import is_exact
 
     right: dict[bool, list[bool]] = {True: [], False: []}

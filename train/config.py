@@ -234,10 +234,10 @@ class LossSettings(Settings):
     matrix products. A position's gradient is off by at most the probability left out times the
     largest distance of a head's row from their mean. 0: nothing is left out."""
     sampled_softmax: int = 0
-    """Train against the tokens that stand in the store and so many others, drawn anew each step to
-    stand for all the rest, instead of the whole vocabulary; 2048 makes a small carry-on's step
-    several times as fast. Losses in the log are then estimates, held-out ones stay exact. 0: the
-    whole vocabulary."""
+    """Train against the 4,096 most frequent tokens of the store, the step's own targets and so many
+    others, drawn anew each step to stand for all the rest, instead of the whole vocabulary; 2048
+    makes a small carry-on's step several times as fast. Losses in the log are then estimates,
+    held-out ones stay exact. 0: the whole vocabulary."""
 
     def problems(self) -> list[tuple[bool, str]]:
         """Return what is out of range."""

@@ -45,15 +45,17 @@ class HeadBlock:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KnownRows:
-    """What a sampled softmax multiplies (sampled_softmax.py)."""
+class FrequentRows:
+    """What every step of a sampled softmax multiplies, and what it draws from."""
 
     blocks: tuple[HeadBlock, ...]
     """The rows of every step."""
+    is_one: Tensor
+    """[V] bool, on the host: whether a token is among them."""
     others: Tensor
-    """[V - rows] int64, on the host: the tokens of all other rows."""
+    """[V - rows] int64, on the host: all other tokens."""
     number: int
-    """How many of them are drawn for a step."""
+    """How many of the others are drawn for a step."""
 
     @property
     def num_rows(self) -> int:
@@ -83,7 +85,7 @@ class FrozenHead:
     """Probability below which a row is left out of the gradient (gradient_filter.py). 0: none."""
     mean_row: Tensor | None = None
     """[D] float32, on the device: the mean of all rows, where there is a gradient filter."""
-    known: KnownRows | None = None
+    frequent: FrequentRows | None = None
     """What steps of training are to draw from. None: they multiply all rows."""
     parts: tuple[HeadBlock, ...] | None = None
     """Rows that stand for all. None: all of them."""

@@ -115,7 +115,8 @@ def _objective(
     states_MD = carryon.customize(
         batch.states, batch.positions, pair_delta(carryon, batch, head=head), alpha=1.0
     )
-    losses = token_losses(states_MD, batch.targets, head=sampled_head(head), chunk=chunk)
+    rows = sampled_head(head, batch.targets)
+    losses = token_losses(states_MD, batch.targets, head=rows, chunk=chunk)
     if kl_weight == 0 or base is None:
         return losses, losses.sum()
     drift = base_divergences(states_MD, base.at_pairs(batch, head), head=head, chunk=chunk)
