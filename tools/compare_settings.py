@@ -72,8 +72,9 @@ class CompareSettings(Settings):
     passes: list[str] = field(default_factory=list)
     """METHOD=PASSES in place of a method's own: how often a first run plans to read what it
     extracts."""
-    sweep_seconds: float = 60.0
-    """Budget of the short runs that find a learning rate."""
+    sweep_seconds: float = 150.0
+    """Budget of the short runs that find a learning rate; a rate that wins in a minute can be too
+    high for five."""
     tokens: int = 120_000
     """Training tokens in all; few of them make many passes. Second runs find all extracted."""
     held_out_tokens: int = 12_000
