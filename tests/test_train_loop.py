@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_runs import Killed, kill_at
 from tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError, MissingError
@@ -75,21 +76,6 @@ def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     assert found.keys() == expected.keys()
     for name, weight in found.items():
         assert torch.equal(weight, expected[name]), name
-
-
-class _Killed(Exception):
-    """Stands for a kill between two steps."""
-
-
-def _kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    calls = iter(range(1000))
-
-    def killed_step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if next(calls) == step:
-            raise _Killed
-        return take_step(*args, **kwargs)
-
-    monkeypatch.setattr(live_run, "take_step", killed_step)
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +178,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
     step: int,
 ) -> None:
     with monkeypatch.context() as patch:
-        _kill_at(patch, step)
-        with pytest.raises(_Killed):
+        kill_at(patch, step)
+        with pytest.raises(Killed):
             _train(store, tmp_path / "run")
 
     report = _train(store, tmp_path / "run")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_heads import HEADS, VOCABULARY, WIDTH, make_head
-from tiny_runs import assert_same_bits, train_tiny
+from tiny_runs import Killed, assert_same_bits, kill_at, train_tiny
 from tiny_train_stores import make_tiny_store
 from torch import Tensor
 
@@ -198,3 +198,18 @@ def test_training_with_it_lowers_the_held_out_nll_and_repeats(tmp_path: Path) ->
     assert report.base_nll == exact.base_nll
     assert report.carryon_nll != exact.carryon_nll
     assert_same_bits(tmp_path / "again", tmp_path / "run")
+
+
+def test_a_killed_run_draws_the_same_rows_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_tiny_store(tmp_path / "store", vocab_size=1000)
+    train_tiny(store, tmp_path / "whole", sampled_softmax=100)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)
+        with pytest.raises(Killed):
+            train_tiny(store, tmp_path / "killed", sampled_softmax=100)
+
+    train_tiny(store, tmp_path / "killed", sampled_softmax=100)
+
+    assert_same_bits(tmp_path / "killed", tmp_path / "whole")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from carryon.train import finish
+from carryon.train import finish, live_run
 from carryon.train import sweep as sweep_module
 from carryon.train.config import (
     CarryOnSettings,
@@ -31,6 +31,7 @@ from carryon.train.loop import train
 from carryon.train.metrics import read_metrics
 from carryon.train.report import TrainReport
 from carryon.train.run import TrainSettings
+from carryon.train.step import take_step
 from carryon.train.sweep import change, sweep
 
 TINY = TrainSettings(
@@ -61,6 +62,22 @@ def train_tiny(store: Path | Sequence[Path], out: Path, **changes: Any) -> Train
     settings = change(TINY, changes)
     parts = {name: getattr(settings, name) for name in settings.__slots__}
     return train(store=[str(path) for path in paths], out=str(out), **parts)
+
+
+class Killed(Exception):
+    """Stands for a kill between two steps."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the next training end before a step, without a word."""
+    calls = iter(range(1000))
+
+    def killed_step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if next(calls) == step:
+            raise Killed
+        return take_step(*args, **kwargs)
+
+    monkeypatch.setattr(live_run, "take_step", killed_step)
 
 
 def saved_weights(out: Path) -> dict[str, torch.Tensor]:
