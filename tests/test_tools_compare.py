@@ -9,12 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from carryon.cache.errors import InputError
+from carryon.cache.extract import extract
+from carryon.cache.reader import Store
+from carryon.cache.spec import ForwardSettings, StoreSettings
 from carryon.tools.bench_corpora import write_named_corpus
 from carryon.tools.command_line import parse_call
 from carryon.tools.compare import compare
-from carryon.tools.compare_data import Material, iter_steps, order_pass, prepare_material
+from carryon.tools.compare_data import (
+    Material,
+    corpus_settings,
+    iter_steps,
+    order_pass,
+    prepare_material,
+)
+from carryon.tools.compare_methods import read_store
 from carryon.tools.compare_report import report
 from carryon.tools.compare_row import best_rate, main
 from carryon.tools.compare_settings import (
@@ -152,6 +163,40 @@ def test_every_method_starts_as_the_base_and_learns_until_its_budget_ends(
         if method == "bottleneck":
             assert found["extraction"]["tokens"] > 0
     assert not list((out / "work").glob(f"{method}*/zarr.json")), "stores of first runs are removed"
+
+
+def test_samples_are_found_in_a_store_that_was_extracted_in_two_parts(
+    work: Path, tiny_base_folder: Path, store_tmp: Path
+) -> None:
+    lines = (work / "train.jsonl").read_text().splitlines(keepends=True)
+    for name, some in (("all", lines), ("one", lines[:7]), ("two", lines[7:])):
+        (store_tmp / f"{name}.jsonl").write_text("".join(some))
+
+    def extracted(name: str, part: str, *, append: bool = False) -> Store:
+        extract(
+            base=str(tiny_base_folder),
+            data=[store_tmp / f"{part}.jsonl"],
+            out=store_tmp / name,
+            corpus=corpus_settings(),
+            store=StoreSettings(unit_tokens=256),
+            forward=ForwardSettings(compute_dtype="float32"),
+            append=append,
+        )
+        return Store.open(store_tmp / name)
+
+    extracted("parts", "one")
+    samples = material_of(work, tiny_base_folder).train
+    reads = [
+        read_store(store, samples, ["final"])
+        for store in (extracted("whole", "all"), extracted("parts", "two", append=True))
+    ]
+    for chosen in ([0, 6, 7], [len(lines) - 1, 3, 8]):
+        whole, parts = (read(np.array(chosen)) for read in reads)
+        tokens = np.concatenate([samples[index].tokens for index in chosen])
+        assert parts.tokens.tolist() == whole.tokens.tolist() == tokens.tolist()
+        torch.testing.assert_close(
+            parts.states["final"].float(), whole.states["final"].float(), rtol=0.02, atol=0.02
+        )
 
 
 BASE_NLL: dict[str, float] = {}

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from carryon.cache.base import load_base, read_head
 from carryon.cache.corpus import Sample
-from carryon.cache.plan import plan_units
 from carryon.cache.reader import Store
 from carryon.cache.spec import ForwardSettings
 from carryon.tools.compare_settings import LORA_RANK, Method
@@ -87,20 +86,14 @@ def read_store(store: Store, samples: Sequence[Sample], taps: Sequence[str]) -> 
     """Return a reader of tokens and states.
 
     Args:
-        store: of the first samples, all of them or some.
-        samples: all.
+        store: of all of the samples or some, which its own ids tell.
+        samples: of which are chosen.
         taps: whose states are wanted.
     """
-    plan = plan_units(
-        np.array([len(sample.tokens) for sample in samples[: store.num_samples]], dtype=np.int32),
-        np.zeros(store.num_samples, dtype=np.bool_),
-        unit_tokens=store.manifest.unit_tokens,
-        seed=store.manifest.settings["seed"],
-    )
-    place = np.argsort(plan.order)
+    places = {store.sample_id(place): place for place in range(store.num_samples)}
 
     def read(chosen: NDArray[np.int64]) -> Batch:
-        rows = [store.read_sample(int(place[index]), taps=taps) for index in chosen]
+        rows = [store.read_sample(places[samples[index].id], taps=taps) for index in chosen]
         return make_batch(
             chosen,
             np.array([len(row.tokens) for row in rows]),

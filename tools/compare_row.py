@@ -244,22 +244,38 @@ def _known_start(bench: Bench) -> dict[str, Any] | None:
 
 
 def _first_store(bench: Bench, row: Row) -> tuple[Store, dict[str, Any]]:
-    """Extract, against the clock, what the run is going to read."""
+    """Extract, against the clock, what the run is going to read.
+
+    Half of it first, so that what the other half may take is known from how fast this went.
+    """
     base = load_base(bench.base, forward=ForwardSettings())
     speeds = _rehearse(bench, base)
-    a_token_s = 1 / speeds["extract"] + bench.method.passes / speeds["train"]
-    num_tokens = int(max(0.0, row.seconds - speeds["fixed_s"]) / a_token_s)
-    number = bench.material.count_samples(num_tokens)
-    data = bench.out / "work" / f"{row.name}.jsonl"
-    lines = bench.material.train_file.read_bytes().splitlines(keepends=True)
-    write_file(data, b"".join(lines[:number]))
+    reading_s = bench.method.passes / speeds["train"]
+    a_token_s = 1 / speeds["extract"] + reading_s
+    wanted = max(0.0, row.seconds - speeds["fixed_s"]) / a_token_s
     root = bench.out / "work" / row.name
     shutil.rmtree(root, ignore_errors=True)
+    number = bench.material.count_samples(int(wanted / 2))
     started_at = time.perf_counter()
-    _extract(bench, base, data, root)
+    forward_s = _extract(bench, base, _samples_file(bench, row, range(number)), root)
     seconds = time.perf_counter() - started_at
+    tokens = Store.open(root).num_tokens
+    a_token_s = forward_s / tokens
+    wanted = (row.seconds - seconds + tokens * a_token_s) / (a_token_s + reading_s)
+    more = range(number, bench.material.count_samples(int(wanted)))
+    if len(more) > 0:
+        _extract(bench, base, _samples_file(bench, row, more), root, append=True)
+        seconds = time.perf_counter() - started_at
     store = Store.open(root)
     return store, {"seconds": seconds, "tokens": store.num_tokens, **speeds}
+
+
+def _samples_file(bench: Bench, row: Row, samples: range) -> Path:
+    """Write some of the training samples to a file of the row."""
+    lines = bench.material.train_file.read_bytes().splitlines(keepends=True)
+    path = bench.out / "work" / f"{row.name}.jsonl"
+    write_file(path, b"".join(lines[samples.start : samples.stop]))
+    return path
 
 
 def _rehearse(bench: Bench, base: Base) -> dict[str, float]:
@@ -321,7 +337,7 @@ def _finish(bench: Bench, data: Path, root: Path) -> None:
         write_file(mark, b"")
 
 
-def _extract(bench: Bench, base: Base, data: Path, root: Path) -> float:
+def _extract(bench: Bench, base: Base, data: Path, root: Path, *, append: bool = False) -> float:
     """Extract the taps and blocks of the method; return the seconds of the forward passes."""
     shape = bench.method.carryon
     assert shape is not None
@@ -336,6 +352,7 @@ def _extract(bench: Bench, base: Base, data: Path, root: Path) -> float:
             with_blocks={"native": 1, "top": shape.blocks}.get(shape.kind, 0),
         ),
         forward=ForwardSettings(),
+        append=append,
     ).elapsed_s
 
 
