@@ -264,6 +264,7 @@ def make_row(method: str, run: str, seed: int, nll: float, extraction_s: float) 
         ],
         "extraction": {"seconds": extraction_s, "tokens": 50 if extraction_s else 0},
         "tokens": 90,
+        "epochs": 1,
         "tokens_per_second": 0.3,
         "train_s": 300.0 - extraction_s,
         "learning_rate": 1e-3,
@@ -294,6 +295,22 @@ def test_a_target_is_met_only_if_every_seed_meets_it(
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert (tmp_path / "pareto.png").stat().st_size > 1000
     assert len(capsys.readouterr().out.splitlines()) == len(figures)
+
+
+@pytest.mark.parametrize(("epochs", "advice"), [(9, "9 times: take fewer"), (1, "lower learning")])
+def test_a_run_that_ended_above_its_lowest_point_is_told_with_what_to_do(
+    tmp_path: Path, epochs: int, advice: str
+) -> None:
+    good, bad = (make_row(name, "first", 0, 2.5, 60.0) for name in ("top", "bottleneck"))
+    bad["curve"][1]["nll"], bad["epochs"] = 2.31, epochs
+
+    report(tmp_path, [good, bad])
+
+    table = (tmp_path / "table.md").read_text()
+    assert "| 2.3100 |" in table
+    [note] = [line for line in table.splitlines() if "ended" in line]
+    assert "bottleneck, first run of 300 s, seed 0, ended 0.190 above where it was at 100 s" in note
+    assert advice in note
 
 
 def test_a_first_run_that_ends_below_lora_has_paid_for_its_extraction(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ SECOND_TARGETS = {300.0: 0.05}
 THOUGHTS_TARGETS = {300.0: 0.10}
 """The same on worked problems."""
 CONTROLS = ("linear", "mlp")
+_MUCH_ABOVE = 0.02
+"""Nats that a run may end above its lowest point before the table speaks of it."""
 
 Rows = list[dict[str, Any]]
 Key = tuple[str, str, float]
@@ -62,6 +64,7 @@ def _table(groups: Mapping[Key, Rows], sweeps: Rows) -> str:
         "seeds",
         "NLL",
         "+-",
+        "lowest",
         "extraction s",
         "tokens seen",
         "of them new",
@@ -88,6 +91,7 @@ def _table(groups: Mapping[Key, Rows], sweeps: Rows) -> str:
                 " ".join(str(row["seed"]) for row in rows),
                 f"{statistics.mean(nlls):.4f}",
                 f"{(max(nlls) - min(nlls)) / 2:.4f}",
+                f"{statistics.mean(_lowest(row)['nll'] for row in rows):.4f}",
                 f"{before_s:.0f}" if run == "first" else f"({before_s:.0f} before)",
                 f"{_mean(rows, 'tokens'):,.0f}",
                 f"{new:,.0f}",
@@ -99,19 +103,44 @@ def _table(groups: Mapping[Key, Rows], sweeps: Rows) -> str:
             )
         )
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text + "".join(f"\n{note}" for note in _notes(groups, sweeps)) + "\n"
+
+
+def _notes(groups: Mapping[Key, Rows], sweeps: Rows) -> list[str]:
+    """Return what stands below the table: of the text, of runs that went wrong, of the sweeps."""
+    rows = [row for rows in groups.values() for row in rows]
     notes = []
-    for row in [row for rows in groups.values() for row in rows][:1]:
+    for row in rows[:1]:
         data = row["data"]
         notes.append(
             f"{data['corpus']}: {data['train_tokens']:,} training tokens; held-out NLL of the base "
             f"{row['base_nll']:.4f}, on {data['clean_windows']} clean windows."
         )
+    for row in rows:
+        lowest = _lowest(row)
+        above = row["nll"] - lowest["nll"]
+        if above > _MUCH_ABOVE:
+            why = (
+                f"it read the same text {row['epochs']} times: take fewer --passes or more text"
+                if row["epochs"] > 1
+                else "a lower learning rate may help"
+            )
+            notes.append(
+                f"{row['method']}, {row['run']} run of {row['seconds']:g} s, seed {row['seed']}, "
+                f"ended {above:.3f} above where it was at {lowest['clock_s']:.0f} s; {why}."
+            )
     for row in sweeps:
         notes.append(
             f"Learning rate {row['learning_rate']:g} of {row['method']}: {row['nll']:.4f} in "
             f"{row['train_s']:.0f} s (not counted)."
         )
-    return text + "".join(f"\n{note}" for note in notes) + "\n"
+    return notes
+
+
+def _lowest(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the evaluation of a row with the lowest NLL; the last, where that is it."""
+    found: dict[str, Any] = min(reversed(row["curve"]), key=lambda point: point["nll"])
+    return found
 
 
 def _by_seed(rows: Iterable[dict[str, Any]]) -> dict[int, float]:
