@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,14 @@ from carryon.tools.compare_data import (
 )
 from carryon.tools.compare_methods import read_store
 from carryon.tools.compare_report import report
-from carryon.tools.compare_row import best_rate, main
+from carryon.tools.compare_row import (
+    ANSWER_PASSES,
+    PROSE_PASSES,
+    Bench,
+    best_rate,
+    main,
+    plan_passes,
+)
 from carryon.tools.compare_settings import (
     CompareSettings,
     Row,
@@ -200,6 +207,31 @@ def test_samples_are_found_in_a_store_that_was_extracted_in_two_parts(
 
 
 BASE_NLL: dict[str, float] = {}
+
+
+def test_cheap_methods_plan_few_passes_over_prose_and_many_over_answers(
+    work: Path, tiny_base_folder: Path
+) -> None:
+    settings = tiny_settings(work / "text.jsonl", ["bottleneck", "mlp", "top-1"])
+    methods = find_methods(settings, **LAYERS)
+    prose = material_of(work, tiny_base_folder)
+    masked = [replace(sample, loss_mask=sample.loss_mask.copy()) for sample in prose.train]
+    for sample in masked:
+        sample.loss_mask[:5] = 0
+    answers = replace(prose, train=masked)
+
+    def planned(name: str, material: Material) -> float:
+        return plan_passes(
+            Bench(settings=settings, base="", out=work, material=material, method=methods[name])
+        )
+
+    for name in ("bottleneck", "mlp"):
+        assert planned(name, prose) == PROSE_PASSES
+        assert planned(name, answers) == ANSWER_PASSES
+    assert planned("top-1", prose) == planned("top-1", answers) == 1
+    told = replace(settings, passes=["mlp=2.5"])
+    methods = find_methods(told, **LAYERS)
+    assert planned("mlp", answers) == 2.5
 
 
 def test_rows_are_found_again_by_the_command_that_is_printed() -> None:

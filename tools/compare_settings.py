@@ -27,8 +27,8 @@ class Method:
     name: str
     rates: tuple[float, ...]
     """Highest learning rates: of several the best is found by short runs, and taken."""
-    passes: float = 1.0
-    """Passes over what is extracted that a first run plans with."""
+    passes: float | None = 1.0
+    """Passes over what is extracted that a first run plans with. None: as the text wants."""
     carryon: CarryOnSettings | None = None
     """Shape of the carry-on, or taps of a control; None: the whole base is trained."""
 
@@ -71,7 +71,8 @@ class CompareSettings(Settings):
     """METHOD=RATE or METHOD=RATE,RATE,... in place of a method's own."""
     passes: list[str] = field(default_factory=list)
     """METHOD=PASSES in place of a method's own: how often a first run plans to read what it
-    extracts."""
+    extracts. Blocks plan one; the others 3 of prose, which they learn by heart in ten, and 12 of
+    answers, where only these are targets."""
     sweep_seconds: float = 150.0
     """Budget of the short runs that find a learning rate; a rate that wins in a minute can be too
     high for five."""
@@ -225,7 +226,7 @@ def _method(name: str, *, num_layers: int, width: int) -> Method:
     return Method(
         name=name,
         rates=rates_of(CarryOnSettings()),
-        passes=4.0,  # a step costs it a tenth of extraction; at ten passes it knows prose by heart
+        passes=None,  # a step costs it a tenth of what extracting its tokens does
         carryon=same_size(CarryOnSettings(), taps=taps, base_width=width),
     )
 
