@@ -309,6 +309,8 @@ def _plot_pareto(groups: Mapping[Key, Rows], path: Path) -> None:
     figure = begin_plot(width=13, height=6)
     if figure is None:
         return
+    from matplotlib import ticker
+
     methods = sorted({key[0] for key in groups})
     by_time, by_size = figure.subplots(1, 2, sharey=True)
     for (method, run, seconds), rows in groups.items():
@@ -323,6 +325,7 @@ def _plot_pareto(groups: Mapping[Key, Rows], path: Path) -> None:
             axes.annotate(label, (x, nll), fontsize=7, xytext=(5, 3), textcoords="offset points")
     by_time.set(xlabel="seconds, extraction included", ylabel="held-out NLL, nats")
     by_size.set(xlabel="megabytes to ship", xscale="log")
+    by_size.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
     for which in (by_size.xaxis.set_major_formatter, by_size.xaxis.set_minor_formatter):
         which("{x:g}")
     for axes in (by_time, by_size):
