@@ -378,6 +378,12 @@ def test_answers_are_taught_and_counted(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found[0]
 
 
+def test_an_unknown_task_leaves_no_folder(tmp_path: Path, tiny_base_folder: Path) -> None:
+    with pytest.raises(InputError, match="expected a task of reasoning-gym"):
+        experiment_cot(base=str(tiny_base_folder), out=str(tmp_path / "cot"), task="nosuch")
+    assert not (tmp_path / "cot").exists()
+
+
 def test_what_seen_problems_are_worth_is_told_apart(
     store_tmp: Path, tiny_base_folder: Path
 ) -> None:

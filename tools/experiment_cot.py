@@ -72,13 +72,13 @@ def experiment_cot(
     from carryon.train.exact_match import make_problems
 
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     held_out = make_problems(task, num=num, seed=HELD_OUT_SEED)
     known = {problem.question for problem in held_out}
     problems = make_problems(task, num=samples, seed=TRAINING_SEED)
     seen = [problem for problem in problems if problem.question in known]
     train = problems if keep_seen else [x for x in problems if x.question not in known]
     parts = {"train": train, "held-out": held_out}
+    folder.mkdir(parents=True, exist_ok=True)  # not before the task is known to be one
     shape = _extract(base, folder, _write_corpus(folder / "corpus.jsonl", parts))
     optimization = OptimizationSettings(
         epochs=epochs, batch_tokens=batch_tokens, learning_rate=learning_rate
