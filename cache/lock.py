@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from carryon.cache.atomic import disk_full_named
 from carryon.cache.errors import StoreBusyError
+from carryon.cache.files import disk_full_named
 
 LOCK_PATH = "units/.lock"
 """Beside the receipts: zarr-python warns of files it does not know, but not inside an array."""

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_bases import make_tiny_base
-from tiny_stores import extract_tiny, write_corpus
+from support.tiny_bases import make_tiny_base
+from support.tiny_stores import extract_tiny, write_corpus
 
-from carryon.cache.base import Base, load_base
-from carryon.cache.spec import ForwardSettings
+from carryon.cache.base.model import Base, load_base
+from carryon.cache.settings import ForwardSettings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

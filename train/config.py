@@ -6,13 +6,26 @@ names on a command line and in `config.yaml`. Nothing here imports torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from carryon.cache.settings import Settings, not_a_share, not_below_one
+import yaml
+
+from carryon.cache.errors import InputError
+from carryon.cache.settings import Settings, not_a_ratio, not_below_one
 
 LATER_SETTINGS = {"sampled_softmax": 0}
 """Settings that came later than the first runs, with what those had."""
+
+
+FORMER_NAMES = {"mlp_width": "intermediate_size", "held_out_share": "held_out_ratio"}
+"""Names in the cards of carry-ons saved before the names changed, with those of today."""
+
+
+def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved settings under today's names."""
+    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def setting_of(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
@@ -37,7 +50,7 @@ class CarryOnSettings(Settings):
     """Number of decoder blocks."""
     heads: int = 4
     """Attention heads of a block; divides the width into even parts."""
-    mlp_width: int = 248
+    intermediate_size: int = 248
     """Inner width of a block's MLP, in channels."""
     gate: Literal["channel", "token", "none"] = "channel"
     """What decides how much of the correction is let through: a gate per `channel` of the base,
@@ -75,7 +88,10 @@ class CarryOnSettings(Settings):
                 f"heads: expected a number whose double divides the width {self.width}, "
                 f"got {self.heads}",
             ),
-            (self.mlp_width < 1, f"mlp_width: expected 1 or more, got {self.mlp_width}"),
+            (
+                self.intermediate_size < 1,
+                f"intermediate_size: expected 1 or more, got {self.intermediate_size}",
+            ),
             not_below_one("dropout", self.dropout),
         ]
 
@@ -86,7 +102,7 @@ class OptimizationSettings(Settings):
 
     epochs: int = 3
     """Passes over the training samples."""
-    batch_tokens: int = 1024
+    tokens_per_step: int = 1024
     """Tokens in a step; one longer sample still makes a step."""
     micro_batch_tokens: int = 0
     """Tokens that are computed at one time within a step: less memory, the same step to
@@ -100,13 +116,13 @@ class OptimizationSettings(Settings):
     """Learning rate over the run, after the warm-up: `cosine` falls all the way, `wsd` stays at
     the top and falls in the last part, `constant` stays, `knee` stays for a part and then falls in
     a straight line, `multistep` falls at once after 80 % and after 90 %."""
-    warmup_share: float = 0.03
+    warmup_ratio: float = 0.03
     """Part of all steps in which the learning rate rises from zero."""
-    decay_share: float = 0.2
+    decay_ratio: float = 0.2
     """Part of all steps in which `wsd` falls."""
-    explore_share: float = 0.5
+    explore_ratio: float = 0.5
     """Part of the steps after the warm-up in which `knee` stays at the top."""
-    final_share: float = 0.0
+    min_lr_ratio: float = 0.0
     """Learning rate at the end, as a part of the highest; `constant` ignores it."""
     weight_decay: float = 0.01
     """AdamW's decay of matrices; norms, biases and gates of one dimension are spared."""
@@ -124,32 +140,32 @@ class OptimizationSettings(Settings):
         return [
             (self.epochs < 1, f"epochs: expected 1 or more, got {self.epochs}"),
             (
-                self.batch_tokens < 2,
-                f"batch_tokens: expected 2 or more, got {self.batch_tokens}",
+                self.tokens_per_step < 2,
+                f"tokens_per_step: expected 2 or more, got {self.tokens_per_step}",
             ),
             (
-                not 0 <= self.micro_batch_tokens <= self.batch_tokens,
-                "micro_batch_tokens: expected 0 to batch_tokens, which is "
-                f"{self.batch_tokens}, got {self.micro_batch_tokens}",
+                not 0 <= self.micro_batch_tokens <= self.tokens_per_step,
+                "micro_batch_tokens: expected 0 to tokens_per_step, which is "
+                f"{self.tokens_per_step}, got {self.micro_batch_tokens}",
             ),
             (
                 not self.learning_rate >= 0,
                 f"learning_rate: expected 0 or more, got {self.learning_rate}",
             ),
             (
-                self.schedule == "multistep" and self.final_share == 0,
-                "final_share: expected more than 0 for multistep, whose factors multiply to "
+                self.schedule == "multistep" and self.min_lr_ratio == 0,
+                "min_lr_ratio: expected more than 0 for multistep, whose factors multiply to "
                 "it, got 0: 0.1 is usual",
             ),
-            not_below_one("explore_share", self.explore_share),
-            not_a_share("warmup_share", self.warmup_share),
-            not_a_share("decay_share", self.decay_share),
+            not_below_one("explore_ratio", self.explore_ratio),
+            not_a_ratio("warmup_ratio", self.warmup_ratio),
+            not_a_ratio("decay_ratio", self.decay_ratio),
             (
-                self.warmup_share + self.decay_share > 1,
-                "warmup_share and decay_share: expected at most 1 together, got "
-                f"{self.warmup_share} and {self.decay_share}",
+                self.warmup_ratio + self.decay_ratio > 1,
+                "warmup_ratio and decay_ratio: expected at most 1 together, got "
+                f"{self.warmup_ratio} and {self.decay_ratio}",
             ),
-            not_a_share("final_share", self.final_share),
+            not_a_ratio("min_lr_ratio", self.min_lr_ratio),
             (
                 not self.weight_decay >= 0,
                 f"weight_decay: expected 0 or more, got {self.weight_decay}",
@@ -165,7 +181,7 @@ class OptimizationSettings(Settings):
 class StreamSettings(Settings):
     """What is read from the store, and how far ahead."""
 
-    held_out_share: float = 0.05
+    held_out_ratio: float = 0.05
     """Part of the samples kept for evaluation; used only where the store marks none as held
     out."""
     data_seed: int = 0
@@ -186,8 +202,8 @@ class StreamSettings(Settings):
         """Return what is out of range."""
         return [
             (
-                not 0 < self.held_out_share < 1,
-                f"held_out_share: expected between 0 and 1, got {self.held_out_share}",
+                not 0 < self.held_out_ratio < 1,
+                f"held_out_ratio: expected between 0 and 1, got {self.held_out_ratio}",
             ),
             (self.data_seed < 0, f"data_seed: expected 0 or more, got {self.data_seed}"),
             (
@@ -377,3 +393,102 @@ class GenerateSettings(Settings):
             ),
             (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
         ]
+
+
+RATES = {
+    "bottleneck": (3e-3, 1e-3),
+    "native": (1e-3, 3e-4),
+    "top": (2e-4, 5e-4, 1e-3),
+    "top by LoRA": (2e-3, 1e-3),
+}
+"""Highest learning rates that suit each kind: its own first, then others that are worth a try."""
+WARN_ABOVE = 10.0
+"""How many times its own rate wrecks a `top`."""
+
+
+def rates_of(carryon: CarryOnSettings) -> tuple[float, ...]:
+    """Return the learning rates that suit a carry-on, its own first."""
+    return RATES["top by LoRA" if carryon.lora_rank else carryon.kind]
+
+
+def with_own_rate(
+    optimization: OptimizationSettings, carryon: CarryOnSettings
+) -> OptimizationSettings:
+    """Return the settings with the kind's own learning rate where none is given."""
+    rate = optimization.learning_rate or rates_of(carryon)[0]
+    return replace(optimization, learning_rate=rate)
+
+
+def rate_warning(optimization: OptimizationSettings, carryon: CarryOnSettings) -> str:
+    """Return what to say of a learning rate that wrecks a `top`; nothing of one that does not."""
+    rate, own = optimization.learning_rate, rates_of(carryon)[0]
+    if carryon.kind != "top" or rate <= WARN_ABOVE * own:
+        return ""
+    return (
+        f"warning: learning_rate {rate:g} is {rate / own:.0f} times what suits a top"
+        f"{' by LoRA' if carryon.lora_rank else ''} ({own:g}), which begins as the base itself and "
+        "may be worse than it after a few steps: leave out --learning-rate, or lower it"
+    )
+
+
+PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
+"""Name -> file."""
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Return the settings of a preset, by name."""
+    found: dict[str, Any] = yaml.safe_load(PRESETS[name].read_text(encoding="ascii"))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSettings:
+    """The settings of a run, by concern; what is not given is as usual."""
+
+    carryon: CarryOnSettings = field(default_factory=CarryOnSettings)
+    optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    stream: StreamSettings = field(default_factory=StreamSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def resolved(self) -> Self:
+        """Return the settings with the learning rate of the carry-on's kind if none is given."""
+        return replace(self, optimization=with_own_rate(self.optimization, self.carryon))
+
+    def to_flat(self) -> dict[str, Any]:
+        """Return all fields under their own names, as plain values, as they are in force."""
+        parts = (
+            self.carryon,
+            self.resolved().optimization,
+            self.stream,
+            self.loss,
+            self.memory,
+            self.run,
+        )
+        return {key: value for part in parts for key, value in part.to_dict().items()}
+
+
+Changes = dict[str, Any]
+"""Settings of one run that differ from those of the others, by name."""
+
+
+def change(settings: TrainSettings, changes: Changes) -> TrainSettings:
+    """Return `settings` with some of them changed.
+
+    Raises:
+        InputError: there is no setting of that name.
+    """
+    parts = {}
+    unknown = set(changes)
+    for part in fields(TrainSettings):
+        before = getattr(settings, part.name)
+        mine = {item.name for item in fields(before)} & set(changes)
+        parts[part.name] = replace(before, **{name: changes[name] for name in sorted(mine)})
+        unknown -= mine
+    if unknown:
+        known = sorted(settings.to_flat())
+        raise InputError(
+            f"sweep: no setting {', '.join(sorted(unknown))}: expected some of {', '.join(known)}"
+        )
+    return TrainSettings(**parts)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import MissingExtraError
-from carryon.cache.extras import require
+from carryon.cache.optional import require
 
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:

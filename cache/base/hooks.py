@@ -1,0 +1,107 @@
+"""Hidden states of a base at its taps, for a batch of token ids.
+
+Batches are padded on the right and run without an attention mask: a causal base never looks at
+what comes after, so the states of real tokens are those of the sample alone, to rounding. What
+stands at the pads is meaningless. Hooks are removed before returning, also after an error.
+Letters: B rows, T positions, D width, V vocabulary.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from carryon.cache.base.architecture import Architecture, first_tensor
+from carryon.cache.base.model import Base
+from carryon.cache.settings import parse_tap
+
+
+class _DeepestTapReached(Exception):  # noqa: N818 -- a signal, not an error
+    """Ends a forward pass whose deeper blocks nobody asked for."""
+
+
+def capture(base: Base, taps: Sequence[str], token_ids: Tensor) -> dict[str, Tensor]:
+    """Return the hidden states of `token_ids` at each tap; the head is never run.
+
+    Blocks above the deepest tap are not run either.
+
+    Args:
+        taps: `final`, `prenorm`, `layer.K`; see carryon.cache.settings.
+        token_ids: [B, T] int64, padded on the right with any valid token.
+
+    Returns:
+        For each tap [B, T, D] in the base's compute dtype, on the base's device.
+
+    Raises:
+        InputError: the base has no such tap.
+    """
+    num_layers = base.identity.num_layers
+    depths = {tap: _depth(tap, num_layers=num_layers) for tap in taps}
+    deepest = max(depths.values(), default=num_layers)
+    states: dict[str, Tensor] = {}
+
+    def keep(tap: str, found: Tensor) -> None:
+        states[tap] = found
+        if depths[tap] == deepest < num_layers:
+            raise _DeepestTapReached
+
+    token_ids = token_ids.to(base.device)
+    watching = watch_taps(base.architecture, taps, keep)
+    with watching, torch.inference_mode(), suppress(_DeepestTapReached):
+        base.architecture.decoder(input_ids=token_ids, use_cache=False)
+    return states
+
+
+def base_logits(base: Base, token_ids: Tensor) -> Tensor:
+    """Return the base's own logits, [B, T, V] in its compute dtype, for token ids [B, T] int64."""
+    with torch.inference_mode():
+        logits: Tensor = base.model(input_ids=token_ids.to(base.device), use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def watch_taps(
+    architecture: Architecture, taps: Sequence[str], keep: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call `keep(tap, states)` whenever this thread's forward passes reach a tap.
+
+    States are [B, T, D], the model's own tensors, not copies.
+
+    Raises:
+        InputError: the base has no such tap; nothing is watched.
+    """
+    num_layers = len(architecture.blocks)
+    depths = {tap: _depth(tap, num_layers=num_layers) for tap in taps}
+    with ExitStack() as hooks:
+        for tap, depth in depths.items():
+            hooks.enter_context(_watch(architecture, tap, depth, keep))
+        yield
+
+
+def _depth(tap: str, *, num_layers: int) -> int:
+    """Return after how many blocks the tap is known."""
+    layer = parse_tap(tap, num_layers=num_layers)
+    return num_layers if layer is None else layer
+
+
+def _watch(
+    architecture: Architecture, tap: str, depth: int, keep: Callable[[str, Tensor], None]
+) -> torch.utils.hooks.RemovableHandle:
+    thread = threading.get_ident()  # others may run the same base at the same time
+
+    def keep_output(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        if threading.get_ident() == thread:
+            found = first_tensor(output)
+            assert found is not None  # get_architecture saw these modules return a tensor
+            keep(tap, found)
+
+    def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            keep(tap, args[0])
+
+    if tap == "prenorm":
+        return architecture.norm.register_forward_pre_hook(keep_input)
+    module = architecture.norm if tap == "final" else architecture.blocks[depth - 1]
+    return module.register_forward_hook(keep_output)

@@ -1,0 +1,168 @@
+"""A base as transformers finds it: on the hub, in a folder, or in a GGUF file.
+
+Nothing here knows what is done with a base; errors of transformers become one line.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from carryon.cache.errors import InputError, MissingError
+from carryon.cache.optional import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseSource:
+    """Where transformers finds a base."""
+
+    name: str
+    """Hub id, or absolute path of a folder."""
+    revision: str | None
+    """Branch, tag or commit on the hub. None: the newest."""
+    gguf_file: str | None
+    """File in that folder, or None for a base in transformers' own format."""
+    is_local: bool
+    """Whether it is a folder or file of this machine."""
+
+    @property
+    def id(self) -> str:
+        """Hub id, or absolute path of the folder or file."""
+        return self.name if self.gguf_file is None else str(Path(self.name, self.gguf_file))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what every from_pretrained takes."""
+        found = {"revision": self.revision, "gguf_file": self.gguf_file}
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def locate_base(source: str) -> BaseSource:
+    """Return where a base lies that is given as hub id, folder or .gguf file; loads nothing.
+
+    Raises:
+        MissingError: it can only be a path, and there is nothing there.
+        InputError: it is a path of something else.
+        MissingExtraError: a .gguf file without the package gguf.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"base {source}: expected a folder or a .gguf file, got another file")
+        require("gguf", extra="gguf", purpose=f"base {source}")
+        folder = str(path.absolute().parent)
+        return BaseSource(name=folder, revision=None, gguf_file=path.name, is_local=True)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"base {source}: expected a folder saved by transformers, but it has no "
+                "config.json; give the folder of a model, or the .gguf file itself"
+            )
+        return BaseSource(name=str(path.absolute()), revision=None, gguf_file=None, is_local=True)
+    looks_like_path = path.is_absolute() or source.startswith(".") or source.count("/") > 1
+    if looks_like_path or path.suffix == ".gguf" or not source:
+        raise MissingError(
+            f"base {source!r}: no such folder or file; give a folder saved by transformers, "
+            "a .gguf file or the id of a model on the hub"
+        )
+    name, _, revision = source.partition("@")
+    return BaseSource(name=name, revision=revision or None, gguf_file=None, is_local=False)
+
+
+def read_tokenizer(source: BaseSource) -> Tokenizer:
+    """Return the base's tokenizer; errors as those of `read_model`."""
+    with _loading(source, "tokenizer"):
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
+    return tokenizer
+
+
+def read_model(
+    source: BaseSource, *, dtype: torch.dtype | str, device: torch.device, attention: str
+) -> PreTrainedModel:
+    """Return the base's model, every weight from its checkpoint, in evaluation mode.
+
+    Args:
+        source: where it lies.
+        dtype: of its weights; `auto` is what the checkpoint says.
+        device: where it is to run.
+        attention: backend of transformers; `sdpa` becomes eager where an architecture lacks it.
+
+    Raises:
+        MissingError: it is not on the hub, or the hub cannot be reached.
+        InputError: transformers cannot load it as a causal LM, or weights are missing.
+    """
+    extra: dict[str, Any] = {}
+    if source.gguf_file is not None:
+        # Without dequantize the weights stay packed: 15 s to load 135M, and not plain tensors.
+        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    auto: Any = AutoModelForCausalLM
+    with _loading(source, "model"):
+        model, report = auto.from_pretrained(
+            source.name,
+            dtype=dtype,
+            device_map=device,
+            # None: sdpa where the architecture has it, else eager (Gemma 2).
+            attn_implementation=None if attention == "sdpa" else attention,
+            output_loading_info=True,
+            **source.arguments(),
+            **extra,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"base {source.name}: expected every weight of {type(model).__name__}, but "
+            f"{len(missing)} are not in the checkpoint, the first is {missing[0]}; "
+            "they would be random numbers. Give a complete causal LM"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def read_checkpoint_dtype(source: BaseSource) -> torch.dtype | str:
+    """Return the dtype that the checkpoint is saved in; `auto` where only its tensors say so."""
+    if source.gguf_file is not None:
+        return torch.bfloat16  # packed weights have no dtype of their own
+    with _loading(source, "config"):
+        config = AutoConfig.from_pretrained(source.name, **source.arguments())
+    return config.dtype if isinstance(config.dtype, torch.dtype) else "auto"
+
+
+@contextmanager
+def _loading(source: BaseSource, what: str) -> Iterator[None]:
+    """Turn what transformers raises into one line; keep it silent for a local base.
+
+    Progress bars stay on for the hub, where a download may take minutes.
+    """
+    log: Any = transformers.utils.logging
+    verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    if source.is_local:
+        log.disable_progress_bar()
+    try:
+        if source.gguf_file is not None:
+            # Its bar obeys no switch. Failures are exceptions, so nothing else is lost.
+            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+                yield
+        else:
+            yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        if isinstance(error, OSError) and not source.is_local:
+            raise MissingError(
+                f"base {source.name}: expected a folder, a .gguf file or the id of a model on a "
+                f"hub that can be reached; the {what} could not be fetched: {reason}"
+            ) from error
+        raise InputError(
+            f"base {source.name}: expected a causal LM that transformers "
+            f"{transformers.__version__} can load; its {what} could not be loaded: {reason}"
+        ) from error
+    finally:
+        log.set_verbosity(verbosity)
+        if has_bars:
+            log.enable_progress_bar()

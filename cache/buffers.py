@@ -1,0 +1,49 @@
+"""Memory that is used again once nobody holds what was in it.
+
+Large arrays come from the system as pages that it must clear first, which takes longer than
+decoding a unit into them. Here a block goes back on a list when the last view of it is gone, and
+the next array of that size takes it from there. More blocks than were in use at one time never
+exist.
+"""
+
+import weakref
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class BufferPool:
+    """Lists of free blocks, safe to use from several threads."""
+
+    def __init__(self, *, max_free: int) -> None:
+        """Hold nothing yet.
+
+        Args:
+            max_free: blocks of a size that are kept for later; more go back to the system.
+        """
+        self.made_bytes = 0
+        """Of all blocks that were taken from the system."""
+        self._most_free = max_free
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+
+    def take(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Return an array [num_bytes] with anything in it.
+
+        Its memory is free again when the array is gone, and every view of it: slices, reshaped or
+        retyped arrays, tensors made of them.
+        """
+        try:
+            block = self._free[num_bytes].pop()
+        except (KeyError, IndexError):
+            block = np.empty(num_bytes, dtype=np.uint8)
+            self.made_bytes += num_bytes
+        # Not a view that numpy knows of: views of it then keep it alive, and not the block.
+        array = np.frombuffer(block.data, dtype=np.uint8)
+        weakref.finalize(array, self._give_back, block).atexit = False
+        return array
+
+    def _give_back(self, block: NDArray[np.uint8]) -> None:
+        # Called whenever an array dies, perhaps inside any of the lines above: no lock.
+        free = self._free.setdefault(block.nbytes, [])
+        if len(free) < self._most_free:
+            free.append(block)

@@ -1,0 +1,230 @@
+"""A corpus: files of the user as samples of limited length, counted and fingerprinted.
+
+source_files.py reads files, records.py checks what is in them, render.py says which characters
+are targets, tokens.py makes tokens of them; here long records are cut, records without a target
+left out, and all of it counted.
+
+Letters: T tokens of a sample.
+"""
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from carryon.cache.corpus.chat_template import render
+from carryon.cache.corpus.files import describe_file, list_files
+from carryon.cache.corpus.records import Record, id_problem, read_records
+from carryon.cache.corpus.tokenize import TokenRows, encode, make_encoder
+from carryon.cache.errors import InputError
+from carryon.cache.settings import CorpusSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LongPolicy = Literal["truncate", "split", "skip", "error"]
+
+_BATCH_BYTES = 1 << 20  # of records that are tokenized in one (threaded) call
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sample:
+    """One document or conversation, or a piece of one."""
+
+    id: str
+    """Unique; of a piece, the record's id with #0, #1, ..."""
+    tokens: NDArray[np.int32]
+    """[T] int32."""
+    loss_mask: NDArray[np.uint8]
+    """[T] uint8: 1 where the token is a training target."""
+    char_end: NDArray[np.int32]
+    """[T] int32: end of the token in the record's text, in characters (code points); never falls,
+    and a token that is only some bytes of a character ends where the character ends. The text is
+    the rendered conversation, or prompt + completion, or the text."""
+    is_held_out: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Corpus:
+    """All samples, in the order of the files."""
+
+    samples: list[Sample]
+    fingerprint: str
+    """SHA-256, hex, over ids, tokens, masks, character ends and held-out flags, in order."""
+    files: list[dict[str, Any]]
+    """`name` (without folder), `bytes` and `sha256` of each file."""
+    counts: dict[str, int]
+    """`records` read; `samples`, `tokens` and `supervised_tokens` kept; records `truncated` and
+    the `truncated_tokens` they lost; records `split`; records left out as too long
+    (`skipped_long`); samples and pieces left out without a target (`skipped_unsupervised`)."""
+
+
+def read_corpus(
+    paths: Sequence[str | Path],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    settings: CorpusSettings,
+    max_tokens: int,
+    held_out: Container[str] = (),
+) -> Corpus:
+    """Read files, and all files below folders, into samples of at most `max_tokens` tokens.
+
+    A progress bar in bytes of the files goes to stderr.
+
+    Args:
+        paths: files and folders.
+        tokenizer: of the base.
+        settings: how text becomes samples.
+        max_tokens: of a sample.
+        held_out: ids of samples to hold out, besides those that the files mark.
+
+    Raises:
+        MissingError: a path does not exist.
+        InputError: a record is wrong, or a setting does not fit it (the text names the record),
+            or no sample is left.
+        MissingExtraError: a Parquet file, and pyarrow is not installed.
+    """
+    if max_tokens < 2:
+        raise InputError(f"max_tokens: expected 2 or more tokens, got {max_tokens}")
+    encoder = make_encoder(tokenizer)
+    found = list_files(paths)
+    files = [describe_file(path) for path in found]
+    counts: Counter[str] = Counter()
+    samples: list[Sample] = []
+    num_bytes = sum(file["bytes"] for file in files)
+    with tqdm(total=num_bytes, desc="tokenize", unit="B", unit_scale=True) as bar:
+        for records in _batches(read_records(found)):
+            renderings = [render(record, tokenizer, mask=settings.mask) for record in records]
+            for record, rows in zip(records, encode(encoder, renderings), strict=True):
+                kept, tally = _fit(
+                    record, rows, long=settings.long, max_tokens=max_tokens, held_out=held_out
+                )
+                samples.extend(kept)
+                counts.update(tally)
+            bar.update(sum(record.num_bytes for record in records))
+    _refuse_empty(samples, counts, found)
+    _refuse_equal_ids(samples)
+    return Corpus(
+        samples=samples,
+        fingerprint=_fingerprint(samples),
+        files=files,
+        counts=dict(counts),
+    )
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    num_bytes = 0
+    for record in records:
+        batch.append(record)
+        num_bytes += record.num_bytes
+        if num_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _fit(
+    record: Record,
+    rows: TokenRows,
+    *,
+    long: LongPolicy,
+    max_tokens: int,
+    held_out: Container[str],
+) -> tuple[list[Sample], dict[str, int]]:
+    """Return what is kept of a record, and what that adds to the counts."""
+    num_tokens = len(rows.tokens)
+    is_long = num_tokens > max_tokens
+    if is_long and long == "error":
+        raise InputError(
+            f"{record.where}: sample {record.id!r}: expected at most {max_tokens} tokens, got "
+            f"{num_tokens}: shorten it, raise max_tokens, or set long to truncate, split or skip"
+        )
+    ranges = cut_ranges(num_tokens, max_tokens=max_tokens, long=long)
+    kept = []
+    for index, piece in enumerate(ranges):
+        loss_mask = rows.loss_mask[piece.start : piece.stop].copy()
+        loss_mask[:1] = 0  # nothing stands before it that could predict it
+        if loss_mask.any():
+            name = _piece_id(record, index) if len(ranges) > 1 else record.id
+            kept.append(
+                Sample(
+                    id=name,
+                    tokens=rows.tokens[piece.start : piece.stop].copy(),
+                    loss_mask=loss_mask,
+                    char_end=rows.char_end[piece.start : piece.stop].copy(),
+                    is_held_out=record.is_held_out or name in held_out,
+                )
+            )
+    num_cut = num_tokens - max_tokens if is_long and long == "truncate" else 0
+    return kept, {
+        "records": 1,
+        "samples": len(kept),
+        "tokens": sum(len(sample.tokens) for sample in kept),
+        "supervised_tokens": sum(int(sample.loss_mask.sum()) for sample in kept),
+        "truncated": int(num_cut > 0),
+        "truncated_tokens": num_cut,
+        "split": int(len(ranges) > 1),
+        "skipped_long": int(not ranges),
+        "skipped_unsupervised": len(ranges) - len(kept),
+    }
+
+
+def cut_ranges(num_tokens: int, *, max_tokens: int, long: LongPolicy) -> list[range]:
+    """Return which tokens of a sample make which piece; no piece if it is left out. Pure."""
+    if num_tokens <= max_tokens:
+        return [range(num_tokens)]
+    if long == "split":
+        starts = range(0, num_tokens, max_tokens)
+        return [range(start, min(start + max_tokens, num_tokens)) for start in starts]
+    return [range(max_tokens)] if long == "truncate" else []
+
+
+def _piece_id(record: Record, index: int) -> str:
+    identifier = f"{record.id}#{index}"
+    problem = id_problem(identifier)
+    if problem:
+        raise InputError(f"{record.where}: id of piece {index} of a split sample: {problem}")
+    return identifier
+
+
+def _refuse_empty(samples: Sequence[Sample], counts: Counter[str], files: Sequence[Path]) -> None:
+    if samples:
+        return
+    names = ", ".join(str(path) for path in files[:3]) + (", ..." if len(files) > 3 else "")
+    if not counts["records"]:
+        raise InputError(f"{names or 'no file'}: expected at least one record, found none")
+    raise InputError(
+        f"{names}: nothing to train on is left of {counts['records']} records: "
+        f"{counts['skipped_long']} too long, {counts['skipped_unsupervised']} without a training "
+        "target: check the mask, max_tokens and the records"
+    )
+
+
+def _refuse_equal_ids(samples: Sequence[Sample]) -> None:
+    # records have unique ids, but "a#1" may be a record and a piece of record "a"
+    identifier, count = Counter(sample.id for sample in samples).most_common(1)[0]
+    if count > 1:
+        raise InputError(
+            f"sample {identifier!r}: id of a record and of a piece of a split record: rename one"
+        )
+
+
+def _fingerprint(samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        name = sample.id.encode()
+        digest.update(struct.pack("<HQ?", len(name), len(sample.tokens), sample.is_held_out))
+        digest.update(name)
+        digest.update(sample.tokens.astype("<i4", copy=False).tobytes())
+        digest.update(sample.loss_mask.tobytes())
+        digest.update(sample.char_end.astype("<i4", copy=False).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,258 @@
+"""Writing the plan of a store: everything that is known before the base runs over the corpus.
+
+Tokens, sample tables, head, probe, the documents of all arrays, and last the manifest, from which
+moment the store exists. All but the head is written twice, for repair. What a killed call leaves
+behind is written over by the next one.
+Letters: R rows of a unit, D base width, S samples.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carryon.cache.base.lm_head import Head
+from carryon.cache.corpus.dataset import Sample
+from carryon.cache.errors import InputError, StoreError
+from carryon.cache.extraction.packing import UnitPlan
+from carryon.cache.files import json_bytes, write_file
+from carryon.cache.format.arrays import encode_array, read_array
+from carryon.cache.format.codec import encode_chunk
+from carryon.cache.format.head_arrays import encode_head
+from carryon.cache.format.manifest import Manifest, sha256_hex, write_manifest
+from carryon.cache.format.probe import Probe, encode_probe
+from carryon.cache.format.quantization import STATE_TYPES, STEPS
+from carryon.cache.format.receipt import units_with_receipt
+from carryon.cache.format.zarr_metadata import (
+    ROW_ARRAYS,
+    TABLE_ROWS,
+    array_document,
+    copy_path,
+    group_document,
+    row_path,
+)
+
+_MIN_ID_BYTES = 64
+_GROUPS = ("hidden", "samples", "head", "probe", "probe/states")
+
+
+def write_plan(
+    root: Path,
+    manifest: Manifest,
+    samples: Sequence[Sample],
+    plan: UnitPlan,
+    *,
+    head: Head,
+    probe: Probe,
+    blocks: Mapping[str, bytes] | None = None,
+) -> Manifest:
+    """Write a new store, without hidden states.
+
+    Args:
+        root: folder of the store.
+        manifest: without `files`.
+        samples: of the corpus.
+        plan: where each of them lies.
+        head: of the base.
+        probe: of the base on this corpus.
+        blocks: of the base, the files by path. None: without.
+
+    Returns:
+        The manifest as written, with the digest of each file but those of units.
+
+    Raises:
+        StoreError: there are receipts of a store whose manifest is gone; nothing was changed.
+        DiskFullError: nothing of the store exists yet; the same call can be made again.
+    """
+    if units_with_receipt(root):
+        raise StoreError(
+            f"{root}: expected a new store, got receipts of one whose manifest is gone: "
+            "run carryon repair, or choose another folder"
+        )
+    for path, content in unit_rows(samples, plan, manifest=manifest, first_unit=0):
+        _write_twice(root, path, content)
+    digests = {}
+    for path, content in (*encode_head(head), *(blocks or {}).items()):
+        write_file(root / path, content, is_synced=False)
+        digests[path] = sha256_hex(content)
+    for path, content in small_files(samples, plan, manifest=manifest, probe=probe):
+        _write_twice(root, path, content)
+        digests[path] = sha256_hex(content)
+    os.sync()  # all of the above before the manifest that vouches for it
+    manifest = manifest.accepting(digests)
+    write_manifest(root, manifest)
+    return manifest
+
+
+def plan_bytes(
+    manifest: Manifest,
+    samples: Sequence[Sample],
+    plan: UnitPlan,
+    *,
+    head: Head,
+    probe: Probe,
+    blocks: Mapping[str, bytes],
+) -> int:
+    """Return the bytes of all that `write_plan` writes but the manifest; nothing is written."""
+    twice = (
+        *unit_rows(samples, plan, manifest=manifest, first_unit=0),
+        *small_files(samples, plan, manifest=manifest, probe=probe),
+    )
+    once = (*encode_head(head), *blocks.items())
+    return 2 * sum(len(content) for _, content in twice) + sum(len(item) for _, item in once)
+
+
+def append_plan(
+    root: Path, old: Manifest, new: Manifest, samples: Sequence[Sample], plan: UnitPlan
+) -> Manifest:
+    """Add the last part of `new` to the store planned as `old`; no existing unit is touched.
+
+    Killed before its end, the store reads as before, and a second call does all of it again:
+    files that both need (array documents, the last chunk of a table) are accepted in their old
+    and new form while they change.
+
+    Raises:
+        InputError: a sample's id is in the store already, or is too long for it; nothing was
+            changed.
+        DiskFullError: the store is as it was; the same call can be made again.
+    """
+    part = new.parts[-1]
+    files = dict(_documents(new))
+    for name, added in _tables(samples, plan, manifest=new).items():
+        first = part.first_unit if name == "units" else part.first_sample
+        before = read_array(root, name, stop=first, digests=old.files)
+        if name == "samples/id":
+            added = _new_ids(before, added)
+        rows = np.concatenate([before, added])
+        files |= encode_array(name, rows, rows_per_chunk=TABLE_ROWS, first_row=first)
+    digests = {path: sha256_hex(content) for path, content in files.items()}
+    for path, content in unit_rows(samples, plan, manifest=new, first_unit=part.first_unit):
+        _write_twice(root, path, content)
+    for path in files.keys() - old.files.keys():
+        _write_twice(root, path, files[path])
+    changed = [path for path in files if old.files.get(path, [digests[path]]) != [digests[path]]]
+    write_manifest(root, old.accepting({path: digests[path] for path in changed}))
+    for path in changed:
+        # Synced one by one: a power cut must leave the old or the new form of what stood before.
+        _write_twice(root, path, files[path], is_synced=True)
+    os.sync()
+    unchanged = {path: known for path, known in old.files.items() if path not in digests}
+    new = replace(new, files=unchanged).accepting(digests)
+    write_manifest(root, new)
+    return new
+
+
+def small_files(
+    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest, probe: Probe
+) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of tables, probe and documents of a new store."""
+    for name, rows in _tables(samples, plan, manifest=manifest).items():
+        yield from encode_array(name, rows, rows_per_chunk=TABLE_ROWS)
+    yield from encode_probe(probe)
+    yield from _documents(manifest).items()
+
+
+def _write_twice(root: Path, path: str, content: bytes, *, is_synced: bool = False) -> None:
+    """Write a file and its copy; a few bytes a token, so that repair never needs the corpus."""
+    write_file(root / path, content, is_synced=is_synced)
+    write_file(root / copy_path(path), content, is_synced=is_synced)
+
+
+def unit_rows(
+    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest, first_unit: int
+) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of the tokens, masks and character ends of each planned unit."""
+    size = manifest.unit_tokens
+    bounds = np.searchsorted(plan.unit, np.arange(plan.num_units + 1))
+    for unit in range(plan.num_units):
+        rows = {name: np.zeros(size, dtype=dtype) for name, dtype in ROW_ARRAYS.items()}
+        for position in range(bounds[unit], bounds[unit + 1]):
+            sample = samples[int(plan.order[position])]
+            start = int(plan.start[position]) - unit * size
+            for name, values in rows.items():
+                values[start : start + len(sample.tokens)] = getattr(sample, name)
+        for name, values in rows.items():
+            yield row_path(name, first_unit + unit), encode_chunk(values)
+
+
+def _tables(
+    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest
+) -> dict[str, NDArray[Any]]:
+    """Return the rows that the last part of `manifest` adds to each table, by array name."""
+    planned = [samples[index] for index in plan.order.tolist()]
+    ids = [sample.id.encode() for sample in planned]
+    longest = max(map(len, ids), default=0)
+    id_bytes = max(_MIN_ID_BYTES, -(-longest // 16) * 16)
+    id_rows = np.zeros((len(ids), id_bytes), dtype=np.uint8)
+    for row, text in zip(id_rows, ids, strict=True):
+        row[: len(text)] = np.frombuffer(text, dtype=np.uint8)
+    first_row = manifest.parts[-1].first_unit * manifest.unit_tokens
+    lengths = np.array([len(sample.tokens) for sample in planned], dtype=np.int32)
+    unit_tokens = np.bincount(plan.unit, weights=lengths, minlength=plan.num_units)
+    return {
+        "samples/start": plan.start + first_row,
+        "samples/length": lengths,
+        "samples/held_out": np.array([each.is_held_out for each in planned], dtype=np.uint8),
+        "samples/id": id_rows,
+        "units": unit_tokens.astype(np.int32),
+    }
+
+
+def _new_ids(before: NDArray[np.uint8], added: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the id rows `added`, as wide as those that stand.
+
+    Raises:
+        InputError: they do not fit, or one of them stands already.
+    """
+    width = before.shape[1]
+    if added[:, width:].any():
+        raise InputError(
+            f"sample ids: this store keeps {width} bytes for an id, "
+            f"got one that needs {added.shape[1]}: use shorter ids"
+        )
+    added = np.pad(added[:, :width], ((0, 0), (0, max(0, width - added.shape[1]))))
+    texts, known = (np.ascontiguousarray(rows).view(f"S{width}")[:, 0] for rows in (added, before))
+    twice = np.flatnonzero(np.isin(texts, known))
+    if len(twice):
+        raise InputError(
+            f"sample {bytes(texts[twice[0]]).decode()!r}: a sample with this id is in the store "
+            "already: give every sample an id of its own"
+        )
+    return added
+
+
+def _documents(manifest: Manifest) -> dict[str, bytes]:
+    """Return the zarr.json of the groups and of all arrays over the token axis."""
+    rows, units = manifest.num_units * manifest.unit_tokens, manifest.num_units
+    size, width = manifest.unit_tokens, manifest.width
+    is_lossy = manifest.settings["profile"] in STEPS
+    logical = manifest.settings["dtype"]
+    documents = {f"{name}/zarr.json": group_document() for name in _GROUPS}
+    for name, dtype in ROW_ARRAYS.items():
+        documents[f"{name}/zarr.json"] = array_document(shape=(rows,), chunk=(size,), dtype=dtype)
+    for tap in manifest.taps:
+        attributes = {"logical_dtype": logical, "profile": manifest.settings["profile"]}
+        documents[f"hidden/{tap}/zarr.json"] = array_document(
+            shape=(rows, width),
+            chunk=(manifest.rows_per_chunk, width),
+            shard=(size, width),
+            dtype=STATE_TYPES[logical],
+            attributes=attributes,
+        )
+        if is_lossy:
+            documents[f"scale/token/{tap}/zarr.json"] = array_document(
+                shape=(rows,), chunk=(size,), dtype="float32"
+            )
+            documents[f"scale/channel/{tap}/zarr.json"] = array_document(
+                shape=(units, width), chunk=(1, width), dtype="float32"
+            )
+    if is_lossy:
+        documents |= {
+            f"{name}/zarr.json": group_document()
+            for name in ("scale", "scale/token", "scale/channel")
+        }
+    return {path: json_bytes(document) for path, document in documents.items()}

@@ -1,0 +1,130 @@
+"""The pilot: the base over a few samples before it runs over all of them.
+
+It gives the probe, and for a lossy profile the error that the manifest records. Letters: P
+positions, D width, V vocabulary, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from carryon.cache.base.hooks import base_logits, capture
+from carryon.cache.base.lm_head import Head, widen
+from carryon.cache.base.model import Base
+from carryon.cache.corpus.dataset import Sample
+from carryon.cache.extraction.packing import UnitPlan
+from carryon.cache.format.probe import NUM_LOGITS, Probe, channel_relative_error
+from carryon.cache.format.quantization import STEPS, from_codes, to_codes
+
+PILOT_TOKENS = 256
+"""Tokens taken from the start of each pilot sample."""
+_PILOT_SAMPLES = 2
+_PROBE_POSITIONS = 4  # of each sample
+_VOCAB_BLOCK = 8192  # rows of the head that are widened at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PilotSample:
+    """The beginning of one sample, with what the base makes of it."""
+
+    first_row: int
+    """Row of its first token on the token axis."""
+    states: dict[str, NDArray[np.float32]]
+    """[T, D] float32 for each tap, and always `final`."""
+    logits: torch.Tensor
+    """[T, V] the base's own."""
+
+
+def run_pilot(
+    base: Base, taps: Sequence[str], samples: Sequence[Sample], plan: UnitPlan
+) -> list[PilotSample]:
+    """Run the base over the beginnings of the first samples of the first unit."""
+    wanted = list(dict.fromkeys([*taps, "final"]))
+    pilot = []
+    for position in range(min(_PILOT_SAMPLES, int((plan.unit == 0).sum()))):
+        ids = samples[int(plan.order[position])].tokens[:PILOT_TOKENS]
+        batch = torch.from_numpy(ids.astype(np.int64))[None]
+        states = capture(base, wanted, batch)
+        pilot.append(
+            PilotSample(
+                first_row=int(plan.start[position]),
+                states={tap: found[0].float().cpu().numpy() for tap, found in states.items()},
+                logits=base_logits(base, batch)[0].float().cpu(),
+            )
+        )
+    return pilot
+
+
+def make_probe(pilot: Sequence[PilotSample]) -> Probe:
+    """Keep a few positions of each pilot sample; the first token, often odd, only if alone."""
+    rows, states, ids, logits = [], [], [], []
+    for sample in pilot:
+        num_tokens = len(sample.logits)
+        first = min(1, num_tokens - 1)
+        chosen = np.unique(np.linspace(first, num_tokens - 1, _PROBE_POSITIONS).astype(np.int64))
+        top = sample.logits[chosen].topk(min(NUM_LOGITS, sample.logits.shape[1]))
+        rows.append(sample.first_row + chosen)
+        states.append({tap: found[chosen] for tap, found in sample.states.items()})
+        ids.append(top.indices.numpy().astype(np.int32))
+        logits.append(top.values.numpy().astype(np.float32))
+    return Probe(
+        rows=np.concatenate(rows),
+        states={tap: np.concatenate([each[tap] for each in states]) for tap in states[0]},
+        top_ids=np.concatenate(ids),
+        top_logits=np.concatenate(logits),
+    )
+
+
+def measure_profile(
+    pilot: Sequence[PilotSample], head: Head, *, taps: Sequence[str], profile: str
+) -> dict[str, dict[str, float]]:
+    """Return what a lossy profile does to the pilot's states; empty for `exact`.
+
+    Returns:
+        For each tap: `relative_error` (median over tokens of |x' - x| / |x|) and
+        `channel_relative_error`; for `final` and `prenorm`, through the head, also `kl` (mean
+        nats, base to stored) and `top1` (share of tokens with the same most likely next token).
+    """
+    if profile not in STEPS:
+        return {}
+    found = {}
+    for tap in taps:
+        states = np.concatenate([sample.states[tap] for sample in pilot])
+        made = widen(from_codes(to_codes(states, step=STEPS[profile])))
+        norms = np.linalg.norm(states, axis=1)
+        relative = np.linalg.norm(made - states, axis=1) / np.maximum(norms, 1e-30)
+        found[tap] = {
+            "relative_error": float(np.median(relative)),
+            "channel_relative_error": channel_relative_error(made, states),
+        }
+        if tap in ("final", "prenorm"):
+            found[tap] |= _through_head(head, states, made, has_norm=tap == "final")
+    return found
+
+
+def _through_head(
+    head: Head, states: NDArray[np.float32], made: NDArray[np.float32], *, has_norm: bool
+) -> dict[str, float]:
+    expected = _log_probs(head, states if has_norm else head.norm.apply(states))
+    got = _log_probs(head, made if has_norm else head.norm.apply(made))
+    kl = (expected.exp() * (expected - got)).sum(dim=1).mean()
+    top1 = (expected.argmax(dim=1) == got.argmax(dim=1)).float().mean()
+    return {"kl": float(kl), "top1": float(top1)}
+
+
+def _log_probs(head: Head, states: NDArray[np.float32]) -> torch.Tensor:
+    """Return [P, V] float32 log-probabilities of `final` states [P, D]."""
+    x = torch.from_numpy(np.ascontiguousarray(states))
+    logits = torch.empty(len(x), head.vocab_size)
+    for first in range(0, head.vocab_size, _VOCAB_BLOCK):
+        block = torch.from_numpy(widen(head.weight[first : first + _VOCAB_BLOCK]))
+        logits[:, first : first + _VOCAB_BLOCK] = x @ block.T
+    if head.bias is not None:
+        logits += torch.from_numpy(head.bias)
+    logits *= head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return torch.log_softmax(logits, dim=1)

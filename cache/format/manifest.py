@@ -1,0 +1,268 @@
+"""The manifest: what made a store, kept in the attributes of its root group.
+
+Two parts. What determines the content (base, corpus, taps, settings, versions) is hashed into the
+store's fingerprint, which everything downstream records. The rest lists the files that planning
+wrote, with the digests that each may have. Both are covered by a digest of their own, so that no
+byte of the document can change unnoticed.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.errors import DamagedStoreError, MissingError, StoreError
+from carryon.cache.files import json_bytes, write_json
+from carryon.cache.format.zarr_metadata import copy_path, group_document
+
+FORMAT = "carryon-store"
+FORMAT_VERSION = 1
+
+_WHEREABOUTS = ("id", "revision")  # where a base was found; its digests say which one it is
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusPart:
+    """One extraction's share of a store: the first one, or one that was appended."""
+
+    fingerprint: str
+    """SHA-256 over the samples: ids, tokens, masks, character ends, held-out marks."""
+    files: list[dict[str, Any]]
+    """Name, bytes and SHA-256 of each input file."""
+    counts: dict[str, int]
+    """Records, samples, tokens, supervised tokens, truncations and what was skipped."""
+    first_unit: int
+    num_units: int
+    first_sample: int
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Everything about a store but its tensors."""
+
+    base: dict[str, Any]
+    """Identity of the base: id, revision, architecture, sizes, digests of weights and tokenizer."""
+    forward: dict[str, Any]
+    """compute_dtype and attention backend that the states were computed with."""
+    corpus: dict[str, Any]
+    """CorpusSettings, with max_tokens resolved."""
+    settings: dict[str, Any]
+    """StoreSettings: taps, profile, dtype, unit_tokens, seed."""
+    parts: list[CorpusPart]
+    """The corpus, in the order in which it was added."""
+    width: int
+    """D, the base's hidden width."""
+    rows_per_chunk: int
+    """Rows of an inner chunk of the hidden states."""
+    head: dict[str, Any]
+    """Norm kind, eps, weight offset, logit scale and soft cap; the arrays are in `head/`."""
+    versions: dict[str, str]
+    """Versions of the libraries that computed the states."""
+    profile_error: dict[str, dict[str, float]] = field(default_factory=dict)
+    """For each tap of a lossy profile: relative error; for the tap the head reads also KL and
+    top-1 agreement through the head."""
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """SHA-256 that each file written by planning may have; two while an append is under way."""
+
+    @property
+    def taps(self) -> list[str]:
+        """Taps of the store."""
+        return list(self.settings["taps"])
+
+    @property
+    def num_blocks(self) -> int:
+        """The base's last blocks that are kept."""
+        return int(self.settings.get("with_blocks", 0))
+
+    @property
+    def unit_tokens(self) -> int:
+        """Rows of a unit."""
+        return int(self.settings["unit_tokens"])
+
+    @property
+    def num_units(self) -> int:
+        """Units planned."""
+        return sum(part.num_units for part in self.parts)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples planned."""
+        return sum(part.num_samples for part in self.parts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples; unused rows at the end of units are not counted."""
+        return sum(part.counts["tokens"] for part in self.parts)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that are training targets."""
+        return sum(part.counts["supervised_tokens"] for part in self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that determines the content."""
+        return digest_of(self._content())
+
+    @property
+    def samples_digest(self) -> str:
+        """SHA-256 of which samples there are and where they lie, whatever is kept of each token.
+
+        What is drawn at random for a store is drawn from this: so stores of one corpus are split
+        alike and read in one order, whatever their taps and their precision.
+        """
+        parts = [asdict(part) for part in self.parts]
+        for part in parts:
+            del part["files"]
+        return digest_of({"parts": parts, "unit_tokens": self.unit_tokens})
+
+    @property
+    def base_content(self) -> dict[str, Any]:
+        """Identity of the base, without where it was found."""
+        return {name: value for name, value in self.base.items() if name not in _WHEREABOUTS}
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "base": self.base_content,
+            "forward": self.forward,
+            "corpus": self.corpus,
+            "settings": self.settings,
+            "parts": [asdict(part) for part in self.parts],
+            "width": self.width,
+            "rows_per_chunk": self.rows_per_chunk,
+            "head": self.head,
+            "versions": self.versions,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document, with its digests."""
+        document = self._content()
+        document["base"] = self.base
+        document["profile_error"] = self.profile_error
+        document["files"] = self.files
+        document["fingerprint"] = self.fingerprint
+        document["sha256"] = digest_of(document)
+        return document
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], *, name: str) -> "Manifest":
+        """Check and build.
+
+        Raises:
+            StoreError: not a store of ours, or of a format this version does not read.
+            DamagedStoreError: the digest does not match.
+        """
+        values = dict(document)
+        digest = values.pop("sha256", None)
+        if digest_of(values) != digest:
+            raise DamagedStoreError(
+                f"{name}: the manifest does not match its own digest: run carryon repair"
+            )
+        kind, version = values.pop("format", None), values.pop("format_version", None)
+        if kind != FORMAT:
+            raise StoreError(f"{name}: expected a {FORMAT}, got format {kind!r}")
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"{name}: expected format version {FORMAT_VERSION}, got {version}: "
+                "install a version of gpt-carry-on that reads it"
+            )
+        fingerprint = values.pop("fingerprint", None)
+        try:
+            values["parts"] = [CorpusPart(**part) for part in values["parts"]]
+            manifest = cls(**values)
+        except (TypeError, KeyError) as error:
+            raise DamagedStoreError(f"{name}: the manifest is damaged: {error}") from error
+        if manifest.fingerprint != fingerprint:
+            raise DamagedStoreError(f"{name}: the manifest does not match its own fingerprint")
+        return manifest
+
+    def is_stage_of(self, other: "Manifest") -> bool:
+        """Tell whether both are of one store, perhaps with an append under way between them."""
+        both = min(len(self.parts), len(other.parts))
+        mine, theirs = (replace(each, parts=each.parts[:both], files={}) for each in (self, other))
+        return mine == theirs
+
+    def part_of(self, unit: int) -> CorpusPart:
+        """Return the part of the corpus that a unit belongs to."""
+        return next(part for part in self.parts if unit < part.first_unit + part.num_units)
+
+    def accepting(self, files: Mapping[str, str]) -> "Manifest":
+        """Return a manifest that accepts, for each of `files`, the given digest as well."""
+        merged = {path: list(digests) for path, digests in self.files.items()}
+        for path, digest in files.items():
+            known = merged.setdefault(path, [])
+            if digest not in known:
+                known.append(digest)
+        return replace(self, files=merged)
+
+
+def manifest_path(root: Path) -> Path:
+    """Return the file that holds the manifest: the zarr.json of the root group."""
+    return root / "zarr.json"
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write the manifest and its copy; from here on the store exists, with its plan."""
+    document = group_document({"carryon": manifest.to_dict()})
+    write_json(root / copy_path("zarr.json"), document)
+    write_json(manifest_path(root), document)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read and check the manifest of the store at `root`.
+
+    Raises:
+        MissingError: there is no store.
+        StoreError: there is something else, or another format.
+        DamagedStoreError: the document has been changed, or only its copy is there.
+    """
+    path, copy = manifest_path(root), root / copy_path("zarr.json")
+    if path.is_file():
+        return parse_manifest(path.read_bytes(), name=str(path), is_mirrored=copy.is_file())
+    if copy.is_file():
+        raise DamagedStoreError(f"{path}: missing, but its copy is there: run carryon repair")
+    raise MissingError(f"{root}: no store here (no zarr.json): make one with carryon extract")
+
+
+def parse_manifest(content: bytes, *, name: str, is_mirrored: bool) -> Manifest:
+    """Return the manifest in the bytes of a root group's zarr.json.
+
+    Args:
+        content: of the file.
+        name: of the file, for errors.
+        is_mirrored: whether a copy of a manifest lies in the store: then it is one of ours, and a
+            document that says otherwise is damaged.
+
+    Raises:
+        StoreError: there is something else, or another format.
+        DamagedStoreError: the document has been changed.
+    """
+    try:
+        attributes = json.loads(content)["attributes"]
+        described = attributes.get("carryon")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedStoreError(
+            f"{name}: not the zarr.json of a group: run carryon repair"
+        ) from error
+    if not isinstance(described, dict):
+        kind = DamagedStoreError if is_mirrored else StoreError
+        raise kind(f"{name}: a Zarr group, but not a store of carryon (no manifest)")
+    manifest = Manifest.from_dict(described, name=name)
+    if json_bytes(group_document({"carryon": described})) != content:
+        raise DamagedStoreError(f"{name}: not in the form it was written in: run carryon repair")
+    return manifest
+
+
+def digest_of(document: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a JSON document in its canonical form."""
+    return hashlib.sha256(json_bytes(dict(document))).hexdigest()
+
+
+def sha256_hex(content: bytes | bytearray | memoryview) -> str:
+    """Return the SHA-256 of bytes."""
+    return hashlib.sha256(content).hexdigest()

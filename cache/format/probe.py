@@ -1,0 +1,136 @@
+"""The probe: proof that hidden states, norm and head of a store belong together.
+
+At planning time the base itself runs over the beginnings of a few samples. Kept are a few
+positions: their states at every tap, and the base's own top logits. Whoever opens the store can
+then check, with numpy alone, that head and norm make those logits of those states, and that the
+stored rows are those states. A wrong norm, layer or head is caught; it would train quietly.
+Letters: P probe positions, D width, K logits kept of each.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carryon.cache.base.lm_head import Head
+from carryon.cache.errors import DamagedStoreError
+from carryon.cache.format.arrays import encode_array, read_array
+from carryon.cache.format.manifest import Manifest
+
+NUM_LOGITS = 8
+_HEAD_TOLERANCE = 0.03  # a base that computes in bfloat16 rounds its logits to 1 part in 256
+_STATE_TOLERANCE = 0.05  # the same states in batches of another shape, each channel by its RMS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """A few positions seen by the base itself."""
+
+    rows: NDArray[np.int64]
+    """[P] row of each position on the token axis."""
+    states: Mapping[str, NDArray[np.float32]]
+    """[P, D] float32 for each tap of the store, and always `final`."""
+    top_ids: NDArray[np.int32]
+    """[P, K] tokens of the base's largest logits."""
+    top_logits: NDArray[np.float32]
+    """[P, K] those logits."""
+
+
+def encode_probe(probe: Probe) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of each file of the probe."""
+    arrays: dict[str, NDArray[Any]] = {
+        "rows": probe.rows,
+        "top_ids": probe.top_ids,
+        "top_logits": probe.top_logits,
+    }
+    arrays |= {f"states/{tap}": states for tap, states in probe.states.items()}
+    for name, values in arrays.items():
+        yield from encode_array(f"probe/{name}", values, rows_per_chunk=len(values))
+
+
+def read_probe(root: Path, manifest: Manifest) -> Probe:
+    """Read the probe of a store."""
+
+    def read(name: str) -> NDArray[Any]:
+        return read_array(root, f"probe/{name}", digests=manifest.files)
+
+    return Probe(
+        rows=read("rows"),
+        states={tap: read(f"states/{tap}") for tap in {*manifest.taps, "final"}},
+        top_ids=read("top_ids"),
+        top_logits=read("top_logits"),
+    )
+
+
+def check_head(probe: Probe, head: Head, *, name: str) -> None:
+    """Check that head and norm make the base's logits of the probe's states.
+
+    Args:
+        probe: of the store.
+        head: with only the rows of `probe.top_ids`, in that order, [P * K, D].
+        name: of the store, for errors.
+
+    Raises:
+        DamagedStoreError: they do not; says by how much.
+    """
+    rows = np.arange(probe.top_ids.size, dtype=np.int32).reshape(probe.top_ids.shape)
+    made = head.logits(probe.states["final"], rows)
+    error = _rms(made - probe.top_logits) / max(_rms(probe.top_logits), 1e-6)
+    if not error <= _HEAD_TOLERANCE:  # also when it is not a number
+        raise DamagedStoreError(
+            f"{name}: the head does not make the base's logits of the probe's states: expected a "
+            f"relative error up to {_HEAD_TOLERANCE}, got {error:.3f}: head or logit scale is "
+            "another base's"
+        )
+    if "prenorm" in probe.states:
+        normed = head.norm.apply(probe.states["prenorm"])
+        _compare(normed, probe.states["final"], tolerance=_HEAD_TOLERANCE, what=f"{name}: the norm")
+
+
+def check_states(
+    probe: Probe, stored: NDArray[np.float32], *, tap: str, profile_error: float, name: str
+) -> None:
+    """Check that the stored rows [P, D] of a tap are the states that the base gave there.
+
+    Args:
+        probe: of the store.
+        stored: the rows `probe.rows` of the tap, [P, D] float32.
+        tap: which tap.
+        profile_error: the channel-relative error that a lossy profile recorded, else 0.
+        name: of the store, for errors.
+
+    Raises:
+        DamagedStoreError: they are other states, such as another layer's or those before a norm.
+    """
+    tolerance = _STATE_TOLERANCE + 2 * profile_error
+    _compare(stored, probe.states[tap], tolerance=tolerance, what=f"{name}: tap {tap}")
+
+
+def channel_relative_error(made: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Return the RMS of (made - expected), each channel in units of its own RMS; [P, D] both.
+
+    Residual streams have channels a hundred times larger than the rest; unweighted they would
+    hide that everything else is wrong.
+    """
+    channel = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=0))
+    channel = np.maximum(channel, channel.max() * 1e-4)
+    return _rms((made.astype(np.float64) - expected) / channel)
+
+
+def _compare(
+    made: NDArray[np.float32], expected: NDArray[np.float32], *, tolerance: float, what: str
+) -> None:
+    error = channel_relative_error(made, expected)
+    if not error <= tolerance:
+        raise DamagedStoreError(
+            f"{what} does not hold what the base gave at the probe's positions: expected a "
+            f"relative error up to {tolerance:.3f}, got {error:.3f}: the states were taken "
+            "elsewhere (another layer, or the other side of a norm)"
+        )
+
+
+def _rms(values: NDArray[np.floating[Any]]) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))

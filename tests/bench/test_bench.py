@@ -1,0 +1,432 @@
+"""The benchmarks, each run once on next to nothing; no speed is asserted."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from carryon.cache.base.lm_head import widen
+from carryon.cache.base.model import Base
+from carryon.cache.errors import InputError
+from carryon.cache.settings import StoreSettings
+from carryon.cache.store.reader import Store
+from carryon.tools.bench import run as bench_run
+from carryon.tools.bench.__main__ import BENCH
+from carryon.tools.bench.decode import measure_decoding
+from carryon.tools.bench.deepspec import deepspec, raw_map_straight
+from carryon.tools.bench.disk import SlowDisk, charge_nothing
+from carryon.tools.bench.epoch import EPOCHS, run_peer_epoch, run_store_epoch
+from carryon.tools.bench.extract import measure_extraction, samples_of
+from carryon.tools.bench.open import make_large_store, measure_opening
+from carryon.tools.bench.peer import Peer
+from carryon.tools.bench.plot import plot_streaming
+from carryon.tools.bench.run import run_benchmarks
+from carryon.tools.bench.scratch import write_scratch_store
+from carryon.tools.bench.settings import BenchSettings, BenchSizes, split_label
+from carryon.tools.bench.size import measure_lossless, measure_profiles
+from carryon.tools.bench.specforge import specforge
+from carryon.tools.bench.speculators import retyped_speculators
+from carryon.tools.bench.states import StateSet, make_states, take_states
+from carryon.tools.bench.stream import measure_streaming
+from carryon.tools.bench.write import measure_write_growth
+from carryon.tools.compare.corpora import write_named_corpus
+from carryon.tools.compare.figure import Figure, in_turn, print_table
+from carryon.train.config import StreamSettings
+
+UNIT_TOKENS = 64
+PEERS = [
+    retyped_speculators(reason="of the test"),
+    specforge(has_pads=False),
+    specforge(has_pads=True),
+    deepspec(),
+    raw_map_straight(),
+]
+TINY = BenchSizes(
+    samples=5,
+    width=16,
+    taps=2,
+    mean_tokens=16,
+    max_tokens=48,
+    stream_tokens=100,
+    unit_tokens=UNIT_TOKENS,
+    threads=[1],
+    slow_disk=1e4,
+    early_unit=1,
+    late_unit=3,
+    large_units=4,
+    large_samples=40,
+    rounds=1,
+)
+
+
+@pytest.fixture(scope="module")
+def states() -> StateSet:
+    """Twelve samples of 8 to 48 tokens, width 16, two taps: several units of 64 rows."""
+    return make_states(
+        "made-up", num_samples=12, width=16, num_taps=2, mean_tokens=24, max_tokens=48, seed=3
+    )
+
+
+@pytest.fixture(scope="module")
+def exact_store(states: StateSet, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Those states in a store."""
+    root = tmp_path_factory.mktemp("bench") / "store"
+    settings = StoreSettings(taps=states.taps, unit_tokens=UNIT_TOKENS)
+    write_scratch_store(root, states, settings=settings)
+    return Store.open(root)
+
+
+def names_of(figures: list[Figure]) -> list[str]:
+    return [figure.figure for figure in figures]
+
+
+# Figures
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "sense", "met"),
+    [
+        (0.6, 0.64, "at most", True),
+        (0.7, 0.64, "at most", False),
+        (1.5, 1.5, "at least", True),
+        (1.4, 1.5, "at least", False),
+        (1.4, None, "at least", None),
+    ],
+)
+def test_a_figure_tells_whether_it_meets_its_target(
+    value: float, target: float | None, sense: str, met: bool | None
+) -> None:
+    figure = Figure(figure="f", value=value, unit="x", target=target)
+    figure = replace(figure, sense="at most" if sense == "at most" else "at least")
+    assert figure.met is met
+    assert json.loads(json.dumps(figure.to_dict()))["met"] is met
+
+
+def test_the_table_names_what_was_missed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(
+        [
+            Figure(figure="plain", value=12345.6, unit="tokens/s"),
+            Figure(figure="missed", value=2.0, unit="s", target=1.0),
+        ]
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].split() == ["figure", "value", "target", "unit", "met"]
+    assert lines[1].split() == ["missed", "2", "<=", "1", "s", "NO"]
+    assert lines[2].split() == ["plain", "12,346", "tokens/s"]
+
+
+def test_ways_are_measured_in_turn_and_their_medians_taken() -> None:
+    called: list[str] = []
+    values = {"a": iter([1.0, 9.0, 2.0]), "b": iter([5.0, 4.0, 6.0])}
+
+    def way(name: str) -> Callable[[], float]:
+        def measure() -> float:
+            called.append(name)
+            return next(values[name])
+
+        return measure
+
+    assert in_turn({name: way(name) for name in values}, rounds=3) == {"a": 2.0, "b": 5.0}
+    assert "".join(called) == "abbaab"
+
+
+# States
+
+
+def test_made_up_states_have_the_shape_asked_for_and_repeat(states: StateSet) -> None:
+    assert len(states.lengths) == 12
+    assert 8 <= states.lengths.min() <= states.lengths.max() <= 48
+    assert states.taps == ["layer.1", "final"]
+    assert {rows.shape for rows in states.hidden.values()} == {(states.num_tokens, 16)}
+    again = make_states(
+        "made-up", num_samples=12, width=16, num_taps=2, mean_tokens=24, max_tokens=48, seed=3
+    )
+    np.testing.assert_array_equal(again.hidden["final"], states.hidden["final"])
+
+
+def test_a_scratch_store_holds_the_states_it_was_given(
+    states: StateSet, exact_store: Store
+) -> None:
+    taken = take_states("taken", exact_store, max_tokens=10**6)
+    assert taken.num_tokens == states.num_tokens
+    originals = {states.tokens[states.rows_of(index)].tobytes(): index for index in range(12)}
+    for sample in range(12):
+        rows = taken.rows_of(sample)
+        same = states.rows_of(originals[taken.tokens[rows].tobytes()])
+        for tap in states.taps:
+            np.testing.assert_array_equal(taken.hidden[tap][rows], states.hidden[tap][same])
+
+
+def test_states_are_taken_up_to_a_number_of_tokens(exact_store: Store) -> None:
+    taken = take_states("taken", exact_store, max_tokens=100)
+    assert 50 < taken.num_tokens <= 100
+    assert taken.lengths.sum() == taken.num_tokens == len(taken.hidden["final"])
+
+
+def test_a_lossy_store_is_refused_as_a_source(states: StateSet, store_tmp: Path) -> None:
+    settings = StoreSettings(taps=states.taps, profile="near", unit_tokens=UNIT_TOKENS)
+    write_scratch_store(store_tmp / "near", states, settings=settings)
+    store = Store.open(store_tmp / "near")
+    with pytest.raises(InputError, match="expected a store of exact bfloat16 states"):
+        take_states("near", store, max_tokens=100)
+    with pytest.raises(InputError, match="got profile near"):
+        measure_lossless("near", store, report=lambda figure: None)
+
+
+# Sizes and errors
+
+
+def test_sizes_and_errors_of_a_store_are_measured(exact_store: Store) -> None:
+    figures: list[Figure] = []
+    measure_lossless("gsm", exact_store, report=figures.append)
+    measure_profiles("gsm", exact_store, report=figures.append)
+    assert names_of(figures) == [
+        *("lossless.gsm.layer.1", "lossless.gsm.final"),
+        *("near.gsm.layer.1.bytes", "compact.gsm.layer.1.bytes"),
+        *("near.gsm.final.bytes", "near.gsm.final.kl"),
+        *("compact.gsm.final.bytes", "compact.gsm.final.kl"),
+    ]
+    found = {figure.figure: figure for figure in figures}
+    assert found["lossless.gsm.final"].target == 0.64
+    near, compact = found["near.gsm.final.kl"], found["compact.gsm.final.kl"]
+    assert 0 < near.value < compact.value
+    assert near.details["relative_error"] < compact.details["relative_error"]
+    assert near.details["top1"] <= 1
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: str(peer.name))
+def test_a_peer_delivers_every_token_of_its_layout(
+    states: StateSet, tmp_path: Path, peer: Peer
+) -> None:
+    peer.write(states, tmp_path)
+    read: list[int] = []
+    epoch = run_peer_epoch(
+        peer, states, tmp_path, seed=0, num_threads=2, charge=lambda size: read.append(size)
+    )
+    assert epoch.num_tokens == EPOCHS * states.num_tokens < epoch.num_rows
+    assert sum(read) >= states.raw_bytes
+    load = peer.open(states, tmp_path, charge_nothing)
+    batch = load(np.array([3]))
+    rows = states.rows_of(3)
+    is_packed = "verifier_last_hidden_states" in batch
+    last = batch["verifier_last_hidden_states" if is_packed else "hidden_state"]
+    assert last.dtype == torch.bfloat16
+    found = last[0, : states.lengths[3]].float().numpy()
+    np.testing.assert_array_equal(found, widen(states.hidden["final"][rows]))
+    lower = batch["hidden_states" if is_packed else "aux_hidden_state"]
+    found = lower[0, : states.lengths[3]].float().numpy()
+    np.testing.assert_array_equal(found, widen(states.hidden["layer.1"][rows]))
+
+
+def test_peers_take_a_single_tap(tmp_path: Path) -> None:
+    one = make_states(
+        "one", num_samples=3, width=16, num_taps=1, mean_tokens=16, max_tokens=32, seed=0
+    )
+    for peer in PEERS:
+        folder = tmp_path / peer.name
+        folder.mkdir()
+        peer.write(one, folder)
+        load = peer.open(one, folder, charge_nothing)
+        batch = load(np.array([0, 2]))
+        assert batch["input_ids"].numel() >= one.lengths[[0, 2]].sum()
+
+
+def test_a_store_is_streamed_whole_and_charged_for_its_files(
+    states: StateSet, exact_store: Store
+) -> None:
+    charged: list[int] = []
+    settings = StreamSettings(window_units=2, reader_threads=2)
+    epoch = run_store_epoch(exact_store, seed=0, settings=settings, charge=charged.append)
+    assert epoch.num_tokens == EPOCHS * states.num_tokens
+    assert exact_store.num_units > 1
+    files = [exact_store.receipt(unit).files.values() for unit in range(exact_store.num_units)]
+    assert sum(charged) == EPOCHS * sum(entry.bytes for entries in files for entry in entries)
+
+
+def test_a_slow_disk_gives_no_more_than_it_has() -> None:
+    disk = SlowDisk(1e6)
+    started_at = time.perf_counter()
+    for _ in range(8):
+        disk.charge(5000)
+    assert time.perf_counter() - started_at >= 0.0399
+
+
+def test_streaming_gives_one_figure_a_layout_and_two_against_the_best_peer(
+    states: StateSet, store_tmp: Path
+) -> None:
+    figures: list[Figure] = []
+    some = [specforge(has_pads=True), deepspec(), raw_map_straight()]
+    measure_streaming(
+        states,
+        some,
+        store_tmp / "work",
+        unit_tokens=UNIT_TOKENS,
+        rounds=1,
+        thread_counts=[1],
+        slow_mb_per_second=1e4,
+        report=figures.append,
+    )
+    ours = ["exact", "near", "compact"]
+    theirs = [peer.name for peer in some]
+    expected = [f"stream.made-up.{name}" for name in [*ours, *theirs, "warm", "slow_disk"]]
+    assert names_of(figures) == expected
+    details = {figure.figure.rpartition(".")[2]: figure.details for figure in figures}
+    for name in (*ours, *theirs):
+        assert details[name]["role"] in ("ours", "peer", "limit")
+        assert details[name]["bytes_per_token"] > 0
+    assert details["torch_save_padded"]["ratio_to_raw"] > details["raw_map"]["ratio_to_raw"] >= 1
+    assert details["warm"]["best_peer"] == "torch_save_padded"
+    assert set(details["warm"]["to_limit"]) == {"raw_map", "raw_map_straight"}
+    assert not list((store_tmp / "work").iterdir())
+    [plot] = plot_streaming(figures, store_tmp / "plots")
+    assert plot.name == "stream-made-up.png"
+    assert plot.stat().st_size > 0
+
+
+# Decoding, writing, opening, extracting
+
+
+def test_decoding_is_measured_with_and_without_reading(exact_store: Store) -> None:
+    figures: list[Figure] = []
+    measure_decoding("tiny", exact_store.root, rounds=1, report=figures.append)
+    [figure] = figures
+    assert figure.figure == "decode.tiny"
+    assert figure.value > 0
+    assert min(figure.details["gb_per_second"].values()) > 0
+
+
+def test_write_growth_compares_an_early_with_a_late_unit(store_tmp: Path) -> None:
+    figures: list[Figure] = []
+    measure_write_growth(
+        store_tmp, early_unit=1, late_unit=4, width=16, rounds=2, report=figures.append
+    )
+    assert names_of(figures) == ["write.growth"]
+    assert len(list((store_tmp / "early/units").glob("[0-9]*.json"))) == 1 + 2
+    assert len(list((store_tmp / "late/units").glob("[0-9]*.json"))) == 4 + 2
+
+
+def test_the_large_store_has_the_units_and_samples_asked_for(store_tmp: Path) -> None:
+    manifest = make_large_store(store_tmp / "large", num_units=5, num_samples=100)
+    assert (manifest.num_units, manifest.num_samples) == (5, 100)
+    store = Store.open(store_tmp / "large")
+    assert len(store.read_sample(99).hidden["final"]) == 4
+
+
+def test_opening_is_measured_in_a_process_of_its_own(store_tmp: Path) -> None:
+    figures: list[Figure] = []
+    measure_opening(store_tmp, num_units=3, num_samples=30, rounds=1, report=figures.append)
+    assert names_of(figures) == ["open.seconds", "open.memory"]
+    assert figures[0].details["samples"] == 30
+
+
+def test_extraction_is_measured_against_bare_passes(
+    tiny_base: Base, exact_store: Store, store_tmp: Path
+) -> None:
+    samples = samples_of(exact_store, max_tokens=150)
+    assert 64 < sum(len(sample.tokens) for sample in samples) <= 150
+    figures: list[Figure] = []
+    measure_extraction(
+        tiny_base,
+        samples,
+        store_tmp,
+        unit_tokens=UNIT_TOKENS,
+        batch_tokens=256,
+        report=figures.append,
+    )
+    [figure] = figures
+    assert len(figure.details["ratios"]) == figure.details["units"] > 1
+    Store.open(store_tmp / "extracted")  # finished, and its probe fits
+
+
+# The whole command
+
+
+def test_python_corpus_is_source_of_the_standard_library(tmp_path: Path) -> None:
+    write_named_corpus("python", tmp_path / "python.jsonl", num_tokens=2000)
+    records = list(map(json.loads, (tmp_path / "python.jsonl").read_text().splitlines()))
+    assert sum(len(record["text"]) for record in records) == 7800
+    assert all(record["id"].endswith(".py") for record in records)
+
+
+def test_an_unknown_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="corpus 'x': expected gsm, python, pydoc, manpages, or LABEL=PATH"
+    ):
+        write_named_corpus("x", tmp_path / "x.jsonl", num_tokens=10)
+
+
+def test_everything_is_measured_with_a_base_and_a_corpus_of_ones_own(
+    tiny_base_folder: Path, store_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_run, "speculators", lambda: PEERS[0])  # 10 s where it is installed
+    data = store_tmp / "mine.jsonl"
+    lines = [json.dumps({"text": f"{index} is the thing " * 3}) for index in range(20)]
+    data.write_text("\n".join(lines) + "\n")
+    figures: list[Figure] = []
+    settings = BenchSettings(
+        figures=["lossless", "profiles", "extract", "decode"],
+        base=str(tiny_base_folder),
+        corpus=[f"mine={data}"],
+    )
+    sizes = replace(TINY, extract_tokens=200, extract_unit_tokens=128)
+    run_benchmarks(settings, sizes, store_tmp / "work", report=figures.append)
+    assert names_of(figures) == [
+        *("lossless.mine", "near.mine.bytes", "near.mine.kl"),
+        *("compact.mine.bytes", "compact.mine.kl", "extract.speed"),
+        *("decode.synthetic", "decode.synthetic.near", "decode.synthetic.compact"),
+        "decode.mine",
+    ]
+
+
+def test_the_command_prints_json_lines_and_a_table_and_leaves_nothing_behind(
+    store_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["store", "--figures", "write", "lossless", "--rounds", "1"]
+    argv += ["--early-unit", "1", "--late-unit", "2", "--work", str(store_tmp / "work")]
+    assert BENCH.main([*argv, "--out", str(store_tmp / "out")]) == 0
+    captured = capsys.readouterr()
+    [line] = map(json.loads, captured.out.splitlines())
+    assert line["figure"] == "write.growth"
+    assert line["unit"] == "relative change"
+    assert "lossless: left out, it needs --store or --base" in captured.err
+    assert "write.growth" in captured.err
+    assert not list((store_tmp / "work").iterdir())
+    assert json.loads((store_tmp / "out/figures.jsonl").read_text()) == line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--figures", "speed"], "figures: expected some of lossless"),
+        (["--rounds", "0"], "rounds: expected more than 0"),
+        (["--store", "a/s", "b/s"], "store: expected a label of its own"),
+    ],
+)
+def test_wrong_options_are_refused(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert BENCH.main(["store", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_label_is_given_or_the_last_part_of_the_path() -> None:
+    assert split_label("gsm=a/b") == ("gsm", "a/b")
+    assert split_label("a/b") == ("b", "a/b")
+
+
+def test_bench_alone_names_what_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert BENCH.main(["stores"]) == 2
+    assert "did you mean store?" in capsys.readouterr().err
+
+
+def test_speculators_is_only_imported_when_it_is_streamed() -> None:
+    assert "speculators" not in sys.modules

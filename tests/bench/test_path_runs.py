@@ -1,0 +1,196 @@
+"""Paradigms compared, with what they share trained once."""
+
+import json
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.tiny_runs import TINY
+from support.tiny_train_stores import make_tiny_store
+
+from carryon.cache.errors import InputError
+from carryon.tools.bench import path_runs
+from carryon.tools.bench.path_plan import (
+    Lengths,
+    Plan,
+    plan_paradigms,
+    plan_pilots,
+    trunk_saves,
+)
+from carryon.tools.bench.path_runs import PathRuns, mean_weights
+from carryon.train.config import OptimizationSettings, change
+from carryon.train.continual.cost import steps_by_formula
+from carryon.train.optim.lr_paths import PARADIGMS
+
+SETTINGS = change(TINY, {"epochs": 1, "tokens_per_step": 20, "min_lr_ratio": 0.1, "dropout": 0.2})
+OPTIMIZATION = OptimizationSettings(
+    epochs=1, learning_rate=3e-3, min_lr_ratio=0.1, warmup_ratio=0.0
+)
+LENGTHS = {0: Lengths(alone=(10, 10, 10, 10), so_far=(10, 20, 30, 40))}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products on several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("stores")
+    return [str(make_tiny_store(root / f"{seed}", samples_seed=seed)) for seed in (1, 2)]
+
+
+def _plan(experiment: PathRuns, *schedules: str) -> tuple[Plan, Plan]:
+    lengths = {0: experiment.lengths(0)}
+    optimization = experiment.settings.optimization
+    plan = plan_paradigms(
+        lengths, kinds=PARADIGMS, schedules=schedules, alphas=[0.6], settings=optimization
+    )
+    return plan, trunk_saves(lengths, optimization)
+
+
+def _run(root: Path, stores: list[str], *schedules: str) -> PathRuns:
+    experiment = PathRuns(root=root, stores=stores, settings=SETTINGS)
+    experiment.begin()
+    experiment.run(*_plan(experiment, *schedules))
+    return experiment
+
+
+@pytest.fixture(scope="module")
+def done(stores: list[str], tmp_path_factory: pytest.TempPathFactory) -> PathRuns:
+    return _run(tmp_path_factory.mktemp("done"), stores, "cosine", "multistep")
+
+
+def _results(experiment: PathRuns) -> dict[str, Any]:
+    paths = (experiment.root / "results").glob("*.json")
+    found = {path.stem: json.loads(path.read_text()) for path in paths}
+    return {name: row | {"train_s": 0.0} for name, row in found.items()}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "knee", "multistep"])
+def test_what_is_paid_adds_up_to_the_formulas(schedule: str) -> None:
+    plan = plan_paradigms(
+        LENGTHS, kinds=PARADIGMS, schedules=[schedule], alphas=[0.6], settings=OPTIMIZATION
+    )
+
+    for kind in PARADIGMS:
+        mine = [version for version in plan.versions if version.kind == kind]
+        steps = sum(stop - first for version in mine for _, first, stop in version.paid)
+        assert len(mine) == 4
+        assert steps == steps_by_formula(kind, versions=4, steps=10, alpha=0.6), kind
+    ratio = Fraction(58, 100)
+    assert steps_by_formula("switch", versions=4, steps=10, alpha=0.6) / 100 == ratio
+
+
+def test_the_trunk_and_first_versions_are_trained_once() -> None:
+    plan = plan_paradigms(
+        LENGTHS,
+        kinds=PARADIGMS,
+        schedules=["cosine", "multistep"],
+        alphas=[0.6],
+        settings=OPTIMIZATION,
+    )
+    steps = {
+        name: segment.steps.stop - segment.steps.first for name, segment in plan.segments.items()
+    }
+
+    assert sum(count for name, count in steps.items() if "trunk" in name) == 40
+    assert sum(count for name, count in steps.items() if name.startswith("s0/cosine")) == (
+        100 + 30 + 30 + 4 * 6 + 30
+    )
+    assert steps["s0/multistep/a0.6/branch-3"] < steps["s0/cosine/a0.6/branch-3"] == 6
+    assert steps["s0/multistep/scratch-1"] < steps["s0/cosine/scratch-1"] == 10
+
+
+def test_a_mean_is_of_evenly_spaced_states_up_to_the_end() -> None:
+    lengths = {0: Lengths(alone=(40,), so_far=(40,))}
+    plan = plan_paradigms(
+        lengths, kinds=["wsm"], schedules=["knee"], alphas=[0.6], settings=OPTIMIZATION
+    )
+
+    assert [step for _, step in plan.versions[0].states] == [20, 24, 28, 32, 36, 40]
+
+
+def test_pilots_vary_one_stage_and_keep_the_other() -> None:
+    for kind in ("stage1", "stage2"):
+        plan = plan_pilots(LENGTHS, kind=kind, schedules=["cosine"], settings=OPTIMIZATION)  # type: ignore[arg-type]
+        falls = {
+            segment.steps.fall_parts
+            for segment in plan.segments.values()
+            if len(segment.steps.fall_parts) == 2
+        }
+        parts = (1.0, 0.75, 0.5, 0.25, 0.0)
+        expected = {(part, 1.0) for part in parts} if kind == "stage1" else set()
+        assert falls == (expected or {(0.0, part) for part in parts})
+
+
+def test_a_stopped_experiment_goes_on_to_the_same_results(
+    done: PathRuns, stores: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def stop_at_the_third(*args: Any, **options: Any) -> None:  # noqa: ANN401 -- as train_segments
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        real(*args, **options)
+
+    real = path_runs.train_segments
+    with monkeypatch.context() as patch:
+        patch.setattr(path_runs, "train_segments", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            _run(tmp_path, stores, "cosine")
+    one = _run(tmp_path, stores, "cosine")
+    assert len(_results(one)) < len(_results(done))
+    both = _run(tmp_path, stores, "cosine", "multistep")
+
+    assert _results(both) == _results(done)
+
+
+def test_a_branch_that_begins_on_the_trunk_ends_as_one_that_does_not(
+    done: PathRuns, stores: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carryon.tools.bench.path_plan._WORTH", 2.0)
+    alone = _run(tmp_path, stores, "multistep")
+
+    found, expected = _results(alone), _results(done)
+    assert all(found[name] == expected[name] for name in found)
+
+
+def test_only_the_trunk_is_kept(done: PathRuns) -> None:
+    folders = {
+        path.parent.relative_to(done.root / "runs").as_posix()
+        for path in (done.root / "runs").rglob("run.json")
+    }
+
+    assert folders == {"s0/trunk-1", "s0/trunk-2"}
+
+
+def test_a_mean_of_states_is_their_mean(done: PathRuns) -> None:
+    steps = sorted(done.folder("s0/trunk-1").checkpoints.glob("step-*"))[:3]
+
+    found = mean_weights(steps)
+
+    for name, weight in found.items():
+        each = torch.stack(
+            [load_file(step / "carryon.safetensors")[name].double() for step in steps]
+        )
+        torch.testing.assert_close(weight.double(), each.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_other_settings_are_refused(done: PathRuns, stores: list[str]) -> None:
+    other = PathRuns(
+        root=done.root, stores=stores, settings=change(SETTINGS, {"learning_rate": 0.5})
+    )
+
+    with pytest.raises(InputError, match="learning_rate is 0.02 there and 0.5 here"):
+        other.begin()

@@ -1,0 +1,526 @@
+"""Records as samples: tokens, targets, character ends, limits, counts, fingerprint.
+
+The tokenizer has a token for each byte and a few merges, so every expected value can be counted by
+hand. Shown as text, a space is \u0120 and a newline \u010a.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from carryon.cache.corpus.dataset import Corpus, Sample, cut_ranges, read_corpus
+from carryon.cache.errors import InputError, MissingError
+from carryon.cache.settings import CorpusSettings
+
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] + '\\n' + m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+REWRITING_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}think {% endif %}{{ m['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+MERGES = [("a", "b"), ("\u010a", "\u010a"), ("\u0120", "a"), ("\u010a", "\u0120")]
+SPECIAL = ["<s>", "</s>", "<|start|>", "<|end|>"]
+
+HI_YO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+TWO_TURNS = [*HI_YO, {"role": "user", "content": "x"}, {"role": "assistant", "content": "z"}]
+
+
+def test_of_messages_each_assistant_turn_with_its_end_is_a_target(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    sample = read_one(tmp_path, {"messages": HI_YO}, tokenizer)
+    # <|start|> user\n hi <|end|> \n <|start|> assistant\n yo <|end|> \n, one token a character
+    assert spell(tokenizer, sample.tokens) == [
+        *("<|start|>", "u", "s", "e", "r", "\u010a", "h", "i", "<|end|>", "\u010a"),
+        *("<|start|>", *"assistant", "\u010a", "y", "o", "<|end|>", "\u010a"),
+    ]
+    assert sample.loss_mask.tolist() == [0] * 21 + [1] * 4
+    assert sample.char_end.tolist() == [
+        *(9, 10, 11, 12, 13, 14, 15, 16, 23, 24),
+        *(33, *range(34, 43), 43, 44, 45, 52, 53),
+    ]
+    assert (sample.id, sample.is_held_out) == ("data-1", False)
+    dtypes = [array.dtype for array in (sample.tokens, sample.loss_mask, sample.char_end)]
+    assert dtypes == [np.int32, np.uint8, np.int32]
+
+
+@dataclass(frozen=True)
+class Masked:
+    id: str
+    mask: Literal["auto", "assistant", "completion", "all"]
+    record: dict[str, Any]
+    targets: str
+
+
+MASKED = [
+    Masked("messages_auto", "auto", {"messages": TWO_TURNS}, "yo<|end|>\nz<|end|>\n"),
+    Masked("messages_assistant", "assistant", {"messages": TWO_TURNS}, "yo<|end|>\nz<|end|>\n"),
+    Masked("messages_completion", "completion", {"messages": TWO_TURNS}, "z<|end|>\n"),
+    Masked(
+        "messages_all",
+        "all",
+        {"messages": HI_YO},
+        "user\nhi<|end|>\n<|start|>assistant\nyo<|end|>\n",
+    ),
+    Masked("pair_auto", "auto", {"prompt": "hi", "completion": "yo"}, "yo</s>"),
+    Masked("pair_completion", "completion", {"prompt": "hi", "completion": "yo"}, "yo</s>"),
+    Masked("pair_all", "all", {"prompt": "hi", "completion": "yo"}, "hiyo</s>"),
+    Masked("pair_empty", "auto", {"prompt": "hi", "completion": ""}, "</s>"),
+    Masked("text_auto", "auto", {"text": "hi yo"}, "hi yo</s>"),
+    Masked("text_all", "all", {"text": "hi yo"}, "hi yo</s>"),
+]
+
+
+@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.id)
+def test_the_mask_setting_says_what_is_a_target(case: Masked, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    sample = read_one(tmp_path, case.record, tokenizer, CorpusSettings(mask=case.mask))
+    targets = sample.tokens[sample.loss_mask == 1]
+    assert tokenizer.decode(targets) == case.targets
+    assert sample.loss_mask[0] == 0
+
+
+@dataclass(frozen=True)
+class Misfit:
+    id: str
+    mask: Literal["assistant", "completion"]
+    record: dict[str, Any]
+    message: str
+
+
+MISFITS = [
+    Misfit(
+        "pair",
+        "assistant",
+        {"prompt": "a", "completion": "b"},
+        r"data\.jsonl:1: mask 'assistant' does not fit prompt and completion: "
+        r"expected auto or completion or all",
+    ),
+    Misfit("text", "assistant", {"text": "a"}, r"'assistant' does not fit text: .* auto or all"),
+    Misfit(
+        "text_2", "completion", {"text": "a"}, r"'completion' does not fit text: .* auto or all"
+    ),
+]
+
+
+@pytest.mark.parametrize("case", MISFITS, ids=lambda case: case.id)
+def test_a_mask_that_does_not_fit_a_record_is_refused(case: Misfit, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=case.message):
+        read_one(tmp_path, case.record, make_tokenizer(), CorpusSettings(mask=case.mask))
+
+
+def test_prompt_and_completion_are_what_generation_sees(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    sample = read_one(tmp_path, {"prompt": "xa", "completion": "b a"}, tokenizer)
+    prompt = tokenizer("xa")["input_ids"]
+    assert sample.tokens[: len(prompt)].tolist() == prompt
+    # "a" and "b" would be one token in one text
+    assert spell(tokenizer, sample.tokens) == ["<s>", "x", "a", "b", "\u0120a", "</s>"]
+    assert sample.char_end.tolist() == [0, 1, 2, 3, 5, 5]
+    assert sample.loss_mask.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_end_token_a_tokenizer_adds_itself_is_there_once(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(frame="<s> <|start|> $A </s>")
+    sample = read_one(tmp_path, {"text": "ab"}, tokenizer)
+    assert spell(tokenizer, sample.tokens) == ["<s>", "<|start|>", "ab", "</s>"]
+    assert sample.loss_mask.tolist() == [0, 0, 1, 1]
+
+
+def test_without_a_start_token_the_first_token_of_a_text_is_no_target(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(frame="$A")
+    sample = read_one(tmp_path, {"text": "ab x"}, tokenizer)
+    assert spell(tokenizer, sample.tokens) == ["ab", "\u0120", "x", "</s>"]
+    assert sample.loss_mask.tolist() == [0, 1, 1, 1]
+
+
+def test_every_piece_of_a_character_ends_where_the_character_ends(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    # 1, 2, 4, 3 and 1 bytes; the thumb has a skin tone of its own, 4 and 4 bytes
+    text = "a\u00e9\U0001f600\u65e5b\U0001f44d\U0001f3fd"
+    sample = read_one(tmp_path, {"text": text}, tokenizer)
+    assert sample.char_end.tolist() == [
+        *(0, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 5),
+        *(6, 6, 6, 6, 7, 7, 7, 7, 7),
+    ]
+
+
+def test_a_character_in_pieces_is_a_target_as_a_whole(tmp_path: Path) -> None:
+    messages = [HI_YO[0], {"role": "assistant", "content": "\U0001f600"}]
+    sample = read_one(tmp_path, {"messages": messages}, make_tokenizer())
+    assert sample.loss_mask.tolist() == [0] * 21 + [1] * 6
+    assert sample.char_end[-6:].tolist() == [44, 44, 44, 44, 51, 52]
+
+
+def test_a_token_that_reaches_into_a_turn_is_a_target(tmp_path: Path) -> None:
+    messages = [HI_YO[0], {"role": "assistant", "content": "\n\nyo"}]
+    tokenizer = make_tokenizer()
+    sample = read_one(tmp_path, {"messages": messages}, tokenizer)
+    # the newline of "assistant\n" and the answer's first are one token
+    targets = sample.tokens[sample.loss_mask == 1]
+    assert spell(tokenizer, targets) == ["\u010a\u010a", "\u010a", "y", "o", "<|end|>", "\u010a"]
+
+
+def test_character_ends_are_those_of_the_text_where_the_tokenizer_trims_blanks(
+    tmp_path: Path,
+) -> None:
+    tokenizer = make_tokenizer()
+    trimming = processors.ByteLevel(trim_offsets=True)
+    tokenizer.backend_tokenizer.post_processor = trimming
+    text = "x\n  a"  # tokens "x", newline and space, " a"
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    assert offsets == [(0, 1), (1, 2), (4, 5)]
+    sample = read_one(tmp_path, {"text": text}, tokenizer)
+    assert sample.char_end.tolist() == [1, 3, 5, 5]
+    assert isinstance(tokenizer.backend_tokenizer.post_processor, processors.ByteLevel)
+
+
+def test_character_ends_never_fall_and_cover_the_text(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    letters = np.array(list("ab \n\t.\u00e9\u0301\u65e5\U0001f600\u200d\U0001f469"))
+    texts = ["".join(rng.choice(letters, size=30)) for _ in range(50)]
+    path = write_lines(tmp_path / "data.jsonl", *({"text": text} for text in texts))
+    tokenizer = make_tokenizer()
+    for text, sample in zip(texts, read([path], tokenizer).samples, strict=True):
+        assert sample.tokens[1:-1].tolist() == tokenizer.encode(text)[1:]
+        assert (np.diff(sample.char_end) >= 0).all()
+        assert sample.char_end[-1] == len(text)
+        for row, end in enumerate(sample.char_end.tolist()):
+            seen = str(tokenizer.decode(sample.tokens[1 : row + 1]))
+            if not seen.endswith("\ufffd"):  # whole characters so far
+                assert row == len(sample.tokens) - 1 or seen == text[:end]
+
+
+def test_tokens_are_those_of_the_tokenizer_whatever_it_was_set_to(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer("hi yo", truncation=True, max_length=2)
+    tokenizer(["a", "hi"], padding="max_length", max_length=9)
+    assert tokenizer.backend_tokenizer.padding is not None
+    sample = read_one(tmp_path, {"text": "hi yo"}, tokenizer)
+    assert spell(tokenizer, sample.tokens) == ["<s>", "h", "i", "\u0120", "y", "o", "</s>"]
+
+
+@dataclass(frozen=True)
+class Long:
+    id: str
+    long: Literal["truncate", "split", "skip"]
+    samples: list[tuple[str, str, list[int], list[int]]]
+    counts: dict[str, int]
+
+
+# "<s>xyz</s>" is 5 tokens and the limit 2, "hi" with its frame 4
+LONG = [
+    Long(
+        "truncate",
+        "truncate",
+        [("long", "<s>x", [0, 1], [0, 1]), ("data-2", "<s>h", [0, 1], [0, 1])],
+        {"samples": 2, "tokens": 4, "truncated": 2, "truncated_tokens": 5, "supervised_tokens": 2},
+    ),
+    Long(
+        "split",
+        "split",
+        [
+            ("long#0", "<s>x", [0, 1], [0, 1]),
+            ("long#1", "yz", [0, 1], [2, 3]),  # the last piece, </s> alone, has no target
+            ("data-2#0", "<s>h", [0, 1], [0, 1]),
+            ("data-2#1", "i</s>", [0, 1], [2, 2]),
+        ],
+        {
+            **{"samples": 4, "tokens": 8, "split": 2, "skipped_unsupervised": 1},
+            "supervised_tokens": 4,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
+def test_long_samples_are_cut_and_counted(case: Long, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    path = write_lines(tmp_path / "data.jsonl", {"text": "xyz", "id": "long"}, {"text": "hi"})
+    corpus = read([path], tokenizer, CorpusSettings(long=case.long), max_tokens=2)
+    found = [
+        (
+            sample.id,
+            tokenizer.decode(sample.tokens),
+            sample.loss_mask.tolist(),
+            sample.char_end.tolist(),
+        )
+        for sample in corpus.samples
+    ]
+    assert found == case.samples
+    assert corpus.counts == {**NO_COUNTS, "records": 2, **case.counts}
+
+
+def test_long_samples_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"text": "xyz"}, {"text": "hi"})
+    corpus = read([path], make_tokenizer(), CorpusSettings(long="skip"), max_tokens=4)
+    assert [sample.id for sample in corpus.samples] == ["data-2"]
+    kept = {"records": 2, "samples": 1, "tokens": 4, "supervised_tokens": 3}
+    assert corpus.counts == {**NO_COUNTS, **kept, "skipped_long": 1}
+
+
+def test_a_long_sample_is_refused_with_its_size_if_asked(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"text": "hi"}, {"text": "xyz", "id": "mine"})
+    text = r"data\.jsonl:2: sample 'mine': expected at most 4 tokens, got 5: "
+    with pytest.raises(InputError, match=text):
+        read([path], make_tokenizer(), CorpusSettings(long="error"), max_tokens=4)
+
+
+def test_a_sample_whose_targets_are_cut_off_is_left_out_and_counted(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "data.jsonl",
+        {"prompt": "hixyz", "completion": "a"},
+        {"prompt": "h", "completion": "xyz"},
+        {"messages": HI_YO[:1]},  # no assistant turn at all
+    )
+    corpus = read([path], make_tokenizer(), max_tokens=5)
+    assert [sample.id for sample in corpus.samples] == ["data-2"]
+    assert corpus.counts == {
+        **NO_COUNTS,
+        **{"records": 3, "samples": 1, "tokens": 5, "supervised_tokens": 3},
+        # 8, 6 and 10 tokens, each cut to 5
+        **{"truncated": 3, "truncated_tokens": 3 + 1 + 5, "skipped_unsupervised": 2},
+    }
+
+
+def test_a_corpus_without_any_target_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"messages": HI_YO[:1]}, {"text": "x" * 10})
+    text = (
+        r"data\.jsonl: nothing to train on is left of 2 records: 1 too long, 1 without a .*target"
+    )
+    with pytest.raises(InputError, match=text):
+        read([path], make_tokenizer(), CorpusSettings(long="skip"), max_tokens=10)
+
+
+def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl")
+    with pytest.raises(InputError, match=r"data\.jsonl: expected at least one record, found none"):
+        read([path], make_tokenizer())
+    with pytest.raises(InputError, match=r"no file: expected at least one record, found none"):
+        read([], make_tokenizer())
+    with pytest.raises(MissingError, match=r"gone\.txt: no such file"):
+        read([tmp_path / "gone.txt"], make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "long", "ranges"),
+    [
+        (6, "error", [range(6)]),
+        (7, "truncate", [range(6)]),
+        (7, "skip", []),
+        (7, "split", [range(6), range(6, 7)]),
+        (12, "split", [range(6), range(6, 12)]),
+    ],
+)
+def test_cuts_are_made_at_the_limit(
+    num_tokens: int, long: Literal["truncate", "split", "skip", "error"], ranges: list[range]
+) -> None:
+    assert cut_ranges(num_tokens, max_tokens=6, long=long) == ranges
+
+
+def test_a_limit_without_room_for_a_target_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"text": "a"})
+    with pytest.raises(InputError, match="max_tokens: expected 2 or more tokens, got 1"):
+        read([path], make_tokenizer(), max_tokens=1)
+
+
+def test_a_piece_may_not_have_the_id_of_a_record(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "data.jsonl", {"text": "xyzxyz", "id": "a"}, {"text": "x", "id": "a#1"}
+    )
+    with pytest.raises(InputError, match="sample 'a#1': id of a record and of a piece"):
+        read([path], make_tokenizer(), CorpusSettings(long="split"), max_tokens=4)
+
+
+def test_a_piece_needs_room_for_its_number_in_the_id(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"text": "xyzxyz", "id": "a" * 254})
+    with pytest.raises(InputError, match=r"data\.jsonl:1: id of piece 0 .* 1 to 255 .*got 256"):
+        read([path], make_tokenizer(), CorpusSettings(long="split"), max_tokens=4)
+
+
+def test_held_out_records_make_held_out_samples(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "data.jsonl", {"text": "a"}, {"text": "xyzxyz", "split": "held-out"}
+    )
+    corpus = read([path], make_tokenizer(), CorpusSettings(long="split"), max_tokens=4)
+    assert [sample.is_held_out for sample in corpus.samples] == [False, True, True]
+
+
+def test_the_fingerprint_is_that_of_the_samples_in_order(tmp_path: Path) -> None:
+    first, second = {"text": "xa", "id": "1"}, {"text": "xb", "id": "2"}
+    variants: list[list[dict[str, Any]]] = [
+        [first, second],
+        [second, first],
+        [first],
+        [first, {**second, "id": "3"}],
+        [first, {**second, "text": "xc"}],
+        [first, {**second, "split": "held-out"}],
+        [first, {"prompt": "x", "completion": "b", "id": "2"}],
+    ]
+    tokenizer, found = make_tokenizer(), []
+    for number, rows in enumerate(variants):
+        path = write_lines(tmp_path / f"data{number}.jsonl", *rows)
+        found.append(read([path], tokenizer).fingerprint)
+        assert read([path], tokenizer).fingerprint == found[-1]
+    assert len(set(found)) == len(variants)
+    assert all(len(bytes.fromhex(fingerprint)) == 32 for fingerprint in found)
+
+
+def test_files_are_described_in_order(tmp_path: Path) -> None:
+    paths = [write_lines(tmp_path / name, {"text": "hi"}) for name in ("b.jsonl", "a.jsonl")]
+    corpus = read(paths, make_tokenizer())
+    assert [(file["name"], file["bytes"]) for file in corpus.files] == [
+        ("b.jsonl", 15),
+        ("a.jsonl", 15),
+    ]
+    assert [sample.id for sample in corpus.samples] == ["b-1", "a-1"]
+
+
+def test_more_than_one_batch_of_records_is_read_in_order(tmp_path: Path) -> None:
+    # 700 kB of a field that is passed over: two of these lines make a batch
+    rows = [{"text": letter, "note": " " * 700_000} for letter in "xyz"]
+    corpus = read([write_lines(tmp_path / "data.jsonl", *rows)], make_tokenizer())
+    assert [sample.id for sample in corpus.samples] == ["data-1", "data-2", "data-3"]
+    assert corpus.counts["records"] == 3
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=REWRITING_TEMPLATE)
+    with pytest.raises(
+        InputError,
+        match=r"data\.jsonl:1: messages\[1\]: the chat template rewrites earlier turns .* "
+        r"completion \(the last turn only\) or all, or give prompt and completion",
+    ):
+        read_one(tmp_path, {"messages": TWO_TURNS}, tokenizer)
+
+
+def test_the_last_turn_of_a_template_that_rewrites_earlier_ones_can_be_learned(
+    tmp_path: Path,
+) -> None:
+    tokenizer = make_tokenizer(template=REWRITING_TEMPLATE)
+    settings = CorpusSettings(mask="completion")
+    sample = read_one(tmp_path, {"messages": TWO_TURNS}, tokenizer, settings)
+    assert tokenizer.decode(sample.tokens[sample.loss_mask == 1]) == "think z<|end|>\n"
+
+
+@dataclass(frozen=True)
+class BadChat:
+    id: str
+    template: str | None
+    messages: list[dict[str, str]]
+    message: str
+
+
+BAD_CHATS = [
+    BadChat("none", None, HI_YO, r"tokenizer 'tiny' has no chat template: .* with prompt and"),
+    BadChat("refuses", "{{ raise_exception('be nice') }}", HI_YO, r"refuses .*: be nice"),
+    BadChat("fails", "{{ messages[0]['content'] + 1 }}", HI_YO, r"template refuses the messages"),
+    BadChat("assistant_first", TEMPLATE, HI_YO[1:], r"messages\[0\]: expected a system or user"),
+]
+
+
+@pytest.mark.parametrize("case", BAD_CHATS, ids=lambda case: case.id)
+def test_messages_that_cannot_be_rendered_are_refused(case: BadChat, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=case.template)
+    with pytest.raises(InputError, match=rf"data\.jsonl:1: .*{case.message}"):
+        read_one(tmp_path, {"messages": case.messages}, tokenizer)
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    text = r"data\.jsonl:1: expected valid Unicode, got half .* '\\ud83d' at character 1"
+    with pytest.raises(InputError, match=text):
+        read_one(tmp_path, {"text": "a\ud83d"}, make_tokenizer())
+
+
+def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path) -> None:
+    class SlowTokenizer:
+        name_or_path = "slow"
+
+    path = write_lines(tmp_path / "data.jsonl", {"text": "a"})
+    text = "tokenizer 'slow': expected a fast tokenizer, .* got SlowTokenizer"
+    with pytest.raises(InputError, match=text):
+        read_corpus([path], SlowTokenizer(), settings=CorpusSettings(), max_tokens=8)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_without_end_of_text_takes_messages_only(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    assert read_one(tmp_path, {"messages": HI_YO}, tokenizer).loss_mask.sum() == 4
+    with pytest.raises(InputError, match="has no end-of-text token, .* or give messages"):
+        read_one(tmp_path, {"text": "a"}, tokenizer)
+
+
+NO_COUNTS = dict.fromkeys(
+    (
+        *("records", "samples", "tokens", "supervised_tokens", "truncated", "truncated_tokens"),
+        *("split", "skipped_long", "skipped_unsupervised"),
+    ),
+    0,
+)
+
+
+def make_tokenizer(
+    *, frame: str = "<s> $A", template: str | None = TEMPLATE
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer, 256 bytes and MERGES, that puts `frame` around a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(alphabet)}
+    for left, right in MERGES:
+        vocabulary[left + right] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    backend.post_processor = processors.TemplateProcessing(
+        single=frame,
+        special_tokens=[(token, backend.token_to_id(token)) for token in SPECIAL],
+    )
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # not typed there
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.name_or_path = "tiny"
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def write_lines(path: Path, *rows: dict[str, Any]) -> Path:
+    """Write `rows` as JSON lines and return `path`."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(
+    paths: Sequence[Path],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: CorpusSettings | None = None,
+    max_tokens: int = 100,
+) -> Corpus:
+    """Read a corpus, with the default settings if none are given."""
+    return read_corpus(
+        paths, tokenizer, settings=settings or CorpusSettings(), max_tokens=max_tokens
+    )
+
+
+def read_one(
+    folder: Path,
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: CorpusSettings | None = None,
+) -> Sample:
+    """Write one record to a file in `folder`, read it, and return its only sample."""
+    (sample,) = read([write_lines(folder / "data.jsonl", record)], tokenizer, settings).samples
+    return sample
+
+
+def spell(tokenizer: PreTrainedTokenizerFast, tokens: Any) -> list[str]:  # noqa: ANN401
+    """Return the tokens as the vocabulary spells them."""
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(tokens)]

@@ -1,0 +1,148 @@
+"""Too little room: a full disk, and the limit that a user sets."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.tiny_stores import (
+    error_of,
+    extract_tiny,
+    files_below,
+    planned_bytes,
+    readable_content,
+    receipts_in,
+)
+
+from carryon.cache.base.model import Base
+from carryon.cache.errors import DiskFullError, InputError, UnfinishedStoreError
+from carryon.cache.extraction.forward import max_bytes
+from carryon.cache.format.manifest import read_manifest
+from carryon.cache.store.reader import Store
+from carryon.cache.store.verify import verify
+
+PAGE = 4096  # what a small file takes on a tmpfs
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, in memory; see `resize`."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={1 << 20}", "tmpfs", str(folder)]
+    try:
+        is_mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        is_mounted = False
+    if not is_mounted:
+        pytest.skip("a disk of a chosen size needs the right to mount one (root)")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def resize(disk: Path, num_bytes: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(disk)], check=True)
+
+
+def pages_used(disk: Path) -> int:
+    status = os.statvfs(disk)
+    return status.f_blocks - status.f_bfree
+
+
+def test_a_full_disk_stops_cleanly_and_the_same_call_goes_on(
+    small_disk: Path, tiny_base: Base, store_data: Path, store_original: Path
+) -> None:
+    expected = readable_content(store_original)
+    root = small_disk / "store"
+    num_full = 0
+    for pages in range(1, 200, 12):  # into the plan, later into the units
+        resize(small_disk, (pages + pages_used(small_disk)) * PAGE)
+        before = receipts_in(root)
+        error = error_of(lambda: extract_tiny(tiny_base, store_data, root))
+        if not error:
+            break
+        num_full += 1
+        assert error.startswith("DiskFullError")
+        assert f"the disk is full while writing {root}" in error
+        assert "free some space and run the same command again" in error
+        assert not [path for path in files_below(root) if ".partial" in path]
+        after = receipts_in(root)
+        assert {name: after[name] for name in before} == before
+        is_readable_as_far_as_it_goes(root)
+    assert num_full >= 3
+    assert readable_content(root) == expected
+    assert verify(root, depth="full").is_complete
+
+
+def is_readable_as_far_as_it_goes(root: Path) -> None:
+    error = error_of(lambda: read_manifest(root))
+    if error:  # it became full before there was a manifest, or between it and its copy
+        assert "no store here" in error or "its copy is there" in error
+        return
+    store = Store.open(root, allow_unfinished=True)
+    assert len(list(store.iter_units())) < store.num_units
+    assert verify(root, depth="full").is_sound
+
+
+def test_a_disk_full_before_the_lock_is_named_too(
+    small_disk: Path, tiny_base: Base, store_data: Path
+) -> None:
+    (small_disk / "other").write_bytes(bytes(8 * PAGE))
+    resize(small_disk, 8 * PAGE)
+    with pytest.raises(DiskFullError, match=r"full while writing .*units/\.lock"):
+        extract_tiny(tiny_base, store_data, small_disk / "store")
+
+
+def test_a_limit_stops_before_the_store_is_larger_and_more_room_goes_on(
+    tiny_base: Base, store_data: Path, store_original: Path, store_tmp: Path
+) -> None:
+    expected = readable_content(store_original)
+    root = store_tmp / "store"
+    planned = planned_bytes(store_original)
+    assert extract_tiny(tiny_base, store_data, root, max_disk_bytes=planned).computed_units == 0
+    assert bytes_below(root) <= planned
+    manifest = read_manifest(root)
+    step = max_bytes(manifest, manifest.unit_tokens)
+    limit, num_calls, is_finished = bytes_below(root), 0, False
+    while not is_finished:
+        limit += step // 2
+        before = receipts_in(root)
+        report = extract_tiny(tiny_base, store_data, root, max_disk_bytes=limit)
+        is_finished, num_calls = report.is_finished, num_calls + 1
+        assert bytes_below(root) <= limit
+        after = receipts_in(root)
+        assert {name: after[name] for name in before} == before
+        assert len(after) == len(before) + report.computed_units
+        if not is_finished:
+            with pytest.raises(UnfinishedStoreError, match="units are not extracted"):
+                Store.open(root)
+            store = Store.open(root, allow_unfinished=True)
+            for unit in store.iter_units():
+                assert unit.hidden["final"].tobytes() == expected[f"{unit.unit}/final"]
+            assert verify(root, depth="full").is_sound
+    assert num_calls >= 3
+    assert readable_content(root) == expected
+
+
+def test_a_limit_below_the_plan_is_refused_before_anything_is_written(
+    tiny_base: Base, store_data: Path, store_tmp: Path
+) -> None:
+    root = store_tmp / "store"
+    with pytest.raises(InputError, match="max_disk: expected more than .* MB, which the head"):
+        extract_tiny(tiny_base, store_data, root, max_disk_bytes=100)
+    assert bytes_below(root) == 0
+    assert extract_tiny(tiny_base, store_data, root).is_finished
+
+
+def test_a_limit_with_room_for_all_is_no_limit(
+    tiny_base: Base, store_data: Path, store_tmp: Path
+) -> None:
+    report = extract_tiny(tiny_base, store_data, store_tmp / "store", max_disk_bytes=1 << 30)
+    assert report.is_finished
+
+
+def bytes_below(root: Path) -> int:
+    return sum(map(len, files_below(root).values()))

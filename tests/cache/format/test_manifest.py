@@ -1,0 +1,139 @@
+"""The manifest: no byte of it changes unnoticed, and its fingerprint says what the content is."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_stores import flip_byte, make_given, plan_given, small_pieces
+
+from carryon.cache.errors import DamagedStoreError, StoreError
+from carryon.cache.files import json_bytes
+from carryon.cache.format.manifest import Manifest, digest_of, parse_manifest, read_manifest
+from carryon.cache.format.receipt import origin_of
+from carryon.cache.format.zarr_metadata import group_document
+
+
+@pytest.fixture
+def root(store_tmp: Path) -> Path:
+    with small_pieces():
+        plan_given(store_tmp / "store", make_given())
+    return store_tmp / "store"
+
+
+@pytest.fixture
+def manifest(root: Path) -> Manifest:
+    return read_manifest(root)
+
+
+def test_what_is_read_is_what_was_written(manifest: Manifest) -> None:
+    document = group_document({"carryon": manifest.to_dict()})
+    assert parse_manifest(json_bytes(document), name="x", is_mirrored=False) == manifest
+
+
+def test_a_changed_byte_anywhere_is_noticed(root: Path) -> None:
+    path = root / "zarr.json"
+    content = path.read_bytes()
+    for offset in range(0, len(content), 23):
+        flip_byte(path, offset, mask=1)
+        with pytest.raises(DamagedStoreError, match="zarr.json"):
+            read_manifest(root)
+        path.write_bytes(content)
+
+
+def test_a_manifest_edited_by_hand_is_noticed(root: Path) -> None:
+    path = root / "zarr.json"
+    document = json.loads(path.read_bytes())
+    document["attributes"]["carryon"]["settings"]["seed"] = 5
+    path.write_bytes(json_bytes(document))
+    with pytest.raises(DamagedStoreError, match="does not match its own digest"):
+        read_manifest(root)
+
+
+def test_the_same_values_in_another_form_are_noticed(root: Path) -> None:
+    path = root / "zarr.json"
+    document = json.loads(path.read_bytes())
+    path.write_text(json.dumps(document))
+    with pytest.raises(DamagedStoreError, match="not in the form it was written in"):
+        read_manifest(root)
+    document["zarr_format"] = 2
+    path.write_bytes(json_bytes(document))
+    with pytest.raises(DamagedStoreError, match="not in the form it was written in"):
+        read_manifest(root)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unknown": 1},
+        {"width": None, "fingerprint": "0" * 64},
+        {"fingerprint": "0" * 64},
+    ],
+    ids=["unknown key", "another width", "another fingerprint"],
+)
+def test_a_right_digest_over_wrong_values_does_not_help(
+    manifest: Manifest, change: dict[str, Any]
+) -> None:
+    values = manifest.to_dict() | change
+    values.pop("sha256")
+    values["sha256"] = digest_of(values)
+    with pytest.raises(DamagedStoreError, match="x: the manifest"):
+        Manifest.from_dict(values, name="x")
+
+
+def test_another_group_is_not_damaged_unless_a_copy_says_that_it_is_ours() -> None:
+    content = json_bytes(group_document({"theirs": 1}))
+    with pytest.raises(StoreError, match="not a store of carryon") as caught:
+        parse_manifest(content, name="x", is_mirrored=False)
+    assert type(caught.value) is StoreError
+    with pytest.raises(DamagedStoreError, match="not a store of carryon"):
+        parse_manifest(content, name="x", is_mirrored=True)
+
+
+CONTENT = [
+    {"settings": {"seed": 1}},
+    {"forward": {"attention": "eager"}},
+    {"corpus": {"mask": "all"}},
+    {"versions": {"torch": "1.0"}},
+    {"base": {"weights_sha256": "1" * 64}},
+    {"width": 32},
+    {"rows_per_chunk": 8},
+    {"head": {"softcap": 3.0}},
+]
+
+
+@pytest.mark.parametrize("change", CONTENT, ids=lambda change: next(iter(change)))
+def test_the_fingerprint_changes_with_the_content(
+    manifest: Manifest, change: dict[str, Any]
+) -> None:
+    assert replace(manifest, **change).fingerprint != manifest.fingerprint
+
+
+def test_the_fingerprint_does_not_change_with_where_the_base_was_found(
+    manifest: Manifest,
+) -> None:
+    moved = replace(manifest, base=manifest.base | {"id": "elsewhere", "revision": "abc"})
+    assert moved.fingerprint == manifest.fingerprint
+    assert replace(manifest, files={}).fingerprint == manifest.fingerprint
+    assert origin_of(moved, 0) == origin_of(manifest, 0)
+
+
+def test_the_origin_of_a_unit_is_its_own_and_survives_an_append(manifest: Manifest) -> None:
+    assert origin_of(manifest, 0) != origin_of(manifest, 1)
+    more = replace(
+        manifest.parts[0],
+        fingerprint="f" * 64,
+        first_unit=manifest.num_units,
+        first_sample=manifest.num_samples,
+    )
+    longer = replace(manifest, parts=[*manifest.parts, more])
+    assert origin_of(longer, 1) == origin_of(manifest, 1)
+    assert origin_of(longer, manifest.num_units) != origin_of(manifest, 0)
+    assert longer.is_stage_of(manifest)
+    assert manifest.is_stage_of(longer)
+    assert not replace(manifest, width=3).is_stage_of(manifest)
+    assert (longer.num_units, longer.num_tokens) == (
+        2 * manifest.num_units,
+        2 * manifest.num_tokens,
+    )

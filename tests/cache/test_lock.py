@@ -1,0 +1,67 @@
+"""One writer a store."""
+
+import time
+from pathlib import Path
+
+import pytest
+from support.tiny_stores import extract_tiny, files_below, readable_content, start_extraction
+
+from carryon.cache.base.model import Base
+from carryon.cache.errors import StoreBusyError
+from carryon.cache.extraction.repair import repair
+from carryon.cache.format.zarr_metadata import receipt_path
+from carryon.cache.lock import LOCK_PATH, write_lock
+
+
+@pytest.mark.slow
+def test_a_second_writer_is_refused_at_once_and_the_first_is_unharmed(
+    tiny_base_folder: Path,
+    tiny_base: Base,
+    store_data: Path,
+    store_original: Path,
+    store_tmp: Path,
+) -> None:
+    root = store_tmp / "store"
+    first = start_extraction(tiny_base_folder, store_data, root, held_at=receipt_path(2))
+    first.wait_for("held")
+    before = files_below(root)
+    busy = f"process {first.process.pid} is writing to this store: wait for it, or stop it"
+    started_at = time.perf_counter()
+    with pytest.raises(StoreBusyError, match=busy):
+        extract_tiny(tiny_base, store_data, root)
+    with pytest.raises(StoreBusyError, match=busy):
+        repair(root, load_base=lambda _: tiny_base, batch_tokens=256)
+    assert time.perf_counter() - started_at < 10  # it did not wait for the first
+    assert files_below(root) == before
+    first.talk.send("go on")
+    first.wait_for("done")
+    first.kill()
+    assert readable_content(root) == readable_content(store_original)
+
+
+@pytest.mark.slow
+def test_a_killed_writer_leaves_no_lock(
+    tiny_base_folder: Path, tiny_base: Base, store_data: Path, store_tmp: Path
+) -> None:
+    root = store_tmp / "store"
+    first = start_extraction(tiny_base_folder, store_data, root, held_at=receipt_path(2))
+    first.wait_for("held")
+    first.kill()
+    assert (root / LOCK_PATH).read_text() == str(first.process.pid)  # only its name is left
+    assert extract_tiny(tiny_base, store_data, root).is_finished
+
+
+def test_the_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), write_lock(tmp_path / "store"):
+        raise KeyError
+    with write_lock(tmp_path / "store"):
+        pass
+
+
+def test_a_lock_within_a_lock_is_refused(tmp_path: Path) -> None:
+    with (
+        write_lock(tmp_path),
+        pytest.raises(StoreBusyError, match="process [0-9]+ is writing"),
+        write_lock(tmp_path),
+    ):
+        pass

@@ -1,0 +1,1 @@
+"""What tests share: tiny bases, stores, carry-ons and runs."""

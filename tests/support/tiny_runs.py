@@ -1,0 +1,188 @@
+"""Tiny settings of training runs, and what tests ask of the run folders they leave."""
+
+import json
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from carryon.train.config import (
+    CarryOnSettings,
+    OptimizationSettings,
+    RunSettings,
+    StreamSettings,
+    TrainSettings,
+    change,
+)
+from carryon.train.continual.lineage import update
+from carryon.train.trainer import finish
+from carryon.train.trainer import run_state as live_run
+from carryon.train.trainer import sweep as sweep_module
+from carryon.train.trainer.finish import TrainReport
+from carryon.train.trainer.metrics import read_metrics
+from carryon.train.trainer.step import take_step
+from carryon.train.trainer.sweep import sweep
+from carryon.train.trainer.trainer import train
+
+TINY = TrainSettings(
+    carryon=CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8),
+    optimization=OptimizationSettings(epochs=2, tokens_per_step=40, learning_rate=0.02),
+    stream=StreamSettings(window_units=2),
+    run=RunSettings(device="cpu", checkpoint_every=4, log_every=2),
+)
+"""Two epochs of 5 or 6 steps over the store of `make_tiny_store`."""
+
+KILLED: dict[str, Any] = {
+    "epochs": 4,
+    "checkpoint_every": 2,
+    "evaluate_every": 3,
+    "dropout": 0.2,
+    "finish_with": "best",
+    "head_dtype": "float32",
+    "gradient_filter": 1e-2,
+}
+RUNS = {"slow": {"learning_rate": 0.01}, "seed": {"seed": 4}, "short": {"epochs": 2}}
+
+TIMES = ("tokens_per_second", "targets_per_second", "data_wait_ratio", "elapsed_s")
+
+
+def train_tiny(store: Path | Sequence[Path], out: Path, **changes: Any) -> TrainReport:  # noqa: ANN401
+    """Train with the tiny settings, some of them changed by name."""
+    paths = [store] if isinstance(store, Path) else store
+    settings = change(TINY, changes)
+    parts = {name: getattr(settings, name) for name in settings.__slots__}
+    return train(store=[str(path) for path in paths], out=str(out), **parts)
+
+
+class Killed(Exception):
+    """Stands for a kill between two steps."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the next training end before a step, without a word."""
+    calls = iter(range(1000))
+
+    def killed_step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if next(calls) == step:
+            raise Killed
+        return take_step(*args, **kwargs)
+
+    monkeypatch.setattr(live_run, "take_step", killed_step)
+
+
+def saved_weights(out: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a run's finished carry-on."""
+    return load_file(out / "carryon" / "carryon.safetensors")
+
+
+def assert_same_bits(found: Path, expected: Path) -> None:
+    """Check that two runs ended with the same carry-on."""
+    ours, theirs = saved_weights(found), saved_weights(expected)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+def metrics_without_times(out: Path) -> list[dict[str, Any]]:
+    """Return the metrics of a run, but for how long they took."""
+    return [
+        {key: value for key, value in line.items() if key not in TIMES}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+def without(report: TrainReport, *, out: str) -> TrainReport:
+    """Return a report as a run in another folder would give it, times left out."""
+    return replace(
+        report, out=out, carryon="", train_s=0.0, tokens_per_second=0.0, data_wait_ratio=0.0
+    )
+
+
+def write_texts(path: Path) -> Path:
+    """Write a corpus of 12 short texts, with ids of their own; none is marked as held out."""
+    lines = [
+        {
+            "id": f"{path.stem}-{index}",
+            "text": f"{index} is the thing " + "on an ice " * (index % 4),
+        }
+        for index in range(12)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@contextmanager
+def without_plots() -> Iterator[None]:
+    """Let runs draw no curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "plot_curves", lambda metrics, path: False)
+        yield
+
+
+def begin_update(lineage: Path, data: Path, base: Path, settings: TrainSettings) -> Any:  # noqa: ANN401
+    """Start an update of a lineage in a process of its own; returns once it has begun."""
+    ours, theirs = _processes().Pipe()
+    process = _processes().Process(
+        target=_update_in_child, args=(lineage, data, base, settings, theirs)
+    )
+    process.start()
+    theirs.close()
+    assert ours.recv() == "begun"
+    return process
+
+
+def begin(store: Path, out: Path, *, is_sweep: bool) -> Any:  # noqa: ANN401 -- a Process
+    """Start the training in a process of its own; returns once it trains."""
+    ours, theirs = _processes().Pipe()
+    process = _processes().Process(target=_train_in_child, args=(store, out, is_sweep, theirs))
+    process.start()
+    theirs.close()
+    assert ours.recv() == "begun"
+    return process
+
+
+@cache
+def _processes() -> Any:  # noqa: ANN401 -- a context has no public type
+    """Children of a process that has imported the trainer once: each would take seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["carryon.train.continual.lineage", "transformers.models.llama.modeling_llama"]
+    )
+    return context
+
+
+def _update_in_child(
+    lineage: Path, data: Path, base: Path, settings: TrainSettings, talk: Connection
+) -> None:
+    _be_quiet()
+    talk.send("begun")
+    update(lineage=str(lineage), data=[str(data)], base=str(base), settings=settings)
+
+
+def _train_in_child(store: Path, out: Path, is_sweep: bool, talk: Connection) -> None:
+    _be_quiet()
+    talk.send("begun")
+    if is_sweep:
+        sweep(store=str(store), out=str(out), settings=TINY, runs=RUNS)
+    else:
+        train_tiny(store, out, **KILLED)
+
+
+def _be_quiet() -> None:
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed with the process
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
+    torch.set_num_threads(1)
+    finish.plot_curves = lambda metrics, path: False
+    sweep_module.plot_runs = lambda metrics, path: False

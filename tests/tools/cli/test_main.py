@@ -1,0 +1,135 @@
+"""The `carryon` command as a user meets it."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from carryon.cache.errors import DiskFullError, InputError
+from carryon.tools.cli.main import main
+from carryon.tools.cli.options import options_of
+from carryon.tools.cli.subcommands import CARRYON
+from carryon.tools.commands import inspect_store as inspect_file
+
+NAMES = sorted(CARRYON.commands)
+
+
+def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in NAMES:
+        assert f"  {name} " in text
+    assert main([]) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_subcommand_teaches(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: carryon {name} " in text
+    assert f"Example:\n    carryon {name} " in text
+    for item in options_of(CARRYON.find(name)):
+        assert item.help.strip(), f"{item.flag} has no help text"
+        assert item.help.strip().endswith("."), f"help of {item.flag} is no sentence"
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in NAMES)])
+def test_help_is_instant(argv: list[str]) -> None:
+    program = (
+        "import sys, time\n"
+        "from carryon.tools.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "large = {'torch', 'transformers', 'zarr'} & set(sys.modules)\n"
+        "assert not large, large\n"
+    )
+    # The limit is far above the 0.3 s that it takes, as a test machine may be busy.
+    subprocess.run([sys.executable, "-c", program, *argv], check=True, timeout=20)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "no/such/store"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("carryon inspect: error: no/such/store: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_an_unknown_subcommand_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["extrct"]) == 2
+    assert "did you mean extract?" in capsys.readouterr().err
+
+
+def test_a_missing_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["extract", "--base", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "carryon extract: error: expected --data, --out, got nothing: see carryon extract --help\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (InputError("one\n  two"), 2, "carryon inspect: error: one two\n"),
+        (DiskFullError(errno.ENOSPC, "full at x"), 2, "carryon inspect: error: "),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+            2,
+            "carryon inspect: error: the disk is full at /a/b: free some space and run again\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+            2,
+            "carryon inspect: error: Permission denied at /a/b\n",
+        ),
+        (KeyboardInterrupt(), 130, "carryon inspect: stopped; run the same command to resume\n"),
+    ],
+    ids=["input", "disk full of ours", "disk full", "not allowed", "ctrl-c"],
+)
+def test_what_can_happen_to_a_user_is_told_in_one_line(
+    raised: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def inspect_store(store: str, /) -> None:
+        """Fail."""
+        raise raised
+
+    monkeypatch.setattr(inspect_file, "inspect_store", inspect_store)
+    assert main(["inspect", "x"]) == code
+    error = capsys.readouterr().err
+    assert error.startswith(line)
+    assert error.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def inspect_store(store: str, /) -> None:
+        """Fail."""
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(inspect_file, "inspect_store", inspect_store)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["inspect", "x"])
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["inspect", "--help"]])
+def test_a_closed_pipe_is_no_error(argv: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "carryon.tools.cli.main", *argv]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=20)
+    os.close(writer)
+    assert result.stderr == ""
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("carryon 0.")

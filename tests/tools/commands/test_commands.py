@@ -1,0 +1,212 @@
+"""The subcommands on a tiny base, as a user would type them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carryon.tools.cli.main import main
+
+# 12 samples of 6 to 28 tokens in units of 64: several units, and a unit with several samples.
+UNIT_TOKENS = 64
+TINY_CARRYON = ["--width", "8", "--heads", "2", "--blocks", "1", "--intermediate-size", "8"]
+TINY_RUN = [*TINY_CARRYON, "--epochs", "2", "--tokens-per-step", "64", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A folder with a corpus, its store, and a run, each made by the command."""
+    root = tmp_path_factory.mktemp("commands")
+    records = [
+        {"id": f"r{i}", "prompt": "the " * (i % 5 + 1), "completion": "thing " * (i % 3 + 1)}
+        | ({"split": "held-out"} if i % 4 == 0 else {})
+        for i in range(12)
+    ]
+    corpus = root / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
+    extract = ["extract", "--base", str(tiny_base_folder), "--data", str(corpus)]
+    extract += ["--out", str(root / "store"), "--unit-tokens", str(UNIT_TOKENS)]
+    extract += ["--taps", "final", "layer.1", "--device", "cpu", "--compute-dtype", "float32"]
+    assert main(extract) == 0
+    train = ["train", "--store", str(root / "store"), "--out", str(root / "run"), *TINY_RUN]
+    assert main(train) == 0
+    return root
+
+
+def last_json(captured: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(captured.splitlines()[-1])
+    return found
+
+
+def test_inspect_shows_text_for_people(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(work / "store")]) == 0
+    text = capsys.readouterr().out
+    for part in ("12, 3 of them held out", "of raw bfloat16", "LlamaForCausalLM, 2 blocks"):
+        assert part in text
+    assert "after the final norm" in text
+    assert "after block 1, not normed" in text
+    assert "corpus.jsonl" in text
+    assert "transformers" in text
+
+
+def test_inspect_json_is_one_line_whose_sums_are_right(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(work / "store"), "--json"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1
+    facts = json.loads(output)
+    on_disk = sum(path.stat().st_size for path in (work / "store").rglob("*") if path.is_file())
+    assert facts["bytes"] == on_disk == sum(facts["array_bytes"].values())
+    assert facts["raw_bytes_per_tap"] == facts["tokens"] * 16 * 2  # D = 16, bfloat16
+    stored = facts["array_bytes"]["hidden/layer.1"]
+    assert facts["ratio_to_raw"]["layer.1"] == round(stored / facts["raw_bytes_per_tap"], 4)
+    assert facts["finished_units"] == facts["units"] > 1
+    assert 0 < facts["supervised_tokens"] < facts["tokens"]
+
+
+def test_inspect_shows_an_unfinished_store(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(work / "store", store)
+    (store / "units" / "1.json").unlink()
+    assert main(["inspect", str(store)]) == 0
+    assert "UNFINISHED" in capsys.readouterr().out
+
+
+def test_extract_again_does_nothing_and_says_so_in_json(
+    work: Path, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["extract", "--base", str(tiny_base_folder), "--data", str(work / "corpus.jsonl")]
+    argv += ["--out", str(work / "store"), "--unit-tokens", str(UNIT_TOKENS)]
+    argv += ["--taps", "final", "layer.1", "--device", "cpu", "--compute-dtype", "float32"]
+    assert main(argv) == 0
+    report = last_json(capsys.readouterr().out)
+    assert report["computed_units"] == 0
+    assert report["is_finished"]
+
+
+def test_extract_with_another_setting_is_refused(
+    work: Path, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["extract", "--base", str(tiny_base_folder), "--data", str(work / "corpus.jsonl")]
+    argv += ["--out", str(work / "store"), "--unit-tokens", "128", "--device", "cpu"]
+    assert main(argv) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("carryon extract: error: ")
+
+
+def test_train_config_repeats_the_run(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", "--config", str(work / "run" / "config.yaml"), "--out", str(tmp_path / "run")]
+    assert main(argv) == 0
+    report = last_json(capsys.readouterr().out)
+    assert report["out"] == str(tmp_path / "run")
+    first, second = (
+        (run / "carryon" / "carryon.safetensors").read_bytes()
+        for run in (work / "run", tmp_path / "run")
+    )
+    assert first == second
+
+
+def test_evaluate_agrees_with_the_run(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["evaluate", "--store", str(work / "store"), "--carryon", str(work / "run" / "carryon")]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    report = last_json(captured.out)
+    result = json.loads((work / "run" / "result.json").read_text())
+    assert report["base_nll"] == pytest.approx(result["base_nll"], rel=1e-6)
+    assert report["carryon_nll"] == pytest.approx(result["carryon_nll"], rel=1e-6)
+    assert "held-out" in captured.err
+    assert main([*argv, "--alpha", "0"]) == 0
+    report = last_json(capsys.readouterr().out)
+    assert report["carryon_nll"] == report["base_nll"]
+
+
+def test_generate_compares_base_and_customized_model(
+    work: Path, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "--carryon", str(work / "run" / "carryon"), "--prompt", "the thing"]
+    argv += ["--base", str(tiny_base_folder), "--max-new-tokens", "4", "--device", "cpu"]
+    argv += ["--compute-dtype", "float32"]
+    assert main([*argv, "--compare"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("base ")
+    assert "| base + carry-on (alpha 1)" in text
+    assert main(argv) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["evaluate", "--store", "STORE", "--carryon", "none"], "none: expected a carry-on"),
+        (["train", "--store", "STORE", "--out", "RUN", "--taps", "layer.2"], "layer.2"),
+        (["train", "--store", "none", "--out", "RUN"], "none: no store here"),
+        (["train", "--store", "STORE", "--out", "RUN", "--epochs", "0"], "epochs: expected 1"),
+        (["generate", "--carryon", "none", "--prompt", "x"], "none: expected a carry-on"),
+        (["extract", "--base", "./none", "--data", "x", "--out", "RUN"], "'./none'"),
+        (
+            ["extract", "--base", "b", "--data", "x", "--out", "RUN", "--max-disk", "9 miles"],
+            "--max-disk: expected a size such as 500MB or 20GB, got '9 miles'",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_a_mistake_writes_nothing(
+    argv: list[str],
+    text: str,
+    work: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"STORE": str(work / "store"), "RUN": str(tmp_path / "new")}
+    assert main([places.get(word, word) for word in argv]) == 2
+    error = capsys.readouterr().err
+    assert text in error.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def lineage(work: Path, tiny_base_folder: Path) -> Path:
+    """A lineage of two versions, from texts."""
+    for number in (1, 2):
+        records = [{"id": f"{number}-{i}", "text": "the thing " * (i % 4 + 2)} for i in range(12)]
+        corpus = work / f"{number}.jsonl"
+        corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
+        update = ["update", "--lineage", str(work / "lineage"), "--data", str(corpus)]
+        assert main([*update, "--base", str(tiny_base_folder), *TINY_RUN]) == 0
+    return work / "lineage"
+
+
+def test_versions_are_shown_as_a_table_and_as_json_lines(
+    lineage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["versions", "--lineage", str(lineage), "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    first, second = map(json.loads, shown.out.splitlines())
+    table = shown.err[shown.err.index("version  ") :].splitlines()
+    assert table[0].endswith("NLL on 1  NLL on 2")
+    assert table[1].split() == ["base", *(f"{nll:.4f}" for nll in first["base_nlls"])]
+    assert table[3].split()[0] == "2"
+    assert table[3].split()[-2:] == [f"{nll:.4f}" for nll in second["held_out_nlls"]]
+    share = second["steps_so_far"] / second["paradigm_steps"]["ptfs"]
+    assert shown.err.splitlines()[-1].endswith(f": {share:.2f}")
+    assert share < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--also-anew"], "expected with --new-base, got none"),
+        (["--new-base", "b"], "expected --old-lineage, and neither --base nor --store"),
+        (["--old-lineage", "l", "--new-base", "b"], "l: expected a lineage, found none"),
+    ],
+)
+def test_a_new_base_without_its_lineage_is_one_line(
+    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["update", "--lineage", str(tmp_path / "new"), *words]) == 2
+    assert expected in capsys.readouterr().err

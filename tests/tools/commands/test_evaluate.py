@@ -1,0 +1,103 @@
+"""`carryon evaluate` with many alphas, and `carryon score`, as a user would type them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_carryons import make_tiny_carryon
+
+from carryon.cache.base.model import Base
+from carryon.tools.cli.main import main
+from carryon.train.modules.serialization import read_card, save_carryon
+
+
+@pytest.fixture
+def carryon(tiny_base: Base, tmp_path: Path) -> str:
+    made, card = make_tiny_carryon(tiny_base)
+    save_carryon(tmp_path / "carryon", made, card, dtype=torch.float32)
+    return str(tmp_path / "carryon")
+
+
+def _json_lines(captured: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in captured.splitlines() if line.startswith("{")]
+
+
+def test_a_sweep_reports_the_best_alpha_draws_and_writes_it(
+    store_original: Path, carryon: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["evaluate", "--store", str(store_original), "--carryon", carryon, "--device", "cpu"]
+    plot = tmp_path / "alpha.png"
+    assert main([*argv, "--alpha", "0:0.2:0.05", "--plot", str(plot), "--write-alpha"]) == 0
+    output = capsys.readouterr()
+    (report,) = _json_lines(output.out)
+    assert report["alphas"] == [0.0, 0.05, 0.1, 0.15, 0.2]
+    assert report["carryon_nlls"][0] == report["base_nll"]
+    best = report["carryon_nlls"].index(min(report["carryon_nlls"]))
+    assert report["alpha"] == report["alphas"][best]
+    assert f"best alpha {report['alpha']:g}" in output.err
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert read_card(carryon).alpha == report["alpha"]
+    assert main(argv) == 0  # without --alpha: what was written
+    (again,) = _json_lines(capsys.readouterr().out)
+    assert (again["alphas"], again["carryon_nll"]) == ([report["alpha"]], report["carryon_nll"])
+
+
+def test_without_being_asked_nothing_is_written(
+    store_original: Path, carryon: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in Path(carryon).iterdir()}
+    argv = ["evaluate", "--store", str(store_original), "--carryon", carryon, "--device", "cpu"]
+    assert main([*argv, "--alpha", "0.3"]) == 0
+    assert {path.name: path.read_bytes() for path in Path(carryon).iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--alpha", "0:1"], "alpha: expected a number, or FIRST:LAST:STEP"),
+        (["--alpha", "11"], "alpha: expected 0 to 10, got 11"),
+        (["--carryon", "anna/none", "--write-alpha"], "--write-alpha: expected a folder"),
+    ],
+)
+def test_mistakes_are_one_line(
+    options: list[str],
+    text: str,
+    store_original: Path,
+    carryon: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["evaluate", "--store", str(store_original), "--carryon", carryon, "--device", "cpu"]
+    assert main([*argv, *options]) == 2
+    assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_score_counts_right_answers_of_base_and_customized_model(
+    carryon: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["score", "--carryon", carryon, "--tasks", "chain_sum:min_terms=2,max_terms=2"]
+    argv += ["--num", "5", "--max-new-tokens", "4", "--batch-rows", "2", "--device", "cpu"]
+    assert main([*argv, "--compute-dtype", "float32", "--out", str(tmp_path / "texts")]) == 0
+    (line,) = _json_lines(capsys.readouterr().out)
+    assert (line["num"], line["alpha"]) == (5, 1.0)
+    for name in ("base_exact", "base_generous", "customized_exact", "customized_generous"):
+        assert 0 <= line[name] <= 1
+    texts = [json.loads(text) for text in (tmp_path / "texts").read_text().splitlines()]
+    assert len(texts) == 5
+    assert any(text["base"] != text["customized"] for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--tasks", "no_such_task"], "expected a task of reasoning-gym"),
+        (["--tasks", "chain_sum", "--num", "0"], "num: expected at least one"),
+        (["--tasks", "chain_sum", "--num", "1", "--max-new-tokens", "0"], "max_new_tokens"),
+    ],
+)
+def test_score_refuses_in_one_line(
+    options: list[str], text: str, carryon: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["score", "--carryon", carryon, "--device", "cpu", *options]) == 2
+    assert text in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,127 @@
+"""A lineage on another base begins with what the old one has learned."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_bases import make_tiny_base, write_tiny_gguf
+from support.tiny_runs import TINY, without_plots, write_texts
+
+from carryon.cache.errors import InputError
+from carryon.train.config import change
+from carryon.train.continual.lineage import update
+from carryon.train.continual.lineage_dir import Lineage, open_lineage
+from carryon.train.continual.rebase import begin_on_new_base
+from carryon.train.data.datasets import open_data
+from carryon.train.modules.serialization import load_carryon
+
+SETTINGS = change(TINY, {"min_lr_ratio": 0.1})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_plots() -> Iterator[None]:
+    """They take longer than tiny runs."""
+    with without_plots():
+        yield
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    return [write_texts(folder / f"{number}.jsonl") for number in range(2)]
+
+
+@pytest.fixture(scope="module")
+def old_root(
+    texts: list[Path], tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A lineage of two updates."""
+    root = tmp_path_factory.mktemp("old") / "lineage"
+    for path in texts:
+        update(lineage=str(root), data=[str(path)], base=str(tiny_base_folder), settings=SETTINGS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of the same width as the tiny one, with other weights."""
+    return make_tiny_base(tmp_path_factory.mktemp("bases") / "other", seed=1)
+
+
+def test_a_new_base_begins_with_what_the_old_carry_on_has_learned(
+    old_root: Path, other_base: Path, tmp_path: Path
+) -> None:
+    old = open_lineage(old_root)
+    given: dict[str, Any] = {
+        "lineage": str(tmp_path / "new"),
+        "old_lineage": str(old.root),
+        "base": str(other_base),
+        "settings": SETTINGS,
+        "also_anew": True,
+    }
+    found = begin_on_new_base(**given)
+
+    new = open_lineage(tmp_path / "new")
+    assert found.new_weights == 0
+    assert found.start_nll not in (found.base_nll, found.from_old_nll)
+    assert found.anew_nll not in (None, found.from_old_nll)
+    assert new.predecessor is not None
+    assert new.predecessor["anew_nll"] == found.anew_nll
+    assert _held_out_ids(new) == _held_out_ids(old)
+    assert open_lineage(old.root) == old
+    assert begin_on_new_base(**given) == found
+
+
+def test_of_a_base_of_another_width_only_the_body_is_kept(old_root: Path, tmp_path: Path) -> None:
+    base = write_tiny_gguf(tmp_path / "wide.gguf")
+    old = open_lineage(old_root)
+    found = begin_on_new_base(
+        lineage=str(tmp_path / "new"),
+        old_lineage=str(old.root),
+        base=str(base),
+        settings=SETTINGS,
+    )
+
+    module, _ = load_carryon(old.version(2).carryon)
+    assert found.kept_weights == sum(weight.numel() for weight in module.body.parameters())
+    assert found.new_weights > 0
+    assert found.start_nll == found.base_nll  # the new up-projection begins at zero
+
+
+def test_a_new_base_needs_the_texts_where_they_were(
+    old_root: Path, texts: list[Path], other_base: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {
+        "lineage": str(tmp_path / "new"),
+        "old_lineage": str(old_root),
+        "base": str(other_base),
+        "settings": SETTINGS,
+    }
+    before = texts[1].read_text()
+    texts[1].write_text(before + "\n")
+    with pytest.raises(InputError, match="not found: 1.jsonl: give them with --data"):
+        begin_on_new_base(**given)
+    texts[1].write_text(before)
+    with pytest.raises(InputError, match="got width 8 -> 4"):
+        begin_on_new_base(**given | {"settings": change(SETTINGS, {"width": 4})})
+
+
+def test_the_same_base_is_not_a_new_one(
+    old_root: Path, tiny_base_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="expected another base than that of"):
+        begin_on_new_base(
+            lineage=str(tmp_path / "new"),
+            old_lineage=str(old_root),
+            base=str(tiny_base_folder),
+            settings=SETTINGS,
+        )
+
+
+def _held_out_ids(lineage: Lineage) -> set[str]:
+    ids = set()
+    for store in (store for each in lineage.increments for store in each.stores):
+        data = open_data([store], SETTINGS.stream, taps=["final"])
+        ids |= {data.store.sample_id(sample) for sample in data.split.held_out.tolist()}
+    return ids

@@ -1,0 +1,182 @@
+"""Which samples are looked at, and that the figures are those of a base."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_train_stores import make_tiny_store
+from torch import nn
+
+from carryon.cache.base.lm_head import widen
+from carryon.cache.errors import InputError, SettingMismatchError
+from carryon.cache.store.reader import Store
+from carryon.train.config import CarryOnSettings
+from carryon.train.inference.evaluate import evaluate
+from carryon.train.modules.bottleneck import build_carryon
+from carryon.train.modules.decoder import Decoder
+from carryon.train.modules.linear import Product
+from carryon.train.modules.serialization import CarryOnCard, save_carryon
+from carryon.train.trainer import nll
+
+SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products on several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_store(tmp_path_factory.mktemp("evaluate") / "store")
+
+
+def _save(folder: Path, store: Path, *, base: dict[str, str] | None = None) -> str:
+    opened = Store.open(store)
+    carryon = build_carryon(SETTINGS, base_width=opened.width, seed=0)
+    with torch.no_grad():
+        carryon.up.weight.normal_(generator=torch.Generator().manual_seed(1))
+    card = CarryOnCard(
+        settings=SETTINGS.to_dict(),
+        base_width=opened.width,
+        base=base or opened.manifest.base,
+        store_fingerprint=opened.fingerprint,
+        split={"held_out_ratio": 0.25, "seed": 0},
+        alpha=1.0,
+        figures={},
+        versions={},
+    )
+    save_carryon(folder, carryon, card, dtype=torch.float32)
+    return str(folder)
+
+
+def _base_nll(store: Path, samples: list[int]) -> float:
+    """The plain formula in numpy, sample by sample."""
+    opened = Store.open(store)
+    weight = widen(opened.head().weight)
+    losses = []
+    for sample in samples:
+        rows = opened.read_sample(sample)
+        logits = widen(rows.hidden["final"]) @ weight.T
+        log_sums = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
+        for token in np.flatnonzero(rows.loss_mask[1:]) + 1:
+            losses.append(log_sums[token - 1] - logits[token - 1, rows.tokens[token]])
+    return float(np.mean(losses))
+
+
+def test_the_base_figure_is_that_of_the_plain_formula(store: Path, tmp_path: Path) -> None:
+    held_out = np.flatnonzero(Store.open(store).sample_held_out).tolist()
+
+    report = evaluate(store=str(store), carryon=_save(tmp_path / "c", store), device="cpu")
+
+    assert (report.samples, report.num_samples) == ("held-out", len(held_out))
+    assert report.base_nll == pytest.approx(_base_nll(store, held_out), rel=1e-5)
+    assert report.carryon_nll != report.base_nll
+    assert report.base_perplexity == pytest.approx(np.exp(report.base_nll))
+
+
+def test_a_wide_base_is_evaluated_in_smaller_batches_with_the_same_result(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carryon, sizes = _save(tmp_path / "c", store), []
+    found = []
+    for limit in (nll.BATCH_BYTES, 20 * 2 * 16):  # 20 tokens of width 16
+        monkeypatch.setattr(nll, "BATCH_BYTES", limit)
+        lengths: list[int] = []
+        hook = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args, lengths=lengths: (
+                lengths.append(len(args[0].flatten(0, -2)))
+                if isinstance(module, Product) and module.in_features == 16
+                else None
+            )
+        )
+        with hook:
+            found.append(evaluate(store=str(store), carryon=carryon, device="cpu"))
+        sizes.append(max(lengths))
+
+    assert sizes[0] > 20 >= sizes[1]
+    assert found[1].carryon_nll == pytest.approx(found[0].carryon_nll, rel=1e-6)
+
+
+def test_alpha_zero_is_the_base(store: Path, tmp_path: Path) -> None:
+    report = evaluate(
+        store=str(store), carryon=_save(tmp_path / "c", store), alphas=[0.0], device="cpu"
+    )
+
+    assert report.carryon_nll == report.base_nll
+
+
+def test_all_samples_of_another_store_are_looked_at(store: Path, tmp_path: Path) -> None:
+    other = make_tiny_store(tmp_path / "other", num_samples=10, num_held_out=0, seed=1)
+
+    report = evaluate(store=str(other), carryon=_save(tmp_path / "c", store), device="cpu")
+
+    assert (report.samples, report.num_samples) == ("all", 10)
+
+
+def test_a_store_without_marks_is_split_as_it_was_in_training(tmp_path: Path) -> None:
+    unmarked = make_tiny_store(tmp_path / "unmarked", num_held_out=0)
+
+    report = evaluate(store=str(unmarked), carryon=_save(tmp_path / "c", unmarked), device="cpu")
+
+    assert (report.samples, report.num_samples) == ("held-out", 6)  # a quarter of 24
+
+
+def test_held_out_samples_of_an_unmarked_foreign_store_are_refused(
+    store: Path, tmp_path: Path
+) -> None:
+    other = make_tiny_store(tmp_path / "other", num_held_out=0, seed=1)
+
+    with pytest.raises(InputError, match="marks no sample as held out"):
+        evaluate(
+            store=str(other),
+            carryon=_save(tmp_path / "c", store),
+            samples="held-out",
+            device="cpu",
+        )
+
+
+def test_a_carryon_of_another_base_is_refused(store: Path, tmp_path: Path) -> None:
+    folder = _save(tmp_path / "c", store, base={"id": "other", "weights_sha256": "ff" * 32})
+
+    with pytest.raises(SettingMismatchError, match="expected the weights of other"):
+        evaluate(store=str(store), carryon=folder, device="cpu")
+
+
+def test_a_sweep_gives_for_each_alpha_what_it_gives_alone(store: Path, tmp_path: Path) -> None:
+    carryon, alphas = _save(tmp_path / "c", store), [0.0, 0.4, 1.0]
+
+    swept = evaluate(store=str(store), carryon=carryon, alphas=alphas, device="cpu")
+
+    assert swept.alphas == alphas
+    for alpha, found_nll in zip(alphas, swept.carryon_nlls, strict=True):
+        alone = evaluate(store=str(store), carryon=carryon, alphas=[alpha], device="cpu")
+        assert found_nll == alone.carryon_nll
+    assert swept.carryon_nll == min(swept.carryon_nlls)
+    assert swept.alpha == alphas[int(np.argmin(swept.carryon_nlls))]
+
+
+def test_a_sweep_runs_the_carryon_once_for_each_batch(store: Path, tmp_path: Path) -> None:
+    calls: list[nn.Module] = []
+    carryon = _save(tmp_path / "c", store)
+    counts = []
+    for alphas in ([1.0], [0.0, 0.5, 1.0, 1.5]):
+        calls.clear()
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: calls.append(module)
+        )
+        with hook:
+            evaluate(store=str(store), carryon=carryon, alphas=alphas, device="cpu")
+        counts.append(sum(isinstance(module, Decoder) for module in calls))
+    assert counts[0] == counts[1] > 0
+
+
+def test_an_alpha_out_of_range_is_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="alpha: expected 0 to 10, got 11"):
+        evaluate(store=str(store), carryon=_save(tmp_path / "c", store), alphas=[1.0, 11.0])

@@ -1,0 +1,215 @@
+"""The loss of chosen rows, right on average.
+
+Shapes: 70 positions in chunks of 32, heads of tiny_heads.py, of whose 300 rows 60 are frequent;
+targets are of the first 80.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_heads import HEADS, VOCABULARY, WIDTH, make_head
+from support.tiny_runs import Killed, assert_same_bits, kill_at, train_tiny
+from support.tiny_train_stores import make_tiny_store
+from torch import Tensor
+
+from carryon.cache.store.reader import Store
+from carryon.train.config import LossSettings
+from carryon.train.losses import sampled_softmax
+from carryon.train.losses.cross_entropy import token_losses
+from carryon.train.losses.frozen_head import FrozenHead, place_head
+from carryon.train.losses.sampled_softmax import (
+    count_tokens,
+    place_training_head,
+    sampled_head,
+    with_sampled_softmax,
+)
+
+POSITIONS, FREQUENT, NUMBER, CHUNK = 70, 60, 24, 32
+TARGETS = 80
+ROUNDING = 3e-6
+
+
+def _counts(number: int = FREQUENT) -> np.ndarray:
+    return np.maximum(0, number - np.arange(VOCABULARY))
+
+
+def _given() -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(2)
+    states = torch.randn(POSITIONS, WIDTH, generator=random)
+    return states, torch.randint(TARGETS, (POSITIONS,), generator=random)
+
+
+def _plain_logits(states: Tensor, head: FrozenHead) -> Tensor:
+    logits = states @ head.weight.t()
+    logits = (logits if head.bias is None else logits + head.bias) * head.logit_scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+@pytest.mark.parametrize("kind", HEADS, ids=str)
+def test_loss_and_gradient_are_those_of_the_plain_formula_over_the_same_rows(
+    kind: dict[str, float],
+) -> None:
+    whole = make_head(**kind)  # type: ignore[arg-type]
+    head = with_sampled_softmax(whole, _counts(), NUMBER)
+    states, targets = _given()
+    torch.manual_seed(3)
+    drawn = FREQUENT + torch.randint(VOCABULARY - FREQUENT, (NUMBER,))
+    rare = sorted(set(targets.tolist()) - set(range(FREQUENT)))
+    drawn = drawn[[token not in rare for token in drawn.tolist()]]
+    assert len(rare) > 5
+    assert 0 < len(drawn) < NUMBER
+    plain_states = states.clone().requires_grad_()
+    logits = _plain_logits(plain_states, whole)
+    weighed = logits[:, drawn] + math.log((VOCABULARY - FREQUENT - len(rare)) / len(drawn))
+    always = [*range(FREQUENT), *rare]
+    chosen = torch.cat([logits[:, always], weighed], dim=1)
+    places = torch.tensor([always.index(target) for target in targets.tolist()])
+    expected = torch.nn.functional.cross_entropy(chosen, places, reduction="none")
+    expected.sum().backward()
+
+    states.requires_grad_()
+    torch.manual_seed(3)
+    found = token_losses(states, targets, head=sampled_head(head, targets), chunk=CHUNK)
+    found.sum().backward()
+
+    torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=ROUNDING)
+    assert states.grad is not None
+    assert plain_states.grad is not None
+    largest = float(plain_states.grad.abs().max())
+    torch.testing.assert_close(states.grad, plain_states.grad, rtol=0, atol=ROUNDING * largest)
+
+
+def test_the_sum_of_exponentials_is_right_on_average() -> None:
+    whole = make_head()
+    head = with_sampled_softmax(whole, _counts(), NUMBER)
+    states, targets = _given()
+    picked = _plain_logits(states, whole).gather(1, targets[:, None])[:, 0]
+    exact = (token_losses(states, targets, head=whole, chunk=CHUNK) + picked).double().exp()
+    torch.manual_seed(4)
+
+    draws = [
+        (token_losses(states, targets, head=sampled_head(head, targets), chunk=CHUNK) + picked)
+        .double()
+        .exp()
+        / exact
+        for _ in range(2000)
+    ]
+
+    ratios = torch.stack(draws)
+    errors = ratios.std(dim=0) / math.sqrt(len(ratios))
+    assert float(ratios.std(dim=0).min()) > 0.01  # it is an estimate
+    assert float(((ratios.mean(dim=0) - 1).abs() / errors).max()) < 5
+
+
+def test_what_is_evaluated_is_of_the_whole_vocabulary() -> None:
+    whole = make_head()
+    head = with_sampled_softmax(whole, _counts(), NUMBER)
+    states, targets = _given()
+
+    found = token_losses(states, targets, head=head, chunk=CHUNK)
+
+    assert torch.equal(found, token_losses(states, targets, head=whole, chunk=CHUNK))
+
+
+@pytest.mark.parametrize(
+    ("frequent", "number"),
+    [(FREQUENT, 0), (FREQUENT, VOCABULARY - FREQUENT), (0, NUMBER), (VOCABULARY, NUMBER)],
+    ids=["off", "as many as others", "no counts", "all frequent"],
+)
+def test_where_nothing_is_saved_the_head_stays_whole(frequent: int, number: int) -> None:
+    whole = make_head()
+
+    found = with_sampled_softmax(whole, _counts(frequent), number)
+
+    assert found is whole
+    assert sampled_head(found, torch.tensor([1])) is whole
+
+
+def test_the_rows_multiplied_are_the_frequent_those_of_the_targets_and_the_drawn() -> None:
+    head = with_sampled_softmax(make_head(), _counts(), NUMBER)
+    targets = torch.tensor([3, FREQUENT + 5, FREQUENT + 5, FREQUENT + 9])
+    torch.manual_seed(3)
+    drawn = FREQUENT + torch.randint(VOCABULARY - FREQUENT, (NUMBER,))
+    kept = drawn[(drawn != FREQUENT + 5) & (drawn != FREQUENT + 9)]
+
+    torch.manual_seed(3)
+    blocks = list(sampled_head(head, targets).blocks())
+
+    assert [block.first for block in blocks] == [0, FREQUENT, FREQUENT + 2]
+    assert [block.log_weight for block in blocks[:2]] == [0.0, 0.0]
+    assert blocks[2].log_weight == math.log((VOCABULARY - FREQUENT - 2) / len(kept))
+    ids = [torch.arange(FREQUENT), torch.tensor([FREQUENT + 5, FREQUENT + 9]), kept]
+    for block, some in zip(blocks, ids, strict=True):
+        assert torch.equal(block.weight, head.rows(some))
+
+
+def test_only_so_many_tokens_are_frequent_the_most_frequent_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampled_softmax, "MOST_FREQUENT", 10)
+    counts = _counts()[::-1].copy()  # the last tokens are the most frequent
+
+    head = with_sampled_softmax(make_head(), counts, NUMBER)
+
+    assert head.frequent is not None
+    assert head.frequent.num_rows == 10
+    assert torch.nonzero(head.frequent.is_one)[:, 0].tolist() == list(
+        range(VOCABULARY - 10, VOCABULARY)
+    )
+    assert head.frequent.others.tolist() == list(range(VOCABULARY - 10))
+
+
+def test_many_rows_come_in_blocks() -> None:
+    whole = replace(make_head(), block_rows=64)
+
+    head = sampled_head(with_sampled_softmax(whole, _counts(150), 100), torch.tensor([1]))
+
+    assert [block.first for block in head.blocks()] == [0, 64, 128, 150, 214]
+    assert sum(len(block.weight) for block in head.blocks()) == 250
+
+
+def test_what_is_counted_is_what_stands_in_the_store(tmp_path: Path) -> None:
+    store = Store.open(make_tiny_store(tmp_path / "store", vocab_size=1000))
+    cpu = torch.device("cpu")
+    whole = place_head(store, LossSettings(), device=cpu)
+    tokens = [token for unit in store.iter_units(taps=[]) for token in unit.tokens.tolist()]
+
+    found = count_tokens(store, vocab_size=whole.vocab_size)
+
+    assert found.tolist() == [tokens.count(token) for token in range(whole.vocab_size)]
+    head = place_training_head(store, LossSettings(sampled_softmax=3), device=cpu)
+    assert head.frequent is not None
+    assert head.frequent.num_rows == len(set(tokens))
+    assert set(head.frequent.others.tolist()) == set(range(whole.vocab_size)) - set(tokens)
+
+
+def test_training_with_it_lowers_the_held_out_nll_and_repeats(tmp_path: Path) -> None:
+    store = make_tiny_store(tmp_path / "store", vocab_size=1000)
+
+    exact = train_tiny(store, tmp_path / "exact")
+    report = train_tiny(store, tmp_path / "run", sampled_softmax=100)
+    train_tiny(store, tmp_path / "again", sampled_softmax=100)
+
+    assert report.carryon_nll < report.base_nll
+    assert report.base_nll == exact.base_nll
+    assert report.carryon_nll != exact.carryon_nll
+    assert_same_bits(tmp_path / "again", tmp_path / "run")
+
+
+def test_a_killed_run_draws_the_same_rows_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_tiny_store(tmp_path / "store", vocab_size=1000)
+    train_tiny(store, tmp_path / "whole", sampled_softmax=100)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)
+        with pytest.raises(Killed):
+            train_tiny(store, tmp_path / "killed", sampled_softmax=100)
+
+    train_tiny(store, tmp_path / "killed", sampled_softmax=100)
+
+    assert_same_bits(tmp_path / "killed", tmp_path / "whole")

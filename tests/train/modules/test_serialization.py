@@ -1,0 +1,170 @@
+"""What is saved comes back, and nothing is pickled."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from carryon.cache.errors import InputError, MissingError, SettingMismatchError
+from carryon.train.config import CarryOnSettings
+from carryon.train.modules.bottleneck import CarryOn, build_carryon
+from carryon.train.modules.serialization import (
+    CARD,
+    README,
+    WEIGHTS,
+    CarryOnCard,
+    check_base,
+    load_carryon,
+    locate_carryon,
+    read_card,
+    save_carryon,
+    write_alpha,
+)
+
+SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)
+
+
+def _carryon(seed: int = 0) -> CarryOn:
+    return build_carryon(SETTINGS, base_width=16, seed=seed)
+
+
+def _card() -> CarryOnCard:
+    return CarryOnCard(
+        settings=SETTINGS.to_dict(),
+        base_width=16,
+        base={"id": "org/tiny", "weights_sha256": "ab" * 32},
+        store_fingerprint="cd" * 32,
+        split={"held_out_ratio": 0.05, "seed": 0},
+        alpha=0.75,
+        figures={"held_out_nll_of_base": 1.25},
+        versions={"torch": "2"},
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    carryon = _carryon()
+
+    num_bytes = save_carryon(tmp_path / "carryon", carryon, _card(), dtype=dtype)
+    loaded, card = load_carryon(tmp_path / "carryon")
+
+    assert card == _card()
+    assert num_bytes == (tmp_path / "carryon" / WEIGHTS).stat().st_size
+    for name, weight in loaded.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, carryon.state_dict()[name].to(dtype).float()), name
+
+
+def test_the_folder_holds_safetensors_json_and_a_card_for_people(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.bfloat16)
+
+    names = sorted(path.name for path in (tmp_path / "carryon").iterdir())
+    text = (tmp_path / "carryon" / "README.md").read_text(encoding="utf-8")
+
+    assert names == ["README.md", CARD, WEIGHTS]
+    assert all(
+        x.dtype == torch.bfloat16 for x in load_file(tmp_path / "carryon" / WEIGHTS).values()
+    )
+    assert "org/tiny" in text
+    assert "1.25" in text
+
+
+def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(0), _card(), dtype=torch.float32)
+    save_carryon(tmp_path / "carryon", _carryon(1), _card(), dtype=torch.float32)
+
+    loaded, _ = load_carryon(tmp_path / "carryon")
+
+    assert torch.equal(loaded.bridges[0].weight, _carryon(1).bridges[0].weight)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["carryon"]
+
+
+def test_a_folder_without_a_carryon_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="expected a carry-on .* found none: run carryon train"):
+        load_carryon(tmp_path)
+
+
+def test_a_card_of_another_format_is_refused(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
+    document = json.loads((tmp_path / "carryon" / CARD).read_text())
+    (tmp_path / "carryon" / CARD).write_text(json.dumps({**document, "format_version": 99}))
+
+    with pytest.raises(InputError, match="format version: expected 1, got 99"):
+        load_carryon(tmp_path / "carryon")
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
+    (tmp_path / "carryon" / WEIGHTS).write_bytes(b"not weights")
+
+    with pytest.raises(InputError, match="not a carry-on as carryon train writes it"):
+        load_carryon(tmp_path / "carryon")
+
+
+def test_a_carryon_of_another_base_is_refused_with_both_digests() -> None:
+    other = {"id": "org/other", "weights_sha256": "ef" * 32}
+
+    with pytest.raises(
+        SettingMismatchError, match="the weights of org/tiny.*abababab.* of org/other .*efefefef"
+    ):
+        check_base(_card(), other, where="store")
+
+
+def test_a_carryon_of_another_tokenizer_is_refused() -> None:
+    card = replace(_card(), base={**_card().base, "tokenizer_sha256": "12" * 32})
+
+    with pytest.raises(SettingMismatchError, match="expected the tokenizer of org/tiny.*121212"):
+        check_base(card, {**card.base, "tokenizer_sha256": "34" * 32}, where="store")
+
+
+def test_a_carryon_of_the_same_weights_elsewhere_is_accepted() -> None:
+    check_base(_card(), {**_card().base, "id": "/copy"}, where="store")
+    check_base(replace(_card(), alpha=0.0), _card().base, where="store")
+
+
+def test_a_written_alpha_is_used_from_then_on_and_shown(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
+
+    write_alpha(tmp_path / "carryon", 0.7)
+
+    _, card = load_carryon(tmp_path / "carryon")
+    assert card == replace(_card(), alpha=0.7)
+    assert "| alpha | 0.7 |" in (tmp_path / "carryon" / README).read_text(encoding="utf-8")
+    assert sorted(path.name for path in (tmp_path / "carryon").iterdir()) == [README, CARD, WEIGHTS]
+    with pytest.raises(MissingError, match="expected a carry-on"):
+        write_alpha(tmp_path, 0.7)
+
+
+def test_the_model_card_names_base_store_figures_and_use(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
+
+    text = (tmp_path / "carryon" / README).read_text(encoding="utf-8")
+
+    for part in ("org/tiny", _card().store_fingerprint[:12], "carryon generate --carryon"):
+        assert part in text
+    assert all(f"| {value} |" in text for value in _card().figures.values())
+    facts = yaml.safe_load(text.split("---")[1])
+    assert facts["library_name"] == "carryon"
+
+
+def test_the_model_card_of_a_local_base_names_no_path(tmp_path: Path) -> None:
+    card = replace(_card(), base={**_card().base, "id": "/home/anna/models/tiny-base"})
+
+    save_carryon(tmp_path / "carryon", _carryon(), card, dtype=torch.float32)
+
+    text = (tmp_path / "carryon" / README).read_text(encoding="utf-8")
+    assert "tiny-base" in text
+    assert "anna" not in text
+    assert "base_model" not in text
+    assert read_card(tmp_path / "carryon") == card  # the base is found again from here
+    assert card.without_paths().base["id"] == "tiny-base"
+
+
+def test_a_folder_that_is_not_there_or_a_foreign_one_is_named(tmp_path: Path) -> None:
+    for source in (tmp_path / "none", "./none", "a/b/c"):
+        with pytest.raises(MissingError, match="expected a carry-on"):
+            load_carryon(locate_carryon(source))

@@ -1,0 +1,58 @@
+"""Planned memory: what is counted once, what settings save, and where the plan ends."""
+
+from dataclasses import replace
+
+from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
+from carryon.train.modules.bottleneck import build_carryon, num_parameters
+from carryon.train.trainer.memory_estimate import MemoryCase, leaner_settings, plan_memory
+
+SMALL = CarryOnSettings(width=16, heads=2, intermediate_size=24)
+CASE = MemoryCase(
+    base_width=64,
+    vocab_size=1000,
+    micro_batch_tokens=128,
+    supervised_ratio=1.0,
+    window_tokens=512,
+    head_bytes=4,
+    carryon=SMALL,
+    loss=LossSettings(),
+    memory=MemorySettings(),
+)
+LARGE = replace(
+    CASE,
+    base_width=5120,
+    vocab_size=152_064,
+    micro_batch_tokens=2048,
+    window_tokens=2048,
+    head_bytes=2,
+    carryon=CarryOnSettings(width=1760, heads=16, intermediate_size=4576),
+)
+
+
+def test_weights_are_counted_as_the_module_has_them() -> None:
+    found = plan_memory(CASE)
+    count = num_parameters(build_carryon(SMALL, base_width=64, seed=0))
+    assert (found["weights"], found["gradients"]) == (4 * count, 4 * count)
+    assert found["optimizer"] == 8 * count
+
+
+def test_a_block_computed_again_takes_no_room_beside_the_loss() -> None:
+    kept = plan_memory(LARGE)["activations"]
+    again = plan_memory(replace(LARGE, memory=MemorySettings(recompute=True)))["activations"]
+    assert again < 0.6 * kept
+
+
+def test_a_wide_head_in_float32_takes_less_than_the_kernels_copies_of_it() -> None:
+    loss = LossSettings(head_place="mapped")
+    kernels, plain = (plan_memory(replace(LARGE, loss=loss, head_bytes=size)) for size in (2, 4))
+    assert plain["head"] == 1024 * 5120 * 4
+    assert plain["head"] + plain["logits"] < kernels["head"] + kernels["logits"]
+    assert plain["states"] == 2048 * 5120 * 8 < kernels["states"]
+
+
+def test_settings_are_added_until_the_limit_is_kept() -> None:
+    *before, (added, last) = leaner_settings(LARGE, limit=1_000_000_000)
+    assert sum(plan_memory(last).values()) <= 1_000_000_000
+    assert all(sum(plan_memory(case).values()) > 1_000_000_000 for _, case in before)
+    assert added.startswith("--head-place mapped --recompute")
+    assert last.memory.optimizer_bits == 8

@@ -1,0 +1,198 @@
+"""What a step draws, what follows it, and when a run ends."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_runs import (
+    TINY,
+    assert_same_bits,
+    metrics_without_times,
+    saved_weights,
+    train_tiny,
+)
+from support.tiny_train_stores import make_tiny_store
+
+from carryon.cache.errors import InputError
+from carryon.tools.cli.subcommands import call_subcommand
+from carryon.train.modules.bottleneck import build_carryon
+from carryon.train.trainer import finish
+from carryon.train.trainer import run_state as live_run
+from carryon.train.trainer.checkpoint import START, Progress, load_weights
+from carryon.train.trainer.metrics import read_metrics
+from carryon.train.trainer.run_state import with_evaluation
+from carryon.train.trainer.step import take_step
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_store(tmp_path_factory.mktemp("live") / "store", taps=("final", "layer.1"))
+
+
+@pytest.fixture(autouse=True)
+def without_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "plot_curves", lambda metrics, path: False)
+
+
+def _evaluations(out: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(out / "metrics.jsonl") if "held_out_nll" in line]
+
+
+def test_the_config_of_a_run_repeats_it_to_the_bit(store: Path, tmp_path: Path) -> None:
+    train_tiny(store, tmp_path / "run", dropout=0.1, evaluate_every=3)
+    config = str(tmp_path / "run" / "config.yaml")
+
+    call_subcommand("train", ["--config", config, "--out", str(tmp_path / "again")])
+
+    assert_same_bits(tmp_path / "again", tmp_path / "run")
+    assert metrics_without_times(tmp_path / "again") == metrics_without_times(tmp_path / "run")
+
+
+def test_dropout_changes_the_training_and_not_the_evaluation(store: Path, tmp_path: Path) -> None:
+    train_tiny(store, tmp_path / "none")
+    report = train_tiny(store, tmp_path / "some", dropout=0.4)
+
+    assert not torch.equal(
+        saved_weights(tmp_path / "none")["up.weight"], saved_weights(tmp_path / "some")["up.weight"]
+    )
+    again = train_tiny(store, tmp_path / "again", dropout=0.4)
+    assert again.carryon_nll == report.carryon_nll
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_killed_run_with_dropout_resumes_to_the_same_bits(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    train_tiny(store, tmp_path / "whole", dropout=0.4)
+    calls = iter(range(1000))
+
+    def killed_step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if next(calls) == step:
+            raise SystemError("killed")
+        return take_step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live_run, "take_step", killed_step)
+        with pytest.raises(SystemError, match="killed"):
+            train_tiny(store, tmp_path / "run", dropout=0.4)
+    torch.manual_seed(5)  # whatever state the process is in
+
+    train_tiny(store, tmp_path / "run", dropout=0.4)
+
+    assert_same_bits(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_that_gets_no_better_ends_early_with_its_best_weights(
+    store: Path, tmp_path: Path
+) -> None:
+    changes = {"learning_rate": 0.5, "schedule": "constant", "epochs": 20, "patience": 2}
+
+    report = train_tiny(store, tmp_path / "run", saved_dtype="float32", **changes)
+
+    evaluations = _evaluations(tmp_path / "run")[1:-1]
+    best = min(evaluations, key=lambda line: line["held_out_nll"])
+    assert evaluations.index(best) == len(evaluations) - 3  # two more, neither better
+    assert report.num_steps == evaluations[-1]["step"] < 20 * 5
+    assert report.finished_with_step == best["step"]
+    assert report.carryon_nll == best["held_out_nll"]
+    kept = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
+    assert kept["folder"] == f"step-{best['step']:08d}"
+    carryon = build_carryon(TINY.carryon, base_width=16, seed=1)
+    load_weights(tmp_path / "run" / "checkpoints" / kept["folder"], carryon)
+    for name, weight in saved_weights(tmp_path / "run").items():
+        assert torch.equal(weight, carryon.state_dict()[name])
+
+
+def test_a_run_may_end_with_its_best_weights_without_ending_early(
+    store: Path, tmp_path: Path
+) -> None:
+    changes = {"learning_rate": 0.5, "schedule": "constant", "epochs": 6, "finish_with": "best"}
+
+    report = train_tiny(store, tmp_path / "run", saved_dtype="float32", **changes)
+
+    evaluations = _evaluations(tmp_path / "run")[1:-1]
+    assert evaluations[-1]["step"] == report.num_steps  # the last step competes
+    assert report.carryon_nll == min(line["held_out_nll"] for line in evaluations)
+
+
+def test_evaluations_that_decide_the_result_may_not_change(store: Path, tmp_path: Path) -> None:
+    train_tiny(store, tmp_path / "run", patience=3)
+
+    with pytest.raises(InputError, match="evaluate_every is 0 there and 2 here"):
+        train_tiny(store, tmp_path / "run", patience=3, evaluate_every=2)
+
+
+def test_an_evaluation_that_is_not_better_is_counted() -> None:
+    progress = START
+    for step, nll in enumerate((2.0, 1.0, 1.0, 1.5), start=1):
+        progress = with_evaluation(
+            Progress(
+                **{name: getattr(progress, name) for name in START.__slots__} | {"step": step}
+            ),
+            nll,
+        )
+
+    assert (progress.best_nll, progress.best_step) == (1.0, 2)
+    assert progress.evaluations_since_best == 2
+
+
+def test_metrics_tell_the_shares_of_several_taps(store: Path, tmp_path: Path) -> None:
+    train_tiny(store, tmp_path / "run", taps=["final", "layer.1"])
+
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+
+    for line in lines:
+        assert set(line["tap_ratios"]) == {"final", "layer.1"}
+        assert sum(line["tap_ratios"].values()) == pytest.approx(1.0)
+    assert lines[0]["tap_ratios"] != lines[-1]["tap_ratios"]
+
+
+def test_each_beginning_is_recorded_and_another_version_said(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        raise SystemError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live_run, "take_step", stop)
+        with pytest.raises(SystemError):
+            train_tiny(store, tmp_path / "run")
+    monkeypatch.setattr(
+        "carryon.train.trainer.run_dir.library_versions", lambda: {"torch": "0.1", "threads": "9"}
+    )
+    train_tiny(store, tmp_path / "run")
+
+    sessions = read_metrics(tmp_path / "run" / "sessions.jsonl")
+    assert [session["step"] for session in sessions] == [0, 0]
+    assert sessions[0]["torch"] == torch.__version__
+    assert sessions[1]["torch"] == "0.1"
+    assert f"torch {torch.__version__} -> 0.1" in capsys.readouterr().err
+
+
+def test_memory_decides_how_many_units_are_shuffled_together(store: Path, tmp_path: Path) -> None:
+    # A unit: 64 rows of width 16 in bfloat16, 2,048 bytes; two windows are in memory,
+    # each with room for a quarter more.
+    train_tiny(store, tmp_path / "run", window_units=4, host_memory_gb=12e-6)
+
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
+    assert identity["window_units"] == 2
+    train_tiny(store, tmp_path / "same", window_units=2, host_memory_gb=1.0)
+    assert_same_bits(tmp_path / "same", tmp_path / "run")
+
+
+def test_memory_for_less_than_two_units_is_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="host_memory_gb: expected 5.1e-06 or more"):
+        train_tiny(store, tmp_path / "run", host_memory_gb=1e-6)
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_without_a_supervised_token_is_refused(tmp_path: Path) -> None:
+    make_tiny_store(tmp_path / "store", first_target=99)
+
+    with pytest.raises(InputError, match="no supervised token in the samples to train on"):
+        train_tiny(tmp_path / "store", tmp_path / "run")
+
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,308 @@
+"""Runs that repeat and resume to the bit, and say what went wrong.
+
+The store has 20 training samples in a few units; an epoch is 5 or 6 steps, so checkpoints every 4
+steps fall into the middle of epochs.
+"""
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support.tiny_runs import Killed, kill_at
+from support.tiny_train_stores import make_tiny_store
+
+from carryon.cache.errors import InputError, MissingError
+from carryon.train.config import (
+    CarryOnSettings,
+    LossSettings,
+    MemorySettings,
+    OptimizationSettings,
+    RunSettings,
+    StreamSettings,
+)
+from carryon.train.inference.evaluate import evaluate
+from carryon.train.modules.serialization import load_carryon
+from carryon.train.trainer import finish
+from carryon.train.trainer import run_state as live_run
+from carryon.train.trainer.finish import TrainReport
+from carryon.train.trainer.metrics import read_metrics
+from carryon.train.trainer.step import take_step
+from carryon.train.trainer.trainer import train
+
+SETTINGS: dict[str, Any] = {
+    "carryon": CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8),
+    "optimization": OptimizationSettings(epochs=2, tokens_per_step=40, learning_rate=0.02),
+    "stream": StreamSettings(window_units=2),
+    "loss": LossSettings(),
+    "memory": MemorySettings(),
+    "run": RunSettings(device="cpu", checkpoint_every=4, log_every=2),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products on several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_store(tmp_path_factory.mktemp("loop") / "store")
+
+
+@pytest.fixture(autouse=True)
+def without_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "plot_curves", lambda metrics, path: False)
+
+
+def _train(store: Path, out: Path, **settings: Any) -> TrainReport:  # noqa: ANN401
+    return train(store=str(store), out=str(out), **{**SETTINGS, **settings})
+
+
+def _weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "carryon" / "carryon.safetensors")
+
+
+def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport]:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "plot_curves", lambda metrics, path: False)
+        return out, _train(store, out)
+
+
+def test_a_run_lowers_the_held_out_nll(finished: tuple[Path, TrainReport]) -> None:
+    _, report = finished
+
+    assert report.carryon_nll < report.base_nll - 0.3
+    assert report.held_out_samples == 4
+    assert report.num_tokens == 2 * 176
+    assert 0 <= report.data_wait_ratio <= 1
+
+
+def test_a_run_leaves_what_it_says(finished: tuple[Path, TrainReport]) -> None:
+    out, report = finished
+
+    assert sorted(path.name for path in out.iterdir()) == [
+        "carryon",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "overlap.json",
+        "result.json",
+        "run.json",
+        "sessions.jsonl",
+    ]
+    assert json.loads((out / "result.json").read_text()) == report.to_dict()
+    assert report.carryon == str(out / "carryon")
+    assert load_carryon(report.carryon)[1].figures["held_out_tokens"] == report.held_out_targets
+    steps = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
+    assert len(steps) == 3  # the last two, and the best
+    last, best = (
+        json.loads((out / "checkpoints" / name).read_text()) for name in ("last.json", "best.json")
+    )
+    assert last["folder"] == steps[-1] == f"step-{report.num_steps:08d}"
+    assert best["folder"] == steps[0]
+
+
+def test_the_config_is_flat_and_complete(store: Path, finished: tuple[Path, TrainReport]) -> None:
+    out, _ = finished
+
+    config = yaml.safe_load((out / "config.yaml").read_text())
+
+    expected: dict[str, Any] = {"store": [str(store)], "out": str(out)}
+    for part in SETTINGS.values():
+        expected |= part.to_dict()
+    assert config == expected
+
+
+def test_metrics_begin_with_the_base_and_end_with_the_carryon(
+    finished: tuple[Path, TrainReport],
+) -> None:
+    out, report = finished
+
+    lines = read_metrics(out / "metrics.jsonl")
+    evaluations = [line for line in lines if "held_out_nll" in line]
+
+    assert evaluations[0] == {"step": 0, "epoch": 0, "held_out_nll": report.base_nll}
+    assert evaluations[-1]["step"] == report.num_steps
+    assert evaluations[-1]["held_out_nll"] == report.carryon_nll
+    assert len(evaluations) == 3  # before, after the first epoch, at the end
+    steps = [line for line in lines if "loss" in line]
+    assert steps[-1]["tokens"] == report.num_tokens
+    assert {"learning_rate", "grad_norm", "tokens_per_second", "data_wait_ratio"} <= set(steps[0])
+
+
+def test_evaluating_the_carryon_gives_the_figures_of_the_run(
+    store: Path, finished: tuple[Path, TrainReport]
+) -> None:
+    _, report = finished
+
+    found = evaluate(store=str(store), carryon=report.carryon, device="cpu")
+
+    assert found.samples == "held-out"
+    assert found.base_nll == report.base_nll
+    assert found.carryon_nll == report.carryon_nll
+
+
+def test_the_same_command_in_another_folder_gives_the_same_bits(
+    store: Path, finished: tuple[Path, TrainReport], tmp_path: Path
+) -> None:
+    again = _train(store, tmp_path / "again")
+
+    _assert_equal(_weights(tmp_path / "again"), _weights(finished[0]))
+    assert again.carryon_nll == finished[1].carryon_nll
+
+
+@pytest.mark.parametrize("step", [2, 5, 9])
+def test_a_killed_run_resumes_to_the_same_bits(
+    store: Path,
+    finished: tuple[Path, TrainReport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, step)
+        with pytest.raises(Killed):
+            _train(store, tmp_path / "run")
+
+    report = _train(store, tmp_path / "run")
+
+    _assert_equal(_weights(tmp_path / "run"), _weights(finished[0]))
+    assert report.carryon_nll == finished[1].carryon_nll
+    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [line["step"] for line in read_metrics(finished[0] / "metrics.jsonl")]
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
+    store: Path,
+    finished: tuple[Path, TrainReport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = iter(range(1000))
+
+    def interrupted_step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return take_step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live_run, "take_step", interrupted_step)
+        with pytest.raises(KeyboardInterrupt, match="after step 3 of .*run the same command"):
+            _train(store, tmp_path / "run")
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert saved == ["step-00000003"]
+
+    _train(store, tmp_path / "run")
+
+    _assert_equal(_weights(tmp_path / "run"), _weights(finished[0]))
+
+
+def test_smaller_batches_within_a_step_train_the_same_to_rounding(
+    store: Path, finished: tuple[Path, TrainReport], tmp_path: Path
+) -> None:
+    # One window, so that the same samples could meet; the steps still differ, the result little.
+    optimization = replace(SETTINGS["optimization"], micro_batch_tokens=13)
+
+    report = _train(store, tmp_path / "run", optimization=optimization)
+
+    assert report.num_tokens == finished[1].num_tokens
+    assert abs(report.carryon_nll - finished[1].carryon_nll) < 1.0
+
+
+def test_a_finished_run_returns_its_report_again(
+    store: Path, finished: tuple[Path, TrainReport], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, report = finished
+
+    assert _train(store, out) == report
+    assert "this run is finished" in capsys.readouterr().err
+
+
+def test_a_run_with_other_settings_is_refused_with_both_values(
+    store: Path, finished: tuple[Path, TrainReport]
+) -> None:
+    optimization = replace(SETTINGS["optimization"], learning_rate=0.5)
+
+    with pytest.raises(InputError, match="learning_rate is 0.02 there and 0.5 here"):
+        _train(store, finished[0], optimization=optimization)
+
+
+def test_a_run_on_another_store_is_refused(
+    finished: tuple[Path, TrainReport], tmp_path: Path
+) -> None:
+    other = make_tiny_store(tmp_path / "other", unit_tokens=32)
+
+    with pytest.raises(InputError, match="store_fingerprint is '.*' there and '.*' here"):
+        _train(other, finished[0])
+
+
+def test_settings_that_do_not_decide_the_result_may_change(
+    store: Path, finished: tuple[Path, TrainReport]
+) -> None:
+    settings = RunSettings(device="cpu", checkpoint_every=1, log_every=1, keep_checkpoints=5)
+
+    assert _train(store, finished[0], run=settings) == finished[1]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+
+    with pytest.raises(InputError, match="holds something that is not a run"):
+        _train(store, tmp_path)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_store_that_cannot_be_split_leaves_no_folder(tmp_path: Path) -> None:
+    one = make_tiny_store(tmp_path / "one", num_samples=1, num_held_out=0)
+
+    with pytest.raises(InputError, match="has 1 samples, 0 of them held out"):
+        _train(one, tmp_path / "run")
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="no-store"):
+        _train(tmp_path / "no-store", tmp_path / "run")
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tap_that_was_not_stored_is_refused(store: Path, tmp_path: Path) -> None:
+    carryon = replace(SETTINGS["carryon"], taps=["layer.3"])
+
+    with pytest.raises(InputError, match=r"expected the taps final, layer.3, it has final"):
+        _train(store, tmp_path / "run", carryon=carryon)
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
+    store: Path, tmp_path: Path
+) -> None:
+    optimization = replace(SETTINGS["optimization"], learning_rate=1e38, grad_clip=0.0)
+
+    with pytest.raises(InputError, match=r"expected a finite loss .* in the samples sample-\d+"):
+        _train(store, tmp_path / "run", optimization=optimization)
+
+    assert not (tmp_path / "run" / "result.json").exists()

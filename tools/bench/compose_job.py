@@ -1,0 +1,105 @@
+"""What each measurement of the benchmark `compose` is given: a base, made-up carry-ons, prompts."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carryon.cache.base.hooks import capture
+from carryon.cache.base.model import Base
+from carryon.tools.bench.compose_settings import BenchComposeSizes
+from carryon.tools.compare.corpora import PYTHON, write_named_corpus
+from carryon.tools.compare.figure import Report
+from carryon.train.config import CarryOnSettings
+from carryon.train.modules.bottleneck import CarryOn, build_carryon, num_parameters
+from carryon.train.modules.serialization import CarryOnCard
+
+BYTES_PER_WEIGHT = 2
+"""Carry-ons are saved in bfloat16."""
+_SHARE = 0.3  # size of a correction beside the state it corrects; a trained one's is of this order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComposeJob:
+    """What a measurement is given."""
+
+    base: Base
+    sizes: BenchComposeSizes
+    work: Path
+    """A folder for what is written on the way; it is there, and is removed afterwards."""
+    report: Report
+
+
+def make_carryons(
+    base: Base, num: int, *, max_bytes: int, tokens: Tensor
+) -> list[tuple[CarryOn, CarryOnCard]]:
+    """Return made-up carry-ons of one shape, no two alike; equal arguments give equal ones.
+
+    Args:
+        base: the base they are for.
+        num: how many.
+        max_bytes: size of each, at most.
+        tokens: [B, T] of some text, on which the size of the corrections is set.
+    """
+    settings = pick_shape(base.identity.width, max_bytes=max_bytes)
+    # A copy: what inference mode made cannot be differentiated, and a carry-on is made to be.
+    final = capture(base, ["final"], tokens)["final"].float().cpu().clone()
+    made = []
+    for seed in range(num):
+        carryon = build_carryon(settings, base_width=base.identity.width, seed=seed).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in carryon.named_parameters():
+                if not weight.any():  # what begins at zero would be a carry-on that does nothing
+                    spread = 0.02 if name.endswith("bias") else weight.shape[-1] ** -0.5
+                    weight.normal_(std=spread, generator=generator)
+            delta = carryon({"final": final})
+            carryon.up.weight.mul_(_SHARE * final.norm() / delta.norm())
+        made.append((carryon, made_up_card(settings, base.identity.to_dict())))
+    return made
+
+
+def pick_shape(base_width: int, *, max_bytes: int) -> CarryOnSettings:
+    """Return the widest shape, in the proportions of the default one, that fits `max_bytes`."""
+    default = CarryOnSettings()
+    step = 2 * default.heads  # a width that heads and rotary pairs divide
+    best = dataclasses.replace(default, width=step, intermediate_size=step)
+    for width in range(2 * step, 8192, step):
+        intermediate_size = max(1, width * default.intermediate_size // default.width)
+        settings = dataclasses.replace(default, width=width, intermediate_size=intermediate_size)
+        with torch.device("meta"):
+            num_bytes = num_parameters(CarryOn(settings, base_width=base_width)) * BYTES_PER_WEIGHT
+        if num_bytes > max_bytes:
+            break
+        best = settings
+    return best
+
+
+def make_prompts(base: Base, work: Path, *, num: int, num_tokens: int) -> Tensor:
+    """Return prompts of equal length from Python's standard library, [num, num_tokens] int64."""
+    path = work / "prompts.jsonl"
+    write_named_corpus(PYTHON, path, num_tokens=4 * num * num_tokens)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    text = "\n".join(json.loads(line)["text"] for line in lines)
+    ids = base.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    needed = num * num_tokens
+    ids = (ids * -(-needed // len(ids)))[:needed]
+    return torch.tensor(ids, dtype=torch.int64).reshape(num, num_tokens)
+
+
+def made_up_card(settings: CarryOnSettings, identity: dict[str, Any]) -> CarryOnCard:
+    """Return the card of a carry-on that no run has trained, for the base of an identity."""
+    return CarryOnCard(
+        settings=settings.to_dict(),
+        base_width=identity["width"],
+        base=identity,
+        store_fingerprint="0" * 64,
+        split={},
+        alpha=1.0,
+        figures={},
+        versions={},
+    )

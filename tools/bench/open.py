@@ -1,0 +1,100 @@
+"""What it costs to open a very large store: seconds, and memory."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from carryon.cache.corpus.dataset import Sample
+from carryon.cache.format.manifest import Manifest
+from carryon.cache.format.quantization import bfloat16_bits
+from carryon.cache.settings import StoreSettings
+from carryon.tools.bench.scratch import plan_scratch, write_scratch_unit
+from carryon.tools.compare.figure import Figure, Report
+
+SECONDS_TARGET = 1.0
+MB_TARGET = 300.0
+_WIDTH = 16
+_SAMPLE_TOKENS = 4
+_WRITERS = 8  # each waits for the disk most of the time
+
+_OPEN_IN_A_FRESH_PROCESS = """
+import json, sys, time
+import psutil
+from carryon.cache.store.reader import Store
+# Not ru_maxrss: a child inherits the peak of its parent, which made the store.
+resident = psutil.Process().memory_info
+before = resident().rss
+started_at = time.perf_counter()
+store = Store.open(sys.argv[1])
+opened_s = time.perf_counter() - started_at
+opened = resident().rss
+started_at = time.perf_counter()
+rows = store.read_sample(store.num_samples - 1)
+read_s = time.perf_counter() - started_at
+after = resident().rss
+print(json.dumps({
+    "units": store.num_units,
+    "samples": store.num_samples,
+    "open_s": opened_s,
+    "open_mb": (opened - before) / 1e6,
+    "first_sample_s": read_s,
+    "mb_with_tables": (after - before) / 1e6,
+}))
+"""
+
+
+def measure_opening(
+    work: Path, *, num_units: int, num_samples: int, rounds: int, report: Report
+) -> None:
+    """Make a store of so many units and samples, and open it in fresh processes.
+
+    The store is wide as a toy, but as long as a real one: opening depends on nothing else.
+    """
+    root = work / "large"
+    make_large_store(root, num_units=num_units, num_samples=num_samples)
+    runs = []
+    for _ in range(rounds):
+        command = [sys.executable, "-c", _OPEN_IN_A_FRESH_PROCESS, str(root)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        runs.append(json.loads(done.stdout))
+    median = {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
+    for figure, value, unit, target in (
+        ("open.seconds", median["open_s"], "s", SECONDS_TARGET),
+        ("open.memory", median["open_mb"], "MB", MB_TARGET),
+    ):
+        report(Figure(figure=figure, value=value, unit=unit, target=target, details=median))
+
+
+def make_large_store(root: Path, *, num_units: int, num_samples: int) -> Manifest:
+    """Write a store of many tiny samples; every unit has the same states. Minutes for millions."""
+    unit_tokens = -(-num_samples // num_units) * _SAMPLE_TOKENS
+    tokens = np.arange(_SAMPLE_TOKENS, dtype=np.int32)
+    loss_mask = np.ones(_SAMPLE_TOKENS, dtype=np.uint8)
+    loss_mask[0] = 0
+    samples = [
+        Sample(
+            id=f"sample-{index}",
+            tokens=tokens,
+            loss_mask=loss_mask,
+            char_end=tokens,
+            is_held_out=False,
+        )
+        for index in range(num_samples)
+    ]
+    random = np.random.default_rng(0)
+    states = bfloat16_bits(random.standard_normal((unit_tokens, _WIDTH), dtype=np.float32))
+    settings = StoreSettings(unit_tokens=unit_tokens)
+    manifest, plan = plan_scratch(root, samples, settings=settings, first_states={"final": states})
+    lengths = np.full(num_samples, _SAMPLE_TOKENS, dtype=np.int32)
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        writes = [
+            pool.submit(write_scratch_unit, root, manifest, plan, lengths, unit, {"final": states})
+            for unit in range(plan.num_units)
+        ]
+        for write in writes:
+            write.result()
+    return manifest

@@ -1,0 +1,355 @@
+"""The plan of a comparison of paradigms: which segments are trained, and which versions they make.
+
+Pure functions. A segment is a part of a path, named by its folder. Segments that several versions
+pass through are planned once: the trunk for all schedules and alphas, and a beginning at the
+trunk's own learning rates (a Knee's explored part) as a part of the trunk. What a version costs is
+counted in full nevertheless.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Literal
+
+from carryon.train.config import OptimizationSettings
+from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, Paradigm, branch_point
+from carryon.train.trainer.segment import Segment
+
+Kind = Paradigm | Literal["stage1", "stage2"]
+"""A paradigm, or a pilot of two stages: `stage1` varies the length of the first stage's fall,
+`stage2` that of the second's, after a first without one."""
+NO_SCHEDULE = "constant"
+"""Of versions that no schedule decides."""
+MEAN_OF = 6
+"""Checkpoints that a `wsm` version is the mean of: evenly spaced over the part alpha of the
+increment's steps in which a branch would fall, its end among them. Equal weights give a step's
+change a weight that falls in a straight line."""
+ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Of the sweep."""
+PARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Of a whole fall, in the pilots: 0.5 is a period of twice the stage's steps."""
+_WORTH = 0.2
+"""Part of a segment's steps that must lie on the trunk for it to begin there."""
+
+State = tuple[str, int]
+"""A segment, and a step of its data's order after which it is meant."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PathSegment:
+    """A run of its own: which data, which settings, after what."""
+
+    name: str
+    increments: tuple[int, ...]
+    """Counted from 0."""
+    schedule: str
+    seed: int
+    steps: Segment
+    """Without its start, which is `after`."""
+    after: State | None
+    """None: a new carry-on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedVersion:
+    """A version of a paradigm: what it is made of, and what is paid for it."""
+
+    kind: Kind
+    schedule: str
+    alpha: float
+    """Part of an increment's steps in which a branch falls; in the pilots, the part of a whole
+    fall that the stage holds; 0 where neither is meant."""
+    seed: int
+    number: int
+    """Counted from 1."""
+    states: tuple[State, ...]
+    """One, or those that it is the mean of."""
+    paid: tuple[tuple[str, int, int], ...]
+    """Segments, each from one step to another, beyond what its predecessor has paid."""
+
+    @property
+    def name(self) -> str:
+        """Name of its result's file."""
+        return f"{self.kind}-{self.schedule}-a{self.alpha:g}-s{self.seed}-v{self.number}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All that is to be trained and measured."""
+
+    segments: dict[str, PathSegment] = field(default_factory=dict)
+    versions: list[PlannedVersion] = field(default_factory=list)
+
+    def saves(self, later: "Plan") -> dict[str, list[int]]:
+        """Return the steps of every segment that something begins at, ends at or is counted to.
+
+        Args:
+            later: another plan, which will ask for states of the same segments.
+        """
+        both = (self, later)
+        found: dict[str, set[int]] = {name: set() for name in self.segments}
+        states = [state for plan in both for each in plan.versions for state in each.states]
+        states += [each.after for plan in both for each in plan.segments.values() if each.after]
+        for plan in both:
+            for version in plan.versions:
+                for name, first, stop in version.paid:
+                    states += [(name, first), (name, stop)]
+        for name, step in states:
+            if name in found:
+                found[name].add(step)
+        return {
+            name: sorted(step for step in steps if step > self.segments[name].steps.first)
+            for name, steps in found.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Steps of the orders of one seed."""
+
+    alone: tuple[int, ...]
+    """Of each increment."""
+    so_far: tuple[int, ...]
+    """Of each increment and all before it, mixed."""
+
+
+def plan_paradigms(
+    lengths: Mapping[int, Lengths],
+    *,
+    kinds: Sequence[Paradigm],
+    schedules: Sequence[str],
+    alphas: Sequence[float],
+    settings: OptimizationSettings,
+) -> Plan:
+    """Return the plan of every paradigm, schedule, alpha and seed.
+
+    Args:
+        lengths: by seed.
+        kinds: paradigms.
+        schedules: of the falls.
+        alphas: parts of an increment's steps in which a branch falls, and in which a `wsm`
+            version has the checkpoints that it is the mean of.
+        settings: of all runs; the schedule is replaced.
+    """
+    plan = Plan()
+    for seed, steps in lengths.items():
+        for schedule in schedules:
+            chosen = replace(settings, schedule=schedule, seed=seed)  # type: ignore[arg-type]
+            path = _Paths(plan=plan, lengths=steps, settings=chosen, seed=seed)
+            for kind in kinds:
+                if kind in ("scratch", "restart", "low"):
+                    path.add_from_scratch_or_on(kind)
+                elif kind == "trunk":
+                    path.add_trunk()
+                else:
+                    for alpha in alphas:
+                        path.add_fall(kind, alpha)
+    return plan
+
+
+def plan_pilots(
+    lengths: Mapping[int, Lengths],
+    *,
+    kind: Literal["stage1", "stage2"],
+    schedules: Sequence[str],
+    settings: OptimizationSettings,
+) -> Plan:
+    """Return the plan of a pilot study over the first two increments."""
+    plan = Plan()
+    for seed, steps in lengths.items():
+        for schedule in schedules:
+            chosen = replace(settings, schedule=schedule, seed=seed)  # type: ignore[arg-type]
+            path = _Paths(plan=plan, lengths=steps, settings=chosen, seed=seed)
+            for part in PARTS:
+                path.add_stages(kind, part)
+    return plan
+
+
+def trunk_saves(lengths: Mapping[int, Lengths], settings: OptimizationSettings) -> Plan:
+    """Return the plan whose states of the trunk later studies will ask for, the sweep among them.
+
+    A trunk that has kept them need not be trained again for another alpha or schedule.
+    """
+    shortest = min(min(steps.alone) for steps in lengths.values())
+    return plan_paradigms(
+        lengths,
+        kinds=("scratch", "switch"),
+        schedules=BRANCH_SCHEDULES,
+        alphas=[alpha for alpha in ALPHAS if round(alpha * shortest) > 1],
+        settings=settings,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Paths:
+    """The paths of one seed and schedule, as they are added to a plan."""
+
+    plan: Plan
+    lengths: Lengths
+    settings: OptimizationSettings
+    seed: int
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.lengths.alone))
+
+    def add_from_scratch_or_on(self, kind: Paradigm) -> None:
+        """Add the versions of `scratch`, `restart` or `low`; their first is the same."""
+        after: State | None = None
+        for number in range(1, len(self.lengths.alone) + 1):
+            if number == 1 or kind == "scratch":
+                steps = self.lengths.so_far[number - 1]
+                segment = self._segment("scratch", 1, (steps,), alpha=1.0)
+                states, paid = self._own("scratch", number, segment, None, tuple(range(number)))
+            else:
+                segment = self._segment(kind, number, self._ends[:number], alpha=1.0)
+                states, paid = self._own(kind, number, segment, after, (number - 1,))
+            after = states
+            self._release(kind, number, [states], paid)
+
+    def add_trunk(self) -> None:
+        """Add the trunk's ends as versions that never fell."""
+        for number, length in enumerate(self.lengths.alone, 1):
+            name = self._trunk(number)
+            self._release("trunk", number, [(name, length)], [(name, 0, length)], schedule=False)
+
+    def add_fall(self, kind: Paradigm, alpha: float) -> None:
+        """Add the versions of `switch`, `wsd-s` or `wsm`."""
+        before: State | None = None
+        for number, length in enumerate(self.lengths.alone, 1):
+            branch = branch_point(0, length, alpha=alpha)
+            if kind == "wsm":
+                name = self._trunk(number)
+                falling = length - branch
+                marks = {branch + round(part * falling / MEAN_OF) for part in range(1, MEAN_OF + 1)}
+                states = [(name, step) for step in sorted(marks)]
+                self._release(kind, number, states, [(name, 0, length)], alpha, schedule=False)
+                continue
+            if kind == "wsd-s" and number > 1:
+                segment = self._segment(kind, number, self._ends[:number], alpha=alpha)
+                end, _ = self._own(f"a{alpha:g}/{kind}", number, segment, before, (number - 1,))
+                self._release(kind, number, [end], [(end[0], 0, length)], alpha)
+            else:
+                segment = self._segment("switch", number, self._ends[:number], alpha=alpha)
+                start = (self._trunk(number), branch) if branch else self._trunk_end(number - 1)
+                segment = replace(segment, first=branch)
+                end, paid = self._own(f"a{alpha:g}/branch", number, segment, start, (number - 1,))
+                head = [(self._trunk(number), 0, branch)] if branch else []
+                self._release(
+                    kind, number, [end], [*self._tail(number, alpha), *head, *paid], alpha
+                )
+            before = end
+
+    def add_stages(self, kind: Literal["stage1", "stage2"], part: float) -> None:
+        """Add the versions of a pilot: after the first stage, and after the second."""
+        parts = (part, 1.0) if kind == "stage1" else (0.0, part)
+        after, paid = self._trunk_end(1), [(self._trunk(1), 0, self.lengths.alone[0])]
+        if parts[0]:
+            segment = replace(
+                self._segment("restart", 1, self._ends[:1], alpha=1.0), fall_parts=(part,)
+            )
+            after, paid = self._own(f"part{part:g}", 1, segment, None, (0,))
+        assert after is not None
+        if kind == "stage1":
+            self._release(kind, 1, [after], paid, part)
+        segment = self._segment("restart", 2, self._ends[:2], alpha=1.0)
+        segment = replace(segment, fall_parts=parts)
+        end, paid = self._own(f"part{parts[0]:g}-part{parts[1]:g}", 2, segment, after, (1,))
+        self._release(kind, 2, [end], paid, part)
+
+    def _segment(
+        self, kind: Paradigm, number: int, ends: tuple[int, ...], *, alpha: float
+    ) -> Segment:
+        offset = ends[-2] if len(ends) > 1 else 0
+        return Segment(
+            paradigm=kind,
+            version=number,
+            ends=ends,
+            alpha=alpha,
+            first=0,
+            stop=ends[-1] - offset,
+            offset=offset,
+            start=None,
+        )
+
+    def _own(
+        self, label: str, number: int, segment: Segment, after: State | None, data: tuple[int, ...]
+    ) -> tuple[State, list[tuple[str, int, int]]]:
+        """Add a segment; begin it where the trunk ends to have its learning rates, if that pays."""
+        name = f"s{self.seed}/{self.settings.schedule}/{label}-{number}"
+        paid: list[tuple[str, int, int]] = []
+        fork = (
+            self._fork(segment, number) if data == (number - 1,) and not segment.fall_parts else 0
+        )
+        is_on_trunk = number == 1 or segment.paradigm == "switch"
+        if is_on_trunk and fork - segment.first >= _WORTH * (segment.stop - segment.first):
+            after = (self._trunk(number), fork)
+            paid.append((after[0], segment.first, fork))
+            segment = replace(segment, first=fork)
+        paid.append((name, segment.first, segment.stop))
+        self.plan.segments[name] = PathSegment(
+            name=name,
+            increments=data,
+            schedule=self.settings.schedule,
+            seed=self.seed,
+            steps=segment,
+            after=after,
+        )
+        return (name, segment.stop), paid
+
+    def _fork(self, segment: Segment, number: int) -> int:
+        """Return the step up to which a segment has the trunk's learning rates."""
+        trunk = self._segment("trunk", number, self._ends[:number], alpha=1.0)
+        step = segment.first
+        while step < segment.stop - 1 and segment.rate(step, self.settings) == trunk.rate(
+            step, self.settings
+        ):
+            step += 1
+        return step
+
+    def _trunk(self, number: int) -> str:
+        """Add the trunk up to an increment's end; returns the name of its last segment."""
+        name = f"s{self.seed}/trunk-{number}"
+        if name not in self.plan.segments:
+            after = self._trunk_end(number - 1)
+            self.plan.segments[name] = PathSegment(
+                name=name,
+                increments=(number - 1,),
+                schedule=NO_SCHEDULE,
+                seed=self.seed,
+                steps=self._segment("trunk", number, self._ends[:number], alpha=1.0),
+                after=after,
+            )
+        return name
+
+    def _trunk_end(self, number: int) -> State | None:
+        return (self._trunk(number), self.lengths.alone[number - 1]) if number else None
+
+    def _tail(self, number: int, alpha: float) -> list[tuple[str, int, int]]:
+        """Return the part of the trunk that a version needs of the increment before its own."""
+        if number == 1:
+            return []
+        length = self.lengths.alone[number - 2]
+        return [(self._trunk(number - 1), branch_point(0, length, alpha=alpha), length)]
+
+    def _release(
+        self,
+        kind: Kind,
+        number: int,
+        states: Sequence[State],
+        paid: Sequence[tuple[str, int, int]],
+        alpha: float = 0.0,
+        *,
+        schedule: bool = True,
+    ) -> None:
+        version = PlannedVersion(
+            kind=kind,
+            schedule=self.settings.schedule if schedule else NO_SCHEDULE,
+            alpha=alpha,
+            seed=self.seed,
+            number=number,
+            states=tuple(states),
+            paid=tuple(paid),
+        )
+        if version not in self.plan.versions:
+            self.plan.versions.append(version)

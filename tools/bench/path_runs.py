@@ -1,0 +1,276 @@
+"""The runs of a comparison of paradigms: segments trained, versions measured, states given up.
+
+OUT/experiment.json        stores and settings, which stay the same
+OUT/runs/SEGMENT           run folder, until nothing needs its states; the trunk's stay
+OUT/ledger/SEGMENT.json    steps, tokens and seconds at each step that something is counted to
+OUT/results/VERSION.json   held-out NLL on every increment so far, and what the version cost
+
+A version with a result is done. Killed at any time, the same call goes on.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from carryon.cache.device import pick_chunk, pick_device
+from carryon.cache.files import write_json
+from carryon.tools.bench.path_plan import Lengths, PathSegment, Plan, PlannedVersion, State
+from carryon.train.config import TrainSettings, change
+from carryon.train.data.datasets import TrainData, open_data
+from carryon.train.data.sampler import count_steps
+from carryon.train.losses.frozen_head import FrozenHead, place_head
+from carryon.train.modules.base_blocks import build_kind
+from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.trainer.checkpoint import STATE, WEIGHTS, refuse_other_identity
+from carryon.train.trainer.nll import EvalJob, Nll, measure_nlls
+from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
+from carryon.train.trainer.trainer import Job, train_segments
+
+AT_ONCE = 8
+"""Runs that are trained side by side, at most."""
+_NEVER = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PathRuns:
+    """An experiment's folder, data and settings."""
+
+    root: Path
+    stores: list[str]
+    """One for each increment."""
+    settings: TrainSettings
+    """Schedule and seed are those of the segment."""
+
+    def begin(self) -> None:
+        """Note stores and settings, or check that they are those of before.
+
+        Raises:
+            InputError: they are not.
+        """
+        flat = self.settings.to_flat()
+        left_out = {*FREE_SETTINGS, "schedule", "seed"}
+        identity = {key: value for key, value in flat.items() if key not in left_out}
+        identity["stores"] = [self.data((index,)).fingerprints for index in range(len(self.stores))]
+        path = self.root / "experiment.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="ascii"))
+            refuse_other_identity(found, identity, name=str(self.root))
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(path, identity)
+
+    def data(self, increments: Sequence[int]) -> TrainData:
+        """Open the data of some increments, to be shuffled together."""
+        paths = [self.stores[index] for index in increments]
+        stream = self._stream(len(paths))
+        return open_data(paths, stream, taps=self.settings.carryon.taps)
+
+    def lengths(self, seed: int) -> Lengths:
+        """Return the steps of each increment, and of all up to each."""
+        optimization = replace(self.settings.optimization, seed=seed)
+        number = range(len(self.stores))
+        alone = [self.data((index,)).plan(optimization) for index in number]
+        so_far = [self.data(range(index + 1)).plan(optimization) for index in number]
+        return Lengths(
+            alone=tuple(sum(map(count_steps, epochs)) for epochs in alone),
+            so_far=tuple(sum(map(count_steps, epochs)) for epochs in so_far),
+        )
+
+    def run(self, plan: Plan, later: Plan) -> None:
+        """Train and measure what the plan asks for and is not there yet.
+
+        Args:
+            plan: of the versions.
+            later: the states of the trunk that it asks for are kept too.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the same call goes on.
+        """
+        saves = plan.saves(later)
+        while wanted := [each for each in plan.versions if not self.result(each).exists()]:
+            if made := [each for each in wanted if self._is_made(each, saves)]:
+                self._measure(made)
+                self._give_up(plan, saves)
+                continue
+            needed = self._needed(plan, wanted, saves)
+            ready = [each for each in needed if self._has_start(each)]
+            together = [each for each in ready if each.increments == ready[0].increments]
+            print(
+                f"paths: {len(wanted)} versions and {len(needed)} runs to go; now "
+                f"{' '.join(each.name for each in together[:AT_ONCE])}",
+                file=sys.stderr,
+            )
+            self._train(together[:AT_ONCE], saves)
+
+    def result(self, version: PlannedVersion) -> Path:
+        """Return the file with what a version came to."""
+        return self.root / "results" / f"{version.name}.json"
+
+    def ledger(self, name: str) -> Path:
+        """Return the file with a segment's cost."""
+        return self.root / "ledger" / f"{name}.json"
+
+    def folder(self, name: str) -> RunFolder:
+        """Return the run folder of a segment."""
+        return RunFolder(root=self.root / "runs" / name)
+
+    def state(self, state: State) -> Path:
+        """Return the step folder of a state."""
+        return self.folder(state[0]).checkpoints / f"step-{state[1]:08d}"
+
+    def _stream(self, num_stores: int) -> Any:  # noqa: ANN401 -- StreamSettings
+        # All units of all increments in one window: what is new is not kept apart from the rest.
+        stream = self.settings.stream
+        return replace(stream, window_units=stream.window_units * num_stores)
+
+    def _needed(
+        self, plan: Plan, wanted: Sequence[PlannedVersion], saves: Mapping[str, Sequence[int]]
+    ) -> list[PathSegment]:
+        """Return the segments that must still be trained for some versions, earlier ones first."""
+        names: dict[str, None] = {}
+
+        def add(name: str) -> None:
+            segment = plan.segments[name]
+            if segment.after is not None and not self._has(segment.after):
+                add(segment.after[0])
+            names[name] = None
+
+        for version in wanted:
+            for state in version.states:
+                if not self._has(state):
+                    add(state[0])
+            for name, _, _ in version.paid:
+                if not self._is_counted(name, saves[name]):
+                    add(name)
+        return [plan.segments[name] for name in names]
+
+    def _train(self, segments: Sequence[PathSegment], saves: Mapping[str, Sequence[int]]) -> None:
+        jobs = []
+        for segment in segments:
+            folder = self.folder(segment.name)
+            if self.ledger(segment.name).exists():  # finished once, with other checkpoints kept
+                shutil.rmtree(folder.root, ignore_errors=True)
+                self.ledger(segment.name).unlink()
+            changes = {
+                "schedule": segment.schedule,
+                "seed": segment.seed,
+                "window_units": self._stream(len(segment.increments)).window_units,
+                "evaluate_every": _NEVER,
+            }
+            start = self.state(segment.after) if segment.after else None
+            steps = replace(segment.steps, start=start, saves=tuple(saves[segment.name]))
+            settings = change(self.settings, changes)
+            jobs.append(Job(out=str(folder.root), settings=settings, segment=steps))
+        train_segments([self.stores[index] for index in segments[0].increments], jobs)
+        for segment in segments:
+            self._count(segment, saves[segment.name])
+
+    def _count(self, segment: PathSegment, steps: Sequence[int]) -> None:
+        """Write a segment's ledger, from the checkpoints that it has kept."""
+        found = {str(segment.steps.first): {"tokens": 0, "targets": 0, "elapsed_s": 0.0}}
+        for step in steps:
+            path = self.state((segment.name, step)) / STATE
+            if not path.exists():  # killed in an experiment that asked for fewer: once more
+                shutil.rmtree(self.folder(segment.name).root)
+                return
+            progress = json.loads(path.read_text(encoding="ascii"))["progress"]
+            found[str(step)] = {key: progress[key] for key in found[str(segment.steps.first)]}
+        path = self.ledger(segment.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+
+    def _is_counted(self, name: str, steps: Sequence[int]) -> bool:
+        path = self.ledger(name)
+        return path.exists() and {str(step) for step in steps} <= set(json.loads(path.read_text()))
+
+    def _has(self, state: State) -> bool:
+        return self.ledger(state[0]).exists() and (self.state(state) / STATE).exists()
+
+    def _has_start(self, segment: PathSegment) -> bool:
+        return segment.after is None or self._has(segment.after)
+
+    def _is_made(self, version: PlannedVersion, saves: Mapping[str, Sequence[int]]) -> bool:
+        return all(map(self._has, version.states)) and all(
+            self._is_counted(name, saves[name]) for name, _, _ in version.paid
+        )
+
+    def _measure(self, versions: Sequence[PlannedVersion]) -> None:
+        """Measure versions, one after another, so that a kill loses little."""
+        device = pick_device(self.settings.run.device)
+        head: FrozenHead | None = None
+        for version in versions:
+            carryon = self._load(version).to(device)
+            nlls: list[Nll] = []
+            for index in range(version.number):
+                data = self.data((index,))
+                head = head or place_head(data.store, self.settings.loss, device=device)
+                chunk = pick_chunk(self.settings.loss.chunk_tokens)
+                judged = [EvalJob(carryon=carryon, head=head, chunk=chunk)]
+                held_out = data.split.held_out
+                nlls += measure_nlls(data.store, held_out, judged, stream=self.settings.stream)
+            self._write(version, nlls)
+
+    def _load(self, version: PlannedVersion) -> CarryOn:
+        """Return a version: its state, or the mean of its states, rounded as one that is saved."""
+        store = self.data((0,)).store
+        carryon = build_kind(self.settings.carryon, store, seed=0)
+        kept = torch.bfloat16 if self.settings.run.saved_dtype == "bfloat16" else torch.float32
+        weights = mean_weights([self.state(state) for state in version.states])
+        own = carryon.state_dict()
+        carryon.load_state_dict(
+            {name: weight.to(kept).to(own[name].dtype) for name, weight in weights.items()}
+        )
+        return carryon
+
+    def _write(self, version: PlannedVersion, nlls: Sequence[Nll]) -> None:
+        paid = {"steps": 0, "tokens": 0, "targets": 0, "train_s": 0.0}
+        for name, first, stop in version.paid:
+            ledger = json.loads(self.ledger(name).read_text(encoding="ascii"))
+            before, after = ledger[str(first)], ledger[str(stop)]
+            paid["steps"] += stop - first
+            paid["tokens"] += after["tokens"] - before["tokens"]
+            paid["targets"] += after["targets"] - before["targets"]
+            paid["train_s"] += after["elapsed_s"] - before["elapsed_s"]
+        targets = [nll.targets for nll in nlls]
+        whole = sum(nll.carryon * nll.targets for nll in nlls) / sum(targets)
+        document = {
+            "kind": version.kind,
+            "schedule": version.schedule,
+            "alpha": version.alpha,
+            "seed": version.seed,
+            "version": version.number,
+            "nll": whole,
+            "nlls": [nll.carryon for nll in nlls],
+            "targets": targets,
+            "mean_of": len(version.states),
+            **paid,
+        }
+        path = self.result(version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, document)
+
+    def _give_up(self, plan: Plan, saves: Mapping[str, Sequence[int]]) -> None:
+        """Remove the states that nothing needs any more; the trunk is what all others grow from."""
+        wanted = [each for each in plan.versions if not self.result(each).exists()]
+        needed = {each.name: each for each in self._needed(plan, wanted, saves)}
+        kept = {name for version in wanted for name, _ in version.states}
+        kept |= {each.after[0] for each in needed.values() if each.after} | set(needed)
+        for name, segment in plan.segments.items():
+            if name not in kept and segment.steps.paradigm != "trunk":
+                shutil.rmtree(self.folder(name).root, ignore_errors=True)
+
+
+def mean_weights(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Return the mean of the weights of step folders, summed in float32; of one, its weights."""
+    first, *others = [load_file(folder / WEIGHTS) for folder in folders]
+    total = {name: weight.float() for name, weight in first.items()}
+    for weights in others:
+        for name, weight in weights.items():
+            total[name] += weight.float()
+    return {name: weight / len(folders) for name, weight in total.items()}

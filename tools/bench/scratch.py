@@ -1,0 +1,198 @@
+"""Stores written from arrays, without a base: to measure writing, reading and opening.
+
+The head and the probe are made of the states themselves, so the stores open like any other.
+Letters: N rows of the token axis, R rows of a unit, D width, S samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carryon.cache.base.lm_head import FinalNorm, Head, widen
+from carryon.cache.corpus.dataset import Sample
+from carryon.cache.extraction.layout_writer import write_plan
+from carryon.cache.extraction.packing import UnitPlan, plan_units
+from carryon.cache.format.head_arrays import head_facts
+from carryon.cache.format.manifest import CorpusPart, Manifest, digest_of
+from carryon.cache.format.probe import Probe, channel_relative_error
+from carryon.cache.format.quantization import (
+    STATE_TYPES,
+    STEPS,
+    bfloat16_bits,
+    from_codes,
+    to_codes,
+)
+from carryon.cache.format.receipt import Receipt
+from carryon.cache.format.zarr_metadata import ITEM_BYTES, chunk_rows
+from carryon.cache.settings import CorpusSettings, StoreSettings
+from carryon.cache.store.shard_writer import UnitInput, read_unit_input, write_unit
+from carryon.tools.bench.states import VOCABULARY, StateSet
+
+_PROBE_ROWS = 4
+_NUM_LOGITS = 8
+
+
+def plan_scratch(
+    root: Path,
+    samples: Sequence[Sample],
+    *,
+    settings: StoreSettings,
+    first_states: Mapping[str, NDArray[np.uint16]],
+    vocab_size: int = VOCABULARY,
+) -> tuple[Manifest, UnitPlan]:
+    """Write the plan of a store, without hidden states.
+
+    Args:
+        root: folder of the store.
+        samples: of the corpus.
+        settings: of the store.
+        first_states: [n, D] bits of bfloat16 for each tap and for `final`: the states of the
+            first rows that the plan will hold; the probe is made of them.
+        vocab_size: V of the head, VOCABULARY at least.
+
+    Returns:
+        The manifest, and where each sample lies.
+    """
+    lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int32)
+    held_out = np.array([sample.is_held_out for sample in samples], dtype=np.bool_)
+    plan = plan_units(lengths, held_out, unit_tokens=settings.unit_tokens, seed=settings.seed)
+    width = int(first_states["final"].shape[1])
+    head = _made_up_head(width, vocab_size)
+    manifest = Manifest(
+        base={"id": "none", "revision": None},
+        forward={},
+        corpus=CorpusSettings().to_dict(),
+        settings=settings.to_dict(),
+        parts=[_part(samples, lengths, plan)],
+        width=width,
+        rows_per_chunk=chunk_rows(
+            row_bytes=width * ITEM_BYTES[STATE_TYPES[settings.dtype]],
+            unit_tokens=settings.unit_tokens,
+        ),
+        head=head_facts(head),
+        versions={},
+        profile_error=_profile_error(first_states, settings),
+    )
+    probe = _made_up_probe(first_states, head)
+    return write_plan(root, manifest, samples, plan, head=head, probe=probe), plan
+
+
+def write_scratch_unit(
+    root: Path,
+    manifest: Manifest,
+    plan: UnitPlan,
+    lengths: NDArray[np.int32],
+    unit: int,
+    hidden: Mapping[str, NDArray[np.uint16]],
+) -> Receipt:
+    """Write a unit as an extraction does, once its states [R, D] are there."""
+    return write_unit(
+        root, manifest, _unit_input(root, manifest, plan, lengths, unit), hidden, elapsed_s=0.0
+    )
+
+
+def write_scratch_store(
+    root: Path, states: StateSet, *, settings: StoreSettings, vocab_size: int = VOCABULARY
+) -> tuple[Manifest, list[Receipt]]:
+    """Write a whole store of a set of states."""
+    samples = states.samples()
+    plan = plan_units(
+        states.lengths,
+        np.zeros(len(samples), dtype=np.bool_),
+        unit_tokens=settings.unit_tokens,
+        seed=settings.seed,
+    )
+    first = states.rows_of(int(plan.order[0]))
+    manifest, plan = plan_scratch(
+        root,
+        samples,
+        settings=settings,
+        first_states={tap: rows[first] for tap, rows in states.hidden.items()},
+        vocab_size=vocab_size,
+    )
+    receipts = []
+    for unit in range(plan.num_units):
+        hidden = unit_states(states, plan, unit, unit_tokens=settings.unit_tokens)
+        lengths = states.lengths[plan.order]
+        receipts.append(write_scratch_unit(root, manifest, plan, lengths, unit, hidden))
+    return manifest, receipts
+
+
+def unit_states(
+    states: StateSet, plan: UnitPlan, unit: int, *, unit_tokens: int
+) -> dict[str, NDArray[np.uint16]]:
+    """Return the states [R, D] of a unit, rows without a sample 0."""
+    hidden = {
+        tap: np.zeros((unit_tokens, rows.shape[1]), dtype=rows.dtype)
+        for tap, rows in states.hidden.items()
+    }
+    for position in np.flatnonzero(plan.unit == unit).tolist():
+        rows = states.rows_of(int(plan.order[position]))
+        start = int(plan.start[position]) - unit * unit_tokens
+        for tap, found in hidden.items():
+            found[start : start + rows.stop - rows.start] = states.hidden[tap][rows]
+    return hidden
+
+
+def _unit_input(
+    root: Path, manifest: Manifest, plan: UnitPlan, lengths: NDArray[np.int32], unit: int
+) -> UnitInput:
+    bounds = np.searchsorted(plan.unit, [unit, unit + 1])
+    inside = slice(int(bounds[0]), int(bounds[1]))
+    return read_unit_input(root, manifest, unit, starts=plan.start[inside], lengths=lengths[inside])
+
+
+def _part(samples: Sequence[Sample], lengths: NDArray[np.int32], plan: UnitPlan) -> CorpusPart:
+    counts = {
+        "samples": len(samples),
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": sum(int(sample.loss_mask.sum()) for sample in samples),
+    }
+    return CorpusPart(
+        fingerprint=digest_of({"lengths": lengths.tolist()}),
+        files=[],
+        counts=counts,
+        first_unit=0,
+        num_units=plan.num_units,
+        first_sample=0,
+        num_samples=len(samples),
+    )
+
+
+def _made_up_head(width: int, vocab_size: int) -> Head:
+    weight = np.random.default_rng(0).standard_normal((vocab_size, width), dtype=np.float32)
+    ones = np.ones(width, dtype=np.float32)
+    norm = FinalNorm(kind="rms", eps=1e-6, weight_offset=0.0, weight=ones, bias=None)
+    return Head(weight=bfloat16_bits(weight), bias=None, logit_scale=1.0, softcap=None, norm=norm)
+
+
+def _profile_error(
+    first_states: Mapping[str, NDArray[np.uint16]], settings: StoreSettings
+) -> dict[str, dict[str, float]]:
+    if settings.profile not in STEPS:
+        return {}
+    found = {}
+    for tap in settings.taps:
+        states = widen(first_states[tap])
+        made = widen(from_codes(to_codes(states, step=STEPS[settings.profile])))
+        found[tap] = {"channel_relative_error": channel_relative_error(made, states)}
+    return found
+
+
+def _made_up_probe(first_states: Mapping[str, NDArray[np.uint16]], head: Head) -> Probe:
+    # As an extraction's probe: not the first token, whose states may be far larger than others.
+    first = min(1, len(first_states["final"]) - 1)
+    rows = slice(first, min(first + _PROBE_ROWS, len(first_states["final"])))
+    num_rows = rows.stop - rows.start
+    states = {tap: widen(found[rows]) for tap, found in first_states.items()}
+    every_id = np.tile(np.arange(VOCABULARY, dtype=np.int32), (num_rows, 1))
+    logits = head.logits(states["final"], every_id)
+    top = np.argsort(-logits, axis=1)[:, :_NUM_LOGITS].astype(np.int32)
+    return Probe(
+        rows=np.arange(rows.start, rows.stop, dtype=np.int64),
+        states=states,
+        top_ids=top,
+        top_logits=np.take_along_axis(logits, top, axis=1),
+    )

@@ -1,0 +1,172 @@
+"""Samples with hidden states to measure on: made up in a stated shape, or taken from a store.
+
+Letters: N rows of all samples one after another, D width, S samples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carryon.cache.corpus.dataset import Sample
+from carryon.cache.errors import InputError
+from carryon.cache.format.quantization import bfloat16_bits
+from carryon.cache.store.reader import Store
+
+VOCABULARY = 256
+"""Token ids of made-up samples are below it."""
+_CHANNEL_SPREAD = 0.4
+"""Standard deviation of the logarithm of the channels' RMS: 0.38 to 0.40 in the final states of a
+135M Llama on two corpora, 0.53 in its middle."""
+_BLOCK_ROWS = 4096  # made up at a time: 42 MB of float32 at D = 2,560
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateSet:
+    """Samples and their states, in memory, one after another without pads."""
+
+    name: str
+    taps: list[str]
+    """The last one is what the head reads."""
+    lengths: NDArray[np.int32]
+    """[S] tokens of each sample."""
+    tokens: NDArray[np.int32]
+    """[N] int32."""
+    hidden: dict[str, NDArray[np.uint16]]
+    """[N, D] bits of bfloat16 for each tap."""
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """[S] first row of each sample."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.tokens)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.hidden[self.taps[0]].shape[1])
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the states at all taps."""
+        return self.num_tokens * self.width * 2 * len(self.taps)
+
+    def rows_of(self, sample: int) -> slice:
+        """Return the rows of a sample."""
+        start = int(self.starts[sample])
+        return slice(start, start + int(self.lengths[sample]))
+
+    def samples(self) -> list[Sample]:
+        """Return the samples as a corpus would; every token but the first is a target."""
+        found = []
+        for index, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            loss_mask = np.ones(length, dtype=np.uint8)
+            loss_mask[0] = 0
+            found.append(
+                Sample(
+                    id=f"{self.name}-{index}",
+                    tokens=self.tokens[start : start + length],
+                    loss_mask=loss_mask,
+                    char_end=np.arange(1, length + 1, dtype=np.int32),
+                    is_held_out=False,
+                )
+            )
+        return found
+
+
+def make_states(
+    name: str,
+    *,
+    num_samples: int,
+    width: int,
+    num_taps: int,
+    mean_tokens: int,
+    max_tokens: int,
+    seed: int,
+) -> StateSet:
+    """Make up samples of log-normal lengths with Gaussian states of unequal channels.
+
+    Args:
+        name: of the set.
+        num_samples: S.
+        width: D.
+        num_taps: taps; the last is `final`.
+        mean_tokens: mean length before the cut, in tokens.
+        max_tokens: lengths are cut off here.
+        seed: of everything.
+    """
+    random = np.random.default_rng(seed)
+    spread = 0.8
+    drawn = random.lognormal(np.log(mean_tokens) - spread**2 / 2, spread, num_samples)
+    lengths = np.clip(drawn, min(8, max_tokens), max_tokens).astype(np.int32)
+    num_rows = int(lengths.sum())
+    taps = [*(f"layer.{number + 1}" for number in range(num_taps - 1)), "final"]
+    return StateSet(
+        name=name,
+        taps=taps,
+        lengths=lengths,
+        tokens=random.integers(0, VOCABULARY, num_rows).astype(np.int32),
+        hidden={tap: _gaussian(random, num_rows, width) for tap in taps},
+    )
+
+
+def take_states(name: str, store: Store, *, max_tokens: int) -> StateSet:
+    """Return the first samples of a store, units in order, up to `max_tokens` tokens.
+
+    States before the norm are left out: the copies have a made-up norm, which their probe would
+    not fit.
+
+    Raises:
+        InputError: the store does not keep exact bfloat16 states.
+    """
+    require_exact(store)
+    lengths: list[int] = []
+    tokens: list[NDArray[np.int32]] = []
+    taps = [tap for tap in store.taps if tap != "prenorm"]
+    hidden: dict[str, list[NDArray[np.uint16]]] = {tap: [] for tap in taps}
+    for unit in store.iter_units(taps=taps):
+        for sample in unit.samples:
+            rows = unit.rows_of(sample)
+            if lengths and sum(lengths) + rows.stop - rows.start > max_tokens:
+                break
+            lengths.append(rows.stop - rows.start)
+            tokens.append(unit.tokens[rows])
+            for tap, states in unit.hidden.items():
+                hidden[tap].append(states[rows].copy())
+        else:
+            continue
+        break
+    return StateSet(
+        name=name,
+        taps=taps,
+        lengths=np.array(lengths, dtype=np.int32),
+        tokens=np.concatenate(tokens),
+        hidden={tap: np.concatenate(parts) for tap, parts in hidden.items()},
+    )
+
+
+def require_exact(store: Store) -> None:
+    """Check that a store keeps every bit of bfloat16 states.
+
+    Raises:
+        InputError: it does not.
+    """
+    settings = store.manifest.settings
+    if (settings["profile"], settings["dtype"]) != ("exact", "bfloat16"):
+        raise InputError(
+            f"{store.root}: expected a store of exact bfloat16 states to measure, got profile "
+            f"{settings['profile']}, dtype {settings['dtype']}: extract one without --profile"
+        )
+
+
+def _gaussian(random: np.random.Generator, num_rows: int, width: int) -> NDArray[np.uint16]:
+    scale = random.lognormal(0.0, _CHANNEL_SPREAD, width).astype(np.float32)
+    bits = np.empty((num_rows, width), dtype=np.uint16)
+    for first in range(0, num_rows, _BLOCK_ROWS):
+        block = bits[first : first + _BLOCK_ROWS]
+        block[:] = bfloat16_bits(random.standard_normal(block.shape, dtype=np.float32) * scale)
+    return bits

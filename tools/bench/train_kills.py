@@ -1,0 +1,105 @@
+"""Whether training survives being killed: the same call again ends with the same bits."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.settings import StoreSettings
+from carryon.tools.bench.scratch import write_scratch_store
+from carryon.tools.bench.states import make_states
+from carryon.tools.bench.train import TrainJob
+from carryon.tools.compare.figure import Figure
+
+
+def measure_kills(job: TrainJob) -> None:
+    """Kill runs at random instants, go on with each, and compare with one never killed."""
+    states = make_states(
+        "kills", num_samples=80, width=32, num_taps=1, mean_tokens=60, max_tokens=200, seed=0
+    )
+    store = job.work / "store"
+    write_scratch_store(store, states, settings=StoreSettings(unit_tokens=1024))
+    _finish(store, job.work / "first")  # what all are forked from is started by the first
+    started_at = time.perf_counter()
+    _finish(store, job.work / "whole")
+    longest_s = time.perf_counter() - started_at
+    expected = _weights(job.work / "whole")
+    picks = random.Random(0)
+    num_landed = num_survived = 0
+    while num_landed < job.sizes.kills_rounds:
+        out = job.work / "killed"
+        process = _begin(store, out)
+        process.join(picks.uniform(0.0, longest_s))
+        num_landed += process.exitcode is None
+        was_running = process.exitcode is None
+        process.kill()
+        process.join()
+        _finish(store, out)
+        num_survived += was_running and _weights(out) == expected
+        shutil.rmtree(out)
+    job.report(
+        Figure(
+            figure="kills.survived",
+            value=num_survived,
+            unit=f"of {num_landed}, to the bit",
+            target=job.sizes.kills_rounds,
+            sense="at least",
+            details={"killed_within_s": longest_s},
+        )
+    )
+
+
+def _weights(out: Path) -> bytes:
+    return (out / "carryon" / "carryon.safetensors").read_bytes()
+
+
+def _finish(store: Path, out: Path) -> None:
+    process = _begin(store, out)
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"training in {out} ended with exit code {process.exitcode}")
+
+
+def _begin(store: Path, out: Path) -> Any:  # noqa: ANN401 -- a Process of some context
+    # Forked from a process that has imported everything: each start takes a tenth of a second.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["carryon.train.trainer.trainer", "transformers.models.llama"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_train, args=(store, out, theirs))
+    process.start()
+    theirs.close()
+    ours.recv()
+    return process
+
+
+def _train(store: Path, out: Path, talk: Connection) -> None:
+    import torch
+
+    from carryon.train.config import (
+        CarryOnSettings,
+        LossSettings,
+        MemorySettings,
+        OptimizationSettings,
+        RunSettings,
+        StreamSettings,
+    )
+    from carryon.train.trainer.trainer import train
+
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed with the process
+    torch.set_num_threads(1)
+    talk.send("begun")
+    train(
+        store=str(store),
+        out=str(out),
+        carryon=CarryOnSettings(width=16, intermediate_size=16, dropout=0.1),
+        optimization=OptimizationSettings(epochs=3, tokens_per_step=256),
+        stream=StreamSettings(),
+        loss=LossSettings(),
+        memory=MemorySettings(),
+        run=RunSettings(device="cpu", checkpoint_every=3, evaluate_every=5),
+    )

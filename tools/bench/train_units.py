@@ -1,0 +1,153 @@
+"""What a store of very many units costs the trainer: tokens/s, memory, time to the first batch."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from carryon.tools.bench.open import make_large_store
+from carryon.tools.bench.train import TrainJob
+from carryon.tools.compare.figure import Figure, in_turn
+from carryon.train.config import OptimizationSettings, StreamSettings
+from carryon.train.data.datasets import TrainData, open_data
+from carryon.train.data.joint_sampler import join_orders
+from carryon.train.data.loader import Stream
+from carryon.train.data.sampler import count_steps
+
+TIMES_AS_MANY = 100
+SPEED_TARGET = 0.97
+MEMORY_TARGET_MB = 100.0
+"""What the sample tables of a hundred times as many samples may take, and no hidden states."""
+RESUME_TARGET_S = 1.0
+RESUME_AT = 0.9
+_SAMPLES_PER_UNIT = 100
+_STREAM_IN_A_FRESH_PROCESS = """
+import json, sys
+import psutil
+from carryon.tools.bench.train_units import stream_tokens
+resident = psutil.Process().memory_info
+found = stream_tokens(sys.argv[1], int(sys.argv[2]), resident_bytes=lambda: resident().rss)
+print(json.dumps(found))
+"""
+
+
+def measure_units(job: TrainJob) -> None:
+    """Stream as many tokens of a store as of one of 100 times as many units."""
+    folders = _make_stores(job, (1, TIMES_AS_MANY))
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
+
+    def stream(name: str) -> float:
+        command = [sys.executable, "-c", _STREAM_IN_A_FRESH_PROCESS]
+        command += [str(folders[name]), str(job.sizes.units_tokens)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        found = json.loads(done.stdout)
+        runs[name].append(found)
+        return float(found["tokens_per_second"])
+
+    ways = {name: (lambda name=name: stream(name)) for name in folders}
+    speeds = in_turn(ways, rounds=job.sizes.rounds)
+    median = {
+        name: {key: float(np.median([run[key] for run in each])) for key in each[0]}
+        for name, each in runs.items()
+    }
+    memory = {name: found["peak_mb"] for name, found in median.items()}
+    few, many = folders
+    details = {
+        "units": {name: job.sizes.units_small * int(name) for name in folders},
+        "tokens_per_second": speeds,
+        "tokens": {name: found["tokens"] for name, found in median.items()},
+        "planned_s": {name: found["planned_s"] for name, found in median.items()},
+        "peak_mb": memory,
+    }
+    for figure, value, unit, target in (
+        ("units.speed", speeds[many] / speeds[few], "of the small store's", SPEED_TARGET),
+        ("units.memory", memory[many] - memory[few], "MB more", MEMORY_TARGET_MB),
+    ):
+        job.report(
+            Figure(
+                figure=figure,
+                value=value,
+                unit=unit,
+                target=target,
+                sense="at least" if figure == "units.speed" else "at most",
+                details=details,
+            )
+        )
+
+
+def measure_resume(job: TrainJob) -> None:
+    """Measure the time to the first batch at the start, and late in an epoch."""
+    folders = _make_stores(job, (TIMES_AS_MANY,))
+    [folder] = folders.values()
+
+    def first_batch(at: float) -> float:
+        started_at = time.perf_counter()
+        data, optimization = _open(str(folder))
+        windows = [window for epoch in data.plan(optimization) for window in epoch]
+        done = int(at * count_steps(windows))
+        order = join_orders([windows], [done], rank=0, world_size=1)
+        with Stream(
+            data.store, order.windows, taps=["final"], settings=data.settings, is_pinned=False
+        ) as steps:
+            next(iter(steps))
+            return time.perf_counter() - started_at
+
+    ways = {"fresh": lambda: first_batch(0.0), "resumed": lambda: first_batch(RESUME_AT)}
+    seconds = in_turn(ways, rounds=job.sizes.rounds)
+    job.report(
+        Figure(
+            figure="resume.first_batch",
+            value=seconds["resumed"] - seconds["fresh"],
+            unit="s more than a fresh start",
+            target=RESUME_TARGET_S,
+            details={"seconds": seconds, "at": RESUME_AT},
+        )
+    )
+
+
+def stream_tokens(
+    folder: str, num_tokens: int, *, resident_bytes: Callable[[], int]
+) -> dict[str, float]:
+    """Stream so many tokens of a store, epoch after epoch, as the trainer does."""
+    before = resident_bytes()
+    data, optimization = _open(folder)
+    one = int(data.store.sample_lengths[data.split.train].sum())
+    epochs = replace(optimization, epochs=-(-num_tokens // one))
+    started_at = time.perf_counter()
+    windows = [window for epoch in data.plan(epochs) for window in epoch]
+    planned_s = time.perf_counter() - started_at
+    seen, peak = 0, before
+    started_at = time.perf_counter()
+    with Stream(
+        data.store, windows, taps=["final"], settings=data.settings, is_pinned=False
+    ) as steps:
+        for batches in steps:
+            seen += sum(batch.num_tokens for batch in batches)
+            peak = max(peak, resident_bytes())
+            if seen >= num_tokens:
+                break
+    elapsed_s = time.perf_counter() - started_at
+    return {
+        "tokens_per_second": seen / elapsed_s,
+        "tokens": seen,
+        "planned_s": planned_s,
+        "peak_mb": (peak - before) / 1e6,
+    }
+
+
+def _open(folder: str) -> tuple[TrainData, OptimizationSettings]:
+    return open_data([folder], StreamSettings(), taps=["final"]), OptimizationSettings(epochs=1)
+
+
+def _make_stores(job: TrainJob, times: tuple[int, ...]) -> dict[str, Path]:
+    """Write stores of so many times the units, and return their folders."""
+    folders = {str(factor): job.work / f"store-{factor}" for factor in times}
+    for name, folder in folders.items():
+        num_units = job.sizes.units_small * int(name)
+        make_large_store(folder, num_units=num_units, num_samples=num_units * _SAMPLES_PER_UNIT)
+    return folders

@@ -1,0 +1,107 @@
+"""Whether writing a unit costs more the more units a store has.
+
+Two stores of the same plan: an almost empty one and one that has many units. They take units in
+turn, so that whatever else the disk does falls on both alike.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from carryon.cache.extraction.packing import UnitPlan
+from carryon.cache.settings import StoreSettings
+from carryon.tools.bench.scratch import plan_scratch, unit_states, write_scratch_unit
+from carryon.tools.bench.states import StateSet, make_states
+from carryon.tools.compare.figure import Figure, Report, in_turn
+
+TARGET = 0.05
+UNIT_TOKENS = 1024
+SAMPLE_TOKENS = 256  # four samples a unit
+
+
+def measure_write_growth(
+    work: Path, *, early_unit: int, late_unit: int, width: int, rounds: int, report: Report
+) -> None:
+    """Report by how much unit `late_unit` takes longer than unit `early_unit`, medians of rounds.
+
+    Args:
+        work: folder for the stores; on the disk that is to be measured.
+        early_unit: units that the almost empty store has when measuring begins.
+        late_unit: units that the other one has.
+        width: D of the states.
+        rounds: units written to each store and timed.
+        report: called with the figure.
+    """
+    states = make_states(
+        "growth",
+        num_samples=UNIT_TOKENS // SAMPLE_TOKENS,
+        width=width,
+        num_taps=1,
+        mean_tokens=SAMPLE_TOKENS * 16,  # cut off: all of one length
+        max_tokens=SAMPLE_TOKENS,
+        seed=0,
+    )
+    stores = {
+        "early": _Growing(work / "early", states, early_unit + rounds, early_unit),
+        "late": _Growing(work / "late", states, late_unit + rounds, late_unit),
+    }
+    seconds = in_turn({name: store.write_next for name, store in stores.items()}, rounds=rounds)
+    report(
+        Figure(
+            figure="write.growth",
+            value=abs(seconds["late"] / seconds["early"] - 1),
+            unit="relative change",
+            target=TARGET,
+            details={
+                "early_unit": early_unit,
+                "late_unit": late_unit,
+                "early_s": seconds["early"],
+                "late_s": seconds["late"],
+                "unit_mb": states.raw_bytes / 1e6,
+                "units_timed": rounds,
+            },
+        )
+    )
+
+
+class _Growing:
+    """A store that the same unit's states are written to again and again."""
+
+    def __init__(self, root: Path, states: StateSet, num_units: int, num_written: int) -> None:
+        self._root = root
+        samples = states.samples()
+        many = [
+            type(sample)(
+                id=f"{number}-{sample.id}",
+                tokens=sample.tokens,
+                loss_mask=sample.loss_mask,
+                char_end=sample.char_end,
+                is_held_out=False,
+            )
+            for number in range(num_units)
+            for sample in samples
+        ]
+        self._lengths = np.array([len(sample.tokens) for sample in many], dtype=np.int32)
+        first = {tap: rows[:SAMPLE_TOKENS] for tap, rows in states.hidden.items()}
+        settings = StoreSettings(taps=states.taps, unit_tokens=UNIT_TOKENS)
+        self._manifest, self._plan = plan_scratch(root, many, settings=settings, first_states=first)
+        one = UnitPlan(
+            order=np.arange(len(samples)),
+            unit=np.zeros(len(samples), dtype=np.int64),
+            start=states.starts,
+            num_units=1,
+        )
+        self._hidden = unit_states(states, one, 0, unit_tokens=UNIT_TOKENS)
+        self._next = 0
+        for _ in range(num_written):
+            self.write_next()
+
+    def write_next(self) -> float:
+        """Write the next unit and return the seconds that it took."""
+        started_at = time.perf_counter()
+        write = partial(write_scratch_unit, self._root, self._manifest, self._plan, self._lengths)
+        write(self._next, self._hidden)
+        self._next += 1
+        return time.perf_counter() - started_at

@@ -1,0 +1,108 @@
+"""A program of several commands: help, exit codes, and errors in one line.
+
+torch and other large packages are imported by the commands' functions when they run, so help and
+mistakes in the command line are answered at once. Exit codes: 0 done, 1 a check that did not
+hold, 2 a user's mistake or a full disk (one line on stderr), 130 stopped with Ctrl-C. Anything
+else is a bug and keeps its traceback.
+"""
+
+import difflib
+import errno
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from carryon.cache.errors import CarryOnError, InputError
+from carryon.tools.cli.parser import parse_call
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """Commands, each a typed function that is imported when it is called."""
+
+    prog: str
+    """The program as it is typed."""
+    about: str
+    """What it does, in one or two lines."""
+    closing: str
+    """Last line of its help."""
+    commands: Mapping[str, str]
+    """Name -> `module:function`."""
+
+    def find(self, name: str) -> Callable[..., Any]:
+        """Return the function of the command `name`.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        if name not in self.commands:
+            near = difflib.get_close_matches(name, self.commands, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+            raise InputError(f"command {name!r}: expected {', '.join(self.commands)}; {hint}")
+        module, _, attribute = self.commands[name].partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+        return function
+
+    def call(self, name: str, argv: Sequence[str]) -> Any:  # noqa: ANN401 -- each has its own
+        """Run the command `name` in this process and return what its function returns."""
+        function = self.find(name)
+        call = parse_call(function, argv, prog=f"{self.prog} {name}")
+        return function(*call.args, **call.kwargs)
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Run with `argv` (default: the command line) and return the exit code."""
+        words = list(sys.argv[1:] if argv is None else argv)
+        prog = f"{self.prog} {words[0]}" if words and words[0] in self.commands else self.prog
+        try:
+            code = self._run(words)
+            sys.stdout.flush()
+            return code
+        except CarryOnError as error:
+            return _fail(f"{prog}: error: {error}")
+        except KeyboardInterrupt as error:
+            text = str(error) or "stopped; run the same command to resume"
+            return _fail(f"{prog}: {text}", code=130)
+        except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:
+            where = f" at {error.filename}" if error.filename else ""
+            if error.errno in DISK_FULL:
+                text = f"{prog}: error: the disk is full{where}: free some space and run again"
+                return _fail(text)
+            if error.errno in NOT_ALLOWED:
+                return _fail(f"{prog}: error: {error.strerror}{where}")
+            raise
+
+    def _run(self, words: list[str]) -> int:
+        if not words or words[0] in ("-h", "--help"):
+            print(self.overview())
+            return 0
+        if words[0] == "--version":
+            print(f"carryon {version('gpt-carry-on')}")
+            return 0
+        result = self.call(words[0], words[1:])
+        return result if isinstance(result, int) else 0
+
+    def overview(self) -> str:
+        """Return the text of `--help`."""
+        width = max(map(len, self.commands))
+        lines = [
+            f"  {name:<{width}}  {(inspect.getdoc(self.find(name)) or '').partition(chr(10))[0]}"
+            for name in self.commands
+        ]
+        parts = [f"usage: {self.prog} COMMAND [options]", "", self.about, "", "commands:", *lines]
+        return "\n".join([*parts, "", self.closing])
+
+
+def _fail(text: str, *, code: int = 2) -> int:
+    print(" ".join(text.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,4 @@
+"""Versions of a carry-on: lineages, releases, new text, a new base.
+
+A single run is `trainer`.
+"""

@@ -1,0 +1,118 @@
+"""A batch: samples of one store one after another, without pads, with their supervised pairs.
+
+A supervised pair is the state of one token and the id of the next, where that next token is a
+training target of the same sample. Letters: N tokens of the batch, B samples, D base width, M
+supervised pairs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from carryon.train.modules.packed_attention import Packing, pack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What a step of training or evaluation needs of a few samples."""
+
+    samples: NDArray[np.int64]
+    """[B] indices of the samples in their store."""
+    lengths: NDArray[np.int64]
+    """[B] tokens of each sample."""
+    states: dict[str, Tensor]
+    """[N, D] for each tap, in the store's type."""
+    tokens: Tensor
+    """[N] int32."""
+    positions: Tensor
+    """[M] int64: token of each supervised pair's state, ascending."""
+    targets: Tensor
+    """[M] int64: the token that follows it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens."""
+        return int(self.lengths.sum())
+
+    @property
+    def num_targets(self) -> int:
+        """M, supervised pairs."""
+        return len(self.targets)
+
+    def sample_of(self, pair: int) -> int:
+        """Return the sample that supervised pair `pair` belongs to."""
+        ends = np.cumsum(self.lengths)
+        row = np.searchsorted(ends, int(self.positions[pair]), side="right")
+        return int(self.samples[row])
+
+    def packing(self) -> Packing:
+        """Return where each token belongs, on the batch's device."""
+        return pack(torch.from_numpy(self.lengths).to(self.targets.device))
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on `device`; copies from pinned memory do not wait."""
+        if device.type == "cpu":
+            return self
+        return Batch(
+            samples=self.samples,
+            lengths=self.lengths,
+            states={tap: x.to(device, non_blocking=True) for tap, x in self.states.items()},
+            tokens=self.tokens.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+        )
+
+
+def make_batch(
+    samples: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    *,
+    tokens: NDArray[np.int32],
+    loss_mask: NDArray[np.uint8],
+    states: Mapping[str, NDArray[Any]],
+    is_pinned: bool,
+) -> Batch:
+    """Return a batch of samples that lie one after another; states are views, nothing is copied.
+
+    Args:
+        samples: [B] sample indices, at least one.
+        lengths: [B] tokens of each.
+        tokens: [N].
+        loss_mask: [N] 1 where the token is a training target; a sample's first token never is,
+            as nothing comes before it.
+        states: [N, D] for each tap, as a store gives them.
+        is_pinned: copy the tensors to where an accelerator can fetch them by itself.
+    """
+    is_target = loss_mask == 1
+    is_target[np.cumsum(lengths) - lengths] = False
+    targets_at = np.flatnonzero(is_target)
+    batch = Batch(
+        samples=samples,
+        lengths=lengths,
+        states={tap: _as_tensor(rows) for tap, rows in states.items()},
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(targets_at - 1),
+        targets=torch.from_numpy(tokens[targets_at].astype(np.int64)),
+    )
+    return _pinned(batch) if is_pinned else batch
+
+
+def _as_tensor(rows: NDArray[Any]) -> Tensor:
+    states = torch.from_numpy(rows)
+    return states.view(torch.bfloat16) if states.dtype == torch.uint16 else states
+
+
+def _pinned(batch: Batch) -> Batch:
+    return Batch(
+        samples=batch.samples,
+        lengths=batch.lengths,
+        states={tap: x.pin_memory() for tap, x in batch.states.items()},
+        tokens=batch.tokens.pin_memory(),
+        positions=batch.positions.pin_memory(),
+        targets=batch.targets.pin_memory(),
+    )

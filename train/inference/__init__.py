@@ -1,0 +1,4 @@
+"""Base and carry-on together: composed model, generation, evaluation, accuracy, merging.
+
+Nothing here trains.
+"""

@@ -1,0 +1,220 @@
+"""The carry-ons that are loaded for one base, by name, and which of them each row of a batch has.
+
+A loaded carry-on is its weights, in the type they are saved in, and its card: a megabyte and a
+millisecond each, not a module. Modules exist for carry-ons that are in use: one for each shape in
+a batch. Adding and dropping only changes a table; batches that run meanwhile keep what they have.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carryon.cache.errors import InputError
+from carryon.train.config import CarryOnSettings
+from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.serialization import CarryOnCard, check_base, read_card, read_weights
+from carryon.train.modules.stacked_weights import with_weights
+from carryon.train.modules.taps import check_alpha
+
+DEFAULT = "default"
+"""Name of the carry-on that rows have where a call names none."""
+NOBODY = 0
+"""Slot of a row without a carry-on."""
+_KEPT_BATCHES = 4  # weights of a batch's rows are put together once, and kept for its next steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedCarryOn:
+    """A carry-on in memory."""
+
+    card: CarryOnCard
+    weights: Mapping[str, Tensor]
+    """By name, in the type they are saved in, on the CPU."""
+    shape: CarryOn
+    """A module of its shape, shared by all of that shape, whose weights mean nothing."""
+
+
+class CarryOnSet:
+    """Carry-ons of one base by name; each has a slot, a number that is never used again."""
+
+    def __init__(self, base: Mapping[str, Any]) -> None:
+        """Begin with none, for the base of this identity."""
+        self._base = base
+        self._names: dict[str, int] = {}
+        self._loaded: dict[int, LoadedCarryOn] = {}
+        self._shapes: dict[str, CarryOn] = {}
+        self._next = NOBODY + 1
+        self._batches: dict[tuple[object, ...], list[CarryOn]] = {}  # the newest last
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the carry-ons that are loaded, in the order they were added."""
+        return list(self._names)
+
+    def add(self, name: str, folder: str | Path) -> None:
+        """Load the carry-on in `folder` under `name`, in the place of one of that name.
+
+        Raises:
+            MissingError: there is no carry-on.
+            InputError: a file of it is not what `carryon train` writes.
+            SettingMismatchError: it was trained on another base or tokenizer.
+        """
+        card = read_card(folder)
+        check_base(card, self._base, where=folder)
+        try:
+            self.put(name, read_weights(folder), card)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from error
+
+    def put(self, name: str, weights: Mapping[str, Tensor], card: CarryOnCard) -> None:
+        """Add a carry-on whose weights are in memory; they are shared, not copied.
+
+        Raises:
+            InputError: they are not the weights of the shape that the card tells.
+            SettingMismatchError: it was trained on another base or tokenizer.
+        """
+        check_base(card, self._base, where=f"carry-on {name}")
+        kind = card.settings.get("kind")
+        if kind in ("native", "top"):
+            raise InputError(
+                f"a carry-on of the kind {kind} takes the place of the base's own states and "
+                "cannot stand beside others: make a checkpoint of it with carryon merge"
+            )
+        shape = self._shape_of(card)
+        expected = {key: tuple(weight.shape) for key, weight in shape.state_dict().items()}
+        found = {key: tuple(weight.shape) for key, weight in weights.items()}
+        if found != expected:
+            wrong = sorted(key for key, _ in found.items() ^ expected.items())
+            raise InputError(
+                f"not a carry-on as carryon train writes it: {wrong[0]}: expected "
+                f"{expected.get(wrong[0], 'nothing')}, got {found.get(wrong[0], 'nothing')}"
+            )
+        slot, self._next = self._next, self._next + 1
+        self._loaded[slot] = LoadedCarryOn(card=card, weights=dict(weights), shape=shape)
+        replaced = self._names.get(name)
+        self._names[name] = slot  # in one move: other threads find the old one or the new one
+        if replaced is not None:
+            del self._loaded[replaced]
+
+    def drop(self, name: str) -> None:
+        """Forget a carry-on.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        slot = self.slot(name)
+        del self._names[name], self._loaded[slot]
+
+    def get(self, name: str) -> LoadedCarryOn:
+        """Return the carry-on called `name`; errors as those of `drop`."""
+        return self._loaded[self.slot(name)]
+
+    def slot(self, name: str | None) -> int:
+        """Return the slot of `name`; None is a row without a carry-on."""
+        if name is None:
+            return NOBODY
+        if name not in self._names:
+            known = ", ".join(self._names) or "none"
+            raise InputError(f"carryons: no carry-on is called {name!r}; loaded are {known}")
+        return self._names[name]
+
+    def slots(self, names: Sequence[str | None] | Tensor | None, *, num_rows: int) -> list[int]:
+        """Return the slot of each row of a batch.
+
+        Args:
+            names: for each row a name or None; or slots [B]. None: every row has DEFAULT, or
+                nothing where that is not loaded.
+            num_rows: B.
+
+        Raises:
+            InputError: not one for each row, or a carry-on that is not loaded.
+        """
+        if names is None:
+            return [self._names.get(DEFAULT, NOBODY)] * num_rows
+        if isinstance(names, str) or len(names) != num_rows:
+            got = repr(names) if isinstance(names, str) else len(names)
+            raise InputError(
+                f"carryons: expected a list of one name or None for each of the {num_rows} rows, "
+                f"got {got}"
+            )
+        if not isinstance(names, Tensor):
+            return [self.slot(name) for name in names]
+        found: list[int] = names.tolist()
+        return found
+
+    def strengths(
+        self, alpha: float | Sequence[float] | Tensor | None, slots: Sequence[int]
+    ) -> list[float]:
+        """Return alpha of each row, 0 where a row has no carry-on.
+
+        Args:
+            alpha: one for all rows, or one for each. None: each carry-on's own.
+            slots: of the rows.
+
+        Raises:
+            InputError: not one for each row, or out of range.
+        """
+        if alpha is None:
+            own = [1.0 if slot == NOBODY else self._loaded[slot].card.alpha for slot in slots]
+        elif isinstance(alpha, int | float):
+            own = [alpha] * len(slots)
+        else:
+            own = alpha.tolist() if isinstance(alpha, Tensor) else list(alpha)
+            own = own if isinstance(own, list) else [own] * len(slots)
+        if len(own) != len(slots):
+            raise InputError(
+                f"alpha: expected a number, or one for each of the {len(slots)} rows, "
+                f"got {len(own)}"
+            )
+        checked = [check_alpha(each) for each in own]
+        return [0.0 if s == NOBODY else a for s, a in zip(slots, checked, strict=True)]
+
+    def modules(
+        self, slots: Sequence[int], *, device: torch.device, dtype: torch.dtype
+    ) -> list[CarryOn]:
+        """Return a module for each shape among the rows; the deltas of all are to be added up.
+
+        Rows that have another shape, or nothing, get exactly 0 from a module. The modules of the
+        last few batches are kept, also when a carry-on of theirs is dropped meanwhile.
+
+        Raises:
+            InputError: a carry-on is not loaded.
+        """
+        used = list(slots[:1]) if len(set(slots)) == 1 else list(slots)
+        key = (device, dtype, *used)
+        kept = self._batches.pop(key, None)  # and put back as the newest
+        if kept is not None:
+            self._batches[key] = kept
+            return kept
+        if set(used) - {NOBODY, *self._loaded}:
+            raise InputError("carryons: expected carry-ons that are loaded, got one that is not")
+        rows = [None if slot == NOBODY else self._loaded[slot] for slot in used]
+        shapes = {id(row.shape): row.shape for row in rows if row is not None}
+        modules = [
+            with_weights(
+                shape,
+                [None if row is None or row.shape is not shape else row.weights for row in rows],
+                device=device,
+                dtype=dtype,
+            )
+            for shape in shapes.values()
+        ]
+        self._batches[key] = modules
+        while len(self._batches) > _KEPT_BATCHES:
+            self._batches.pop(list(self._batches)[0], None)  # in one move, as other threads may too
+        return modules
+
+    def _shape_of(self, card: CarryOnCard) -> CarryOn:
+        settings = replace(
+            CarryOnSettings.from_dict(card.settings), dropout=0.0
+        )  # of training only
+        key = json.dumps([settings.to_dict(), card.base_width], sort_keys=True)
+        if key not in self._shapes:
+            with torch.random.fork_rng(devices=[]):
+                self._shapes[key] = CarryOn(settings, base_width=card.base_width)
+        return self._shapes[key]

@@ -1,0 +1,139 @@
+"""Merging: a base with a `native` or `top` inside, as an ordinary model of the base's class."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from carryon.cache.base.model import Base, load_base
+from carryon.cache.errors import InputError
+from carryon.cache.files import whole_folder, write_file
+from carryon.cache.optional import require
+from carryon.cache.settings import ForwardSettings
+from carryon.cache.store.top_blocks import read_blocks, repeat_last
+from carryon.train.modules.base_blocks import BlocksCarryOn, lora_targets
+from carryon.train.modules.serialization import check_base, load_carryon, locate_carryon, read_card
+
+
+def merge(
+    carryon: str | Path, *, base: str, out: str | Path, adapter: bool = False, device: str = "auto"
+) -> dict[str, Any]:
+    """Write base and carry-on as a checkpoint that transformers loads, or as a PEFT adapter.
+
+    Args:
+        carryon: folder of a `native` or `top`, or its id on the hub.
+        base: hub id, folder or .gguf file.
+        out: a new folder.
+        adapter: write the LoRA of a `top` for PEFT instead of a checkpoint.
+        device: where the base is loaded.
+
+    Returns:
+        The folder, its blocks and the bytes of its weights.
+
+    Raises:
+        InputError: a bottleneck, an adapter without LoRA, or `out` holds something.
+        SettingMismatchError: the carry-on belongs to another base.
+    """
+    target, place = Path(out), locate_carryon(carryon)
+    card = read_card(place)
+    _check_kind(card.settings, place, adapter=adapter)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: expected a new or empty folder, got one that holds something")
+    loaded = load_base(base, forward=ForwardSettings(device=device))
+    check_base(card, loaded.identity.to_dict(), where=f"base {base}")
+    module = load_for_base(place, loaded)
+    with whole_folder(target) as partial:
+        if adapter:
+            _write_adapter(partial, loaded, module)
+        else:
+            merged = merge_into(loaded, module)
+            model: Any = merged.model
+            model.to(loaded.checkpoint_dtype).save_pretrained(partial)
+            loaded.tokenizer.save_pretrained(partial)
+    sizes = [path.stat().st_size for path in target.glob("*.safetensors")]
+    return {
+        "out": str(target),
+        "kind": card.settings["kind"],
+        "blocks": loaded.model.config.get_text_config().num_hidden_layers,
+        "bytes": sum(sizes),
+    }
+
+
+def load_for_base(place: Path, base: Base) -> BlocksCarryOn:
+    """Return the `native` or `top` in folder `place`, rebuilt with its base."""
+    number = int(read_card(place).settings["blocks"])
+    kind = read_card(place).settings["kind"]
+    module, _ = load_carryon(place, blocks=read_blocks(base, number if kind == "top" else 1))
+    assert isinstance(module, BlocksCarryOn)
+    return module
+
+
+@torch.no_grad()
+def merge_into(base: Base, module: BlocksCarryOn) -> Base:
+    """Put the carry-on's blocks into the model of `base`, which is changed; returns the base."""
+    blocks, settings = base.architecture.blocks, module.settings
+    weights = module.block_weights()
+    first = len(blocks) - settings.blocks
+    if settings.kind == "native":
+        first = len(blocks)
+        _append_blocks(base, module)
+    for block, own in zip(list(blocks)[first:], weights, strict=True):
+        block.load_state_dict({name: weight.to(base.compute_dtype) for name, weight in own.items()})
+    return replace(base, identity=replace(base.identity, num_layers=len(blocks)))
+
+
+def _append_blocks(base: Base, module: BlocksCarryOn) -> None:
+    blocks = base.architecture.blocks
+    text: Any = base.model.config.get_text_config()
+    more = module.settings.blocks
+    for name in ("layer_types", "mlp_layer_types"):
+        kinds = getattr(text, name, None)
+        if isinstance(kinds, list):
+            setattr(text, name, [*kinds, *repeat_last(kinds, more)])
+    text.num_hidden_layers = len(blocks) + more
+    for index in range(len(blocks), len(blocks) + more):
+        maker: Any = type(blocks[0])
+        block = maker(text, index).to(device=base.device, dtype=base.compute_dtype)
+        blocks.append(block.eval().requires_grad_(False))
+
+
+def _check_kind(settings: dict[str, Any], place: Path, *, adapter: bool) -> None:
+    if settings["kind"] == "bottleneck":
+        raise InputError(
+            f"{place}: expected a carry-on of the kind native or top, got a bottleneck, which "
+            "cannot be merged: use it with carryon generate, or train --kind native or --kind top"
+        )
+    if adapter and not settings.get("lora_rank"):
+        raise InputError(
+            f"{place}: expected a top trained by LoRA (--lora-rank), got a {settings['kind']} "
+            "trained whole: leave out --adapter"
+        )
+
+
+def _write_adapter(folder: Path, base: Base, module: BlocksCarryOn) -> None:
+    peft: Any = require("peft", extra="lora", purpose="a carry-on trained by LoRA")
+    names = {found: name for name, found in base.model.named_modules()}
+    where, own = names[base.architecture.blocks], module.names["blocks"]
+    settings, num_layers = module.settings, len(base.architecture.blocks)
+    first = num_layers - settings.blocks
+    weights = {}
+    for name, weight in module.state_dict().items():
+        index, _, rest = name.removeprefix(f"body.{own}.").partition(".")
+        key = f"base_model.model.{where}.{first + int(index)}.{rest.replace('.default', '')}"
+        weights[key] = weight.detach().to("cpu", torch.bfloat16).contiguous()
+    plain_targets = [name for name in lora_targets(base.architecture.blocks) if name]
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules=plain_targets,
+        layers_to_transform=list(range(first, num_layers)),
+        layers_pattern=where.rpartition(".")[2],
+        base_model_name_or_path=str(base.identity.id),
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    content = save(weights, metadata={"format": "pt"})
+    write_file(folder / "adapter_model.safetensors", content)

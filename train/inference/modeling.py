@@ -1,0 +1,351 @@
+"""The customized model: a frozen base joined to carry-ons, as a transformers model.
+
+The base's own forward pass runs as it is; where its decoder hands the `final` states x to the
+head, they become x + alpha * delta. So caps, scales and sliced logits are the base's own, and
+with an untrained carry-on, or alpha 0, the logits are the base's bit for bit. Rows of one batch
+may have different carry-ons, or none: the base runs once for all of them.
+
+One cache object serves base and carry-ons: their layers stand behind the base's, so that whatever
+generation does to a cache (reordering beams, cropping) reaches both. Static caches are refused.
+Letters: B rows, T positions, D base width, V vocabulary.
+"""
+
+import copy
+import inspect
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+
+from carryon.cache.base.architecture import get_architecture
+from carryon.cache.base.hooks import watch_taps
+from carryon.cache.base.model import Base, load_base
+from carryon.cache.errors import InputError, MissingError
+from carryon.cache.settings import ForwardSettings
+from carryon.train.inference.adapters import DEFAULT, CarryOnSet
+from carryon.train.inference.correction import get_correction
+from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.serialization import (
+    CarryOnCard,
+    check_base,
+    locate_carryon,
+    read_card,
+    write_carryon_files,
+)
+
+
+class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A base and its carry-ons as one causal LM, with `generate`.
+
+    Which carry-on a row has, and how strongly, can be set for each call. `save_pretrained` and
+    `push_to_hub` come from huggingface_hub's mixin and write one carry-on, never the base.
+    """
+
+    base_model_prefix = "base"
+    # The base has been loaded with its attention backend; these only let the config pass.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # What huggingface_hub writes as config.json, by which a hub counts downloads. Given here, it
+    # also keeps the mixin from copying the arguments of __init__, the base among them.
+    _hub_mixin_config = {"model_type": "carryon"}  # noqa: RUF012
+
+    def __init__(
+        self, base: Base, carryon: CarryOn | None = None, card: CarryOnCard | None = None
+    ) -> None:
+        """Join a loaded base and, where one is given, the carry-on that rows have by default.
+
+        Raises:
+            SettingMismatchError: the carry-on was trained on another base or tokenizer.
+            InputError: the architecture generates with a cache of another kind.
+        """
+        carryons = CarryOnSet(base.identity.to_dict())
+        if (carryon is None) != (card is None):
+            raise InputError("carryon, card: expected both or neither, got one of them")
+        if carryon is not None and card is not None:
+            carryons.put(DEFAULT, carryon.state_dict(), card)
+        super().__init__(copy.deepcopy(base.model.config))
+        accepted = inspect.signature(base.model.forward).parameters
+        if "past_key_values" not in accepted:
+            raise InputError(
+                f"{base.identity.architecture}: expected a base that generates with "
+                "past_key_values; this architecture cannot be composed with a carry-on yet"
+            )
+        self.base: Any = base.model
+        self.carryons = carryons
+        self.tokenizer = base.tokenizer
+        self.identity = base.identity
+        self.generation_config = copy.deepcopy(base.model.generation_config)
+        self._is_stateful = base.model._is_stateful
+        self._anatomy = base.architecture
+        self._compute_dtype = base.compute_dtype
+        self._dropped = {"position_ids", "logits_to_keep"} - set(accepted)
+        self.training = False
+
+    @classmethod
+    def from_base(
+        cls, base: str | Base, *, forward: ForwardSettings | None = None
+    ) -> "CarryOnForCausalLM":
+        """Return a base without any carry-on yet; see `add_carryon`.
+
+        Args:
+            base: a loaded base, or its hub id, folder or .gguf file.
+            forward: how to run the base, where it is not loaded yet. None: the defaults.
+        """
+        if not isinstance(base, Base):
+            base = load_base(base, forward=forward or ForwardSettings())
+        return cls(base)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        folder: str | Path,
+        *,
+        base: str | Base | None = None,
+        forward: ForwardSettings | None = None,
+        **download: Any,  # noqa: ANN401
+    ) -> "CarryOnForCausalLM":
+        """Load a carry-on and the base it belongs to.
+
+        Args:
+            folder: a carry-on, as `carryon train` writes it, or its id on the hub.
+            base: a loaded base, or its hub id, folder or .gguf file. None: where the carry-on
+                says that its base was.
+            forward: how to run the base, where it is not loaded yet. None: the defaults.
+            download: revision, token, cache_dir, force_download, local_files_only: as
+                huggingface_hub has them.
+
+        A `native` or `top` is merged into the base in memory: `base` is then the customized model
+        itself, without carry-ons, and alpha has nothing to scale.
+
+        Raises:
+            MissingError: there is no carry-on, or its base is not found.
+            SettingMismatchError: `base` is not the base that it was trained on.
+        """
+        place = locate_carryon(folder, **download)
+        card = read_card(place)
+        is_shared = isinstance(base, Base)
+        if not isinstance(base, Base):
+            base = _load_own_base(card, base, forward=forward or ForwardSettings(), folder=folder)
+        check_base(card, base.identity.to_dict(), where=f"base {base.source}")
+        if card.settings.get("kind") in ("native", "top"):
+            return cls(_merged(place, base, is_shared=is_shared))
+        model = cls(base)
+        model.add_carryon(DEFAULT, place)
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the default carry-on, in bfloat16; the base's weights are not copied."""
+        own = self.carryons.get(DEFAULT)
+        write_carryon_files(save_directory, own.weights, own.card, dtype=torch.bfloat16)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:  # type: ignore[override]  # noqa: ANN401
+        """Upload the default carry-on as huggingface_hub does; no path of this machine goes along.
+
+        Args:
+            repo_id: `name/repo`; it is made where it does not exist.
+            settings: private, token, branch, commit_message, ...: of huggingface_hub's mixin.
+
+        Returns:
+            The address of the commit.
+        """
+        own = self.carryons.get(DEFAULT)
+        shared = copy.copy(self)
+        shared.carryons = CarryOnSet(self.identity.to_dict())
+        shared.carryons.put(DEFAULT, own.weights, own.card.without_paths())
+        return str(ModelHubMixin.push_to_hub(shared, repo_id, **settings))
+
+    @property
+    def alpha(self) -> float:
+        """Strength of the default carry-on where a call gives none; 0 without one."""
+        return self.carryons.get(DEFAULT).card.alpha if DEFAULT in self.carryons.names else 0.0
+
+    def add_carryon(self, name: str, folder: str | Path, **download: Any) -> None:  # noqa: ANN401
+        """Load a carry-on under `name`, in the place of one of that name; see `generate`.
+
+        Args:
+            name: any text; rows that name nothing have the one called `default`.
+            folder: a carry-on, or its id on the hub.
+            download: as in `from_pretrained`.
+
+        Raises:
+            MissingError: there is no carry-on.
+            SettingMismatchError: it was trained on another base or tokenizer.
+        """
+        self.carryons.add(name, locate_carryon(folder, **download))
+
+    def drop_carryon(self, name: str) -> None:
+        """Forget the carry-on `name`; a batch that is being generated with it is finished.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        self.carryons.drop(name)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,  # noqa: ANN401
+        carryons: Sequence[str | None] | None = None,
+        alpha: float | Sequence[float] | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 -- token ids, or an output class of transformers
+        """Generate as any model of transformers does.
+
+        Args:
+            inputs: [B, T] int64 token ids; or as `input_ids`.
+            args: as in transformers.
+            carryons: for each row the name of its carry-on, or None for the base alone. None:
+                every row has the one called `default`.
+            alpha: strength of the correction, one for all rows or one for each. None: each
+                carry-on's own.
+            settings: as in transformers.
+
+        Raises:
+            InputError: names or alphas that are not one for each row, an unknown name, alpha out
+                of range, or a prompt that is longer than the base allows.
+        """
+        given = (inputs, settings.get("input_ids"), settings.get("inputs_embeds"))
+        prompts = next((each for each in given if each is not None), None)
+        num_rows, length = (1, 0) if prompts is None else prompts.shape[:2]
+        if length > self.identity.context_tokens:
+            raise InputError(
+                f"prompt: expected at most the {self.identity.context_tokens} tokens that the base "
+                f"allows, got {length}"
+            )
+        slots = self.carryons.slots(carryons, num_rows=num_rows)
+        strengths = self.carryons.strengths(alpha, slots)
+        # As tensors: generation repeats those for beams and several sequences of a prompt.
+        if any(slots):
+            settings["carryons"] = torch.tensor(slots)
+            # Put together now and kept, whatever is dropped before the first step.
+            self.carryons.modules(slots, device=self.device, dtype=self._compute_dtype)
+        is_one = len(set(strengths)) == 1
+        settings["alpha"] = strengths[0] if is_one else torch.tensor(strengths)
+        return super().generate(inputs, *args, **settings)  # type: ignore[misc]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        carryons: Sequence[str | None] | Tensor | None = None,
+        alpha: float | Sequence[float] | Tensor | None = None,
+        **inputs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 -- the output class of the base's architecture
+        """Return what the base's forward pass returns, its logits corrected.
+
+        Args:
+            input_ids: [B, T] int64, padded on either side.
+            attention_mask: [B, T_all] 1 where a token is real, the cached ones included.
+            position_ids: [B, T].
+            past_key_values: what an earlier call returned; it is extended.
+            inputs_embeds: [B, T, D], in the place of input_ids.
+            logits_to_keep: as in transformers.
+            carryons: as in `generate`.
+            alpha: as in `generate`.
+            inputs: anything else the base's forward pass takes.
+
+        Raises:
+            InputError: carry-ons or alpha as in `generate`; a mask or cache that cannot be shared.
+        """
+        named = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        inputs |= {key: value for key, value in named.items() if key not in self._dropped}
+        inputs |= {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "return_dict": True,
+        }
+        if inputs_embeds is not None:
+            inputs["inputs_embeds"] = inputs_embeds
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        correction = get_correction(
+            self.carryons,
+            carryons,
+            alpha,
+            cache=past_key_values,
+            num_rows=len(given),
+            device=given.device,
+            dtype=self._compute_dtype,
+        )
+        if correction is None:
+            return self.base(**inputs)
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise InputError(
+                "attention_mask: expected 0 and 1 for each token, [B, T], got "
+                f"{attention_mask.ndim} dimensions"
+            )
+
+        states: dict[str, Tensor] = {}
+        thread = threading.get_ident()  # others may run the same base at the same time
+
+        def correct(module: nn.Module, args: tuple[object, ...], output: Any) -> None:  # noqa: ANN401
+            if threading.get_ident() != thread:
+                return
+            output["last_hidden_state"] = correction.apply(
+                states | {"final": output.last_hidden_state},
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                cache=output.get("past_key_values"),
+            )
+
+        with (
+            watch_taps(self._anatomy, correction.lower_taps, states.__setitem__),
+            self._anatomy.decoder.register_forward_hook(correct),
+        ):
+            return self.base(**inputs)
+
+    def prepare_inputs_for_generation(
+        self,
+        *args: Any,  # noqa: ANN401
+        inputs_embeds: Tensor | None = None,  # named, as transformers looks for it
+        **kwargs: Any,  # noqa: ANN401
+    ) -> dict[str, Any]:
+        """Return a step's inputs as the base's own architecture prepares them."""
+        prepared: dict[str, Any] = self.base.prepare_inputs_for_generation(
+            *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        return prepared
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Answer transformers for the base, whose mixture of experts it may switch."""
+        return True
+
+
+def _merged(place: Path, base: Base, *, is_shared: bool) -> Base:
+    """Return the base with a `native` or `top` inside; one that others hold too is copied."""
+    from carryon.train.inference.merge import load_for_base, merge_into
+
+    module = load_for_base(place, base)
+    if is_shared:
+        model = copy.deepcopy(base.model)
+        base = replace(base, model=model, architecture=get_architecture(model))
+    return merge_into(base, module)
+
+
+def _load_own_base(
+    card: CarryOnCard, source: str | None, *, forward: ForwardSettings, folder: str | Path
+) -> Base:
+    if source is not None:
+        return load_base(source, forward=forward)
+    name, revision = card.base["id"], card.base.get("revision")
+    try:
+        return load_base(f"{name}@{revision}" if revision else name, forward=forward)
+    except MissingError as error:
+        raise MissingError(
+            f"{folder}: the base it was trained on was not found; say where it is now with base. "
+            f"{error}"
+        ) from error

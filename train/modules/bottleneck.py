@@ -1,0 +1,200 @@
+"""The carry-on: a small causal module that corrects the base's last hidden state.
+
+    u     = blocks(bridge(norm(x)))           decoder blocks of width d (decoder.py)
+    delta = sigmoid(A u + b) * (B u)          B starts at zero: an untrained carry-on is the base
+    logits = W (x + alpha * delta)            W is the base's head, frozen; not part of this module
+
+Several taps each have their own norm and bridge; a learned gate, a softmax over taps for each
+token, weighs them. The state that is corrected is always that of the tap `final`, which feeds the
+head.
+
+Letters: B rows, T positions, N tokens of a flat batch, D base width, d carry-on width, K taps, M
+chosen positions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from carryon.train.config import CarryOnSettings
+from carryon.train.modules.decoder import NORM_EPS, Decoder
+from carryon.train.modules.linear import Product, gated_product, product
+from carryon.train.modules.packed_attention import Packing
+
+_ROWS_AT_ONCE = 256  # rows of states that are in float32 beside their sum
+
+
+class CarryOn(nn.Module):
+    """The trained part of a customized model."""
+
+    def __init__(self, settings: CarryOnSettings, *, base_width: int) -> None:
+        """Build with weights drawn from torch's global generator; the output map is zero."""
+        super().__init__()
+        self.settings = settings
+        self.base_width = base_width
+        width, num_taps = settings.width, len(settings.taps)
+        self.norms = nn.ModuleList(nn.RMSNorm(base_width, eps=NORM_EPS) for _ in settings.taps)
+        self.bridges = nn.ModuleList(Product(base_width, width, bias=False) for _ in settings.taps)
+        self.mixer = nn.Linear(num_taps * width, num_taps) if num_taps > 1 else None
+        self.body: Any = Decoder(
+            width=width,
+            blocks=settings.blocks,
+            heads=settings.heads,
+            intermediate_size=settings.intermediate_size,
+        )
+        gate_width = {"channel": base_width, "token": 1, "none": 0}[settings.gate]
+        self.gate = Product(width, gate_width) if gate_width else None
+        self.up = Product(width, base_width, bias=False)
+        self.dropout = nn.Dropout(settings.dropout)
+        nn.init.zeros_(self.up.weight)
+        if self.mixer is not None:
+            nn.init.zeros_(self.mixer.weight)
+            nn.init.zeros_(self.mixer.bias)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
+
+    def forward(
+        self,
+        states: Mapping[str, Tensor],
+        *,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,  # noqa: ANN401 -- a Cache of transformers
+    ) -> Tensor:
+        """Return the correction delta to the `final` states, before alpha.
+
+        Args:
+            states: [B, T, D] for each tap of the settings.
+            position_ids: [B, T] or [1, T] int64, for the rotary embedding; None: counted on from
+                the cache.
+            attention_mask: [B, T_all] 1 where a token is real, for rows padded on the left.
+            past_key_values: a cache of as many layers as blocks, or that grows; it is extended.
+
+        Returns:
+            [B, T, D] in the type of the weights.
+        """
+        entrance_BTd = self.dropout(self._enter(states)[0])
+        u_BTd = self.body(
+            inputs_embeds=entrance_BTd,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        return self._leave(u_BTd)
+
+    def correct_packed(
+        self, states: Mapping[str, Tensor], packing: Packing, positions_M: Tensor
+    ) -> Tensor:
+        """Return delta at chosen tokens of samples that lie one after another.
+
+        Args:
+            states: [N, D] for each tap of the settings.
+            packing: which token belongs to which sample.
+            positions_M: [M] int64, the tokens at which delta is wanted.
+
+        Returns:
+            [M, D] in the type of the weights.
+        """
+        entrance_Nd = self.dropout(self._enter(states)[0])
+        u_Nd = self.body(
+            inputs_embeds=entrance_Nd[None],
+            position_ids=packing.position_ids,
+            packing=packing,
+        )[0]
+        return self._leave(u_Nd[positions_M])
+
+    def customize(
+        self, states: Mapping[str, Tensor], positions_M: Tensor, delta_MD: Tensor, *, alpha: float
+    ) -> Tensor:
+        """Return the states that the head reads, [M, D] float32.
+
+        Args:
+            states: as in `correct_packed`, and at `final`.
+            positions_M: as in `correct_packed`.
+            delta_MD: what that gave.
+            alpha: strength of the correction.
+        """
+        return customized_states(states["final"][positions_M], delta_MD, alpha=alpha)
+
+    def _leave(self, u: Tensor) -> Tensor:
+        u = self.dropout(u)
+        if self.gate is None:
+            delta: Tensor = self.up(u)
+            return delta
+        return gated_product(u, self.gate, self.up, "sigmoid")
+
+    def tap_ratios(self, states: Mapping[str, Tensor]) -> Tensor:
+        """Return each tap's gate for each token, [B, T, K]; they add up to 1."""
+        return self._enter(states)[1]
+
+    def _enter(self, states: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        bridged = []
+        for tap, norm, bridge in zip(self.settings.taps, self.norms, self.bridges, strict=True):
+            bridged.append(_bridge(states[tap], norm, bridge))
+        if self.mixer is None:
+            return bridged[0], torch.ones_like(bridged[0][..., :1])
+        shares_BTK = torch.softmax(self.mixer(torch.cat(bridged, dim=-1)), dim=-1)
+        stacked_BTKd = torch.stack(bridged, dim=-2)
+        return (shares_BTK.unsqueeze(-1) * stacked_BTKd).sum(dim=-2), shares_BTK
+
+
+def _bridge(x_BTD: Tensor, norm: Any, bridge: Any) -> Tensor:  # noqa: ANN401 -- or of rows.py
+    """Return bridge(norm(x)) without a normed copy of x, whose width is a few times d.
+
+    RMS norm is a factor for each token, applied behind the bridge, and a weight for each channel,
+    which training folds into the bridge, so that its gradient takes no pass over [B, T, D] either.
+    """
+    weight: Tensor = bridge.weight
+    if not torch.is_autocast_enabled(x_BTD.device.type):
+        x_BTD = x_BTD.to(weight.dtype)
+    size = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
+    factor = torch.rsqrt(size * size / x_BTD.shape[-1] + NORM_EPS)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        bridged = product(x_BTD, weight, bridge.wide, scale=norm.weight)
+    else:
+        bridged = bridge(x_BTD * norm.weight)
+    assert isinstance(bridged, Tensor)
+    return (bridged.float() * factor).to(bridged.dtype)
+
+
+def build_carryon(settings: CarryOnSettings, *, base_width: int, seed: int) -> CarryOn:
+    """Return an untrained carry-on; equal arguments give equal bits.
+
+    torch's global generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CarryOn(settings, base_width=base_width)
+
+
+def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
+    """Return x + alpha * delta, float32: the states that the base's head reads.
+
+    Where alpha or delta is zero the result is x, so that an untrained carry-on is the base; but in
+    training bit for bit, negative zeros included. Differentiable in delta.
+
+    Args:
+        final: [..., D], the base's `final` states.
+        delta: [..., D], from the carry-on.
+        alpha: strength of the correction; 1.0 in training.
+    """
+    if alpha == 0:
+        return final.float()
+    corrected = delta.to(torch.float32, copy=True) if alpha == 1 else alpha * delta.float()
+    # A part at a time: of a wide base each float32 copy of all is 42 MB for 2,048 tokens. What is
+    # added is constant, so the gradient need not know of it.
+    parts = (torch.split(x, _ROWS_AT_ONCE) for x in (corrected.detach(), final, delta.detach()))
+    for sum_, state, said in zip(*parts, strict=True):
+        exact = state.float()
+        sum_.add_(exact)
+        if not torch.is_grad_enabled():  # -0.0 + 0.0 is +0.0: another bit, though the same number
+            sum_.copy_(torch.where(said == 0, exact, sum_))
+    return corrected
+
+
+def num_parameters(carryon: CarryOn) -> int:
+    """Return the number of trained values."""
+    return sum(weight.numel() for weight in carryon.parameters() if weight.requires_grad)

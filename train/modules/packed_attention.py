@@ -1,0 +1,171 @@
+"""Attention over samples laid one after another, for the carry-on's body.
+
+A batch of random samples padded to its longest would be a third pads; sorted by length it has few,
+but then every batch holds one kind of text, which cost 0.26 nats of held-out loss after an epoch
+of worked problems. So batches are flat, [1, N, ...], without pads: norms, bridges and matrices see
+tokens only, and here alone, where it is cheap, heads are spread to [B, T] rows for the kernel.
+Letters: N tokens of a batch, B samples, T longest sample, H heads, K head width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from carryon.cache.errors import InputError
+from carryon.train.modules.linear import recomputed
+
+PACKED_ATTENTION = "carryon_packed"
+"""Name of this attention in transformers' table."""
+_GROUPS = 4
+"""Groups of heads that are attended one after another where memory is short."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packing:
+    """Where each token of a flat batch belongs."""
+
+    place: Tensor
+    """[N] int64: b * T + t of each token."""
+    position_ids: Tensor
+    """[1, N] int64: t of each token."""
+    num_rows: int
+    """B."""
+    longest: int
+    """T."""
+
+
+def pack(lengths: Tensor) -> Packing:
+    """Return the packing of samples of `lengths` [B] int64, in order."""
+    longest = int(lengths.max())
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    starts = torch.cumsum(lengths, dim=0) - lengths
+    within = torch.arange(len(rows), device=lengths.device) - starts[rows]
+    return Packing(
+        place=rows * longest + within,
+        position_ids=within[None],
+        num_rows=len(lengths),
+        longest=longest,
+    )
+
+
+def register_packed_attention() -> None:
+    """Make PACKED_ATTENTION known to transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(PACKED_ATTENTION, _attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+
+
+def unused_mask(like: Tensor) -> Tensor:
+    """Return a mask that keeps transformers from building an [N, N] one for a packed batch."""
+    return like.new_zeros(1, 1, 1, 1)
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    *,
+    turn: Callable[[Tensor], Tensor],
+    is_lean: bool,
+) -> Tensor:
+    """Attend within each sample, causally; returns [1, N, H, K].
+
+    Args:
+        query: [1, H, N, K], as are `key` and `value`.
+        key: of as many heads.
+        value: of as many heads.
+        packing: which token belongs to which sample.
+        turn: turns queries and keys by their positions.
+        is_lean: take some heads at a time, and compute them again in the backward pass.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cpu":
+            q, k, v = q.float(), k.float(), v.float()
+        return _within_samples(turn(q), turn(k), v, packing).to(query.dtype)
+
+    if not is_lean:
+        return attend(query, key, value)
+    size = -(-query.shape[1] // _GROUPS)
+    groups = zip(*(torch.split(x, size, dim=1) for x in (query, key, value)), strict=True)
+    return torch.cat([recomputed(attend, *group) for group in groups], dim=2)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    **kwargs: Any,  # noqa: ANN401 -- transformers' own, passed on
+) -> tuple[Tensor, None]:
+    """Attend within each sample; without a packing this is transformers' own sdpa attention."""
+    if packing is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    dtype = value.dtype
+    if query.device.type == "cpu":  # its backward kernel takes half the time in float32
+        query, key, value = query.float(), key.float(), value.float()
+    return _within_samples(query, key, value, packing, **kwargs).to(dtype), None
+
+
+def _within_samples(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    **kwargs: Any,  # noqa: ANN401 -- of transformers' attention
+) -> Tensor:
+    # Pads stand at the end of a row, where causal attention never looks from a real token.
+    groups = query.shape[1] // key.shape[1]  # heads of the query that share one of the keys
+    window = kwargs.get("sliding_window")
+    band = None
+    if window is not None and window < packing.longest:
+        band = _seen(window, packing, query)
+    if kwargs.get("s_aux") is not None:
+        raise InputError("attention sinks: not known to training from a store; train a bottleneck")
+    q_BHTK = _spread(query, packing)
+    k_BHTK = _spread(key, packing).repeat_interleave(groups, dim=1)
+    v_BHTK = _spread(value, packing).repeat_interleave(groups, dim=1)
+    scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+    with torch.autocast(query.device.type, enabled=False):
+        if softcap is None:
+            out = nn.functional.scaled_dot_product_attention(
+                q_BHTK,
+                k_BHTK,
+                v_BHTK,
+                attn_mask=band,
+                is_causal=band is None,
+                scale=scale,
+                dropout_p=kwargs.get("dropout", 0.0),
+            )
+        else:  # no kernel of torch limits scores
+            scores = softcap * torch.tanh(q_BHTK @ k_BHTK.mT * (scale or 1.0) / softcap)
+            seen = _seen(packing.longest, packing, query) if band is None else band
+            scores = scores.masked_fill(~seen, float("-inf"))
+            out = scores.softmax(dim=-1, dtype=torch.float32).to(v_BHTK.dtype) @ v_BHTK
+    flat = out.transpose(1, 2).flatten(0, 1)  # [B * T, H, K]
+    return flat.index_select(0, packing.place)[None]
+
+
+def _seen(window: int, packing: Packing, like: Tensor) -> Tensor:
+    """Return who sees whom, [T, T]: the last `window` tokens, itself among them."""
+    at = torch.arange(packing.longest, device=like.device)
+    distance = at[:, None] - at
+    return (distance >= 0) & (distance < window)
+
+
+def _spread(heads: Tensor, packing: Packing) -> Tensor:
+    """Return [B, H, T, K] of heads [1, H, N, K]; pads are 0."""
+    tokens = heads[0].transpose(0, 1)  # [N, H, K]
+    rows = tokens.new_zeros(packing.num_rows * packing.longest, *tokens.shape[1:])
+    rows = rows.index_copy(0, packing.place, tokens)
+    return rows.view(packing.num_rows, packing.longest, *tokens.shape[1:]).transpose(1, 2)

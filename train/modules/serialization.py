@@ -1,0 +1,253 @@
+"""A carry-on on disk: weights in safetensors, everything else in one JSON, a card for people.
+
+Nothing is pickled, and nothing in the files names a class of ours. The folder says which base it
+belongs to by the base's digests, not by a path.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from carryon.cache.errors import InputError, MissingError, SettingMismatchError
+from carryon.cache.files import whole_file, whole_folder, write_file, write_json
+from carryon.cache.store.top_blocks import Blocks
+from carryon.train.config import CarryOnSettings, with_current_names
+from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.model_card import model_card
+
+FORMAT_VERSION = 1
+WEIGHTS = "carryon.safetensors"
+CARD = "carryon.json"
+README = "README.md"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CarryOnCard:
+    """What is known of a carry-on besides its weights, as plain JSON values."""
+
+    settings: dict[str, Any]
+    """CarryOnSettings: the shape."""
+    base_width: int
+    """D, the width of the base's hidden states."""
+    base: dict[str, Any]
+    """Identity of the base, as in the manifest of the store."""
+    store_fingerprint: str
+    """Of the store it was trained on."""
+    split: dict[str, Any]
+    """held_out_ratio and seed: which samples of that store it never saw."""
+    alpha: float
+    """Strength of the correction to use by default."""
+    figures: dict[str, Any]
+    """Held-out NLL and what else the run measured."""
+    versions: dict[str, str]
+    """Versions of the libraries that trained it."""
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CarryOnCard":
+        """Build from plain values.
+
+        Raises:
+            InputError: another format version, or keys that do not belong there.
+        """
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(f"format version: expected {FORMAT_VERSION}, got {version}")
+        expected = {item.name for item in fields(cls)}
+        if set(values) != expected:
+            raise InputError(f"expected the keys {sorted(expected)}, got {sorted(values)}")
+        renamed = {key: with_current_names(values[key]) for key in ("settings", "split")}
+        return cls(**(dict(values) | renamed))
+
+    def without_paths(self) -> "CarryOnCard":
+        """Return the card for others: of a local base, only the last part of its path is left."""
+        name = str(self.base.get("id"))
+        shown = Path(name).name if Path(name).is_absolute() else name
+        return replace(self, base=self.base | {"id": shown})
+
+
+def save_carryon(
+    folder: str | Path, carryon: CarryOn, card: CarryOnCard, *, dtype: torch.dtype
+) -> int:
+    """Write a carry-on to `folder`, replacing one that is there; returns the bytes of its weights.
+
+    Args:
+        folder: appears whole or not at all.
+        carryon: the module.
+        card: what is known of it.
+        dtype: of the saved weights; bfloat16 halves the file and rounds each weight to 8 bits.
+    """
+    with whole_folder(Path(folder)) as partial:
+        return write_carryon_files(partial, carryon.state_dict(), card, dtype=dtype)
+
+
+def write_carryon_files(
+    folder: Path, weights: Mapping[str, Tensor], card: CarryOnCard, *, dtype: torch.dtype
+) -> int:
+    """Write the files of a carry-on into `folder`, each whole or not at all, beside what is there.
+
+    Arguments and result as those of `save_carryon`.
+    """
+    saved = {
+        name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()
+    }
+    # Straight from the weights to the disk: as bytes they would be in memory twice more.
+    with whole_file(folder / WEIGHTS) as partial:
+        save_file(saved, partial, metadata={"format": "pt"})
+    write_json(folder / CARD, card.to_dict())
+    _write_model_card(folder, card)
+    return (folder / WEIGHTS).stat().st_size
+
+
+def write_alpha(folder: str | Path, alpha: float) -> None:
+    """Make `alpha` the strength that the carry-on in `folder` is used with by default.
+
+    Raises:
+        MissingError: there is no carry-on.
+    """
+    root = Path(folder)
+    card = replace(read_card(root), alpha=alpha)
+    write_json(root / CARD, card.to_dict())  # the file that counts; the other is for people
+    _write_model_card(root, card)
+
+
+def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401 -- of the hub
+    """Return the folder of a carry-on that is given as folder or hub id, after fetching it.
+
+    Args:
+        source: a folder, `name/repo` or `name/repo@revision`.
+        download: revision, token, cache_dir, ...: as `huggingface_hub.snapshot_download` has them.
+
+    Raises:
+        MissingError: there is no such folder, and the hub has none of that name.
+    """
+    path = Path(source).expanduser()
+    name, _, revision = str(source).partition("@")
+    is_path = path.is_absolute() or str(source).startswith(".") or name.count("/") != 1
+    if path.is_dir() or is_path:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if revision:
+        download = download | {"revision": revision}
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CARD, WEIGHTS, README], **download))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise MissingError(
+            f"{source}: expected the folder of a carry-on, or its id on a hub that can be "
+            "reached; run carryon train, which writes one to RUN/carryon. It could not be fetched: "
+            f"{reason}"
+        ) from error
+
+
+def read_card(folder: str | Path) -> CarryOnCard:
+    """Return the card of the carry-on in `folder`; errors as those of `load_carryon`."""
+    root = Path(folder)
+    if not (root / CARD).is_file() or not (root / WEIGHTS).is_file():
+        raise MissingError(
+            f"{root}: expected a carry-on ({CARD} and {WEIGHTS}), found none: run carryon train, "
+            "which writes one to RUN/carryon"
+        )
+    try:
+        return CarryOnCard.from_dict(json.loads((root / CARD).read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise _not_a_carryon(root, error) from error
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Return the weights of the carry-on in `folder`, on the CPU, in the type they are saved in.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        return load_file(Path(folder) / WEIGHTS)
+    except SafetensorError as error:
+        raise _not_a_carryon(Path(folder), error) from error
+
+
+def load_carryon(
+    folder: str | Path, *, blocks: Blocks | Callable[[], Blocks] | None = None
+) -> tuple[CarryOn, CarryOnCard]:
+    """Return the carry-on in `folder`, weights in float32 on the CPU, and its card.
+
+    Args:
+        folder: of the carry-on.
+        blocks: of its base, or what reads them; needed for the kinds `native` and `top`.
+
+    Raises:
+        MissingError: there is no carry-on.
+        InputError: a file of it is not what `save_carryon` writes.
+    """
+    card = read_card(folder)
+    weights = read_weights(folder)
+    try:
+        settings = CarryOnSettings.from_dict(card.settings)
+        carryon = _build(settings, card, blocks, root=Path(folder))
+        carryon.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    except (RuntimeError, InputError) as error:
+        raise _not_a_carryon(Path(folder), error) from error
+    return carryon.eval(), card
+
+
+def _build(
+    settings: CarryOnSettings,
+    card: CarryOnCard,
+    blocks: Blocks | Callable[[], Blocks] | None,
+    *,
+    root: Path,
+) -> CarryOn:
+    if settings.kind == "bottleneck":
+        return CarryOn(settings, base_width=card.base_width)
+    if blocks is None:
+        raise InputError(
+            f"a carry-on of the kind {settings.kind} is used as a checkpoint: carryon merge "
+            f"--carryon {root} makes it"
+        )
+    from carryon.train.modules.base_blocks import BlocksCarryOn
+
+    return BlocksCarryOn(settings, blocks() if callable(blocks) else blocks)
+
+
+def check_base(card: CarryOnCard, base: Mapping[str, Any], *, where: str | Path) -> None:
+    """Refuse a base, or a store made with one, that the carry-on was not trained on.
+
+    Args:
+        card: of the carry-on.
+        base: identity of the base that is there, as plain values.
+        where: what holds that base, or the carry-on: named in the error.
+
+    Raises:
+        SettingMismatchError: weights or tokenizer differ; names both digests.
+    """
+    for key, name in (("weights_sha256", "weights"), ("tokenizer_sha256", "tokenizer")):
+        expected, got = card.base.get(key), base.get(key)
+        if expected != got:
+            raise SettingMismatchError(
+                f"{where}: expected the {name} of {card.base.get('id')}, which the carry-on was "
+                f"trained on ({str(expected)[:12]}), got those of {base.get('id')} "
+                f"({str(got)[:12]}): give the base that it belongs to, or a store made with it"
+            )
+
+
+def _write_model_card(folder: Path, card: CarryOnCard) -> None:
+    num_bytes = (folder / WEIGHTS).stat().st_size
+    text = model_card(card.without_paths().to_dict(), num_bytes=num_bytes)
+    write_file(folder / README, text.encode())
+
+
+def _not_a_carryon(root: Path, error: Exception) -> InputError:
+    return InputError(f"{root}: not a carry-on as carryon train writes it: {error}")

@@ -1,0 +1,4 @@
+"""Optimizers, learning-rate schedules and learning-rate paths.
+
+No training loop: see `trainer`.
+"""

@@ -1,0 +1,110 @@
+"""Learning-rate paths: four paradigms and two rivals, as pure functions of the step.
+
+Data comes in increments; with each a version is released. A step is counted from the lineage's
+start, `ends[i]` is the step at which increment i ends. A path is the sequence of learning rates
+that the weights of one version have seen.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from carryon.cache.errors import InputError
+from carryon.train.config import OptimizationSettings
+from carryon.train.optim.lr_schedule import falling_rate, learning_rate, part_done
+
+Paradigm = Literal["scratch", "restart", "low", "switch", "trunk", "wsd-s", "wsm"]
+"""`scratch`: anew on all data so far. `restart`: from the last version, a whole schedule again.
+`low`: from the last version, at the end's rate. `switch`: a branch that falls, off a `trunk` that
+never does. `wsd-s`: as `switch`, but the next version goes on from the fallen branch. `wsm`: no
+branch; a version is the mean of checkpoints of the trunk."""
+PARADIGMS: tuple[Paradigm, ...] = get_args(Paradigm)
+BRANCH_SCHEDULES = ("cosine", "knee", "multistep")
+"""Schedules with a form for a branch."""
+
+
+def path_rate(
+    step: int,
+    *,
+    paradigm: Paradigm,
+    version: int,
+    ends: Sequence[int],
+    alpha: float,
+    settings: OptimizationSettings,
+) -> float:
+    """Return the learning rate of `step` on the path that leads to `version`.
+
+    Args:
+        step: counted from 0, below ends[version - 1].
+        paradigm: how versions follow each other.
+        version: counted from 1.
+        ends: the step at which each increment ends.
+        alpha: part of an increment's steps in which a branch falls.
+        settings: schedule, highest and last learning rate, warm-up.
+    """
+    assert settings.learning_rate > 0, "expected the settings of a run, which are resolved"
+    stop = ends[version - 1]
+    if paradigm == "scratch":
+        return learning_rate(step, num_steps=stop, settings=settings)
+    first = ends[version - 2] if version > 1 else 0
+    if paradigm in ("restart", "low", "wsd-s") and step < first:
+        return path_rate(
+            step,
+            paradigm=paradigm,
+            version=version - 1,
+            ends=ends,
+            alpha=alpha,
+            settings=settings,
+        )
+    if paradigm == "restart" or (paradigm == "low" and version == 1):
+        return learning_rate(step - first, num_steps=stop - first, settings=settings)
+    if paradigm == "low":
+        return settings.learning_rate * settings.min_lr_ratio
+    branch = branch_point(first, stop, alpha=alpha)
+    warmup_steps = round(settings.warmup_ratio * ends[0])
+    if step < warmup_steps:
+        return settings.learning_rate * (step + 1) / warmup_steps
+    if paradigm in ("trunk", "wsm") or step < branch:
+        return settings.learning_rate
+    return falling_rate(part_done(step, first=branch, num_steps=stop), settings)
+
+
+def staged_rate(
+    step: int, *, ends: Sequence[int], fall_parts: Sequence[float], settings: OptimizationSettings
+) -> float:
+    """Return the learning rate of `step` where each increment begins at the top and falls in part.
+
+    Args:
+        step: counted from 0, below ends[-1].
+        ends: the step at which each increment ends.
+        fall_parts: how much of a whole fall an increment's steps hold: 1 all of it, 0.5 the first
+            half (a period twice as long as the increment), 0 nothing.
+        settings: schedule, highest and last learning rate, warm-up.
+    """
+    warmup_steps = round(settings.warmup_ratio * ends[0])
+    if step < warmup_steps:
+        return settings.learning_rate * (step + 1) / warmup_steps
+    stage = bisect_right(ends, step)
+    if not fall_parts[stage]:
+        return settings.learning_rate
+    first = ends[stage - 1] if stage else warmup_steps
+    passed = part_done(step, first=first, num_steps=ends[stage])
+    return falling_rate(fall_parts[stage] * passed, settings)
+
+
+def branch_point(first: int, stop: int, *, alpha: float) -> int:
+    """Return the step at which the branch of the increment from `first` to `stop` leaves.
+
+    Raises:
+        InputError: the increment has too few steps for a branch of that part of them.
+    """
+    length = stop - first
+    falling = round(alpha * length)
+    if not 0 < alpha <= 1:
+        raise InputError(f"alpha: expected more than 0, up to 1, got {alpha}")
+    if falling < 2:
+        raise InputError(
+            f"alpha: expected {alpha:g} of the increment's {length} steps to be 2 or more, got "
+            f"{falling}: give more data, more epochs, fewer tokens_per_step or a larger alpha"
+        )
+    return stop - falling

@@ -1,0 +1,157 @@
+"""What a run will take up in memory, by part, before anything is run. Pure arithmetic.
+
+Bytes of the process beyond an interpreter that has imported torch; on an accelerator those of its
+own memory, but for the imports. Letters: N tokens of a micro-batch, M of them supervised, D base
+width, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from carryon.cache.device import DEFAULT_CHUNK
+from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
+from carryon.train.losses.frozen_head import (
+    CPU_BLOCK_ROWS,
+    STREAMED_BLOCK_BYTES,
+    WIDE,
+    WIDE_BLOCK_ROWS,
+)
+from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.optim.lowbit_adamw import WORKING_BYTES
+
+IMPORT_BYTES = 10_000_000
+"""What the trainer of a `bottleneck` takes up once it is imported."""
+COMPILER_BYTES = 70_000_000
+"""What torch's own optimizers import on top of that."""
+TRANSFORMERS_BYTES = 130_000_000
+"""What the kinds made of the base's own blocks import."""
+_ROOM = 1.25  # of the memory of batches: they are used again for others, and take the longest's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryCase:
+    """What a run is made of, as far as memory goes."""
+
+    base_width: int
+    vocab_size: int
+    micro_batch_tokens: int
+    supervised_ratio: float
+    """M / N."""
+    window_tokens: int
+    """Tokens of a window of units; two windows are in memory."""
+    head_bytes: int
+    """Of each number of the products: 2 or 4."""
+    carryon: CarryOnSettings
+    loss: LossSettings
+    memory: MemorySettings
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the head is multiplied by plain products, as FrozenHead.is_wide has it."""
+        return self.head_bytes == 4 and self.base_width >= WIDE
+
+
+def plan_memory(case: MemoryCase) -> dict[str, int]:
+    """Return the bytes of each part of a run's peak."""
+    with torch.device("meta"):
+        sizes = [
+            weight.numel()
+            for weight in CarryOn(case.carryon, base_width=case.base_width).parameters()
+        ]
+    item = 2 if case.memory.weights_dtype == "bfloat16" else 4
+    num_weights, largest = sum(sizes), max(sizes)
+    is_lean = item == 2 or case.memory.optimizer_bits == 8
+    state_bytes = 2 + 8 / 256 if case.memory.optimizer_bits == 8 else 8
+    moved = largest if case.memory.step_in_backward else num_weights
+    positions = int(case.micro_batch_tokens * case.supervised_ratio)
+    # The states that the head reads in float32 and in the head's type, their gradient, and a mean
+    # of rows for each block, beside what the backward pass makes of the gradient. Of a wide head
+    # states and gradient alone.
+    a_channel = 8 if case.is_wide else 4 + case.head_bytes + 4 + case.head_bytes + 8
+    states = positions * case.base_width * a_channel
+    logits = _logits(case, positions)
+    return {
+        "imports": IMPORT_BYTES
+        + (0 if is_lean else COMPILER_BYTES)
+        + (0 if case.carryon.kind == "bottleneck" else TRANSFORMERS_BYTES),
+        "weights": num_weights * item,
+        "gradients": moved * item,
+        "optimizer": int(num_weights * state_bytes) + (WORKING_BYTES if is_lean else 0),
+        "head": _head(case),
+        "logits": logits,
+        "states": states,
+        "activations": _activations(case, positions, item=item, loss_bytes=states + logits),
+        "batches": int(
+            _ROOM * 2 * case.window_tokens * case.base_width * 2 * len(case.carryon.taps)
+        ),
+    }
+
+
+def leaner_settings(case: MemoryCase, *, limit: int) -> Iterator[tuple[str, MemoryCase]]:
+    """Yield the case and what it becomes as settings are added that save most for least time.
+
+    Ends with the first that fits `limit` bytes, or when there is nothing left to add.
+    """
+    yield "as given", case
+    changes: dict[str, Callable[[MemoryCase], MemoryCase]] = {
+        "--head-place mapped": lambda c: replace(c, loss=replace(c.loss, head_place="mapped")),
+        "--recompute": lambda c: replace(c, memory=replace(c.memory, recompute=True)),
+        "--weights-dtype bfloat16": lambda c: replace(
+            c, memory=replace(c.memory, weights_dtype="bfloat16")
+        ),
+        "--optimizer-bits 8": lambda c: replace(c, memory=replace(c.memory, optimizer_bits=8)),
+        "--step-in-backward": lambda c: replace(c, memory=replace(c.memory, step_in_backward=True)),
+    }
+    added = ""
+    for option, change in changes.items():
+        if sum(plan_memory(case).values()) <= limit:
+            return
+        changed = change(case)
+        if changed == case:
+            continue
+        case, added = changed, f"{added} {option}".strip()
+        yield added, case
+
+
+def _head(case: MemoryCase) -> int:
+    item = {"device": case.head_bytes, "host": 2, "mapped": 0}[case.loss.head_place]
+    # The attention kernel rearranges a block twice, as keys and as values.
+    copies = (1 if case.is_wide else 2) * min(_rows(case), case.vocab_size)
+    return (case.vocab_size * item + copies * case.head_bytes) * case.base_width
+
+
+def _rows(case: MemoryCase) -> int:
+    if case.loss.chunk_vocabulary:
+        return case.loss.chunk_vocabulary
+    if case.is_wide:
+        return WIDE_BLOCK_ROWS
+    if case.loss.head_place == "device":
+        return CPU_BLOCK_ROWS
+    return STREAMED_BLOCK_BYTES // (2 * case.base_width)
+
+
+def _logits(case: MemoryCase, positions: int) -> int:
+    chunk = min(case.loss.chunk_tokens or DEFAULT_CHUNK, positions)
+    if case.is_wide:
+        return chunk * _rows(case) * 8  # and once more while their exponentials are added
+    return chunk * 512 * 4  # the kernel has 512 columns at a time, in float32
+
+
+def _activations(case: MemoryCase, positions: int, *, item: int, loss_bytes: int) -> int:
+    shape = case.carryon
+    # Kept of a block for its backward pass: two norms, queries, keys, values, what attention
+    # gives and its spread copies, the MLP's two halves, their activation and product.
+    a_channel = case.micro_batch_tokens * item
+    attention, mlp = 14 * shape.width * a_channel, 4 * shape.intermediate_size * a_channel
+    entrance = 3 * case.base_width * len(shape.taps) * a_channel
+    gates = {"channel": case.base_width, "token": 1, "none": 0}[shape.gate]
+    exit_ = (case.base_width + 3 * gates) * positions * item
+    if item == 2 and case.head_bytes == 4:  # products.py widens a part at a time, and keeps none
+        entrance, exit_ = 0, shape.width * positions * item
+    if case.memory.recompute:
+        kept = (2 * shape.blocks + 2) * shape.width * a_channel
+        # Half a block at a time is computed again, when what the loss needed is free once more.
+        return kept + max(0, max(attention, mlp) - loss_bytes) + entrance + exit_
+    return shape.blocks * (attention + mlp) + entrance + exit_
