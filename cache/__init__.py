@@ -1,1 +1,4 @@
-"""Make and read stores of a frozen base's hidden states."""
+"""Make and read stores of a frozen base's hidden states.
+
+Rooms, from the ground up: base and corpus, format, store, extraction. Nothing here trains.
+"""

@@ -195,8 +195,8 @@ def _open(
     if runs and contamination.share > WARN_ABOVE:
         _say(
             f"warning: {contamination.share:.0%} of the held-out targets, with the {NGRAM} tokens "
-            "up to them, also stand in the training half: the held-out loss rewards memorizing. Fix: "
-            "split by document, or mark the held-out samples yourself",
+            "up to them, also stand in the training half: the held-out loss rewards memorizing. "
+            "Fix: split by document, or mark the held-out samples yourself",
             processes,
         )
     return data, runs

@@ -34,7 +34,7 @@ from carryon.train.modules.packed_attention import pack
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.trainer import train
 
-FORWARD = ForwardSettings(device="cpu", compute_dtype="float32", tokens_per_step=256)
+FORWARD = ForwardSettings(device="cpu", compute_dtype="float32", batch_tokens=256)
 CORPUS = CorpusSettings(mask="all", max_tokens=32)
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3"]
 TOKENS = torch.tensor([[1, 5, 9, 20, 33, 7, 60]])
@@ -339,7 +339,7 @@ def test_damaged_blocks_are_noticed_and_repaired(tmp_path: Path) -> None:
     repair(
         place.store,
         load_base=lambda _: load_base(str(place.base), forward=FORWARD),
-        tokens_per_step=256,
+        batch_tokens=256,
     )
     assert path.read_bytes() == before
 
