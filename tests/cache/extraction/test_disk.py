@@ -17,7 +17,7 @@ from support.tiny_stores import (
 
 from carryon.cache.base.model import Base
 from carryon.cache.errors import DiskFullError, InputError, UnfinishedStoreError
-from carryon.cache.extraction.forward import max_bytes
+from carryon.cache.extraction.forward import largest_unit_bytes
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
@@ -105,7 +105,7 @@ def test_a_limit_stops_before_the_store_is_larger_and_more_room_goes_on(
     assert extract_tiny(tiny_base, store_data, root, max_disk_bytes=planned).computed_units == 0
     assert bytes_below(root) <= planned
     manifest = read_manifest(root)
-    step = max_bytes(manifest, manifest.unit_tokens)
+    step = largest_unit_bytes(manifest, manifest.unit_tokens)
     limit, num_calls, is_finished = bytes_below(root), 0, False
     while not is_finished:
         limit += step // 2
