@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from carryon.tools.cli.table import format_table
+
 LABELS = {
     "documents": "metadata",
     "head": "head and norm",
@@ -51,7 +53,7 @@ def format_facts(facts: dict[str, Any]) -> str:
 
 
 def _block(title: str, rows: Iterable[tuple[str, Any]]) -> str:
-    return "\n".join([title, *(f"  {name:<18} {value}" for name, value in rows)])
+    return f"{title}\n{format_table([(f'  {name}', str(value)) for name, value in rows])}"
 
 
 def _store_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:

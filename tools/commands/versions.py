@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from carryon.cache.errors import InputError
+from carryon.tools.cli.table import format_table
 
 
 def versions(
@@ -69,11 +70,7 @@ def _table(found: list[dict[str, Any]]) -> str:
                 *(f"{nll:.4f}" for nll in each["held_out_nlls"]),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
+    lines = [format_table(rows)]
     last = found[-1]
     share = last["steps_so_far"] / last["paradigm_steps"]["ptfs"]
     lines += [f"increment {each['version']}: {' '.join(each['stores'])}" for each in found]

@@ -1,11 +1,32 @@
-"""A measured figure: its value, its target, whether that was met; as a JSON line and as a table."""
+"""A measured figure with its target, as a JSON line and as a row of a table."""
 
 import json
+import os
+import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
+
+from carryon.tools.cli.table import format_table
+
+
+@cache
+def describe_core() -> str:
+    """Return the GPU, or the CPU with its vector instructions and number of cores, in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {capability}, {os.cpu_count()} cores"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,11 +38,19 @@ class Figure:
     value: float
     unit: str
     target: float | None = None
-    """None: there is no target, the number is for information."""
+    """None: the figure has no target."""
     sense: Literal["at most", "at least"] = "at most"
-    """On which side of the target a good value lies."""
+    """Side of the target on which a good value lies."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What else was measured on the way, plain JSON values."""
+    """Further measurements, plain JSON values."""
+    core: str = field(default_factory=describe_core)
+    """Processor that ran it."""
+
+    def __post_init__(self) -> None:
+        """Refuse details that would overwrite a field in the JSON line."""
+        names = {"met", *(item.name for item in fields(self))}
+        if taken := sorted(names & self.details.keys()):
+            raise ValueError(f"{self.figure}: expected other names for the details {taken}")
 
     @property
     def met(self) -> bool | None:
@@ -31,7 +60,7 @@ class Figure:
         return self.value <= self.target if self.sense == "at most" else self.value >= self.target
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; the details stand beside the rest."""
+        """Return plain JSON values, the details beside the fields."""
         return {
             "figure": self.figure,
             "value": _rounded(self.value),
@@ -39,12 +68,13 @@ class Figure:
             "sense": self.sense,
             "unit": self.unit,
             "met": self.met,
+            "core": self.core,
             **{name: _rounded(value) for name, value in self.details.items()},
         }
 
 
 Report = Callable[[Figure], None]
-"""What a measurement calls with each figure as soon as it is known."""
+"""Called with each figure as soon as it is measured."""
 
 
 def print_json(figure: Figure) -> None:
@@ -60,23 +90,20 @@ def print_table(figures: Sequence[Figure]) -> None:
         (item.figure, _shown(item.value), _target(item), item.unit, _answer(item.met))
         for item in ordered
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip(), file=sys.stderr)
+    print(format_table(rows), file=sys.stderr)
 
 
 def in_turn(ways: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, float]:
-    """Run each way once a round, in turn, and return the median of what each returned.
+    """Call each way once a round, in alternating order, and return the median of its results.
 
-    Whatever else the machine does then falls on all of them alike.
+    Other load on the machine then affects all ways alike.
     """
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         names = list(ways) if number % 2 == 0 else list(ways)[::-1]
         for name in names:
-            found[name].append(ways[name]())
-    return {name: statistics.median(values) for name, values in found.items()}
+            results[name].append(ways[name]())
+    return {name: statistics.median(values) for name, values in results.items()}
 
 
 def _target(figure: Figure) -> str:
