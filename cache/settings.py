@@ -1,29 +1,94 @@
-"""Settings: what all their dataclasses share, to plain values and back, checked as a whole."""
+"""Settings dataclasses, with bounds declared on their fields and checked when one is made.
+
+Example:
+    epochs: int = bounded(3, at_least=1)
+    taps: list[str] = bounded(["final"], min_items=1, is_unique=True)
+"""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self, get_args, get_origin
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from carryon.cache.errors import InputError
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """Range of a setting; of a list, the range of each item."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: Collection[str] = ()
+    """Names of which items are taken. Empty: any."""
+    min_items: int = 0
+    is_unique: bool = False
+    """Whether a list may hold an item only once."""
+
+    def problem(self, value: Any) -> str:  # noqa: ANN401
+        """Return what is wrong with a value; empty if nothing is."""
+        items = value if isinstance(value, list) else [value]
+        got = " ".join(map(str, items)) or "none"
+        if len(items) < self.min_items:
+            return f"expected at least {self.min_items}, got {got}"
+        if self.is_unique and len(set(items)) < len(items):
+            return f"expected each once, got {got}"
+        if self.choices and not set(items) <= set(self.choices):
+            return f"expected some of {' '.join(self.choices)}, got {got}"
+        if all(map(self._is_within, items)):
+            return ""
+        return f"expected {self._range()}{' for each' * isinstance(value, list)}, got {got}"
+
+    def _is_within(self, item: Any) -> bool:  # noqa: ANN401
+        return (  # false for a NaN
+            (self.at_least is None or item >= self.at_least)
+            and (self.above is None or item > self.above)
+            and (self.at_most is None or item <= self.at_most)
+            and (self.below is None or item < self.below)
+        )
+
+    def _range(self) -> str:
+        if self.at_least is not None and self.at_most is not None:
+            return f"{self.at_least} to {self.at_most}"
+        texts = {
+            f"{self.at_least} or more": self.at_least,
+            f"more than {self.above}": self.above,
+            f"at most {self.at_most}": self.at_most,
+            f"below {self.below}": self.below,
+        }
+        return " and ".join(text for text, bound in texts.items() if bound is not None)
+
+
+def bounded(default: T, **bounds: Any) -> T:  # noqa: ANN401
+    """Return a dataclass field with this default and these `Bounds`."""
+    metadata = {"bounds": Bounds(**bounds)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)  # type: ignore[return-value]
+    return field(default=default, metadata=metadata)
+
 
 class Settings:
-    """Base of frozen dataclasses whose fields are settings.
-
-    Every wrong field is named in one error: those of a `Literal` type that have none of its
-    values, and what `problems` says.
-    """
+    """Base of frozen dataclasses whose fields are settings."""
 
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        """Raise InputError naming every field that is out of range."""
-        found = [*_wrong_choices(self), *(text for wrong, text in self.problems() if wrong)]
-        if found:
-            raise InputError("; ".join(found))
+        """Check every field, then what `problems` compares.
+
+        Raises:
+            InputError: names every wrong field.
+        """
+        wrong = list(_wrong_fields(self))
+        wrong = wrong or [text for is_wrong, text in self.problems() if is_wrong]
+        if wrong:
+            raise InputError("; ".join(wrong))
 
     def problems(self) -> list[tuple[bool, str]]:
-        """Return (is it wrong, what to say then) for what a type alone does not tell."""
+        """Return (is it wrong, error text) of what fields, each within its bounds, may not be
+        together."""
         return []
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,28 +118,15 @@ def not_below_one(name: str, value: float) -> tuple[bool, str]:
     return not 0 <= value < 1, f"{name}: expected 0 or more and below 1, got {value}"
 
 
-def not_positive(values: Mapping[str, Any]) -> tuple[bool, str]:
-    """Return the problem of numbers, or lists of them, that are not above 0."""
-    wrong = []
-    for name, value in values.items():
-        numbers = value if isinstance(value, list) else [value]
-        if not numbers or not min(numbers) > 0:
-            wrong.append(name)
-    return bool(wrong), f"{', '.join(wrong)}: expected more than 0"
-
-
-def unknown_names(field: str, given: list[str], known: Collection[str]) -> tuple[bool, str]:
-    """Return the problem of names that are not among the known ones."""
-    wrong = [name for name in given if name not in known]
-    return bool(wrong), f"{field}: expected some of {' '.join(known)}, got {' '.join(wrong)}"
-
-
-def _wrong_choices(settings: Settings) -> Iterator[str]:
-    for item in fields(settings):  # type: ignore[arg-type]  # of a dataclass
+def _wrong_fields(settings: Settings) -> Iterator[str]:
+    items: tuple[Field[Any], ...] = fields(settings)  # type: ignore[arg-type]  # of a dataclass
+    for item in items:
         value, choices = getattr(settings, item.name), get_args(item.type)
         if get_origin(item.type) is Literal and value not in choices:
             *others, last = map(str, choices)
             yield f"{item.name}: expected {', '.join(others)} or {last}, got {value}"
+        if problem := item.metadata.get("bounds", Bounds()).problem(value):
+            yield f"{item.name}: {problem}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,60 +137,40 @@ class CorpusSettings(Settings):
     """Which tokens are training targets: `assistant` turns of `messages`, the `completion` of
     `prompt` + `completion`, or `all` tokens. `auto` takes what fits each record: assistant turns,
     completions, and everything of a plain `text`."""
-    max_tokens: int = 0
+    max_tokens: int = bounded(0, at_least=0)
     """Longest sample, in tokens. 0: the base's context or the unit, whichever is smaller."""
     long: Literal["truncate", "split", "skip", "error"] = "truncate"
     """What becomes of a longer sample: cut off, split into pieces, left out, or an error.
     Counted and recorded."""
-
-    def problems(self) -> list[tuple[bool, str]]:
-        """Return what is out of range."""
-        return [
-            (self.max_tokens < 0, f"max_tokens: expected 0 or more tokens, got {self.max_tokens}")
-        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSettings(Settings):
     """What the store holds, and how it is cut."""
 
-    taps: list[str] = field(default_factory=lambda: ["final"])
+    taps: list[str] = bounded(["final"], min_items=1, is_unique=True)
     """Hidden states to keep: `final` (what the head reads), `prenorm` (before the base's last
     norm), `layer.K` (after block K, counted from 1). Several in one pass are allowed."""
     profile: Literal["exact", "near", "compact"] = "exact"
     """`exact` keeps every bit; `near` and `compact` are smaller and record their error."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the stored states; `near` and `compact` read back as this type."""
-    unit_tokens: int = 32768
+    unit_tokens: int = bounded(32768, at_least=16)
     """Tokens in a unit, the piece of work that is written, checked, resumed and read as one."""
-    seed: int = 0
+    seed: int = bounded(0, at_least=0)
     """Seed of the shuffle of samples into units."""
-    with_blocks: int = 0
+    with_blocks: int = bounded(0, at_least=0)
     """The base's last blocks to keep beside the head, from which carry-ons of the kinds `native`
     and `top` are trained without the base. 0: none."""
 
     def problems(self) -> list[tuple[bool, str]]:
-        """Return what is out of range."""
+        """Return whether profile and dtype fit each other."""
         return [
-            (not self.taps, "taps: expected at least one tap, got none"),
-            (
-                len(set(self.taps)) != len(self.taps),
-                f"taps: expected each tap once, got {' '.join(self.taps)}",
-            ),
-            (
-                self.unit_tokens < 16,
-                f"unit_tokens: expected 16 or more tokens, got {self.unit_tokens}",
-            ),
-            (self.seed < 0, f"seed: expected 0 or more, got {self.seed}"),
-            (
-                self.with_blocks < 0,
-                f"with_blocks: expected 0 or more blocks, got {self.with_blocks}",
-            ),
             (
                 self.profile != "exact" and self.dtype != "bfloat16",
-                f"profile {self.profile} reads back as bfloat16, got dtype {self.dtype}: "
-                "drop dtype or use the profile exact",
-            ),
+                f"dtype: expected bfloat16 for the profile {self.profile}, got {self.dtype}. "
+                "Fix: leave out --dtype, or use --profile exact",
+            )
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,14 +192,8 @@ class ForwardSettings(Settings):
     float32 on a CPU that does not."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention backend of transformers."""
-    batch_tokens: int = 4096
+    batch_tokens: int = bounded(4096, at_least=1)
     """Tokens in one forward pass, pads included; one longer sample still makes a batch."""
-
-    def problems(self) -> list[tuple[bool, str]]:
-        """Return what is out of range."""
-        return [
-            (self.batch_tokens < 1, f"batch_tokens: expected 1 or more, got {self.batch_tokens}")
-        ]
 
 
 def parse_tap(name: str, *, num_layers: int) -> int | None:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from carryon.cache.settings import Settings, not_positive, unknown_names
+from carryon.cache.settings import Settings, bounded
+from carryon.tools.bench.settings import not_positive
 
 FIGURES = {
     "generate": "generate:measure_generation",
@@ -22,16 +23,12 @@ class BenchComposeSettings(Settings):
 
     base: str
     """Base to measure with: hub id, folder or .gguf file."""
-    figures: list[str] = field(default_factory=lambda: list(FIGURES))
+    figures: list[str] = bounded(list(FIGURES), choices=FIGURES)
     """Some of: generate (tokens/s with a carry-on against the base alone), mixed (tokens/s of rows
     with a carry-on each against rows that share one), load (memory and time of loading many),
     greedy (generated text against plain recomputation), rows (logits of a mixed batch's rows
     against each carry-on alone), families (cached against uncached logits, tiny bases of every
     architecture)."""
-
-    def problems(self) -> list[tuple[bool, str]]:
-        """Return what is out of range."""
-        return [unknown_names("figures", self.figures, FIGURES)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

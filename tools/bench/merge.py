@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.settings import Settings, not_positive, unknown_names
+from carryon.cache.settings import Settings, bounded
 from carryon.tools.bench.command import get_measurement, run_measurements
+from carryon.tools.bench.settings import not_positive
 from carryon.tools.compare.figure import Report
 
 FIGURES = {
@@ -26,7 +27,7 @@ class BenchMergeSettings(Settings):
 
     base: str
     """Base to measure with: hub id, folder or .gguf file."""
-    figures: list[str] = field(default_factory=lambda: list(FIGURES))
+    figures: list[str] = bounded(list(FIGURES), choices=FIGURES)
     """Some of: native, top (logits of the merged checkpoint against those of base + carry-on),
     adapter (the same of a `top` trained by LoRA: its PEFT adapter, and its checkpoint), generate
     (tokens/s of a merged `top` against the base), speed (training tokens/s of a `top` against LoRA
@@ -37,10 +38,6 @@ class BenchMergeSettings(Settings):
     data: list[str] = field(default_factory=list)
     """Files of texts to make it from, all of them, as in carryon extract. None given: a piece of
     Python's standard library."""
-
-    def problems(self) -> list[tuple[bool, str]]:
-        """Return what is out of range."""
-        return [unknown_names("figures", self.figures, FIGURES)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,19 +1,31 @@
 """What the benchmark `store` measures, and how much of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from carryon.cache.settings import Settings, not_positive, unknown_names
+from carryon.cache.settings import Settings, bounded
 
 FIGURES = ("lossless", "profiles", "extract", "stream", "decode", "write", "open")
 """What can be measured, in the order in which it is."""
+
+
+def not_positive(values: Mapping[str, Any]) -> tuple[bool, str]:
+    """Return the problem of numbers, or lists of them, that are not above 0."""
+    wrong = []
+    for name, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or not min(numbers) > 0:
+            wrong.append(name)
+    return bool(wrong), f"{', '.join(wrong)}: expected more than 0"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchSettings(Settings):
     """What is measured."""
 
-    figures: list[str] = field(default_factory=lambda: list(FIGURES))
+    figures: list[str] = bounded(list(FIGURES), choices=FIGURES)
     """Some of: lossless (bytes against raw), profiles (near and compact: bytes, KL and top-1
     agreement), extract (speed against bare forward passes), stream (tokens/s into batches against
     other layouts), decode (one core), write (an early unit against a late one), open (a very
@@ -32,7 +44,6 @@ class BenchSettings(Settings):
         """Return what is out of range."""
         labels = [label for label, _ in map(split_label, self.store)]
         return [
-            unknown_names("figures", self.figures, FIGURES),
             (
                 len(set(labels)) != len(labels),
                 f"store: expected a label of its own for each store, got {' '.join(labels)}: "

@@ -1,8 +1,9 @@
 """What the benchmark `train` measures, and how much of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from carryon.cache.settings import Settings, not_positive, unknown_names
+from carryon.cache.settings import Settings, bounded
+from carryon.tools.bench.settings import not_positive
 
 FIGURES = {
     "loss": "loss:measure_loss",
@@ -28,7 +29,7 @@ it that measures, called as function(job) with a TrainJob (bench_train.py)."""
 class BenchTrainSettings(Settings):
     """What is measured."""
 
-    figures: list[str] = field(default_factory=lambda: list(FIGURES))
+    figures: list[str] = bounded(list(FIGURES), choices=FIGURES)
     """Some of: loss (value and gradient against the two matrix products alone,
     exact and with a gradient filter), step (a whole
     step against the loss alone), memory (peak of a large carry-on on a large base), lora (steps
@@ -45,10 +46,6 @@ class BenchTrainSettings(Settings):
     out."""
     store: str = ""
     """Extracted store of that base. Empty for none: what needs it is left out."""
-
-    def problems(self) -> list[tuple[bool, str]]:
-        """Return what is out of range."""
-        return [unknown_names("figures", self.figures, FIGURES)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from carryon.cache.errors import InputError
-from carryon.cache.settings import Settings, not_positive
+from carryon.cache.settings import Settings, bounded
 from carryon.train.config import CarryOnSettings, rates_of
 
 RunName = Literal["first", "second", "sweep"]
@@ -44,8 +44,8 @@ class CompareSettings(Settings):
     corpus: str = "pydoc"
     """Text: `pydoc` (Python's reference), `python` (its library), `manpages` of this system, worked
     problems `gsm`, or LABEL=PATH of your own files (.jsonl as for extract, or plain text)."""
-    methods: list[str] = field(
-        default_factory=lambda: [
+    methods: list[str] = bounded(
+        [
             "lora",
             "full",
             "bottleneck",
@@ -54,15 +54,16 @@ class CompareSettings(Settings):
             "top-lora",
             "linear",
             "mlp",
-        ]
+        ],
+        min_items=1,
     )
     """Which methods: `lora` and `full` train the whole base; `linear` and `mlp` are controls on
     the taps of the `bottleneck`; `native-2`, `top-12`, `top-lora-12` give a number of blocks."""
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] = bounded([0], min_items=1)
     """Of first weights and of the order of samples."""
-    seconds: list[float] = field(default_factory=lambda: [150.0, 300.0])
+    seconds: list[float] = bounded([150.0, 300.0], min_items=1, above=0)
     """Budgets; each is a run of its own, whose learning rate falls to its end."""
-    runs: list[Literal["first", "second"]] = field(default_factory=lambda: ["first", "second"])
+    runs: list[Literal["first", "second"]] = bounded(["first", "second"], min_items=1)
     """For carry-ons: `first` extracts within the budget, `second` finds the store there."""
     evaluate_at: list[float] = field(default_factory=lambda: [75.0, 225.0])
     """Seconds on a run's clock at which it is evaluated as well; the clock stands still then."""
@@ -72,36 +73,19 @@ class CompareSettings(Settings):
     """METHOD=PASSES in place of a method's own: how often a first run plans to read what it
     extracts. Blocks plan one; the others 3 of prose, which they learn by heart in ten, and 12 of
     answers, where only these are targets."""
-    sweep_seconds: float = 150.0
+    sweep_seconds: float = bounded(150.0, above=0)
     """Budget of the short runs that find a learning rate; a rate that wins in a minute can be too
     high for five."""
-    tokens: int = 120_000
+    tokens: int = bounded(120_000, above=0)
     """Training tokens in all; few of them make many passes. Second runs find all extracted."""
-    held_out_tokens: int = 12_000
+    held_out_tokens: int = bounded(12_000, above=0)
     """Held-out tokens that are looked at, in clean windows."""
-    window_tokens: int = 512
+    window_tokens: int = bounded(512, at_least=64)
     """Tokens of a window that documents are cut into."""
-    tokens_per_step: int = 512
+    tokens_per_step: int = bounded(512, above=0)
     """Tokens of a step, of every method; small ones, as a CPU takes few of them in minutes."""
-    sampled_softmax: int = 2048
+    sampled_softmax: int = bounded(2048, at_least=0)
     """As of `carryon train`, for every method but `full`. 0: all train on the exact loss."""
-
-    def problems(self) -> list[tuple[bool, str]]:
-        """Return what is out of range."""
-        names = ("seconds", "sweep_seconds", "tokens", "held_out_tokens", "tokens_per_step")
-        empty = [name for name in ("methods", "seeds", "runs") if not getattr(self, name)]
-        return [
-            not_positive({name: getattr(self, name) for name in names}),
-            (bool(empty), f"{', '.join(empty)}: expected at least one"),
-            (
-                self.window_tokens < 64,
-                f"window_tokens: expected 64 or more, got {self.window_tokens}",
-            ),
-            (
-                self.sampled_softmax < 0,
-                f"sampled_softmax: expected 0 or more, got {self.sampled_softmax}",
-            ),
-        ]
 
     def data_facts(self) -> dict[str, Any]:
         """Return the settings that all rows of one folder share."""
