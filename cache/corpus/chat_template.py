@@ -1,16 +1,17 @@
-"""Records as the texts that are tokenized, with the characters that are training targets.
+"""Records as text, with the characters that are training targets.
 
     record               tokenized texts        `mask`: the targets
-    messages             the chat template's    `assistant`: each assistant turn, from the end of
-                                                the generation prompt to the end of what the
-                                                template closes the turn with; `completion`: the
-                                                last such turn; `all`: everything
+    messages             the rendered chat      `assistant`: each assistant turn, from the end of
+                         template               the generation prompt through its end-of-turn
+                                                token; `completion`: the last such turn; `all`:
+                                                everything
     prompt + completion  prompt, completion     `completion`: the completion; `all`: everything
     text                 text                   `all`: everything
 
-`auto` is the first that stands here for the record.
+`auto` is the first mask in the record's row.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,21 +26,21 @@ if TYPE_CHECKING:
 
 Mask = Literal["auto", "assistant", "completion", "all"]
 
-_FITTING: dict[type, tuple[str, ...]] = {
-    Messages: ("assistant", "completion", "all"),
-    PromptCompletion: ("completion", "all"),
-    Text: ("all",),
+_KINDS: dict[type, tuple[str, tuple[str, ...]]] = {
+    Messages: ("messages", ("assistant", "completion", "all")),
+    PromptCompletion: ("prompt and completion", ("completion", "all")),
+    Text: ("text", ("all",)),
 }
-_NAMES = {Messages: "messages", PromptCompletion: "prompt and completion", Text: "text"}
+"""Name and masks of each kind of record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A text that is tokenized on its own, so that no token reaches across its ends."""
+    """A text that is tokenized separately: no token reaches across its ends."""
 
     text: str
     targets: list[tuple[int, int]] | None
-    """Begin and end, in characters of `text`, of what is to be learned; None: all of it."""
+    """(start, stop) of the target characters in `text`; None: all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,97 +49,107 @@ class Rendering:
 
     parts: list[Part]
     is_framed: bool
-    """Whether the tokenizer's start tokens and the end-of-text token are still to be put around
-    the parts. A chat template has put in its own."""
+    """Whether to add the tokenizer's start tokens and the end-of-text token. A chat template
+    already contains them."""
 
 
-def render(record: Record, tokenizer: "PreTrainedTokenizerBase", *, mask: Mask) -> Rendering:
-    """Return the texts of a record and their targets.
+class ChatTemplate:
+    """A tokenizer's chat template."""
 
-    Raises:
-        InputError: `mask` does not fit the record, the chat template is missing or refuses the
-            record, or the record cannot be written as UTF-8.
-    """
-    content = record.content
-    fitting = _FITTING[type(content)]
-    if mask not in ("auto", *fitting):
-        raise InputError(
-            f"{record.where}: mask {mask!r} does not fit {_NAMES[type(content)]}: "
-            f"expected auto or {' or '.join(fitting)}"
-        )
-    chosen = fitting[0] if mask == "auto" else mask
-    if isinstance(content, Messages):
-        parts = [_render_messages(record.where, content.messages, tokenizer, mask=chosen)]
-    elif isinstance(content, PromptCompletion):
-        parts = [
-            Part(text=content.prompt, targets=None if chosen == "all" else []),
-            Part(text=content.completion, targets=None),
-        ]
-    else:
-        parts = [Part(text=content.text, targets=None)]
-    for part in parts:
-        _refuse_surrogates(part.text, record.where)
-    return Rendering(parts=parts, is_framed=not isinstance(content, Messages))
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Find the tokens that may end a turn."""
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | {tokenizer.eos_token or ""}
+        names = sorted(filter(None, special), key=len, reverse=True)
+        any_special = "|".join(map(re.escape, names)) or "(?!)"
+        self._closing = re.compile(rf"({any_special})(?:{any_special}|\s)*\Z")
 
+    def render(self, record: Record, *, mask: Mask) -> Rendering:
+        """Return the texts of a record and their targets.
 
-def _render_messages(
-    where: str,
-    messages: Sequence[dict[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    mask: str,
-) -> Part:
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{where}: has messages, but the tokenizer {tokenizer.name_or_path!r} has no chat "
-            "template: give records with prompt and completion"
-        )
-    whole = _apply_template(where, messages, tokenizer, is_open=False)
-    if mask == "all":
-        return Part(text=whole, targets=None)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if mask == "completion":
-        turns = turns[-1:]
-    if turns and turns[0] == 0:
-        raise InputError(
-            f"{where}: messages[0]: expected a system or user message before the first assistant "
-            "turn that is to be learned: add one, or set mask to all"
-        )
-    targets = []
-    for turn in turns:
-        opened = _apply_template(where, messages[:turn], tokenizer, is_open=True)
-        closed = _apply_template(where, messages[: turn + 1], tokenizer, is_open=False)
-        if not (whole.startswith(closed) and closed.startswith(opened)):
-            advice = "completion (the last turn only) or all" if mask == "assistant" else "all"
+        Raises:
+            InputError: `mask` does not fit the record, the chat template is missing or refuses
+                the record, or the record is not valid Unicode.
+        """
+        content = record.content
+        kind, masks = _KINDS[type(content)]
+        if mask not in ("auto", *masks):
             raise InputError(
-                f"{where}: messages[{turn}]: the chat template rewrites earlier turns when later "
-                "ones follow, so it cannot be told where this one lies: set mask to "
-                f"{advice}, or give prompt and completion"
+                f"{record.where}: mask {mask!r} does not fit {kind}: "
+                f"expected auto or {' or '.join(masks)}"
             )
-        targets.append((len(opened), len(closed)))
-    return Part(text=whole, targets=targets)
+        chosen = masks[0] if mask == "auto" else mask
+        if isinstance(content, Messages):
+            parts = [self._render_messages(record.where, content.messages, mask=chosen)]
+        elif isinstance(content, PromptCompletion):
+            parts = [
+                Part(text=content.prompt, targets=None if chosen == "all" else []),
+                Part(text=content.completion, targets=None),
+            ]
+        else:
+            parts = [Part(text=content.text, targets=None)]
+        for part in parts:
+            _refuse_surrogates(part.text, record.where)
+        return Rendering(parts=parts, is_framed=not isinstance(content, Messages))
 
+    def _render_messages(
+        self, where: str, messages: Sequence[dict[str, Any]], *, mask: str
+    ) -> Part:
+        if not self._tokenizer.chat_template:
+            raise InputError(
+                f"{where}: has messages, but the tokenizer {self._tokenizer.name_or_path!r} has "
+                "no chat template: give records with prompt and completion"
+            )
+        whole = self._apply(where, messages)
+        if mask == "all":
+            return Part(text=whole, targets=None)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if mask == "completion":
+            turns = turns[-1:]
+        if turns and turns[0] == 0:
+            raise InputError(
+                f"{where}: messages[0]: expected a system or user message before the first "
+                "assistant turn that is a target: add one, or set mask to all"
+            )
+        targets = []
+        for turn in turns:
+            opened = self._apply(where, messages[:turn], add_generation_prompt=True)
+            closed = self._apply(where, messages[: turn + 1])
+            if not (whole.startswith(closed) and closed.startswith(opened)):
+                advice = "completion (the last turn only) or all" if mask == "assistant" else "all"
+                raise InputError(
+                    f"{where}: messages[{turn}]: the chat template rewrites earlier turns when "
+                    f"later ones follow, so the position of this turn is unknown: set mask to "
+                    f"{advice}, or give prompt and completion"
+                )
+            targets.append((len(opened), self._end_of_turn(closed, len(opened))))
+        return Part(text=whole, targets=targets)
 
-def _apply_template(
-    where: str,
-    messages: Sequence[dict[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    is_open: bool,
-) -> str:
-    # is_open: with the generation prompt at the end, as generation sees it
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=is_open
-        )
-    except (TemplateError, TypeError, ValueError) as error:  # whatever a template may raise
-        raise InputError(f"{where}: the chat template refuses the messages: {error}") from error
-    assert isinstance(text, str)
-    return text
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """Return the end of the end-of-turn token of the turn at `text[start:]`.
+
+        Generation stops there: a newline or an end-of-text token that the template writes behind
+        it is never generated. A template without an end-of-turn token keeps all of the turn.
+        """
+        closing = self._closing.search(text, start)
+        return closing.end(1) if closing else len(text)
+
+    def _apply(
+        self, where: str, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
+    ) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:  # raised by templates
+            raise InputError(f"{where}: the chat template refuses the messages: {error}") from error
+        assert isinstance(text, str)
+        return text
 
 
 def _refuse_surrogates(text: str, where: str) -> None:
-    # JSON can spell half of a surrogate pair, which no tokenizer takes
+    # JSON can spell half of a surrogate pair, which no tokenizer accepts
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from carryon.cache.corpus.chat_template import render
+from carryon.cache.corpus.chat_template import ChatTemplate
 from carryon.cache.corpus.files import describe_file, list_files
 from carryon.cache.corpus.records import Record, id_problem, read_records
 from carryon.cache.corpus.tokenize import TokenRows, encode, make_encoder
@@ -93,7 +93,7 @@ def read_corpus(
     """
     if max_tokens < 2:
         raise InputError(f"max_tokens: expected 2 or more tokens, got {max_tokens}")
-    encoder = make_encoder(tokenizer)
+    encoder, template = make_encoder(tokenizer), ChatTemplate(tokenizer)
     found = list_files(paths)
     files = [describe_file(path) for path in found]
     counts: Counter[str] = Counter()
@@ -101,7 +101,7 @@ def read_corpus(
     num_bytes = sum(file["bytes"] for file in files)
     with tqdm(total=num_bytes, desc="tokenize", unit="B", unit_scale=True) as bar:
         for records in _batches(read_records(found)):
-            renderings = [render(record, tokenizer, mask=settings.mask) for record in records]
+            renderings = [template.render(record, mask=settings.mask) for record in records]
             for record, rows in zip(records, encode(encoder, renderings), strict=True):
                 kept, tally = _fit(
                     record, rows, long=settings.long, max_tokens=max_tokens, held_out=held_out

@@ -43,7 +43,7 @@ def test_of_messages_each_assistant_turn_with_its_end_is_a_target(tmp_path: Path
         *("<|start|>", "u", "s", "e", "r", "\u010a", "h", "i", "<|end|>", "\u010a"),
         *("<|start|>", *"assistant", "\u010a", "y", "o", "<|end|>", "\u010a"),
     ]
-    assert sample.loss_mask.tolist() == [0] * 21 + [1] * 4
+    assert sample.loss_mask.tolist() == [0] * 21 + [1] * 3 + [0]
     assert sample.char_end.tolist() == [
         *(9, 10, 11, 12, 13, 14, 15, 16, 23, 24),
         *(33, *range(34, 43), 43, 44, 45, 52, 53),
@@ -51,6 +51,49 @@ def test_of_messages_each_assistant_turn_with_its_end_is_a_target(tmp_path: Path
     assert (sample.id, sample.is_held_out) == ("data-1", False)
     dtypes = [array.dtype for array in (sample.tokens, sample.loss_mask, sample.char_end)]
     assert dtypes == [np.int32, np.uint8, np.int32]
+
+
+TURN = "{% for m in messages %}<|start|>{{ m['role'] + '\\n' + m['content'] }}"
+PROMPT = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+
+
+@dataclass(frozen=True)
+class Closed:
+    id: str
+    template: str
+    answers: list[str]
+    targets: str
+
+
+CLOSED = [
+    Closed("newline", TURN + "<|end|>\n{% endfor %}" + PROMPT, ["yo", "z"], "yo<|end|>z<|end|>"),
+    Closed("nothing", TURN + "<|end|>{% endfor %}" + PROMPT, ["yo", "z"], "yo<|end|>z<|end|>"),
+    Closed("blanks", TURN + " <|end|> \n\n{% endfor %}" + PROMPT, ["yo"], "yo <|end|>"),
+    Closed(  # as Phi-3: an end-of-text token behind a conversation that nobody is to continue
+        "end of text too",
+        TURN + "<|end|>\n{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}" + PROMPT,
+        ["yo"],
+        "yo<|end|>",
+    ),
+    Closed("no token", TURN + "\n\n{% endfor %}" + PROMPT, ["yo", "z"], "yo\n\nz\n\n"),
+    Closed(
+        "named inside", TURN + "<|end|>\n{% endfor %}" + PROMPT, ["a<|end|>b "], "a<|end|>b <|end|>"
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CLOSED, ids=lambda case: case.id)
+def test_nothing_behind_the_end_of_turn_token_is_a_target(case: Closed, tmp_path: Path) -> None:
+    messages = [
+        message
+        for answer in case.answers
+        for message in (HI_YO[0], {"role": "assistant", "content": answer})
+    ]
+    tokenizer = make_tokenizer(template=case.template)
+    sample = read_one(tmp_path, {"messages": messages}, tokenizer)
+    assert tokenizer.decode(sample.tokens[sample.loss_mask == 1]) == case.targets
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(sample.tokens) == whole  # which stands in the store as it was
 
 
 @dataclass(frozen=True)
@@ -62,9 +105,9 @@ class Masked:
 
 
 MASKED = [
-    Masked("messages_auto", "auto", {"messages": TWO_TURNS}, "yo<|end|>\nz<|end|>\n"),
-    Masked("messages_assistant", "assistant", {"messages": TWO_TURNS}, "yo<|end|>\nz<|end|>\n"),
-    Masked("messages_completion", "completion", {"messages": TWO_TURNS}, "z<|end|>\n"),
+    Masked("messages_auto", "auto", {"messages": TWO_TURNS}, "yo<|end|>z<|end|>"),
+    Masked("messages_assistant", "assistant", {"messages": TWO_TURNS}, "yo<|end|>z<|end|>"),
+    Masked("messages_completion", "completion", {"messages": TWO_TURNS}, "z<|end|>"),
     Masked(
         "messages_all",
         "all",
@@ -157,7 +200,7 @@ def test_every_piece_of_a_character_ends_where_the_character_ends(tmp_path: Path
 def test_a_character_in_pieces_is_a_target_as_a_whole(tmp_path: Path) -> None:
     messages = [HI_YO[0], {"role": "assistant", "content": "\U0001f600"}]
     sample = read_one(tmp_path, {"messages": messages}, make_tokenizer())
-    assert sample.loss_mask.tolist() == [0] * 21 + [1] * 6
+    assert sample.loss_mask.tolist() == [0] * 21 + [1] * 5 + [0]
     assert sample.char_end[-6:].tolist() == [44, 44, 44, 44, 51, 52]
 
 
@@ -167,7 +210,7 @@ def test_a_token_that_reaches_into_a_turn_is_a_target(tmp_path: Path) -> None:
     sample = read_one(tmp_path, {"messages": messages}, tokenizer)
     # the newline of "assistant\n" and the answer's first are one token
     targets = sample.tokens[sample.loss_mask == 1]
-    assert spell(tokenizer, targets) == ["\u010a\u010a", "\u010a", "y", "o", "<|end|>", "\u010a"]
+    assert spell(tokenizer, targets) == ["\u010a\u010a", "\u010a", "y", "o", "<|end|>"]
 
 
 def test_character_ends_are_those_of_the_text_where_the_tokenizer_trims_blanks(
@@ -409,7 +452,7 @@ def test_the_last_turn_of_a_template_that_rewrites_earlier_ones_can_be_learned(
     tokenizer = make_tokenizer(template=REWRITING_TEMPLATE)
     settings = CorpusSettings(mask="completion")
     sample = read_one(tmp_path, {"messages": TWO_TURNS}, tokenizer, settings)
-    assert tokenizer.decode(sample.tokens[sample.loss_mask == 1]) == "think z<|end|>\n"
+    assert tokenizer.decode(sample.tokens[sample.loss_mask == 1]) == "think z<|end|>"
 
 
 @dataclass(frozen=True)
@@ -454,7 +497,7 @@ def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_without_end_of_text_takes_messages_only(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
-    assert read_one(tmp_path, {"messages": HI_YO}, tokenizer).loss_mask.sum() == 4
+    assert read_one(tmp_path, {"messages": HI_YO}, tokenizer).loss_mask.sum() == 3
     with pytest.raises(InputError, match="has no end-of-text token, .* or give messages"):
         read_one(tmp_path, {"text": "a"}, tokenizer)
 
