@@ -6,7 +6,8 @@ Example:
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from carryon.cache.errors import InputError
@@ -106,6 +107,25 @@ class Settings:
         if unknown := sorted(set(values) - known):
             raise InputError(f"{cls.__name__}: unknown setting {', '.join(unknown)}")
         return cls(**values)
+
+
+def apply_options(options: Mapping[str, Any], *parts: Settings) -> list[Any]:
+    """Return the settings `parts` with the fields that `options` names changed.
+
+    Raises:
+        InputError: a name is a field of none of them, or a value is out of range.
+    """
+    names = [{item.name for item in fields(part)} for part in parts]  # type: ignore[arg-type]
+    known = set().union(*names)
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(known))}."
+            raise InputError(f"unknown option {name}. {hint}")
+    return [
+        replace(part, **{name: options[name] for name in own & set(options)})  # type: ignore[type-var]
+        for part, own in zip(parts, names, strict=True)
+    ]
 
 
 def not_a_ratio(name: str, value: float) -> tuple[bool, str]:

@@ -42,7 +42,6 @@ def generate(
     """
     from transformers import TextStreamer
 
-    from carryon.train.inference.generate import answer
     from carryon.train.inference.modeling import CarryOnForCausalLM
 
     model = CarryOnForCausalLM.from_pretrained(carryon, base=base, forward=forward)
@@ -53,11 +52,11 @@ def generate(
         )
     if not compare:
         streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        text = answer(model, prompt, settings=settings, alpha=alpha, streamer=streamer)
+        text = model.answer(prompt, settings=settings, alpha=alpha, streamer=streamer)
         return {"answer": text}
     answers = {
-        "base_answer": answer(model, prompt, settings=settings, alpha=0.0),
-        "answer": answer(model, prompt, settings=settings, alpha=alpha),
+        "base_answer": model.answer(prompt, settings=settings, alpha=0.0),
+        "answer": model.answer(prompt, settings=settings, alpha=alpha),
     }
     strength = model.alpha if alpha is None else alpha
     print(

@@ -14,7 +14,7 @@ from typing import Any
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.store.view import manifest_of_part, split_name
-from carryon.train.config import TrainSettings
+from carryon.train.config import TrainSettings, change
 from carryon.train.continual.lineage_dir import (
     Increment,
     Lineage,
@@ -22,6 +22,7 @@ from carryon.train.continual.lineage_dir import (
     read_lineage,
     refuse_changed_base,
     refuse_changed_settings,
+    settings_of,
     write_config,
     write_lineage,
 )
@@ -37,35 +38,49 @@ from carryon.train.trainer.run_dir import RunFolder
 from carryon.train.trainer.segment import Segment
 from carryon.train.trainer.trainer import Job, train_jointly
 
+DEFAULT_ALPHA = 0.6
+"""Fraction of an increment's steps in which a branch decays."""
+
 
 def update(
+    lineage: str | Path,
     *,
-    lineage: str,
-    settings: TrainSettings,
-    store: Sequence[str] = (),
-    data: Sequence[str] = (),
-    base: str = "",
-    alpha: float = 0.6,
+    store: str | Path | Sequence[str | Path] = (),
+    data: str | Path | Sequence[str | Path] = (),
+    base: str | Path = "",
+    alpha: float | None = None,
+    settings: TrainSettings | None = None,
+    **options: Any,  # noqa: ANN401
 ) -> TrainReport:
-    """Move the trunk on to new data, branch, and release the next version.
+    """Train on new data and release the next version of a lineage.
 
-    A version that is begun is finished first. Interrupted, the same call goes on.
+    An unfinished version is finished first. The same call resumes an interrupted one.
 
     Args:
-        lineage: folder of the lineage; begun if missing.
-        settings: of all runs of the lineage, the same from the first update on.
-        store: folders of stores: those of their parts that the lineage has not seen are the new
-            data. None: the lineage's own store.
-        data: files of new texts, to be appended first to the store (a single one).
-        base: that extracts them.
-        alpha: part of an increment's steps in which a branch falls.
+        lineage: folder of the lineage; created if missing.
+        store: folder of a store, or several. Its parts that the lineage has not seen are the new
+            data. None given: LINEAGE/store.
+        data: files of new texts, or folders of such files. They are first extracted into the
+            store, of which there is then one.
+        base: hub id, folder or .gguf file of the base that extracts `data`.
+        alpha: fraction of an increment's steps in which a branch decays. None: the lineage's, and
+            0.6 for a new one.
+        settings: settings of all runs, the same in each update. None: the lineage's, and the
+            defaults for a new one.
+        options: fields of `settings` by name, such as `learning_rate=1e-3`.
 
     Raises:
         InputError: no new data, another base, other settings, or too few steps for alpha.
-        KeyboardInterrupt: Ctrl-C; the same call goes on.
+        KeyboardInterrupt: Ctrl-C; the same call resumes.
     """
-    check_branches(settings)
     found = read_lineage(lineage)
+    if settings is None:
+        settings = settings_of(found) if found else TrainSettings()
+    settings = change(settings, options)
+    if alpha is None:
+        alpha = found.alpha if found else DEFAULT_ALPHA
+    store, data = _names(store), _names(data)
+    check_branches(settings)
     if found is None:
         found = Lineage(
             root=Path(lineage),
@@ -78,7 +93,7 @@ def update(
     refuse_changed_settings(found, settings, alpha=alpha)
     stores = list(store) or [str(found.store)]
     if data:
-        extract_text(found, data, base=base, stores=stores, settings=settings)
+        extract_text(found, data, base=str(base), stores=stores, settings=settings)
     elif not store and not found.store.exists():
         raise InputError(f"{lineage}: expected --data or --store with the new data, got neither")
     report = None
@@ -95,6 +110,10 @@ def update(
         report = release_newest(grow(found, new, settings), settings)
     assert report is not None
     return report
+
+
+def _names(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
 
 
 def grow(lineage: Lineage, parts: Sequence[str], settings: TrainSettings) -> Lineage:

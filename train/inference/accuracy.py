@@ -15,7 +15,6 @@ from typing import Any
 from carryon.cache.errors import InputError
 from carryon.cache.optional import require
 from carryon.train.config import GenerateSettings
-from carryon.train.inference.generate import answers
 from carryon.train.inference.modeling import CarryOnForCausalLM
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -84,7 +83,7 @@ def score(
         alpha: strength of the correction; 0 is the base alone. None: the carry-on's own.
     """
     questions = [problem.question for problem in problems]
-    texts = answers(model, questions, settings=settings, batch_rows=batch_rows, alpha=alpha)
+    texts = model.answer(questions, settings=settings, batch_rows=batch_rows, alpha=alpha)
     pairs = list(zip(texts, (problem.answer for problem in problems), strict=True))
     return Score(
         exact=sum(is_exact(text, right) for text, right in pairs) / len(pairs),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError
+from carryon.cache.settings import apply_options
 from carryon.cache.store.reader import Store
 from carryon.cache.store.view import manifest_of_part, open_store
 from carryon.train.config import LossSettings, StreamSettings
@@ -55,38 +57,42 @@ class EvaluateReport:
 
 
 def evaluate(
+    store: str | Path,
     *,
-    store: str,
-    carryon: str,
+    carryon: str | Path,
+    alphas: Sequence[float] | None = None,
     samples: Literal["auto", "held-out", "all"] = "auto",
-    alphas: Sequence[float] = (),
     device: str = "auto",
     stream: StreamSettings | None = None,
     loss: LossSettings | None = None,
+    **options: Any,  # noqa: ANN401
 ) -> EvaluateReport:
-    """Measure base and carry-on on a store, in one pass over it; nothing is written.
+    """Measure the held-out loss of base and carry-on in one pass over a store.
+
+    The base model itself is not loaded, and nothing is written.
 
     Args:
-        store: folder of the store.
+        store: folder of the store, or STORE#NUMBER for one part of it.
         carryon: folder of the carry-on, or its id on the hub.
+        alphas: strengths of the correction to measure. None: the carry-on's own.
         samples: `held-out` takes those that training never saw, `all` every sample; `auto` is
             `held-out` on the store that the carry-on was trained on, and `all` on another.
-        alphas: strengths of the correction to measure. None given: the carry-on's own.
-        device: as in RunSettings.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         stream: how the store is read. None: the defaults.
-        loss: how the head is multiplied. None: the defaults.
+        loss: how the LM-head loss is computed. None: the defaults.
+        options: fields of `stream` and `loss` by name, such as `chunk_tokens=512`.
 
     Raises:
         SettingMismatchError: the carry-on belongs to another base.
         InputError: an alpha is out of range, or the store lacks a tap.
     """
-    opened = open_store(store)
+    stream, loss = apply_options(options, stream or StreamSettings(), loss or LossSettings())
+    opened = open_store(str(store))
     module, card = load_carryon(locate_carryon(carryon), blocks=partial(blocks_of, opened))
     check_base(card, opened.manifest.base, where=store)
     check_taps(opened, stream_taps(module.settings))
     chosen, name = _choose(opened, card, samples)
     strengths = [check_alpha(alpha) for alpha in alphas or [card.alpha]]
-    loss = loss or LossSettings()
     place = pick_device(device)
     module, head = module.to(place), place_head(opened, loss, device=place)
     chunk = pick_chunk(loss.chunk_tokens)
@@ -94,11 +100,11 @@ def evaluate(
         EvalJob(carryon=module, head=head, chunk=chunk, alpha=alpha, with_base=True)
         for alpha in strengths
     ]
-    found = measure_nlls(opened, chosen, judged, stream=stream or StreamSettings())
+    found = measure_nlls(opened, chosen, judged, stream=stream)
     best = min(range(len(found)), key=lambda index: found[index].carryon)
     return EvaluateReport(
-        store=store,
-        carryon=carryon,
+        store=str(store),
+        carryon=str(carryon),
         samples=name,
         alpha=strengths[best],
         num_samples=found[best].samples,

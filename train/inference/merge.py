@@ -8,32 +8,44 @@ import torch
 from safetensors.torch import save
 
 from carryon.cache.base.model import Base, load_base
-from carryon.cache.errors import InputError
+from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files import whole_folder, write_file
 from carryon.cache.optional import require
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.top_blocks import read_blocks, repeat_last
 from carryon.train.modules.base_blocks import BlocksCarryOn, lora_targets
-from carryon.train.modules.serialization import check_base, load_carryon, locate_carryon, read_card
+from carryon.train.modules.serialization import (
+    CarryOnCard,
+    check_base,
+    load_carryon,
+    locate_carryon,
+    read_card,
+)
 
 
 def merge(
-    carryon: str | Path, *, base: str, out: str | Path, adapter: bool = False, device: str = "auto"
+    carryon: str | Path,
+    *,
+    out: str | Path,
+    base: str | Path | None = None,
+    adapter: bool = False,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Write base and carry-on as a checkpoint that transformers loads, or as a PEFT adapter.
 
     Args:
         carryon: folder of a `native` or `top`, or its id on the hub.
-        base: hub id, folder or .gguf file.
-        out: a new folder.
+        out: a new or empty folder.
+        base: hub id, folder or .gguf file. None: where the base was at extraction.
         adapter: write the LoRA of a `top` for PEFT instead of a checkpoint.
-        device: where the base is loaded.
+        device: where the base is loaded: `auto`, `cpu`, `cuda`, ...
 
     Returns:
         The folder, its blocks and the bytes of its weights.
 
     Raises:
-        InputError: a bottleneck, an adapter without LoRA, or `out` holds something.
+        InputError: the carry-on is a bottleneck, the adapter has no LoRA, or `out` is not empty.
+        MissingError: there is no carry-on, or its base is not found.
         SettingMismatchError: the carry-on belongs to another base.
     """
     target, place = Path(out), locate_carryon(carryon)
@@ -41,8 +53,8 @@ def merge(
     _check_kind(card.settings, place, adapter=adapter)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: expected a new or empty folder, got one that holds something")
-    loaded = load_base(base, forward=ForwardSettings(device=device))
-    check_base(card, loaded.identity.to_dict(), where=f"base {base}")
+    loaded = load_own_base(card, base, forward=ForwardSettings(device=device), folder=carryon)
+    check_base(card, loaded.identity.to_dict(), where=f"base {loaded.source}")
     module = load_for_base(place, loaded)
     with whole_folder(target) as partial:
         if adapter:
@@ -59,6 +71,26 @@ def merge(
         "blocks": loaded.model.config.get_text_config().num_hidden_layers,
         "bytes": sum(sizes),
     }
+
+
+def load_own_base(
+    card: CarryOnCard, source: str | Path | None, *, forward: ForwardSettings, folder: str | Path
+) -> Base:
+    """Load the base of a carry-on from `source`; None: from where it was at extraction.
+
+    Raises:
+        MissingError: it is not there.
+    """
+    if source is not None:
+        return load_base(str(source), forward=forward)
+    name, revision = card.base["id"], card.base.get("revision")
+    try:
+        return load_base(f"{name}@{revision}" if revision else name, forward=forward)
+    except MissingError as error:
+        raise MissingError(
+            f"{folder}: the base that it was trained on was not found. Fix: give its place with "
+            f"base. {error}"
+        ) from error
 
 
 def load_for_base(place: Path, base: Base) -> BlocksCarryOn:

@@ -14,7 +14,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from carryon.cache.base.architecture import get_architecture
 from carryon.cache.base.hooks import watch_taps
 from carryon.cache.base.model import Base, load_base
-from carryon.cache.errors import InputError, MissingError
-from carryon.cache.settings import ForwardSettings
+from carryon.cache.errors import InputError
+from carryon.cache.settings import ForwardSettings, apply_options
+from carryon.train.config import GenerateSettings
 from carryon.train.inference.adapters import DEFAULT, CarryOnSet
 from carryon.train.inference.correction import get_correction
+from carryon.train.inference.generate import answers
+from carryon.train.inference.merge import load_for_base, load_own_base, merge_into
 from carryon.train.modules.bottleneck import CarryOn
 from carryon.train.modules.serialization import (
     CarryOnCard,
@@ -91,16 +94,22 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
 
     @classmethod
     def from_base(
-        cls, base: str | Base, *, forward: ForwardSettings | None = None
+        cls,
+        base: str | Path | Base,
+        *,
+        forward: ForwardSettings | None = None,
+        **options: Any,  # noqa: ANN401
     ) -> "CarryOnForCausalLM":
-        """Return a base without any carry-on yet; see `add_carryon`.
+        """Return a base without any carry-on; `add_carryon` loads them.
 
         Args:
             base: a loaded base, or its hub id, folder or .gguf file.
-            forward: how to run the base, where it is not loaded yet. None: the defaults.
+            forward: how to load and run the base. None: the defaults.
+            options: fields of `forward` by name, such as `device="cpu"`.
         """
+        [forward] = apply_options(options, forward or ForwardSettings())
         if not isinstance(base, Base):
-            base = load_base(base, forward=forward or ForwardSettings())
+            base = load_base(str(base), forward=forward)
         return cls(base)
 
     @classmethod
@@ -108,9 +117,9 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         cls,
         folder: str | Path,
         *,
-        base: str | Base | None = None,
+        base: str | Path | Base | None = None,
         forward: ForwardSettings | None = None,
-        **download: Any,  # noqa: ANN401
+        **options: Any,  # noqa: ANN401
     ) -> "CarryOnForCausalLM":
         """Load a carry-on and the base it belongs to.
 
@@ -118,9 +127,9 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             folder: a carry-on, as `carryon train` writes it, or its id on the hub.
             base: a loaded base, or its hub id, folder or .gguf file. None: where the carry-on
                 says that its base was.
-            forward: how to run the base, where it is not loaded yet. None: the defaults.
-            download: revision, token, cache_dir, force_download, local_files_only: as
-                huggingface_hub has them.
+            forward: how to load and run the base. None: the defaults.
+            options: fields of `forward` by name, such as `device="cpu"`; else options of
+                huggingface_hub for the carry-on: revision, token, cache_dir, ...
 
         A `native` or `top` is merged into the base in memory: `base` is then the customized model
         itself, without carry-ons, and alpha has nothing to scale.
@@ -129,11 +138,15 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             MissingError: there is no carry-on, or its base is not found.
             SettingMismatchError: `base` is not the base that it was trained on.
         """
-        place = locate_carryon(folder, **download)
+        names = {item.name for item in fields(ForwardSettings)} & set(options)
+        [forward] = apply_options(
+            {name: options.pop(name) for name in names}, forward or ForwardSettings()
+        )
+        place = locate_carryon(folder, **options)
         card = read_card(place)
         is_shared = isinstance(base, Base)
         if not isinstance(base, Base):
-            base = _load_own_base(card, base, forward=forward or ForwardSettings(), folder=folder)
+            base = load_own_base(card, base, forward=forward, folder=folder)
         check_base(card, base.identity.to_dict(), where=f"base {base.source}")
         if card.settings.get("kind") in ("native", "top"):
             return cls(_merged(place, base, is_shared=is_shared))
@@ -188,6 +201,44 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             InputError: there is none of that name.
         """
         self.carryons.drop(name)
+
+    def answer(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        settings: GenerateSettings | None = None,
+        alpha: float | None = None,
+        carryons: Sequence[str | None] | None = None,
+        batch_rows: int = 16,
+        streamer: Any = None,  # noqa: ANN401 -- a streamer of transformers
+        **options: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 -- a text for a text, a list for a list
+        """Return the text that the model generates after each prompt.
+
+        Args:
+            prompts: one text, or several; none of them empty.
+            settings: length, sampling, chat template. None: the defaults.
+            alpha: strength of the correction; 0 is the base alone. None: the carry-on's own.
+            carryons: for each prompt the name of its carry-on, or None; see `generate`.
+            batch_rows: prompts that are answered together, at most.
+            streamer: receives the tokens of a single prompt as they are generated, as
+                transformers' TextStreamer does.
+            options: fields of `settings` by name, such as `max_new_tokens=50`.
+
+        Raises:
+            InputError: an empty prompt, one too long for the base, or alpha out of range.
+        """
+        [settings] = apply_options(options, settings or GenerateSettings())
+        texts = answers(
+            self,
+            [prompts] if isinstance(prompts, str) else prompts,
+            settings=settings,
+            batch_rows=batch_rows,
+            alpha=alpha,
+            carryons=carryons,
+            streamer=streamer,
+        )
+        return texts[0] if isinstance(prompts, str) else texts
 
     def generate(
         self,
@@ -327,25 +378,8 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
 
 def _merged(place: Path, base: Base, *, is_shared: bool) -> Base:
     """Return the base with a `native` or `top` inside; one that others hold too is copied."""
-    from carryon.train.inference.merge import load_for_base, merge_into
-
     module = load_for_base(place, base)
     if is_shared:
         model = copy.deepcopy(base.model)
         base = replace(base, model=model, architecture=get_architecture(model))
     return merge_into(base, module)
-
-
-def _load_own_base(
-    card: CarryOnCard, source: str | None, *, forward: ForwardSettings, folder: str | Path
-) -> Base:
-    if source is not None:
-        return load_base(source, forward=forward)
-    name, revision = card.base["id"], card.base.get("revision")
-    try:
-        return load_base(f"{name}@{revision}" if revision else name, forward=forward)
-    except MissingError as error:
-        raise MissingError(
-            f"{folder}: the base it was trained on was not found; say where it is now with base. "
-            f"{error}"
-        ) from error

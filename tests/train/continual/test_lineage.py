@@ -360,6 +360,15 @@ def test_an_update_that_says_too_little_is_refused(
     assert not (tmp_path / "new").exists()
 
 
+def test_an_update_without_settings_uses_those_of_the_lineage(
+    grown: Lineage, stores: list[str]
+) -> None:
+    with pytest.raises(InputError, match="expected new data"):
+        update(grown.root, store=stores[0])
+    with pytest.raises(InputError, match=r"expected the settings of the first update, got width"):
+        update(grown.root, store=stores[0], width=4)
+
+
 def _steps_taken(lineage: Lineage) -> int:
     steps = 0
     for path in lineage.root.glob("*/*/metrics.jsonl"):

@@ -7,7 +7,6 @@ from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError
 from carryon.train.config import GenerateSettings
 from carryon.train.inference.accuracy import Problem, ends_right, is_exact, make_problems, score
-from carryon.train.inference.generate import answer
 from carryon.train.inference.modeling import CarryOnForCausalLM
 
 SHORT = GenerateSettings(max_new_tokens=5)
@@ -54,7 +53,7 @@ def test_what_is_no_task_is_refused(task: str) -> None:
 def test_right_answers_are_counted(tiny_base: Base) -> None:
     model = CarryOnForCausalLM(tiny_base, *make_tiny_carryon(tiny_base))
     questions = ["the an", "in the thing", "on"]
-    texts = [answer(model, question, settings=SHORT) for question in questions]
+    texts = [model.answer(question, settings=SHORT) for question in questions]
     rights = [texts[0], texts[1] + " not", texts[2]]
     problems = [
         Problem(question=question, answer=right)

@@ -56,6 +56,15 @@ def _save(folder: Path, store: Path, *, base: dict[str, str] | None = None) -> s
     return str(folder)
 
 
+def test_options_are_given_by_name(store: Path, tmp_path: Path) -> None:
+    carryon = _save(tmp_path / "c", store)
+    report = evaluate(store, carryon=carryon, device="cpu", chunk_tokens=3)
+    expected = evaluate(store, carryon=carryon, device="cpu")
+    assert report.carryon_nll == pytest.approx(expected.carryon_nll, rel=1e-4)
+    with pytest.raises(InputError, match=r"unknown option chunk_token\. Did you mean chunk_tokens"):
+        evaluate(store, carryon=carryon, chunk_token=3)
+
+
 def _base_nll(store: Path, samples: list[int]) -> float:
     """The plain formula in numpy, sample by sample."""
     opened = Store.open(store)

@@ -8,9 +8,7 @@ from support.tiny_carryons import make_tiny_carryon
 
 from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError
-from carryon.cache.settings import ForwardSettings
 from carryon.train.config import GenerateSettings
-from carryon.train.inference.generate import answer, answers, generate_text
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.serialization import save_carryon
 
@@ -31,19 +29,19 @@ def _continue(model: CarryOnForCausalLM, text: str, *, alpha: float) -> str:
 
 def test_prompt_goes_through_the_chat_template(model: CarryOnForCausalLM) -> None:
     text = "<|im_start|>user\nthe an<|im_end|>\n<|im_start|>assistant\n"
-    assert answer(model, "the an", settings=SHORT) == _continue(model, text, alpha=1.0)
+    assert model.answer("the an", settings=SHORT) == _continue(model, text, alpha=1.0)
 
 
 def test_prompt_is_taken_as_it_is_without_chat(model: CarryOnForCausalLM) -> None:
     settings = GenerateSettings(max_new_tokens=6, chat=False)
-    assert answer(model, "the an", settings=settings) == _continue(model, "the an", alpha=1.0)
+    assert model.answer("the an", settings=settings) == _continue(model, "the an", alpha=1.0)
 
 
 def test_alpha_zero_answers_as_the_base(model: CarryOnForCausalLM) -> None:
     settings = GenerateSettings(max_new_tokens=6, chat=False)
-    base_answer = answer(model, "the an", settings=settings, alpha=0.0)
+    base_answer = model.answer("the an", settings=settings, alpha=0.0)
     assert base_answer == _continue(model, "the an", alpha=0.0)
-    assert base_answer != answer(model, "the an", settings=settings)
+    assert base_answer != model.answer("the an", settings=settings)
 
 
 def test_sampled_answer_repeats_with_its_seed(model: CarryOnForCausalLM) -> None:
@@ -51,7 +49,7 @@ def test_sampled_answer_repeats_with_its_seed(model: CarryOnForCausalLM) -> None
     for seed in (1, 1, 2):
         settings = GenerateSettings(max_new_tokens=12, temperature=1.5, top_p=0.95, seed=seed)
         state = torch.get_rng_state()
-        answers.append(answer(model, "the an", settings=settings))
+        answers.append(model.answer("the an", settings=settings))
         assert torch.equal(torch.get_rng_state(), state)
     assert answers[0] == answers[1] != answers[2]
 
@@ -61,18 +59,20 @@ def test_carryon_folder_alone_is_enough(
 ) -> None:
     carryon, card = make_tiny_carryon(tiny_base)
     save_carryon(tmp_path / "carryon", carryon, card, dtype=torch.float32)
-    forward = ForwardSettings(device="cpu", compute_dtype="float32")
-    found = generate_text(tmp_path / "carryon", "the an", settings=SHORT, forward=forward)
+    loaded = CarryOnForCausalLM.from_pretrained(
+        tmp_path / "carryon", device="cpu", compute_dtype="float32"
+    )
+    answer = loaded.answer("the an", max_new_tokens=6)
     assert capfd.readouterr().err == ""
     model = CarryOnForCausalLM(tiny_base, carryon, card)
-    assert found == answer(model, "the an", settings=SHORT)
+    assert answer == model.answer("the an", settings=SHORT)
 
 
 def test_bad_prompts_are_refused(model: CarryOnForCausalLM) -> None:
     with pytest.raises(InputError, match="prompt: expected some text, got none"):
-        answer(model, "", settings=SHORT)
+        model.answer("", settings=SHORT)
     with pytest.raises(InputError, match=r"at most 122 tokens, so that 6 new ones .* 128, got"):
-        answer(model, "x" * 200, settings=SHORT)
+        model.answer("x" * 200, settings=SHORT)
 
 
 def test_bad_settings_are_named_together() -> None:
@@ -82,9 +82,9 @@ def test_bad_settings_are_named_together() -> None:
 
 def test_answers_of_a_batch_are_those_of_each_prompt_alone(model: CarryOnForCausalLM) -> None:
     prompts = ["the an", "in the thing of the on", "on", "the"]
-    expected = [answer(model, prompt, settings=SHORT) for prompt in prompts]
+    expected = [model.answer(prompt, settings=SHORT) for prompt in prompts]
     for rows in (1, 3, 8):
-        assert answers(model, prompts, settings=SHORT, batch_rows=rows) == expected
+        assert model.answer(prompts, settings=SHORT, batch_rows=rows) == expected
 
 
 def test_answers_may_come_from_different_carryons(
@@ -94,9 +94,7 @@ def test_answers_may_come_from_different_carryons(
     save_carryon(tmp_path / "other", carryon, card, dtype=torch.float32)
     model.add_carryon("other", tmp_path / "other")
     prompts = ["in the thing", "the an", "the an"]  # answered in another order: by length
-    found = answers(
-        model, prompts, settings=SHORT, batch_rows=4, carryons=[None, "other", "default"]
-    )
-    assert found[0] == answer(model, prompts[0], settings=SHORT, alpha=0.0)
-    assert found[2] == answer(model, prompts[2], settings=SHORT)
+    found = model.answer(prompts, settings=SHORT, batch_rows=4, carryons=[None, "other", "default"])
+    assert found[0] == model.answer(prompts[0], settings=SHORT, alpha=0.0)
+    assert found[2] == model.answer(prompts[2], settings=SHORT)
     assert found[1] != found[2]

@@ -11,7 +11,6 @@ from support.tiny_carryons import make_tiny_carryon
 
 from carryon.cache.base.model import Base
 from carryon.train.config import GenerateSettings
-from carryon.train.inference.generate import answer
 from carryon.train.inference.modeling import CarryOnForCausalLM
 
 CHOICES = {
@@ -62,7 +61,7 @@ def test_the_harness_measures_what_the_model_does(
             "question": question,
             "choices": CHOICE_TEXTS,
             "right": choice if index else 1 - choice,  # the first one is to be wrong
-            "answer": answer(model, question, settings=settings) if index != 1 else "no",
+            "answer": model.answer(question, settings=settings) if index != 1 else "no",
         }
         for index, (question, choice) in enumerate(zip(QUESTIONS, preferred, strict=True))
     ]

@@ -278,7 +278,7 @@ def test_moved_base_is_reported_and_can_be_given(
     card = json.loads((carryon_folder / CARD).read_text())
     card["base"]["id"] = "/no/such/place"
     (carryon_folder / CARD).write_text(json.dumps(card))
-    with pytest.raises(MissingError, match="say where it is now with base.*/no/such/place"):
+    with pytest.raises(MissingError, match="give its place with base.*/no/such/place"):
         CarryOnForCausalLM.from_pretrained(carryon_folder)
     base = str(tiny_base_folder)
     assert CarryOnForCausalLM.from_pretrained(carryon_folder, base=base, forward=FLOAT32)

@@ -146,7 +146,7 @@ def test_a_merged_checkpoint_gives_the_customized_models_logits_and_loss(
     """Loaded by transformers alone; the loss is the one measured from the store."""
     place = make_place(tmp_path, family)
     carryon = fit(place, tmp_path / "run", kind=kind)
-    report = merge(carryon, base=str(place.base), out=tmp_path / "merged", device="cpu")
+    report = merge(carryon=carryon, out=tmp_path / "merged", device="cpu")
     logits = plain_logits(tmp_path / "merged")
     torch.testing.assert_close(logits, composed_logits(carryon, place), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits, plain_logits(place.base), atol=1e-2)
