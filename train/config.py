@@ -14,6 +14,7 @@ import yaml
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import Settings, not_a_ratio, not_below_one
+from carryon.train.kinds import KINDS, get_kind, kind_problem
 
 LATER_SETTINGS = {"sampled_softmax": 0}
 """Settings that came later than the first runs, with what those had."""
@@ -37,7 +38,7 @@ def setting_of(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
 class CarryOnSettings(Settings):
     """The shape of a carry-on."""
 
-    kind: Literal["bottleneck", "native", "top"] = "bottleneck"
+    kind: str = "bottleneck"
     """`bottleneck`: decoder blocks of a width of your choice behind a bridge. `native`: new blocks
     of the base's own kind behind its last. `top`: a copy of the base's last blocks. The last two
     need a store with blocks of the base, and can be merged into an ordinary checkpoint."""
@@ -65,13 +66,16 @@ class CarryOnSettings(Settings):
 
     def problems(self) -> list[tuple[bool, str]]:
         """Return what is out of range."""
+        kind = KINDS.get(self.kind)
         return [
+            (kind is None, kind_problem(self.kind)),
             (
-                self.kind != "bottleneck" and self.dropout > 0,
+                kind is not None and kind.needs_blocks and self.dropout > 0,
                 f"dropout: expected 0 for the kind {self.kind}, got {self.dropout}",
             ),
             (
-                self.lora_rank < 0 or (self.lora_rank > 0 and self.kind != "top"),
+                self.lora_rank < 0
+                or (kind is not None and not kind.lora_rates and self.lora_rank > 0),
                 f"lora_rank: expected 0, or more for the kind top, got {self.lora_rank} for "
                 f"the kind {self.kind}",
             ),
@@ -395,20 +399,10 @@ class GenerateSettings(Settings):
         ]
 
 
-RATES = {
-    "bottleneck": (3e-3, 1e-3),
-    "native": (1e-3, 3e-4),
-    "top": (2e-4, 5e-4, 1e-3),
-    "top by LoRA": (2e-3, 1e-3),
-}
-"""Highest learning rates that suit each kind: its own first, then others that are worth a try."""
-WARN_ABOVE = 10.0
-"""How many times its own rate wrecks a `top`."""
-
-
 def rates_of(carryon: CarryOnSettings) -> tuple[float, ...]:
     """Return the learning rates that suit a carry-on, its own first."""
-    return RATES["top by LoRA" if carryon.lora_rank else carryon.kind]
+    kind = get_kind(carryon.kind)
+    return kind.lora_rates if carryon.lora_rank else kind.learning_rates
 
 
 def with_own_rate(
@@ -422,10 +416,10 @@ def with_own_rate(
 def rate_warning(optimization: OptimizationSettings, carryon: CarryOnSettings) -> str:
     """Return what to say of a learning rate that wrecks a `top`; nothing of one that does not."""
     rate, own = optimization.learning_rate, rates_of(carryon)[0]
-    if carryon.kind != "top" or rate <= WARN_ABOVE * own:
+    if rate <= get_kind(carryon.kind).max_rate_factor * own:
         return ""
     return (
-        f"warning: learning_rate {rate:g} is {rate / own:.0f} times what suits a top"
+        f"warning: learning_rate {rate:g} is {rate / own:.0f} times what suits a {carryon.kind}"
         f"{' by LoRA' if carryon.lora_rank else ''} ({own:g}), which begins as the base itself and "
         "may be worse than it after a few steps: leave out --learning-rate, or lower it"
     )

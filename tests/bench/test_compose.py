@@ -25,7 +25,8 @@ from carryon.tools.bench.same_logits import relative_error
 from carryon.tools.bench.same_text import plain_logits
 from carryon.tools.compare.figure import Figure
 from carryon.train.inference.modeling import CarryOnForCausalLM
-from carryon.train.modules.bottleneck import CarryOn, num_parameters
+from carryon.train.modules.bottleneck import Bottleneck
+from carryon.train.modules.carryon import num_parameters
 
 TINY = replace(QUICK_COMPOSE, carryon_bytes=4096, prompts=3, carryons=3, batch_sizes=[1, 2])
 
@@ -75,7 +76,7 @@ def test_every_family_is_compared(tiny_base: Base, tmp_path: Path) -> None:
 def test_a_shape_fills_a_megabyte_whatever_the_base() -> None:
     for width in (576, 2048, 4096):
         shape = pick_shape(width, max_bytes=1_100_000)
-        num_bytes = 2 * num_parameters(CarryOn(shape, base_width=width))
+        num_bytes = 2 * num_parameters(Bottleneck(shape, base_width=width))
         assert 0.8e6 < num_bytes <= 1.1e6, width
     assert pick_shape(576, max_bytes=1_100_000).width == 128
 

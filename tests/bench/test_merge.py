@@ -20,7 +20,8 @@ from carryon.tools.bench.merge import FIGURES, BenchMergeSettings, BenchMergeSiz
 from carryon.tools.bench.merge_job import MergeJob, make_store
 from carryon.tools.bench.merged import trained_logits
 from carryon.tools.compare.figure import Figure
-from carryon.train.modules.base_blocks import BlocksCarryOn, build_kind
+from carryon.train.modules.base_blocks import BlocksCarryOn
+from carryon.train.modules.carryon import build_carryon
 
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 TINY = BenchMergeSizes(
@@ -95,7 +96,7 @@ def test_an_untrained_top_has_the_logits_of_its_base(family: str, tmp_path: Path
     store = make_store(tmp_path, BenchMergeSettings(base=str(folder), data=data), TINY)
     job = MergeJob(base=str(folder), store=store, sizes=TINY, work=tmp_path, report=print)
     base = load_base(str(folder), forward=ForwardSettings(device="cpu", compute_dtype="float32"))
-    module = build_kind(job.shape("top"), Store.open(store), seed=0)
+    module = build_carryon(job.shape("top"), Store.open(store), seed=0)
     assert isinstance(module, BlocksCarryOn)
     tokens = job.tokens(16)
     with torch.no_grad():

@@ -20,7 +20,8 @@ from carryon.tools.compare.figure import Figure
 from carryon.tools.compare.methods import same_size
 from carryon.train.config import PRESETS, CarryOnSettings, OptimizationSettings, StreamSettings
 from carryon.train.data.datasets import open_data
-from carryon.train.modules.bottleneck import build_carryon, num_parameters
+from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.carryon import num_parameters
 
 
 @pytest.mark.parametrize("profile", list(STEPS))
@@ -69,7 +70,7 @@ def test_only_an_exact_store_is_copied(tmp_path: Path) -> None:
 def test_more_taps_take_no_more_weights(taps: list[str]) -> None:
     one = CarryOnSettings()
     several = same_size(one, taps=taps, base_width=576)
-    sizes = [num_parameters(build_carryon(s, base_width=576, seed=0)) for s in (one, several)]
+    sizes = [num_parameters(build_bottleneck(s, base_width=576, seed=0)) for s in (one, several)]
     assert several.taps == taps
     assert 0.98 * sizes[0] < sizes[1] <= sizes[0]
 

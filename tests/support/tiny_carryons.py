@@ -5,7 +5,8 @@ from typing import Literal
 
 from carryon.cache.base.model import Base
 from carryon.train.config import CarryOnSettings
-from carryon.train.modules.bottleneck import CarryOn, build_carryon
+from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import CarryOnCard
 from support.tiny_bases import randomize_
 
@@ -24,7 +25,7 @@ def make_tiny_carryon(
     settings = CarryOnSettings(
         width=8, heads=2, intermediate_size=8, blocks=blocks, gate=gate, taps=list(taps)
     )
-    carryon = build_carryon(settings, base_width=base.identity.width, seed=seed)
+    carryon = build_bottleneck(settings, base_width=base.identity.width, seed=seed)
     if is_trained:
         randomize_(carryon, seed=seed)
     card = CarryOnCard(

@@ -21,13 +21,12 @@ from carryon.tools.commands.train import train
 from carryon.tools.commands.update import update
 from carryon.tools.compare.settings import CompareSettings, get_methods
 from carryon.train.config import (
-    RATES,
-    WARN_ABOVE,
     CarryOnSettings,
     OptimizationSettings,
     change,
     rate_warning,
 )
+from carryon.train.kinds import KINDS as ENTRIES
 from carryon.train.trainer.metrics import read_metrics
 
 TOP = {"kind": "top", "blocks": 1}
@@ -38,6 +37,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "top": TOP,
     "top by LoRA": TOP | {"lora_rank": 2},
 }
+RATES = {name: ENTRIES[name].learning_rates for name in ("bottleneck", "native", "top")}
+RATES["top by LoRA"] = ENTRIES["top"].lora_rates
+WARN_ABOVE = ENTRIES["top"].max_rate_factor
 
 
 @pytest.fixture(scope="module")

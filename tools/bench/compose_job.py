@@ -15,7 +15,8 @@ from carryon.tools.bench.compose_settings import BenchComposeSizes
 from carryon.tools.compare.corpora import PYTHON, write_named_corpus
 from carryon.tools.compare.figure import Report
 from carryon.train.config import CarryOnSettings
-from carryon.train.modules.bottleneck import CarryOn, build_carryon, num_parameters
+from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
+from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import CarryOnCard
 
 BYTES_PER_WEIGHT = 2
@@ -36,7 +37,7 @@ class ComposeJob:
 
 def make_carryons(
     base: Base, num: int, *, max_bytes: int, tokens: Tensor
-) -> list[tuple[CarryOn, CarryOnCard]]:
+) -> list[tuple[Bottleneck, CarryOnCard]]:
     """Return made-up carry-ons of one shape, no two alike; equal arguments give equal ones.
 
     Args:
@@ -50,7 +51,7 @@ def make_carryons(
     final = capture(base, ["final"], tokens)["final"].float().cpu().clone()
     made = []
     for seed in range(num):
-        carryon = build_carryon(settings, base_width=base.identity.width, seed=seed).eval()
+        carryon = build_bottleneck(settings, base_width=base.identity.width, seed=seed).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in carryon.named_parameters():
@@ -72,7 +73,9 @@ def pick_shape(base_width: int, *, max_bytes: int) -> CarryOnSettings:
         intermediate_size = max(1, width * default.intermediate_size // default.width)
         settings = dataclasses.replace(default, width=width, intermediate_size=intermediate_size)
         with torch.device("meta"):
-            num_bytes = num_parameters(CarryOn(settings, base_width=base_width)) * BYTES_PER_WEIGHT
+            num_bytes = (
+                num_parameters(Bottleneck(settings, base_width=base_width)) * BYTES_PER_WEIGHT
+            )
         if num_bytes > max_bytes:
             break
         best = settings

@@ -33,8 +33,7 @@ from carryon.train.data.batch import Batch
 from carryon.train.data.datasets import open_data
 from carryon.train.data.loader import Stream
 from carryon.train.losses.sampled_softmax import place_training_head
-from carryon.train.modules.base_blocks import build_kind
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn, build_carryon
 from carryon.train.optim.optimizer import build_optimizer
 from carryon.train.trainer.step import take_step
 
@@ -51,7 +50,7 @@ def measure_lora(job: TrainJob) -> None:
     )
     num_tokens = sum(batch.num_tokens for batch in batches)
     store = Store.open(job.settings.store)
-    module = build_kind(CarryOnSettings(), store, seed=0).to(pick_device("auto"))
+    module = build_carryon(CarryOnSettings(), store, seed=0).to(pick_device("auto"))
     carryon = carryon_steps(module, store, batches, learning_rate=1e-4)
     sampled = carryon_steps(
         module, store, batches, learning_rate=1e-4, sampled_softmax=sizes.sampled_rows

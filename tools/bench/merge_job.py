@@ -17,8 +17,9 @@ from carryon.tools.bench.merge import BenchMergeSettings, BenchMergeSizes
 from carryon.tools.compare.corpora import PYTHON, write_named_corpus
 from carryon.tools.compare.figure import Report
 from carryon.train.config import CarryOnSettings, rates_of
-from carryon.train.modules.base_blocks import build_kind, with_own_tap
+from carryon.train.modules.carryon import build_carryon
 from carryon.train.modules.serialization import save_carryon
+from carryon.train.modules.taps import resolve_taps
 
 _LONGEST = 512
 _FAR = 10.0
@@ -47,12 +48,12 @@ class MergeJob:
                 blocks=_top_blocks(self.sizes, num_layers),
                 lora_rank=RANK if name == "top-lora" else 0,
             )
-        return with_own_tap(shape, num_layers)
+        return resolve_taps(shape, num_layers)
 
     def train(self, name: str) -> Path:
         """Train a carry-on of a shape, not well but far from its base; return its folder."""
         shape, store = self.shape(name), Store.open(self.store)
-        carryon = build_kind(shape, store, seed=0).to(pick_device("auto"))
+        carryon = build_carryon(shape, store, seed=0).to(pick_device("auto"))
         batches = take_batches(
             self.store, self.sizes.batch_tokens, count=self.sizes.steps, taps=shape.taps
         )

@@ -26,8 +26,7 @@ from carryon.train.config import TrainSettings, change
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.data.sampler import count_steps
 from carryon.train.losses.frozen_head import FrozenHead, place_head
-from carryon.train.modules.base_blocks import build_kind
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn, build_carryon
 from carryon.train.trainer.checkpoint import STATE, WEIGHTS, refuse_other_identity
 from carryon.train.trainer.nll import EvalJob, Nll, measure_nlls
 from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
@@ -219,7 +218,7 @@ class PathRuns:
     def _load(self, version: PlannedVersion) -> CarryOn:
         """Return a version: its state, or the mean of its states, rounded as one that is saved."""
         store = self.data((0,)).store
-        carryon = build_kind(self.settings.carryon, store, seed=0)
+        carryon = build_carryon(self.settings.carryon, store, seed=0)
         kept = torch.bfloat16 if self.settings.run.saved_dtype == "bfloat16" else torch.float32
         weights = mean_weights([self.state(state) for state in version.states])
         own = carryon.state_dict()

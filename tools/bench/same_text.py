@@ -23,7 +23,7 @@ from carryon.cache.settings import ForwardSettings
 from carryon.tools.bench.compose_job import ComposeJob, make_carryons, make_prompts
 from carryon.tools.compare.figure import Figure
 from carryon.train.inference.modeling import CarryOnForCausalLM
-from carryon.train.modules.bottleneck import CarryOn, customized_states
+from carryon.train.modules.carryon import CarryOn, customized_states
 
 Logits = Callable[[Tensor, int], Tensor]
 """Of token ids [B, T] and n: the logits that decided each of the last n tokens, [B, n, V]."""

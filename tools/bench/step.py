@@ -19,7 +19,7 @@ from carryon.train.config import (
     StreamSettings,
 )
 from carryon.train.data.batch import Batch
-from carryon.train.modules.bottleneck import build_carryon
+from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.optim.optimizer import build_optimizer
 from carryon.train.trainer.step import take_step
 
@@ -36,7 +36,7 @@ def measure_step(job: TrainJob) -> None:
         positions=sizes.loss_tokens, width=sizes.loss_width, vocabulary=sizes.loss_vocabulary
     )
     settings = OptimizationSettings()
-    carryon = build_carryon(CarryOnSettings(), base_width=sizes.loss_width, seed=0)
+    carryon = build_bottleneck(CarryOnSettings(), base_width=sizes.loss_width, seed=0)
     carryon = carryon.to(given.head.device)
     optimizer = build_optimizer(carryon, settings, MemorySettings())
     num_tokens = 2 * sizes.loss_tokens

@@ -15,7 +15,7 @@ from carryon.tools.bench.lora import (
 from carryon.tools.bench.merge_job import MergeJob
 from carryon.tools.compare.figure import Figure, in_turn
 from carryon.train.config import rates_of
-from carryon.train.modules.base_blocks import build_kind
+from carryon.train.modules.carryon import build_carryon
 
 TARGET = 3.0
 
@@ -27,7 +27,7 @@ def measure_speed(job: MergeJob) -> None:
     device = pick_device("auto")
     ways = {}
     for name in ("top", "top-lora"):
-        carryon = build_kind(job.shape(name), store, seed=0).to(device)
+        carryon = build_carryon(job.shape(name), store, seed=0).to(device)
         rate = rates_of(carryon.settings)[0]
         ways[name] = timed(carryon_steps(carryon, store, batches, learning_rate=rate))
     base = load_base(job.base, forward=ForwardSettings())

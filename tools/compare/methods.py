@@ -30,8 +30,8 @@ from carryon.train.data.batch import Batch, make_batch
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import FrozenHead, frozen_head, place_head
 from carryon.train.losses.sampled_softmax import sampled_head, with_sampled_softmax
-from carryon.train.modules.base_blocks import add_lora_, build_kind
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.base_blocks import add_lora_
+from carryon.train.modules.carryon import CarryOn, build_carryon
 from carryon.train.modules.decoder import NORM_EPS
 from carryon.train.modules.linear import Product
 from carryon.train.modules.packed_attention import (
@@ -156,7 +156,7 @@ def build_learner(
                 method.carryon, base_width=store.width, is_linear=method.name == "linear"
             )
     else:
-        module = build_kind(method.carryon, store, seed=seed)
+        module = build_carryon(method.carryon, store, seed=seed)
     module = module.to(device)
     head = sampling(place_head(store, LossSettings(), device=device))
 

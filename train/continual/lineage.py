@@ -29,8 +29,7 @@ from carryon.train.continual.lineage_dir import (
 from carryon.train.continual.texts import extract_text
 from carryon.train.data.datasets import open_data
 from carryon.train.data.sampler import count_steps
-from carryon.train.modules.base_blocks import with_own_tap
-from carryon.train.modules.taps import stream_taps
+from carryon.train.modules.taps import resolve_taps, stream_taps
 from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, Paradigm, branch_point
 from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.finish import TrainReport
@@ -184,7 +183,7 @@ def settings_on(base: Mapping[str, Any], settings: TrainSettings) -> TrainSettin
     """Return settings with the tap that the carry-on's kind reads on a base, once that is known."""
     if "num_layers" not in base:
         return settings
-    return replace(settings, carryon=with_own_tap(settings.carryon, base["num_layers"]))
+    return replace(settings, carryon=resolve_taps(settings.carryon, base["num_layers"]))
 
 
 def check_branches(settings: TrainSettings) -> None:

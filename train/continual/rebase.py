@@ -41,9 +41,9 @@ from carryon.train.continual.lineage_dir import (
 )
 from carryon.train.continual.texts import find_texts, remember_texts
 from carryon.train.data.datasets import TrainData, open_data
+from carryon.train.kinds import get_kind
 from carryon.train.losses.frozen_head import place_head
-from carryon.train.modules.base_blocks import blocks_of, build_kind
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn, blocks_of, build_carryon
 from carryon.train.modules.serialization import load_carryon
 from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
@@ -160,13 +160,13 @@ def begin_on_new_base(
 def _without_own_tap(settings: TrainSettings) -> TrainSettings:
     """Leave the tap of a kind that has one to the new base, which may have other blocks."""
     carryon = settings.carryon
-    if carryon.kind == "bottleneck":
+    if not get_kind(carryon.kind).own_tap:
         return settings
     return replace(settings, carryon=replace(carryon, taps=["final"]))
 
 
 def _refuse_other_shape(old: Lineage, settings: TrainSettings) -> None:
-    free = {"dropout"} if settings.carryon.kind == "bottleneck" else {"dropout", "taps"}
+    free = {"dropout", "taps"} if get_kind(settings.carryon.kind).own_tap else {"dropout"}
     changed = [
         f"{name} {old.settings.get(name)} -> {value}"
         for name, value in settings.carryon.to_dict().items()
@@ -238,7 +238,7 @@ def _begin_with_old(
     version = old.released[-1]
     place = open_store(old.increments[version - 1].stores[0])
     before, _ = load_carryon(old.version(version).carryon, blocks=partial(blocks_of, place))
-    carryon = build_kind(settings.carryon, data.store, seed=settings.optimization.seed)
+    carryon = build_carryon(settings.carryon, data.store, seed=settings.optimization.seed)
     kept, new = _take_over_(carryon, before)
     if not kept:
         raise InputError(

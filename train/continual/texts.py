@@ -11,8 +11,8 @@ from carryon.cache.format.manifest import CorpusPart, manifest_path, read_manife
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage_dir import Lineage, refuse_changed_base
-from carryon.train.modules.base_blocks import with_own_tap
-from carryon.train.modules.taps import stream_taps
+from carryon.train.kinds import get_kind
+from carryon.train.modules.taps import resolve_taps, stream_taps
 
 
 def extract_text(
@@ -55,10 +55,10 @@ def extract_text(
         store, corpus = StoreSettings.from_dict(old.settings), CorpusSettings.from_dict(old.corpus)
     else:
         loaded = load_base(base, forward=ForwardSettings(device=device))
-        carryon = with_own_tap(settings.carryon, loaded.identity.num_layers)
+        carryon = resolve_taps(settings.carryon, loaded.identity.num_layers)
         store = StoreSettings(
             taps=stream_taps(carryon),
-            with_blocks=0 if carryon.kind == "bottleneck" else carryon.blocks,
+            with_blocks=carryon.blocks if get_kind(carryon.kind).needs_blocks else 0,
         )
         corpus = CorpusSettings()
     if lineage.increments:

@@ -17,8 +17,7 @@ from carryon.train.continual.cost import steps_by_formula, steps_to_take
 from carryon.train.continual.lineage_dir import Lineage, open_lineage, settings_of
 from carryon.train.data.datasets import open_data
 from carryon.train.losses.frozen_head import place_head
-from carryon.train.modules.base_blocks import blocks_of
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn, blocks_of
 from carryon.train.modules.serialization import load_carryon
 from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.lr_paths import Paradigm, path_rate

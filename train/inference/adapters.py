@@ -16,7 +16,9 @@ from torch import Tensor
 
 from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.kinds import get_kind
+from carryon.train.modules.bottleneck import Bottleneck
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import CarryOnCard, check_base, read_card, read_weights
 from carryon.train.modules.stacked_weights import with_weights
 from carryon.train.modules.taps import check_alpha
@@ -79,12 +81,14 @@ class CarryOnSet:
             SettingMismatchError: it was trained on another base or tokenizer.
         """
         check_base(card, self._base, where=f"carry-on {name}")
-        kind = card.settings.get("kind")
-        if kind in ("native", "top"):
+        kind = card.settings.get("kind", "bottleneck")
+        if get_kind(kind).merges:
             raise InputError(
-                f"a carry-on of the kind {kind} takes the place of the base's own states and "
-                "cannot stand beside others: make a checkpoint of it with carryon merge"
+                f"a carry-on of the kind {kind} replaces the base's own states and cannot be "
+                "combined with others. Fix: make a checkpoint of it with carryon merge"
             )
+        if kind != "bottleneck":
+            raise InputError(f"kind: expected bottleneck to generate with, got {kind}")
         shape = self._shape_of(card)
         expected = {key: tuple(weight.shape) for key, weight in shape.state_dict().items()}
         found = {key: tuple(weight.shape) for key, weight in weights.items()}
@@ -216,5 +220,5 @@ class CarryOnSet:
         key = json.dumps([settings.to_dict(), card.base_width], sort_keys=True)
         if key not in self._shapes:
             with torch.random.fork_rng(devices=[]):
-                self._shapes[key] = CarryOn(settings, base_width=card.base_width)
+                self._shapes[key] = Bottleneck(settings, base_width=card.base_width)
         return self._shapes[key]

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from carryon.cache.errors import InputError
 from carryon.train.inference.adapters import CarryOnSet
-from carryon.train.modules.bottleneck import CarryOn, customized_states
+from carryon.train.modules.carryon import CarryOn, customized_states
 
 
 class CarryOnLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from carryon.cache.store.view import manifest_of_part, open_store
 from carryon.train.config import LossSettings, StreamSettings
 from carryon.train.data.split import split_samples
 from carryon.train.losses.frozen_head import place_head
-from carryon.train.modules.base_blocks import blocks_of
+from carryon.train.modules.carryon import blocks_of
 from carryon.train.modules.serialization import (
     CarryOnCard,
     check_base,

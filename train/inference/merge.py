@@ -13,6 +13,7 @@ from carryon.cache.files import whole_folder, write_file
 from carryon.cache.optional import require
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.top_blocks import read_blocks, repeat_last
+from carryon.train.kinds import get_kind
 from carryon.train.modules.base_blocks import BlocksCarryOn, lora_targets
 from carryon.train.modules.serialization import (
     CarryOnCard,
@@ -96,8 +97,9 @@ def load_own_base(
 def load_for_base(place: Path, base: Base) -> BlocksCarryOn:
     """Return the `native` or `top` in folder `place`, rebuilt with its base."""
     number = int(read_card(place).settings["blocks"])
-    kind = read_card(place).settings["kind"]
-    module, _ = load_carryon(place, blocks=read_blocks(base, number if kind == "top" else 1))
+    kind = get_kind(read_card(place).settings["kind"])
+    blocks = read_blocks(base, number if kind.merges == "replace" else 1)
+    module, _ = load_carryon(place, blocks=blocks)
     assert isinstance(module, BlocksCarryOn)
     return module
 
@@ -108,7 +110,7 @@ def merge_into(base: Base, module: BlocksCarryOn) -> Base:
     blocks, settings = base.architecture.blocks, module.settings
     weights = module.block_weights()
     first = len(blocks) - settings.blocks
-    if settings.kind == "native":
+    if get_kind(settings.kind).merges == "append":
         first = len(blocks)
         _append_blocks(base, module)
     for block, own in zip(list(blocks)[first:], weights, strict=True):
@@ -132,15 +134,16 @@ def _append_blocks(base: Base, module: BlocksCarryOn) -> None:
 
 
 def _check_kind(settings: dict[str, Any], place: Path, *, adapter: bool) -> None:
-    if settings["kind"] == "bottleneck":
+    kind = settings["kind"]
+    if not get_kind(kind).merges:
         raise InputError(
-            f"{place}: expected a carry-on of the kind native or top, got a bottleneck, which "
-            "cannot be merged: use it with carryon generate, or train --kind native or --kind top"
+            f"{place}: expected a carry-on of the kind native or top, got a {kind}, which cannot "
+            "be merged: use it with carryon generate, or train --kind native or --kind top"
         )
     if adapter and not settings.get("lora_rank"):
         raise InputError(
-            f"{place}: expected a top trained by LoRA (--lora-rank), got a {settings['kind']} "
-            "trained whole: leave out --adapter"
+            f"{place}: expected a top trained by LoRA (--lora-rank), got a {kind} trained "
+            "whole: leave out --adapter"
         )
 
 

@@ -33,7 +33,8 @@ from carryon.train.inference.adapters import DEFAULT, CarryOnSet
 from carryon.train.inference.correction import get_correction
 from carryon.train.inference.generate import answers
 from carryon.train.inference.merge import load_for_base, load_own_base, merge_into
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.kinds import get_kind
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import (
     CarryOnCard,
     check_base,
@@ -148,7 +149,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         if not isinstance(base, Base):
             base = load_own_base(card, base, forward=forward, folder=folder)
         check_base(card, base.identity.to_dict(), where=f"base {base.source}")
-        if card.settings.get("kind") in ("native", "top"):
+        if get_kind(card.settings.get("kind", "bottleneck")).merges:
             return cls(_merged(place, base, is_shared=is_shared))
         model = cls(base)
         model.add_carryon(DEFAULT, place)

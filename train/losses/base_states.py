@@ -16,8 +16,7 @@ from carryon.cache.store.reader import Store
 from carryon.train.config import CarryOnSettings
 from carryon.train.data.batch import Batch
 from carryon.train.losses.frozen_head import FrozenHead
-from carryon.train.modules.base_blocks import build_kind
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn, build_carryon
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +58,7 @@ def get_base_states(store: Store, *, device: torch.device) -> BaseStates:
         tap = f"layer.{num_layers - number}"
         if tap in store.taps:
             settings = CarryOnSettings(kind="top", blocks=number, taps=[tap])
-            blocks = build_kind(settings, store, seed=0).to(device).requires_grad_(False).eval()
+            blocks = build_carryon(settings, store, seed=0).to(device).requires_grad_(False).eval()
             return BaseStates(tap=tap, blocks=blocks)
     raise InputError(
         f"{store.root}: expected the tap final or prenorm, or a lower one with the blocks above "

@@ -10,7 +10,6 @@ Letters: N tokens of a flat batch, D base width, M chosen positions.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 
 from carryon.cache.errors import InputError
 from carryon.cache.optional import require
-from carryon.cache.store.reader import Store
-from carryon.cache.store.top_blocks import Blocks, build_decoder, load_blocks
+from carryon.cache.store.top_blocks import Blocks, build_decoder
 from carryon.train.config import CarryOnSettings
-from carryon.train.modules.bottleneck import CarryOn, build_carryon
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.packed_attention import (
     PACKED_ATTENTION,
     Packing,
@@ -124,56 +122,6 @@ class BlocksCarryOn(CarryOn):
                     weights[key] = weights[key] + module.get_delta_weight("default").detach()
             plain.append(weights)
         return plain
-
-
-def build_kind(settings: CarryOnSettings, store: Store, *, seed: int) -> CarryOn:
-    """Return an untrained carry-on of any kind for a store; equal arguments give equal bits.
-
-    Raises:
-        InputError: the store has not the blocks that the kind needs.
-    """
-    if settings.kind == "bottleneck":
-        return build_carryon(settings, base_width=store.width, seed=seed)
-    blocks = blocks_of(store)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return BlocksCarryOn(settings, blocks)
-
-
-def blocks_of(store: Store) -> Blocks:
-    """Return the base's last blocks of a store.
-
-    Raises:
-        InputError: it has none.
-    """
-    return load_blocks(store.root, store.manifest)
-
-
-def with_own_tap(settings: CarryOnSettings, num_layers: int) -> CarryOnSettings:
-    """Return the settings with the tap that a kind reads: `prenorm`, or `layer.(L-k)`.
-
-    Args:
-        settings: of a carry-on of any kind.
-        num_layers: L, blocks of the base.
-
-    Raises:
-        InputError: other taps were asked for, or as many blocks as the base has.
-    """
-    if settings.kind == "bottleneck":
-        return settings
-    if settings.kind == "top" and settings.blocks >= num_layers:
-        raise InputError(
-            f"blocks: expected 1 to {num_layers - 1} for the kind top, as the base has "
-            f"{num_layers} blocks, got {settings.blocks}"
-        )
-    lowest = num_layers - settings.blocks
-    own = ["prenorm"] if settings.kind == "native" else [f"layer.{lowest}"]
-    if settings.taps not in (["final"], own):
-        raise InputError(
-            f"taps: expected {own[0]} for the kind {settings.kind} with {settings.blocks} blocks "
-            f"on a base of {num_layers}, got {' '.join(settings.taps)}: leave out --taps"
-        )
-    return replace(settings, taps=own)
 
 
 def lora_targets(body: nn.Module) -> list[str]:

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from carryon.train.config import CarryOnSettings
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.decoder import NORM_EPS, Decoder
 from carryon.train.modules.linear import Product, gated_product, product
 from carryon.train.modules.packed_attention import Packing
 
-_ROWS_AT_ONCE = 256  # rows of states that are in float32 beside their sum
 
-
-class CarryOn(nn.Module):
-    """The trained part of a customized model."""
+class Bottleneck(CarryOn):
+    """A carry-on of the kind `bottleneck`."""
 
     def __init__(self, settings: CarryOnSettings, *, base_width: int) -> None:
         """Build with weights drawn from torch's global generator; the output map is zero."""
@@ -88,16 +87,7 @@ class CarryOn(nn.Module):
     def correct_packed(
         self, states: Mapping[str, Tensor], packing: Packing, positions_M: Tensor
     ) -> Tensor:
-        """Return delta at chosen tokens of samples that lie one after another.
-
-        Args:
-            states: [N, D] for each tap of the settings.
-            packing: which token belongs to which sample.
-            positions_M: [M] int64, the tokens at which delta is wanted.
-
-        Returns:
-            [M, D] in the type of the weights.
-        """
+        """Return delta at chosen tokens, [M, D]; see CarryOn."""
         entrance_Nd = self.dropout(self._enter(states)[0])
         u_Nd = self.body(
             inputs_embeds=entrance_Nd[None],
@@ -105,19 +95,6 @@ class CarryOn(nn.Module):
             packing=packing,
         )[0]
         return self._leave(u_Nd[positions_M])
-
-    def customize(
-        self, states: Mapping[str, Tensor], positions_M: Tensor, delta_MD: Tensor, *, alpha: float
-    ) -> Tensor:
-        """Return the states that the head reads, [M, D] float32.
-
-        Args:
-            states: as in `correct_packed`, and at `final`.
-            positions_M: as in `correct_packed`.
-            delta_MD: what that gave.
-            alpha: strength of the correction.
-        """
-        return customized_states(states["final"][positions_M], delta_MD, alpha=alpha)
 
     def _leave(self, u: Tensor) -> Tensor:
         u = self.dropout(u)
@@ -160,41 +137,11 @@ def _bridge(x_BTD: Tensor, norm: Any, bridge: Any) -> Tensor:  # noqa: ANN401 --
     return (bridged.float() * factor).to(bridged.dtype)
 
 
-def build_carryon(settings: CarryOnSettings, *, base_width: int, seed: int) -> CarryOn:
+def build_bottleneck(settings: CarryOnSettings, *, base_width: int, seed: int) -> Bottleneck:
     """Return an untrained carry-on; equal arguments give equal bits.
 
     torch's global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CarryOn(settings, base_width=base_width)
-
-
-def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
-    """Return x + alpha * delta, float32: the states that the base's head reads.
-
-    Where alpha or delta is zero the result is x, so that an untrained carry-on is the base; but in
-    training bit for bit, negative zeros included. Differentiable in delta.
-
-    Args:
-        final: [..., D], the base's `final` states.
-        delta: [..., D], from the carry-on.
-        alpha: strength of the correction; 1.0 in training.
-    """
-    if alpha == 0:
-        return final.float()
-    corrected = delta.to(torch.float32, copy=True) if alpha == 1 else alpha * delta.float()
-    # A part at a time: of a wide base each float32 copy of all is 42 MB for 2,048 tokens. What is
-    # added is constant, so the gradient need not know of it.
-    parts = (torch.split(x, _ROWS_AT_ONCE) for x in (corrected.detach(), final, delta.detach()))
-    for sum_, state, said in zip(*parts, strict=True):
-        exact = state.float()
-        sum_.add_(exact)
-        if not torch.is_grad_enabled():  # -0.0 + 0.0 is +0.0: another bit, though the same number
-            sum_.copy_(torch.where(said == 0, exact, sum_))
-    return corrected
-
-
-def num_parameters(carryon: CarryOn) -> int:
-    """Return the number of trained values."""
-    return sum(weight.numel() for weight in carryon.parameters() if weight.requires_grad)
+        return Bottleneck(settings, base_width=base_width)

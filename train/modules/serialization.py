@@ -19,7 +19,7 @@ from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.cache.files import whole_file, whole_folder, write_file, write_json
 from carryon.cache.store.top_blocks import Blocks
 from carryon.train.config import CarryOnSettings, with_current_names
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn, make_carryon
 from carryon.train.modules.model_card import model_card
 
 FORMAT_VERSION = 1
@@ -194,32 +194,22 @@ def load_carryon(
     """
     card = read_card(folder)
     weights = read_weights(folder)
+
+    def read_own_blocks() -> Blocks:
+        if blocks is None:
+            raise InputError(
+                f"a carry-on of the kind {settings.kind} is used as a checkpoint: carryon merge "
+                f"--carryon {folder} makes it"
+            )
+        return blocks() if callable(blocks) else blocks
+
     try:
         settings = CarryOnSettings.from_dict(card.settings)
-        carryon = _build(settings, card, blocks, root=Path(folder))
+        carryon = make_carryon(settings, base_width=card.base_width, blocks=read_own_blocks)
         carryon.load_state_dict({name: weight.float() for name, weight in weights.items()})
     except (RuntimeError, InputError) as error:
         raise _not_a_carryon(Path(folder), error) from error
     return carryon.eval(), card
-
-
-def _build(
-    settings: CarryOnSettings,
-    card: CarryOnCard,
-    blocks: Blocks | Callable[[], Blocks] | None,
-    *,
-    root: Path,
-) -> CarryOn:
-    if settings.kind == "bottleneck":
-        return CarryOn(settings, base_width=card.base_width)
-    if blocks is None:
-        raise InputError(
-            f"a carry-on of the kind {settings.kind} is used as a checkpoint: carryon merge "
-            f"--carryon {root} makes it"
-        )
-    from carryon.train.modules.base_blocks import BlocksCarryOn
-
-    return BlocksCarryOn(settings, blocks() if callable(blocks) else blocks)
 
 
 def check_base(card: CarryOnCard, base: Mapping[str, Any], *, where: str | Path) -> None:

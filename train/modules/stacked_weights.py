@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from carryon.cache.errors import InputError
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn
 
 
 class RowLinear(nn.Module):

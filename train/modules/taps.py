@@ -1,18 +1,48 @@
-"""TODO."""
+"""The taps that a carry-on reads, and the strength of its correction."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import parse_tap
 from carryon.cache.store.reader import Store
 from carryon.train.config import CarryOnSettings
+from carryon.train.kinds import get_kind
+
+
+def resolve_taps(settings: CarryOnSettings, num_layers: int) -> CarryOnSettings:
+    """Return the settings with the tap that the kind reads, if it has its own.
+
+    Args:
+        settings: of a carry-on of any kind.
+        num_layers: L, blocks of the base.
+
+    Raises:
+        InputError: other taps are given, or as many blocks as the base has.
+    """
+    own_tap = get_kind(settings.kind).own_tap
+    if not own_tap:
+        return settings
+    below = num_layers - settings.blocks
+    if "{below}" in own_tap and below < 1:
+        raise InputError(
+            f"blocks: expected 1 to {num_layers - 1} for the kind {settings.kind}, as the base has "
+            f"{num_layers} blocks, got {settings.blocks}"
+        )
+    own = [own_tap.format(below=below)]
+    if settings.taps not in (["final"], own):
+        raise InputError(
+            f"taps: expected {own[0]} for the kind {settings.kind} with {settings.blocks} blocks "
+            f"on a base of {num_layers}, got {' '.join(settings.taps)}. Fix: leave out --taps"
+        )
+    return replace(settings, taps=own)
 
 
 def stream_taps(carryon: CarryOnSettings) -> list[str]:
-    """Return what must be read for a carry-on: its taps, and `final` for a bottleneck, which
-    corrects it; the other kinds take its place."""
-    own = carryon.taps
-    return list(dict.fromkeys(["final", *own])) if carryon.kind == "bottleneck" else list(own)
+    """Return the taps to read for a carry-on: its own, and `final` if it corrects that."""
+    if get_kind(carryon.kind).own_tap:
+        return list(carryon.taps)
+    return list(dict.fromkeys(["final", *carryon.taps]))
 
 
 def check_taps(store: Store, taps: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from carryon.cache.device import multiplies_bfloat16, return_small_memory
 from carryon.cache.errors import InputError
 from carryon.train.config import MemorySettings, OptimizationSettings
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.decoder import Decoder
 from carryon.train.modules.linear import Product
 from carryon.train.optim.lowbit_adamw import LowBitAdamW, PlainOptimizer
@@ -114,7 +114,7 @@ def build_optimizer(
             )
         blocks = [
             weight
-            for weight in carryon.body.parameters()
+            for weight in _body(carryon).parameters()
             if weight.ndim == 2 and weight.requires_grad
         ]
         rest = [weight for weight in _trained(carryon) if not _is_among(weight, blocks)]
@@ -181,16 +181,34 @@ def apply_memory_settings(carryon: CarryOn, memory: MemorySettings) -> CarryOn:
         for module in carryon.modules():
             if is_emulated and isinstance(module, Product):
                 module.wide = torch.float32
-    if memory.recompute and isinstance(carryon.body, Decoder):
-        carryon.body.recompute = True
-    elif memory.recompute:
-        from torch.utils.checkpoint import checkpoint
-
-        # As `activation_checkpointing_enable` does, which wants input embeddings.
-        for layer in carryon.body.layers:
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    if memory.recompute:
+        _recompute_blocks_(carryon)
     return carryon
+
+
+def _recompute_blocks_(carryon: CarryOn) -> None:
+    body = _body(carryon)
+    if isinstance(body, Decoder):
+        body.recompute = True
+        return
+    from torch.utils.checkpoint import checkpoint
+
+    # As `activation_checkpointing_enable` does, which needs input embeddings.
+    layers: Any = [layer for layer in body.modules() if hasattr(layer, "gradient_checkpointing")]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    if not layers:
+        raise InputError(
+            f"recompute: expected blocks of transformers in {type(carryon).__name__}, found none. "
+            "Fix: leave out --recompute"
+        )
+
+
+def _body(carryon: CarryOn) -> nn.Module:
+    """Return the decoder blocks; a module of another kind as a whole."""
+    body: nn.Module = getattr(carryon, "body", carryon)
+    return body
 
 
 def _num_weights(optimizer: torch.optim.Optimizer) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from carryon.cache.errors import InputError
 from carryon.cache.files import PARTIAL, whole_folder, write_json
 from carryon.train.config import setting_of
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn
 
 FORMAT_VERSION = 1
 WEIGHTS = "carryon.safetensors"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from carryon.cache.files import write_json
-from carryon.train.modules.bottleneck import num_parameters
+from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import CarryOnCard, save_carryon
 from carryon.train.plots import plot_curves
 from carryon.train.trainer.checkpoint import best_checkpoint, load_weights

@@ -12,13 +12,14 @@ import torch
 
 from carryon.cache.device import DEFAULT_CHUNK
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
+from carryon.train.kinds import get_kind
 from carryon.train.losses.frozen_head import (
     CPU_BLOCK_ROWS,
     STREAMED_BLOCK_BYTES,
     WIDE,
     WIDE_BLOCK_ROWS,
 )
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.bottleneck import Bottleneck
 from carryon.train.optim.lowbit_adamw import WORKING_BYTES
 
 IMPORT_BYTES = 10_000_000
@@ -58,7 +59,7 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
     with torch.device("meta"):
         sizes = [
             weight.numel()
-            for weight in CarryOn(case.carryon, base_width=case.base_width).parameters()
+            for weight in Bottleneck(case.carryon, base_width=case.base_width).parameters()
         ]
     item = 2 if case.memory.weights_dtype == "bfloat16" else 4
     num_weights, largest = sum(sizes), max(sizes)
@@ -75,7 +76,7 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
     return {
         "imports": IMPORT_BYTES
         + (0 if is_lean else COMPILER_BYTES)
-        + (0 if case.carryon.kind == "bottleneck" else TRANSFORMERS_BYTES),
+        + (TRANSFORMERS_BYTES if get_kind(case.carryon.kind).needs_blocks else 0),
         "weights": num_weights * item,
         "gradients": moved * item,
         "optimizer": int(num_weights * state_bytes) + (WORKING_BYTES if is_lean else 0),

@@ -19,7 +19,7 @@ from carryon.train.data.split import sample_units
 from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import FrozenHead
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.taps import stream_taps
 from carryon.train.trainer.distributed import current_processes, sum_over_processes
 from carryon.train.trainer.step import losses_of_delta, pair_delta

@@ -19,8 +19,7 @@ from carryon.train.data.sampler import Window, count_steps
 from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_softmax import place_training_head
-from carryon.train.modules.base_blocks import build_kind
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn, build_carryon
 from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
 from carryon.train.trainer.nll import EvalJob
@@ -118,7 +117,7 @@ def prepare_run(
     device = pick_device(settings.run.device)
     if settings.loss not in heads:  # first: it says what becomes of memory that is freed
         heads[settings.loss] = place_training_head(data.store, settings.loss, device=device)
-    carryon = build_kind(settings.carryon, data.store, seed=optimization.seed)
+    carryon = build_carryon(settings.carryon, data.store, seed=optimization.seed)
     carryon = apply_memory_settings(carryon.to(device), settings.memory)
     return Run(
         settings=settings,

@@ -13,6 +13,7 @@ import torch
 from carryon.cache.errors import InputError
 from carryon.train.data.batch import Batch
 from carryon.train.data.sampler import count_steps
+from carryon.train.modules.bottleneck import Bottleneck
 from carryon.train.optim.lr_schedule import learning_rate
 from carryon.train.trainer.checkpoint import (
     START,
@@ -176,7 +177,7 @@ class RunState:
 
     def _tap_ratios(self, batches: Sequence[Batch]) -> dict[str, Any]:
         taps, carryon = self.run.settings.carryon.taps, self.run.carryon
-        if len(taps) == 1 or not batches:
+        if len(taps) == 1 or not batches or not isinstance(carryon, Bottleneck):
             return {}
         batch = batches[0].to(self.run.head.device)
         with torch.no_grad():

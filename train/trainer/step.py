@@ -12,7 +12,7 @@ from carryon.train.losses.base_states import BaseStates
 from carryon.train.losses.cross_entropy import base_divergences, token_losses
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_softmax import sampled_head
-from carryon.train.modules.bottleneck import CarryOn
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.optim.optimizer import CompositeOptimizer
 from carryon.train.trainer.distributed import gather_lists, sum_gradients_, sum_over_processes
 

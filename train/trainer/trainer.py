@@ -32,9 +32,8 @@ from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.data.loader import stream_bytes
 from carryon.train.data.split import sample_units
 from carryon.train.losses.frozen_head import FrozenHead
-from carryon.train.modules.base_blocks import with_own_tap
-from carryon.train.modules.bottleneck import num_parameters
-from carryon.train.modules.taps import check_taps, stream_taps
+from carryon.train.modules.carryon import num_parameters
+from carryon.train.modules.taps import check_taps, resolve_taps, stream_taps
 from carryon.train.trainer.distributed import (
     Processes,
     join_processes,
@@ -203,7 +202,7 @@ def _open(
 
 
 def _with_own_tap(job: Job, manifest: Manifest) -> Job:
-    carryon = with_own_tap(job.settings.carryon, manifest.base.get("num_layers", 0))
+    carryon = resolve_taps(job.settings.carryon, manifest.base.get("num_layers", 0))
     return replace(job, settings=replace(job.settings, carryon=carryon))
 
 

@@ -14,7 +14,7 @@ from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.store.reader import Store
 from carryon.train.config import CarryOnSettings
 from carryon.train.inference.evaluate import evaluate
-from carryon.train.modules.bottleneck import build_carryon
+from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.decoder import Decoder
 from carryon.train.modules.linear import Product
 from carryon.train.modules.serialization import CarryOnCard, save_carryon
@@ -39,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _save(folder: Path, store: Path, *, base: dict[str, str] | None = None) -> str:
     opened = Store.open(store)
-    carryon = build_carryon(SETTINGS, base_width=opened.width, seed=0)
+    carryon = build_bottleneck(SETTINGS, base_width=opened.width, seed=0)
     with torch.no_grad():
         carryon.up.weight.normal_(generator=torch.Generator().manual_seed(1))
     card = CarryOnCard(

@@ -17,7 +17,7 @@ from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.cache.settings import ForwardSettings
 from carryon.train.inference.modeling import CarryOnForCausalLM
-from carryon.train.modules.bottleneck import customized_states
+from carryon.train.modules.carryon import customized_states
 from carryon.train.modules.serialization import CARD, read_card, read_weights, save_carryon
 
 FLOAT32 = ForwardSettings(device="cpu", compute_dtype="float32")

@@ -8,13 +8,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from carryon.train.config import CarryOnSettings
-from carryon.train.modules import bottleneck as carryon_module
-from carryon.train.modules.bottleneck import (
-    CarryOn,
-    build_carryon,
-    customized_states,
-    num_parameters,
-)
+from carryon.train.modules import carryon as carryon_module
+from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.carryon import CarryOn, customized_states, num_parameters
 from carryon.train.modules.packed_attention import pack
 
 WIDTH, ROWS, POSITIONS = 16, 3, 7
@@ -36,7 +32,7 @@ def _settings(**values: object) -> CarryOnSettings:
 
 def _trained(settings: CarryOnSettings) -> CarryOn:
     """A carry-on whose every weight is random, so that nothing hides behind a zero."""
-    carryon = build_carryon(settings, base_width=WIDTH, seed=0)
+    carryon = build_bottleneck(settings, base_width=WIDTH, seed=0)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in carryon.parameters():
@@ -54,7 +50,7 @@ def _states(*taps: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("gate", ["channel", "token", "none"])
 def test_an_untrained_carryon_is_the_base_bit_for_bit(gate: str) -> None:
-    carryon = build_carryon(_settings(gate=gate), base_width=WIDTH, seed=0)
+    carryon = build_bottleneck(_settings(gate=gate), base_width=WIDTH, seed=0)
     states = _states()
     states["final"][0, 0, :4] = torch.tensor([0.0, -0.0, 1e-40, -3e38])
     head = torch.randn(50, WIDTH).bfloat16()
@@ -100,7 +96,7 @@ def test_states_are_corrected_part_by_part(
 
 
 def test_an_untrained_carryon_can_be_trained() -> None:
-    carryon = build_carryon(_settings(), base_width=WIDTH, seed=0)
+    carryon = build_bottleneck(_settings(), base_width=WIDTH, seed=0)
     states = _states()
 
     customized = customized_states(states["final"], carryon(states), alpha=1.0)
@@ -193,7 +189,7 @@ def test_pads_on_the_left_are_masked_out() -> None:
 
 
 def test_the_gate_weighs_several_taps_evenly_before_training() -> None:
-    carryon = build_carryon(_settings(taps=["final", "layer.2"]), base_width=WIDTH, seed=0)
+    carryon = build_bottleneck(_settings(taps=["final", "layer.2"]), base_width=WIDTH, seed=0)
 
     shares = carryon.tap_ratios(_states("final", "layer.2"))
 
@@ -219,8 +215,8 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone() -
     expected = torch.rand(3)
     torch.manual_seed(5)
 
-    one, same = (build_carryon(_settings(), base_width=WIDTH, seed=1) for _ in range(2))
-    other = build_carryon(_settings(), base_width=WIDTH, seed=2)
+    one, same = (build_bottleneck(_settings(), base_width=WIDTH, seed=1) for _ in range(2))
+    other = build_bottleneck(_settings(), base_width=WIDTH, seed=2)
 
     assert torch.equal(torch.rand(3), expected)
     for name, weight in one.state_dict().items():
@@ -230,6 +226,6 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone() -
 
 def test_the_default_carryon_of_a_135m_base_is_one_megabyte() -> None:
     with torch.device("meta"):
-        carryon = CarryOn(CarryOnSettings(), base_width=576)
+        carryon = build_bottleneck(CarryOnSettings(), base_width=576, seed=0)
 
     assert num_parameters(carryon) * 2 <= 1.1e6

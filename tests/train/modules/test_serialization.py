@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.train.config import CarryOnSettings
-from carryon.train.modules.bottleneck import CarryOn, build_carryon
+from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import (
     CARD,
     README,
@@ -29,7 +30,7 @@ SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)
 
 
 def _carryon(seed: int = 0) -> CarryOn:
-    return build_carryon(SETTINGS, base_width=16, seed=seed)
+    return build_bottleneck(SETTINGS, base_width=16, seed=seed)
 
 
 def _card() -> CarryOnCard:

@@ -9,7 +9,8 @@ from torch import nn
 
 from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings
-from carryon.train.modules.bottleneck import CarryOn, build_carryon
+from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.stacked_weights import with_weights
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def _made(
     gate: Literal["channel", "token", "none"] = "channel", taps: tuple[str, ...] = ("final",)
 ) -> list[CarryOn]:
     settings = CarryOnSettings(width=8, heads=2, intermediate_size=8, gate=gate, taps=list(taps))
-    made = [build_carryon(settings, base_width=WIDTH, seed=0) for _ in range(3)]
+    made = [build_bottleneck(settings, base_width=WIDTH, seed=0) for _ in range(3)]
     for seed, carryon in enumerate(made):
         randomize_(carryon.eval().requires_grad_(False), seed=seed)
     return made

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
-from carryon.train.modules.bottleneck import CarryOn, build_carryon
+from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.optim.lowbit_adamw import FEWEST_CODED, LowBitAdamW, stochastic_round
 from carryon.train.optim.optimizer import CompositeOptimizer, apply_memory_settings, build_optimizer
 
@@ -73,7 +74,7 @@ def test_rounding_by_chance_is_right_on_average_and_keeps_what_fits() -> None:
 
 def _carryon() -> CarryOn:
     settings = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)
-    return build_carryon(settings, base_width=16, seed=0)
+    return build_bottleneck(settings, base_width=16, seed=0)
 
 
 def test_parts_move_as_one_optimizer_does() -> None:

@@ -8,7 +8,8 @@ import torch
 
 from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
-from carryon.train.modules.bottleneck import CarryOn, build_carryon
+from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.carryon import CarryOn
 from carryon.train.optim.optimizer import build_optimizer
 from carryon.train.trainer.checkpoint import (
     STATE,
@@ -24,7 +25,7 @@ IDENTITY = {"store_fingerprint": "ab", "learning_rate": 0.5}
 
 def _pair(seed: int = 0) -> tuple[CarryOn, torch.optim.Optimizer]:
     settings = CarryOnSettings(width=4, blocks=1, heads=1, intermediate_size=4)
-    carryon = build_carryon(settings, base_width=8, seed=seed)
+    carryon = build_bottleneck(settings, base_width=8, seed=seed)
     return carryon, build_optimizer(
         carryon, OptimizationSettings(learning_rate=0.01), MemorySettings()
     )

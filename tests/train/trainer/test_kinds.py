@@ -29,8 +29,9 @@ from carryon.train.config import (
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.inference.merge import merge
 from carryon.train.inference.modeling import CarryOnForCausalLM
-from carryon.train.modules.base_blocks import build_kind, with_own_tap
+from carryon.train.modules.carryon import build_carryon
 from carryon.train.modules.packed_attention import pack
+from carryon.train.modules.taps import resolve_taps
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.trainer import train
 
@@ -127,8 +128,8 @@ def test_an_untrained_kind_says_what_the_base_computed(
 ) -> None:
     """From packed samples, at every token."""
     store = Store.open(make_place(tmp_path, family).store)
-    settings = with_own_tap(CarryOnSettings(kind=kind, blocks=1), store.manifest.base["num_layers"])
-    module = build_kind(settings, store, seed=0)
+    settings = resolve_taps(CarryOnSettings(kind=kind, blocks=1), store.manifest.base["num_layers"])
+    module = build_carryon(settings, store, seed=0)
     unit = store.read_unit(0)
     num = int(unit.lengths.sum())
     states = {tap: torch.from_numpy(rows[:num]) for tap, rows in unit.hidden.items()}
@@ -310,7 +311,7 @@ def test_more_blocks_than_there_are_is_refused(tmp_path: Path, llama: Place) -> 
     with pytest.raises(InputError, match="with_blocks: expected 1 to 1 blocks"):
         make_place(tmp_path, blocks=3)
     with pytest.raises(InputError, match="blocks: expected 1 to 1 for the kind top"):
-        with_own_tap(CarryOnSettings(kind="top", blocks=2), 2)
+        resolve_taps(CarryOnSettings(kind="top", blocks=2), 2)
 
 
 def test_a_store_without_blocks_is_refused(tmp_path: Path) -> None:
@@ -324,7 +325,7 @@ def test_other_taps_than_the_kinds_own_are_refused(llama: Place) -> None:
     """By name."""
     settings = CarryOnSettings(kind="native", taps=["layer.1"])
     with pytest.raises(InputError, match="expected prenorm"):
-        with_own_tap(settings, 2)
+        resolve_taps(settings, 2)
 
 
 def test_damaged_blocks_are_noticed_and_repaired(tmp_path: Path) -> None:

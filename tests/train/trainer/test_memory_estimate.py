@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
-from carryon.train.modules.bottleneck import build_carryon, num_parameters
+from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.carryon import num_parameters
 from carryon.train.trainer.memory_estimate import MemoryCase, leaner_settings, plan_memory
 
 SMALL = CarryOnSettings(width=16, heads=2, intermediate_size=24)
@@ -31,7 +32,7 @@ LARGE = replace(
 
 def test_weights_are_counted_as_the_module_has_them() -> None:
     found = plan_memory(CASE)
-    count = num_parameters(build_carryon(SMALL, base_width=64, seed=0))
+    count = num_parameters(build_bottleneck(SMALL, base_width=64, seed=0))
     assert (found["weights"], found["gradients"]) == (4 * count, 4 * count)
     assert found["optimizer"] == 8 * count
 

@@ -17,7 +17,7 @@ from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError
 from carryon.tools.cli.subcommands import call_subcommand
-from carryon.train.modules.bottleneck import build_carryon
+from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.trainer import finish
 from carryon.train.trainer import run_state as live_run
 from carryon.train.trainer.checkpoint import START, Progress, load_weights
@@ -99,7 +99,7 @@ def test_a_run_that_gets_no_better_ends_early_with_its_best_weights(
     assert report.carryon_nll == best["held_out_nll"]
     kept = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
     assert kept["folder"] == f"step-{best['step']:08d}"
-    carryon = build_carryon(TINY.carryon, base_width=16, seed=1)
+    carryon = build_bottleneck(TINY.carryon, base_width=16, seed=1)
     load_weights(tmp_path / "run" / "checkpoints" / kept["folder"], carryon)
     for name, weight in saved_weights(tmp_path / "run").items():
         assert torch.equal(weight, carryon.state_dict()[name])
