@@ -1,135 +1,251 @@
-"""The curves of runs as a PNG: loss of the steps, held-out NLL, learning rate."""
+"""Plots as PNG files in one style: lines, bars and labelled points.
 
-import sys
-from collections.abc import Mapping, Sequence
+matplotlib is imported when something is drawn, and needs no display. Without it nothing is
+written but a log line that says how to install it.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import MissingExtraError
+from carryon.cache.files import whole_file
 from carryon.cache.optional import require
 
+logger = logging.getLogger(__name__)
 
-def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw the metrics of a run to `path`; returns whether it was drawn.
-
-    Without matplotlib nothing is written but one line on stderr that says how to get it.
-    """
-    steps = [line for line in metrics if "loss" in line]
-    evaluations = [line for line in metrics if "held_out_nll" in line]
-    figure = begin_plot(width=8, height=5)
-    if figure is None:
-        return False
-    axes = figure.add_subplot()
-    axes.plot(_column(steps, "step"), _column(steps, "loss"), alpha=0.5, label="training loss")
-    axes.plot(
-        _column(evaluations, "step"),
-        _column(evaluations, "held_out_nll"),
-        marker="o",
-        label="held-out NLL",
-    )
-    for line in evaluations[:1]:
-        axes.axhline(line["held_out_nll"], linestyle=":", color="gray", label="base, held out")
-    axes.set(xlabel="step", ylabel="nats per supervised token")
-    rate = axes.twinx()
-    rate.plot(_column(steps, "step"), _column(steps, "learning_rate"), color="tab:green", alpha=0.4)
-    rate.set_ylabel("learning rate", color="tab:green")
-    axes.legend(loc="upper right")
-    save_plot(figure, path)
-    return True
+Axes = Any  # of matplotlib, which is optional
+NLL_LABEL = "nats per supervised token"
+FEW_POINTS = 12
+"""Lines of fewer points have markers on them."""
 
 
-def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bool:
-    """Draw the metrics of several runs, by name, to `path`; returns whether it was drawn.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """A line of a plot."""
 
-    A thin line is a run's training loss, dots of its colour its held-out NLL, over the tokens
-    that it has seen.
-    """
-    figure = begin_plot(width=9, height=6)
-    if figure is None:
-        return False
-    axes = figure.add_subplot()
-    for number, (name, lines) in enumerate(metrics.items()):
-        color = f"C{number % 10}"
-        steps = [line for line in lines if "loss" in line]
-        seen = {0: 0} | {line["step"]: line["tokens"] for line in steps}
-        evaluations = [
-            line for line in lines if line.get("step") in seen and "held_out_nll" in line
-        ]
-        axes.plot(
-            _column(steps, "tokens"), _column(steps, "loss"), color=color, alpha=0.3, linewidth=0.8
-        )
-        axes.plot(
-            [seen[line["step"]] for line in evaluations],
-            _column(evaluations, "held_out_nll"),
-            color=color,
-            marker="o",
-            markersize=3,
-            label=name,
-        )
-    axes.set(xlabel="tokens", ylabel="nats per supervised token")
-    axes.legend(loc="upper right", fontsize="small")
-    save_plot(figure, path)
-    return True
+    xs: Sequence[float]
+    ys: Sequence[float]
+    label: str = ""
+    """Name in the legend. Empty: not in the legend."""
+    color: str = ""
+    """As in matplotlib. Empty: the next of the cycle."""
+    is_dashed: bool = False
+    is_faint: bool = False
+    """Thin and pale, for raw values behind a line that matters more."""
 
 
-def plot_paths(rates: Mapping[str, Sequence[float]], path: Path) -> bool:
-    """Draw learning rates over the steps, by name, to `path`; returns whether it was drawn."""
-    lines = {name: (range(1, len(values) + 1), values) for name, values in rates.items()}
-    return plot_lines(lines, path, x_label="step", y_label="learning rate", is_from_zero=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A labelled point of a plot."""
+
+    x: float
+    y: float
+    label: str
+    """Text beside the point."""
+    color: str = "C0"
+    marker: str = "o"
 
 
-def plot_lines(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+def draw(
     path: Path,
+    *panels: Callable[[Axes], None],
+    width: float = 8.0,
+    height: float = 4.5,
+    title: str = "",
+    shares_y: bool = False,
+) -> bool:
+    """Write a PNG of one or more panels, side by side; return whether it was written.
+
+    Args:
+        path: the PNG, written atomically.
+        panels: functions that call `lines`, `bars` or `points` on the axes that they receive.
+        width: width of a panel, in inches.
+        height: height of the plot, in inches.
+        title: text above the panels.
+        shares_y: whether all panels have the same y axis.
+    """
+    try:
+        require("matplotlib", extra="plot", purpose=f"the plot {path.name}")
+    except MissingExtraError as error:
+        logger.warning(f"no plot: {error}")
+        return False
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(width * len(panels), height), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=shares_y, squeeze=False)
+    for axes, panel in zip(grid[0], panels, strict=True):
+        panel(axes)
+        axes.grid(alpha=0.2)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize="small")
+    figure.suptitle(title)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    return True
+
+
+def lines(
+    axes: Axes,
+    series: Sequence[Line],
     *,
     x_label: str,
     y_label: str,
+    levels: Mapping[str, float] | None = None,
     is_from_zero: bool = False,
-) -> bool:
-    """Draw lines of x and y, by name, to `path`; returns whether it was drawn.
-
-    Lines of few points have dots on them.
-    """
-    figure = begin_plot(width=9, height=4)
-    if figure is None:
-        return False
-    axes = figure.add_subplot()
-    for name, (xs, ys) in lines.items():
-        axes.plot(list(xs), list(ys), label=name, marker="o" if len(xs) < 12 else None)
+) -> None:
+    """Draw lines, and a dotted horizontal line for each of `levels`."""
+    for line in series:
+        axes.plot(
+            list(line.xs),
+            list(line.ys),
+            label=line.label or None,
+            color=line.color or None,
+            linestyle="--" if line.is_dashed else "-",
+            linewidth=0.8 if line.is_faint else None,
+            alpha=0.4 if line.is_faint else None,
+            marker="o" if len(line.xs) < FEW_POINTS and not line.is_faint else None,
+            markersize=4,
+        )
+    for name, level in (levels or {}).items():
+        axes.axhline(level, linestyle=":", color="gray", label=name)
     axes.set(xlabel=x_label, ylabel=y_label)
-    if all(isinstance(x, int) for xs, _ in lines.values() for x in xs):
+    if all(isinstance(x, int) for line in series for x in line.xs):
         axes.xaxis.get_major_locator().set_params(integer=True)
     if is_from_zero:
         axes.set(ylim=(0, None))
-    axes.legend(loc="best", fontsize="small")
-    save_plot(figure, path)
-    return True
 
 
-def begin_plot(*, width: float, height: float) -> Any:  # noqa: ANN401 -- matplotlib is optional
-    """Return an empty matplotlib figure, in inches; None, and a line on stderr, without it."""
-    if not _can_draw():
+def bars(
+    axes: Axes,
+    names: Sequence[str],
+    values: Mapping[str, Sequence[float]],
+    *,
+    x_label: str,
+    colors: Sequence[str] | None = None,
+) -> None:
+    """Draw horizontal bars, the first name at the top, with one bar a name for each series.
+
+    Args:
+        axes: where to draw.
+        names: labels of the groups.
+        values: lengths of the bars by series; an empty series name is not in the legend.
+        x_label: what the lengths are.
+        colors: colour of each name. None: a colour for each series.
+    """
+    height = 0.8 / len(values)
+    for number, (label, lengths) in enumerate(values.items()):
+        places = [place - 0.4 + (number + 0.5) * height for place in range(len(names))]
+        axes.barh(places, lengths, height=height, label=label or None, color=colors)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(x_label)
+
+
+def points(
+    axes: Axes, marks: Sequence[Point], *, x_label: str, y_label: str, is_log_x: bool = False
+) -> None:
+    """Draw points with their labels beside them; the x axis may be logarithmic."""
+    for mark in marks:
+        axes.scatter([mark.x], [mark.y], color=mark.color, marker=mark.marker)
+        place = {"xytext": (5, 3), "textcoords": "offset points"}
+        axes.annotate(mark.label, (mark.x, mark.y), fontsize=7, **place)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.margins(x=0.4, y=0.1)  # room for the labels
+    if is_log_x:
+        from matplotlib import ticker
+
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+
+
+def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw the losses and the learning rate of a run against its steps."""
+    steps, evaluations = _split(metrics)
+    losses = [
+        _line(steps, "step", "loss", label="training loss", is_faint=True),
+        _line(evaluations, "step", "held_out_nll", label="held-out NLL"),
+    ]
+    levels = {"base, held out": evaluations[0]["held_out_nll"]} if evaluations else {}
+    rate = _line(steps, "step", "learning_rate", color="gray", is_faint=True)
+
+    def panel(axes: Axes) -> None:
+        lines(axes, losses, x_label="step", y_label=NLL_LABEL, levels=levels)
+        lines(axes.twinx(), [rate], x_label="step", y_label="learning rate (gray)")
+
+    return draw(path, panel)
+
+
+def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bool:
+    """Draw the losses of several runs, by name, against the tokens that they have seen.
+
+    A faint line is a run's training loss, the line of its colour its held-out NLL.
+    """
+    series = []
+    for number, (name, run) in enumerate(metrics.items()):
+        color = f"C{number % 10}"
+        steps, evaluations = _split(run)
+        seen = {0: 0} | {line["step"]: line["tokens"] for line in steps}
+        measured = [
+            line | {"tokens": seen[line["step"]]} for line in evaluations if line["step"] in seen
+        ]
+        series += [
+            _line(steps, "tokens", "loss", color=color, is_faint=True),
+            _line(measured, "tokens", "held_out_nll", label=name, color=color),
+        ]
+    return draw(
+        path, lambda axes: lines(axes, series, x_label="tokens", y_label=NLL_LABEL), height=6
+    )
+
+
+def plot_paths(rates: Mapping[str, Sequence[float]], path: Path) -> bool:
+    """Draw learning rates against the steps, by name."""
+    series = [
+        Line(xs=range(1, len(values) + 1), ys=values, label=name) for name, values in rates.items()
+    ]
+    style: dict[str, Any] = {"x_label": "step", "y_label": "learning rate", "is_from_zero": True}
+    return draw(path, lambda axes: lines(axes, series, **style))
+
+
+def _split(metrics: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the lines of steps and the lines of evaluations."""
+    steps = [line for line in metrics if "loss" in line]
+    return steps, [line for line in metrics if "held_out_nll" in line]
+
+
+def _line(metrics: Sequence[dict[str, Any]], x: str, y: str, **style: Any) -> Line:  # noqa: ANN401
+    return Line(xs=[line[x] for line in metrics], ys=[line[y] for line in metrics], **style)
+
+
+def begin_plot(*, width: float, height: float) -> Any:  # noqa: ANN401
+    """Return an empty figure; None without matplotlib. Replaced by `draw`."""
+    try:
+        require("matplotlib", extra="plot", purpose="the plot of the curves")
+    except MissingExtraError as error:
+        logger.warning(f"no plot: {error}")
         return None
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _can_draw() -> bool:
-    try:
-        require("matplotlib", extra="plot", purpose="the plot of the curves")
-    except MissingExtraError as error:
-        print(f"no plot: {error}", file=sys.stderr)
-        return False
-    return True
+def save_plot(figure: Any, path: Path) -> None:  # noqa: ANN401
+    """Write a figure as a PNG. Replaced by `draw`."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
-def save_plot(figure: Any, path: Path) -> None:  # noqa: ANN401 -- matplotlib is optional
-    """Write a figure as a PNG, whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.rename(path)
-
-
-def _column(lines: Sequence[dict[str, Any]], name: str) -> list[float]:
-    return [float(line[name]) for line in lines]
+def plot_lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path,
+    *,
+    x_label: str,
+    y_label: str,
+) -> bool:
+    """Draw lines of x and y, by name. Replaced by `draw`."""
+    series = [Line(xs=xs, ys=ys, label=name) for name, (xs, ys) in curves.items()]
+    return draw(path, lambda axes: lines(axes, series, x_label=x_label, y_label=y_label))

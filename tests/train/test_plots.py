@@ -1,4 +1,4 @@
-"""A picture where matplotlib is there, one line where it is not."""
+"""Plots are written where matplotlib is installed; else a log line says how to install it."""
 
 from pathlib import Path
 
@@ -6,25 +6,71 @@ import pytest
 
 from carryon.cache.errors import MissingExtraError
 from carryon.train import plots
-from carryon.train.plots import plot_curves
+from carryon.train.plots import (
+    Axes,
+    Line,
+    Point,
+    bars,
+    draw,
+    lines,
+    plot_curves,
+    plot_paths,
+    plot_runs,
+    points,
+)
 
 METRICS = [
     {"step": 0, "epoch": 0, "held_out_nll": 2.0},
-    {"step": 10, "epoch": 0, "loss": 1.5, "learning_rate": 0.1},
-    {"step": 20, "epoch": 1, "loss": 1.0, "learning_rate": 0.05},
+    {"step": 10, "epoch": 0, "loss": 1.5, "learning_rate": 0.1, "tokens": 50},
+    {"step": 20, "epoch": 1, "loss": 1.0, "learning_rate": 0.05, "tokens": 100},
     {"step": 20, "epoch": 1, "held_out_nll": 1.2},
 ]
 
 
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
-def test_the_curves_are_drawn(tmp_path: Path) -> None:
+def test_curves_runs_and_rates_are_drawn(tmp_path: Path) -> None:
     assert plot_curves(METRICS, tmp_path / "curves.png")
+    assert plot_runs({"a": METRICS, "b": METRICS}, tmp_path / "runs.png")
+    assert plot_paths({"trunk": [0.1] * 20}, tmp_path / "paths.png")
+    assert all(map(is_png, tmp_path.iterdir()))
+    assert len(list(tmp_path.iterdir())) == 3
 
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+@pytest.mark.slow
+def test_panels_show_lines_bars_and_points(tmp_path: Path) -> None:
+    seen: list[Axes] = []
+
+    def curves(axes: Axes) -> None:
+        seen.append(axes)
+        series = [Line(xs=[1, 2], ys=[3.0, 4.0], label="a"), Line(xs=[1], ys=[2.0], is_dashed=True)]
+        lines(axes, series, x_label="step", y_label="loss", levels={"base": 3.5})
+
+    def speeds(axes: Axes) -> None:
+        seen.append(axes)
+        bars(axes, ["x", "y"], {"warm": [1, 2], "cold": [3, 4]}, x_label="tokens/s")
+
+    def sizes(axes: Axes) -> None:
+        seen.append(axes)
+        marks = [Point(x=1, y=2, label="p"), Point(x=10, y=1, label="q", marker="^")]
+        points(axes, marks, x_label="MB", y_label="loss", is_log_x=True)
+
+    path = tmp_path / "new" / "plot.png"
+    assert draw(path, curves, speeds, sizes, title="three", width=3)
+    assert is_png(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["plot.png"]
+    left, middle, right = seen
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["a", "base"]
+    assert [label.get_text() for label in middle.get_yticklabels()] == ["x", "y"]
+    assert [bar.get_width() for bar in middle.patches] == [1, 2, 3, 4]
+    assert [text.get_text() for text in right.texts] == ["p", "q"]
 
 
-def test_without_matplotlib_a_line_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_matplotlib_a_log_line_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def missing(*_: object, **__: object) -> None:
         raise MissingExtraError('run pip install "gpt-carry-on[plot]"')
@@ -33,5 +79,6 @@ def test_without_matplotlib_a_line_says_how_to_get_it(
 
     assert not plot_curves(METRICS, tmp_path / "curves.png")
 
-    assert "gpt-carry-on[plot]" in capsys.readouterr().err
+    [record] = caplog.records
+    assert "gpt-carry-on[plot]" in record.message
     assert list(tmp_path.iterdir()) == []

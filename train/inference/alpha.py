@@ -6,9 +6,10 @@ What each strength gives is measured by carryon.train.inference.evaluate, in one
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import Any
 
 from carryon.cache.errors import InputError
-from carryon.cache.optional import require
+from carryon.train.plots import NLL_LABEL, Line, draw, lines
 
 MOST_ALPHAS = 1000
 """Strengths in one pass, at most; more are a slip of the keyboard."""
@@ -42,26 +43,17 @@ def parse_alphas(text: str) -> list[float]:
 
 def plot_alphas(
     alphas: Sequence[float], nlls: Sequence[float], base_nll: float, path: Path
-) -> None:
-    """Draw the NLL against alpha, the base's as a line, to the PNG `path`.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    require("matplotlib", extra="plot", purpose="the plot of NLL against alpha")
-    from matplotlib.figure import Figure
-
+) -> bool:
+    """Draw the NLL against alpha, and the base's as a level, to the PNG `path`."""
     best = min(range(len(nlls)), key=lambda index: nlls[index])
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhline(base_nll, linestyle=":", color="gray", label=f"base: {base_nll:.4f}")
-    axes.plot(alphas, nlls, marker="o", markersize=3, label="base + alpha * carry-on")
     best_label = f"best: {nlls[best]:.4f} at alpha {alphas[best]:g}"
-    axes.plot(alphas[best], nlls[best], marker="o", linestyle="none", label=best_label)
-    axes.set(xlabel="alpha", ylabel="nats per supervised token")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    series = [
+        Line(xs=alphas, ys=nlls, label="base + alpha * carry-on"),
+        Line(xs=[alphas[best]], ys=[nlls[best]], label=best_label),
+    ]
+    levels = {f"base: {base_nll:.4f}": base_nll}
+    style: dict[str, Any] = {"x_label": "alpha", "y_label": NLL_LABEL, "levels": levels}
+    return draw(path, lambda axes: lines(axes, series, **style))
 
 
 def _not_alphas(text: str) -> InputError:
