@@ -1,21 +1,22 @@
-"""Files that are either whole or not there.
+"""Write files and folders atomically: each is whole under its name, or not there.
 
-A file is written beside its final name, flushed to the disk, and renamed. A kill leaves at most a
-`.partial` file, which `sweep_partials` removes.
+Content is written beside the final name, flushed to the disk, and renamed. A kill leaves at most
+a hidden `.partial` file or folder, or a `.replaced` folder that `recover_folder` puts back.
 """
 
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import DiskFullError
 
 PARTIAL = ".partial"
+REPLACED = ".replaced"
 
 
 def write_file(
@@ -23,8 +24,7 @@ def write_file(
 ) -> None:
     """Write `content` to `path`, replacing what was there; folders are made.
 
-    With `is_synced=False` the bytes may still be on their way to the disk: for many files that
-    one `os.sync()` before the commit covers.
+    With `is_synced=False` the caller flushes the file later: `sync_below`, or `whole_folder`.
 
     Raises:
         DiskFullError: no space left; nothing of this file remains.
@@ -55,16 +55,121 @@ def whole_file(path: Path, *, is_synced: bool = True) -> Iterator[Path]:
             _sync(path.parent)  # without this a power cut may forget the rename
 
 
-def write_json(path: Path, document: dict[str, Any]) -> bytes:
+def write_json(path: Path, document: dict[str, Any], *, is_synced: bool = True) -> bytes:
     """Write `document` in its one canonical form and return the bytes."""
     content = json_bytes(document)
-    write_file(path, content)
+    write_file(path, content, is_synced=is_synced)
     return content
 
 
 def json_bytes(document: dict[str, Any]) -> bytes:
     """Return the canonical bytes of a JSON document: sorted keys, indent 1, ASCII, newline."""
     return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode("ascii")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; at the end of the block it becomes `path`.
+
+    A folder at `path` is replaced: set aside, then removed when the new one has its name. Files in
+    the new one need no flushing: all are flushed here. If the block raises, `path` is unchanged.
+
+    Raises:
+        DiskFullError: no space left; nothing of the new folder remains.
+    """
+    recover_folder(path)
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_full_named(path):
+        _make_folder(path.parent, is_synced=True)
+        partial.mkdir()
+        try:
+            yield partial
+            sync_below(partial, partial.rglob("*"))
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _replace(path, partial)
+        _sync(path.parent)
+    shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+def _replace(path: Path, partial: Path) -> None:
+    while True:
+        if path.exists():
+            path.rename(_aside(path))
+        try:
+            partial.rename(path)
+            return
+        except OSError as error:  # a reader's recover_folder came between the two renames
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def recover_folder(path: Path) -> None:
+    """Undo what a kill inside `whole_folder` left half done: afterwards `path` is old or new.
+
+    Call it before looking for a folder that `whole_folder` writes. It costs one look at the disk.
+    """
+    aside = _aside(path)
+    if not aside.is_dir():
+        return
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        return
+    with suppress(FileNotFoundError):  # another process was faster
+        aside.rename(path)
+
+
+def recover_folders(parent: Path) -> None:
+    """Call `recover_folder` for every folder in `parent` that was set aside."""
+    for aside in parent.glob(f".*{REPLACED}"):
+        recover_folder(parent / aside.name.removeprefix(".").removesuffix(REPLACED))
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{REPLACED}")
+
+
+def sync_below(root: Path, paths: Iterable[Path]) -> None:
+    """Flush files and folders below `root` to the disk, and the folders from `root` to them."""
+    folders = {root.parent}
+    for path in paths:
+        if path.is_file():
+            _sync(path)
+        folder = path if path.is_dir() else path.parent
+        while folder not in folders:
+            folders.add(folder)
+            folder = folder.parent
+    for folder in folders - {root.parent}:
+        _sync(folder)
+
+
+def sweep_partials(root: Path) -> int:
+    """Remove the `.partial` files of killed writers below `root`; returns their number."""
+    leftovers = [path for path in root.rglob(f".*{PARTIAL}") if path.is_file()]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one JSON line to `path`; a kill afterwards does not lose it."""
+    with disk_full_named(path), path.open("a", encoding="ascii") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON lines of `path` up to one cut off by a kill; none where there is no file."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="ascii").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 @contextmanager
@@ -80,14 +185,6 @@ def disk_full_named(path: Path) -> Iterator[None]:
             f"the disk is full while writing {path}: what was finished is kept; "
             "free some space and run the same command again",
         ) from error
-
-
-def sweep_partials(root: Path) -> int:
-    """Remove what killed writers left behind below `root`; returns the number of files."""
-    leftovers = [path for path in root.rglob(f".*{PARTIAL}") if path.is_file()]
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
 
 
 def _make_folder(folder: Path, *, is_synced: bool) -> None:
@@ -106,56 +203,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; at the end of the block it becomes `path`.
-
-    What stood at `path` before is replaced. If the block raises, `path` is as it was.
-
-    Raises:
-        DiskFullError: no space left; nothing of the new folder remains.
-    """
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    with disk_full_named(path):
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            for file in partial.iterdir():
-                _flush(file)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-        _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one line to `path`; a kill afterwards does not take it back."""
-    with disk_full_named(path), path.open("a", encoding="ascii") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of `path`; none where there is no file."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="ascii").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines

@@ -2,13 +2,25 @@
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support.tiny_stores import audit
+from support.tiny_stores import audit, states_at_kills
 
 from carryon.cache.errors import DiskFullError
-from carryon.cache.files import disk_full_named, json_bytes, sweep_partials, write_file, write_json
+from carryon.cache.files import (
+    append_line,
+    disk_full_named,
+    json_bytes,
+    read_lines,
+    recover_folder,
+    sweep_partials,
+    sync_below,
+    whole_folder,
+    write_file,
+    write_json,
+)
 
 
 def test_a_file_appears_whole_and_replaces_what_was_there(tmp_path: Path) -> None:
@@ -84,3 +96,101 @@ def test_json_has_one_form(tmp_path: Path) -> None:
     assert content == json_bytes({"a": {"c": "\u00e9", "d": [1.5, None]}, "b": 1})
     assert (tmp_path / "a.json").read_bytes() == content
     assert content.isascii()
+
+
+OLD = {"a": b"old", "deep/b": b"old too"}
+NEW = {"a": b"new", "deep/c": b"new too"}
+
+
+def fill(folder: Path, files: dict[str, bytes]) -> None:
+    with whole_folder(folder) as partial:
+        for name, content in files.items():
+            write_file(partial / name, content, is_synced=False)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_replacing_a_folder_killed_before_any_change_leaves_the_old_or_the_new_one(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "root"
+    fill(root / "folder", OLD)
+    copies = states_at_kills(
+        root, lambda: fill(root / "folder", NEW), at=lambda _: True, into=tmp_path / "killed"
+    )
+    seen = []
+    for copy in copies:
+        recover_folder(copy / "folder")
+        seen.append(content_of(copy / "folder"))
+        fill(copy / "folder", {"last": b""})
+        assert content_of(copy) == {"folder/last": b""}
+    num_old = seen.count(OLD)
+    assert num_old >= 5
+    assert seen == [OLD] * num_old + [NEW] * (len(copies) - num_old)
+    assert len(copies) - num_old >= 4
+    assert content_of(root) == {f"folder/{name}": content for name, content in NEW.items()}
+
+
+def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path: Path) -> None:
+    fill(tmp_path / "folder", OLD)
+    with suppress(Stopped), whole_folder(tmp_path / "folder") as partial:
+        (partial / "a").write_bytes(b"new")
+        raise Stopped
+    assert content_of(tmp_path) == {f"folder/{name}": content for name, content in OLD.items()}
+    with whole_folder(tmp_path / "folder") as partial:
+        recover_folder(tmp_path / "folder")
+        assert not list(partial.iterdir())
+    assert content_of(tmp_path) == {}
+
+
+def test_a_reader_that_recovers_while_a_folder_is_replaced_stops_neither(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    fill(folder, OLD)
+    has_read = False
+
+    def read(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal has_read
+        if str(arguments[0]).endswith(".partial") and not has_read:
+            has_read = True  # the old one has been set aside, the new one has no name yet
+            recover_folder(folder)
+            assert content_of(folder) == OLD
+
+    with audit(read, ("os.rename",)):
+        fill(folder, NEW)
+    assert has_read
+    assert content_of(tmp_path) == {f"folder/{name}": content for name, content in NEW.items()}
+
+
+def test_every_file_and_folder_of_a_new_folder_is_flushed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(path_of(handle)))
+    fill(tmp_path / "folder", OLD)
+    partial = tmp_path / ".folder.partial"
+    names = ("a", "deep/b", "deep", ".")
+    assert sorted(flushed) == sorted([*(str(partial / name) for name in names), str(tmp_path)])
+    flushed.clear()
+    write_file(tmp_path / "x/y/file", b"", is_synced=False)
+    assert not flushed
+    sync_below(tmp_path, [tmp_path / "x/y/file"])
+    assert set(flushed) == {
+        str(each) for each in (tmp_path / "x/y/file", *(tmp_path / "x/y/file").parents[:3])
+    }
+
+
+def path_of(handle: int) -> str:
+    return os.readlink(f"/proc/self/fd/{handle}")
+
+
+def test_lines_are_read_up_to_one_cut_off_by_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    assert read_lines(path) == []
+    append_line(path, {"a": 1})
+    append_line(path, {"b": "\u00e9"})
+    with path.open("a") as file:
+        file.write('{"c": ')
+    assert read_lines(path) == [{"a": 1}, {"b": "\u00e9"}]

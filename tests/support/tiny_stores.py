@@ -414,7 +414,7 @@ def states_of(values: NDArray[Any]) -> NDArray[np.float32]:
     return widen(values)
 
 
-_CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.truncate")
+_CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 _listeners: list[tuple[Callable[[str, tuple[Any, ...]], None], tuple[str, ...]]] = []
 
 
@@ -442,13 +442,18 @@ def _install_hook() -> None:
 
 @contextmanager
 def watch_changes(root: Path, watcher: Callable[[int, Path], None]) -> Iterator[None]:
-    """Call `watcher(n, path)` before the n-th change below `root`: a file opened for writing,
-    renamed (to `path`), removed, cut off, or a folder made. A kill at any instant leaves the disk
-    as it is before one of them, but for the length of a partial file."""
+    """Call `watcher(n, path)` before the n-th change below `root`.
+
+    A change is a file opened for writing, renamed (to `path`), removed or truncated, or a folder
+    made or removed. A kill at any instant leaves the disk as it is before one of them, except for
+    the length of a partial file.
+    """
     numbers = itertools.count()
 
     def listen(event: str, arguments: tuple[Any, ...]) -> None:
         path = arguments[0]
+        if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # below an open folder
+            path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
         if not isinstance(path, str | Path) or not str(path).startswith(str(root)):
             return
         if event != "open" or _is_writing(*arguments):

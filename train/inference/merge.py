@@ -171,4 +171,4 @@ def _write_adapter(folder: Path, base: Base, module: BlocksCarryOn) -> None:
     )
     config.save_pretrained(str(folder))
     content = save(weights, metadata={"format": "pt"})
-    write_file(folder / "adapter_model.safetensors", content)
+    write_file(folder / "adapter_model.safetensors", content, is_synced=False)

@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
-from carryon.cache.files import whole_file, whole_folder, write_file, write_json
+from carryon.cache.files import (
+    recover_folder,
+    whole_file,
+    whole_folder,
+    write_file,
+    write_json,
+)
 from carryon.cache.store.top_blocks import Blocks
 from carryon.train.config import CarryOnSettings, with_current_names
 from carryon.train.modules.carryon import CarryOn, make_carryon
@@ -89,24 +95,31 @@ def save_carryon(
         dtype: of the saved weights; bfloat16 halves the file and rounds each weight to 8 bits.
     """
     with whole_folder(Path(folder)) as partial:
-        return write_carryon_files(partial, carryon.state_dict(), card, dtype=dtype)
+        return write_carryon_files(
+            partial, carryon.state_dict(), card, dtype=dtype, is_synced=False
+        )
 
 
 def write_carryon_files(
-    folder: Path, weights: Mapping[str, Tensor], card: CarryOnCard, *, dtype: torch.dtype
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    card: CarryOnCard,
+    *,
+    dtype: torch.dtype,
+    is_synced: bool = True,
 ) -> int:
-    """Write the files of a carry-on into `folder`, each whole or not at all, beside what is there.
+    """Write the files of a carry-on into `folder`, each atomically, beside those already there.
 
-    Arguments and result as those of `save_carryon`.
+    Arguments and result as those of `save_carryon`; `is_synced` as that of `write_file`.
     """
     saved = {
         name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()
     }
     # Straight from the weights to the disk: as bytes they would be in memory twice more.
-    with whole_file(folder / WEIGHTS) as partial:
+    with whole_file(folder / WEIGHTS, is_synced=is_synced) as partial:
         save_file(saved, partial, metadata={"format": "pt"})
-    write_json(folder / CARD, card.to_dict())
-    _write_model_card(folder, card)
+    write_json(folder / CARD, card.to_dict(), is_synced=is_synced)
+    _write_model_card(folder, card, is_synced=is_synced)
     return (folder / WEIGHTS).stat().st_size
 
 
@@ -133,6 +146,7 @@ def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401
         MissingError: there is no such folder, and the hub has none of that name.
     """
     path = Path(source).expanduser()
+    recover_folder(path)
     name, _, revision = str(source).partition("@")
     is_path = path.is_absolute() or str(source).startswith(".") or name.count("/") != 1
     if path.is_dir() or is_path:
@@ -156,6 +170,7 @@ def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401
 def read_card(folder: str | Path) -> CarryOnCard:
     """Return the card of the carry-on in `folder`; errors as those of `load_carryon`."""
     root = Path(folder)
+    recover_folder(root)
     if not (root / CARD).is_file() or not (root / WEIGHTS).is_file():
         raise MissingError(
             f"{root}: expected a carry-on ({CARD} and {WEIGHTS}), found none: run carryon train, "
@@ -233,10 +248,10 @@ def check_base(card: CarryOnCard, base: Mapping[str, Any], *, where: str | Path)
             )
 
 
-def _write_model_card(folder: Path, card: CarryOnCard) -> None:
+def _write_model_card(folder: Path, card: CarryOnCard, *, is_synced: bool = True) -> None:
     num_bytes = (folder / WEIGHTS).stat().st_size
     text = model_card(card.without_paths().to_dict(), num_bytes=num_bytes)
-    write_file(folder / README, text.encode())
+    write_file(folder / README, text.encode(), is_synced=is_synced)
 
 
 def _not_a_carryon(root: Path, error: Exception) -> InputError:

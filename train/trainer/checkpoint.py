@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from carryon.cache.errors import InputError
-from carryon.cache.files import PARTIAL, whole_folder, write_json
+from carryon.cache.files import recover_folders, whole_folder, write_json
 from carryon.train.config import setting_of
 from carryon.train.modules.carryon import CarryOn
 
@@ -87,7 +87,7 @@ def save_checkpoint(
     with whole_folder(path) as partial:
         save_file(dict(carryon.state_dict()), partial / WEIGHTS)
         save_file(tensors, partial / OPTIMIZER)
-        write_json(partial / STATE, state)
+        write_json(partial / STATE, state, is_synced=False)
     best = best_checkpoint(folder, progress)
     _name(folder / LAST, path, progress)
     if best is not None:
@@ -107,6 +107,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def best_checkpoint(folder: Path, progress: Progress) -> Path | None:
     """Return the step folder of the best evaluation so far, or None."""
     path = _step_folder(folder, progress.best_step)
+    recover_folders(folder)
     return path if progress.best_nll is not None and (path / STATE).is_file() else None
 
 
@@ -174,10 +175,11 @@ def _step_folder(folder: Path, step: int) -> Path:
 
 
 def _step_folders(folder: Path) -> list[Path]:
+    recover_folders(folder)
     return sorted(
         path
         for path in folder.glob("step-*")
-        if not path.name.endswith(PARTIAL) and (path / STATE).is_file()
+        if path.name.removeprefix("step-").isdecimal() and (path / STATE).is_file()
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support.tiny_stores import states_at_kills
 
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.train.config import CarryOnSettings
@@ -169,3 +170,29 @@ def test_a_folder_that_is_not_there_or_a_foreign_one_is_named(tmp_path: Path) ->
     for source in (tmp_path / "none", "./none", "a/b/c"):
         with pytest.raises(MissingError, match="expected a carry-on"):
             load_carryon(locate_carryon(source))
+
+
+def test_a_carryon_replaced_and_killed_before_any_change_is_the_old_or_the_new_one(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "run"
+    old, new = _carryon(seed=1), _carryon(seed=2)
+    save_carryon(root / "carryon", old, _card(), dtype=torch.float32)
+
+    copies = states_at_kills(
+        root,
+        lambda: save_carryon(root / "carryon", new, _card(), dtype=torch.float32),
+        at=lambda _: True,
+        into=tmp_path / "killed",
+    )
+
+    expected = [each.state_dict()["bridges.0.weight"] for each in (old, new)]
+    seen = []
+    for copy in copies:
+        assert locate_carryon(copy / "carryon").is_dir()
+        bridge = load_carryon(copy / "carryon")[0].state_dict()["bridges.0.weight"]
+        seen.append([torch.equal(bridge, each) for each in expected].index(True))
+        save_carryon(copy / "carryon", new, _card(), dtype=torch.float32)
+        assert [path.name for path in copy.iterdir()] == ["carryon"]
+    assert seen == sorted(seen)
+    assert set(seen) == {0, 1}

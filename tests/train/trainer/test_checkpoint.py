@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny_stores import states_at_kills
 
 from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
@@ -126,7 +127,7 @@ def test_a_failed_write_leaves_the_folder_as_it_was(
     carryon, optimizer = _pair()
     _save(tmp_path, carryon, optimizer, step=1)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("carryon.train.trainer.checkpoint.write_json", full)
@@ -141,3 +142,27 @@ def test_a_run_begun_before_there_was_a_setting_goes_on_without_it() -> None:
 
     with pytest.raises(InputError, match="sampled_softmax is None there and 5 here"):
         refuse_other_identity({"width": 8}, {"width": 8, "sampled_softmax": 5}, name="run")
+
+
+def test_a_checkpoint_replaced_and_killed_before_any_change_can_be_resumed_from(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "checkpoints"
+    carryon, optimizer = _pair()
+    _save(root, carryon, optimizer, step=6)
+    path = _save(root, carryon, optimizer, step=7)
+    _step(carryon, optimizer)
+
+    copies = states_at_kills(
+        root,
+        lambda: _save(root, carryon, optimizer, step=7),
+        at=lambda _: True,
+        into=tmp_path / "killed",
+    )
+
+    for copy in copies:
+        newest = newest_checkpoint(copy)
+        assert newest == copy / path.name
+        load_checkpoint(newest, carryon=carryon, optimizer=optimizer, identity=IDENTITY)
+        _save(copy, carryon, optimizer, step=7)
+        assert not list(copy.glob(".*"))

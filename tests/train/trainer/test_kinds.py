@@ -8,12 +8,13 @@ from typing import Any, Literal
 import pytest
 import torch
 from support.tiny_bases import make_tiny_base
-from support.tiny_stores import write_corpus
+from support.tiny_stores import states_at_kills, write_corpus
 from transformers import AutoModelForCausalLM
 
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.extraction.pipeline import dry_run, extract
 from carryon.cache.extraction.repair import repair
+from carryon.cache.files import recover_folder
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
@@ -235,6 +236,33 @@ def test_a_merged_model_generates_what_its_logits_say(tmp_path: Path, llama: Pla
     for _ in range(5):
         tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
     assert found.tolist() == tokens.tolist()
+
+
+def test_a_merge_killed_before_any_change_leaves_nothing_or_all_and_can_be_made_again(
+    tmp_path: Path, llama: Place
+) -> None:
+    carryon = fit(llama, tmp_path / "run", kind="native")
+    root = tmp_path / "root"
+    (root / "merged").mkdir(parents=True)  # an empty folder is taken, and replaced
+
+    def make(out: Path) -> None:
+        merge(carryon, base=str(llama.base), out=out, device="cpu")
+
+    copies = states_at_kills(
+        root, lambda: make(root / "merged"), at=lambda _: True, into=tmp_path / "killed"
+    )
+
+    expected = plain_logits(root / "merged")
+    for copy in copies:
+        recover_folder(copy / "merged")
+        if any((copy / "merged").iterdir()):
+            assert torch.equal(plain_logits(copy / "merged"), expected)
+    num_whole = sum(any((copy / "merged").iterdir()) for copy in copies)
+    assert 0 < num_whole < len(copies)
+    unfinished = copies[-num_whole - 1]
+    make(unfinished / "merged")
+    assert torch.equal(plain_logits(unfinished / "merged"), expected)
+    assert [path.name for path in unfinished.iterdir()] == ["merged"]
 
 
 def test_a_bottleneck_is_not_merged(tmp_path: Path, llama: Place) -> None:
