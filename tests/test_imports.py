@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CACHE_ROOT = {
     "cache/errors": set(),
+    "cache/progress": set(),
     "cache/versions": set(),
     "cache/buffers": set(),
     "cache/files": {"cache/errors"},

@@ -419,7 +419,7 @@ def rate_warning(optimization: OptimizationSettings, carryon: CarryOnSettings) -
     if rate <= get_kind(carryon.kind).max_rate_factor * own:
         return ""
     return (
-        f"warning: learning_rate {rate:g} is {rate / own:.0f} times what suits a {carryon.kind}"
+        f"learning_rate {rate:g} is {rate / own:.0f} times what suits a {carryon.kind}"
         f"{' by LoRA' if carryon.lora_rank else ''} ({own:g}), which begins as the base itself and "
         "may be worse than it after a few steps: leave out --learning-rate, or lower it"
     )

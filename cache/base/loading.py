@@ -4,6 +4,7 @@ Nothing here knows what is done with a base; errors of transformers become one l
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def _loading(source: BaseSource, what: str) -> Iterator[None]:
     log: Any = transformers.utils.logging
     verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
-    if source.is_local:
+    if source.is_local or not sys.stderr.isatty():
         log.disable_progress_bar()
     try:
         if source.gguf_file is not None:

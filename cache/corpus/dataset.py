@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from carryon.cache.corpus.chat_template import ChatTemplate
 from carryon.cache.corpus.files import describe_file, list_files
 from carryon.cache.corpus.records import Record, id_problem, read_records
 from carryon.cache.corpus.tokenize import TokenRows, encode, make_encoder
 from carryon.cache.errors import InputError
+from carryon.cache.progress import Progress
 from carryon.cache.settings import CorpusSettings
 
 if TYPE_CHECKING:
@@ -76,8 +76,6 @@ def read_corpus(
 ) -> Corpus:
     """Read files, and all files below folders, into samples of at most `max_tokens` tokens.
 
-    A progress bar in bytes of the files goes to stderr.
-
     Args:
         paths: files and folders.
         tokenizer: of the base.
@@ -99,7 +97,7 @@ def read_corpus(
     counts: Counter[str] = Counter()
     samples: list[Sample] = []
     num_bytes = sum(file["bytes"] for file in files)
-    with tqdm(total=num_bytes, desc="tokenize", unit="B", unit_scale=True) as bar:
+    with Progress(num_bytes, name="tokenize", unit="B") as progress:
         for records in _batches(read_records(found)):
             renderings = [template.render(record, mask=settings.mask) for record in records]
             for record, rows in zip(records, encode(encoder, renderings), strict=True):
@@ -108,7 +106,7 @@ def read_corpus(
                 )
                 samples.extend(kept)
                 counts.update(tally)
-            bar.update(sum(record.num_bytes for record in records))
+            progress.update(sum(record.num_bytes for record in records))
     _refuse_empty(samples, counts, found)
     _refuse_equal_ids(samples)
     return Corpus(

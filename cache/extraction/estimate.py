@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base, read_head
@@ -127,7 +126,7 @@ def _run_timed(
     elapsed_s = 0.0
     batches = plan_batches(lengths, batch_tokens=batch_tokens)
     # The first one twice: its first pass sets up kernels and memory, which a long run does once.
-    for number, batch in enumerate(tqdm([batches[0], *batches], desc="pilot")):
+    for number, batch in enumerate([batches[0], *batches]):
         ids = np.zeros((len(batch), int(lengths[batch].max())), dtype=np.int64)
         for row, index in enumerate(batch.tolist()):
             ids[row, : lengths[index]] = tokens[index]

@@ -11,12 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
@@ -32,6 +31,7 @@ from carryon.cache.format.zarr_metadata import (
     row_path,
     shard_path,
 )
+from carryon.cache.progress import Progress
 from carryon.cache.store.shard_writer import (
     UnitInput,
     read_sample_places,
@@ -90,7 +90,7 @@ def run_units(
     budget = _DiskBudget(root, manifest, max_disk_bytes)
     started_at = time.perf_counter()
     with (
-        tqdm(total=total, unit="tok", desc="extract", disable=not todo) as bar,
+        Progress(total, name="extract", unit="tokens") as progress,
         ThreadPoolExecutor(max_workers=1) as writer,
     ):
         pending: Future[Receipt] | None = None
@@ -99,7 +99,7 @@ def run_units(
         def collect(written: Future[Receipt]) -> None:
             receipts.append(written.result())
             budget.settle(receipts[-1])
-            bar.set_postfix_str(f"{budget.written / 1e6:,.0f} MB written")
+            progress.note = f"{budget.written / 1e6:,.0f} MB written"
 
         for unit in todo:
             span = slice(bounds[unit], bounds[unit + 1])
@@ -116,7 +116,7 @@ def run_units(
             )
             unit_started_at = time.perf_counter()
             hidden = compute_unit(
-                base, unit_input, manifest=manifest, batch_tokens=batch_tokens, bar=bar
+                base, unit_input, manifest=manifest, batch_tokens=batch_tokens, progress=progress
             )
             elapsed_s = time.perf_counter() - unit_started_at
             if pending is not None:
@@ -147,7 +147,7 @@ def compute_unit(
     *,
     manifest: Manifest,
     batch_tokens: int,
-    bar: "tqdm[NoReturn] | None" = None,
+    progress: Progress | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Run the base over one unit.
 
@@ -170,8 +170,8 @@ def compute_unit(
             values = found.cpu().numpy()
             for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
                 hidden[tap][start : start + length] = values[row, :length]
-        if bar is not None:
-            bar.update(int(lengths.sum()))
+        if progress is not None:
+            progress.update(int(lengths.sum()))
     return hidden
 
 

@@ -4,7 +4,7 @@ The plan is written first, then units one by one; each is committed by its recei
 resumes: finished units are skipped, the others computed.
 """
 
-import sys
+import logging
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
 from carryon.cache.lock import LOCK_PATH, refuse_busy, write_lock
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings, parse_tap
 from carryon.cache.store.top_blocks import block_files
+
+logger = logging.getLogger(__name__)
 
 _EXPECTED_RATIO = {"exact": 0.68, "near": 0.42, "compact": 0.36}
 """Stored bytes against raw, before anything is measured; --dry-run measures."""
@@ -65,7 +67,7 @@ def extract(
     refuse_foreign_folder(root)
     refuse_busy(root)
     loaded, texts, plan, manifest = _prepare(base, data, corpus, store, forward, held_out)
-    print(_prediction(manifest), file=sys.stderr)
+    logger.info(_prediction(manifest))
     with write_lock(root):
         sweep_partials(root)
         if not manifest_path(root).exists():

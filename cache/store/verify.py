@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from carryon.cache.errors import CarryOnError, DamagedStoreError, StoreError
 from carryon.cache.format.arrays import array_info, read_chunk
@@ -34,6 +33,7 @@ from carryon.cache.format.zarr_metadata import (
     shard_path,
     state_paths,
 )
+from carryon.cache.progress import track
 from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_writer import read_sample_places, read_unit_input
 
@@ -106,7 +106,7 @@ def verify(root: Path, *, depth: Depth, seed: int = 0) -> VerifyReport:
     walk.check_plan()
     done = units_with_receipt(root)
     units = range(manifest.num_units)
-    for unit in tqdm(units, desc=f"verify {depth}", unit="unit", disable=depth == "quick"):
+    for unit in track(units, total=len(units), name=f"verify {depth}", unit="units"):
         walk.check_unit(unit, is_done=unit in done)
     if depth == "sample":
         walk.check_some_chunks(sorted(done & set(units)), seed=seed)

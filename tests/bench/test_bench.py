@@ -108,14 +108,15 @@ def test_a_figure_tells_whether_it_meets_its_target(
     assert json.loads(json.dumps(figure.to_dict()))["met"] is met
 
 
-def test_the_table_names_what_was_missed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_names_what_was_missed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="carryon")
     print_table(
         [
             Figure(figure="plain", value=12345.6, unit="tokens/s"),
             Figure(figure="missed", value=2.0, unit="s", target=1.0),
         ]
     )
-    lines = capsys.readouterr().err.splitlines()
+    lines = caplog.messages
     assert lines[0].split() == ["figure", "value", "target", "unit", "met"]
     assert lines[1].split() == ["missed", "2", "<=", "1", "s", "NO"]
     assert lines[2].split() == ["plain", "12,346", "tokens/s"]

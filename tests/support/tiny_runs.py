@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from carryon.train.config import (
     CarryOnSettings,
@@ -182,7 +180,6 @@ def _train_in_child(store: Path, out: Path, is_sweep: bool, talk: Connection) ->
 
 def _be_quiet() -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed with the process
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     torch.set_num_threads(1)
     finish.plot_curves = lambda metrics, path: False
     sweep_module.plot_runs = lambda metrics, path: False

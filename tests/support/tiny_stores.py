@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from carryon.cache.base.lm_head import FinalNorm, Head, widen
 from carryon.cache.base.model import Base, load_base
@@ -338,7 +336,6 @@ def _extract_in_child(
     base_folder: Path, data: Path, out: Path, append: bool, held_at: str, talk: Connection
 ) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed with the process
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     base = load_base(str(base_folder), forward=FORWARD)
 
     def hold(number: int, path: Path) -> None:

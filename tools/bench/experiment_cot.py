@@ -1,8 +1,8 @@
 """Exact match of generated answers, from a store of worked problems."""
 
 import json
+import logging
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from carryon.train.config import (
 if TYPE_CHECKING:
     from carryon.train.inference.accuracy import Problem, Score
     from carryon.train.trainer.finish import TrainReport
+
+logger = logging.getLogger(__name__)
 
 TARGET = 0.275
 """Of two-term sums, that a prototype reached."""
@@ -84,7 +86,7 @@ def experiment_cot(
         epochs=epochs, tokens_per_step=tokens_per_step, learning_rate=learning_rate
     )
     reports = [_train(folder, shape, replace(optimization, seed=seed)) for seed in seeds]
-    print(f"answers to {num} problems, from the base and with each carry-on", file=sys.stderr)
+    logger.info(f"answers to {num} problems, from the base and with each carry-on")
     alone, found = _answer(base, [report.carryon for report in reports], held_out)
     figure = Figure(
         figure=f"cot.{task.partition(':')[0]}.exact{'_with_seen' if keep_seen else ''}",

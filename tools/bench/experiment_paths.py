@@ -1,7 +1,7 @@
 """The ways of releasing versions, compared on real stores."""
 
 import json
-import sys
+import logging
 from typing import Any, Literal
 
 from carryon.cache.errors import InputError
@@ -13,6 +13,8 @@ from carryon.train.config import (
     RunSettings,
     StreamSettings,
 )
+
+logger = logging.getLogger(__name__)
 
 _KINDS = ["scratch", "restart", "low", "switch", "trunk", "wsd-s", "wsm"]
 _UNEVEN = 0.05
@@ -99,11 +101,10 @@ def experiment_paths(
     lengths = {seed: experiment.lengths(seed) for seed in seeds}
     for steps in lengths.values():
         if abs(steps.so_far[-1] / sum(steps.alone) - 1) > _UNEVEN:
-            print(
-                f"warning: all increments mixed make {steps.so_far[-1]} steps, one after another "
+            logger.warning(
+                f"all increments mixed make {steps.so_far[-1]} steps, one after another "
                 f"{sum(steps.alone)}: versions from scratch take other steps than the rest; give "
-                "--tokens-per-step of several times the longest sample",
-                file=sys.stderr,
+                "--tokens-per-step of several times the longest sample"
             )
     if study in ("stage1", "stage2"):
         plan = plan_pilots(lengths, kind=study, schedules=schedules, settings=optimization)
@@ -121,5 +122,5 @@ def experiment_paths(
     figures = [figure.to_dict() for figure in figures_of(experiment.root.name, results)]
     for figure in figures:
         print(json.dumps(figure))
-    print((experiment.root / "paths.md").read_text(encoding="ascii"), file=sys.stderr)
+    logger.info((experiment.root / "paths.md").read_text(encoding="ascii"))
     return figures

@@ -9,8 +9,8 @@ A version with a result is done. Killed at any time, the same call goes on.
 """
 
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,8 @@ from carryon.train.trainer.checkpoint import STATE, WEIGHTS, refuse_other_identi
 from carryon.train.trainer.nll import EvalJob, Nll, measure_nlls
 from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
 from carryon.train.trainer.trainer import Job, train_segments
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 8
 """Runs that are trained side by side, at most."""
@@ -100,10 +102,9 @@ class PathRuns:
             needed = self._needed(plan, wanted, saves)
             ready = [each for each in needed if self._has_start(each)]
             together = [each for each in ready if each.increments == ready[0].increments]
-            print(
+            logger.info(
                 f"paths: {len(wanted)} versions and {len(needed)} runs to go; now "
-                f"{' '.join(each.name for each in together[:AT_ONCE])}",
-                file=sys.stderr,
+                f"{' '.join(each.name for each in together[:AT_ONCE])}"
             )
             self._train(together[:AT_ONCE], saves)
 

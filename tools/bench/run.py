@@ -1,6 +1,6 @@
 """Which measurement needs what: stores, a base, made-up states; and running those that can be."""
 
-import sys
+import logging
 from pathlib import Path
 
 from carryon.cache.base.model import Base, load_base
@@ -22,6 +22,8 @@ from carryon.tools.bench.write import measure_write_growth
 from carryon.tools.compare.corpora import write_named_corpus
 from carryon.tools.compare.figure import Report
 
+logger = logging.getLogger(__name__)
+
 MADE_UP = "synthetic"
 _OWN_CORPUS_TOKENS = 1024  # longest sample of a corpus that is made here
 _WRITE_ROUNDS = 10  # times the rounds of the rest: a unit takes milliseconds, the disk its time
@@ -40,7 +42,7 @@ def run_benchmarks(
     for figure, need in (("lossless", stores), ("profiles", stores), ("extract", base)):
         if figure in wanted and not need:
             option = "--base" if figure == "extract" else "--store or --base"
-            print(f"{figure}: left out, it needs {option}", file=sys.stderr)
+            logger.info(f"{figure}: left out, it needs {option}")
 
     for label, store in stores.items():
         if "lossless" in wanted:

@@ -1,6 +1,6 @@
 """How fast, how small and how good training from a store is."""
 
-import sys
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from carryon.tools.bench.train_settings import (
     missing_options,
 )
 from carryon.tools.compare.figure import Report
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,7 @@ def bench_train(
         if name not in settings.figures:
             continue
         if missing := missing_options(name, settings):
-            print(f"{name}: left out, it needs {' and '.join(missing)}", file=sys.stderr)
+            logger.info(f"{name}: left out, it needs {' and '.join(missing)}")
         else:
             names.append(name)
     return [figure.to_dict() for figure in run_measurements(names, measure, out=out, work=work)]

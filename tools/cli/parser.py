@@ -19,14 +19,15 @@ from typing import Any
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from carryon.cache.errors import InputError
+from carryon.tools.cli.logs import LEVELS
 from carryon.tools.cli.options import REQUIRED, Option, is_settings, options_of
 from carryon.train.config import PRESETS
 
 
 def parse_call(
     function: Callable[..., Any], argv: Sequence[str], *, prog: str
-) -> inspect.BoundArguments:
-    """Return the arguments with which `argv` asks for `function` to be called.
+) -> tuple[inspect.BoundArguments, str]:
+    """Return the arguments with which `argv` asks for `function` to be called, and the log level.
 
     Prints and exits 0 on `--help` and `--print-config`.
 
@@ -39,7 +40,8 @@ def parse_call(
         values = parser.parse_args(normalize(argv, options))
     except ArgumentError as error:
         raise InputError(explain(str(error), options, prog=prog)) from error
-    return bind(function, values)
+    level = "warning" if values["quiet"] else values["log_level"]
+    return bind(function, values), level
 
 
 def bind(function: Callable[..., Any], values: Namespace) -> inspect.BoundArguments:
@@ -84,6 +86,15 @@ def build_parser(
         metavar="FILE",
         help="YAML file of options, by their names; for training also a preset: "
         f"{', '.join(PRESETS)}.",
+    )
+    parser.add_argument(
+        "--quiet", action=ActionYesNo(no_prefix="no-"), default=False, help="Show warnings only."
+    )
+    parser.add_argument(
+        "--log-level",
+        type=typing.Literal[LEVELS],
+        default="info",
+        help="Least important messages to show on stderr. (default: info)",
     )
     return parser
 

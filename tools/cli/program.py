@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 from carryon.cache.errors import CarryOnError, InputError
+from carryon.tools.cli.logs import log_to_stderr
 from carryon.tools.cli.parser import parse_call
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -54,8 +55,9 @@ class Program:
     def call(self, name: str, argv: Sequence[str]) -> Any:  # noqa: ANN401 -- each has its own
         """Run the command `name` in this process and return what its function returns."""
         function = self.find(name)
-        call = parse_call(function, argv, prog=f"{self.prog} {name}")
-        return function(*call.args, **call.kwargs)
+        call, level = parse_call(function, argv, prog=f"{self.prog} {name}")
+        with log_to_stderr(level):
+            return function(*call.args, **call.kwargs)
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run with `argv` (default: the command line) and return the exit code."""

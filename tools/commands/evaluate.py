@@ -1,12 +1,14 @@
 """`carryon evaluate`: held-out loss of base and carry-on, from a store."""
 
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
 from carryon.cache.errors import InputError
 from carryon.train.config import LossSettings
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -58,13 +60,12 @@ def evaluate(
     )
     if len(report.alphas) > 1:
         for each, nll in zip(report.alphas, report.carryon_nlls, strict=True):
-            print(f"alpha {each:<6g} NLL {nll:.4f}", file=sys.stderr)
-    print(
+            logger.info(f"alpha {each:<6g} NLL {nll:.4f}")
+    logger.info(
         f"{report.num_targets:,} supervised tokens of {report.num_samples:,} samples "
         f"({report.samples}): NLL of the base {report.base_nll:.4f}, with the carry-on "
         f"{report.carryon_nll:.4f} ({'best ' if len(report.alphas) > 1 else ''}"
-        f"alpha {report.alpha:g})",
-        file=sys.stderr,
+        f"alpha {report.alpha:g})"
     )
     if plot:
         plot_alphas(report.alphas, report.carryon_nlls, report.base_nll, Path(plot))

@@ -1,12 +1,14 @@
 """`carryon extract`: corpus and base in, store out."""
 
 import json
+import logging
 import re
-import sys
 from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
+
+logger = logging.getLogger(__name__)
 
 UNIT_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -65,12 +67,11 @@ def extract(
         max_disk_bytes=max_disk_bytes,
     )
     if not report.is_finished:
-        print(f"stopped at --max-disk {max_disk}; give more to go on", file=sys.stderr)
-    print(
+        logger.warning(f"stopped at --max-disk {max_disk}; give more to go on")
+    logger.info(
         f"{report.store}: {report.num_tokens:,} tokens in {report.num_units:,} units; computed "
         f"{report.computed_tokens:,} of them now in {report.elapsed_s:,.0f} s, "
-        f"{report.stored_bytes / 1e6:,.1f} MB of {report.raw_bytes / 1e6:,.1f} MB raw",
-        file=sys.stderr,
+        f"{report.stored_bytes / 1e6:,.1f} MB of {report.raw_bytes / 1e6:,.1f} MB raw"
     )
     print(json.dumps(report.to_dict()))
     return report.to_dict()
@@ -86,19 +87,17 @@ def _print_forecast(
     from carryon.cache.extraction.pipeline import dry_run
 
     found = dry_run(base=base, data=data, corpus=corpus, store=store, forward=forward)
-    print(
+    logger.info(
         f"{found.num_samples:,} samples, {found.num_tokens:,} tokens, {found.num_units:,} units; "
         f"{found.tokens_per_second:,.0f} tokens/s here: about {found.elapsed_s / 60:,.1f} minutes\n"
-        f"hidden states raw: {found.raw_bytes / 1e6:,.1f} MB",
-        file=sys.stderr,
+        f"hidden states raw: {found.raw_bytes / 1e6:,.1f} MB"
     )
     for name, profile in found.profiles.items():
         errors = profile.errors.get("final") or profile.errors.get("prenorm") or {}
         quality = f", KL {errors['kl']:.1e}, top-1 {errors['top1']:.3f}" if errors else ""
-        print(
+        logger.info(
             f"  {name:<8} store of {profile.store_bytes / 1e6:,.1f} MB, states "
-            f"{profile.ratio:.3f} of raw{quality}",
-            file=sys.stderr,
+            f"{profile.ratio:.3f} of raw{quality}"
         )
     print(json.dumps(found.to_dict()))
     return found.to_dict()

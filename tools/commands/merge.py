@@ -1,8 +1,10 @@
 """`carryon merge`: base and carry-on as an ordinary checkpoint, or a PEFT adapter."""
 
 import json
-import sys
+import logging
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def merge(
@@ -27,9 +29,8 @@ def merge(
     from carryon.train.inference.merge import merge as merge_carryon
 
     report = merge_carryon(carryon, base=base, out=out, adapter=adapter, device=device)
-    print(
-        f"{out}: {'PEFT adapter' if adapter else 'checkpoint'} of {report['bytes'] / 1e6:,.1f} MB",
-        file=sys.stderr,
+    logger.info(
+        f"{out}: {'PEFT adapter' if adapter else 'checkpoint'} of {report['bytes'] / 1e6:,.1f} MB"
     )
     print(json.dumps(report))
     return report

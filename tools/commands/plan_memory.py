@@ -1,11 +1,14 @@
 """`carryon plan-memory`: what training will take up in memory, before anything is run."""
 
 import json
+import logging
 import sys
 from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
+
+logger = logging.getLogger(__name__)
 
 _UNITS = {"GB": 1e9, "MB": 1e6, "GiB": 2**30, "MiB": 2**20}
 
@@ -64,13 +67,13 @@ def plan_memory(
         for name, each in leaner_settings(case, limit=most)
     ]
     for entry in tried:
-        print(f"{entry['settings']}: {entry['total'] / 1e9:.3f} GB", file=sys.stderr)
+        logger.info(f"{entry['settings']}: {entry['total'] / 1e9:.3f} GB")
     for name, size in tried[-1]["parts"].items():
-        print(f"  {name:<12} {size / 1e6:10,.1f} MB", file=sys.stderr)
+        logger.info(f"  {name:<12} {size / 1e6:10,.1f} MB")
     fits = tried[-1]["total"] <= most
     if limit:
         answer = "fits" if fits else "does not fit, whatever the settings: take a smaller batch"
-        print(f"{limit}: {answer}", file=sys.stderr)
+        logger.info(f"{limit}: {answer}")
     document = {**tried[-1], "limit": most if limit else None, "fits": fits, "tried": tried}
     print(json.dumps(document))
     return document

@@ -1,7 +1,7 @@
 """`carryon repair`: damaged or missing parts of a store, made again."""
 
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,8 @@ from carryon.cache.settings import ForwardSettings
 if TYPE_CHECKING:
     from carryon.cache.base.model import Base
     from carryon.cache.format.manifest import Manifest
+
+logger = logging.getLogger(__name__)
 
 
 def repair(store: str, /, *, base: str = "", forward: ForwardSettings) -> int:
@@ -42,10 +44,9 @@ def repair(store: str, /, *, base: str = "", forward: ForwardSettings) -> int:
 
     report = repair_store(Path(store), load_base=load, batch_tokens=forward.batch_tokens)
     state = "whole" if report.is_complete else "still damaged"
-    print(
+    logger.info(
         f"{store}: {len(report.problems)} problems, {len(report.restored_files)} files restored, "
-        f"{len(report.computed_units)} units computed again: {state}",
-        file=sys.stderr,
+        f"{len(report.computed_units)} units computed again: {state}"
     )
     print(json.dumps(report.to_dict()))
     return 0 if report.is_complete else 1

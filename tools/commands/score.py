@@ -1,13 +1,15 @@
 """`carryon score`: exact match of base and customized model on generated answers."""
 
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 from carryon.train.config import GenerateSettings
+
+logger = logging.getLogger(__name__)
 
 
 def score(
@@ -76,11 +78,10 @@ def score(
         for name, result in found.items():
             document |= {f"{name}_exact": result.exact, f"{name}_generous": result.generous}
         print(json.dumps(document), flush=True)
-        print(
+        logger.info(
             f"{task}: the base ends {found['base'].generous:.1%} of its answers with the right "
             f"one; with the carry-on {found['customized'].generous:.1%}, and "
-            f"{found['customized'].exact:.1%} are nothing but it",
-            file=sys.stderr,
+            f"{found['customized'].exact:.1%} are nothing but it"
         )
         documents.append(document)
         texts = zip(problems, found["base"].texts, found["customized"].texts, strict=True)

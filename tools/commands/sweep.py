@@ -1,7 +1,7 @@
 """`carryon sweep`: several carry-ons, trained side by side from one read of a store."""
 
 import json
-import sys
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +14,8 @@ from carryon.train.config import (
     RunSettings,
     StreamSettings,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def sweep(
@@ -99,4 +101,4 @@ def print_runs(reports: Mapping[str, Mapping[str, Any]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip(), file=sys.stderr)
+        logger.info("  ".join(cells).rstrip())

@@ -1,7 +1,7 @@
 """`carryon train`: store in, carry-on out."""
 
 import json
-import sys
+import logging
 from typing import Any
 
 from carryon.train.config import (
@@ -12,6 +12,8 @@ from carryon.train.config import (
     RunSettings,
     StreamSettings,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -58,12 +60,11 @@ def train(
         memory=memory,
         run=run,
     )
-    print(
+    logger.info(
         f"{report.carryon}: {report.carryon_bytes / 1e6:.2f} MB, trained in "
         f"{report.train_s:,.0f} s ({report.tokens_per_second:,.0f} tokens/s); "
         f"held-out NLL of the base {report.base_nll:.4f}, with the carry-on "
-        f"{report.carryon_nll:.4f}",
-        file=sys.stderr,
+        f"{report.carryon_nll:.4f}"
     )
     print(json.dumps(report.to_dict()))
     return report.to_dict()

@@ -1,7 +1,7 @@
 """`carryon update`: new data in, the next version of a carry-on out."""
 
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +14,8 @@ from carryon.train.config import (
     RunSettings,
     StreamSettings,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def update(
@@ -100,12 +102,11 @@ def update(
         alpha=alpha,
         also_anew=also_anew,
     )
-    print(
+    logger.info(
         f"{found.carryon}: held-out NLL {found.from_old_nll:.4f} after {found.steps} steps from "
         f"version {found.old_version} of {found.old_lineage} ({found.start_nll:.4f} before them, "
         f"new base alone {found.base_nll:.4f})"
-        + ("" if found.anew_nll is None else f"; begun anew {found.anew_nll:.4f}"),
-        file=sys.stderr,
+        + ("" if found.anew_nll is None else f"; begun anew {found.anew_nll:.4f}")
     )
     print(json.dumps(found.to_dict()))
     return found.to_dict()
@@ -124,10 +125,9 @@ def _update(
     report = update_lineage(
         lineage=lineage, store=store, data=data, base=base, settings=settings, alpha=alpha
     )
-    print(
+    logger.info(
         f"{report.carryon}: held-out NLL on the new data {report.carryon_nll:.4f}, of the base "
-        f"{report.base_nll:.4f}",
-        file=sys.stderr,
+        f"{report.base_nll:.4f}"
     )
     print(json.dumps(report.to_dict()))
     return report.to_dict()

@@ -1,11 +1,13 @@
 """`carryon verify`: a store against its own receipts."""
 
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import Literal
 
 from carryon.cache.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def verify(store: str, /, *, quick: bool = False, full: bool = False) -> int:
@@ -34,16 +36,15 @@ def verify(store: str, /, *, quick: bool = False, full: bool = False) -> int:
     for problem in report.problems:
         if not problem.is_missing_unit:
             where = "plan" if problem.unit is None else f"unit {problem.unit}"
-            print(f"damaged: {where}: {problem.path}: {problem.text}", file=sys.stderr)
+            logger.error(f"damaged: {where}: {problem.path}: {problem.text}")
     if missing:
-        print(
+        logger.error(
             f"missing: {len(missing)} units, the first is {missing[0].unit}: run the same "
-            "carryon extract again, or carryon repair",
-            file=sys.stderr,
+            "carryon extract again, or carryon repair"
         )
     if not report.is_sound:
-        print(f"mend it with: carryon repair {store}", file=sys.stderr)
+        logger.error(f"mend it with: carryon repair {store}")
     if report.is_complete:
-        print(f"{store}: whole ({depth}: {report.num_files:,} files)", file=sys.stderr)
+        logger.info(f"{store}: whole ({depth}: {report.num_files:,} files)")
     print(json.dumps(report.to_dict()))
     return 0 if report.is_complete else 1

@@ -1,11 +1,13 @@
 """`carryon versions`: the versions of a lineage, their cost and their losses."""
 
 import json
-import sys
+import logging
 from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.tools.cli.table import format_table
+
+logger = logging.getLogger(__name__)
 
 
 def versions(
@@ -44,7 +46,7 @@ def versions(
     found = [version.to_dict() for version in list_versions(lineage, device=device)]
     for version in found:
         print(json.dumps(version))
-    print(_table(found), file=sys.stderr)
+    logger.info(_table(found))
     return found
 
 

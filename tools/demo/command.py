@@ -7,14 +7,16 @@ where the first one stopped.
 
 import io
 import json
+import logging
 import shlex
-import sys
 import time
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 OWN_NAMES = {"corpus.jsonl", "base", "store", "run"}
 ANSWER_TOKENS = 160
@@ -48,12 +50,14 @@ def demo(*, out: str = "carryon-demo", samples: int = 200) -> dict[str, Any]:
         seconds[name] = time.perf_counter() - started_at
     results: dict[str, dict[str, Any]] = {}
     for argv in commands(root):
-        print(f"\n$ {shlex.join(['carryon', *argv])}", flush=True)
+        logger.info(f"\n$ {shlex.join(['carryon', *argv])}")
         started_at = time.perf_counter()
         results[argv[0]] = _run(argv)
         seconds[argv[0]] = time.perf_counter() - started_at
-    print(summary(root, results, seconds))
-    return {"seconds": seconds, **results}
+    logger.info(summary(root, results, seconds))
+    report = {"seconds": seconds, **results}
+    print(json.dumps(report))
+    return report
 
 
 def commands(root: Path) -> list[list[str]]:
@@ -126,7 +130,7 @@ def _make_corpus(root: Path, samples: int) -> None:
         write_corpus(path, samples)
     check_corpus(path, samples)
     held_out = count_held_out(samples)
-    print(f"{path}: {samples} GSM-symbolic problems, and {held_out} others held out", flush=True)
+    logger.info(f"{path}: {samples} GSM-symbolic problems, and {held_out} others held out")
 
 
 def _fetch_base(root: Path, samples: int) -> None:
@@ -134,14 +138,15 @@ def _fetch_base(root: Path, samples: int) -> None:
 
     folder = root / "base"
     origin = "already there" if folder.exists() else f"from {fetch_base(folder)}"
-    print(f"{folder}: SmolLM2-135M-Instruct, {origin}", flush=True)
+    logger.info(f"{folder}: SmolLM2-135M-Instruct, {origin}")
 
 
 def _run(argv: list[str]) -> dict[str, Any]:
     from carryon.tools.cli.subcommands import call_subcommand
 
-    is_for_people = argv[0] in ("inspect", "generate")  # the others print a JSON line
-    with nullcontext() if is_for_people else redirect_stdout(io.StringIO()):
+    output = io.StringIO()
+    with redirect_stdout(output):
         result: dict[str, Any] = call_subcommand(argv[0], argv[1:])
-    sys.stdout.flush()
+    if argv[0] in ("inspect", "generate"):  # the others print a JSON line
+        logger.info(output.getvalue().rstrip())
     return result

@@ -5,7 +5,7 @@ copy of the state in which another ended. A branch so leaves the trunk as it is,
 ends with the same bits.
 """
 
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,8 @@ from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.run_dir import RunFolder
 from carryon.train.trainer.segment import Segment
 from carryon.train.trainer.trainer import Job, train_jointly
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_ALPHA = 0.6
 """Fraction of an increment's steps in which a branch decays."""
@@ -131,9 +133,8 @@ def grow(lineage: Lineage, parts: Sequence[str], settings: TrainSettings) -> Lin
     branch_point(0, steps, alpha=lineage.alpha)
     grown = Increment(stores=list(parts), fingerprints=data.fingerprints, steps=steps)
     lineage = replace(lineage, increments=[*lineage.increments, grown])
-    print(
-        f"{lineage.root}: increment {len(lineage.increments)}, {' '.join(parts)}: {steps} steps",
-        file=sys.stderr,
+    logger.info(
+        f"{lineage.root}: increment {len(lineage.increments)}, {' '.join(parts)}: {steps} steps"
     )
     write_lineage(lineage)
     write_config(lineage, settings)

@@ -7,7 +7,7 @@ are the same: all of them for a base of the same width D, else the body of width
 bridge and before a new gate and up-projection.
 """
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -49,6 +49,8 @@ from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
 from carryon.train.trainer.checkpoint import START, newest_checkpoint, save_checkpoint
 from carryon.train.trainer.nll import EvalJob, measure_nlls
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,10 +265,9 @@ def _begin_with_old(
             identity={},
             keep=1,
         )
-    print(
+    logger.info(
         f"{found.root}: {kept} weights of version {version} of {old.root} fit, {new} are new; "
-        f"held-out NLL of the new base {nll.base:.4f}, with them {nll.carryon:.4f}",
-        file=sys.stderr,
+        f"held-out NLL of the new base {nll.base:.4f}, with them {nll.carryon:.4f}"
     )
     return {
         "lineage": str(old.root.resolve()),

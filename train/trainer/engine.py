@@ -6,9 +6,8 @@ together share one read of the held-out samples.
 
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from carryon.cache.errors import InputError
+from carryon.cache.progress import Progress
 from carryon.train.data.datasets import TrainData
 from carryon.train.data.joint_sampler import JointOrder, join_orders
 from carryon.train.data.loader import Stream, stream_bytes
@@ -69,8 +68,7 @@ def run_engine(
         settings=data.settings,
         is_pinned=device.type == "cuda",
     )
-    bar = tqdm(total=total, desc="train", unit="step", disable=not processes.is_first)
-    with stream, bar:
+    with stream, Progress(total, name="train", unit="steps") as progress:
         steps = iter(stream)
         for step in order.steps:
             waited_s = stream.wait_s
@@ -84,9 +82,9 @@ def run_engine(
                     continue
                 line = live.take_step(batches, wait_s=wait_s)
                 if line is not None:
-                    tokens_per_s = round(line["tokens_per_second"])
-                    bar.set_postfix(loss=line["loss"], tokens_per_s=tokens_per_s)
-                bar.update()
+                    speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+                    progress.note = f"loss {line['loss']:.4f}, {speed}"
+                progress.update()
             batches = []  # given back before the next window's memory is taken
             [stops] = sum_over_processes(stop.is_set, device=device)
             if stops:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from carryon.cache.errors import InputError
+from carryon.cache.progress import track
 from carryon.cache.store.reader import Store
 from carryon.train.config import StreamSettings
 from carryon.train.data.loader import Stream
@@ -105,7 +105,7 @@ def measure_nlls(
     )
     modules = {id(each.carryon): each.carryon for each in judged if each.carryon is not None}
     with torch.no_grad(), reader as steps, _without_dropout(modules.values()):
-        for batches in tqdm(steps, total=count_steps(windows), desc="evaluate", leave=False):
+        for batches in track(steps, total=count_steps(windows), name="evaluate", unit="batches"):
             for batch in (each.to(device) for each in batches):
                 targets += batch.num_targets
                 bases: dict[tuple[int, int], float] = {}

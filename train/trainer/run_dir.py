@@ -12,7 +12,7 @@ result.json      the report, written last: a run with it is finished
 """
 
 import json
-import sys
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,6 +25,8 @@ import yaml
 from carryon.cache.errors import InputError
 from carryon.cache.files import append_line, read_lines, write_file, write_json
 from carryon.train.trainer.checkpoint import refuse_other_identity
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "carryon-run"
 FORMAT_VERSION = 1
@@ -161,10 +163,9 @@ def record_session(folder: RunFolder, *, step: int, processes: int) -> None:
         if before and before[-1].get(name) != value
     ]
     if changes:
-        print(
+        logger.warning(
             f"{folder.root}: goes on with other versions ({', '.join(changes)}): the result may "
-            "differ in its last bits",
-            file=sys.stderr,
+            "differ in its last bits"
         )
 
 

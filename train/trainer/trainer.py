@@ -6,7 +6,7 @@ stopped, and a run beside others with the same bits as one alone.
 """
 
 import json
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +46,8 @@ from carryon.train.trainer.run import Run, prepare_run
 from carryon.train.trainer.run_dir import RunFolder, open_run_folder, run_identity
 from carryon.train.trainer.run_state import RunState
 from carryon.train.trainer.segment import Segment
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +178,8 @@ def _open(
             write_json(folder.contamination, contamination.to_dict())
         wait_for_all()
         if folder.result.exists():
-            _say(f"{job.out}: this run is finished", processes)
+            if processes.is_first:
+                logger.info(f"{job.out}: this run is finished")
             continue
         run = prepare_run(
             job.settings,
@@ -187,16 +190,16 @@ def _open(
             heads=heads,
             segment=job.segment,
         )
-        _say(_summary(run), processes)
-        if warning := rate_warning(run.settings.optimization, run.settings.carryon):
-            _say(warning, processes)
+        if processes.is_first:
+            logger.info(_summary(run))
+            if warning := rate_warning(run.settings.optimization, run.settings.carryon):
+                logger.warning(warning)
         runs.append(run)
-    if runs and contamination.share > WARN_ABOVE:
-        _say(
-            f"warning: {contamination.share:.0%} of the held-out targets, with the {NGRAM} tokens "
+    if runs and processes.is_first and contamination.share > WARN_ABOVE:
+        logger.warning(
+            f"{contamination.share:.0%} of the held-out targets, with the {NGRAM} tokens "
             "up to them, also stand in the training half: the held-out loss rewards memorizing. "
-            "Fix: split by document, or mark the held-out samples yourself",
-            processes,
+            "Fix: split by document, or mark the held-out samples yourself"
         )
     return data, runs
 
@@ -262,8 +265,3 @@ def _summary(run: Run) -> str:
         f"hidden states in memory\n"
         f"settings: {run.folder.config}"
     )
-
-
-def _say(text: str, processes: Processes) -> None:
-    if processes.is_first:
-        print(text, file=sys.stderr)

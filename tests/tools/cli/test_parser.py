@@ -59,7 +59,7 @@ def bake(
 
 
 def parse(*argv: str) -> dict[str, Any]:
-    return dict(parse_call(bake, argv, prog="carryon bake").arguments)
+    return dict(parse_call(bake, argv, prog="carryon bake")[0].arguments)
 
 
 def refused(*argv: str) -> str:
@@ -103,7 +103,7 @@ def test_a_list_of_numbers_is_read_as_numbers() -> None:
     def weigh(*, grams: list[int], shares: tuple[float, ...] = (0.5,)) -> None:
         """Weigh."""
 
-    call = parse_call(weigh, ["--grams", "1", "-2", "--shares", "0.1", "1e-3"], prog="weigh")
+    call, _ = parse_call(weigh, ["--grams", "1", "-2", "--shares", "0.1", "1e-3"], prog="weigh")
     assert call.kwargs == {"grams": [1, -2], "shares": (0.1, 0.001)}
 
 
@@ -186,7 +186,7 @@ def test_help_texts_of_the_settings_are_found() -> None:
 
 @pytest.mark.parametrize("words", [["--config", "large"], ["--config=large"]])
 def test_a_preset_is_found_by_its_name_and_its_settings_can_be_changed(words: list[str]) -> None:
-    call = parse_call(train, [*words, "--store", "s", "--out", "o", "--blocks", "3"], prog="t")
+    call, _ = parse_call(train, [*words, "--store", "s", "--out", "o", "--blocks", "3"], prog="t")
     carryon = call.arguments["carryon"]
     preset = read_preset("large")
     assert (carryon.width, carryon.intermediate_size) == (
@@ -201,11 +201,11 @@ def test_a_file_goes_before_a_preset_of_its_name(
 ) -> None:
     (tmp_path / "large").write_text("width: 32\n")
     monkeypatch.chdir(tmp_path)
-    call = parse_call(train, ["--config", "large", "--store", "s", "--out", "o"], prog="t")
+    call, _ = parse_call(train, ["--config", "large", "--store", "s", "--out", "o"], prog="t")
     assert call.arguments["carryon"].width == 32
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_is_a_shape_that_can_be_built(name: str) -> None:
-    call = parse_call(train, ["--config", name, "--store", "s", "--out", "o"], prog="t")
+    call, _ = parse_call(train, ["--config", name, "--store", "s", "--out", "o"], prog="t")
     assert call.arguments["carryon"].width > 0

@@ -249,7 +249,7 @@ def test_rows_are_found_again_by_the_command_that_is_printed() -> None:
     assert len({row.name for row in rows}) == len(rows)
     for row in rows[2:]:
         words = row_command(settings, row, base="b", out="o").split()[2:]
-        again = parse_call(compare, words, prog="carryon compare").kwargs["settings"]
+        again = parse_call(compare, words, prog="carryon compare")[0].kwargs["settings"]
         known = get_methods(again, num_layers=8, width=32)
         assert known[row.method] == methods[row.method]
         assert row in list_rows(again, known)

@@ -153,7 +153,7 @@ def test_a_second_demo_goes_on_where_the_first_stopped(
 ) -> None:
     assert main(["demo", "--out", str(demo_folder), "--samples", str(SAMPLES)]) == 0
     captured = capsys.readouterr()
-    output = captured.out
+    output = captured.err
     assert "already there" in output
     assert "computed 0 of them now" in captured.err
     assert "this run is finished" in captured.err
@@ -161,3 +161,4 @@ def test_a_second_demo_goes_on_where_the_first_stopped(
         assert f"\n$ carryon {name} " in output
     assert "held-out NLL, with carry-on" in output
     assert "base + carry-on (alpha 1)" in output
+    assert json.loads(captured.out).keys() > {"seconds", "train", "generate"}

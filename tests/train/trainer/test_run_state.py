@@ -150,7 +150,7 @@ def test_metrics_tell_the_shares_of_several_taps(store: Path, tmp_path: Path) ->
 
 
 def test_each_beginning_is_recorded_and_another_version_said(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def stop(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         raise SystemError("killed")
@@ -168,7 +168,7 @@ def test_each_beginning_is_recorded_and_another_version_said(
     assert [session["step"] for session in sessions] == [0, 0]
     assert sessions[0]["torch"] == torch.__version__
     assert sessions[1]["torch"] == "0.1"
-    assert f"torch {torch.__version__} -> 0.1" in capsys.readouterr().err
+    assert f"torch {torch.__version__} -> 0.1" in caplog.text
 
 
 def test_memory_decides_how_many_units_are_shuffled_together(store: Path, tmp_path: Path) -> None:

@@ -229,12 +229,13 @@ def test_smaller_batches_within_a_step_train_the_same_to_rounding(
 
 
 def test_a_finished_run_returns_its_report_again(
-    store: Path, finished: tuple[Path, TrainReport], capsys: pytest.CaptureFixture[str]
+    store: Path, finished: tuple[Path, TrainReport], caplog: pytest.LogCaptureFixture
 ) -> None:
     out, report = finished
+    caplog.set_level("INFO", logger="carryon")
 
     assert _train(store, out) == report
-    assert "this run is finished" in capsys.readouterr().err
+    assert "this run is finished" in caplog.text
 
 
 def test_a_run_with_other_settings_is_refused_with_both_values(

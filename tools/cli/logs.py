@@ -1,0 +1,49 @@
+"""Log lines of a program: the message alone on stderr, without tearing a progress bar."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from carryon.cache.progress import is_main_process
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if record.levelno == logging.WARNING:
+            text = f"warning: {text}"
+        bars = sys.modules.get("tqdm")
+        if bars is not None:  # there may be a bar on the screen: it moves down
+            bars.tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+@contextmanager
+def log_to_stderr(level: str) -> Iterator[None]:
+    """Show log messages of at least `level`; within another such context, do nothing.
+
+    The bars of other libraries are shown only where ours are.
+    """
+    logger = logging.getLogger("carryon")
+    if any(isinstance(handler, _Handler) for handler in logger.handlers):
+        yield
+        return
+    is_main, handler, level_before = is_main_process(), _Handler(), logger.level
+    bars_before = os.environ.get("TQDM_DISABLE")
+    if not (is_main and sys.stderr.isatty() and level in LEVELS[:2]):
+        os.environ["TQDM_DISABLE"] = "1"
+    logger.addHandler(handler)
+    logger.setLevel(level.upper() if is_main else logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level_before)
+        if bars_before is None:
+            os.environ.pop("TQDM_DISABLE", None)
