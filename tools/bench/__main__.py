@@ -13,6 +13,7 @@ BENCH = Program(
         "train": "carryon.tools.bench.train:bench_train",
         "compose": "carryon.tools.bench.compose:bench_compose",
         "merge": "carryon.tools.bench.merge:bench_merge",
+        "before": "carryon.tools.bench.before:bench_before",
         "house": "carryon.tools.bench.house:bench_house",
         "paths": "carryon.tools.bench.paths:bench_paths",
         "experiment-paths": "carryon.tools.bench.experiment_paths:experiment_paths",
