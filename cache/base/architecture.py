@@ -1,16 +1,16 @@
-"""Where an architecture keeps its blocks, its final norm and its head.
+"""The parts of a causal LM: its blocks, its final norm and its head.
 
-Found by structure and proved by a small forward pass, not by a list of architectures: whatever
-`Architecture` says is what the base was seen to do. A base that does something else between its
-hidden states and its logits is refused. Letters: P rows, T positions, D width, V vocabulary.
+Found by structure and checked by a small forward pass, not by a list of architectures. A base
+that does anything else between its hidden states and its logits is refused.
+Letters: P rows, T positions, D width, V vocabulary.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,6 +20,10 @@ from carryon.cache.base.lm_head import FinalNorm
 from carryon.cache.errors import InputError
 
 _PROBE_TOKENS = 8
+_EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+_SCALE_NAMES = ("logit_scale", "lm_head_multiplier")
+_CAP_NAMES = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+_NORM_KINDS: tuple[Literal["rms", "layer"], ...] = ("rms", "layer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,33 +39,39 @@ class Architecture:
     head: nn.Linear
     """[V, D], with or without bias."""
     logit_scale: float
-    """Multiplies what the head gives."""
+    """Multiplies the head's output."""
     softcap: float | None
     """Soft limit of the scaled logits, or None."""
 
 
 def get_architecture(model: PreTrainedModel) -> Architecture:
-    """Return the parts of `model`, proved by running it on a few tokens.
+    """Return the parts of `model`, checked by running it on a few tokens.
 
     Raises:
-        InputError: the model is not causal, or is built in a way that a store cannot carry.
+        InputError: the model is not causal, or a store cannot reproduce its logits.
     """
-    name = type(model).__name__
+    name, config = type(model).__name__, model.config.get_text_config()
     untyped: Any = model
     head, decoder = untyped.get_output_embeddings(), untyped.get_decoder()
     if not isinstance(head, nn.Linear) or decoder is None or decoder is model:
-        raise _refusal(name, "expected a decoder with a linear head on top, found another build")
-    blocks = _find_blocks(decoder, num_layers=model.config.get_text_config().num_hidden_layers)
+        raise _refusal(name, "expected a decoder with a linear head on top, got another structure")
+    children = list(decoder.children())
+    lists = [child for child in children if isinstance(child, nn.ModuleList)]
+    blocks = next((each for each in lists if len(each) == config.num_hidden_layers), None)
     if blocks is None:
-        raise _refusal(name, "no list of decoder blocks was found")
+        raise _refusal(name, f"expected a list of {config.num_hidden_layers} blocks, got none")
 
-    seen = _run_once(model, decoder=decoder, blocks=blocks, head=head)
-    norm = next((child for child, out in seen.leaving.items() if _is_same(out, seen.read)), None)
-    if norm is None or not _is_same(seen.final, seen.read):
-        raise _refusal(name, "what the head reads does not come straight from a final norm")
-    if not _is_same(seen.entering[norm], seen.last):
-        raise _refusal(name, "something stands between the last block and the final norm")
-    scale, softcap = _fit_logits(model.config.get_text_config(), seen.scores, seen.logits)
+    passed, logits = _run_once(model, [*children, blocks[-1], decoder, head])
+    if not {decoder, head, blocks[-1]} <= passed.keys():
+        raise _refusal(name, "the decoder or the head is not called as expected")
+    read = passed[head].entering
+    called = [child for child in children if child in passed]
+    norm = next((child for child in called if _is_same(passed[child].leaving, read)), None)
+    if norm is None or not _is_same(passed[decoder].leaving, read):
+        raise _refusal(name, "the head does not read the output of a final norm")
+    if not _is_same(passed[norm].entering, passed[blocks[-1]].leaving):
+        raise _refusal(name, "the final norm does not read the output of the last block")
+    scale, softcap = _fit_logits(config, passed[head].leaving, logits)
     _check_causal(model, decoder)
     return Architecture(
         decoder=decoder,
@@ -80,79 +90,58 @@ def read_norm(norm: nn.Module, *, width: int) -> FinalNorm:
         InputError: the module is neither an RMS norm nor a layer norm.
     """
     exact = copy.deepcopy(norm).to(device="cpu", dtype=torch.float32)
-    weight = getattr(exact, "weight", None)
-    bias = getattr(exact, "bias", None)
+    weight: Tensor | None = getattr(exact, "weight", None)
+    bias: Tensor | None = getattr(exact, "bias", None)
     eps = next((getattr(exact, key) for key in _EPS_NAMES if hasattr(exact, key)), 0.0)
     scales = torch.tensor([0.001, 0.01, 0.1, 1.0, 10.0, 100.0])  # small rows show a wrong eps
     states = torch.randn(6, width, generator=torch.Generator().manual_seed(0)) + 0.5
     states = states * scales[:, None]
     with torch.inference_mode():
-        expected = exact(states).numpy()
-    for kind, offset in product(("rms", "layer"), (0.0, 1.0)):
+        expected = exact(states)
+    for kind, offset in product(_NORM_KINDS, (0.0, 1.0)):
         candidate = FinalNorm(
-            kind="rms" if kind == "rms" else "layer",
+            kind=kind,
             eps=float(eps),
             weight_offset=offset,
-            weight=np.ones(width, np.float32) if weight is None else _to_float32(weight),
-            bias=None if bias is None else _to_float32(bias),
+            weight=(torch.ones(width) if weight is None else weight.detach()).numpy(),
+            bias=None if bias is None else bias.detach().numpy(),
         )
         if _relative_error(torch.from_numpy(candidate.apply(states.numpy())), expected) < 1e-4:
             return candidate
     raise _refusal(type(norm).__name__, "the final norm is neither an RMS norm nor a layer norm")
 
 
-_EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+class _Passed(NamedTuple):
+    """First input and output of a module in one forward pass, [1, T, ...] each."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Seen:
-    """What passed through the parts of a model in one forward pass; all [1, T, ...]."""
-
-    entering: dict[nn.Module, Tensor]  # direct children of the decoder: their input
-    leaving: dict[nn.Module, Tensor]  # and their output
-    last: Tensor  # output of the last block
-    final: Tensor  # output of the decoder
-    read: Tensor  # input of the head
-    scores: Tensor  # output of the head
-    logits: Tensor  # output of the model
+    entering: Tensor
+    leaving: Tensor
 
 
 def _run_once(
-    model: PreTrainedModel, *, decoder: nn.Module, blocks: nn.ModuleList, head: nn.Linear
-) -> _Seen:
-    entering: dict[nn.Module, Tensor] = {}
-    leaving: dict[nn.Module, Tensor] = {}
+    model: PreTrainedModel, modules: Sequence[nn.Module]
+) -> tuple[dict[nn.Module, _Passed], Tensor]:
+    """Return what passed through each module that returned a tensor, and the model's logits."""
+    passed: dict[nn.Module, _Passed] = {}
 
     def record(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        found = first_tensor(output)
-        if found is not None:
-            leaving[module] = found
-            entering[module] = args[0] if args and isinstance(args[0], Tensor) else found[:0]
+        leaving = first_tensor(output)
+        if leaving is not None:
+            entering = args[0] if args and isinstance(args[0], Tensor) else leaving[:0]
+            passed[module] = _Passed(entering, leaving)
 
-    children = [child for child in decoder.children() if not isinstance(child, nn.ModuleList)]
-    watched = [*children, blocks[-1], decoder, head]
-    hooks = [module.register_forward_hook(record) for module in watched]
+    hooks = [module.register_forward_hook(record) for module in modules]
     try:
         with torch.inference_mode():
             logits = model(input_ids=_probe_tokens(model), use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
-    if not {decoder, head, blocks[-1]} <= leaving.keys():
-        raise _refusal(type(model).__name__, "the decoder or the head is not called as expected")
-    return _Seen(
-        entering=entering,
-        leaving={child: leaving[child] for child in children if child in leaving},
-        last=leaving[blocks[-1]],
-        final=leaving[decoder],
-        read=entering[head],
-        scores=leaving[head],
-        logits=logits,
-    )
+    return passed, logits
 
 
 def first_tensor(output: object) -> Tensor | None:
-    """Return the hidden state among what a module returned: the tensor, or a tuple's first."""
+    """Return a module's output tensor, or the first of its output tuple; None if there is none."""
     if isinstance(output, ModelOutput):
         output = output.to_tuple()
     if isinstance(output, tuple) and output:
@@ -160,23 +149,16 @@ def first_tensor(output: object) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-def _find_blocks(decoder: nn.Module, *, num_layers: int) -> nn.ModuleList | None:
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    return next((found for found in lists if len(found) == num_layers), None)
-
-
 def _fit_logits(config: Any, scores: Tensor, logits: Tensor) -> tuple[float, float | None]:  # noqa: ANN401
-    """Return the scale and the cap that lead from the head's output to the logits.
+    """Return scale and soft cap between the head's output and the logits.
 
     Configs name the scale differently, and one name means a factor in one architecture and a
-    divisor in another, so the forward pass decides among what the config offers.
+    divisor in another, so the forward pass decides among the values in the config.
     """
-    named = [getattr(config, key, None) for key in ("logit_scale", "lm_head_multiplier")]
-    divisor = getattr(config, "logits_scaling", None)
-    scales = [float(value) for value in named if value]
-    scales += [1.0 / divisor, float(divisor)] if divisor else []
-    cap_names = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
-    caps = [float(value) for key in cap_names if (value := getattr(config, key, None))]
+    scales = [float(value) for key in _SCALE_NAMES if (value := getattr(config, key, None))]
+    if divisor := getattr(config, "logits_scaling", None):
+        scales += [1.0 / divisor, float(divisor)]
+    caps = [float(value) for key in _CAP_NAMES if (value := getattr(config, key, None))]
     if scores.shape == logits.shape:
         pairs = list(product([*scales, 1.0], [*caps, None]))
         errors = [_relative_error(_limit(scores * scale, cap), logits) for scale, cap in pairs]
@@ -185,7 +167,7 @@ def _fit_logits(config: Any, scores: Tensor, logits: Tensor) -> tuple[float, flo
             return pairs[best]
     raise _refusal(
         type(config).__name__,
-        "something is done between the hidden state and the logits that a store cannot carry",
+        "a step between the hidden state and the logits is neither a scale nor a soft cap",
     )
 
 
@@ -221,18 +203,14 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and bool(torch.equal(first, second))
 
 
-def _relative_error(got: Tensor, expected: Any) -> float:  # noqa: ANN401 -- tensor or array
-    expected = torch.as_tensor(expected).float()
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    expected = expected.float()
     return float((got.float() - expected).norm() / expected.norm().clamp_min(1e-20))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Return what rounding alone may do: a few units in the last place of `dtype`."""
+    """Return the error that rounding may cause: a few units in the last place of `dtype`."""
     return 8 * torch.finfo(dtype).eps
-
-
-def _to_float32(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return tensor.detach().float().cpu().numpy()
 
 
 def _refusal(name: str, reason: str) -> InputError:

@@ -1,8 +1,8 @@
-"""Hidden states of a base at its taps, for a batch of token ids.
+"""Hooks that read a base's hidden states at its taps.
 
-Batches are padded on the right and run without an attention mask: a causal base never looks at
-what comes after, so the states of real tokens are those of the sample alone, to rounding. What
-stands at the pads is meaningless. Hooks are removed before returning, also after an error.
+Batches are padded on the right and run without an attention mask: a causal base ignores later
+tokens, so the states of real tokens are those of the sample alone, to rounding. States at pads
+are meaningless. Hooks are removed before returning, also after an error.
 Letters: B rows, T positions, D width, V vocabulary.
 """
 
@@ -19,13 +19,13 @@ from carryon.cache.settings import parse_tap
 
 
 class _DeepestTapReached(Exception):  # noqa: N818 -- a signal, not an error
-    """Ends a forward pass whose deeper blocks nobody asked for."""
+    """Ends a forward pass whose deeper blocks are not needed."""
 
 
 def capture(base: Base, taps: Sequence[str], token_ids: Tensor) -> dict[str, Tensor]:
-    """Return the hidden states of `token_ids` at each tap; the head is never run.
+    """Return the hidden states of `token_ids` at each tap.
 
-    Blocks above the deepest tap are not run either.
+    The head and the blocks above the deepest tap are not run.
 
     Args:
         taps: `final`, `prenorm`, `layer.K`; see carryon.cache.settings.
@@ -38,12 +38,12 @@ def capture(base: Base, taps: Sequence[str], token_ids: Tensor) -> dict[str, Ten
         InputError: the base has no such tap.
     """
     num_layers = base.identity.num_layers
-    depths = {tap: _depth(tap, num_layers=num_layers) for tap in taps}
+    depths = {tap: parse_tap(tap, num_layers=num_layers) or num_layers for tap in taps}
     deepest = max(depths.values(), default=num_layers)
     states: dict[str, Tensor] = {}
 
-    def keep(tap: str, found: Tensor) -> None:
-        states[tap] = found
+    def keep(tap: str, values: Tensor) -> None:
+        states[tap] = values
         if depths[tap] == deepest < num_layers:
             raise _DeepestTapReached
 
@@ -70,32 +70,26 @@ def watch_taps(
     States are [B, T, D], the model's own tensors, not copies.
 
     Raises:
-        InputError: the base has no such tap; nothing is watched.
+        InputError: the base has no such tap; no hook was set.
     """
     num_layers = len(architecture.blocks)
-    depths = {tap: _depth(tap, num_layers=num_layers) for tap in taps}
+    layers = {tap: parse_tap(tap, num_layers=num_layers) for tap in taps}
     with ExitStack() as hooks:
-        for tap, depth in depths.items():
-            hooks.enter_context(_watch(architecture, tap, depth, keep))
+        for tap, layer in layers.items():
+            hooks.enter_context(_watch(architecture, tap, layer, keep))
         yield
 
 
-def _depth(tap: str, *, num_layers: int) -> int:
-    """Return after how many blocks the tap is known."""
-    layer = parse_tap(tap, num_layers=num_layers)
-    return num_layers if layer is None else layer
-
-
 def _watch(
-    architecture: Architecture, tap: str, depth: int, keep: Callable[[str, Tensor], None]
+    architecture: Architecture, tap: str, layer: int | None, keep: Callable[[str, Tensor], None]
 ) -> torch.utils.hooks.RemovableHandle:
-    thread = threading.get_ident()  # others may run the same base at the same time
+    thread = threading.get_ident()  # other threads may run the same base
 
     def keep_output(module: nn.Module, args: tuple[object, ...], output: object) -> None:
         if threading.get_ident() == thread:
-            found = first_tensor(output)
-            assert found is not None  # get_architecture saw these modules return a tensor
-            keep(tap, found)
+            states = first_tensor(output)
+            assert states is not None  # get_architecture saw these modules return a tensor
+            keep(tap, states)
 
     def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if threading.get_ident() == thread:
@@ -103,5 +97,5 @@ def _watch(
 
     if tap == "prenorm":
         return architecture.norm.register_forward_pre_hook(keep_input)
-    module = architecture.norm if tap == "final" else architecture.blocks[depth - 1]
+    module = architecture.norm if layer is None else architecture.blocks[layer - 1]
     return module.register_forward_hook(keep_output)

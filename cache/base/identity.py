@@ -1,17 +1,15 @@
-"""Who a base is: the digests by which a store or a carry-on knows its base again.
+"""The identity of a base: digests of its weights, config, tokenizer and chat template.
 
 Two bases with equal digests compute the same hidden states from the same text. Paths and hub ids
-are kept for people and for finding the base again; they prove nothing. Imports without torch.
+are recorded for people and for finding the base; they are not compared. Imports without torch.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-
-from carryon.cache.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,14 +36,13 @@ _NOT_COMPUTED_WITH = {
     "transformers_version",
     "use_cache",
 }
-"""Entries of a config that say how a base is found, loaded, generated with or trained, and change
-no hidden state; the weights have a digest of their own. The same base as GGUF and as safetensors
-differs in some of them."""
+"""Config entries about loading, generation and training, which change no hidden state. The same
+base as GGUF and as safetensors differs in some of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseIdentity:
-    """What is recorded of a base, as plain JSON values."""
+    """What a store records of its base."""
 
     id: str
     """Hub id without the revision, or the absolute path of a folder or .gguf file."""
@@ -60,68 +57,44 @@ class BaseIdentity:
     vocab_size: int
     """V, the rows of the head."""
     context_tokens: int
-    """Longest sequence that the base is made for, in tokens; a very large number for a base
-    that names no limit."""
+    """Context length; `NO_CONTEXT_LIMIT` for a base whose config names none."""
     config_sha256: str
-    """See `digest_config`."""
     weights_sha256: str
-    """See `digest_weights`."""
     tokenizer_sha256: str
-    """See `digest_tokenizer`."""
     chat_template_sha256: str | None
-    """Digest of the chat template, or None where the tokenizer has none."""
+    """None where the tokenizer has no chat template."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "BaseIdentity":
-        """Build from plain values.
-
-        Raises:
-            InputError: a field is missing, or a key is not a field.
-        """
-        names = {item.name for item in fields(cls)}
-        if set(values) != names:
-            raise InputError(
-                f"identity of a base: expected the fields {', '.join(sorted(names))}, "
-                f"got {', '.join(sorted(values))}"
-            )
-        return cls(**values)
-
 
 def digest_weights(model: "nn.Module") -> str:
-    """Return the SHA-256 (hex) of everything the model loads from its checkpoint.
+    """Return the SHA-256 (hex) over name, shape, dtype and bytes of every saved tensor.
 
-    Covered: name, shape, dtype and bytes of each parameter and each buffer that is saved, in the
-    order of the names, a tied tensor once, under its first name. Each tensor is hashed by itself,
-    so the work spreads over the CPU cores, and then the digests.
+    Tensors come in the order of their names, a tied tensor once, under its first name. Each is
+    hashed separately, so that the work is spread over the CPU cores.
     """
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    named: list[tuple[str, Tensor]] = []
+    named: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
     for name, tensor in sorted(model.state_dict().items()):
-        place = (tensor.data_ptr(), tuple(tensor.shape))
-        if place not in seen:
-            seen.add(place)
-            named.append((name, tensor))
+        named.setdefault((tensor.data_ptr(), tuple(tensor.shape)), (name, tensor))
     with ThreadPoolExecutor() as pool:
-        lines = pool.map(lambda item: _digest_tensor(*item), named)
+        lines = pool.map(lambda item: _digest_tensor(*item), named.values())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def digest_config(config: "PretrainedConfig") -> str:
-    """Return the SHA-256 (hex) of what a config says of the computation: widths, epsilons, rope.
+    """Return the SHA-256 (hex) of the config's entries that determine the computation.
 
-    Private entries, defaults of loading and token ids are left out, at every depth.
+    Private entries and `_NOT_COMPUTED_WITH` are left out, at every depth.
     """
     return _digest_json(_computed_with(config.to_dict()))
 
 
 def digest_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return the SHA-256 (hex) of how the tokenizer turns text into token ids.
+    """Return the SHA-256 (hex) of the rules by which text becomes token ids.
 
-    Truncation and padding are left out: they are settings of a call, not of the vocabulary.
+    Truncation and padding are left out: they are settings of a call.
     """
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -153,7 +126,7 @@ def _computed_with(value: object) -> object:
 def _digest_tensor(name: str, tensor: "Tensor") -> str:
     import torch
 
-    # One tensor at a time comes to the CPU, at most one for each thread.
+    # At most one tensor a thread is on the CPU at a time.
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
     digest = hashlib.sha256(data.data).hexdigest()
     return f"{name} {tuple(tensor.shape)} {tensor.dtype} {digest}"

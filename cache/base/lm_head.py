@@ -1,7 +1,7 @@
-"""The frozen head: what leads from hidden states to logits.
+"""The frozen head and final norm, which turn hidden states into logits.
 
 Plain numpy, so that a store can be opened and checked without torch. Letters: P rows, D width
-of the base, V vocabulary, K columns asked for.
+of the base, V vocabulary, K chosen tokens.
 """
 
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Head:
 
         Args:
             states: `final` states [P, D] float32.
-            token_ids: [P, K] int32, the vocabulary rows wanted for each state.
+            token_ids: [P, K] int32, the tokens chosen for each state.
 
         Returns:
             [P, K] float32.

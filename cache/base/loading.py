@@ -1,12 +1,12 @@
-"""A base as transformers finds it: on the hub, in a folder, or in a GGUF file.
+"""Load tokenizer and model of a base from the hub, a folder or a GGUF file, with transformers.
 
-Nothing here knows what is done with a base; errors of transformers become one line.
+Errors of transformers become one line.
 """
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ class BaseSource:
 
     name: str
     """Hub id, or absolute path of a folder."""
-    revision: str | None
+    revision: str | None = None
     """Branch, tag or commit on the hub. None: the newest."""
-    gguf_file: str | None
+    gguf_file: str | None = None
     """File in that folder, or None for a base in transformers' own format."""
-    is_local: bool
+    is_local: bool = True
     """Whether it is a folder or file of this machine."""
 
     @property
@@ -39,17 +39,17 @@ class BaseSource:
         return self.name if self.gguf_file is None else str(Path(self.name, self.gguf_file))
 
     def arguments(self) -> dict[str, Any]:
-        """Return what every from_pretrained takes."""
-        found = {"revision": self.revision, "gguf_file": self.gguf_file}
-        return {key: value for key, value in found.items() if value is not None}
+        """Return the keyword arguments of every from_pretrained."""
+        values = {"revision": self.revision, "gguf_file": self.gguf_file}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 def locate_base(source: str) -> BaseSource:
-    """Return where a base lies that is given as hub id, folder or .gguf file; loads nothing.
+    """Return where the base `source` (hub id, folder or .gguf file) lies; nothing is loaded.
 
     Raises:
-        MissingError: it can only be a path, and there is nothing there.
-        InputError: it is a path of something else.
+        MissingError: it can only be a path, and the path does not exist.
+        InputError: the path is neither a folder saved by transformers nor a .gguf file.
         MissingExtraError: a .gguf file without the package gguf.
     """
     path = Path(source).expanduser()
@@ -57,15 +57,14 @@ def locate_base(source: str) -> BaseSource:
         if path.suffix != ".gguf":
             raise InputError(f"base {source}: expected a folder or a .gguf file, got another file")
         require("gguf", extra="gguf", purpose=f"base {source}")
-        folder = str(path.absolute().parent)
-        return BaseSource(name=folder, revision=None, gguf_file=path.name, is_local=True)
+        return BaseSource(name=str(path.absolute().parent), gguf_file=path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(
                 f"base {source}: expected a folder saved by transformers, but it has no "
                 "config.json; give the folder of a model, or the .gguf file itself"
             )
-        return BaseSource(name=str(path.absolute()), revision=None, gguf_file=None, is_local=True)
+        return BaseSource(name=str(path.absolute()))
     looks_like_path = path.is_absolute() or source.startswith(".") or source.count("/") > 1
     if looks_like_path or path.suffix == ".gguf" or not source:
         raise MissingError(
@@ -73,11 +72,11 @@ def locate_base(source: str) -> BaseSource:
             "a .gguf file or the id of a model on the hub"
         )
     name, _, revision = source.partition("@")
-    return BaseSource(name=name, revision=revision or None, gguf_file=None, is_local=False)
+    return BaseSource(name=name, revision=revision or None, is_local=False)
 
 
 def read_tokenizer(source: BaseSource) -> Tokenizer:
-    """Return the base's tokenizer; errors as those of `read_model`."""
+    """Return the base's tokenizer; raises as `read_model` does."""
     with _loading(source, "tokenizer"):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
     return tokenizer
@@ -86,12 +85,12 @@ def read_tokenizer(source: BaseSource) -> Tokenizer:
 def read_model(
     source: BaseSource, *, dtype: torch.dtype | str, device: torch.device, attention: str
 ) -> PreTrainedModel:
-    """Return the base's model, every weight from its checkpoint, in evaluation mode.
+    """Return the base's model in evaluation mode, every weight from its checkpoint.
 
     Args:
-        source: where it lies.
-        dtype: of its weights; `auto` is what the checkpoint says.
-        device: where it is to run.
+        source: of the base.
+        dtype: of its weights; `auto` is that of the checkpoint.
+        device: to load it to.
         attention: backend of transformers; `sdpa` becomes eager where an architecture lacks it.
 
     Raises:
@@ -114,8 +113,7 @@ def read_model(
             **source.arguments(),
             **extra,
         )
-    missing = sorted(report["missing_keys"])
-    if missing:
+    if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"base {source.name}: expected every weight of {type(model).__name__}, but "
             f"{len(missing)} are not in the checkpoint, the first is {missing[0]}; "
@@ -126,9 +124,9 @@ def read_model(
 
 
 def read_checkpoint_dtype(source: BaseSource) -> torch.dtype | str:
-    """Return the dtype that the checkpoint is saved in; `auto` where only its tensors say so."""
+    """Return the dtype of the checkpoint; `auto` where only its tensors tell."""
     if source.gguf_file is not None:
-        return torch.bfloat16  # packed weights have no dtype of their own
+        return torch.bfloat16  # packed weights have no dtype
     with _loading(source, "config"):
         config = AutoConfig.from_pretrained(source.name, **source.arguments())
     return config.dtype if isinstance(config.dtype, torch.dtype) else "auto"
@@ -136,7 +134,7 @@ def read_checkpoint_dtype(source: BaseSource) -> torch.dtype | str:
 
 @contextmanager
 def _loading(source: BaseSource, what: str) -> Iterator[None]:
-    """Turn what transformers raises into one line; keep it silent for a local base.
+    """Turn errors of transformers into one line; silence it for a local base.
 
     Progress bars stay on for the hub, where a download may take minutes.
     """
@@ -146,11 +144,9 @@ def _loading(source: BaseSource, what: str) -> Iterator[None]:
     if source.is_local or not sys.stderr.isatty():
         log.disable_progress_bar()
     try:
-        if source.gguf_file is not None:
-            # Its bar obeys no switch. Failures are exceptions, so nothing else is lost.
-            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-                yield
-        else:
+        with ExitStack() as silence:
+            if source.gguf_file is not None:  # its bar obeys no switch
+                silence.enter_context(redirect_stderr(silence.enter_context(open(os.devnull, "w"))))
             yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
