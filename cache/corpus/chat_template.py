@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
-from carryon.cache.corpus.records import Messages, PromptCompletion, Record, Text
+from carryon.cache.corpus.records import Record
 from carryon.cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 Mask = Literal["auto", "assistant", "completion", "all"]
 
 _KINDS: dict[type, tuple[str, tuple[str, ...]]] = {
-    Messages: ("messages", ("assistant", "completion", "all")),
-    PromptCompletion: ("prompt and completion", ("completion", "all")),
-    Text: ("text", ("all",)),
+    list: ("messages", ("assistant", "completion", "all")),
+    tuple: ("prompt and completion", ("completion", "all")),
+    str: ("text", ("all",)),
 }
 """Name and masks of each kind of record."""
 
@@ -80,18 +80,19 @@ class ChatTemplate:
                 f"expected auto or {' or '.join(masks)}"
             )
         chosen = masks[0] if mask == "auto" else mask
-        if isinstance(content, Messages):
-            parts = [self._render_messages(record.where, content.messages, mask=chosen)]
-        elif isinstance(content, PromptCompletion):
+        if isinstance(content, str):
+            parts = [Part(text=content, targets=None)]
+        elif isinstance(content, tuple):
+            prompt, completion = content
             parts = [
-                Part(text=content.prompt, targets=None if chosen == "all" else []),
-                Part(text=content.completion, targets=None),
+                Part(text=prompt, targets=None if chosen == "all" else []),
+                Part(text=completion, targets=None),
             ]
         else:
-            parts = [Part(text=content.text, targets=None)]
+            parts = [self._render_messages(record.where, content, mask=chosen)]
         for part in parts:
             _refuse_surrogates(part.text, record.where)
-        return Rendering(parts=parts, is_framed=not isinstance(content, Messages))
+        return Rendering(parts=parts, is_framed=not isinstance(content, list))
 
     def _render_messages(
         self, where: str, messages: Sequence[dict[str, Any]], *, mask: str

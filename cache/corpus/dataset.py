@@ -1,9 +1,7 @@
-"""A corpus: files of the user as samples of limited length, counted and fingerprinted.
+"""A corpus: the user's data as samples of limited length, counted and fingerprinted.
 
-source_files.py reads files, records.py checks what is in them, render.py says which characters
-are targets, tokens.py makes tokens of them; here long records are cut, records without a target
-left out, and all of it counted.
-
+files.py reads rows, records.py checks them, chat_template.py marks target characters, tokenize.py
+makes tokens. Here long records are cut, and records without a target are left out.
 Letters: T tokens of a sample.
 """
 
@@ -12,15 +10,14 @@ import struct
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.corpus.chat_template import ChatTemplate
-from carryon.cache.corpus.files import describe_file, list_files
-from carryon.cache.corpus.records import Record, id_problem, read_records
+from carryon.cache.corpus.files import Data, open_data
+from carryon.cache.corpus.records import Record, check_id, read_records
 from carryon.cache.corpus.tokenize import TokenRows, encode, make_encoder
 from carryon.cache.errors import InputError
 from carryon.cache.progress import Progress
@@ -45,21 +42,21 @@ class Sample:
     loss_mask: NDArray[np.uint8]
     """[T] uint8: 1 where the token is a training target."""
     char_end: NDArray[np.int32]
-    """[T] int32: end of the token in the record's text, in characters (code points); never falls,
-    and a token that is only some bytes of a character ends where the character ends. The text is
-    the rendered conversation, or prompt + completion, or the text."""
+    """[T] int32: end of the token in the record's text, in characters (code points). Never
+    decreases; a token that is only some bytes of a character ends where the character ends. The
+    text is the rendered conversation, or prompt + completion, or the text."""
     is_held_out: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Corpus:
-    """All samples, in the order of the files."""
+    """All samples, in the order of the data."""
 
     samples: list[Sample]
     fingerprint: str
     """SHA-256, hex, over ids, tokens, masks, character ends and held-out flags, in order."""
     files: list[dict[str, Any]]
-    """`name` (without folder), `bytes` and `sha256` of each file."""
+    """`name` (without folder), `bytes` and `sha256` of each file; empty for rows in memory."""
     counts: dict[str, int]
     """`records` read; `samples`, `tokens` and `supervised_tokens` kept; records `truncated` and
     the `truncated_tokens` they lost; records `split`; records left out as too long
@@ -67,21 +64,21 @@ class Corpus:
 
 
 def read_corpus(
-    paths: Sequence[str | Path],
+    data: Data,
     tokenizer: "PreTrainedTokenizerBase",
     *,
     settings: CorpusSettings,
     max_tokens: int,
     held_out: Container[str] = (),
 ) -> Corpus:
-    """Read files, and all files below folders, into samples of at most `max_tokens` tokens.
+    """Read data into samples of at most `max_tokens` tokens.
 
     Args:
-        paths: files and folders.
+        data: files and folders, or rows: dicts as in a JSON line.
         tokenizer: of the base.
-        settings: how text becomes samples.
+        settings: of the corpus.
         max_tokens: of a sample.
-        held_out: ids of samples to hold out, besides those that the files mark.
+        held_out: ids of samples to hold out, besides those marked in the data.
 
     Raises:
         MissingError: a path does not exist.
@@ -92,22 +89,22 @@ def read_corpus(
     if max_tokens < 2:
         raise InputError(f"max_tokens: expected 2 or more tokens, got {max_tokens}")
     encoder, template = make_encoder(tokenizer), ChatTemplate(tokenizer)
-    found = list_files(paths)
-    files = [describe_file(path) for path in found]
+    files, rows = open_data(data)
     counts: Counter[str] = Counter()
     samples: list[Sample] = []
     num_bytes = sum(file["bytes"] for file in files)
     with Progress(num_bytes, name="tokenize", unit="B") as progress:
-        for records in _batches(read_records(found)):
+        for records in _batches(read_records(rows)):
             renderings = [template.render(record, mask=settings.mask) for record in records]
-            for record, rows in zip(records, encode(encoder, renderings), strict=True):
-                kept, tally = _fit(
-                    record, rows, long=settings.long, max_tokens=max_tokens, held_out=held_out
+            for record, tokens in zip(records, encode(encoder, renderings), strict=True):
+                kept, tally = _cut(
+                    record, tokens, long=settings.long, max_tokens=max_tokens, held_out=held_out
                 )
                 samples.extend(kept)
                 counts.update(tally)
             progress.update(sum(record.num_bytes for record in records))
-    _refuse_empty(samples, counts, found)
+    if not samples:
+        raise _empty(counts, [file["name"] for file in files])
     _refuse_equal_ids(samples)
     return Corpus(
         samples=samples,
@@ -130,7 +127,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _fit(
+def _cut(
     record: Record,
     rows: TokenRows,
     *,
@@ -138,7 +135,7 @@ def _fit(
     max_tokens: int,
     held_out: Container[str],
 ) -> tuple[list[Sample], dict[str, int]]:
-    """Return what is kept of a record, and what that adds to the counts."""
+    """Return the samples of a record, and their counts."""
     num_tokens = len(rows.tokens)
     is_long = num_tokens > max_tokens
     if is_long and long == "error":
@@ -150,18 +147,22 @@ def _fit(
     kept = []
     for index, piece in enumerate(ranges):
         loss_mask = rows.loss_mask[piece.start : piece.stop].copy()
-        loss_mask[:1] = 0  # nothing stands before it that could predict it
-        if loss_mask.any():
-            name = _piece_id(record, index) if len(ranges) > 1 else record.id
-            kept.append(
-                Sample(
-                    id=name,
-                    tokens=rows.tokens[piece.start : piece.stop].copy(),
-                    loss_mask=loss_mask,
-                    char_end=rows.char_end[piece.start : piece.stop].copy(),
-                    is_held_out=record.is_held_out or name in held_out,
-                )
+        loss_mask[:1] = 0  # no token before it could predict it
+        if not loss_mask.any():
+            continue
+        name = record.id
+        if len(ranges) > 1:
+            where = f"{record.where}: id of piece {index} of a split sample"
+            name = check_id(f"{record.id}#{index}", where=where)
+        kept.append(
+            Sample(
+                id=name,
+                tokens=rows.tokens[piece.start : piece.stop].copy(),
+                loss_mask=loss_mask,
+                char_end=rows.char_end[piece.start : piece.stop].copy(),
+                is_held_out=record.is_held_out or name in held_out,
             )
+        )
     num_cut = num_tokens - max_tokens if is_long and long == "truncate" else 0
     return kept, {
         "records": 1,
@@ -177,7 +178,7 @@ def _fit(
 
 
 def cut_ranges(num_tokens: int, *, max_tokens: int, long: LongPolicy) -> list[range]:
-    """Return which tokens of a sample make which piece; no piece if it is left out. Pure."""
+    """Return the range of tokens of each piece of a sample; none if it is left out. Pure."""
     if num_tokens <= max_tokens:
         return [range(num_tokens)]
     if long == "split":
@@ -186,24 +187,14 @@ def cut_ranges(num_tokens: int, *, max_tokens: int, long: LongPolicy) -> list[ra
     return [range(max_tokens)] if long == "truncate" else []
 
 
-def _piece_id(record: Record, index: int) -> str:
-    identifier = f"{record.id}#{index}"
-    problem = id_problem(identifier)
-    if problem:
-        raise InputError(f"{record.where}: id of piece {index} of a split sample: {problem}")
-    return identifier
-
-
-def _refuse_empty(samples: Sequence[Sample], counts: Counter[str], files: Sequence[Path]) -> None:
-    if samples:
-        return
-    names = ", ".join(str(path) for path in files[:3]) + (", ..." if len(files) > 3 else "")
+def _empty(counts: Counter[str], names: Sequence[str]) -> InputError:
+    where = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     if not counts["records"]:
-        raise InputError(f"{names or 'no file'}: expected at least one record, found none")
-    raise InputError(
-        f"{names}: nothing to train on is left of {counts['records']} records: "
-        f"{counts['skipped_long']} too long, {counts['skipped_unsupervised']} without a training "
-        "target: check the mask, max_tokens and the records"
+        return InputError(f"data: expected at least one record, got none in {where or 'no file'}")
+    return InputError(
+        f"{where or 'data'}: expected records with training targets, but of {counts['records']} "
+        f"{counts['skipped_long']} are too long and {counts['skipped_unsupervised']} have no "
+        "target. Fix: check mask, max_tokens and the records"
     )
 
 

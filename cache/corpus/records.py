@@ -1,51 +1,29 @@
-"""A record: what the user wrote, before any tokenizer sees it.
+"""Records: rows with checked fields, before any tokenizer sees them.
 
-A record has `messages`, or `prompt` and `completion`, or `text`; where it has several of these the
-first in this order counts. Optional fields: `id` (a string or whole number) and `split` (`train`,
-the default, or `held-out`). Fields that are null count as absent, all others are passed over.
+A record has `messages`, or `prompt` and `completion`, or `text`; of several, the first in this
+order is read. Optional fields: `id` (a string or whole number) and `split` (`train`, the default,
+or `held-out`). A null field counts as absent; other fields are ignored.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from carryon.cache.corpus.files import Row, read_rows
+from carryon.cache.corpus.files import Row
 from carryon.cache.errors import InputError
 
 MAX_ID_BYTES = 255
 """Longest sample id, in UTF-8 bytes."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Messages:
-    """A conversation."""
-
-    messages: list[dict[str, Any]]
-    """Each with `role` and `content`, both strings; other keys go to the chat template too."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptCompletion:
-    """A prompt and what should follow it."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Text:
-    """A document."""
-
-    text: str
-
-
-Content = Messages | PromptCompletion | Text
+Content = list[dict[str, Any]] | tuple[str, str] | str
+"""Messages, each with the strings `role` and `content` and what else the chat template reads; or
+prompt and completion; or a text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One record of a file."""
+    """One record of the data."""
 
     id: str
     """Unique among all records; made from file stem and line where the record has none."""
@@ -57,48 +35,44 @@ class Record:
     """Size in the file, for progress; of a Parquet row the average."""
 
 
-def read_records(files: Sequence[Path]) -> Iterator[Record]:
-    """Yield the records of `files`, in order.
+def read_records(rows: Iterable[Row]) -> Iterator[Record]:
+    """Yield the records of `rows`, in order.
 
     Raises:
-        InputError: a line or row is not a record, or two records have one id; the text names the
-            file and the line or row.
-        MissingExtraError: a Parquet file, and pyarrow is not installed.
+        InputError: a row is not a record, or two records have one id; the text names the origin
+            of the row.
     """
-    taken: dict[str, str] = {}  # id -> where it was first seen
-    for path in files:
-        for row in read_rows(path):
-            identifier = _given_id(row)
-            if identifier is None:
-                identifier = _made_id(path.stem, row.number, taken)
-            elif identifier in taken:
-                raise InputError(
-                    f"{row.where}: id {identifier!r} is already that of {taken[identifier]}: "
-                    "give each record an id of its own, or none"
-                )
-            taken[identifier] = row.where
-            yield Record(
-                id=identifier,
-                where=row.where,
-                content=_content(row),
-                is_held_out=_is_held_out(row),
-                num_bytes=row.num_bytes,
+    taken: dict[str, str] = {}  # id -> origin of its first row
+    for row in rows:
+        identifier = _given_id(row)
+        if identifier is None:
+            identifier = _made_id(row.stem, row.number, taken)
+        elif identifier in taken:
+            raise InputError(
+                f"{row.where}: id: expected a different one for each record, got {identifier!r}, "
+                f"which is also that of {taken[identifier]}. Fix: change it, or leave out all ids"
             )
+        taken[identifier] = row.where
+        yield Record(
+            id=identifier,
+            where=row.where,
+            content=_content(row),
+            is_held_out=_is_held_out(row),
+            num_bytes=row.num_bytes,
+        )
 
 
 def _content(row: Row) -> Content:
-    found = [name for name, value in row.fields.items() if value is not None]
-    if "messages" in found:
-        return Messages(messages=_messages(row))
-    if "prompt" in found and "completion" in found:
-        return PromptCompletion(
-            prompt=_string(row, "prompt"), completion=_string(row, "completion")
-        )
-    if "text" in found:
-        return Text(text=_string(row, "text"))
+    names = [name for name, value in row.fields.items() if value is not None]
+    if "messages" in names:
+        return _messages(row)
+    if "prompt" in names and "completion" in names:
+        return _string(row, "prompt"), _string(row, "completion")
+    if "text" in names:
+        return _string(row, "text")
     raise InputError(
         f"{row.where}: expected messages, prompt and completion, or text, "
-        f"found {', '.join(found) or 'nothing'}"
+        f"got {', '.join(names) or 'nothing'}"
     )
 
 
@@ -112,8 +86,8 @@ def _string(row: Row, name: str) -> str:
 def _messages(row: Row) -> list[dict[str, Any]]:
     values = row.fields["messages"]
     if not isinstance(values, list) or not values:
-        found = "an empty list" if values == [] else type(values).__name__
-        raise InputError(f"{row.where}: messages: expected a list of messages, got {found}")
+        got = "an empty list" if values == [] else type(values).__name__
+        raise InputError(f"{row.where}: messages: expected a list of messages, got {got}")
     messages = []
     for index, value in enumerate(values):
         name = f"{row.where}: messages[{index}]"
@@ -121,8 +95,8 @@ def _messages(row: Row) -> list[dict[str, Any]]:
             raise InputError(f"{name}: expected role and content, got {type(value).__name__}")
         for key in ("role", "content"):
             if not isinstance(value.get(key), str):
-                found = type(value[key]).__name__ if key in value else "none"
-                raise InputError(f"{name}: {key}: expected a string, got {found}")
+                got = type(value[key]).__name__ if key in value else "none"
+                raise InputError(f"{name}: {key}: expected a string, got {got}")
         # Parquet fills in every key that any row has
         messages.append({key: item for key, item in value.items() if item is not None})
     return messages
@@ -143,23 +117,24 @@ def _given_id(row: Row) -> str | None:
         raise InputError(
             f"{row.where}: id: expected a string or whole number, got {type(value).__name__}"
         )
-    problem = id_problem(str(value))
-    if problem:
-        raise InputError(f"{row.where}: id: {problem}")
-    return str(value)
+    return check_id(str(value), where=f"{row.where}: id")
 
 
-def id_problem(identifier: str) -> str | None:
-    """Return what is wrong with a sample id, or None if it can be stored."""
+def check_id(identifier: str, *, where: str) -> str:
+    """Return a sample id that can be stored.
+
+    Raises:
+        InputError: it is too long, not valid Unicode or contains a NUL character.
+    """
     try:
         num_bytes = len(identifier.encode())
-    except UnicodeEncodeError:
-        return f"expected valid Unicode, got {identifier!a}"
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: expected valid Unicode, got {identifier!a}") from error
     if not 1 <= num_bytes <= MAX_ID_BYTES:
-        return f"expected 1 to {MAX_ID_BYTES} bytes, got {num_bytes}"
+        raise InputError(f"{where}: expected 1 to {MAX_ID_BYTES} bytes, got {num_bytes}")
     if "\0" in identifier:
-        return f"expected no NUL character, got {identifier!a}"
-    return None
+        raise InputError(f"{where}: expected no NUL character, got {identifier!a}")
+    return identifier
 
 
 def _made_id(stem: str, number: int | None, taken: Mapping[str, str]) -> str:

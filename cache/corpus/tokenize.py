@@ -1,9 +1,9 @@
-"""Texts as tokens, each with its end in the text and whether it is a training target.
+"""Texts as tokens, each with its end in the text and its loss mask.
 
 A rendered conversation is tokenized without special tokens. Prompt and completion are tokenized
-apart, as generation does it, after the tokenizer's own start tokens and before an end-of-text
-token, which is a target; a text likewise. Start tokens are never targets; of the others those are
-that overlap a target character.
+separately, as generation does it, after the tokenizer's own start tokens and before an
+end-of-text token, which is a target; likewise a text. Start tokens are never targets; any other
+token is one if it overlaps a target character.
 
 Letters: T tokens of a record.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoder:
-    """A tokenizer with nothing around the text, and what the original puts around it."""
+    """A tokenizer that adds no special tokens, and those that the original adds."""
 
     backend: "Tokenizer"
     start: list[int]
@@ -36,40 +36,39 @@ class Encoder:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TokenRows:
-    """The tokens of one record, however many."""
+    """All tokens of one record."""
 
     tokens: NDArray[np.int32]
     """[T] int32."""
     loss_mask: NDArray[np.uint8]
     """[T] uint8: 1 where the token is a training target."""
     char_end: NDArray[np.int32]
-    """[T] int32: end of the token in the record's text (its parts, one after the other), in
-    characters; never falls. A token that is only some bytes of a character ends where the
-    character ends; start tokens end at 0, the end-of-text token where the text does."""
+    """[T] int32: as in `Sample`, over the record's parts joined; start tokens end at 0, the
+    end-of-text token at the end of the text."""
 
 
 def make_encoder(tokenizer: "PreTrainedTokenizerBase") -> Encoder:
-    """Return the encoder of a tokenizer, which stays as it is.
+    """Return the encoder of a tokenizer, which is not changed.
 
     Raises:
-        InputError: not a fast tokenizer, so it cannot tell where tokens lie in the text.
+        InputError: not a fast tokenizer, so it gives no offsets of tokens in the text.
     """
     original = getattr(tokenizer, "backend_tokenizer", None)
     if original is None:
         raise InputError(
-            f"tokenizer {tokenizer.name_or_path!r}: expected a fast tokenizer, which tells where "
-            f"each token lies in the text, got {type(tokenizer).__name__}"
+            f"tokenizer {tokenizer.name_or_path!r}: expected a fast tokenizer, which gives the "
+            f"offset of each token in the text, got {type(tokenizer).__name__}"
         )
-    # A copy, 0.1 s at V = 49,152: without the post-processor, because that may trim blanks off
-    # the offsets (GPT-NeoX's does), and without truncation and padding somebody switched on
+    # A copy, 0.1 s at V = 49,152: without the post-processor, which may trim blanks off the
+    # offsets (GPT-NeoX's does), and without truncation and padding, which may be switched on
     backend: Tokenizer = type(original).from_str(original.to_str())
     backend.post_processor = None
     backend.no_truncation()
     backend.no_padding()
-    # What the original puts in front of any text, seen on a text of one letter
-    seen = tokenizer("a", return_special_tokens_mask=True)
-    num_start = [*seen["special_tokens_mask"], 0].index(0)
-    start = list(seen["input_ids"][:num_start])
+    # The tokens that the original puts before any text, read off a text of one letter
+    letter = tokenizer("a", return_special_tokens_mask=True)
+    num_start = [*letter["special_tokens_mask"], 0].index(0)
+    start = list(letter["input_ids"][:num_start])
     return Encoder(backend=backend, start=start, end=tokenizer.eos_token_id)
 
 
@@ -108,7 +107,7 @@ def _join(rendering: Rendering, encodings: Sequence["Encoding"], encoder: Encode
     return TokenRows(
         tokens=np.array([*tokens, *end], dtype=np.int32),
         loss_mask=np.concatenate([*loss_mask, np.ones(len(end))]).astype(np.uint8),
-        # never falls, even where a normalizer has put characters into another order
+        # never decreases, even where a normalizer has reordered characters
         char_end=np.maximum.accumulate(
             np.concatenate([*char_end, np.full(len(end), num_chars)]).astype(np.int32)
         ),
@@ -118,7 +117,7 @@ def _join(rendering: Rendering, encodings: Sequence["Encoding"], encoder: Encode
 def _mark(
     offsets: NDArray[np.int32], targets: Sequence[tuple[int, int]] | None
 ) -> NDArray[np.bool_]:
-    """Return which tokens, [T] bool of offsets [T, 2], overlap one of the target characters."""
+    """Return, [T] bool for offsets [T, 2], which tokens overlap one of the target characters."""
     if targets is None:
         return np.ones(len(offsets), dtype=np.bool_)
     # a token of no width, such as a blank that a normalizer adds, goes with the one before it

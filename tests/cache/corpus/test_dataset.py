@@ -337,18 +337,16 @@ def test_a_sample_whose_targets_are_cut_off_is_left_out_and_counted(tmp_path: Pa
 
 def test_a_corpus_without_any_target_is_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "data.jsonl", {"messages": HI_YO[:1]}, {"text": "x" * 10})
-    text = (
-        r"data\.jsonl: nothing to train on is left of 2 records: 1 too long, 1 without a .*target"
-    )
+    text = r"data\.jsonl: expected records with .* of 2 1 are too long and 1 have no target\. Fix: "
     with pytest.raises(InputError, match=text):
         read([path], make_tokenizer(), CorpusSettings(long="skip"), max_tokens=10)
 
 
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "data.jsonl")
-    with pytest.raises(InputError, match=r"data\.jsonl: expected at least one record, found none"):
+    with pytest.raises(InputError, match=r"expected at least one record, got none in data\.jsonl"):
         read([path], make_tokenizer())
-    with pytest.raises(InputError, match=r"no file: expected at least one record, found none"):
+    with pytest.raises(InputError, match=r"expected at least one record, got none in no file"):
         read([], make_tokenizer())
     with pytest.raises(MissingError, match=r"gone\.txt: no such file"):
         read([tmp_path / "gone.txt"], make_tokenizer())
