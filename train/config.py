@@ -5,10 +5,12 @@ run itself. Field names are unique across them, so that a run's settings are one
 names on a command line and in `config.yaml`. Nothing here imports torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -20,8 +22,26 @@ LATER_SETTINGS = {"sampled_softmax": 0}
 """Settings that came later than the first runs, with what those had."""
 
 
-FORMER_NAMES = {"mlp_width": "intermediate_size", "held_out_share": "held_out_ratio"}
-"""Names in the cards of carry-ons saved before the names changed, with those of today."""
+FORMER_NAMES = {
+    "mlp_width": "intermediate_size",
+    "batch_tokens": "tokens_per_step",
+    "warmup_share": "warmup_ratio",
+    "decay_share": "decay_ratio",
+    "explore_share": "explore_ratio",
+    "final_share": "min_lr_ratio",
+    "held_out_share": "held_out_ratio",
+}
+"""Names in carry-ons, runs and lineages saved before settings were renamed -> those of today."""
+
+
+OTHER_NAMES = FORMER_NAMES | {
+    "lr": "learning_rate",
+    "batch_size": "tokens_per_step",
+    "max_grad_norm": "grad_clip",
+    "hidden_size": "width",
+    "layers": "blocks",
+}
+"""What settings are called elsewhere, for the question after an unknown name."""
 
 
 def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -437,7 +457,7 @@ def read_preset(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSettings:
-    """The settings of a run, by concern; what is not given is as usual."""
+    """All settings of a run, grouped by concern; omitted fields use their defaults."""
 
     carryon: CarryOnSettings = field(default_factory=CarryOnSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
@@ -446,43 +466,91 @@ class TrainSettings:
     memory: MemorySettings = field(default_factory=MemorySettings)
     run: RunSettings = field(default_factory=RunSettings)
 
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:  # noqa: ANN401 -- each setting has its own type
+        """Build from field names of all groups: `from_options(learning_rate=1e-3, width=64)`.
+
+        Raises:
+            InputError: a name is unknown, or a value is of another type or out of range.
+        """
+        return cls().with_options(**options)
+
+    def with_options(self, **options: Any) -> Self:  # noqa: ANN401 -- each setting has its own type
+        """Return the settings with some fields changed; errors as those of `from_options`."""
+        typed = typed_options(options)
+        groups = {}
+        for group in fields(self):
+            before = getattr(self, group.name)
+            names = {item.name for item in fields(before)} & set(typed)
+            groups[group.name] = replace(before, **{name: typed[name] for name in sorted(names)})
+        return replace(self, **groups)
+
     def resolved(self) -> Self:
         """Return the settings with the learning rate of the carry-on's kind if none is given."""
         return replace(self, optimization=with_own_rate(self.optimization, self.carryon))
 
     def to_flat(self) -> dict[str, Any]:
-        """Return all fields under their own names, as plain values, as they are in force."""
-        parts = (
-            self.carryon,
-            self.resolved().optimization,
-            self.stream,
-            self.loss,
-            self.memory,
-            self.run,
-        )
-        return {key: value for part in parts for key, value in part.to_dict().items()}
+        """Return all fields by name as plain values, the learning rate resolved."""
+        resolved = self.resolved()
+        return {
+            name: value
+            for group in fields(self)
+            for name, value in getattr(resolved, group.name).to_dict().items()
+        }
 
 
-Changes = dict[str, Any]
-"""Settings of one run that differ from those of the others, by name."""
+Changes = Mapping[str, Any]
+"""Settings in which one run differs from others, by name."""
 
 
-def change(settings: TrainSettings, changes: Changes) -> TrainSettings:
-    """Return `settings` with some of them changed.
+@cache
+def setting_types() -> dict[str, Any]:
+    """Return the type of every field of TrainSettings' groups, by name."""
+    return {
+        name: kind
+        for group in get_type_hints(TrainSettings).values()
+        for name, kind in get_type_hints(group).items()
+    }
+
+
+def typed_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in the types of their fields; texts are parsed, as YAML reads 1e-3 as one.
 
     Raises:
-        InputError: there is no setting of that name.
+        InputError: a name is unknown, or a value is not of the field's type.
     """
-    parts = {}
-    unknown = set(changes)
-    for part in fields(TrainSettings):
-        before = getattr(settings, part.name)
-        mine = {item.name for item in fields(before)} & set(changes)
-        parts[part.name] = replace(before, **{name: changes[name] for name in sorted(mine)})
-        unknown -= mine
-    if unknown:
-        known = sorted(settings.to_flat())
-        raise InputError(
-            f"sweep: no setting {', '.join(sorted(unknown))}: expected some of {', '.join(known)}"
-        )
-    return TrainSettings(**parts)
+    typed: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in setting_types():
+            raise InputError(f"no setting {name}: {_hint(name, setting_types())}")
+        kind = setting_types()[name]
+        if get_origin(kind) is list:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            typed[name] = [_parsed(name, item, get_args(kind)[0]) for item in values]
+        else:
+            typed[name] = _parsed(name, value, kind)
+    return typed
+
+
+def _parsed(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401
+    text = str(value)
+    if get_origin(kind) is Literal:
+        choices = {str(choice): choice for choice in get_args(kind)}
+    elif kind is bool:
+        text, choices = text.lower(), {"true": True, "yes": True, "false": False, "no": False}
+    else:
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise InputError(f"{name}: expected {kind.__name__}, got {value!r}") from error
+    if text not in choices:
+        raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value}")
+    return choices[text]
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """Return the question for the name that was probably meant."""
+    elsewhere = [OTHER_NAMES[name]] if name in OTHER_NAMES else []
+    parts = [each for each in known if name in each.split("_")]
+    near = [*elsewhere, *get_close_matches(name, known, n=1), *parts]
+    return f"did you mean {near[0]}?" if near else "carryon train --help-all lists them"

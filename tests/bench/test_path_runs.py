@@ -22,11 +22,11 @@ from carryon.tools.bench.path_plan import (
     trunk_saves,
 )
 from carryon.tools.bench.path_runs import PathRuns, mean_weights
-from carryon.train.config import OptimizationSettings, change
+from carryon.train.config import OptimizationSettings
 from carryon.train.continual.cost import steps_by_formula
 from carryon.train.optim.lr_paths import PARADIGMS
 
-SETTINGS = change(TINY, {"epochs": 1, "tokens_per_step": 20, "min_lr_ratio": 0.1, "dropout": 0.2})
+SETTINGS = TINY.with_options(epochs=1, tokens_per_step=20, min_lr_ratio=0.1, dropout=0.2)
 OPTIMIZATION = OptimizationSettings(
     epochs=1, learning_rate=3e-3, min_lr_ratio=0.1, warmup_ratio=0.0
 )
@@ -189,7 +189,7 @@ def test_a_mean_of_states_is_their_mean(done: PathRuns) -> None:
 
 def test_other_settings_are_refused(done: PathRuns, stores: list[str]) -> None:
     other = PathRuns(
-        root=done.root, stores=stores, settings=change(SETTINGS, {"learning_rate": 0.5})
+        root=done.root, stores=stores, settings=SETTINGS.with_options(learning_rate=0.5)
     )
 
     with pytest.raises(InputError, match="learning_rate is 0.02 there and 0.5 here"):

@@ -22,7 +22,6 @@ from carryon.train.config import (
     RunSettings,
     StreamSettings,
     TrainSettings,
-    change,
 )
 from carryon.train.continual.lineage import update
 from carryon.train.trainer import finish
@@ -58,10 +57,7 @@ TIMES = ("tokens_per_second", "targets_per_second", "data_wait_ratio", "elapsed_
 
 def train_tiny(store: Path | Sequence[Path], out: Path, **changes: Any) -> TrainReport:  # noqa: ANN401
     """Train with the tiny settings, some of them changed by name."""
-    paths = [store] if isinstance(store, Path) else store
-    settings = change(TINY, changes)
-    parts = {name: getattr(settings, name) for name in settings.__slots__}
-    return train(store=[str(path) for path in paths], out=str(out), **parts)
+    return train(store, out=out, settings=TINY, **changes)
 
 
 class Killed(Exception):
@@ -173,7 +169,7 @@ def _train_in_child(store: Path, out: Path, is_sweep: bool, talk: Connection) ->
     _be_quiet()
     talk.send("begun")
     if is_sweep:
-        sweep(store=str(store), out=str(out), settings=TINY, runs=RUNS)
+        sweep(store, out=out, settings=TINY, runs=RUNS)
     else:
         train_tiny(store, out, **KILLED)
 

@@ -15,6 +15,7 @@ from carryon.train.config import (
     OptimizationSettings,
     RunSettings,
     StreamSettings,
+    TrainSettings,
 )
 
 ALL = (
@@ -76,6 +77,30 @@ def test_a_wrong_setting_is_refused_at_construction(
 def test_all_wrong_settings_are_named_at_once() -> None:
     with pytest.raises(InputError, match=r"epochs: .*; .*seed: expected 0 or more, got -1"):
         OptimizationSettings(epochs=0, seed=-1)
+
+
+def test_options_of_all_groups_are_given_by_name() -> None:
+    settings = TrainSettings.from_options(width=64, learning_rate=1e-3, taps=("final", "layer.1"))
+
+    assert settings.carryon == CarryOnSettings(width=64, taps=["final", "layer.1"])
+    assert settings.optimization == OptimizationSettings(learning_rate=1e-3)
+    assert TrainSettings.from_options(**settings.to_flat()) == settings
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lr": 1e-3}, r"no setting lr: did you mean learning_rate\?"),
+        ({"learning_rates": 1e-3}, r"no setting learning_rates: did you mean learning_rate\?"),
+        ({"rank": 4}, r"no setting rank: did you mean lora_rank\?"),
+        ({"colour": "red"}, "no setting colour: carryon train --help-all lists them"),
+        ({"width": "wide"}, "width: expected int, got 'wide'"),
+        ({"recompute": "maybe"}, "recompute: expected one of true, yes, false, no, got maybe"),
+    ],
+)
+def test_an_unknown_or_wrong_option_is_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        TrainSettings.from_options(**options)
 
 
 @pytest.mark.parametrize("cls", ALL)

@@ -23,7 +23,6 @@ from carryon.tools.compare.settings import CompareSettings, get_methods
 from carryon.train.config import (
     CarryOnSettings,
     OptimizationSettings,
-    change,
     rate_warning,
 )
 from carryon.train.kinds import KINDS as ENTRIES
@@ -59,7 +58,7 @@ def store(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> s
 
 def run_command(command: Any, changes: dict[str, Any], **options: Any) -> None:  # noqa: ANN401
     """Call a subcommand with tiny settings, some of them changed."""
-    settings = change(UNSAID, changes)
+    settings = UNSAID.with_options(**changes)
     with without_plots():
         command(**{name: getattr(settings, name) for name in settings.__slots__}, **options)
 
@@ -72,10 +71,10 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_each_kind_has_its_own_rate_and_another_wins(name: str) -> None:
-    own = change(UNSAID, KINDS[name])
+    own = UNSAID.with_options(**KINDS[name])
     assert own.to_flat()["learning_rate"] == RATES[name][0]
     assert own.resolved().optimization.learning_rate == RATES[name][0]
-    given = change(UNSAID, KINDS[name] | {"learning_rate": 0.5})
+    given = UNSAID.with_options(**KINDS[name] | {"learning_rate": 0.5})
     assert given.to_flat()["learning_rate"] == 0.5
 
 
@@ -153,7 +152,7 @@ def test_paths_are_planned_with_the_kinds_rate(store: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["top", "top by LoRA"])
 def test_a_rate_that_wrecks_a_top_is_warned_of(name: str) -> None:
-    shape, own = change(UNSAID, KINDS[name]).carryon, RATES[name][0]
+    shape, own = UNSAID.with_options(**KINDS[name]).carryon, RATES[name][0]
     assert not rate_warning(OptimizationSettings(learning_rate=WARN_ABOVE * own), shape)
     text = rate_warning(OptimizationSettings(learning_rate=2 * WARN_ABOVE * own), shape)
     assert f"20 times what suits a {name} ({own:g})" in text

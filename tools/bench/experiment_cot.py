@@ -13,11 +13,8 @@ from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSetting
 from carryon.train.config import (
     CarryOnSettings,
     GenerateSettings,
-    LossSettings,
-    MemorySettings,
     OptimizationSettings,
-    RunSettings,
-    StreamSettings,
+    TrainSettings,
 )
 
 if TYPE_CHECKING:
@@ -169,14 +166,9 @@ def _train(
     from carryon.train.trainer.trainer import train
 
     return train(
-        store=str(folder / "store"),
-        out=str(folder / f"seed-{optimization.seed}"),
-        carryon=shape,
-        optimization=optimization,
-        stream=StreamSettings(),
-        loss=LossSettings(),
-        memory=MemorySettings(),
-        run=RunSettings(),
+        folder / "store",
+        out=folder / f"seed-{optimization.seed}",
+        settings=TrainSettings(carryon=shape, optimization=optimization),
     )
 
 

@@ -27,9 +27,8 @@ from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
     MemorySettings,
-    OptimizationSettings,
-    RunSettings,
     StreamSettings,
+    TrainSettings,
 )
 from carryon.train.trainer.memory_estimate import MemoryCase, plan_memory
 
@@ -138,16 +137,15 @@ def train_watched(request: Mapping[str, Any], *, before: int) -> dict[str, Any]:
     imported = anonymous_bytes()
     with watched_peak() as peak:
         report = train(
-            store=request["store"],
+            request["store"],
             out=request["out"],
-            carryon=CarryOnSettings.from_dict(request["carryon"]),
-            optimization=OptimizationSettings(
-                epochs=1, tokens_per_step=request["tokens_per_step"], warmup_ratio=0.0
-            ),
-            stream=StreamSettings(window_units=1),
-            loss=_LOSS,
-            memory=_MEMORY,
-            run=RunSettings(device="cpu"),
+            settings=TrainSettings(loss=_LOSS, memory=_MEMORY),
+            **request["carryon"],
+            epochs=1,
+            tokens_per_step=request["tokens_per_step"],
+            warmup_ratio=0.0,
+            window_units=1,
+            device="cpu",
         )
     return {
         "peak_bytes": peak.bytes - before,
@@ -186,7 +184,6 @@ def write_large_store(
 
 def plain_base_nll(store: Store) -> float:
     """Return the base's NLL of the held-out samples by the plain formula, in float32."""
-    from carryon.train.config import StreamSettings
     from carryon.train.data.split import split_samples
 
     settings = StreamSettings()

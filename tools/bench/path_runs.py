@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.files import write_json
 from carryon.tools.bench.path_plan import Lengths, PathSegment, Plan, PlannedVersion, State
-from carryon.train.config import TrainSettings, change
+from carryon.train.config import TrainSettings
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.data.sampler import count_steps
 from carryon.train.losses.frozen_head import FrozenHead, place_head
@@ -165,7 +165,7 @@ class PathRuns:
             }
             start = self.state(segment.after) if segment.after else None
             steps = replace(segment.steps, start=start, saves=tuple(saves[segment.name]))
-            settings = change(self.settings, changes)
+            settings = self.settings.with_options(**changes)
             jobs.append(Job(out=str(folder.root), settings=settings, segment=steps))
         train_segments([self.stores[index] for index in segments[0].increments], jobs)
         for segment in segments:

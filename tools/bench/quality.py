@@ -178,5 +178,5 @@ def _train(
     job: TrainJob, root: Path, name: str, runs: Mapping[str, Changes]
 ) -> dict[str, TrainReport]:
     settings = TrainSettings(optimization=OptimizationSettings(epochs=job.sizes.quality_epochs))
-    reports = sweep(store=str(root), out=str(job.work / name), settings=settings, runs=runs)
+    reports = sweep(root, out=job.work / name, settings=settings, runs=runs)
     return dict(zip(runs, reports, strict=True))

@@ -12,10 +12,8 @@ from carryon.tools.bench.train import TrainJob
 from carryon.tools.compare.figure import Figure, in_turn
 from carryon.train.config import (
     CarryOnSettings,
-    LossSettings,
     MemorySettings,
     OptimizationSettings,
-    RunSettings,
     StreamSettings,
 )
 from carryon.train.data.batch import Batch
@@ -89,16 +87,7 @@ def measure_data_wait(job: TrainJob) -> None:
     from carryon.train.trainer.trainer import train
 
     out = job.work / "run"
-    train(
-        store=job.settings.store,
-        out=str(out),
-        carryon=CarryOnSettings(),
-        optimization=OptimizationSettings(epochs=1),
-        stream=StreamSettings(),
-        loss=LossSettings(),
-        memory=MemorySettings(),
-        run=RunSettings(evaluate_tokens=2048),
-    )
+    train(job.settings.store, out=out, epochs=1, evaluate_tokens=2048)
     lines = [line for line in read_metrics(out / "metrics.jsonl") if "data_wait_ratio" in line]
     shares = [float(line["data_wait_ratio"]) for line in lines]
     job.report(

@@ -80,26 +80,20 @@ def _begin(store: Path, out: Path) -> Any:  # noqa: ANN401 -- a Process of some 
 def _train(store: Path, out: Path, talk: Connection) -> None:
     import torch
 
-    from carryon.train.config import (
-        CarryOnSettings,
-        LossSettings,
-        MemorySettings,
-        OptimizationSettings,
-        RunSettings,
-        StreamSettings,
-    )
     from carryon.train.trainer.trainer import train
 
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed with the process
     torch.set_num_threads(1)
     talk.send("begun")
     train(
-        store=str(store),
-        out=str(out),
-        carryon=CarryOnSettings(width=16, intermediate_size=16, dropout=0.1),
-        optimization=OptimizationSettings(epochs=3, tokens_per_step=256),
-        stream=StreamSettings(),
-        loss=LossSettings(),
-        memory=MemorySettings(),
-        run=RunSettings(device="cpu", checkpoint_every=3, evaluate_every=5),
+        store,
+        out=out,
+        width=16,
+        intermediate_size=16,
+        dropout=0.1,
+        epochs=3,
+        tokens_per_step=256,
+        device="cpu",
+        checkpoint_every=3,
+        evaluate_every=5,
     )

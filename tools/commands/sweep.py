@@ -5,7 +5,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from carryon.cache.errors import InputError
 from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
@@ -57,15 +56,10 @@ def sweep(
         run: Where a run computes, and what it leaves behind.
     """
     from carryon.train.config import TrainSettings
-    from carryon.train.trainer.sweep import grid, read_runs
+    from carryon.train.trainer.sweep import choose_runs
     from carryon.train.trainer.sweep import sweep as train_sweep
 
-    if bool(vary) == bool(runs):
-        raise InputError(
-            f"sweep: expected --vary or --runs, got {'both' if vary else 'neither'}: see carryon "
-            "sweep --help"
-        )
-    chosen = read_runs(runs) if runs else grid(vary)
+    chosen = choose_runs(runs, vary)
     settings = TrainSettings(
         carryon=carryon,
         optimization=optimization,
@@ -74,7 +68,7 @@ def sweep(
         memory=memory,
         run=run,
     )
-    reports = train_sweep(store=store, out=out, settings=settings, runs=chosen)
+    reports = train_sweep(store, out=out, settings=settings, runs=chosen)
     found = {name: report.to_dict() for name, report in zip(chosen, reports, strict=True)}
     for name, report in found.items():
         print(json.dumps({"run": name, **report}))

@@ -48,11 +48,10 @@ def train(
         memory: What the weights and all that belongs to them take up.
         run: Where a run computes, and what it leaves behind.
     """
+    from carryon.train.config import TrainSettings
     from carryon.train.trainer.trainer import train as train_carryon
 
-    report = train_carryon(
-        store=store,
-        out=out,
+    settings = TrainSettings(
         carryon=carryon,
         optimization=optimization,
         stream=stream,
@@ -60,6 +59,7 @@ def train(
         memory=memory,
         run=run,
     )
+    report = train_carryon(store, out=out, settings=settings)
     logger.info(
         f"{report.carryon}: {report.carryon_bytes / 1e6:.2f} MB, trained in "
         f"{report.train_s:,.0f} s ({report.tokens_per_second:,.0f} tokens/s); "

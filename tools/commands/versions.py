@@ -30,7 +30,6 @@ def versions(
         out: Run folder for it.
         device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
     """
-    from carryon.train.config import change
     from carryon.train.continual.lineage import release
     from carryon.train.continual.lineage_dir import open_lineage, settings_of
     from carryon.train.continual.versions import list_versions
@@ -39,7 +38,7 @@ def versions(
         if not out:
             raise InputError(f"--out: expected a folder for version {rebuild}, got none")
         opened = open_lineage(lineage)
-        settings = change(settings_of(opened), {"device": device})
+        settings = settings_of(opened).with_options(device=device)
         report = release(opened, rebuild, settings=settings, out=out).to_dict()
         print(json.dumps(report))
         return [report]

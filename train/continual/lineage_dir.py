@@ -23,7 +23,7 @@ import yaml
 
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files import write_file, write_json
-from carryon.train.config import TrainSettings, change, setting_of
+from carryon.train.config import TrainSettings, setting_of, with_current_names
 from carryon.train.optim.lr_paths import branch_point
 from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
 
@@ -116,6 +116,7 @@ def read_lineage(root: str | Path) -> Lineage | None:
             "lineage"
         )
     increments = [Increment(**each) for each in document.pop("increments")]
+    document["settings"] = with_current_names(document["settings"])
     return Lineage(root=Path(root), increments=increments, **document)
 
 
@@ -155,7 +156,7 @@ def lasting_settings(settings: TrainSettings) -> dict[str, Any]:
 
 def settings_of(lineage: Lineage) -> TrainSettings:
     """Return the settings of a lineage's runs; those that do not decide the result as usual."""
-    return change(TrainSettings(), lineage.settings)
+    return TrainSettings.from_options(**lineage.settings)
 
 
 def refuse_changed_settings(lineage: Lineage, settings: TrainSettings, *, alpha: float) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from carryon.cache.errors import InputError
 from carryon.cache.files import recover_folders, whole_folder, write_json
-from carryon.train.config import setting_of
+from carryon.train.config import setting_of, with_current_names
 from carryon.train.modules.carryon import CarryOn
 
 FORMAT_VERSION = 1
@@ -154,6 +154,7 @@ def refuse_other_identity(
     Raises:
         InputError: names each setting with both values.
     """
+    found = with_current_names(found)
     differences = [
         f"{key} is {found.get(key)!r} there and {expected.get(key)!r} here"
         for key in sorted(set(found) | set(expected))

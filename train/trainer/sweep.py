@@ -2,48 +2,64 @@
 
 import itertools
 import re
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files import write_json
-from carryon.train.config import Changes, StreamSettings, TrainSettings, change
+from carryon.train.config import (
+    Changes,
+    StreamSettings,
+    TrainSettings,
+    setting_types,
+    typed_options,
+)
 from carryon.train.plots import plot_runs
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.run_dir import RunFolder
-from carryon.train.trainer.trainer import Job, train_jointly
+from carryon.train.trainer.trainer import Job, StorePaths, store_paths, train_jointly
 
 SUMMARY = "sweep.json"
 CURVES = "curves.png"
 
 
 def sweep(
-    *, store: str | Sequence[str], out: str, settings: TrainSettings, runs: Mapping[str, Changes]
+    store: StorePaths,
+    *,
+    out: str | Path,
+    runs: Mapping[str, Changes] | str | Path | None = None,
+    vary: Mapping[str, Sequence[Any]] | Sequence[str] | None = None,
+    settings: TrainSettings | None = None,
+    **options: Any,  # noqa: ANN401 -- each setting has its own type
 ) -> list[TrainReport]:
-    """Train every run of a sweep, each in a folder of its name below `out`.
+    """Train several runs side by side from one read of the store, each in `out`/NAME.
 
-    Each ends with the bits that `train` gives with its settings. `out`/sweep.json sums them up,
-    `out`/curves.png shows them. After a kill the same call goes on.
+    Each ends with the bits that `train` gives with its settings. `out`/sweep.json lists the
+    reports, `out`/curves.png draws the losses. After a kill the same call resumes.
+
+    Example:
+        reports = sweep("store", out="sweep", vary={"learning_rate": [1e-3, 3e-3]}, epochs=5)
 
     Args:
         store: folder of the store, or of each store.
-        out: folder of the sweep.
-        settings: what the runs have in common.
-        runs: name of each run and the settings in which it differs.
+        out: folder of the sweep; made if missing.
+        runs: name of each run and the settings in which it differs; or a YAML file that lists them.
+        vary: instead of `runs`, the values of each setting, which make a grid.
+        settings: common to the runs. None: the defaults.
+        options: fields of TrainSettings' groups by name, changed in `settings`.
 
     Raises:
         InputError: a setting is unknown, or must be the same in all runs.
-        KeyboardInterrupt: Ctrl-C; every run has a checkpoint, and the same call goes on.
+        KeyboardInterrupt: Ctrl-C; every run has a checkpoint, and the same call resumes.
     """
-    paths = [store] if isinstance(store, str) else list(store)
-    jobs = plan_jobs(out, settings, runs)
-    reports = train_jointly(paths, jobs)
+    runs = choose_runs(runs, vary)
+    jobs = plan_jobs(out, (settings or TrainSettings()).with_options(**options), runs)
+    reports = train_jointly(store_paths(store), jobs)
     root = Path(out)
     rows = [
         {"run": name, "changes": changes, **report.to_dict()}
@@ -55,16 +71,31 @@ def sweep(
     return reports
 
 
-def plan_jobs(out: str, settings: TrainSettings, runs: Mapping[str, Changes]) -> list[Job]:
+def choose_runs(
+    runs: Mapping[str, Changes] | str | Path | None,
+    vary: Mapping[str, Sequence[Any]] | Sequence[str] | None,
+) -> Mapping[str, Changes]:
+    """Return the runs that `sweep` is given, by name.
+
+    Raises:
+        InputError: both or neither are given, or a setting is unknown.
+    """
+    if bool(vary) == bool(runs):
+        given = "both" if vary else "neither"
+        raise InputError(f"sweep: expected runs or vary (--runs or --vary), got {given}")
+    if vary:
+        return grid(vary)
+    return read_runs(runs) if isinstance(runs, (str, Path)) else dict(runs or {})
+
+
+def plan_jobs(out: str | Path, settings: TrainSettings, runs: Mapping[str, Changes]) -> list[Job]:
     """Return the runs of a sweep with all their settings; nothing is written.
 
     Raises:
-        InputError: there is no run, a setting is unknown, or must be the same in all runs.
+        InputError: a setting is unknown, or must be the same in all runs.
     """
-    if not runs:
-        raise InputError("sweep: expected at least one run, got none: give --vary or --runs")
     jobs = [
-        Job(out=str(Path(out) / name), settings=change(settings, changes))
+        Job(out=str(Path(out) / name), settings=settings.with_options(**changes))
         for name, changes in runs.items()
     ]
     first = jobs[0].settings
@@ -86,30 +117,37 @@ LIST_SEPARATOR = "+"
 """Between the elements of one value of a list setting: taps=final,final+layer.15."""
 
 
-def grid(vary: Sequence[str]) -> dict[str, Changes]:
+def grid(vary: Mapping[str, Sequence[Any]] | Sequence[str]) -> dict[str, Changes]:
     """Return the runs of a grid, by name: each value of each setting with each of the others.
 
     Args:
-        vary: `NAME=VALUE,VALUE` for each setting; the elements of a list are joined by `+`.
+        vary: the values of each setting; or `NAME=VALUE,VALUE` for each, in which the elements of
+            a list are joined by `+`.
 
     Raises:
         InputError: a setting is unknown, or a value is not of its type.
     """
-    axes = []
-    for text in vary:
-        name, equals, values = text.partition("=")
-        if not equals or not values:
-            raise InputError(f"vary: expected NAME=VALUE,VALUE, got {text!r}")
-        name = name.lstrip("-").replace("-", "_")
-        axes.append([(name, _value(name, value)) for value in values.split(",")])
-    names = [axis[0][0] for axis in axes]
+    pairs = list(vary.items()) if isinstance(vary, Mapping) else [_values_of(text) for text in vary]
+    names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
         raise InputError(f"vary: expected each setting once, got {' '.join(names)}")
-    combinations = [dict(combination) for combination in itertools.product(*axes)]
-    return {name_of(changes): changes for changes in combinations if changes}
+    runs = (
+        typed_options(dict(zip(names, values, strict=True)))
+        for values in itertools.product(*(values for _, values in pairs))
+    )
+    return {name_of(changes): changes for changes in runs}
 
 
-def read_runs(path: str) -> dict[str, Changes]:
+def _values_of(text: str) -> tuple[str, list[Any]]:
+    name, equals, values = text.partition("=")
+    if not equals or not values:
+        raise InputError(f"vary: expected NAME=VALUE,VALUE, got {text!r}")
+    name, each = name.lstrip("-").replace("-", "_"), values.split(",")
+    is_list = get_origin(setting_types().get(name)) is list
+    return name, [value.split(LIST_SEPARATOR) for value in each] if is_list else each
+
+
+def read_runs(path: str | Path) -> dict[str, Changes]:
     """Return the runs that a YAML file lists: changed settings, and a `name` if one is wanted.
 
     Raises:
@@ -127,7 +165,7 @@ def read_runs(path: str) -> dict[str, Changes]:
         changes = {
             str(key).replace("-", "_"): value for key, value in item.items() if key != "name"
         }
-        changes = {key: _typed(key, value) for key, value in changes.items()}
+        changes = typed_options(changes)
         name = str(item.get("name") or name_of(changes))
         if name in runs or re.search(r"[/\\]|^\.", name):
             raise InputError(f"{path}: expected another name for each run, got {name!r} again")
@@ -138,50 +176,6 @@ def read_runs(path: str) -> dict[str, Changes]:
 def name_of(changes: Changes) -> str:
     """Return the name of a run: its changed settings."""
     return ",".join(f"{key}={_shown(value)}" for key, value in changes.items()) or "unchanged"
-
-
-def _kinds() -> dict[str, Any]:
-    """Return the type of every setting."""
-    return {
-        name: kind
-        for part in typing.get_type_hints(TrainSettings).values()
-        for name, kind in typing.get_type_hints(part).items()
-    }
-
-
-def _value(name: str, text: str) -> Any:  # noqa: ANN401 -- each setting has its own type
-    kind = _kinds().get(name)
-    if typing.get_origin(kind) is list:
-        return _typed(name, text.split(LIST_SEPARATOR))
-    return _typed(name, text)
-
-
-def _typed(name: str, value: Any) -> Any:  # noqa: ANN401 -- each setting has its own type
-    """Return `value` as the setting `name` has it; YAML takes 1e-3 for a text."""
-    kind = _kinds().get(name)
-    if kind is None:
-        known = ", ".join(sorted(_kinds()))
-        raise InputError(f"sweep: no setting {name}: expected some of {known}")
-    if typing.get_origin(kind) is list:
-        values = value if isinstance(value, list) else [value]
-        return [_as(name, item, typing.get_args(kind)[0]) for item in values]
-    return _as(name, value, kind)
-
-
-def _as(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401 -- each setting has its own type
-    if typing.get_origin(kind) is typing.Literal:
-        choices = {str(choice): choice for choice in typing.get_args(kind)}
-        if str(value) not in choices:
-            raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value}")
-        return choices[str(value)]
-    if kind is bool:
-        if str(value).lower() not in ("true", "false", "yes", "no"):
-            raise InputError(f"{name}: expected yes or no, got {value}")
-        return str(value).lower() in ("true", "yes")
-    try:
-        return kind(str(value))
-    except ValueError as error:
-        raise InputError(f"{name}: expected {kind.__name__}, got {value!r}") from error
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401 -- each setting has its own type

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from carryon.cache.device import pick_device
 from carryon.cache.errors import InputError
@@ -17,16 +18,7 @@ from carryon.cache.files import write_json
 from carryon.cache.format.manifest import Manifest, read_manifest
 from carryon.cache.store.reader import Store
 from carryon.cache.store.view import split_name
-from carryon.train.config import (
-    CarryOnSettings,
-    LossSettings,
-    MemorySettings,
-    OptimizationSettings,
-    RunSettings,
-    StreamSettings,
-    TrainSettings,
-    rate_warning,
-)
+from carryon.train.config import LossSettings, TrainSettings, rate_warning
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, Contamination, measure_contamination
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.data.loader import stream_bytes
@@ -61,47 +53,43 @@ class Job:
     """What it takes of the order of the data, and from where. None: all, from the start."""
 
 
-def train(
-    *,
-    store: str | Sequence[str],
-    out: str,
-    carryon: CarryOnSettings,
-    optimization: OptimizationSettings,
-    stream: StreamSettings,
-    loss: LossSettings,
-    memory: MemorySettings,
-    run: RunSettings,
-) -> TrainReport:
-    """Fit a carry-on to a store, or to several, and leave it in `out`/carryon.
+StorePaths = str | Path | Sequence[str | Path]
+"""The folder of a store, or the folders of several."""
 
-    If `out` holds an unfinished run of the same store and settings, it goes on from its newest
+
+def store_paths(store: StorePaths) -> list[str]:
+    """Return the folders that a call names."""
+    return [str(store)] if isinstance(store, (str, Path)) else [str(path) for path in store]
+
+
+def train(
+    store: StorePaths,
+    *,
+    out: str | Path,
+    settings: TrainSettings | None = None,
+    **options: Any,  # noqa: ANN401 -- each setting has its own type
+) -> TrainReport:
+    """Train a carry-on from a store, or from several, and write it to `out`/carryon.
+
+    An unfinished run of the same store and settings in `out` is resumed from its newest
     checkpoint; of a finished one the report is returned.
+
+    Example:
+        report = train("store", out="run", learning_rate=1e-3, epochs=5)
 
     Args:
         store: folder of the store, or of each store.
-        out: the run folder (run_folder.py says what is in it).
-        carryon: shape of the carry-on.
-        optimization: how its weights are found.
-        stream: how the store is read.
-        loss: how the head is multiplied.
-        memory: what the weights and all that belongs to them take up.
-        run: where it computes, when it evaluates and saves.
+        out: the run folder (run_dir.py lists its files); made if missing.
+        settings: of the run. None: the defaults.
+        options: fields of TrainSettings' groups by name, changed in `settings`.
 
     Raises:
-        InputError: a setting does not fit the store, `out` holds something else, or the loss is
-            no longer finite. Checkpoints written before stay.
-        KeyboardInterrupt: Ctrl-C; a checkpoint was written, and the same command goes on.
+        InputError: a setting is unknown or does not fit the store, `out` holds something else, or
+            the loss is no longer finite. Checkpoints written before stay.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was written, and the same call resumes.
     """
-    settings = TrainSettings(
-        carryon=carryon,
-        optimization=optimization,
-        stream=stream,
-        loss=loss,
-        memory=memory,
-        run=run,
-    )
-    paths = [store] if isinstance(store, str) else list(store)
-    [report] = train_jointly(paths, [Job(out=out, settings=settings)])
+    settings = (settings or TrainSettings()).with_options(**options)
+    [report] = train_jointly(store_paths(store), [Job(out=str(out), settings=settings)])
     return report
 
 

@@ -18,7 +18,6 @@ from carryon.cache.errors import InputError
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
-from carryon.train.config import change
 from carryon.train.continual.lineage import release, update
 from carryon.train.continual.lineage_dir import Lineage, open_lineage, read_lineage
 from carryon.train.continual.versions import list_versions
@@ -30,7 +29,7 @@ from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.segment import Segment, digest_of_state
 from carryon.train.trainer.trainer import Job, train_jointly
 
-SETTINGS = change(TINY, {"min_lr_ratio": 0.1, "log_every": 1, "dropout": 0.2})
+SETTINGS = TINY.with_options(min_lr_ratio=0.1, log_every=1, dropout=0.2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -159,7 +158,7 @@ def test_a_schedule_changed_in_mid_lineage_is_refused(grown: Lineage, tmp_path: 
         update(
             lineage=str(grown.root),
             store=[str(store)],
-            settings=change(SETTINGS, {"schedule": "knee"}),
+            settings=SETTINGS.with_options(schedule="knee"),
         )
 
 

@@ -9,14 +9,13 @@ from support.tiny_bases import make_tiny_base, write_tiny_gguf
 from support.tiny_runs import TINY, without_plots, write_texts
 
 from carryon.cache.errors import InputError
-from carryon.train.config import change
 from carryon.train.continual.lineage import update
 from carryon.train.continual.lineage_dir import Lineage, open_lineage
 from carryon.train.continual.rebase import begin_on_new_base
 from carryon.train.data.datasets import open_data
 from carryon.train.modules.serialization import load_carryon
 
-SETTINGS = change(TINY, {"min_lr_ratio": 0.1})
+SETTINGS = TINY.with_options(min_lr_ratio=0.1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,7 +103,7 @@ def test_a_new_base_needs_the_texts_where_they_were(
         begin_on_new_base(**given)
     texts[1].write_text(before)
     with pytest.raises(InputError, match="got width 8 -> 4"):
-        begin_on_new_base(**given | {"settings": change(SETTINGS, {"width": 4})})
+        begin_on_new_base(**given | {"settings": SETTINGS.with_options(width=4)})
 
 
 def test_the_same_base_is_not_a_new_one(

@@ -21,11 +21,6 @@ from carryon.cache.store.verify import verify
 from carryon.train.config import (
     CarryOnSettings,
     GenerateSettings,
-    LossSettings,
-    MemorySettings,
-    OptimizationSettings,
-    RunSettings,
-    StreamSettings,
 )
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.inference.merge import merge
@@ -81,21 +76,14 @@ def make_place(
 def fit(
     place: Place,
     out: Path,
-    *,
-    kl_weight: float = 0.0,
-    blocks: int = 1,
-    **settings: Any,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401 -- each setting has its own type
 ) -> Path:
     """Train a carry-on for a few steps; return its folder."""
     train(
-        store=str(place.store),
-        out=str(out),
-        carryon=CarryOnSettings(blocks=blocks, **settings),
-        optimization=OptimizationSettings(epochs=2, tokens_per_step=64, learning_rate=1e-2),
-        stream=StreamSettings(),
-        loss=LossSettings(kl_weight=kl_weight),
-        memory=MemorySettings(),
-        run=RunSettings(device="cpu"),
+        place.store,
+        out=out,
+        **{"blocks": 1, "epochs": 2, "tokens_per_step": 64, "learning_rate": 1e-2} | options,
+        device="cpu",
     )
     return out / "carryon"
 

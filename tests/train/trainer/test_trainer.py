@@ -7,26 +7,16 @@ steps fall into the middle of epochs.
 import json
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from support.tiny_runs import Killed, kill_at
+from support.tiny_runs import TINY, Killed, assert_same_bits, kill_at, train_tiny
 from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError, MissingError
-from carryon.train.config import (
-    CarryOnSettings,
-    LossSettings,
-    MemorySettings,
-    OptimizationSettings,
-    RunSettings,
-    StreamSettings,
-)
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.modules.serialization import load_carryon
 from carryon.train.trainer import finish
@@ -34,16 +24,6 @@ from carryon.train.trainer import run_state as live_run
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.step import take_step
-from carryon.train.trainer.trainer import train
-
-SETTINGS: dict[str, Any] = {
-    "carryon": CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8),
-    "optimization": OptimizationSettings(epochs=2, tokens_per_step=40, learning_rate=0.02),
-    "stream": StreamSettings(window_units=2),
-    "loss": LossSettings(),
-    "memory": MemorySettings(),
-    "run": RunSettings(device="cpu", checkpoint_every=4, log_every=2),
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,26 +45,12 @@ def without_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finish, "plot_curves", lambda metrics, path: False)
 
 
-def _train(store: Path, out: Path, **settings: Any) -> TrainReport:  # noqa: ANN401
-    return train(store=str(store), out=str(out), **{**SETTINGS, **settings})
-
-
-def _weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "carryon" / "carryon.safetensors")
-
-
-def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, weight in found.items():
-        assert torch.equal(weight, expected[name]), name
-
-
 @pytest.fixture(scope="module")
 def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport]:
     out = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "plot_curves", lambda metrics, path: False)
-        return out, _train(store, out)
+        return out, train_tiny(store, out)
 
 
 def test_a_run_lowers_the_held_out_nll(finished: tuple[Path, TrainReport]) -> None:
@@ -126,10 +92,7 @@ def test_the_config_is_flat_and_complete(store: Path, finished: tuple[Path, Trai
 
     config = yaml.safe_load((out / "config.yaml").read_text())
 
-    expected: dict[str, Any] = {"store": [str(store)], "out": str(out)}
-    for part in SETTINGS.values():
-        expected |= part.to_dict()
-    assert config == expected
+    assert config == {"store": [str(store)], "out": str(out), **TINY.to_flat()}
 
 
 def test_metrics_begin_with_the_base_and_end_with_the_carryon(
@@ -164,9 +127,9 @@ def test_evaluating_the_carryon_gives_the_figures_of_the_run(
 def test_the_same_command_in_another_folder_gives_the_same_bits(
     store: Path, finished: tuple[Path, TrainReport], tmp_path: Path
 ) -> None:
-    again = _train(store, tmp_path / "again")
+    again = train_tiny(store, tmp_path / "again")
 
-    _assert_equal(_weights(tmp_path / "again"), _weights(finished[0]))
+    assert_same_bits(tmp_path / "again", finished[0])
     assert again.carryon_nll == finished[1].carryon_nll
 
 
@@ -181,11 +144,11 @@ def test_a_killed_run_resumes_to_the_same_bits(
     with monkeypatch.context() as patch:
         kill_at(patch, step)
         with pytest.raises(Killed):
-            _train(store, tmp_path / "run")
+            train_tiny(store, tmp_path / "run")
 
-    report = _train(store, tmp_path / "run")
+    report = train_tiny(store, tmp_path / "run")
 
-    _assert_equal(_weights(tmp_path / "run"), _weights(finished[0]))
+    assert_same_bits(tmp_path / "run", finished[0])
     assert report.carryon_nll == finished[1].carryon_nll
     steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [line["step"] for line in read_metrics(finished[0] / "metrics.jsonl")]
@@ -207,22 +170,20 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(live_run, "take_step", interrupted_step)
         with pytest.raises(KeyboardInterrupt, match="after step 3 of .*run the same command"):
-            _train(store, tmp_path / "run")
+            train_tiny(store, tmp_path / "run")
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert saved == ["step-00000003"]
 
-    _train(store, tmp_path / "run")
+    train_tiny(store, tmp_path / "run")
 
-    _assert_equal(_weights(tmp_path / "run"), _weights(finished[0]))
+    assert_same_bits(tmp_path / "run", finished[0])
 
 
 def test_smaller_batches_within_a_step_train_the_same_to_rounding(
     store: Path, finished: tuple[Path, TrainReport], tmp_path: Path
 ) -> None:
     # One window, so that the same samples could meet; the steps still differ, the result little.
-    optimization = replace(SETTINGS["optimization"], micro_batch_tokens=13)
-
-    report = _train(store, tmp_path / "run", optimization=optimization)
+    report = train_tiny(store, tmp_path / "run", micro_batch_tokens=13)
 
     assert report.num_tokens == finished[1].num_tokens
     assert abs(report.carryon_nll - finished[1].carryon_nll) < 1.0
@@ -234,17 +195,15 @@ def test_a_finished_run_returns_its_report_again(
     out, report = finished
     caplog.set_level("INFO", logger="carryon")
 
-    assert _train(store, out) == report
+    assert train_tiny(store, out) == report
     assert "this run is finished" in caplog.text
 
 
 def test_a_run_with_other_settings_is_refused_with_both_values(
     store: Path, finished: tuple[Path, TrainReport]
 ) -> None:
-    optimization = replace(SETTINGS["optimization"], learning_rate=0.5)
-
     with pytest.raises(InputError, match="learning_rate is 0.02 there and 0.5 here"):
-        _train(store, finished[0], optimization=optimization)
+        train_tiny(store, finished[0], learning_rate=0.5)
 
 
 def test_a_run_on_another_store_is_refused(
@@ -253,22 +212,22 @@ def test_a_run_on_another_store_is_refused(
     other = make_tiny_store(tmp_path / "other", unit_tokens=32)
 
     with pytest.raises(InputError, match="store_fingerprint is '.*' there and '.*' here"):
-        _train(other, finished[0])
+        train_tiny(other, finished[0])
 
 
 def test_settings_that_do_not_decide_the_result_may_change(
     store: Path, finished: tuple[Path, TrainReport]
 ) -> None:
-    settings = RunSettings(device="cpu", checkpoint_every=1, log_every=1, keep_checkpoints=5)
+    changes = {"checkpoint_every": 1, "log_every": 1, "keep_checkpoints": 5}
 
-    assert _train(store, finished[0], run=settings) == finished[1]
+    assert train_tiny(store, finished[0], **changes) == finished[1]
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(store: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
 
     with pytest.raises(InputError, match="holds something that is not a run"):
-        _train(store, tmp_path)
+        train_tiny(store, tmp_path)
 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -277,23 +236,21 @@ def test_a_store_that_cannot_be_split_leaves_no_folder(tmp_path: Path) -> None:
     one = make_tiny_store(tmp_path / "one", num_samples=1, num_held_out=0)
 
     with pytest.raises(InputError, match="has 1 samples, 0 of them held out"):
-        _train(one, tmp_path / "run")
+        train_tiny(one, tmp_path / "run")
 
     assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="no-store"):
-        _train(tmp_path / "no-store", tmp_path / "run")
+        train_tiny(tmp_path / "no-store", tmp_path / "run")
 
     assert not (tmp_path / "run").exists()
 
 
 def test_a_tap_that_was_not_stored_is_refused(store: Path, tmp_path: Path) -> None:
-    carryon = replace(SETTINGS["carryon"], taps=["layer.3"])
-
     with pytest.raises(InputError, match=r"expected the taps final, layer.3, it has final"):
-        _train(store, tmp_path / "run", carryon=carryon)
+        train_tiny(store, tmp_path / "run", taps=["layer.3"])
 
     assert not (tmp_path / "run").exists()
 
@@ -301,9 +258,7 @@ def test_a_tap_that_was_not_stored_is_refused(store: Path, tmp_path: Path) -> No
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
     store: Path, tmp_path: Path
 ) -> None:
-    optimization = replace(SETTINGS["optimization"], learning_rate=1e38, grad_clip=0.0)
-
     with pytest.raises(InputError, match=r"expected a finite loss .* in the samples sample-\d+"):
-        _train(store, tmp_path / "run", optimization=optimization)
+        train_tiny(store, tmp_path / "run", learning_rate=1e38, grad_clip=0.0)
 
     assert not (tmp_path / "run" / "result.json").exists()
