@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 import yaml
 
 from carryon.cache.errors import InputError
-from carryon.cache.settings import Settings, not_a_ratio, not_below_one
+from carryon.cache.settings import Settings, apply_options, not_a_ratio, not_below_one
 from carryon.train.kinds import KINDS, get_kind, kind_problem
 
 LATER_SETTINGS = {"sampled_softmax": 0}
@@ -477,13 +477,9 @@ class TrainSettings:
 
     def with_options(self, **options: Any) -> Self:  # noqa: ANN401 -- each setting has its own type
         """Return the settings with some fields changed; errors as those of `from_options`."""
-        typed = typed_options(options)
-        groups = {}
-        for group in fields(self):
-            before = getattr(self, group.name)
-            names = {item.name for item in fields(before)} & set(typed)
-            groups[group.name] = replace(before, **{name: typed[name] for name in sorted(names)})
-        return replace(self, **groups)
+        names = [group.name for group in fields(self)]
+        groups = apply_options(typed_options(options), *(getattr(self, name) for name in names))
+        return replace(self, **dict(zip(names, groups, strict=True)))
 
     def resolved(self) -> Self:
         """Return the settings with the learning rate of the carry-on's kind if none is given."""

@@ -14,7 +14,7 @@ from typing import Any
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.store.view import manifest_of_part, split_name
-from carryon.train.config import TrainSettings, change
+from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage_dir import (
     Increment,
     Lineage,
@@ -77,7 +77,7 @@ def update(
     found = read_lineage(lineage)
     if settings is None:
         settings = settings_of(found) if found else TrainSettings()
-    settings = change(settings, options)
+    settings = settings.with_options(**options)
     if alpha is None:
         alpha = found.alpha if found else DEFAULT_ALPHA
     store, data = _names(store), _names(data)
