@@ -1,8 +1,8 @@
-"""The carry-ons that are loaded for one base, by name, and which of them each row of a batch has.
+"""The carry-ons that are loaded for one base, and which of them each row of a batch uses.
 
-A loaded carry-on is its weights, in the type they are saved in, and its card: a megabyte and a
-millisecond each, not a module. Modules exist for carry-ons that are in use: one for each shape in
-a batch. Adding and dropping only changes a table; batches that run meanwhile keep what they have.
+A loaded carry-on is its weights as saved and its card: about a megabyte, loaded in a millisecond.
+Modules are built only for the carry-ons of a batch, one for each shape. Adding and dropping change
+a table; a running batch keeps what it started with.
 """
 
 import json
@@ -24,10 +24,10 @@ from carryon.train.modules.stacked_weights import with_weights
 from carryon.train.modules.taps import check_alpha
 
 DEFAULT = "default"
-"""Name of the carry-on that rows have where a call names none."""
+"""Name of the carry-on of rows for which a call names none."""
 NOBODY = 0
 """Slot of a row without a carry-on."""
-_KEPT_BATCHES = 4  # weights of a batch's rows are put together once, and kept for its next steps
+_KEPT_BATCHES = 4  # stacked weights of a batch are kept for its next generation steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,30 +36,30 @@ class LoadedCarryOn:
 
     card: CarryOnCard
     weights: Mapping[str, Tensor]
-    """By name, in the type they are saved in, on the CPU."""
+    """By name, in the saved type, on the CPU."""
     shape: CarryOn
-    """A module of its shape, shared by all of that shape, whose weights mean nothing."""
+    """A module shared by all carry-ons of this shape; its own weights are not used."""
 
 
 class CarryOnSet:
-    """Carry-ons of one base by name; each has a slot, a number that is never used again."""
+    """Carry-ons of one base by name; each gets a slot, a number that is never reused."""
 
     def __init__(self, base: Mapping[str, Any]) -> None:
-        """Begin with none, for the base of this identity."""
+        """Start empty, for the base of this identity."""
         self._base = base
         self._names: dict[str, int] = {}
         self._loaded: dict[int, LoadedCarryOn] = {}
         self._shapes: dict[str, CarryOn] = {}
         self._next = NOBODY + 1
-        self._batches: dict[tuple[object, ...], list[CarryOn]] = {}  # the newest last
+        self._batches: dict[tuple[object, ...], list[CarryOn]] = {}  # the most recent last
 
     @property
     def names(self) -> list[str]:
-        """Names of the carry-ons that are loaded, in the order they were added."""
+        """Names of the loaded carry-ons, in the order they were added."""
         return list(self._names)
 
     def add(self, name: str, folder: str | Path) -> None:
-        """Load the carry-on in `folder` under `name`, in the place of one of that name.
+        """Load the carry-on in `folder` under `name`, replacing one of that name.
 
         Raises:
             MissingError: there is no carry-on.
@@ -77,7 +77,7 @@ class CarryOnSet:
         """Add a carry-on whose weights are in memory; they are shared, not copied.
 
         Raises:
-            InputError: they are not the weights of the shape that the card tells.
+            InputError: the weights do not have the shapes that the card implies.
             SettingMismatchError: it was trained on another base or tokenizer.
         """
         check_base(card, self._base, where=f"carry-on {name}")
@@ -91,25 +91,25 @@ class CarryOnSet:
             raise InputError(f"kind: expected bottleneck to generate with, got {kind}")
         shape = self._shape_of(card)
         expected = {key: tuple(weight.shape) for key, weight in shape.state_dict().items()}
-        found = {key: tuple(weight.shape) for key, weight in weights.items()}
-        if found != expected:
-            wrong = sorted(key for key, _ in found.items() ^ expected.items())
+        given = {key: tuple(weight.shape) for key, weight in weights.items()}
+        if given != expected:
+            key = min(key for key, _ in given.items() ^ expected.items())
             raise InputError(
-                f"not a carry-on as carryon train writes it: {wrong[0]}: expected "
-                f"{expected.get(wrong[0], 'nothing')}, got {found.get(wrong[0], 'nothing')}"
+                f"not a carry-on as carryon train writes it: {key}: expected "
+                f"{expected.get(key, 'nothing')}, got {given.get(key, 'nothing')}"
             )
         slot, self._next = self._next, self._next + 1
         self._loaded[slot] = LoadedCarryOn(card=card, weights=dict(weights), shape=shape)
         replaced = self._names.get(name)
-        self._names[name] = slot  # in one move: other threads find the old one or the new one
+        self._names[name] = slot  # atomic: other threads see the old carry-on or the new one
         if replaced is not None:
             del self._loaded[replaced]
 
     def drop(self, name: str) -> None:
-        """Forget a carry-on.
+        """Unload a carry-on.
 
         Raises:
-            InputError: there is none of that name.
+            InputError: none has that name.
         """
         slot = self.slot(name)
         del self._names[name], self._loaded[slot]
@@ -131,8 +131,8 @@ class CarryOnSet:
         """Return the slot of each row of a batch.
 
         Args:
-            names: for each row a name or None; or slots [B]. None: every row has DEFAULT, or
-                nothing where that is not loaded.
+            names: a name or None for each row; or slots [B]. None: DEFAULT for every row, or no
+                carry-on if none has that name.
             num_rows: B.
 
         Raises:
@@ -146,52 +146,50 @@ class CarryOnSet:
                 f"carryons: expected a list of one name or None for each of the {num_rows} rows, "
                 f"got {got}"
             )
-        if not isinstance(names, Tensor):
-            return [self.slot(name) for name in names]
-        found: list[int] = names.tolist()
-        return found
+        if isinstance(names, Tensor):
+            return [int(slot) for slot in names]
+        return [self.slot(name) for name in names]
 
     def strengths(
         self, alpha: float | Sequence[float] | Tensor | None, slots: Sequence[int]
     ) -> list[float]:
-        """Return alpha of each row, 0 where a row has no carry-on.
+        """Return alpha of each row, 0 for a row without a carry-on.
 
         Args:
             alpha: one for all rows, or one for each. None: each carry-on's own.
-            slots: of the rows.
+            slots: slots of the rows.
 
         Raises:
             InputError: not one for each row, or out of range.
         """
         if alpha is None:
-            own = [1.0 if slot == NOBODY else self._loaded[slot].card.alpha for slot in slots]
-        elif isinstance(alpha, int | float):
-            own = [alpha] * len(slots)
+            alphas = [1.0 if slot == NOBODY else self._loaded[slot].card.alpha for slot in slots]
+        elif isinstance(alpha, Tensor):
+            alphas = alpha.expand(len(slots)).tolist() if alpha.ndim == 0 else alpha.tolist()
         else:
-            own = alpha.tolist() if isinstance(alpha, Tensor) else list(alpha)
-            own = own if isinstance(own, list) else [own] * len(slots)
-        if len(own) != len(slots):
+            alphas = [alpha] * len(slots) if isinstance(alpha, int | float) else list(alpha)
+        if len(alphas) != len(slots):
             raise InputError(
                 f"alpha: expected a number, or one for each of the {len(slots)} rows, "
-                f"got {len(own)}"
+                f"got {len(alphas)}"
             )
-        checked = [check_alpha(each) for each in own]
+        checked = [check_alpha(each) for each in alphas]
         return [0.0 if s == NOBODY else a for s, a in zip(slots, checked, strict=True)]
 
     def modules(
         self, slots: Sequence[int], *, device: torch.device, dtype: torch.dtype
     ) -> list[CarryOn]:
-        """Return a module for each shape among the rows; the deltas of all are to be added up.
+        """Return a module for each shape among the rows; their deltas are to be summed.
 
-        Rows that have another shape, or nothing, get exactly 0 from a module. The modules of the
-        last few batches are kept, also when a carry-on of theirs is dropped meanwhile.
+        A module returns exactly 0 for rows of another shape or without a carry-on. The modules of
+        the last few batches are kept, even after a carry-on of theirs is dropped.
 
         Raises:
             InputError: a carry-on is not loaded.
         """
         used = list(slots[:1]) if len(set(slots)) == 1 else list(slots)
         key = (device, dtype, *used)
-        kept = self._batches.pop(key, None)  # and put back as the newest
+        kept = self._batches.pop(key, None)  # and put back as the most recent
         if kept is not None:
             self._batches[key] = kept
             return kept
@@ -210,13 +208,11 @@ class CarryOnSet:
         ]
         self._batches[key] = modules
         while len(self._batches) > _KEPT_BATCHES:
-            self._batches.pop(list(self._batches)[0], None)  # in one move, as other threads may too
+            self._batches.pop(list(self._batches)[0], None)  # other threads may do so too
         return modules
 
     def _shape_of(self, card: CarryOnCard) -> CarryOn:
-        settings = replace(
-            CarryOnSettings.from_dict(card.settings), dropout=0.0
-        )  # of training only
+        settings = replace(CarryOnSettings.from_dict(card.settings), dropout=0.0)
         key = json.dumps([settings.to_dict(), card.base_width], sort_keys=True)
         if key not in self._shapes:
             with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""What the carry-ons of a batch do to the base's last hidden state, and their part of its cache.
+"""Correct the base's last hidden state with the carry-ons of a batch, and keep their cache.
 
 Letters: B rows, T positions, D base width.
 """
@@ -18,20 +18,20 @@ from carryon.train.modules.carryon import CarryOn, customized_states
 
 
 class CarryOnLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A cache layer of a carry-on's body, told apart by its class from those of the base."""
+    """A cache layer of a carry-on's body; its class tells it from the base's layers."""
 
-    begun_by: "Correction"
-    """Whose carry-ons the cache was begun with."""
+    started_by: "Correction"
+    """The correction that was in force when the cache was created."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Correction:
-    """Which carry-ons correct the rows of a batch, and how strongly."""
+    """The carry-ons of a batch's rows, and their strengths."""
 
     slots: tuple[int, ...]
     """Slot of each row; a single one where all rows have the same."""
     modules: Sequence[CarryOn]
-    """One for each shape; their deltas add up."""
+    """One for each shape; their deltas are summed."""
     alpha: float | Tensor
     """For all rows, or for each, [B] float32."""
 
@@ -53,9 +53,9 @@ class Correction:
 
         Args:
             states: [B, T, D] at `final` and at each of the lower taps.
-            position_ids: as in CarryOn.forward.
-            attention_mask: as in CarryOn.forward.
-            cache: the base's; layers for the carry-ons are put behind its own, and extended.
+            position_ids: [B, T], as in Bottleneck.forward.
+            attention_mask: [B, T], as in Bottleneck.forward.
+            cache: the base's; the carry-ons' layers are appended to its own.
         """
         final = states["final"]
         layers = [] if cache is None else self._layers(cache)
@@ -73,8 +73,8 @@ class Correction:
         delta = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(dim=0)
         if isinstance(self.alpha, float):
             return customized_states(final, delta, alpha=self.alpha).to(final.dtype)
-        weighed = delta.float() * self.alpha[:, None, None]
-        return customized_states(final, weighed, alpha=1.0).to(final.dtype)
+        weighted = delta.float() * self.alpha[:, None, None]
+        return customized_states(final, weighted, alpha=1.0).to(final.dtype)
 
     def _layers(self, cache: Cache) -> list[Any]:
         layers: list[Any] = carryon_layers(cache)
@@ -82,7 +82,7 @@ class Correction:
             make: Any = CarryOnLayer
             layers = [make() for module in self.modules for _ in range(module.settings.blocks)]
             for layer in layers:
-                layer.begun_by = self
+                layer.started_by = self
             cache.layers.extend(layers)
         return layers
 
@@ -97,40 +97,35 @@ def get_correction(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Correction | None:
-    """Return what corrects a batch; None where nothing does, so that it is the base's own.
+    """Return what corrects a batch; None if no row is corrected.
 
     Args:
-        carryons: those that are loaded.
-        names: for each row a name or None, or slots [B]; see CarryOnSet.slots.
+        carryons: the loaded ones.
+        names: a name or None for each row, or slots [B]; see CarryOnSet.slots.
         alpha: see CarryOnSet.strengths.
-        cache: what the batch goes on from.
+        cache: the cache that the batch continues.
         num_rows: B.
         device: where the base runs.
-        dtype: what it computes in.
+        dtype: compute dtype of the base.
 
     Raises:
         InputError: not one for each row, an unknown name, alpha out of range, or a cache that is
-            static or was begun with other carry-ons.
+            static or was started with other carry-ons.
     """
-    begun = None if cache is None else _begun_by(cache)
     slots = carryons.slots(names, num_rows=num_rows)
     strengths = carryons.strengths(alpha, slots)
     if not any(strengths):
         return None
     used = tuple(slots[:1] if len(set(slots)) == 1 else slots)
+    layers = [] if cache is None else carryon_layers(cache)
     if cache is not None:
-        _check_cache(cache, used)
-    if begun is None:
-        modules: Sequence[CarryOn] = carryons.modules(used, device=device, dtype=dtype)
-    else:
-        modules = begun.modules
-    return Correction(
-        slots=used,
-        modules=modules,
-        alpha=strengths[0]
-        if len(set(strengths)) == 1
-        else torch.tensor(strengths, dtype=torch.float32, device=device),
-    )
+        _check_cache(cache, layers, used)
+    modules = layers[0].started_by.modules if layers else None
+    if modules is None:
+        modules = carryons.modules(used, device=device, dtype=dtype)
+    is_one = len(set(strengths)) == 1
+    each = strengths[0] if is_one else torch.tensor(strengths, dtype=torch.float32, device=device)
+    return Correction(slots=used, modules=modules, alpha=each)
 
 
 def carryon_layers(cache: Cache) -> list[CarryOnLayer]:
@@ -138,26 +133,21 @@ def carryon_layers(cache: Cache) -> list[CarryOnLayer]:
     return [layer for layer in cache.layers if isinstance(layer, CarryOnLayer)]
 
 
-def _begun_by(cache: Cache) -> Correction | None:
-    return next((layer.begun_by for layer in carryon_layers(cache)), None)
-
-
-def _check_cache(cache: Cache, slots: tuple[int, ...]) -> None:
+def _check_cache(cache: Cache, layers: Sequence[CarryOnLayer], slots: tuple[int, ...]) -> None:
     if any(layer.is_compileable for layer in cache.layers):
         raise InputError(
-            "past_key_values: expected a cache that grows, got a static one; leave out "
+            "past_key_values: expected a cache that grows, got a static one. Fix: leave out "
             "cache_implementation"
         )
-    seen = carryon_layers(cache)
-    num_seen = seen[0].get_seq_length() if seen else 0
-    if num_seen != cache.get_seq_length():
+    num_cached = layers[0].get_seq_length() if layers else 0
+    if num_cached != cache.get_seq_length():
         raise InputError(
-            f"past_key_values: expected {cache.get_seq_length()} tokens seen by the carry-on "
-            f"as by the base, got {num_seen}; start a cache with the alpha it goes on with, "
-            "as alpha 0 leaves the carry-on out"
+            f"past_key_values: expected {cache.get_seq_length()} tokens cached for the carry-on "
+            f"as for the base, got {num_cached}. Fix: use one alpha for the whole cache, as alpha "
+            "0 skips the carry-on"
         )
-    if seen and seen[0].begun_by.slots != slots:
+    if layers and layers[0].started_by.slots != slots:
         raise InputError(
-            "past_key_values: expected the carry-ons that the cache was begun with, row by row, "
-            "got others; start a cache of its own for them"
+            "past_key_values: expected the carry-ons that the cache was started with, row by row, "
+            "got others. Fix: start another cache for them"
         )

@@ -1,15 +1,15 @@
-"""Merging: a base with a `native` or `top` inside, as an ordinary model of the base's class."""
+"""Merge a `native` or `top` into its base: an ordinary model of the base's class."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files import whole_folder, write_file
+from carryon.cache.files import whole_folder
 from carryon.cache.optional import require
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.top_blocks import read_blocks, repeat_last
@@ -32,7 +32,7 @@ def merge(
     adapter: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Write base and carry-on as a checkpoint that transformers loads, or as a PEFT adapter.
+    """Write base and carry-on as a checkpoint for transformers, or as a PEFT adapter.
 
     Args:
         carryon: folder of a `native` or `top`, or its id on the hub.
@@ -42,7 +42,7 @@ def merge(
         device: where the base is loaded: `auto`, `cpu`, `cuda`, ...
 
     Returns:
-        The folder, its blocks and the bytes of its weights.
+        `out`, `kind`, `blocks` (of the merged model) and `bytes` (of its weights).
 
     Raises:
         InputError: the carry-on is a bottleneck, the adapter has no LoRA, or `out` is not empty.
@@ -53,7 +53,7 @@ def merge(
     card = read_card(place)
     _check_kind(card.settings, place, adapter=adapter)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: expected a new or empty folder, got one that holds something")
+        raise InputError(f"{target}: expected a new or empty folder, got one that is not empty")
     loaded = load_own_base(card, base, forward=ForwardSettings(device=device), folder=carryon)
     check_base(card, loaded.identity.to_dict(), where=f"base {loaded.source}")
     module = load_for_base(place, loaded)
@@ -61,26 +61,24 @@ def merge(
         if adapter:
             _write_adapter(partial, loaded, module)
         else:
-            merged = merge_into(loaded, module)
-            model: Any = merged.model
+            model: Any = merge_into(loaded, module).model
             model.to(loaded.checkpoint_dtype).save_pretrained(partial)
             loaded.tokenizer.save_pretrained(partial)
-    sizes = [path.stat().st_size for path in target.glob("*.safetensors")]
     return {
         "out": str(target),
         "kind": card.settings["kind"],
         "blocks": loaded.model.config.get_text_config().num_hidden_layers,
-        "bytes": sum(sizes),
+        "bytes": sum(path.stat().st_size for path in target.glob("*.safetensors")),
     }
 
 
 def load_own_base(
     card: CarryOnCard, source: str | Path | None, *, forward: ForwardSettings, folder: str | Path
 ) -> Base:
-    """Load the base of a carry-on from `source`; None: from where it was at extraction.
+    """Load the base of a carry-on from `source`, or from where it was at extraction.
 
     Raises:
-        MissingError: it is not there.
+        MissingError: no base is there.
     """
     if source is not None:
         return load_base(str(source), forward=forward)
@@ -95,33 +93,30 @@ def load_own_base(
 
 
 def load_for_base(place: Path, base: Base) -> BlocksCarryOn:
-    """Return the `native` or `top` in folder `place`, rebuilt with its base."""
-    number = int(read_card(place).settings["blocks"])
-    kind = get_kind(read_card(place).settings["kind"])
-    blocks = read_blocks(base, number if kind.merges == "replace" else 1)
-    module, _ = load_carryon(place, blocks=blocks)
+    """Return the `native` or `top` in folder `place`, rebuilt with the blocks of its base."""
+    settings = read_card(place).settings
+    replaces = get_kind(settings["kind"]).merges == "replace"
+    module, _ = load_carryon(place, blocks=read_blocks(base, settings["blocks"] if replaces else 1))
     assert isinstance(module, BlocksCarryOn)
     return module
 
 
 @torch.no_grad()
 def merge_into(base: Base, module: BlocksCarryOn) -> Base:
-    """Put the carry-on's blocks into the model of `base`, which is changed; returns the base."""
-    blocks, settings = base.architecture.blocks, module.settings
-    weights = module.block_weights()
-    first = len(blocks) - settings.blocks
-    if get_kind(settings.kind).merges == "append":
-        first = len(blocks)
-        _append_blocks(base, module)
-    for block, own in zip(list(blocks)[first:], weights, strict=True):
+    """Put the carry-on's blocks into the model of `base`, in place, and return the base."""
+    blocks = base.architecture.blocks
+    if get_kind(module.settings.kind).merges == "append":
+        _append_blocks(base, module.settings.blocks)
+    for block, own in zip(
+        list(blocks)[-module.settings.blocks :], module.block_weights(), strict=True
+    ):
         block.load_state_dict({name: weight.to(base.compute_dtype) for name, weight in own.items()})
     return replace(base, identity=replace(base.identity, num_layers=len(blocks)))
 
 
-def _append_blocks(base: Base, module: BlocksCarryOn) -> None:
+def _append_blocks(base: Base, more: int) -> None:
     blocks = base.architecture.blocks
     text: Any = base.model.config.get_text_config()
-    more = module.settings.blocks
     for name in ("layer_types", "mlp_layer_types"):
         kinds = getattr(text, name, None)
         if isinstance(kinds, list):
@@ -149,8 +144,8 @@ def _check_kind(settings: dict[str, Any], place: Path, *, adapter: bool) -> None
 
 def _write_adapter(folder: Path, base: Base, module: BlocksCarryOn) -> None:
     peft: Any = require("peft", extra="lora", purpose="a carry-on trained by LoRA")
-    names = {found: name for name, found in base.model.named_modules()}
-    where, own = names[base.architecture.blocks], module.names["blocks"]
+    paths = {child: path for path, child in base.model.named_modules()}
+    where, own = paths[base.architecture.blocks], module.names["blocks"]
     settings, num_layers = module.settings, len(base.architecture.blocks)
     first = num_layers - settings.blocks
     weights = {}
@@ -158,17 +153,15 @@ def _write_adapter(folder: Path, base: Base, module: BlocksCarryOn) -> None:
         index, _, rest = name.removeprefix(f"body.{own}.").partition(".")
         key = f"base_model.model.{where}.{first + int(index)}.{rest.replace('.default', '')}"
         weights[key] = weight.detach().to("cpu", torch.bfloat16).contiguous()
-    plain_targets = [name for name in lora_targets(base.architecture.blocks) if name]
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
-        target_modules=plain_targets,
+        target_modules=[name for name in lora_targets(base.architecture.blocks) if name],
         layers_to_transform=list(range(first, num_layers)),
         layers_pattern=where.rpartition(".")[2],
         base_model_name_or_path=str(base.identity.id),
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    content = save(weights, metadata={"format": "pt"})
-    write_file(folder / "adapter_model.safetensors", content, is_synced=False)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,13 +1,13 @@
-"""The customized model: a frozen base joined to carry-ons, as a transformers model.
+"""The customized model: a frozen base with carry-ons, as a transformers model.
 
-The base's own forward pass runs as it is; where its decoder hands the `final` states x to the
-head, they become x + alpha * delta. So caps, scales and sliced logits are the base's own, and
-with an untrained carry-on, or alpha 0, the logits are the base's bit for bit. Rows of one batch
-may have different carry-ons, or none: the base runs once for all of them.
+The base's own forward pass runs; a hook replaces the `final` states x that its head reads by
+x + alpha * delta. Logit caps, scales and slices are therefore the base's. With an untrained
+carry-on, or alpha 0, the logits are the base's bit for bit. Rows of one batch may have different
+carry-ons, or none: the base runs once for all of them.
 
-One cache object serves base and carry-ons: their layers stand behind the base's, so that whatever
-generation does to a cache (reordering beams, cropping) reaches both. Static caches are refused.
-Letters: B rows, T positions, D base width, V vocabulary.
+One cache object serves base and carry-ons, whose layers follow the base's. What generation does to
+a cache (reordering beams, cropping) so reaches both. Static caches are refused.
+Letters: B rows, T positions, D base width.
 """
 
 import copy
@@ -45,30 +45,34 @@ from carryon.train.modules.serialization import (
 
 
 class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A base and its carry-ons as one causal LM, with `generate`.
+    """A base and its carry-ons as one causal LM, with `answer` and `generate`.
 
-    Which carry-on a row has, and how strongly, can be set for each call. `save_pretrained` and
+    Each call can choose the carry-on of each row, and its strength. `save_pretrained` and
     `push_to_hub` come from huggingface_hub's mixin and write one carry-on, never the base.
+
+    Example:
+        model = CarryOnForCausalLM.from_pretrained("run/carryon")
+        print(model.answer("Tom has 3 apples and eats 1. And now?", max_new_tokens=50))
     """
 
     base_model_prefix = "base"
-    # The base has been loaded with its attention backend; these only let the config pass.
+    # The base was loaded with its attention backend; these only let its config pass.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # What huggingface_hub writes as config.json, by which a hub counts downloads. Given here, it
-    # also keeps the mixin from copying the arguments of __init__, the base among them.
+    # Written as config.json, by which a hub counts downloads. Setting it also keeps the mixin from
+    # copying the arguments of __init__, the base among them.
     _hub_mixin_config = {"model_type": "carryon"}  # noqa: RUF012
 
     def __init__(
         self, base: Base, carryon: CarryOn | None = None, card: CarryOnCard | None = None
     ) -> None:
-        """Join a loaded base and, where one is given, the carry-on that rows have by default.
+        """Join a loaded base and, if given, the carry-on that rows use by default.
 
         Raises:
             SettingMismatchError: the carry-on was trained on another base or tokenizer.
-            InputError: the architecture generates with a cache of another kind.
+            InputError: the architecture generates without past_key_values.
         """
         carryons = CarryOnSet(base.identity.to_dict())
         if (carryon is None) != (card is None):
@@ -80,7 +84,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         if "past_key_values" not in accepted:
             raise InputError(
                 f"{base.identity.architecture}: expected a base that generates with "
-                "past_key_values; this architecture cannot be composed with a carry-on yet"
+                "past_key_values; carry-ons on this architecture are not supported yet"
             )
         self.base: Any = base.model
         self.carryons = carryons
@@ -88,7 +92,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         self.identity = base.identity
         self.generation_config = copy.deepcopy(base.model.generation_config)
         self._is_stateful = base.model._is_stateful
-        self._anatomy = base.architecture
+        self._architecture = base.architecture
         self._compute_dtype = base.compute_dtype
         self._dropped = {"position_ids", "logits_to_keep"} - set(accepted)
         self.training = False
@@ -122,22 +126,22 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         forward: ForwardSettings | None = None,
         **options: Any,  # noqa: ANN401
     ) -> "CarryOnForCausalLM":
-        """Load a carry-on and the base it belongs to.
+        """Load a carry-on and its base.
+
+        A `native` or `top` is merged into the base in memory: `base` is then the customized
+        model, without carry-ons, and alpha has no effect.
 
         Args:
             folder: a carry-on, as `carryon train` writes it, or its id on the hub.
-            base: a loaded base, or its hub id, folder or .gguf file. None: where the carry-on
-                says that its base was.
+            base: a loaded base, or its hub id, folder or .gguf file. None: where it was at
+                extraction.
             forward: how to load and run the base. None: the defaults.
             options: fields of `forward` by name, such as `device="cpu"`; else options of
                 huggingface_hub for the carry-on: revision, token, cache_dir, ...
 
-        A `native` or `top` is merged into the base in memory: `base` is then the customized model
-        itself, without carry-ons, and alpha has nothing to scale.
-
         Raises:
             MissingError: there is no carry-on, or its base is not found.
-            SettingMismatchError: `base` is not the base that it was trained on.
+            SettingMismatchError: it was trained on another base than `base`.
         """
         names = {item.name for item in fields(ForwardSettings)} & set(options)
         [forward] = apply_options(
@@ -156,19 +160,16 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the default carry-on, in bfloat16; the base's weights are not copied."""
+        """Write the default carry-on in bfloat16, without the base's weights."""
         own = self.carryons.get(DEFAULT)
         write_carryon_files(save_directory, own.weights, own.card, dtype=torch.bfloat16)
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> str:  # type: ignore[override]  # noqa: ANN401
-        """Upload the default carry-on as huggingface_hub does; no path of this machine goes along.
+        """Upload the default carry-on, without paths of this machine; return the commit's URL.
 
         Args:
-            repo_id: `name/repo`; it is made where it does not exist.
+            repo_id: `name/repo`; created if it does not exist.
             settings: private, token, branch, commit_message, ...: of huggingface_hub's mixin.
-
-        Returns:
-            The address of the commit.
         """
         own = self.carryons.get(DEFAULT)
         shared = copy.copy(self)
@@ -178,14 +179,14 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
 
     @property
     def alpha(self) -> float:
-        """Strength of the default carry-on where a call gives none; 0 without one."""
+        """Strength of the default carry-on in calls that give none; 0 without one."""
         return self.carryons.get(DEFAULT).card.alpha if DEFAULT in self.carryons.names else 0.0
 
     def add_carryon(self, name: str, folder: str | Path, **download: Any) -> None:  # noqa: ANN401
-        """Load a carry-on under `name`, in the place of one of that name; see `generate`.
+        """Load a carry-on under `name`, replacing one of that name.
 
         Args:
-            name: any text; rows that name nothing have the one called `default`.
+            name: any text; rows that name none use the one called `default`.
             folder: a carry-on, or its id on the hub.
             download: as in `from_pretrained`.
 
@@ -196,10 +197,10 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         self.carryons.add(name, locate_carryon(folder, **download))
 
     def drop_carryon(self, name: str) -> None:
-        """Forget the carry-on `name`; a batch that is being generated with it is finished.
+        """Unload the carry-on `name`; batches that use it are finished with it.
 
         Raises:
-            InputError: there is none of that name.
+            InputError: none has that name.
         """
         self.carryons.drop(name)
 
@@ -249,20 +250,20 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         alpha: float | Sequence[float] | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401 -- token ids, or an output class of transformers
-        """Generate as any model of transformers does.
+        """Generate token ids, as `generate` of transformers.
 
         Args:
             inputs: [B, T] int64 token ids; or as `input_ids`.
             args: as in transformers.
             carryons: for each row the name of its carry-on, or None for the base alone. None:
-                every row has the one called `default`.
+                `default` for every row.
             alpha: strength of the correction, one for all rows or one for each. None: each
                 carry-on's own.
             settings: as in transformers.
 
         Raises:
-            InputError: names or alphas that are not one for each row, an unknown name, alpha out
-                of range, or a prompt that is longer than the base allows.
+            InputError: not one name or alpha for each row, an unknown name, alpha out of range,
+                or a prompt longer than the base's context.
         """
         given = (inputs, settings.get("input_ids"), settings.get("inputs_embeds"))
         prompts = next((each for each in given if each is not None), None)
@@ -274,10 +275,10 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             )
         slots = self.carryons.slots(carryons, num_rows=num_rows)
         strengths = self.carryons.strengths(alpha, slots)
-        # As tensors: generation repeats those for beams and several sequences of a prompt.
+        # As tensors, which generation repeats for beams and several sequences of a prompt.
         if any(slots):
             settings["carryons"] = torch.tensor(slots)
-            # Put together now and kept, whatever is dropped before the first step.
+            # Built now and kept, so that dropping a carry-on does not disturb this batch.
             self.carryons.modules(slots, device=self.device, dtype=self._compute_dtype)
         is_one = len(set(strengths)) == 1
         settings["alpha"] = strengths[0] if is_one else torch.tensor(strengths)
@@ -295,21 +296,21 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         alpha: float | Sequence[float] | Tensor | None = None,
         **inputs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401 -- the output class of the base's architecture
-        """Return what the base's forward pass returns, its logits corrected.
+        """Return the output of the base's forward pass, with corrected logits.
 
         Args:
             input_ids: [B, T] int64, padded on either side.
-            attention_mask: [B, T_all] 1 where a token is real, the cached ones included.
-            position_ids: [B, T].
-            past_key_values: what an earlier call returned; it is extended.
-            inputs_embeds: [B, T, D], in the place of input_ids.
+            attention_mask: [B, T_all] 1 for real tokens, cached ones included.
+            position_ids: [B, T] int64.
+            past_key_values: the cache of an earlier call; it is extended.
+            inputs_embeds: [B, T, D], instead of input_ids.
             logits_to_keep: as in transformers.
             carryons: as in `generate`.
             alpha: as in `generate`.
-            inputs: anything else the base's forward pass takes.
+            inputs: other arguments of the base's forward pass.
 
         Raises:
-            InputError: carry-ons or alpha as in `generate`; a mask or cache that cannot be shared.
+            InputError: as in `generate`, or a mask or cache that carry-ons cannot use.
         """
         named = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
         inputs |= {key: value for key, value in named.items() if key not in self._dropped}
@@ -341,7 +342,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             )
 
         states: dict[str, Tensor] = {}
-        thread = threading.get_ident()  # others may run the same base at the same time
+        thread = threading.get_ident()  # other threads may run the same base
 
         def correct(module: nn.Module, args: tuple[object, ...], output: Any) -> None:  # noqa: ANN401
             if threading.get_ident() != thread:
@@ -354,8 +355,8 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             )
 
         with (
-            watch_taps(self._anatomy, correction.lower_taps, states.__setitem__),
-            self._anatomy.decoder.register_forward_hook(correct),
+            watch_taps(self._architecture, correction.lower_taps, states.__setitem__),
+            self._architecture.decoder.register_forward_hook(correct),
         ):
             return self.base(**inputs)
 
@@ -365,7 +366,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         inputs_embeds: Tensor | None = None,  # named, as transformers looks for it
         **kwargs: Any,  # noqa: ANN401
     ) -> dict[str, Any]:
-        """Return a step's inputs as the base's own architecture prepares them."""
+        """Return a step's inputs, prepared by the base's own architecture."""
         prepared: dict[str, Any] = self.base.prepare_inputs_for_generation(
             *args, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -373,7 +374,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Answer transformers for the base, whose mixture of experts it may switch."""
+        """Let transformers switch the base's mixture of experts."""
         return True
 
 

@@ -1,4 +1,4 @@
-"""Many carry-ons on one base: each row of a batch with its own, or with none."""
+"""Several carry-ons on one base: each row of a batch has its own, or none."""
 
 import shutil
 import threading
@@ -21,7 +21,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
 SHAPES = {
     "alice": {"seed": 1},
     "bob": {"seed": 2},
-    "carol": {"seed": 3, "taps": ("final", "layer.1")},  # another shape, and a tap of its own
+    "carol": {"seed": 3, "taps": ("final", "layer.1")},  # another shape, and another tap
     "dave": {"seed": 4, "blocks": 1, "gate": "token"},
 }
 ROWS = ["alice", None, "carol", "bob", "dave", "alice"]
@@ -117,19 +117,19 @@ def test_a_finished_row_leaves_the_others_as_they_are(tiny: CarryOnForCausalLM) 
 
 
 @torch.no_grad()
-def test_each_row_may_have_an_alpha_of_its_own(tiny: CarryOnForCausalLM, tiny_base: Base) -> None:
+def test_each_row_may_have_its_own_alpha(tiny: CarryOnForCausalLM, tiny_base: Base) -> None:
     tokens, names = _tokens(3), ["alice", "alice", "bob"]
-    found = tiny(tokens, carryons=names, alpha=[0.5, 0.0, 2.0]).logits
-    assert torch.equal(found[1], base_logits(tiny_base, tokens)[1])
+    mixed = tiny(tokens, carryons=names, alpha=[0.5, 0.0, 2.0]).logits
+    assert torch.equal(mixed[1], base_logits(tiny_base, tokens)[1])
     for row, alpha in ((0, 0.5), (2, 2.0)):
         alone = tiny(tokens, carryons=[names[row]] * 3, alpha=alpha).logits[row]
-        torch.testing.assert_close(found[row], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mixed[row], alone, rtol=1e-4, atol=1e-4)
     generated = tiny.generate(tokens, carryons=names, alpha=[0.5, 0.0, 2.0], **GREEDY)
     again = tiny.generate(tokens, carryons=names, alpha=[0.5, 0.0, 2.0], use_cache=False, **GREEDY)
     assert torch.equal(generated, again)
 
 
-def test_without_an_alpha_each_carryon_has_its_own(tiny_base: Base, tmp_path: Path) -> None:
+def test_each_carryon_uses_its_saved_alpha_by_default(tiny_base: Base, tmp_path: Path) -> None:
     model = CarryOnForCausalLM.from_base(tiny_base)
     for name, alpha in (("weak", 0.25), ("strong", 2.0)):
         carryon, card = make_tiny_carryon(tiny_base, alpha=alpha)
@@ -142,21 +142,21 @@ def test_without_an_alpha_each_carryon_has_its_own(tiny_base: Base, tmp_path: Pa
     )
 
 
-def test_embeddings_may_be_given_in_the_place_of_tokens(tiny: CarryOnForCausalLM) -> None:
+def test_embeddings_may_be_given_instead_of_tokens(tiny: CarryOnForCausalLM) -> None:
     tokens, names = _tokens(2), ["alice", "bob"]
     embedded = tiny.base.get_input_embeddings()(tokens)
     mask = torch.ones_like(tokens)
-    found = tiny.generate(inputs_embeds=embedded, attention_mask=mask, carryons=names, **GREEDY)
+    output = tiny.generate(inputs_embeds=embedded, attention_mask=mask, carryons=names, **GREEDY)
     expected = tiny.generate(tokens, attention_mask=mask, carryons=names, **GREEDY)
-    assert torch.equal(found, expected[:, tokens.shape[1] :])
+    assert torch.equal(output, expected[:, tokens.shape[1] :])
 
 
 def test_several_sequences_of_a_prompt_have_its_carryon(tiny: CarryOnForCausalLM) -> None:
     settings = {**GREEDY, "num_beams": 2, "num_return_sequences": 2}
-    found = tiny.generate(_tokens(2), carryons=["alice", "bob"], alpha=[1.0, 0.5], **settings)
+    output = tiny.generate(_tokens(2), carryons=["alice", "bob"], alpha=[1.0, 0.5], **settings)
     for row, (name, alpha) in enumerate((("alice", 1.0), ("bob", 0.5))):
         alone = tiny.generate(_tokens(2)[row : row + 1], carryons=[name], alpha=alpha, **settings)
-        assert torch.equal(found[2 * row : 2 * row + 2], alone)
+        assert torch.equal(output[2 * row : 2 * row + 2], alone)
 
 
 def test_the_base_runs_once_for_a_mixed_batch(model: CarryOnForCausalLM) -> None:
@@ -186,7 +186,7 @@ def test_carryons_are_added_dropped_and_replaced_while_in_use(
         tiny.drop_carryon("eve")
 
 
-def test_a_batch_goes_on_with_a_carryon_that_was_dropped(tiny: CarryOnForCausalLM) -> None:
+def test_a_running_batch_keeps_a_dropped_carryon(tiny: CarryOnForCausalLM) -> None:
     tokens, names = _tokens(2), ["alice", "bob"]
     expected = tiny.generate(tokens, carryons=names, **GREEDY)
     steps: list[int] = []
@@ -197,8 +197,8 @@ def test_a_batch_goes_on_with_a_carryon_that_was_dropped(tiny: CarryOnForCausalL
             tiny.drop_carryon("alice")
 
     with tiny.base.register_forward_hook(drop):
-        found = tiny.generate(tokens, carryons=names, **GREEDY)
-    assert torch.equal(found, expected)
+        output = tiny.generate(tokens, carryons=names, **GREEDY)
+    assert torch.equal(output, expected)
     assert tiny.carryons.names == ["bob"]
 
 
@@ -210,8 +210,8 @@ def test_threads_with_other_carryons_do_not_disturb_each_other(tiny: CarryOnForC
 
     def run(number: int) -> None:
         for _ in range(3):
-            found = tiny.generate(tokens, carryons=batches[number], **GREEDY)
-            if not torch.equal(found, expected[number]):
+            output = tiny.generate(tokens, carryons=batches[number], **GREEDY)
+            if not torch.equal(output, expected[number]):
                 wrong.append(number)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(batches))]
@@ -222,14 +222,14 @@ def test_threads_with_other_carryons_do_not_disturb_each_other(tiny: CarryOnForC
     assert wrong == []
 
 
-def test_a_cache_goes_on_with_the_carryons_it_was_begun_with(tiny: CarryOnForCausalLM) -> None:
+def test_a_cache_started_with_other_carryons_is_refused(tiny: CarryOnForCausalLM) -> None:
     tokens = _tokens(2)
     cache = tiny(tokens, carryons=["alice", "bob"], use_cache=True).past_key_values
-    with pytest.raises(InputError, match="expected the carry-ons that the cache was begun with"):
+    with pytest.raises(InputError, match="expected the carry-ons that the cache was started with"):
         tiny(tokens[:, :1], carryons=["bob", "alice"], past_key_values=cache)
 
 
-def test_rows_and_names_of_different_number_are_refused(tiny: CarryOnForCausalLM) -> None:
+def test_fewer_or_more_names_than_rows_are_refused(tiny: CarryOnForCausalLM) -> None:
     tokens = _tokens(3)
     for names in (["alice"], ["alice"] * 4, "alice"):
         with pytest.raises(InputError, match="one name or None for each of the 3 rows, got"):
@@ -240,15 +240,15 @@ def test_rows_and_names_of_different_number_are_refused(tiny: CarryOnForCausalLM
         tiny.generate(tokens, carryons=["alice"] * 3, alpha=[1.0, 1.0, 11.0], **GREEDY)
 
 
-def test_a_prompt_longer_than_the_base_allows_is_refused(tiny: CarryOnForCausalLM) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(tiny: CarryOnForCausalLM) -> None:
     with pytest.raises(InputError, match="prompt: expected at most the 128 tokens .* got 129"):
         tiny.generate(_tokens(1, 129), carryons=["bob"], **GREEDY)
 
 
-def test_what_is_no_carryon_of_this_base_is_not_added(
+def test_a_carryon_of_another_base_or_shape_is_refused(
     tiny: CarryOnForCausalLM, tmp_path: Path
 ) -> None:
-    with pytest.raises(MissingError, match="expected a carry-on .* found none"):
+    with pytest.raises(MissingError, match="expected a carry-on .* output none"):
         tiny.add_carryon("eve", tmp_path)
     other = load_base(str(make_tiny_base(tmp_path / "other", seed=1)), forward=FLOAT32)
     carryon, card = make_tiny_carryon(other)

@@ -99,11 +99,11 @@ def test_cached_logits_equal_uncached_ones(model: CarryOnForCausalLM) -> None:
     tokens = _tokens(2, 14)  # beyond the sliding window of the Gemma bases
     expected = model(tokens, use_cache=False).logits
     output = model(tokens[:, :5], use_cache=True)
-    found = [output.logits]
+    logits = [output.logits]
     for chunk in (tokens[:, 5:6], tokens[:, 6:9], *tokens[:, 9:].split(1, dim=1)):
         output = model(chunk, past_key_values=output.past_key_values, use_cache=True)
-        found.append(output.logits)
-    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
+        logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -159,18 +159,18 @@ def test_decoding_is_one_tokens_work_per_step(tiny_model: CarryOnForCausalLM) ->
 
 def test_cache_is_cropped_and_continued_as_one(tiny_model: CarryOnForCausalLM) -> None:
     tokens = _tokens(1, 10)
-    cache = DynamicCache()  # made without a config: its layers appear as they are used
+    cache = DynamicCache()  # without a config: layers are added as they are used
     tiny_model(tokens, past_key_values=cache, use_cache=True)
     cache.crop(-4)
-    found = tiny_model(tokens[:, 6:], past_key_values=cache, use_cache=True).logits
+    logits = tiny_model(tokens[:, 6:], past_key_values=cache, use_cache=True).logits
     expected = tiny_model(tokens).logits[:, 6:]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_cache_begun_without_the_carryon_is_refused(tiny_model: CarryOnForCausalLM) -> None:
+def test_a_cache_started_without_the_carryon_is_refused(tiny_model: CarryOnForCausalLM) -> None:
     tokens = _tokens(1, 6)
     cache = tiny_model(tokens, alpha=0.0, use_cache=True).past_key_values
-    with pytest.raises(InputError, match="expected 6 tokens seen by the carry-on.*got 0"):
+    with pytest.raises(InputError, match="expected 6 tokens cached for the carry-on.*got 0"):
         tiny_model(tokens[:, :1], past_key_values=cache, use_cache=True)
 
 
@@ -189,7 +189,7 @@ def test_sampling_repeats_with_a_seed(tiny_model: CarryOnForCausalLM) -> None:
     assert sampled[0].shape == (2, 12)
 
 
-def test_streamer_gets_the_text_as_it_comes(tiny_model: CarryOnForCausalLM) -> None:
+def test_a_streamer_receives_the_text_as_it_is_generated(tiny_model: CarryOnForCausalLM) -> None:
     streamer = TextIteratorStreamer(tiny_model.tokenizer, skip_prompt=True, timeout=10)
     arguments = {"inputs": _tokens(1, 6), "streamer": streamer, **GREEDY}
     thread = threading.Thread(target=tiny_model.generate, kwargs=arguments)
@@ -220,7 +220,7 @@ def test_labels_give_the_loss_of_the_corrected_logits(tiny_model: CarryOnForCaus
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_base_itself_is_left_as_it_was(tiny_model: CarryOnForCausalLM, tiny_base: Base) -> None:
+def test_the_base_is_unchanged(tiny_model: CarryOnForCausalLM, tiny_base: Base) -> None:
     tokens = _tokens(1, 6)
     before = base_logits(tiny_base, tokens)
     tiny_model(tokens)
@@ -252,11 +252,11 @@ def test_threads_with_different_alphas_do_not_disturb_each_other(
 
 
 def test_from_pretrained_finds_the_base_by_its_card(carryon_folder: Path, tiny_base: Base) -> None:
-    found = CarryOnForCausalLM.from_pretrained(carryon_folder, forward=FLOAT32)
+    by_card = CarryOnForCausalLM.from_pretrained(carryon_folder, forward=FLOAT32)
     given = CarryOnForCausalLM.from_pretrained(carryon_folder, base=tiny_base)
     assert given.base is tiny_base.model
     tokens = _tokens(2, 9)
-    assert torch.equal(found(tokens).logits, given(tokens).logits)
+    assert torch.equal(by_card(tokens).logits, given(tokens).logits)
 
 
 def test_saving_writes_the_carryon_alone(
