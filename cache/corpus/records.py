@@ -5,6 +5,7 @@ order is read. Optional fields: `id` (a string or whole number) and `split` (`tr
 or `held-out`). A null field counts as absent; other fields are ignored.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,29 @@ def read_records(rows: Iterable[Row]) -> Iterator[Record]:
             is_held_out=_is_held_out(row),
             num_bytes=row.num_bytes,
         )
+
+
+def refuse_shared_texts(
+    train: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]
+) -> None:
+    """Check that no held-out record repeats a training record; ids and splits are not compared.
+
+    Raises:
+        InputError: some do; the text has their number and the first one.
+    """
+    known = {_text_key(record) for record in train}
+    shared = [record for record in held_out if _text_key(record) in known]
+    if shared:
+        name = shared[0].get("id", _text_key(shared[0])[:60])
+        raise InputError(
+            f"held-out records: expected other texts than in training, got {len(shared)} that are "
+            f"equal, the first is {name}. Fix: draw them with a seed far from the training seed"
+        )
+
+
+def _text_key(record: Mapping[str, Any]) -> str:
+    fields = {key: value for key, value in record.items() if key not in ("id", "split")}
+    return json.dumps(fields, sort_keys=True)
 
 
 def _content(row: Row) -> Content:

@@ -18,7 +18,7 @@ def score(
     tasks: list[str],
     base: str | None = None,
     num: int = 100,
-    task_seed: int = 2,
+    task_seed: int = 1_000_001,
     alpha: float | None = None,
     batch_rows: int = 16,
     out: str = "",
@@ -48,8 +48,7 @@ def score(
         forward: How the base is run.
     """
     from carryon.cache.files import write_file
-    from carryon.tools.demo.corpus import REQUEST
-    from carryon.train.inference.accuracy import Problem, make_problems
+    from carryon.train.inference.accuracy import make_problems
     from carryon.train.inference.accuracy import score as score_model
     from carryon.train.inference.modeling import CarryOnForCausalLM
 
@@ -62,11 +61,6 @@ def score(
     model = CarryOnForCausalLM.from_pretrained(carryon, base=base, forward=forward)
     documents, lines = [], []
     for task, problems in posed.items():
-        # Without the request about the form of the answer, as the demo's problems are trained on.
-        problems = [
-            Problem(question=each.question.removesuffix(REQUEST), answer=each.answer)
-            for each in problems
-        ]
         found = {
             name: score_model(
                 model, problems, settings=settings, batch_rows=batch_rows, alpha=strength

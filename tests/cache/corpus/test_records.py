@@ -15,6 +15,7 @@ from carryon.cache.corpus.records import (
     Record,
     check_id,
     read_records,
+    refuse_shared_texts,
 )
 from carryon.cache.errors import InputError, MissingError
 
@@ -292,3 +293,15 @@ def text_of(record: Record) -> str:
     """Return the text of a record that is a document."""
     assert isinstance(record.content, str)
     return record.content
+
+
+def test_equal_texts_in_both_halves_are_refused() -> None:
+    train = [
+        {"id": "a", "text": "one"},
+        {"id": "b", "messages": [{"role": "user", "content": "x"}]},
+    ]
+    held_out = [{"id": "c", "text": "two", "split": "held-out"}, {"id": "d", "text": "three"}]
+    refuse_shared_texts(train, held_out)
+    held_out += [{"id": "e", "text": "one"}, {"id": "f", "text": "one"}]
+    with pytest.raises(InputError, match="got 2 that are equal, the first is e"):
+        refuse_shared_texts(train, held_out)

@@ -10,6 +10,7 @@ from support.tiny_carryons import make_tiny_carryon
 
 from carryon.cache.base.model import Base
 from carryon.tools.cli.main import main
+from carryon.train.inference.accuracy import make_problems
 from carryon.train.modules.serialization import read_card, save_carryon
 
 
@@ -86,6 +87,16 @@ def test_score_counts_right_answers_of_base_and_customized_model(
     texts = [json.loads(text) for text in (tmp_path / "texts").read_text().splitlines()]
     assert len(texts) == 5
     assert any(text["base"] != text["customized"] for text in texts)
+
+
+def test_score_poses_questions_as_the_task_has_them(carryon: str, tmp_path: Path) -> None:
+    argv = ["score", "--carryon", carryon, "--tasks", "gsm_symbolic", "--num", "1"]
+    argv += ["--max-new-tokens", "1", "--device", "cpu", "--out", str(tmp_path / "texts")]
+    assert main(argv) == 0
+    line = json.loads((tmp_path / "texts").read_text())
+    [problem] = make_problems("gsm_symbolic", num=1, seed=1_000_001)
+    assert line["question"] == problem.question
+    assert line["question"].endswith("Do not include units.")
 
 
 @pytest.mark.parametrize(

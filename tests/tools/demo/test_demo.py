@@ -16,18 +16,34 @@ from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import main
 from carryon.tools.demo.command import commands
-from carryon.tools.demo.corpus import check_corpus, count_held_out, make_corpus, write_corpus
+from carryon.tools.demo.corpus import (
+    HELD_OUT_SEED,
+    TRAINING_SEED,
+    check_corpus,
+    count_held_out,
+    make_corpus,
+    write_corpus,
+)
 
 SAMPLES = 16
 
 
 def test_the_corpus_is_the_same_every_time_and_its_halves_differ() -> None:
-    records = list(make_corpus(8))
-    assert records == list(make_corpus(8))
+    records = make_corpus(8)
+    assert records == make_corpus(8)
     assert [record["split"] for record in records] == ["train"] * 8 + ["held-out"] * 8
     questions = {record["messages"][0]["content"] for record in records}
     assert len(questions) == len(records)
     assert len({record["id"] for record in records}) == len(records)
+
+
+def test_no_held_out_problem_is_trained_on() -> None:
+    # Of the 200 first problems of the held-out seed, 3 are among these 5,000.
+    halves: dict[str, set[str]] = {"train": set(), "held-out": set()}
+    for record in make_corpus(5000):
+        halves[record["split"]].add(record["messages"][0]["content"])
+    assert halves["train"].isdisjoint(halves["held-out"])
+    assert abs(HELD_OUT_SEED - TRAINING_SEED) >= 1_000_000
 
 
 @pytest.mark.parametrize(("samples", "held_out"), [(8, 8), (100, 20), (999, 199), (1000, 200)])
