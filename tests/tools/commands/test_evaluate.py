@@ -11,6 +11,7 @@ from support.tiny_carryons import make_tiny_carryon
 from carryon.cache.base.model import Base
 from carryon.tools.cli.main import main
 from carryon.train.inference.accuracy import make_problems
+from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.serialization import read_card, save_carryon
 
 
@@ -89,10 +90,18 @@ def test_score_counts_right_answers_of_base_and_customized_model(
     assert any(text["base"] != text["customized"] for text in texts)
 
 
-def test_score_poses_questions_as_the_task_has_them(carryon: str, tmp_path: Path) -> None:
-    argv = ["score", "--carryon", carryon, "--tasks", "gsm_symbolic", "--num", "1"]
-    argv += ["--max-new-tokens", "1", "--device", "cpu", "--out", str(tmp_path / "texts")]
-    assert main(argv) == 0
+def test_score_poses_questions_as_the_task_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent:
+        alpha = 1.0
+
+        def answer(self, questions: list[str], **_: object) -> list[str]:
+            return [""] * len(questions)
+
+    monkeypatch.setattr(CarryOnForCausalLM, "from_pretrained", lambda *_, **__: Silent())
+    argv = ["score", "--carryon", "any", "--tasks", "gsm_symbolic", "--num", "1"]
+    assert main([*argv, "--out", str(tmp_path / "texts")]) == 0
     line = json.loads((tmp_path / "texts").read_text())
     [problem] = make_problems("gsm_symbolic", num=1, seed=1_000_001)
     assert line["question"] == problem.question
