@@ -4,6 +4,7 @@ Every weight is random, norms too, so that a wrong norm, scale or cap cannot go 
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,21 +34,37 @@ VOCAB_SIZE = 272  # a few rows more than the tokenizer has tokens, as real bases
 
 
 def make_tiny_base(
-    folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    folder: Path,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    context: int = 128,
+    **changes: Any,  # noqa: ANN401
 ) -> Path:
-    """Save a tiny random base with its tokenizer and chat template; return `folder`."""
+    """Save a tiny random base with its tokenizer and chat template; return `folder`.
+
+    Args:
+        folder: where it is saved.
+        family: architecture, a key of FAMILIES.
+        dtype: of the weights.
+        seed: of the weights.
+        context: tokens that the tokenizer allows.
+        changes: made to the settings of the architecture.
+    """
     return make_family_base(
         folder,
         family,
-        tokenizer=make_tiny_tokenizer(),
+        tokenizer=make_tiny_tokenizer(context),
         vocab_size=VOCAB_SIZE,
         special_ids={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         dtype=dtype,
         seed=seed,
+        **changes,
     )
 
 
-def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
+def make_tiny_tokenizer(context: int = 128) -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer with a few merges and a chat template."""
     segments = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     segments += [first + second for first, second in MERGES]
@@ -62,7 +79,7 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         chat_template=CHAT_TEMPLATE,
-        model_max_length=128,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
 

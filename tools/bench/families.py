@@ -1,6 +1,6 @@
-"""Tiny random bases of every tested architecture.
+"""Tiny random bases of every architecture family that is tested.
 
-All weights are random, norms too, so a wrong norm, scale or cap changes the logits.
+Every weight is random, norms too, so that a wrong norm, scale or cap cannot go unnoticed.
 """
 
 from dataclasses import dataclass, field
@@ -72,12 +72,12 @@ def make_family_base(
     special_ids: dict[str, int],
     dtype: torch.dtype,
     seed: int,
+    **changes: Any,  # noqa: ANN401
 ) -> Path:
-    """Save a tiny random base with `tokenizer`; return `folder`."""
+    """Save a tiny random base with `tokenizer`, `changes` made to its settings; return `folder`."""
     recipe = FAMILIES[family]
-    config = AutoConfig.for_model(
-        recipe.model_type, vocab_size=vocab_size, **special_ids, **recipe.settings
-    )
+    settings = {"vocab_size": vocab_size, **special_ids, **recipe.settings, **changes}
+    config = AutoConfig.for_model(recipe.model_type, **settings)
     auto: Any = AutoModelForCausalLM
     model = auto.from_config(config)
     randomize_(model, seed=seed)
