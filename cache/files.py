@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from carryon.cache.errors import DiskFullError
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
+_SYNC_THREADS = 16
 
 
 def write_file(
@@ -133,16 +135,18 @@ def _aside(path: Path) -> Path:
 
 def sync_below(root: Path, paths: Iterable[Path]) -> None:
     """Flush files and folders below `root` to the disk, and the folders from `root` to them."""
-    folders = {root.parent}
+    files, folders = [], {root.parent}
     for path in paths:
         if path.is_file():
-            _sync(path)
+            files.append(path)
         folder = path if path.is_dir() else path.parent
         while folder not in folders:
             folders.add(folder)
             folder = folder.parent
-    for folder in folders - {root.parent}:
-        _sync(folder)
+    # One at a time, each would wait for a commit of the file system's journal: 3 ms on ext4.
+    with ThreadPoolExecutor(max_workers=_SYNC_THREADS) as pool:
+        list(pool.map(_sync, files))
+        list(pool.map(_sync, folders - {root.parent}))
 
 
 def sweep_partials(root: Path) -> int:

@@ -6,8 +6,7 @@ behind is written over by the next one.
 Letters: R rows of a unit, D base width, S samples.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from carryon.cache.base.lm_head import Head
 from carryon.cache.corpus.dataset import Sample
 from carryon.cache.errors import InputError, StoreError
 from carryon.cache.extraction.packing import UnitPlan
-from carryon.cache.files import json_bytes, write_file
+from carryon.cache.files import json_bytes, sync_below, write_file
 from carryon.cache.format.arrays import encode_array, read_array
 from carryon.cache.format.codec import encode_chunk
 from carryon.cache.format.head_arrays import encode_head
@@ -33,6 +32,7 @@ from carryon.cache.format.zarr_metadata import (
     array_document,
     copy_path,
     group_document,
+    is_mirrored,
     row_path,
 )
 
@@ -73,16 +73,16 @@ def write_plan(
             f"{root}: expected a new store, got receipts of one whose manifest is gone: "
             "run carryon repair, or choose another folder"
         )
-    for path, content in unit_rows(samples, plan, manifest=manifest, first_unit=0):
-        _write_twice(root, path, content)
-    digests = {}
-    for path, content in (*encode_head(head), *(blocks or {}).items()):
-        write_file(root / path, content, is_synced=False)
-        digests[path] = sha256_hex(content)
-    for path, content in small_files(samples, plan, manifest=manifest, probe=probe):
-        _write_twice(root, path, content)
-        digests[path] = sha256_hex(content)
-    os.sync()  # all of the above before the manifest that vouches for it
+    rows = _write(root, unit_rows(samples, plan, manifest=manifest, first_unit=0))
+    digests = _write(
+        root,
+        (
+            *encode_head(head),
+            *(blocks or {}).items(),
+            *small_files(samples, plan, manifest=manifest, probe=probe),
+        ),
+    )
+    _flush(root, [*rows, *digests])  # before the manifest that vouches for them
     manifest = manifest.accepting(digests)
     write_manifest(root, manifest)
     return manifest
@@ -130,16 +130,17 @@ def append_plan(
         rows = np.concatenate([before, added])
         files |= encode_array(name, rows, rows_per_chunk=TABLE_ROWS, first_row=first)
     digests = {path: sha256_hex(content) for path, content in files.items()}
-    for path, content in unit_rows(samples, plan, manifest=new, first_unit=part.first_unit):
-        _write_twice(root, path, content)
-    for path in files.keys() - old.files.keys():
-        _write_twice(root, path, files[path])
-    changed = [path for path in files if old.files.get(path, [digests[path]]) != [digests[path]]]
+    rows = _write(root, unit_rows(samples, plan, manifest=new, first_unit=part.first_unit))
+    added_files = _write(root, [item for item in files.items() if item[0] not in old.files])
+    changed = {
+        path: content
+        for path, content in files.items()
+        if old.files.get(path, [digests[path]]) != [digests[path]]
+    }
     write_manifest(root, old.accepting({path: digests[path] for path in changed}))
-    for path in changed:
-        # Synced one by one: a power cut must leave the old or the new form of what stood before.
-        _write_twice(root, path, files[path], is_synced=True)
-    os.sync()
+    # Synced one by one: a power cut must leave the old or the new form of each.
+    _write(root, changed.items(), is_synced=True)
+    _flush(root, [*rows, *added_files])
     unchanged = {path: known for path, known in old.files.items() if path not in digests}
     new = replace(new, files=unchanged).accepting(digests)
     write_manifest(root, new)
@@ -156,10 +157,25 @@ def small_files(
     yield from _documents(manifest).items()
 
 
-def _write_twice(root: Path, path: str, content: bytes, *, is_synced: bool = False) -> None:
-    """Write a file and its copy; a few bytes a token, so that repair never needs the corpus."""
-    write_file(root / path, content, is_synced=is_synced)
-    write_file(root / copy_path(path), content, is_synced=is_synced)
+def _write(
+    root: Path, files: Iterable[tuple[str, bytes]], *, is_synced: bool = False
+) -> dict[str, str]:
+    """Write files, and the copies from which repair restores them; return the SHA-256 of each."""
+    digests = {}
+    for path, content in files:
+        for each in _places(path):
+            write_file(root / each, content, is_synced=is_synced)
+        digests[path] = sha256_hex(content)
+    return digests
+
+
+def _flush(root: Path, paths: Iterable[str]) -> None:
+    """Flush files that `_write` wrote, and their copies, to the disk."""
+    sync_below(root.parent, [root / each for path in paths for each in _places(path)])
+
+
+def _places(path: str) -> list[str]:
+    return [path, copy_path(path)] if is_mirrored(path) else [path]
 
 
 def unit_rows(

@@ -1,6 +1,7 @@
-"""The benchmarks, each run once on next to nothing; no speed is asserted."""
+"""Benchmarks by name, and those of stores, run once on tiny sizes; no speed is asserted."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -10,31 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.benchmarks import measure, names_of
 
 from carryon.cache.base.lm_head import widen
-from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
-from carryon.tools.bench import run as bench_run
-from carryon.tools.bench.__main__ import BENCH
-from carryon.tools.bench.decode import measure_decoding
-from carryon.tools.bench.deepspec import deepspec, raw_map_straight
+from carryon.tools.bench import stream
+from carryon.tools.bench.__main__ import main
 from carryon.tools.bench.disk import SlowDisk, charge_nothing
 from carryon.tools.bench.epoch import EPOCHS, run_peer_epoch, run_store_epoch
-from carryon.tools.bench.extract import measure_extraction, samples_of
-from carryon.tools.bench.open import make_large_store, measure_opening
-from carryon.tools.bench.peer import Peer
-from carryon.tools.bench.plot import plot_streaming
-from carryon.tools.bench.run import run_benchmarks
+from carryon.tools.bench.extract import samples_of
+from carryon.tools.bench.job import check_labels, split_label
+from carryon.tools.bench.open import make_large_store
+from carryon.tools.bench.peers import Peer, deepspec, retyped_speculators, specforge
+from carryon.tools.bench.registry import BENCHMARKS, EXPERIMENTS
+from carryon.tools.bench.run import read_sizes
 from carryon.tools.bench.scratch import write_scratch_store
-from carryon.tools.bench.settings import BenchSettings, BenchSizes, split_label
-from carryon.tools.bench.size import measure_lossless, measure_profiles
-from carryon.tools.bench.specforge import specforge
-from carryon.tools.bench.speculators import retyped_speculators
 from carryon.tools.bench.states import StateSet, make_states, take_states
-from carryon.tools.bench.stream import measure_streaming
-from carryon.tools.bench.write import measure_write_growth
+from carryon.tools.bench.stream import stream_layouts
 from carryon.tools.compare.corpora import write_named_corpus
 from carryon.tools.compare.figure import Figure, in_turn, print_table
 from carryon.train.config import StreamSettings
@@ -42,27 +37,11 @@ from carryon.train.config import StreamSettings
 UNIT_TOKENS = 64
 PEERS = [
     retyped_speculators(reason="of the test"),
-    specforge(has_pads=False),
-    specforge(has_pads=True),
-    deepspec(),
-    raw_map_straight(),
+    specforge(has_padding=False),
+    specforge(has_padding=True),
+    deepspec(is_straight=False),
+    deepspec(is_straight=True),
 ]
-TINY = BenchSizes(
-    samples=5,
-    width=16,
-    taps=2,
-    mean_tokens=16,
-    max_tokens=48,
-    stream_tokens=100,
-    unit_tokens=UNIT_TOKENS,
-    threads=[1],
-    slow_disk=1e4,
-    early_unit=1,
-    late_unit=3,
-    large_units=4,
-    large_samples=40,
-    rounds=1,
-)
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +59,6 @@ def exact_store(states: StateSet, tmp_path_factory: pytest.TempPathFactory) -> S
     settings = StoreSettings(taps=states.taps, unit_tokens=UNIT_TOKENS)
     write_scratch_store(root, states, settings=settings)
     return Store.open(root)
-
-
-def names_of(figures: list[Figure]) -> list[str]:
-    return [figure.figure for figure in figures]
 
 
 # Figures
@@ -108,7 +83,17 @@ def test_a_figure_tells_whether_it_meets_its_target(
     assert json.loads(json.dumps(figure.to_dict()))["met"] is met
 
 
-def test_the_table_names_what_was_missed(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_figure_names_the_core_that_ran_it() -> None:
+    line = Figure(figure="f", value=1.0, unit="x").to_dict()
+    assert torch.backends.cpu.get_cpu_capability() in line["core"] or torch.cuda.is_available()
+
+
+def test_details_cannot_overwrite_a_field_of_a_figure() -> None:
+    with pytest.raises(ValueError, match=r"other names for the details \['met', 'value'\]"):
+        Figure(figure="f", value=1.0, unit="x", details={"value": 2, "met": 3, "other": 4})
+
+
+def test_the_table_names_missed_targets(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="carryon")
     print_table(
         [
@@ -122,7 +107,7 @@ def test_the_table_names_what_was_missed(caplog: pytest.LogCaptureFixture) -> No
     assert lines[2].split() == ["plain", "12,346", "tokens/s"]
 
 
-def test_ways_are_measured_in_turn_and_their_medians_taken() -> None:
+def test_ways_take_turns_and_the_median_counts() -> None:
     called: list[str] = []
     values = {"a": iter([1.0, 9.0, 2.0]), "b": iter([5.0, 4.0, 6.0])}
 
@@ -137,10 +122,86 @@ def test_ways_are_measured_in_turn_and_their_medians_taken() -> None:
     assert "".join(called) == "abbaab"
 
 
+# The registry
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_registered_benchmark_exists_and_has_its_quick_sizes(name: str) -> None:
+    sizes = read_sizes(name, [], is_quick=True)
+    given = [
+        f"{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in sizes.items()
+    ]
+    assert read_sizes(name, given, is_quick=False) == sizes
+
+
+def test_without_a_name_all_benchmarks_are_listed_without_loading_torch() -> None:
+    program = (
+        "import sys; from carryon.tools.bench.__main__ import main; main([]);"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    first_words = {line.split()[0] for line in done.stdout.splitlines() if line}
+    assert {*BENCHMARKS, *EXPERIMENTS} <= first_words
+
+
+def test_a_wrong_name_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stores"]) == 2
+    assert "did you mean store?" in capsys.readouterr().err
+
+
+def test_a_single_benchmark_prints_json_and_a_table_and_leaves_nothing_behind(
+    store_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["store.write", "--sizes", "rounds=1", "early_unit=1", "late_unit=2"]
+    argv += ["--work", str(store_tmp / "work"), "--out", str(store_tmp / "out")]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    [line] = map(json.loads, captured.out.splitlines())
+    assert line["figure"] == "write.growth"
+    assert {"value", "target", "unit", "met", "core"} <= line.keys()
+    assert "write.growth" in captured.err
+    assert not list((store_tmp / "work").iterdir())
+    assert json.loads((store_tmp / "out/figures.jsonl").read_text()) == line
+
+
+def test_a_benchmark_without_its_input_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge"]) == 0
+    assert main(["store.lossless"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "merge.native: skipped, it needs --base" in captured.err
+    assert "store.lossless: skipped, it needs --store or --base" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["store.write", "--sizes", "speed=1"], "expected some of early_unit=10 late_unit=1000"),
+        (["store.write", "--sizes", "rounds=0"], "expected rounds more than 0, such as 30"),
+        (["store.write", "--sizes", "rounds=1,2"], "expected rounds more than 0, such as 30"),
+        (["store", "--store", "a/s", "b/s"], "--store: expected different labels, got s s"),
+    ],
+)
+def test_wrong_options_are_refused(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_label_is_given_or_the_last_part_of_the_path() -> None:
+    assert split_label("gsm=a/b") == ("gsm", "a/b")
+    assert split_label("a/b") == ("b", "a/b")
+    check_labels("--store", ["gsm=a/b", "a/b"])
+
+
 # States
 
 
-def test_made_up_states_have_the_shape_asked_for_and_repeat(states: StateSet) -> None:
+def test_synthetic_states_have_the_requested_shape_and_repeat(states: StateSet) -> None:
     assert len(states.lengths) == 12
     assert 8 <= states.lengths.min() <= states.lengths.max() <= 48
     assert states.taps == ["layer.1", "final"]
@@ -151,9 +212,7 @@ def test_made_up_states_have_the_shape_asked_for_and_repeat(states: StateSet) ->
     np.testing.assert_array_equal(again.hidden["final"], states.hidden["final"])
 
 
-def test_a_scratch_store_holds_the_states_it_was_given(
-    states: StateSet, exact_store: Store
-) -> None:
+def test_a_scratch_store_holds_its_states(states: StateSet, exact_store: Store) -> None:
     taken = take_states("taken", exact_store, max_tokens=10**6)
     assert taken.num_tokens == states.num_tokens
     originals = {states.tokens[states.rows_of(index)].tobytes(): index for index in range(12)}
@@ -173,29 +232,28 @@ def test_states_are_taken_up_to_a_number_of_tokens(exact_store: Store) -> None:
 def test_a_lossy_store_is_refused_as_a_source(states: StateSet, store_tmp: Path) -> None:
     settings = StoreSettings(taps=states.taps, profile="near", unit_tokens=UNIT_TOKENS)
     write_scratch_store(store_tmp / "near", states, settings=settings)
-    store = Store.open(store_tmp / "near")
     with pytest.raises(InputError, match="expected a store of exact bfloat16 states"):
-        take_states("near", store, max_tokens=100)
+        take_states("near", Store.open(store_tmp / "near"), max_tokens=100)
     with pytest.raises(InputError, match="got profile near"):
-        measure_lossless("near", store, report=lambda figure: None)
+        measure("store.lossless", store_tmp, given_stores=[str(store_tmp / "near")])
 
 
 # Sizes and errors
 
 
-def test_sizes_and_errors_of_a_store_are_measured(exact_store: Store) -> None:
-    figures: list[Figure] = []
-    measure_lossless("gsm", exact_store, report=figures.append)
-    measure_profiles("gsm", exact_store, report=figures.append)
+def test_sizes_and_errors_of_a_store_are_measured(exact_store: Store, tmp_path: Path) -> None:
+    given = [f"gsm={exact_store.root}"]
+    figures = measure("store.lossless", tmp_path, given_stores=given)
+    figures += measure("store.profiles", tmp_path, given_stores=given)
     assert names_of(figures) == [
         *("lossless.gsm.layer.1", "lossless.gsm.final"),
         *("near.gsm.layer.1.bytes", "compact.gsm.layer.1.bytes"),
         *("near.gsm.final.bytes", "near.gsm.final.kl"),
         *("compact.gsm.final.bytes", "compact.gsm.final.kl"),
     ]
-    found = {figure.figure: figure for figure in figures}
-    assert found["lossless.gsm.final"].target == 0.64
-    near, compact = found["near.gsm.final.kl"], found["compact.gsm.final.kl"]
+    by_name = {figure.figure: figure for figure in figures}
+    assert by_name["lossless.gsm.final"].target == 0.64
+    near, compact = by_name["near.gsm.final.kl"], by_name["compact.gsm.final.kl"]
     assert 0 < near.value < compact.value
     assert near.details["relative_error"] < compact.details["relative_error"]
     assert near.details["top1"] <= 1
@@ -221,14 +279,14 @@ def test_a_peer_delivers_every_token_of_its_layout(
     is_packed = "verifier_last_hidden_states" in batch
     last = batch["verifier_last_hidden_states" if is_packed else "hidden_state"]
     assert last.dtype == torch.bfloat16
-    found = last[0, : states.lengths[3]].float().numpy()
-    np.testing.assert_array_equal(found, widen(states.hidden["final"][rows]))
+    delivered = last[0, : states.lengths[3]].float().numpy()
+    np.testing.assert_array_equal(delivered, widen(states.hidden["final"][rows]))
     lower = batch["hidden_states" if is_packed else "aux_hidden_state"]
-    found = lower[0, : states.lengths[3]].float().numpy()
-    np.testing.assert_array_equal(found, widen(states.hidden["layer.1"][rows]))
+    delivered = lower[0, : states.lengths[3]].float().numpy()
+    np.testing.assert_array_equal(delivered, widen(states.hidden["layer.1"][rows]))
 
 
-def test_peers_take_a_single_tap(tmp_path: Path) -> None:
+def test_peers_support_a_single_tap(tmp_path: Path) -> None:
     one = make_states(
         "one", num_samples=3, width=16, num_taps=1, mean_tokens=16, max_tokens=32, seed=0
     )
@@ -241,7 +299,7 @@ def test_peers_take_a_single_tap(tmp_path: Path) -> None:
         assert batch["input_ids"].numel() >= one.lengths[[0, 2]].sum()
 
 
-def test_a_store_is_streamed_whole_and_charged_for_its_files(
+def test_a_whole_store_is_streamed_and_charged_for_its_files(
     states: StateSet, exact_store: Store
 ) -> None:
     charged: list[int] = []
@@ -253,7 +311,7 @@ def test_a_store_is_streamed_whole_and_charged_for_its_files(
     assert sum(charged) == EPOCHS * sum(entry.bytes for entries in files for entry in entries)
 
 
-def test_a_slow_disk_gives_no_more_than_it_has() -> None:
+def test_a_slow_disk_keeps_its_bandwidth() -> None:
     disk = SlowDisk(1e6)
     started_at = time.perf_counter()
     for _ in range(8):
@@ -261,20 +319,18 @@ def test_a_slow_disk_gives_no_more_than_it_has() -> None:
     assert time.perf_counter() - started_at >= 0.0399
 
 
-def test_streaming_gives_one_figure_a_layout_and_two_against_the_best_peer(
+def test_streaming_gives_a_figure_per_layout_and_two_against_the_best_peer(
     states: StateSet, store_tmp: Path
 ) -> None:
-    figures: list[Figure] = []
-    some = [specforge(has_pads=True), deepspec(), raw_map_straight()]
-    measure_streaming(
+    some = [specforge(has_padding=True), deepspec(is_straight=False), deepspec(is_straight=True)]
+    figures = stream_layouts(
         states,
         some,
         store_tmp / "work",
         unit_tokens=UNIT_TOKENS,
         rounds=1,
-        thread_counts=[1],
+        threads=[1],
         slow_mb_per_second=1e4,
-        report=figures.append,
     )
     ours = ["exact", "near", "compact"]
     theirs = [peer.name for peer in some]
@@ -288,67 +344,79 @@ def test_streaming_gives_one_figure_a_layout_and_two_against_the_best_peer(
     assert details["warm"]["best_peer"] == "torch_save_padded"
     assert set(details["warm"]["to_limit"]) == {"raw_map", "raw_map_straight"}
     assert not list((store_tmp / "work").iterdir())
-    [plot] = plot_streaming(figures, store_tmp / "plots")
-    assert plot.name == "stream-made-up.png"
-    assert plot.stat().st_size > 0
+
+
+def test_synthetic_states_and_stores_are_streamed(
+    exact_store: Store, store_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "list_peers", lambda: PEERS[1:2])  # speculators takes 10 s
+    figures = measure(
+        "store.stream",
+        store_tmp,
+        given_stores=[f"mine={exact_store.root}"],
+        sizes={"width": 16, "slow_mb_per_second": 1e4},
+    )
+    assert {name.split(".")[1] for name in names_of(figures)} == {"synthetic", "mine"}
+
+
+def test_speculators_is_only_imported_when_it_is_streamed() -> None:
+    assert "speculators" not in sys.modules
 
 
 # Decoding, writing, opening, extracting
 
 
-def test_decoding_is_measured_with_and_without_reading(exact_store: Store) -> None:
-    figures: list[Figure] = []
-    measure_decoding("tiny", exact_store.root, rounds=1, report=figures.append)
-    [figure] = figures
-    assert figure.figure == "decode.tiny"
-    assert figure.value > 0
-    assert min(figure.details["gb_per_second"].values()) > 0
+def test_decoding_is_measured_with_and_without_reading(exact_store: Store, store_tmp: Path) -> None:
+    figures = measure(
+        "store.decode",
+        store_tmp,
+        given_stores=[f"tiny={exact_store.root}"],
+        sizes={"width": 16, "rounds": 1},
+    )
+    assert names_of(figures) == [
+        *("decode.synthetic", "decode.synthetic.near", "decode.synthetic.compact", "decode.tiny")
+    ]
+    assert min(figures[-1].details["gb_per_second"].values()) > 0
 
 
 def test_write_growth_compares_an_early_with_a_late_unit(store_tmp: Path) -> None:
-    figures: list[Figure] = []
-    measure_write_growth(
-        store_tmp, early_unit=1, late_unit=4, width=16, rounds=2, report=figures.append
-    )
+    sizes = {"early_unit": 1, "late_unit": 4, "rounds": 2}
+    figures = measure("store.write", store_tmp, sizes=sizes)
     assert names_of(figures) == ["write.growth"]
     assert len(list((store_tmp / "early/units").glob("[0-9]*.json"))) == 1 + 2
     assert len(list((store_tmp / "late/units").glob("[0-9]*.json"))) == 4 + 2
 
 
-def test_the_large_store_has_the_units_and_samples_asked_for(store_tmp: Path) -> None:
+def test_the_large_store_has_the_requested_units_and_samples(store_tmp: Path) -> None:
     manifest = make_large_store(store_tmp / "large", num_units=5, num_samples=100)
     assert (manifest.num_units, manifest.num_samples) == (5, 100)
     store = Store.open(store_tmp / "large")
     assert len(store.read_sample(99).hidden["final"]) == 4
 
 
-def test_opening_is_measured_in_a_process_of_its_own(store_tmp: Path) -> None:
-    figures: list[Figure] = []
-    measure_opening(store_tmp, num_units=3, num_samples=30, rounds=1, report=figures.append)
+def test_opening_is_measured_in_a_fresh_process(store_tmp: Path) -> None:
+    figures = measure("store.open", store_tmp, sizes={"units": 3, "samples": 30})
     assert names_of(figures) == ["open.seconds", "open.memory"]
     assert figures[0].details["samples"] == 30
 
 
 def test_extraction_is_measured_against_bare_passes(
-    tiny_base: Base, exact_store: Store, store_tmp: Path
+    tiny_base_folder: Path, exact_store: Store, store_tmp: Path
 ) -> None:
     samples = samples_of(exact_store, max_tokens=150)
     assert 64 < sum(len(sample.tokens) for sample in samples) <= 150
-    figures: list[Figure] = []
-    measure_extraction(
-        tiny_base,
-        samples,
+    [figure] = measure(
+        "store.extract",
         store_tmp,
-        unit_tokens=UNIT_TOKENS,
-        batch_tokens=256,
-        report=figures.append,
+        base=str(tiny_base_folder),
+        given_stores=[str(exact_store.root)],
+        sizes={"tokens": 150, "unit_tokens": UNIT_TOKENS},
     )
-    [figure] = figures
     assert len(figure.details["ratios"]) == figure.details["units"] > 1
     Store.open(store_tmp / "extracted")  # finished, and its probe fits
 
 
-# The whole command
+# Corpora
 
 
 def test_python_corpus_is_source_of_the_standard_library(tmp_path: Path) -> None:
@@ -365,69 +433,16 @@ def test_an_unknown_corpus_is_refused(tmp_path: Path) -> None:
         write_named_corpus("x", tmp_path / "x.jsonl", num_tokens=10)
 
 
-def test_everything_is_measured_with_a_base_and_a_corpus_of_ones_own(
-    tiny_base_folder: Path, store_tmp: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench_run, "speculators", lambda: PEERS[0])  # 10 s where it is installed
+def test_a_base_and_text_provide_the_store(tiny_base_folder: Path, store_tmp: Path) -> None:
     data = store_tmp / "mine.jsonl"
     lines = [json.dumps({"text": f"{index} is the thing " * 3}) for index in range(20)]
     data.write_text("\n".join(lines) + "\n")
-    figures: list[Figure] = []
-    settings = BenchSettings(
-        figures=["lossless", "profiles", "extract", "decode"],
-        base=str(tiny_base_folder),
-        corpus=[f"mine={data}"],
-    )
-    sizes = replace(TINY, extract_tokens=200, extract_unit_tokens=128)
-    run_benchmarks(settings, sizes, store_tmp / "work", report=figures.append)
+    (store_tmp / "work").mkdir()
+    job = {"base": str(tiny_base_folder), "corpora": [f"mine={data}"], "shared": store_tmp}
+    figures = measure("store.lossless", store_tmp / "work", **job)
+    figures += measure("store.profiles", store_tmp / "work", **job)
     assert names_of(figures) == [
-        *("lossless.mine", "near.mine.bytes", "near.mine.kl"),
-        *("compact.mine.bytes", "compact.mine.kl", "extract.speed"),
-        *("decode.synthetic", "decode.synthetic.near", "decode.synthetic.compact"),
-        "decode.mine",
+        "lossless.mine",
+        *("near.mine.bytes", "near.mine.kl", "compact.mine.bytes", "compact.mine.kl"),
     ]
-
-
-def test_the_command_prints_json_lines_and_a_table_and_leaves_nothing_behind(
-    store_tmp: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["store", "--figures", "write", "lossless", "--rounds", "1"]
-    argv += ["--early-unit", "1", "--late-unit", "2", "--work", str(store_tmp / "work")]
-    assert BENCH.main([*argv, "--out", str(store_tmp / "out")]) == 0
-    captured = capsys.readouterr()
-    [line] = map(json.loads, captured.out.splitlines())
-    assert line["figure"] == "write.growth"
-    assert line["unit"] == "relative change"
-    assert "lossless: left out, it needs --store or --base" in captured.err
-    assert "write.growth" in captured.err
-    assert not list((store_tmp / "work").iterdir())
-    assert json.loads((store_tmp / "out/figures.jsonl").read_text()) == line
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--figures", "speed"], "figures: expected some of lossless"),
-        (["--rounds", "0"], "rounds: expected more than 0"),
-        (["--store", "a/s", "b/s"], "store: expected a label of its own"),
-    ],
-)
-def test_wrong_options_are_refused(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert BENCH.main(["store", *argv]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_label_is_given_or_the_last_part_of_the_path() -> None:
-    assert split_label("gsm=a/b") == ("gsm", "a/b")
-    assert split_label("a/b") == ("b", "a/b")
-
-
-def test_bench_alone_names_what_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert BENCH.main(["stores"]) == 2
-    assert "did you mean store?" in capsys.readouterr().err
-
-
-def test_speculators_is_only_imported_when_it_is_streamed() -> None:
-    assert "speculators" not in sys.modules
+    assert len(list(store_tmp.glob("mine-final-*"))) == 1  # extracted once for both

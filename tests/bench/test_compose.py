@@ -1,76 +1,63 @@
-"""`python -m carryon.tools.bench compose`, run once on next to nothing; no speed is asserted."""
+"""Benchmarks of customized models, run once on tiny sizes; no speed is asserted."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from support.benchmarks import measure
 
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
-from carryon.cache.errors import InputError
-from carryon.tools.bench import compose as bench_compose_file
-from carryon.tools.bench.__main__ import BENCH
-from carryon.tools.bench.command import get_measurement
-from carryon.tools.bench.compose_job import ComposeJob, make_carryons, make_prompts, pick_shape
-from carryon.tools.bench.compose_settings import (
-    FIGURES,
-    QUICK_COMPOSE,
-    BenchComposeSettings,
-    BenchComposeSizes,
-)
+from carryon.tools.bench.random_carryons import make_carryons, make_prompts, pick_shape
+from carryon.tools.bench.registry import list_groups
 from carryon.tools.bench.same_logits import relative_error
 from carryon.tools.bench.same_text import plain_logits
-from carryon.tools.compare.figure import Figure
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.bottleneck import Bottleneck
 from carryon.train.modules.carryon import num_parameters
 
-TINY = replace(QUICK_COMPOSE, carryon_bytes=4096, prompts=3, carryons=3, batch_sizes=[1, 2])
-
-
-def _measure(figure: str, base: Base, work: Path) -> dict[str, Figure]:
-    found: list[Figure] = []
-    job = ComposeJob(base=base, sizes=TINY, work=work, report=found.append)
-    get_measurement(FIGURES[figure])(job)
-    return {item.figure: item for item in found}
-
-
-QUICK_FIGURES = [
-    pytest.param(name, marks=pytest.mark.slow) if name == "load" else name
-    for name in FIGURES
-    if name != "families"
+SIZES = {
+    "compose.generate": {"batch_sizes": (1, 2)},
+    "compose.load": {"carryons": 3},
+    "compose.greedy": {"prompts": 3, "batch_sizes": (1, 2)},
+}
+QUICK = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "compose.load" else name
+    for name in list_groups()["compose"]
+    if name != "compose.families"
 ]
 
 
-@pytest.mark.parametrize("figure", QUICK_FIGURES)
+@pytest.mark.parametrize("name", QUICK)
 def test_each_measurement_reports_finite_figures(
-    figure: str, tiny_base: Base, tmp_path: Path
+    name: str, tiny_base_folder: Path, tmp_path: Path
 ) -> None:
-    found = _measure(figure, tiny_base, tmp_path)
-    assert found
-    assert all(item.value >= 0 for item in found.values())
-    if figure == "greedy":
-        assert {name: item.value for name, item in found.items()} == {
-            "greedy.float32.batch-1": 1.0,
-            "greedy.float32.batch-2": 1.0,
+    sizes = SIZES.get(name, {}) | {"carryon_bytes": 4096}
+    figures = measure(name, tmp_path, base=str(tiny_base_folder), sizes=sizes)
+    assert figures
+    assert all(figure.value >= 0 for figure in figures)
+    by_name = {figure.figure: figure for figure in figures}
+    if name == "compose.greedy":
+        exact = {
+            name: figure.value
+            for name, figure in by_name.items()
+            if name.startswith("greedy.float32")
         }
-    if figure == "rows":
-        (item,) = found.values()
-        assert item.details["row_without_carryon"] == 0.0
-        assert item.met
-        assert item.details["moved_by_the_carryons"] > 100 * item.value
-    if figure == "load":
-        assert found["load.memory"].details["carryons"] == 3
+        assert exact == {"greedy.float32.batch-1": 1.0, "greedy.float32.batch-2": 1.0}
+    if name == "compose.rows":
+        [figure] = figures
+        assert figure.details["row_without_carryon"] == 0.0
+        assert figure.met
+        assert figure.details["moved_by_the_carryons"] > 100 * figure.value
+    if name == "compose.load":
+        assert by_name["load.memory"].details["carryons"] == 3
 
 
 @pytest.mark.slow
-def test_every_family_is_compared(tiny_base: Base, tmp_path: Path) -> None:
-    (item,) = _measure("families", tiny_base, tmp_path).values()
-    assert len(item.details["families"]) == 13
-    assert item.met
+def test_every_family_is_compared(tiny_base_folder: Path, tmp_path: Path) -> None:
+    [figure] = measure("compose.families", tmp_path, base=str(tiny_base_folder))
+    assert len(figure.details["families"]) == 13
+    assert figure.met
 
 
 def test_a_shape_fills_a_megabyte_whatever_the_base() -> None:
@@ -81,7 +68,7 @@ def test_a_shape_fills_a_megabyte_whatever_the_base() -> None:
     assert pick_shape(576, max_bytes=1_100_000).width == 128
 
 
-def test_made_up_carryons_differ_and_correct_by_a_third(tiny_base: Base, tmp_path: Path) -> None:
+def test_random_carryons_differ_and_correct_by_a_third(tiny_base: Base, tmp_path: Path) -> None:
     tokens = make_prompts(tiny_base, tmp_path, num=2, num_tokens=9)
     made = make_carryons(tiny_base, 2, max_bytes=4096, tokens=tokens)
     states = capture(tiny_base, ["final"], tokens)
@@ -110,29 +97,3 @@ def test_one_recomputation_decides_every_token_as_one_for_each_would(
     for place in range(4):
         shorter = plain_logits(tiny_base, carryon, tokens[:, : 6 + place], 1)
         assert relative_error(at_once[:, place], shorter[:, 0]) < 1e-5
-
-
-def test_the_command_prints_json_lines_and_writes_them(
-    tiny_base_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bench_compose_file, "QUICK_COMPOSE", TINY)
-    argv = ["compose", "--base", str(tiny_base_folder), "--quick", "--figures", "rows"]
-    assert (
-        BENCH.main([*argv, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]) == 0
-    )
-    lines: list[dict[str, Any]] = [
-        json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")
-    ]
-    assert [line["figure"] for line in lines] == ["rows-4.logits"]
-    assert (tmp_path / "out" / "figures.jsonl").read_text().count("\n") == 1
-    assert list((tmp_path / "work").iterdir()) == []
-
-
-def test_bad_settings_are_refused() -> None:
-    with pytest.raises(InputError, match="figures: expected some of generate"):
-        BenchComposeSettings(base="b", figures=["speed"])
-    with pytest.raises(InputError, match="batch_sizes, rounds: expected more than 0"):
-        BenchComposeSizes(rounds=0, batch_sizes=[])

@@ -1,10 +1,10 @@
-"""Copies of stores in lossy profiles, and shapes of equal size: what quality figures rest on."""
+"""Copies of stores in lossy profiles, shapes of equal size, and benchmarks of quality."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.benchmarks import measure, names_of
 from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.base.lm_head import widen
@@ -12,11 +12,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.format.quantization import STEPS, from_codes, to_codes
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
-from carryon.tools.bench.quality import measure_presets, measure_sampled
 from carryon.tools.bench.recode import recode_store
-from carryon.tools.bench.train import TrainJob
-from carryon.tools.bench.train_settings import QUICK_TRAIN, BenchTrainSettings
-from carryon.tools.compare.figure import Figure
 from carryon.tools.compare.methods import same_size
 from carryon.train.config import PRESETS, CarryOnSettings, OptimizationSettings, StreamSettings
 from carryon.train.data.datasets import open_data
@@ -77,36 +73,21 @@ def test_more_taps_take_no_more_weights(taps: list[str]) -> None:
 
 def test_every_preset_is_measured_after_one_epoch_and_after_all(tmp_path: Path) -> None:
     store = make_tiny_store(tmp_path / "store")
-    found: list[Figure] = []
-    job = TrainJob(
-        settings=BenchTrainSettings(store=str(store)),
-        sizes=replace(QUICK_TRAIN, quality_epochs=2),
-        work=tmp_path / "work",
-        report=found.append,
-    )
 
-    measure_presets(job)
+    figures = measure("train.presets", tmp_path, given_stores=[str(store)], sizes={"epochs": 2})
 
-    epochs = {figure.figure: figure.details["epochs"] for figure in found}
+    epochs = {figure.figure: figure.details["epochs"] for figure in figures}
     assert epochs == {f"preset.{name}.epochs_{n}": n for n in (1, 2) for name in PRESETS}
-    sizes = [figure.details["megabytes"] for figure in found[: len(PRESETS)]]
+    sizes = [figure.details["megabytes"] for figure in figures[: len(PRESETS)]]
     assert sizes == sorted(set(sizes))
 
 
 def test_a_sampled_softmax_is_compared_with_the_exact_loss(tmp_path: Path) -> None:
-    found: list[Figure] = []
-    job = TrainJob(
-        settings=BenchTrainSettings(
-            store=str(make_tiny_store(tmp_path / "store", vocab_size=1000))
-        ),
-        sizes=replace(QUICK_TRAIN, sampled_rows=100),
-        work=tmp_path / "work",
-        report=found.append,
-    )
+    store = make_tiny_store(tmp_path / "store", vocab_size=1000)
 
-    measure_sampled(job)
+    figures = measure("train.sampled", tmp_path, given_stores=[str(store)], sizes={"sampled": 100})
 
-    assert [figure.figure for figure in found] == ["sampled.speed", "sampled.nll"]
-    details = found[1].details
+    assert names_of(figures) == ["sampled.speed", "sampled.nll"]
+    details = figures[1].details
     assert len(set(details["held_out_nll"]) | set(details["held_out_nll_exact"])) == 6
     assert max(details["held_out_nll_exact"]) < details["base_nll"]

@@ -1,25 +1,49 @@
 """Benchmarks and experiments, run from a checkout: `python -m carryon.tools.bench NAME`."""
 
 import sys
+from collections.abc import Sequence
 
+from carryon.tools.bench.registry import BENCHMARKS, EXPERIMENTS, list_groups
 from carryon.tools.cli.program import Program
+from carryon.tools.cli.table import format_table
 
+_NAMED = [*list_groups(), *BENCHMARKS]
 BENCH = Program(
     prog="python -m carryon.tools.bench",
     about="Measure Carry-On. Each figure is one JSON line with its target.",
     closing="python -m carryon.tools.bench NAME --help explains its options.",
-    commands={
-        "store": "carryon.tools.bench.store:bench_store",
-        "train": "carryon.tools.bench.train:bench_train",
-        "compose": "carryon.tools.bench.compose:bench_compose",
-        "merge": "carryon.tools.bench.merge:bench_merge",
-        "before": "carryon.tools.bench.before:bench_before",
-        "house": "carryon.tools.bench.house:bench_house",
-        "paths": "carryon.tools.bench.paths:bench_paths",
-        "experiment-paths": "carryon.tools.bench.experiment_paths:experiment_paths",
-        "experiment-cot": "carryon.tools.bench.experiment_cot:experiment_cot",
-    },
+    commands=dict.fromkeys(_NAMED, "carryon.tools.bench.run:run_named")
+    | {name: f"carryon.tools.bench.{each.place}" for name, each in EXPERIMENTS.items()},
 )
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a benchmark, a group or an experiment, or list them; return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if words[0] in _NAMED:
+        words.insert(1, words[0])  # they share one function, whose first argument is the name
+    return BENCH.main(words)
+
+
+def overview() -> str:
+    """Return all names with one line each."""
+    rows = [("name", "needs", "measures")]
+    rows += [(name, each.needs, each.about) for name, each in (BENCHMARKS | EXPERIMENTS).items()]
+    return "\n".join(
+        [
+            f"usage: {BENCH.prog} NAME [options]",
+            "",
+            f"{BENCH.about} NAME is a group ({', '.join(list_groups())}) or one of:",
+            "",
+            format_table(rows),
+            "",
+            BENCH.closing,
+        ]
+    )
+
+
 if __name__ == "__main__":
-    sys.exit(BENCH.main())
+    sys.exit(main())

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError
+from carryon.tools.bench.job import Job
 from carryon.tools.compare.corpora import write_named_corpus
-from carryon.tools.compare.figure import Figure, print_json, print_table
+from carryon.tools.compare.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_LAYOUT = "0d284f8"
@@ -50,7 +51,7 @@ class Source:
     module: str
     is_old: bool
 
-    def call(self, *words: str | Path, cwd: Path) -> dict[str, Any]:
+    def call(self, *words: object, cwd: Path) -> dict[str, Any]:
         """Run `carryon WORDS` in `cwd` and return its JSON result."""
         texts = [str(word) for word in words]
         if self.is_old:
@@ -65,46 +66,51 @@ class Source:
         return result
 
 
-def bench_before(
-    *,
-    base: str,
-    commit: str = FIRST_LAYOUT,
-    figures: list[str] = ["bits", "extract", "train"],  # noqa: B006 -- shown in the help
-    tokens: int = 30_000,
-    rounds: int = 3,
-    work: str = "",
-) -> list[dict[str, Any]]:
-    """Compare with an earlier commit: bits of runs, sweep and lineage; speed, side by side.
-
-    Example:
-        python -m carryon.tools.bench before --base demo/base --figures bits extract train demo
+def measure_bits(job: Job, *, commit: str = FIRST_LAYOUT, tokens: int = 30_000) -> None:
+    """Report how many files differ between stores, runs, a sweep and a lineage of both.
 
     Args:
-        base: Folder of the base.
-        commit: The earlier commit; it is checked out into a temporary worktree.
-        figures: Some of bits, extract, train, demo. The demo takes minutes a round.
-        tokens: Tokens of the corpus.
-        rounds: Times that both are timed, in turn; medians are compared. The demo runs once.
-        work: Folder for temporary files. Empty for the system's folder.
+        job: input; the base is a folder.
+        commit: the earlier commit, checked out into a temporary worktree.
+        tokens: tokens of the corpus.
     """
-    measures: dict[str, Callable[..., Iterator[Figure]]] = {
-        "bits": _compare_bits,
-        "extract": _compare_extraction,
-        "train": _compare_training,
-        "demo": _compare_demo,
-    }
-    if unknown := sorted(set(figures) - set(measures)):
-        raise InputError(f"figures: expected some of {' '.join(measures)}, got {unknown[0]}")
-    found = []
-    with tempfile.TemporaryDirectory(dir=work or None) as scratch, _sources(commit) as pair:
-        folder = Path(scratch)
-        write_named_corpus("python", folder / "texts.jsonl", num_tokens=tokens)
-        for name in figures:
-            for figure in measures[name](pair, Path(base).resolve(), folder, rounds=rounds):
-                print_json(figure)
-                found.append(figure)
-    print_table(found)
-    return [figure.to_dict() for figure in found]
+    for figure in _run(job, _compare_bits, commit=commit, tokens=tokens):
+        job.report(figure)
+
+
+def measure_extraction(
+    job: Job, *, commit: str = FIRST_LAYOUT, tokens: int = 30_000, rounds: int = 3
+) -> None:
+    """Report the extraction speed relative to the earlier commit."""
+    for figure in _run(job, _compare_extraction, commit=commit, tokens=tokens, rounds=rounds):
+        job.report(figure)
+
+
+def measure_training(
+    job: Job, *, commit: str = FIRST_LAYOUT, tokens: int = 30_000, rounds: int = 3
+) -> None:
+    """Report the training speed relative to the earlier commit."""
+    for figure in _run(job, _compare_training, commit=commit, tokens=tokens, rounds=rounds):
+        job.report(figure)
+
+
+def measure_demo(job: Job, *, commit: str = FIRST_LAYOUT) -> None:
+    """Report the speed of the demo relative to the earlier commit."""
+    for figure in _run(job, _compare_demo, commit=commit, tokens=1):
+        job.report(figure)
+
+
+def _run(
+    job: Job,
+    compare: Callable[..., Iterator[Figure]],
+    *,
+    commit: str,
+    tokens: int,
+    **options: int,
+) -> Iterator[Figure]:
+    write_named_corpus("python", job.work / "texts.jsonl", num_tokens=tokens)
+    with _sources(commit) as pair:
+        yield from compare(pair, Path(job.base).resolve(), job.work, **options)
 
 
 @contextmanager
@@ -134,9 +140,7 @@ def _git(*words: str) -> None:
     subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True)
 
 
-def _compare_bits(
-    pair: Sequence[Source], base: Path, work: Path, *, rounds: int
-) -> Iterator[Figure]:
+def _compare_bits(pair: Sequence[Source], base: Path, work: Path) -> Iterator[Figure]:
     """Yield how many files differ between stores, runs, a sweep and a lineage of both."""
     made: list[dict[str, str]] = []
     for number, source in enumerate(pair):
@@ -216,9 +220,7 @@ def _compare_training(
     yield _ratio("before.train", pair, work / "train", measure, rounds=rounds)
 
 
-def _compare_demo(
-    pair: Sequence[Source], base: Path, work: Path, *, rounds: int
-) -> Iterator[Figure]:
+def _compare_demo(pair: Sequence[Source], base: Path, work: Path) -> Iterator[Figure]:
     def measure(source: Source, place: Path) -> float:
         started_at = time.perf_counter()
         source.call("demo", "--out", place, cwd=work)

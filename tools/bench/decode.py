@@ -1,4 +1,4 @@
-"""How fast one core turns a unit's files into states."""
+"""Decoding speed of a unit on one core."""
 
 import os
 import time
@@ -11,25 +11,70 @@ import numpy as np
 from carryon.cache.format.codec import decode_chunk, shard_index
 from carryon.cache.format.quantization import STATE_TYPES
 from carryon.cache.format.zarr_metadata import ITEM_BYTES, shard_path
+from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
-from carryon.tools.compare.figure import Figure, Report, in_turn
+from carryon.tools.bench.job import Job
+from carryon.tools.bench.scratch import write_scratch_store
+from carryon.tools.bench.states import SYNTHETIC, make_states
+from carryon.tools.compare.figure import Figure, in_turn
 
 TARGET = 1.5
 
 
-def measure_decoding(name: str, root: Path, *, rounds: int, report: Report) -> None:
-    """Read a unit of a store again and again, from memory, on one core.
+def measure_decoding(
+    job: Job,
+    *,
+    width: int = 2560,
+    taps: int = 4,
+    mean_tokens: int = 588,
+    max_tokens: int = 2048,
+    unit_tokens: int = 8192,
+    rounds: int = 12,
+) -> None:
+    """Report the speed of reading a unit: of synthetic states in each profile, and of each store.
 
-    What counts is all of `read_unit`: files, checksums, decoding, tokens. Beside it the same by
-    the core's own clock, which leaves out the time that other programs had the core, and decoding
-    alone, from memory into memory that is there already.
+    Args:
+        job: input.
+        width: channels of the synthetic states.
+        taps: taps of the synthetic states.
+        mean_tokens: mean length of synthetic samples.
+        max_tokens: longest synthetic sample.
+        unit_tokens: rows of a synthetic unit.
+        rounds: reads per median.
+    """
+    states = make_states(
+        SYNTHETIC,
+        num_samples=max(1, unit_tokens // mean_tokens),  # a unit, or a little more
+        width=width,
+        num_taps=taps,
+        mean_tokens=mean_tokens,
+        max_tokens=max_tokens,
+        seed=0,
+    )
+    for profile in ("exact", "near", "compact"):
+        settings = StoreSettings.from_dict(
+            {"taps": states.taps, "profile": profile, "unit_tokens": unit_tokens}
+        )
+        root = job.work / profile
+        write_scratch_store(root, states, settings=settings)
+        suffix = "" if profile == "exact" else f".{profile}"
+        job.report(_decode(f"{SYNTHETIC}{suffix}", root, rounds=rounds))
+    for label, store in job.open_stores(("gsm", "python")).items():
+        job.report(_decode(label, store.root, rounds=rounds))
+
+
+def _decode(name: str, root: Path, *, rounds: int) -> Figure:
+    """Read one unit repeatedly, from the page cache, on one core.
+
+    The figure is the speed of `read_unit`: files, checksums, decoding, tokens. The details add CPU
+    time, which excludes other processes, and decoding alone from memory into memory.
     """
     store = Store.open(root, allow_unfinished=True)
     unit, manifest = min(store.finished_units), store.manifest
     dtype = STATE_TYPES[manifest.settings["dtype"]]
     tap_bytes = manifest.unit_tokens * store.width * ITEM_BYTES[dtype]
     unit_bytes = tap_bytes * len(store.taps)
-    decode = _decoder(store, unit)
+    decode = _first_tap_decoder(store, unit)
 
     def read() -> None:
         store.read_unit(unit)
@@ -46,28 +91,26 @@ def measure_decoding(name: str, root: Path, *, rounds: int, report: Report) -> N
             rounds=rounds,
         )
     is_exact = manifest.settings["profile"] == "exact"
-    report(
-        Figure(
-            figure=f"decode.{name}",
-            value=speeds["read_unit"],
-            unit="GB/s of raw",
-            target=TARGET if is_exact else None,
-            sense="at least",
-            details={
-                "gb_per_second": speeds,
-                "profile": manifest.settings["profile"],
-                "width": store.width,
-                "taps": len(store.taps),
-                "unit_mb": unit_bytes / 1e6,
-                "chunk_mb": manifest.rows_per_chunk * store.width * ITEM_BYTES[dtype] / 1e6,
-            },
-        )
+    return Figure(
+        figure=f"decode.{name}",
+        value=speeds["read_unit"],
+        unit="GB/s of raw",
+        target=TARGET if is_exact else None,
+        sense="at least",
+        details={
+            "gb_per_second": speeds,
+            "profile": manifest.settings["profile"],
+            "width": store.width,
+            "taps": len(store.taps),
+            "unit_mb": unit_bytes / 1e6,
+            "chunk_mb": manifest.rows_per_chunk * store.width * ITEM_BYTES[dtype] / 1e6,
+        },
     )
 
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Keep this thread, and threads that it starts, on one core; where the system can."""
+    """Pin this thread and its new threads to one core, where the system supports it."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -79,8 +122,8 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _decoder(store: Store, unit: int) -> Callable[[], None]:
-    """Return what decodes a unit's first tap, of a shard in memory."""
+def _first_tap_decoder(store: Store, unit: int) -> Callable[[], None]:
+    """Return a function that decodes a unit's first tap from a shard in memory."""
     manifest, tap = store.manifest, store.taps[0]
     per_chunk = manifest.rows_per_chunk
     num_chunks = manifest.unit_tokens // per_chunk

@@ -1,4 +1,4 @@
-"""The disk below a measurement: what lies on it, pushed out of memory, or slowed down."""
+"""The disk under a measurement: its page cache, a speed limit, the size of a folder."""
 
 import os
 import threading
@@ -7,25 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 Charge = Callable[[int], None]
-"""Called with the number of bytes before they are read; returns when the disk would have them."""
+"""Called with a number of bytes before they are read; returns when the disk has delivered them."""
 
 
 def charge_nothing(num_bytes: int) -> None:
-    """Let a read through at once."""
+    """Allow a read without delay."""
 
 
 _CREDIT_S = 0.02
-"""A sleep ends late by up to some ms. So much idle time may be made up for, or layouts of many
-small reads would pay for the clock instead of the disk."""
+"""Idle time that may be made up. A sleep ends up to some ms late, which would otherwise penalize
+layouts of many small reads."""
 
 
 class SlowDisk:
-    """A disk that gives so many bytes a second, to all threads together, and no more.
+    """A simulated disk of limited bandwidth, shared by all threads.
 
-    It stands in front of files that are in memory: a reader asks for its bytes and waits as long
-    as such a disk would take, then reads them. Requests are served one after another, without
-    latency and without reading ahead of what is asked for. Its users are charged alike: the size
-    of each file that they read, and of a map the bytes that they touch.
+    A reader requests its bytes, waits as long as such a disk would need, and then reads them from
+    the page cache. Requests are served in order, without latency and without read-ahead. All
+    layouts are charged alike: the size of each file they read, or the bytes they touch of a map.
     """
 
     def __init__(self, bytes_per_second: float) -> None:
@@ -43,9 +42,9 @@ class SlowDisk:
 
 
 def drop_from_memory(folder: Path) -> bool:
-    """Push the files below `folder` to the disk and out of the page cache.
+    """Flush the files below `folder` and drop them from the page cache.
 
-    A virtual disk may still have them in a cache of its host, so what follows is cold at best.
+    The host of a virtual disk may still cache them: later reads are cold at best.
 
     Returns:
         False where the system has no call for it; nothing was done.
@@ -63,8 +62,16 @@ def drop_from_memory(folder: Path) -> bool:
     return True
 
 
+def flush(folder: Path) -> None:
+    """Wait until the files below `folder` are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def bring_into_memory(folder: Path) -> None:
-    """Read the files below `folder` once: the system may have dropped them since they were used."""
+    """Read all files below `folder` once, so that the page cache holds them."""
     buffer = bytearray(1 << 20)
     for path in folder.rglob("*"):
         if path.is_file():

@@ -1,8 +1,8 @@
-"""Epochs in random order into ready batches: from a store, or from another project's files."""
+"""Epochs in random order into ready batches, from a store or from a peer's layout."""
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,40 +15,52 @@ from carryon.cache.format.zarr_metadata import ROW_ARRAYS, row_path, state_paths
 from carryon.cache.store.reader import Store, Unit
 from carryon.cache.store.shard_reader import CopyRange
 from carryon.tools.bench.disk import Charge
-from carryon.tools.bench.peer import Peer
+from carryon.tools.bench.peers import Peer
 from carryon.tools.bench.states import StateSet
-from carryon.train.config import StreamSettings
+from carryon.train.config import OptimizationSettings, StreamSettings
+from carryon.train.data.batch import Batch
+from carryon.train.data.datasets import open_data
 from carryon.train.data.loader import Stream
 from carryon.train.data.sampler import plan_epoch
 
 BATCH_TOKENS = 4096
-"""Tokens of our batches; the peers' hold as many."""
+"""Tokens of a batch of ours; the peers' hold as many."""
 EPOCHS = 3
-"""Epochs that are read one after another, as a run of training does: memory and read-ahead are
-warm after the first tenth of it. The figures are of all of them together."""
+"""Epochs per run. The figures cover all of them: the caches are warm after a tenth of the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epoch:
-    """What a few epochs delivered."""
+    """Throughput of a few epochs."""
 
     num_tokens: int
-    """Tokens in ready batches, without pads."""
+    """Tokens in ready batches, without padding."""
     num_rows: int
-    """Rows of those batches, with pads."""
+    """Rows of those batches, with padding."""
     elapsed_s: float
     cpu_s: float
-    """Time that the process had a core, all threads together."""
+    """CPU time of all threads."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens without pads."""
+        """Throughput without padding."""
         return self.num_tokens / self.elapsed_s
+
+
+def iter_batches(
+    store: Store, *, taps: Sequence[str], tokens_per_step: int = 1024
+) -> Iterator[Batch]:
+    """Yield the batches of an epoch as training reads them."""
+    data = open_data([str(store.root)], StreamSettings(), taps=taps)
+    [windows] = data.plan(OptimizationSettings(epochs=1, tokens_per_step=tokens_per_step))
+    with Stream(data.store, windows, taps=taps, settings=data.settings, is_pinned=False) as steps:
+        for batches in steps:
+            yield from batches
 
 
 def run_store_epoch(store: Store, *, seed: int, settings: StreamSettings, charge: Charge) -> Epoch:
     """Stream a store as the trainer does, in the order of its first epochs."""
-    started_at, cpu_started_at = time.perf_counter(), time.process_time()
+    started = _clocks()
     windows = [
         window
         for epoch in range(EPOCHS)
@@ -70,19 +82,14 @@ def run_store_epoch(store: Store, *, seed: int, settings: StreamSettings, charge
             for batch in step:
                 num_tokens += batch.num_tokens
                 num_rows += batch.tokens.numel()
-    return Epoch(
-        num_tokens=num_tokens,
-        num_rows=num_rows,
-        elapsed_s=time.perf_counter() - started_at,
-        cpu_s=time.process_time() - cpu_started_at,
-    )
+    return _epoch(started, num_tokens, num_rows)
 
 
 def run_peer_epoch(
     peer: Peer, states: StateSet, folder: Path, *, seed: int, num_threads: int, charge: Charge
 ) -> Epoch:
-    """Read a peer's files in random order; threads make whole batches ahead of use."""
-    started_at, cpu_started_at = time.perf_counter(), time.process_time()
+    """Read a peer's files in random order; threads prepare whole batches ahead of use."""
+    started = _clocks()
     batches = [
         batch
         for epoch in range(EPOCHS)
@@ -96,16 +103,21 @@ def run_peer_epoch(
             while to_submit and len(pending) < 2 * num_threads:
                 pending.append(pool.submit(load, to_submit.popleft()))
             num_rows += pending.popleft().result()["input_ids"].numel()
-    return Epoch(
-        num_tokens=sum(int(states.lengths[batch].sum()) for batch in batches),
-        num_rows=num_rows,
-        elapsed_s=time.perf_counter() - started_at,
-        cpu_s=time.process_time() - cpu_started_at,
-    )
+    num_tokens = sum(int(states.lengths[batch].sum()) for batch in batches)
+    return _epoch(started, num_tokens, num_rows)
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _epoch(started: tuple[float, float], num_tokens: int, num_rows: int) -> Epoch:
+    elapsed_s, cpu_s = (now - then for now, then in zip(_clocks(), started, strict=True))
+    return Epoch(num_tokens=num_tokens, num_rows=num_rows, elapsed_s=elapsed_s, cpu_s=cpu_s)
 
 
 class ChargedStore(Store):
-    """A store whose files are charged before they are read."""
+    """A store that charges each file before it is read."""
 
     def __init__(self, store: Store, charge: Charge) -> None:
         super().__init__(store.root, store.manifest, store.finished_units)

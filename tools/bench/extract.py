@@ -1,11 +1,10 @@
-"""What extracting costs beside the bare forward passes that it cannot do without."""
+"""Extraction speed relative to the bare forward passes that it needs."""
 
 import contextlib
 import io
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,47 +19,47 @@ from carryon.cache.extraction.layout_writer import write_plan
 from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.extraction.pilot import make_probe, run_pilot
 from carryon.cache.format.manifest import Manifest
-from carryon.cache.settings import CorpusSettings, StoreSettings
+from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_writer import UnitInput, read_sample_places, read_unit_input
-from carryon.tools.compare.figure import Figure, Report
+from carryon.tools.bench.job import Job, synchronize
+from carryon.tools.compare.figure import Figure
 
 TARGET = 0.97
 
 
-def measure_extraction(
-    base: Base,
-    samples: list[Sample],
-    work: Path,
-    *,
-    unit_tokens: int,
-    batch_tokens: int,
-    report: Report,
-) -> None:
-    """Report tokens/s of whole extractions against tokens/s of the bare forward passes.
+def measure_extraction(job: Job, *, tokens: int = 24_576, unit_tokens: int = 4096) -> None:
+    """Report tokens/s of extraction against tokens/s of the bare forward passes.
 
-    For every unit in turn: the base's decoder over its length-sorted batches and nothing else,
-    and all of `run_units` for this one unit: the same passes, then encoding, writing, waiting for
-    the disk, the receipt. In a longer extraction that tail runs beside the next unit's passes, so
-    the ratio is at worst what is measured here.
+    Each unit is run both ways in turn: the base's decoder over its length-sorted batches alone,
+    and `run_units`, which also encodes, writes, syncs and commits. A longer extraction overlaps
+    that tail with the next unit's passes, so the measured ratio is a lower bound.
+
+    Args:
+        job: input; the samples are those of the store.
+        tokens: tokens to extract.
+        unit_tokens: tokens of a unit; each unit is one round.
     """
-    root = work / "extracted"
+    base, batch_tokens = job.load_base(), ForwardSettings().batch_tokens
+    samples = samples_of(job.open_store(), max_tokens=tokens)
+    root = job.work / "extracted"
     manifest = _plan(root, base, samples, StoreSettings(unit_tokens=unit_tokens))
     inputs = _read_inputs(root, manifest)
     _run_bare(base, inputs[0], batch_tokens=batch_tokens)  # the first pass is slower
-    bare, whole = [_NOTHING] * len(inputs), [_NOTHING] * len(inputs)
+    bare, whole = [(0.0, 0.0)] * len(inputs), [(0.0, 0.0)] * len(inputs)
     for unit, unit_input in enumerate(inputs):
         for is_bare in (True, False) if unit % 2 == 0 else (False, True):
             if is_bare:
-                bare[unit] = _timed(partial(_run_bare, base, unit_input, batch_tokens=batch_tokens))
+                bare[unit] = _times(partial(_run_bare, base, unit_input, batch_tokens=batch_tokens))
             else:
-                whole[unit] = _timed(
-                    partial(_extract, root, manifest, base, unit, batch_tokens=batch_tokens)
-                )
-    tokens = [unit_input.num_tokens for unit_input in inputs]
-    ratios = [before.elapsed_s / after.elapsed_s for before, after in zip(bare, whole, strict=True)]
-    cpu_ratios = [before.cpu_s / after.cpu_s for before, after in zip(bare, whole, strict=True)]
-    report(
+                run = partial(_extract, root, manifest, base, unit, batch_tokens=batch_tokens)
+                whole[unit] = _times(run)
+    num_tokens = sum(unit_input.num_tokens for unit_input in inputs)
+    ratios, cpu_ratios = (
+        [before[clock] / after[clock] for before, after in zip(bare, whole, strict=True)]
+        for clock in (0, 1)
+    )
+    job.report(
         Figure(
             figure="extract.speed",
             value=statistics.median(ratios),
@@ -70,12 +69,12 @@ def measure_extraction(
             details={
                 "ratios": ratios,
                 "cpu_time_ratio": statistics.median(cpu_ratios),
-                "tokens": sum(tokens),
+                "tokens": num_tokens,
                 "units": len(inputs),
                 "unit_tokens": unit_tokens,
                 "batch_tokens": batch_tokens,
-                "bare_tokens_per_second": sum(tokens) / sum(one.elapsed_s for one in bare),
-                "extract_tokens_per_second": sum(tokens) / sum(one.elapsed_s for one in whole),
+                "bare_tokens_per_second": num_tokens / sum(elapsed_s for elapsed_s, _ in bare),
+                "extract_tokens_per_second": num_tokens / sum(elapsed_s for elapsed_s, _ in whole),
                 "base": base.identity.id,
                 "device": str(base.device),
                 "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
@@ -85,16 +84,16 @@ def measure_extraction(
 
 
 def samples_of(store: Store, *, max_tokens: int) -> list[Sample]:
-    """Return samples of a store, units in order, up to `max_tokens` tokens; no state is read."""
-    found: list[Sample] = []
+    """Return samples of a store in unit order, up to `max_tokens` tokens; no state is read."""
+    samples: list[Sample] = []
     num_tokens = 0
     for unit in store.iter_units(taps=[]):
         for index in unit.samples:
             rows = unit.sample(index)
             num_tokens += len(rows.tokens)
-            if found and num_tokens > max_tokens:
-                return found
-            found.append(
+            if samples and num_tokens > max_tokens:
+                return samples
+            samples.append(
                 Sample(
                     id=str(index),
                     tokens=rows.tokens,
@@ -103,16 +102,14 @@ def samples_of(store: Store, *, max_tokens: int) -> list[Sample]:
                     is_held_out=False,
                 )
             )
-    return found
+    return samples
 
 
 def _plan(root: Path, base: Base, samples: list[Sample], settings: StoreSettings) -> Manifest:
-    tokens = [len(sample.tokens) for sample in samples]
-    supervised = [int(sample.loss_mask.sum()) for sample in samples]
     counts = {
         "samples": len(samples),
-        "tokens": sum(tokens),
-        "supervised_tokens": sum(supervised),
+        "tokens": sum(len(sample.tokens) for sample in samples),
+        "supervised_tokens": sum(int(sample.loss_mask.sum()) for sample in samples),
     }
     texts = Corpus(samples=samples, fingerprint="0" * 64, files=[], counts=counts)
     plan = plan_corpus(texts, settings)
@@ -131,28 +128,15 @@ def _read_inputs(root: Path, manifest: Manifest) -> list[UnitInput]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Time:
-    """What some work took."""
-
-    elapsed_s: float
-    cpu_s: float
-    """Of all threads; leaves out the time that other programs had the cores."""
-
-
-_NOTHING = _Time(elapsed_s=0.0, cpu_s=0.0)
-
-
-def _timed(work: Callable[[], None]) -> _Time:
+def _times(work: Callable[[], None]) -> tuple[float, float]:
+    """Return the wall-clock seconds and the CPU seconds of all threads."""
     started_at, cpu_started_at = time.perf_counter(), time.process_time()
     work()
-    return _Time(
-        elapsed_s=time.perf_counter() - started_at, cpu_s=time.process_time() - cpu_started_at
-    )
+    return time.perf_counter() - started_at, time.process_time() - cpu_started_at
 
 
 def _run_bare(base: Base, unit_input: UnitInput, *, batch_tokens: int) -> None:
-    """Run the decoder over a unit's length-sorted batches and wait for it; keep nothing."""
+    """Run the decoder over a unit's length-sorted batches and drop the states."""
     lengths, starts = unit_input.lengths, unit_input.starts
     for batch in plan_batches(lengths, batch_tokens=batch_tokens):
         ids = np.zeros((len(batch), int(lengths[batch].max())), dtype=np.int64)
@@ -163,8 +147,7 @@ def _run_bare(base: Base, unit_input: UnitInput, *, batch_tokens: int) -> None:
             base.architecture.decoder(
                 input_ids=torch.from_numpy(ids).to(base.device), use_cache=False
             )
-    if base.device.type == "cuda":
-        torch.cuda.synchronize(base.device)  # else only the launches would be timed
+    synchronize()
 
 
 def _extract(root: Path, manifest: Manifest, base: Base, unit: int, *, batch_tokens: int) -> None:

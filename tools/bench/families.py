@@ -1,6 +1,6 @@
-"""Tiny random bases of every architecture family that is tested.
+"""Tiny random bases of every tested architecture.
 
-Every weight is random, norms too, so that a wrong norm, scale or cap cannot go unnoticed.
+All weights are random, norms too, so a wrong norm, scale or cap changes the logits.
 """
 
 from dataclasses import dataclass, field

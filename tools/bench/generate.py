@@ -1,12 +1,16 @@
-"""Tokens/s of customized models: against the base alone, and many carry-ons against one."""
+"""Generation speed of customized models: against the base, and of many carry-ons against one."""
 
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from carryon.tools.bench.compose_job import ComposeJob, make_carryons, make_prompts
+from carryon.cache.base.model import Base
+from carryon.tools.bench.job import Job
+from carryon.tools.bench.random_carryons import MAX_BYTES, make_carryons, make_prompts
 from carryon.tools.compare.figure import Figure, in_turn
 from carryon.train.inference.adapters import DEFAULT
 from carryon.train.inference.modeling import CarryOnForCausalLM
@@ -15,37 +19,54 @@ BASE_TARGET = 0.93
 MIXED_TARGET = 0.6
 
 
-def measure_generation(job: ComposeJob) -> None:
-    """Generate with a carry-on and with the base alone, the base as transformers runs it."""
-    for rows in job.sizes.batch_sizes:
-        tokens = make_prompts(job.base, job.work, num=rows, num_tokens=job.sizes.prompt_tokens).to(
-            job.base.device
-        )
-        model = _load(job, tokens, num=1)
-        ways = {
-            "carryon": lambda model=model, tokens=tokens: generation_speed(job, model, tokens),
-            "base": lambda tokens=tokens: generation_speed(job, job.base.model, tokens),
-        }
-        compare_speeds(job, f"generate.batch-{rows}", ways, target=BASE_TARGET)
+def measure_generation(
+    job: Job,
+    *,
+    batch_sizes: tuple[int, ...] = (1, 8),
+    prompt_tokens: int = 64,
+    new_tokens: int = 64,
+    carryon_bytes: int = MAX_BYTES,
+    rounds: int = 7,
+) -> None:
+    """Report tokens/s with a carry-on against the base as transformers runs it."""
+    base = job.load_base()
+    for rows in batch_sizes:
+        tokens = make_prompts(base, job.work, num=rows, num_tokens=prompt_tokens).to(base.device)
+        model = _load(base, tokens, num=1, max_bytes=carryon_bytes)
+        speed = partial(generation_speed, tokens=tokens, new_tokens=new_tokens)
+        ways = {"carryon": partial(speed, model), "base": partial(speed, base.model)}
+        details = {"dtype": str(base.compute_dtype), "new_tokens": new_tokens}
+        name = f"generate.batch-{rows}"
+        job.report(compare_speeds(name, ways, details, target=BASE_TARGET, rounds=rounds))
 
 
-def measure_mixed_rows(job: ComposeJob) -> None:
-    """Generate rows with a carry-on each, and as many rows that share one."""
-    rows = job.sizes.mixed_rows
-    tokens = make_prompts(job.base, job.work, num=rows, num_tokens=job.sizes.prompt_tokens)
-    tokens = tokens.to(job.base.device)
-    model = _load(job, tokens, num=rows)
-    own = [_name(number) for number in range(rows)]
+def measure_mixed_rows(
+    job: Job,
+    *,
+    rows: int = 16,
+    prompt_tokens: int = 64,
+    new_tokens: int = 64,
+    carryon_bytes: int = MAX_BYTES,
+    rounds: int = 7,
+) -> None:
+    """Report tokens/s of rows with a carry-on each against as many rows that share one."""
+    base = job.load_base()
+    tokens = make_prompts(base, job.work, num=rows, num_tokens=prompt_tokens).to(base.device)
+    model = _load(base, tokens, num=rows, max_bytes=carryon_bytes)
+    names = [_name(number) for number in range(rows)]
+    speed = partial(generation_speed, model, tokens=tokens, new_tokens=new_tokens)
     ways = {
-        "mixed": lambda: generation_speed(job, model, tokens, carryons=own),
-        "one": lambda: generation_speed(job, model, tokens, carryons=[_name(0)] * rows),
+        "mixed": partial(speed, carryons=names),
+        "one": partial(speed, carryons=[_name(0)] * rows),
     }
-    compare_speeds(job, f"mixed.rows-{rows}", ways, target=MIXED_TARGET)
+    details = {"dtype": str(base.compute_dtype), "new_tokens": new_tokens}
+    name = f"mixed.rows-{rows}"
+    job.report(compare_speeds(name, ways, details, target=MIXED_TARGET, rounds=rounds))
 
 
-def _load(job: ComposeJob, tokens: Tensor, *, num: int) -> CarryOnForCausalLM:
-    model = CarryOnForCausalLM.from_base(job.base)
-    made = make_carryons(job.base, num, max_bytes=job.sizes.carryon_bytes, tokens=tokens[:1])
+def _load(base: Base, tokens: Tensor, *, num: int, max_bytes: int) -> CarryOnForCausalLM:
+    model = CarryOnForCausalLM.from_base(base)
+    made = make_carryons(base, num, max_bytes=max_bytes, tokens=tokens[:1])
     for number, (carryon, card) in enumerate(made):
         saved = {name: w.detach().to(torch.bfloat16) for name, w in carryon.state_dict().items()}
         model.carryons.put(_name(number), saved, card)
@@ -56,27 +77,32 @@ def _name(number: int) -> str:
     return DEFAULT if number == 0 else f"carry-on-{number}"
 
 
-def compare_speeds(job: ComposeJob, figure: str, ways: dict[str, Any], *, target: float) -> None:
-    """Run two ways in turn and report the first's speed as a part of the second's."""
+def compare_speeds(
+    figure: str,
+    ways: Mapping[str, Callable[[], float]],
+    details: Mapping[str, Any],
+    *,
+    target: float,
+    rounds: int,
+) -> Figure:
+    """Run two ways in turn and return the first's speed relative to the second's."""
     for way in ways.values():
-        way()  # memory and threads are set up
-    speeds = in_turn(ways, rounds=job.sizes.rounds)
+        way()  # warm up
+    speeds = in_turn(ways, rounds=rounds)
     first, second = speeds.values()
-    job.report(
-        Figure(
-            figure=figure,
-            value=first / second,
-            unit="of the tokens/s",
-            target=target,
-            sense="at least",
-            details={f"{name}_tokens_per_second": speed for name, speed in speeds.items()}
-            | {"dtype": str(job.base.compute_dtype), "new_tokens": job.sizes.new_tokens},
-        )
+    return Figure(
+        figure=figure,
+        value=first / second,
+        unit="of the tokens/s",
+        target=target,
+        sense="at least",
+        details={f"{name}_tokens_per_second": speed for name, speed in speeds.items()}
+        | dict(details),
     )
 
 
-def generation_speed(job: ComposeJob, model: Any, tokens: Tensor, **settings: Any) -> float:  # noqa: ANN401
-    """Return tokens/s of generating from `tokens`, the prompt's own forward pass included."""
+def generation_speed(model: Any, tokens: Tensor, *, new_tokens: int, **settings: Any) -> float:  # noqa: ANN401
+    """Return tokens/s of generating after `tokens`, including the prompt's forward pass."""
     started_at = time.perf_counter()
     output = model.generate(
         tokens,
@@ -84,7 +110,7 @@ def generation_speed(job: ComposeJob, model: Any, tokens: Tensor, **settings: An
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
-        max_new_tokens=job.sizes.new_tokens,
+        max_new_tokens=new_tokens,
         **settings,
     )
     num_new = (output.shape[1] - tokens.shape[1]) * len(tokens)

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from carryon.tools.compare.figure import Figure, print_json, print_table
+from carryon.tools.bench.job import Job
+from carryon.tools.compare.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("cache", "train", "tools")
@@ -21,17 +22,16 @@ SMALL_STORES = ROOT / "tests/data/before.tar.xz"
 _ROUNDS = 5
 
 
-def bench_house() -> list[dict[str, Any]]:
-    """Measure the house: modules, floors, lines, seconds of help, what an import loads.
+def measure_shape(job: Job) -> None:
+    """Report modules, files, floors, imports and lines of the source."""
+    for figure in _shape():
+        job.report(figure)
 
-    Example:
-        python -m carryon.tools.bench house
-    """
-    figures = [*_shape(), *_seconds_of_help(), _imports_of_opening()]
-    for figure in figures:
-        print_json(figure)
-    print_table(figures)
-    return [figure.to_dict() for figure in figures]
+
+def measure_start(job: Job) -> None:
+    """Report the seconds of --help, and the large modules that opening a store loads."""
+    for figure in (*_seconds_of_help(), _imports_of_opening()):
+        job.report(figure)
 
 
 def _shape() -> Iterator[Figure]:

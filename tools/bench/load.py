@@ -1,20 +1,18 @@
-"""What it costs to load many carry-ons beside one base: memory, and seconds."""
+"""Memory and time to load many carry-ons beside one base."""
 
 import json
-import subprocess
-import sys
 
-import numpy as np
 import torch
 
-from carryon.tools.bench.compose_job import ComposeJob, make_carryons, make_prompts
+from carryon.tools.bench.job import Job, median_of, run_fresh
+from carryon.tools.bench.random_carryons import MAX_BYTES, make_carryons, make_prompts
 from carryon.tools.compare.figure import Figure
 from carryon.train.modules.serialization import save_carryon
 
 SECONDS_TARGET = 5.0
 MB_TARGET = 250.0
 
-_LOAD_IN_A_FRESH_PROCESS = """
+_LOAD = """
 import json, sys, time
 from pathlib import Path
 import psutil
@@ -28,7 +26,7 @@ started_at = time.perf_counter()
 for folder in folders:
     loaded.add(folder.name, folder)
 load_s = time.perf_counter() - started_at
-# Files that are only mapped would not count: touch every weight.
+# Mapped files count once they are touched.
 sums = [float(w.float().sum()) for n in loaded.names for w in loaded.get(n).weights.values()]
 after = resident().rss
 print(json.dumps({
@@ -40,23 +38,19 @@ print(json.dumps({
 """
 
 
-def measure_loading(job: ComposeJob) -> None:
-    """Load made-up carry-ons in fresh processes that hold no base, one after another."""
-    sizes = job.sizes
-    tokens = make_prompts(job.base, job.work, num=1, num_tokens=sizes.prompt_tokens)
+def measure_loading(
+    job: Job, *, carryons: int = 200, carryon_bytes: int = MAX_BYTES, rounds: int = 7
+) -> None:
+    """Load random carry-ons one after another, in fresh processes without a base."""
+    base = job.load_base()
+    tokens = make_prompts(base, job.work, num=1, num_tokens=64)
     root = job.work / "carryons"
-    made = make_carryons(job.base, 1, max_bytes=sizes.carryon_bytes, tokens=tokens)
-    carryon, card = made[0]
-    for number in range(sizes.carryons):
+    [(carryon, card)] = make_carryons(base, 1, max_bytes=carryon_bytes, tokens=tokens)
+    for number in range(carryons):
         torch.nn.init.normal_(carryon.bridges[0].weight)  # type: ignore[arg-type]
         save_carryon(root / f"user-{number}", carryon, card, dtype=torch.bfloat16)
-    runs = []
-    for _ in range(sizes.rounds):
-        identity = json.dumps(job.base.identity.to_dict())
-        command = [sys.executable, "-c", _LOAD_IN_A_FRESH_PROCESS, str(root), identity]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-        runs.append(json.loads(done.stdout))
-    median = {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
+    identity = json.dumps(base.identity.to_dict())
+    median = median_of([run_fresh(_LOAD, str(root), identity) for _ in range(rounds)])
     for figure, key, unit, target in (
         ("load.memory", "load_mb", "MB", MB_TARGET),
         ("load.seconds", "load_s", "s", SECONDS_TARGET),

@@ -1,10 +1,9 @@
-"""The frozen-head loss, value and gradient, against its two matrix products alone.
+"""Speed of the frozen-head loss and gradient against its two matrix products alone.
 
-Exact, and with a filter that leaves negligible probabilities out of the gradient.
+Exact, and with a filter that omits negligible probabilities from the gradient.
 Letters: M positions, D width, V vocabulary.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,11 +17,10 @@ from carryon.cache.device import (
     reuse_freed_memory,
 )
 from carryon.cache.store.reader import Store
-from carryon.tools.bench.train import TrainJob
+from carryon.tools.bench.epoch import iter_batches
+from carryon.tools.bench.job import Job, timed
 from carryon.tools.compare.figure import Figure, in_turn
-from carryon.train.config import LossSettings, OptimizationSettings, StreamSettings
-from carryon.train.data.datasets import open_data
-from carryon.train.data.loader import Stream
+from carryon.train.config import LossSettings
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import (
     CPU_BLOCK_ROWS,
@@ -34,19 +32,19 @@ from carryon.train.losses.gradient_filter import farthest_from_mean
 
 LOSS_TARGET = 0.75
 FILTERED_TARGET = 1.0
-_CALLS = 3  # in a round, of each way
-_CHECKED = 64  # positions that are compared with the plain float32 formula
-_ROUNDING = 1e-6  # of float32 sums, of a gradient's norm
+_CALLS = 3  # of each way per round
+_CHECKED = 64  # positions compared with the plain float32 formula
+_ROUNDING = 1e-6  # of float32 sums, relative to a gradient's norm
 _SPREAD = 5.0
-"""Standard deviation of a made-up state's logits. So as many probabilities of a position are above
-1e-3, 1e-4, 1e-5 and 1e-6 (some 25, 120, 450, 1,400) as in states of SmolLM2-135M on worked problems
+"""Standard deviation of a synthetic state's logits. It gives about as many probabilities above
+1e-3, 1e-4, 1e-5 and 1e-6 per position (25, 120, 450, 1,400) as SmolLM2-135M has on worked problems
 (19, 72, 290, 1,000) and on Python's library (43, 250, 1,050, 3,300)."""
-_LIKELY = 40.0  # lead of a made-up state's own token, in nats before the sum over the rest
+_LIKELY = 40.0  # lead of a synthetic state's own token, in nats before the sum over the rest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossInput:
-    """Input of a loss, made up like a half-trained model's or taken from a store."""
+    """Input of a loss, synthetic or from a store."""
 
     head: FrozenHead
     states: Tensor
@@ -55,30 +53,44 @@ class LossInput:
     """[M] int64."""
 
 
-def measure_loss(job: TrainJob) -> None:
-    """Report the speed of the loss and its errors: exact, and with a gradient filter."""
-    sizes = job.sizes
-    given = make_up_loss(
-        positions=sizes.loss_tokens, width=sizes.loss_width, vocabulary=sizes.loss_vocabulary
-    )
-    _measure(job, "loss.speed", given, target=LOSS_TARGET)
-    places = {"loss.filtered.speed": given}
-    if job.settings.store:
-        places["loss.filtered.store.speed"] = take_loss(
-            job.settings.store, positions=sizes.loss_tokens
-        )
-    for figure, exact in places.items():
+def measure_loss(
+    job: Job,
+    *,
+    tokens: int = 2048,
+    width: int = 576,
+    vocabulary: int = 49_152,
+    gradient_filter: float = 1e-6,
+    rounds: int = 5,
+) -> None:
+    """Report the speed and errors of the loss, exact and filtered, on synthetic states.
+
+    With a store or a base also filtered on real states.
+
+    Args:
+        job: input.
+        tokens: supervised positions of a call.
+        width: channels of the synthetic states.
+        vocabulary: rows of the synthetic head.
+        gradient_filter: probability below which the filter omits a token.
+        rounds: rounds per median.
+    """
+    synthetic = make_loss_input(positions=tokens, width=width, vocabulary=vocabulary)
+    _measure(job, "loss.speed", synthetic, target=LOSS_TARGET, rounds=rounds)
+    inputs = {"loss.filtered.speed": synthetic}
+    if job.given_stores or job.base:
+        inputs["loss.filtered.store.speed"] = read_loss_input(job.open_store(), positions=tokens)
+    for figure, exact in inputs.items():
         head = exact.head
         if head.device.type == "cpu":
             head = replace(head, weight=head.weight.float(), dtype=torch.float32)
-        filtered = replace(exact, head=with_gradient_filter(head, sizes.loss_filter))
-        _measure(job, figure, filtered, target=FILTERED_TARGET)
+        filtered = replace(exact, head=with_gradient_filter(head, gradient_filter))
+        _measure(job, figure, filtered, target=FILTERED_TARGET, rounds=rounds)
 
 
-def _measure(job: TrainJob, figure: str, given: LossInput, *, target: float) -> None:
+def _measure(job: Job, figure: str, given: LossInput, *, target: float, rounds: int) -> None:
     ways = {f"limit.{name}": way for name, way in products_alone(given).items()}
     ways["loss"] = loss_way(given)
-    seconds = in_turn({name: timed(way) for name, way in ways.items()}, rounds=job.sizes.rounds)
+    seconds = in_turn({name: timed(way, calls=_CALLS) for name, way in ways.items()}, rounds=rounds)
     limit = min(value for name, value in seconds.items() if name.startswith("limit."))
     details = {"tokens_per_second": {k: len(given.states) / v for k, v in seconds.items()}}
     job.report(
@@ -93,8 +105,8 @@ def _measure(job: TrainJob, figure: str, given: LossInput, *, target: float) -> 
     )
 
 
-def make_up_loss(*, positions: int, width: int, vocabulary: int) -> LossInput:
-    """Return a random head, and states that lean to a target which is likely for most."""
+def make_loss_input(*, positions: int, width: int, vocabulary: int) -> LossInput:
+    """Return a random head, and states that mostly make their target likely."""
     random = torch.Generator().manual_seed(0)
     device = pick_device("auto")
     dtype = pick_head_dtype("auto", device)
@@ -116,23 +128,18 @@ def make_up_loss(*, positions: int, width: int, vocabulary: int) -> LossInput:
     return LossInput(head=head, states=states.to(device), targets=targets.to(device))
 
 
-def take_loss(path: str, *, positions: int) -> LossInput:
-    """Return a store's head, and the base's own states at its first supervised positions."""
-    data = open_data([path], StreamSettings(), taps=["final"])
-    [windows] = data.plan(OptimizationSettings(epochs=1))
+def read_loss_input(store: Store, *, positions: int) -> LossInput:
+    """Return a store's head and its states at the first supervised positions."""
     states: list[Tensor] = []
     targets: list[Tensor] = []
-    with Stream(
-        data.store, windows, taps=["final"], settings=data.settings, is_pinned=False
-    ) as steps:
-        for batch in (batch for batches in steps for batch in batches):
-            states.append(batch.states["final"][batch.positions].float())
-            targets.append(batch.targets)
-            if sum(map(len, targets)) >= positions:
-                break
+    for batch in iter_batches(store, taps=["final"]):
+        states.append(batch.states["final"][batch.positions].float())
+        targets.append(batch.targets)
+        if sum(map(len, targets)) >= positions:
+            break
     device = pick_device("auto")
     return LossInput(
-        head=place_head(Store.open(path), LossSettings(), device=device),
+        head=place_head(store, LossSettings(), device=device),
         states=torch.cat(states)[:positions].to(device),
         targets=torch.cat(targets)[:positions].to(device),
     )
@@ -179,7 +186,7 @@ def loss_way(given: LossInput) -> Callable[[], None]:
 
 
 def errors_of(given: LossInput) -> dict[str, float]:
-    """Return the largest error of the loss and the error of the gradient on a few positions."""
+    """Return the errors of the loss and its gradient at a few positions."""
     count = min(_CHECKED, len(given.states))
     targets = given.targets[:count]
     states = given.states[:count].to(given.head.dtype).float().requires_grad_()
@@ -188,41 +195,22 @@ def errors_of(given: LossInput) -> dict[str, float]:
     (plain_gradient,) = torch.autograd.grad(plain.sum(), states)
     losses = token_losses(states, targets, head=given.head, chunk=DEFAULT_CHUNK)
     (gradient,) = torch.autograd.grad(losses.sum(), states)
-    found = {
+    errors = {
         "mean_loss": float(plain.detach().mean()),
         "loss_error": float((losses - plain).detach().abs().max()),
         "gradient_relative_error": float((gradient - plain_gradient).norm())
         / float(plain_gradient.norm()),
     }
     if given.head.gradient_filter == 0:
-        return found
+        return errors
     p = logits.detach().softmax(dim=1)
     left_out = torch.where(p < given.head.gradient_filter, p, 0.0).sum(dim=1)
     bounds = left_out * given.head.logit_scale * farthest_from_mean(given.head)
     bounds += _ROUNDING * plain_gradient.norm(dim=1)
-    return found | {
+    return errors | {
         "gradient_filter": given.head.gradient_filter,
         "left_out_mean": float(left_out.mean()),
         "left_out_most": float(left_out.max()),
         "bound_relative": float(bounds.norm() / plain_gradient.norm()),
         "error_to_bound_most": float(((gradient - plain_gradient).norm(dim=1) / bounds).max()),
     }
-
-
-def timed(way: Callable[[], None]) -> Callable[[], float]:
-    way()  # warm
-
-    def seconds() -> float:
-        _wait()
-        started_at = time.perf_counter()
-        for _ in range(_CALLS):
-            way()
-        _wait()
-        return (time.perf_counter() - started_at) / _CALLS
-
-    return seconds
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():  # a waiting point: kernels run behind the calls
-        torch.cuda.synchronize()

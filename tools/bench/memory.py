@@ -1,12 +1,10 @@
-"""Peak memory to train a large carry-on on a large base: the trainer itself, in a fresh process.
+"""Peak memory to train a large carry-on on a large base, and its estimate.
 
-Counted is anonymous memory above that of an interpreter that has imported torch. The store is made
-up; its head is as large as a real one. Letters: D width, V vocabulary.
+The trainer runs in a fresh process. The figure is anonymous memory above that of an interpreter
+that has imported torch. The store is synthetic, with a head of real size.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,9 @@ from carryon.cache.device import pick_head_dtype
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
+from carryon.tools.bench.job import Job, run_fresh
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import StateSet
-from carryon.tools.bench.train import TrainJob
-from carryon.tools.bench.train_settings import BenchTrainSizes
 from carryon.tools.compare.figure import Figure
 from carryon.train.config import (
     CarryOnSettings,
@@ -34,17 +31,17 @@ from carryon.train.trainer.memory_estimate import MemoryCase, plan_memory
 
 TARGET_GB = 0.75
 PLAN_TARGET = 0.15
-"""What `carryon plan-memory` may be off by, either way, in parts of what is measured."""
+"""Largest error of `carryon plan-memory`, either way, relative to the measured peak."""
 _SAMPLES_A_STEP = 8
 _HELD_OUT = 1
-_FIRST_VOCABULARY = 256  # rows that the made-up probe looks at
+_FIRST_VOCABULARY = 256  # rows that the probe covers
 _ROWS_AT_ONCE = 8192  # of the head, in float32
 _LOSS = LossSettings(head_place="mapped")
 _MEMORY = MemorySettings(
     weights_dtype="bfloat16", optimizer_bits=8, step_in_backward=True, recompute=True
 )
 
-_IN_A_FRESH_PROCESS = """
+_TRAIN = """
 import json, sys
 import torch
 from carryon.tools.compare.peak_memory import anonymous_bytes
@@ -54,83 +51,87 @@ print(json.dumps(train_watched(json.loads(sys.argv[1]), before=before)))
 """
 
 
-def measure_memory(job: TrainJob) -> None:
-    """Report the peak, whether the loss is the plain formula's, and how far off the plan is."""
-    sizes = job.sizes
+def measure_memory(
+    job: Job,
+    *,
+    width: int = 5120,
+    vocabulary: int = 152_064,
+    carryon_width: int = 1760,
+    tokens: int = 2048,
+    steps: int = 2,
+) -> None:
+    """Report the peak, the error of the loss against the plain formula, and that of the estimate.
+
+    Args:
+        job: input.
+        width: channels of the base.
+        vocabulary: rows of its head.
+        carryon_width: width of the carry-on; 1,760 gives 100 million weights at width 5,120.
+        tokens: tokens of a micro-batch.
+        steps: optimizer steps.
+    """
     root = job.work / "store"
-    write_large_store(
-        root,
-        width=sizes.memory_width,
-        vocab_size=sizes.memory_vocabulary,
-        step_tokens=sizes.memory_tokens,
-        num_steps=sizes.memory_steps,
-    )
+    write_large_store(root, width=width, vocab_size=vocabulary, step_tokens=tokens, num_steps=steps)
+    shape = carryon_shape(carryon_width)
     request = {
         "store": str(root),
         "out": str(job.work / "run"),
-        "carryon": carryon_shape(sizes.memory_carryon_width).to_dict(),
-        "tokens_per_step": sizes.memory_tokens,
+        "carryon": shape.to_dict(),
+        "tokens_per_step": tokens,
     }
-    command = [sys.executable, "-c", _IN_A_FRESH_PROCESS, json.dumps(request)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    run = run_fresh(_TRAIN, json.dumps(request))
     plain = plain_base_nll(Store.open(root))
     job.report(
         Figure(
             figure="memory.peak",
-            value=found["peak_bytes"] / 1e9,
+            value=run["peak_bytes"] / 1e9,
             unit="GB",
             target=TARGET_GB,
             details={
                 "hard_limit_gb": 1.0,
-                **found,
+                **run,
                 "base_nll_plain": plain,
-                "base_nll_error": abs(found["base_nll"] - plain),
+                "base_nll_error": abs(run["base_nll"] - plain),
             },
         )
     )
-    parts = plan_memory(_case(sizes))
-    ratio = sum(parts.values()) / found["peak_bytes"]
+    case = MemoryCase(
+        base_width=width,
+        vocab_size=vocabulary,
+        micro_batch_tokens=tokens,
+        supervised_ratio=1 - _SAMPLES_A_STEP / tokens,  # all but the first token of a sample
+        window_tokens=tokens,
+        head_bytes=pick_head_dtype(_LOSS.head_dtype, torch.device("cpu")).itemsize,
+        carryon=shape,
+        loss=_LOSS,
+        memory=_MEMORY,
+    )
+    parts = plan_memory(case)
+    ratio = sum(parts.values()) / run["peak_bytes"]
     job.report(
         Figure(
             figure="memory.plan",
             value=abs(ratio - 1),
-            unit="of the measured peak, too much or too little",
+            unit="error relative to the measured peak",
             target=PLAN_TARGET,
             details={
                 "ratio": ratio,
                 "planned_bytes": sum(parts.values()),
-                "measured_bytes": found["peak_bytes"],
+                "measured_bytes": run["peak_bytes"],
                 "parts": parts,
             },
         )
     )
 
 
-def _case(sizes: BenchTrainSizes) -> MemoryCase:
-    """Return what `carryon plan-memory` would be told of this run."""
-    head_dtype = pick_head_dtype(_LOSS.head_dtype, torch.device("cpu"))
-    return MemoryCase(
-        base_width=sizes.memory_width,
-        vocab_size=sizes.memory_vocabulary,
-        micro_batch_tokens=sizes.memory_tokens,
-        supervised_ratio=1 - _SAMPLES_A_STEP / sizes.memory_tokens,  # not a sample's first token
-        window_tokens=sizes.memory_tokens,
-        head_bytes=head_dtype.itemsize,
-        carryon=carryon_shape(sizes.memory_carryon_width),
-        loss=_LOSS,
-        memory=_MEMORY,
-    )
-
-
 def carryon_shape(width: int) -> CarryOnSettings:
-    """Return a carry-on whose MLP is 2.6 times as wide as its blocks: 100M weights at 1,760."""
+    """Return a carry-on whose MLP is 2.6 times as wide as its blocks."""
     heads = next(heads for heads in (16, 8, 4, 2, 1) if width % (2 * heads) == 0)
     return CarryOnSettings(width=width, heads=heads, intermediate_size=int(2.6 * width))
 
 
 def train_watched(request: Mapping[str, Any], *, before: int) -> dict[str, Any]:
-    """Train as `carryon train` does, in little memory; return the peak above `before`."""
+    """Train with all memory settings; return the peak above `before`, in bytes."""
     from carryon.tools.compare.peak_memory import anonymous_bytes, watched_peak
     from carryon.train.trainer.trainer import train
 
@@ -161,7 +162,7 @@ def train_watched(request: Mapping[str, Any], *, before: int) -> dict[str, Any]:
 def write_large_store(
     root: Path, *, width: int, vocab_size: int, step_tokens: int, num_steps: int
 ) -> None:
-    """Write a store of random states, of as many tokens as `num_steps` steps take."""
+    """Write a store of random states with the tokens of `num_steps` steps."""
     random = np.random.default_rng(0)
     sample_tokens = step_tokens // _SAMPLES_A_STEP
     num_samples = num_steps * _SAMPLES_A_STEP + _HELD_OUT

@@ -1,5 +1,11 @@
-"""What a carry-on is once it is merged or exported: its logits, and its speed, by others' code."""
+"""Merged and exported carry-ons run by transformers and PEFT: their logits and their speed.
 
+Carry-ons are trained for a few steps, merged or exported, and loaded without this project. Logits
+are compared in float32. The target is the change that rounding to bfloat16 makes, measured beside
+it: of the logits, and of the weights where a checkpoint is written in bfloat16.
+"""
+
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,83 +14,151 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from carryon.cache.base.hooks import base_logits, capture
-from carryon.cache.base.model import Base, load_base
+from carryon.cache.base.model import Base
+from carryon.cache.device import pick_device
 from carryon.cache.optional import require
-from carryon.cache.settings import ForwardSettings
-from carryon.tools.bench.compose_job import ComposeJob
-from carryon.tools.bench.compose_settings import BenchComposeSizes
 from carryon.tools.bench.generate import compare_speeds, generation_speed
-from carryon.tools.bench.merge_job import MergeJob
-from carryon.tools.compare.figure import Figure
+from carryon.tools.bench.job import Job, timed
+from carryon.tools.bench.lora import RANK, base_steps, carryon_steps, padded_rows, take_batches
+from carryon.tools.bench.merge_carryons import (
+    TOKENS_PER_STEP,
+    TOP_BLOCKS,
+    MergeInput,
+    open_input,
+)
+from carryon.tools.compare.figure import Figure, in_turn
+from carryon.train.config import rates_of
 from carryon.train.inference.merge import load_for_base, merge
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.base_blocks import BlocksCarryOn
+from carryon.train.modules.carryon import build_carryon
 from carryon.train.modules.packed_attention import pack
 
 GENERATE_TARGET = 1.0
-_EXACT = ForwardSettings(device="cpu", compute_dtype="float32")
-"""Both sides of a comparison of logits are computed like this, so that only weights can differ."""
+SPEED_TARGET = 3.0
+_LOGIT_TOKENS = 128
+_PROMPT_TOKENS = 32
 
 
-def measure_native(job: MergeJob) -> None:
+def measure_native(job: Job, *, tokens_per_step: int = TOKENS_PER_STEP) -> None:
     """Compare the merged checkpoint of a `native` with the customized model."""
-    _report_logits(job, "native", job.train("native"), is_adapter=False)
+    given = open_input(job, tokens_per_step=tokens_per_step)
+    carryon = given.train("native", job.work / "native")
+    _report_logits(job, given, "native", carryon, is_adapter=False)
 
 
-def measure_top(job: MergeJob) -> None:
+def measure_top(
+    job: Job, *, top_blocks: int = TOP_BLOCKS, tokens_per_step: int = TOKENS_PER_STEP
+) -> None:
     """Compare the merged checkpoint of a `top` with the customized model."""
-    _report_logits(job, "top", job.train("top"), is_adapter=False)
+    given = open_input(job, top_blocks=top_blocks, tokens_per_step=tokens_per_step)
+    carryon = given.train("top", job.work / "top")
+    _report_logits(job, given, "top", carryon, is_adapter=False)
 
 
-def measure_adapter(job: MergeJob) -> None:
-    """Compare the PEFT adapter of a `top` trained by LoRA, and its checkpoint, in the same way."""
+def measure_adapter(
+    job: Job, *, top_blocks: int = TOP_BLOCKS, tokens_per_step: int = TOKENS_PER_STEP
+) -> None:
+    """Compare the PEFT adapter of a `top` by LoRA, and its merged checkpoint, in the same way."""
     require("peft", extra="bench", purpose="loading an adapter")
-    carryon = job.train("top-lora")
-    _report_logits(job, "adapter", carryon, is_adapter=True)
-    _report_logits(job, "top-lora", carryon, is_adapter=False)
+    given = open_input(job, top_blocks=top_blocks, tokens_per_step=tokens_per_step)
+    carryon = given.train("top-lora", job.work / "top-lora")
+    _report_logits(job, given, "adapter", carryon, is_adapter=True)
+    _report_logits(job, given, "top-lora", carryon, is_adapter=False)
 
 
-def measure_generation(job: MergeJob) -> None:
-    """Generate with the merged checkpoint of a `top` and with its base, in turn."""
+def measure_generation(
+    job: Job,
+    *,
+    top_blocks: int = TOP_BLOCKS,
+    tokens_per_step: int = TOKENS_PER_STEP,
+    new_tokens: int = 32,
+    rounds: int = 5,
+) -> None:
+    """Report generation speed of the merged checkpoint of a `top` against its base."""
+    given = open_input(job, top_blocks=top_blocks, tokens_per_step=tokens_per_step)
     out = job.work / "merged"
-    merge(job.train("top"), base=job.base, out=out)
-    base = load_base(job.base, forward=ForwardSettings())
+    merge(given.train("top", job.work / "top"), base=job.base, out=out)
+    base = job.load_base()
     merged: Any = AutoModelForCausalLM.from_pretrained(
         out, dtype=base.compute_dtype, attn_implementation=base.attention
     )
-    merged = merged.to(base.device)
-    sizes = BenchComposeSizes(new_tokens=job.sizes.new_tokens, rounds=job.sizes.rounds)
-    compose = ComposeJob(base=base, sizes=sizes, work=job.work, report=job.report)
-    tokens = job.tokens(job.sizes.prompt_tokens).to(base.device)
-    ways = {
-        "merged": lambda: generation_speed(compose, merged, tokens),
-        "base": lambda: generation_speed(compose, base.model, tokens),
-    }
-    compare_speeds(compose, "generate.speed", ways, target=GENERATE_TARGET)
+    tokens = given.tokens(_PROMPT_TOKENS).to(base.device)
+    speed = partial(generation_speed, tokens=tokens, new_tokens=new_tokens)
+    ways = {"merged": partial(speed, merged.to(base.device)), "base": partial(speed, base.model)}
+    details = {"dtype": str(base.compute_dtype), "new_tokens": new_tokens}
+    job.report(
+        compare_speeds("generate.speed", ways, details, target=GENERATE_TARGET, rounds=rounds)
+    )
+
+
+def measure_speed(
+    job: Job,
+    *,
+    top_blocks: int = TOP_BLOCKS,
+    tokens_per_step: int = TOKENS_PER_STEP,
+    steps: int = 2,
+    rounds: int = 5,
+) -> None:
+    """Report the step speed of a `top`, trained whole and by LoRA, against LoRA on the base."""
+    given = open_input(job, top_blocks=top_blocks, tokens_per_step=tokens_per_step)
+    store, shape = given.store, given.shape("top")
+    batches = take_batches(store, tokens_per_step, count=steps, taps=shape.taps)
+    device = pick_device("auto")
+    ways = {}
+    for name in ("top", "top-lora"):
+        carryon = build_carryon(given.shape(name), store, seed=0).to(device)
+        rate = rates_of(carryon.settings)[0]
+        ways[name] = timed(carryon_steps(carryon, store, batches, learning_rate=rate))
+    base = job.load_base()
+    ways["lora"] = timed(base_steps(base, [padded_rows(batch) for batch in batches], has_lora=True))
+    seconds = in_turn(ways, rounds=rounds)
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    for name, target in (("top", SPEED_TARGET), ("top-lora", None)):
+        job.report(
+            Figure(
+                figure=f"{name}.speed",
+                value=seconds["lora"] / seconds[name],
+                unit="of LoRA's tokens/s",
+                target=target,
+                sense="at least",
+                details={
+                    "tokens_per_second": {way: num_tokens / each for way, each in seconds.items()},
+                    "tokens": num_tokens,
+                    "targets": sum(batch.num_targets for batch in batches),
+                    "blocks": shape.blocks,
+                    "blocks_of_base": base.identity.num_layers,
+                    "rank": RANK,
+                    "dtype": str(base.compute_dtype),
+                },
+            )
+        )
 
 
 @torch.no_grad()
-def _report_logits(job: MergeJob, name: str, carryon: Path, *, is_adapter: bool) -> None:
-    """Report the largest difference to the customized model: as served, and as it was trained."""
+def _report_logits(
+    job: Job, given: MergeInput, name: str, carryon: Path, *, is_adapter: bool
+) -> None:
+    """Report the largest logit difference to the customized model, as served and as trained."""
     out = job.work / f"{name}-written"
     merge(carryon, base=job.base, out=out, adapter=is_adapter, device="cpu")
-    base = load_base(job.base, forward=_EXACT)
-    tokens = job.tokens(job.sizes.logit_tokens)
+    base = job.load_base(device="cpu", dtype="float32")  # so that only weights can differ
+    tokens = given.tokens(_LOGIT_TOKENS)
     alone = base_logits(base, tokens)
     trained = trained_logits(base, load_for_base(carryon, base), tokens)
     composed = CarryOnForCausalLM.from_pretrained(carryon, base=base)
     served = composed(tokens).logits
-    rounding = {"logits": _largest(served, served.to(torch.bfloat16).float()), "weights": 0.0}
+    rounding = {"logits": _distance(served, served.to(torch.bfloat16).float()), "weights": 0.0}
     if is_adapter:
         peft: Any = require("peft", extra="bench", purpose="loading an adapter")
-        found = peft.PeftModel.from_pretrained(base.model, str(out))(tokens).logits
+        written = peft.PeftModel.from_pretrained(base.model, str(out))(tokens).logits
     else:
         model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-        found = model(tokens).logits
+        written = model(tokens).logits
         for weight in composed.parameters():
-            weight.copy_(weight.to(base.checkpoint_dtype))  # what a checkpoint's weights have
-        rounding["weights"] = _largest(served, composed(tokens).logits)
-    against = {"served": _largest(found, served), "trained": _largest(found, trained)}
+            weight.copy_(weight.to(base.checkpoint_dtype))  # as in the checkpoint
+        rounding["weights"] = _distance(served, composed(tokens).logits)
+    against = {"served": _distance(written, served), "trained": _distance(written, trained)}
     job.report(
         Figure(
             figure=f"{name}.logits",
@@ -94,10 +168,10 @@ def _report_logits(job: MergeJob, name: str, carryon: Path, *, is_adapter: bool)
             details={
                 "against": against,
                 "rounding_to_bfloat16": rounding,
-                "moved_by_the_carryon": _largest(alone, served),
+                "moved_by_the_carryon": _distance(alone, served),
                 "largest_logit": float(served.abs().max()),
                 "tokens": tokens.shape[1],
-                "blocks": job.shape("native" if name == "native" else "top").blocks,
+                "blocks": given.shape("native" if name == "native" else "top").blocks,
                 "blocks_of_base": base.identity.num_layers,
             },
         )
@@ -105,7 +179,7 @@ def _report_logits(job: MergeJob, name: str, carryon: Path, *, is_adapter: bool)
 
 
 def trained_logits(base: Base, module: BlocksCarryOn, tokens: Tensor) -> Tensor:
-    """Return [1, T, V] by the way of training: the base's states, the carry-on, the head."""
+    """Return logits [1, T, V] as training computes them: base states, carry-on, head."""
     states = {tap: each[0] for tap, each in capture(base, module.settings.taps, tokens).items()}
     num_tokens = tokens.shape[1]
     final = module.correct_packed(
@@ -116,5 +190,5 @@ def trained_logits(base: Base, module: BlocksCarryOn, tokens: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _largest(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max())
+def _distance(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).abs().max())

@@ -1,8 +1,5 @@
-"""What it costs to open a very large store: seconds, and memory."""
+"""Time and memory to open a very large store."""
 
-import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +9,9 @@ from carryon.cache.corpus.dataset import Sample
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.settings import StoreSettings
+from carryon.tools.bench.job import Job, median_of, run_fresh
 from carryon.tools.bench.scratch import plan_scratch, write_scratch_unit
-from carryon.tools.compare.figure import Figure, Report
+from carryon.tools.compare.figure import Figure
 
 SECONDS_TARGET = 1.0
 MB_TARGET = 300.0
@@ -21,7 +19,7 @@ _WIDTH = 16
 _SAMPLE_TOKENS = 4
 _WRITERS = 8  # each waits for the disk most of the time
 
-_OPEN_IN_A_FRESH_PROCESS = """
+_OPEN = """
 import json, sys, time
 import psutil
 from carryon.cache.store.reader import Store
@@ -48,29 +46,24 @@ print(json.dumps({
 
 
 def measure_opening(
-    work: Path, *, num_units: int, num_samples: int, rounds: int, report: Report
+    job: Job, *, units: int = 4000, samples: int = 2_000_000, rounds: int = 3
 ) -> None:
-    """Make a store of so many units and samples, and open it in fresh processes.
+    """Write a store of many small samples and open it in fresh processes.
 
-    The store is wide as a toy, but as long as a real one: opening depends on nothing else.
+    Its states are narrow: the cost of opening depends on the number of units and samples only.
     """
-    root = work / "large"
-    make_large_store(root, num_units=num_units, num_samples=num_samples)
-    runs = []
-    for _ in range(rounds):
-        command = [sys.executable, "-c", _OPEN_IN_A_FRESH_PROCESS, str(root)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-        runs.append(json.loads(done.stdout))
-    median = {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
+    root = job.work / "large"
+    make_large_store(root, num_units=units, num_samples=samples)
+    median = median_of([run_fresh(_OPEN, str(root)) for _ in range(rounds)])
     for figure, value, unit, target in (
         ("open.seconds", median["open_s"], "s", SECONDS_TARGET),
         ("open.memory", median["open_mb"], "MB", MB_TARGET),
     ):
-        report(Figure(figure=figure, value=value, unit=unit, target=target, details=median))
+        job.report(Figure(figure=figure, value=value, unit=unit, target=target, details=median))
 
 
 def make_large_store(root: Path, *, num_units: int, num_samples: int) -> Manifest:
-    """Write a store of many tiny samples; every unit has the same states. Minutes for millions."""
+    """Write a store of many tiny samples, all units with equal states. Minutes for millions."""
     unit_tokens = -(-num_samples // num_units) * _SAMPLE_TOKENS
     tokens = np.arange(_SAMPLE_TOKENS, dtype=np.int32)
     loss_mask = np.ones(_SAMPLE_TOKENS, dtype=np.uint8)

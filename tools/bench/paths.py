@@ -1,21 +1,39 @@
-"""Whether releases leave the trunk's bits alone, and what they cost.
+"""Releasing versions: cost in steps, bits of the trunk, learning rates.
 
-Everything is counted on runs that are really trained: a lineage of four versions, and the other
-paradigms beside it, on small made-up stores whose increments have a number of steps that alpha
-divides. How good the versions are is for `python -m carryon.tools.bench experiment-paths`.
+Everything is counted on real training runs: a lineage of four versions and the other ways of
+releasing, on small synthetic stores whose steps alpha divides. `experiment-paths` measures how good
+versions are.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from carryon.tools.compare.figure import Figure, Report
+import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    from carryon.train.config import TrainSettings
-    from carryon.train.continual.lineage_dir import Lineage
+from carryon.cache.settings import StoreSettings
+from carryon.tools.bench.job import Job
+from carryon.tools.bench.path_plan import plan_paradigms
+from carryon.tools.bench.path_runs import PathRuns
+from carryon.tools.bench.scratch import write_scratch_store
+from carryon.tools.bench.states import make_states
+from carryon.tools.compare.figure import Figure
+from carryon.train.config import (
+    CarryOnSettings,
+    OptimizationSettings,
+    RunSettings,
+    StreamSettings,
+    TrainSettings,
+)
+from carryon.train.continual.lineage import update
+from carryon.train.continual.lineage_dir import Lineage, open_lineage
+from carryon.train.trainer.checkpoint import newest_checkpoint
+from carryon.train.trainer.segment import Segment, digest_of_state
+from carryon.train.trainer.trainer import Job as TrainJob
+from carryon.train.trainer.trainer import train_segments
 
 ALPHA = 0.6
 VERSIONS = 4
@@ -24,44 +42,23 @@ STEPS = 10
 _SAMPLE_TOKENS = 16
 
 
-def bench_paths(*, out: str = "", work: str = "") -> list[dict[str, Any]]:
-    """Measure releasing versions: cost in steps, exactness of the trunk, learning rates.
-
-    Four increments of made-up data, ten steps each, alpha 0.6; cosine, knee and multistep. One
-    JSON line for each figure goes to stdout, a table to stderr at the end. A target that is missed
-    reads "met": false; the exit code stays 0.
-
-    Example:
-        python -m carryon.tools.bench paths --out figures
-
-    Args:
-        out: Folder for figures.jsonl. Empty for none.
-        work: Folder for what is written on the way; what is written is removed. Empty for the
-            system's folder for such things.
-    """
-    import torch
-
-    from carryon.tools.bench.command import run_measurements
-    from carryon.train.optim.lr_paths import BRANCH_SCHEDULES
-
-    torch.set_num_threads(1)  # on such small products several mostly wait for each other
-
-    def run(schedule: str, scratch: Path, report: Report) -> None:
-        for figure in measure(scratch / schedule, write_stores(scratch), schedule):
-            report(replace(figure, figure=f"paths.{schedule}.{figure.figure}"))
-
-    found = run_measurements(BRANCH_SCHEDULES, run, out=out, work=work)
-    return [figure.to_dict() for figure in found]
+def measure_paths(
+    job: Job, *, schedules: tuple[str, ...] = ("cosine", "knee", "multistep")
+) -> None:
+    """Release four versions with each schedule and report what they took."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads slow down such small products
+    try:
+        stores = write_stores(job.work)
+        for schedule in schedules:
+            for figure in measure(job.work / schedule, stores, schedule):
+                job.report(replace(figure, figure=f"paths.{schedule}.{figure.figure}"))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_stores(root: Path) -> list[str]:
-    """Write a store for each increment, with samples of one length: STEPS steps of an epoch."""
-    import numpy as np
-
-    from carryon.cache.settings import StoreSettings
-    from carryon.tools.bench.scratch import write_scratch_store
-    from carryon.tools.bench.states import make_states
-
+    """Write a store per increment, with samples of one length: STEPS steps of an epoch."""
     paths = []
     for seed in range(VERSIONS):
         states = make_states(
@@ -82,24 +79,14 @@ def write_stores(root: Path) -> list[str]:
             hidden={tap: np.resize(each, (rows, 16)) for tap, each in states.hidden.items()},
         )
         path = root / f"store-{seed + 1}"
-        # The seed tells the stores apart, whose lengths are alike.
+        # The lengths are equal: only the seed distinguishes the stores.
         write_scratch_store(path, states, settings=StoreSettings(unit_tokens=512, seed=seed))
         paths.append(str(path))
     return paths
 
 
 def measure(root: Path, stores: Sequence[str], schedule: str) -> Iterator[Figure]:
-    """Train a lineage, a trunk without branches and the other paradigms; yield the figures."""
-    from carryon.train.config import (
-        CarryOnSettings,
-        OptimizationSettings,
-        RunSettings,
-        StreamSettings,
-        TrainSettings,
-    )
-    from carryon.train.continual.lineage import update
-    from carryon.train.continual.lineage_dir import open_lineage
-
+    """Train a lineage, a trunk without branches and the other ways; yield the figures."""
     settings = TrainSettings(
         carryon=CarryOnSettings(width=16, blocks=1, heads=2, intermediate_size=16, dropout=0.1),
         optimization=OptimizationSettings(
@@ -116,7 +103,7 @@ def measure(root: Path, stores: Sequence[str], schedule: str) -> Iterator[Figure
         update(lineage=str(root / "lineage"), store=[store], settings=settings, alpha=ALPHA)
     lineage = open_lineage(root / "lineage")
     counts = _count_others(root / "others", stores, settings)
-    # Every step that the lineage's runs have logged, whatever the plan says.
+    # The steps that the lineage's runs have logged, not those of the plan.
     counts["switch"] = sum(len(_lines(path)) for path in lineage.root.glob("*/*/metrics.jsonl"))
     for kind, target in {"switch": 0.58, "restart": 0.4, "low": 0.4}.items():
         yield Figure(
@@ -130,11 +117,8 @@ def measure(root: Path, stores: Sequence[str], schedule: str) -> Iterator[Figure
     yield from _rates(lineage, settings)
 
 
-def _count_others(root: Path, stores: Sequence[str], settings: "TrainSettings") -> dict[str, int]:
-    """Train the other paradigms; return the steps of each, as the ledgers of their runs say."""
-    from carryon.tools.bench.path_plan import plan_paradigms
-    from carryon.tools.bench.path_runs import PathRuns
-
+def _count_others(root: Path, stores: Sequence[str], settings: TrainSettings) -> dict[str, int]:
+    """Train the other ways of releasing; return the steps of each from its runs' ledgers."""
     experiment = PathRuns(root=root, stores=list(stores), settings=settings)
     experiment.begin()
     plan = plan_paradigms(
@@ -153,13 +137,9 @@ def _count_others(root: Path, stores: Sequence[str], settings: "TrainSettings") 
 
 
 def _trunk_bits(
-    root: Path, stores: Sequence[str], settings: "TrainSettings", lineage: "Lineage"
+    root: Path, stores: Sequence[str], settings: TrainSettings, lineage: Lineage
 ) -> Figure:
-    """Train a trunk without a branch, each increment whole, and compare where both stand last."""
-    from carryon.train.trainer.checkpoint import newest_checkpoint
-    from carryon.train.trainer.segment import Segment, digest_of_state
-    from carryon.train.trainer.trainer import Job, train_segments
-
+    """Train a trunk without branches and compare its states with the lineage's."""
     start, same = None, 0
     for number, store in enumerate(stores, 1):
         last = number == len(stores)
@@ -169,13 +149,13 @@ def _trunk_bits(
             ends=tuple(lineage.ends[:number]),
             alpha=ALPHA,
             first=0,
-            # The lineage's trunk has gone up to the last branch point, no further.
+            # The lineage's trunk ends at the last branch point.
             stop=lineage.branch_step(number) if last else STEPS,
             offset=(number - 1) * STEPS,
             start=start,
         )
         out = root / str(number)
-        train_segments([store], [Job(out=str(out), settings=settings, segment=segment)])
+        train_segments([store], [TrainJob(out=str(out), settings=settings, segment=segment)])
         start = newest_checkpoint(out / "checkpoints")
         part = lineage.head(number) if last else lineage.tail(number)
         theirs = newest_checkpoint(part.checkpoints)
@@ -191,8 +171,8 @@ def _trunk_bits(
     )
 
 
-def _rates(lineage: "Lineage", settings: "TrainSettings") -> Iterator[Figure]:
-    """Compare the learning rates that the runs have logged: trunk, branches, the end."""
+def _rates(lineage: Lineage, settings: TrainSettings) -> Iterator[Figure]:
+    """Check the logged learning rates of the trunk and at the end of branches."""
     top = settings.optimization.learning_rate
     bottom = top * settings.optimization.min_lr_ratio
     warmup_steps = round(settings.optimization.warmup_ratio * STEPS)
@@ -223,7 +203,7 @@ def _rates(lineage: "Lineage", settings: "TrainSettings") -> Iterator[Figure]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics that stand for a step; every step has logged one."""
+    """Return the metrics of a run's steps."""
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]

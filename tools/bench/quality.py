@@ -1,7 +1,6 @@
-"""What carry-ons come to on held-out text: from lossy stores, several taps, presets, other losses.
+"""Held-out loss of carry-ons: from lossy stores, with several taps, presets, a sampled softmax.
 
-Every comparison is one sweep over one store, so that all runs see the same samples in the same
-order; only what is compared differs.
+Every comparison is one sweep over one store, so all runs see the same samples in the same order.
 """
 
 import statistics
@@ -9,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from carryon.cache.errors import InputError
+from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
+from carryon.tools.bench.job import Job
 from carryon.tools.bench.recode import recode_store
-from carryon.tools.bench.train import TrainJob
 from carryon.tools.compare.figure import Figure
 from carryon.tools.compare.methods import same_size
 from carryon.train.config import (
@@ -30,36 +30,36 @@ PROFILE_TARGETS = {"near": 0.002, "compact": 0.005}
 SEEDS = (0, 1, 2)
 
 
-def measure_profiles(job: TrainJob) -> None:
-    """Train on lossy copies of a store; what counts is the loss on its exact states."""
-    store = Store.open(job.settings.store)
-    exact = _train(job, store.root, "exact", {"exact": {}})["exact"]
+def measure_profiles(job: Job, *, epochs: int = 3) -> None:
+    """Train on lossy copies of a store and report the loss on its exact states."""
+    store = job.open_store()
+    exact = _train(job, store.root, "exact", {"exact": {}}, epochs=epochs)["exact"]
     for profile, target in PROFILE_TARGETS.items():
         root = job.work / profile
         recode_store(store, root, profile=profile)
-        report = _train(job, root, f"on-{profile}", {profile: {}})[profile]
-        found = evaluate(
+        report = _train(job, root, f"on-{profile}", {profile: {}}, epochs=epochs)[profile]
+        evaluation = evaluate(
             store=str(store.root), carryon=report.carryon, samples="held-out", device="auto"
         )
         job.report(
             Figure(
                 figure=f"trained_on.{profile}",
-                value=found.carryon_nll / exact.carryon_nll - 1,
+                value=evaluation.carryon_nll / exact.carryon_nll - 1,
                 target=target,
                 unit="relative to exact",
                 details={
-                    "held_out_nll": found.carryon_nll,
+                    "held_out_nll": evaluation.carryon_nll,
                     "held_out_nll_exact": exact.carryon_nll,
-                    "base_nll": found.base_nll,
-                    "epochs": job.sizes.quality_epochs,
+                    "base_nll": evaluation.base_nll,
+                    "epochs": epochs,
                 },
             )
         )
 
 
-def measure_taps(job: TrainJob) -> None:
-    """Train on several taps and on `final` alone, of the same size, with three seeds."""
-    store = Store.open(job.settings.store)
+def measure_taps(job: Job, *, epochs: int = 3) -> None:
+    """Train carry-ons of equal size on several taps and on `final` alone, with three seeds."""
+    store = _open_with_layers(job)
     one = CarryOnSettings()
     runs: dict[str, Changes] = {}
     for middle in _middle_taps(store):
@@ -67,7 +67,7 @@ def measure_taps(job: TrainJob) -> None:
         changes = {"taps": several.taps, "intermediate_size": several.intermediate_size}
         runs |= {f"{'+'.join(middle)}.{seed}": changes | {"seed": seed} for seed in SEEDS}
     runs |= {f"final.{seed}": {"seed": seed} for seed in SEEDS}
-    reports = _train(job, store.root, "taps", runs)
+    reports = _train(job, store.root, "taps", runs, epochs=epochs)
     mixes = {name.rpartition(".")[0] for name in reports} - {"final"}
     by_mix = {
         mix: [reports[f"{mix}.{seed}"].carryon_nll for seed in SEEDS] for mix in (*mixes, "final")
@@ -87,23 +87,24 @@ def measure_taps(job: TrainJob) -> None:
                 "gains": gains,
                 "bytes_final": reports["final.0"].carryon_bytes,
                 "bytes_best": reports[f"{best}.0"].carryon_bytes,
-                "epochs": job.sizes.quality_epochs,
+                "epochs": epochs,
             },
         )
     )
 
 
-def measure_presets(job: TrainJob) -> None:
-    """Train each preset, for one epoch and for all; its loss beside its bytes and seconds."""
-    store = Store.open(job.settings.store)
-    for epochs in sorted({1, job.sizes.quality_epochs}):
+def measure_presets(job: Job, *, epochs: int = 3) -> None:
+    """Train each preset for one epoch and for all; report its loss, bytes and seconds."""
+    store = job.open_store()
+    for number in sorted({1, epochs}):
         for name in PRESETS:
-            changes = read_preset(name) | {"epochs": epochs}
-            # One after another: seconds of a run alone are what a user waits.
-            report = _train(job, store.root, f"preset-{name}-{epochs}", {name: changes})[name]
+            changes = read_preset(name) | {"epochs": number}
+            # One after another: a user waits for the seconds of a run alone.
+            folder = f"preset-{name}-{number}"
+            report = _train(job, store.root, folder, {name: changes}, epochs=number)[name]
             job.report(
                 Figure(
-                    figure=f"preset.{name}.epochs_{epochs}",
+                    figure=f"preset.{name}.epochs_{number}",
                     value=report.carryon_nll,
                     unit="nats, held out",
                     details={
@@ -118,30 +119,35 @@ def measure_presets(job: TrainJob) -> None:
             )
 
 
-def measure_sampled(job: TrainJob) -> None:
-    """Train with a sampled softmax and with all of it, step by step in turn, with three seeds."""
+def measure_sampled(job: Job, *, epochs: int = 3, sampled: int = 2048) -> None:
+    """Train with a sampled softmax and with the exact loss side by side, with three seeds.
+
+    Args:
+        job: input.
+        epochs: of every run.
+        sampled: negatives of a step.
+    """
     runs: dict[str, Changes] = {}
     for seed in SEEDS:
         runs |= {
-            f"{number}.{seed}": {"sampled_softmax": number, "seed": seed}
-            for number in (0, job.sizes.sampled_rows)
+            f"{number}.{seed}": {"sampled_softmax": number, "seed": seed} for number in (0, sampled)
         }
-    reports = _train(job, Store.open(job.settings.store).root, "sampled", runs)
+    reports = _train(job, job.open_store().root, "sampled", runs, epochs=epochs)
     exact = [reports[f"0.{seed}"] for seed in SEEDS]
-    sampled = [reports[f"{job.sizes.sampled_rows}.{seed}"] for seed in SEEDS]
-    nlls = [report.carryon_nll for report in sampled]
+    ours = [reports[f"{sampled}.{seed}"] for seed in SEEDS]
+    nlls = [report.carryon_nll for report in ours]
     exact_nlls = [report.carryon_nll for report in exact]
     job.report(
         Figure(
             figure="sampled.speed",
             value=statistics.median(
-                ours.tokens_per_second / theirs.tokens_per_second
-                for ours, theirs in zip(sampled, exact, strict=True)
+                one.tokens_per_second / other.tokens_per_second
+                for one, other in zip(ours, exact, strict=True)
             ),
             sense="at least",
             unit="of the exact loss's tokens/s",
             details={
-                "tokens_per_second": [report.tokens_per_second for report in sampled],
+                "tokens_per_second": [report.tokens_per_second for report in ours],
                 "tokens_per_second_exact": [report.tokens_per_second for report in exact],
             },
         )
@@ -155,28 +161,37 @@ def measure_sampled(job: TrainJob) -> None:
                 "held_out_nll": nlls,
                 "held_out_nll_exact": exact_nlls,
                 "base_nll": exact[0].base_nll,
-                "rows": job.sizes.sampled_rows,
-                "epochs": job.sizes.quality_epochs,
+                "rows": sampled,
+                "epochs": epochs,
             },
         )
     )
 
 
+def _open_with_layers(job: Job) -> Store:
+    """Open the given store, or extract one with the base's middle layers beside `final`."""
+    if job.given_stores:
+        return job.open_store()
+    num_layers = job.load_base().identity.num_layers
+    layers = sorted({-(-num_layers // 3), -(-2 * num_layers // 3)})
+    return job.open_store(StoreSettings(taps=[*(f"layer.{each}" for each in layers), "final"]))
+
+
 def _middle_taps(store: Store) -> list[list[str]]:
-    """Return what is mixed with `final`: the middle layer, and the highest with the lowest."""
+    """Return taps to mix with `final`: the middle layer, and the highest with the lowest."""
     layers = [tap for tap in store.taps if tap.startswith("layer.")]
     layers.sort(key=lambda tap: int(tap.removeprefix("layer.")))
     if not layers:
         raise InputError(
-            f"{store.root}: expected taps beside final to mix, got {' '.join(store.taps)}: extract "
-            "with --taps layer.10 layer.20 final or the like"
+            f"{store.root}: expected taps beside final, got {' '.join(store.taps)}. "
+            "Fix: extract with --taps layer.10 layer.20 final"
         )
     return [[layers[(len(layers) - 1) // 2]], *([[layers[-1], layers[0]]] if layers[1:] else [])]
 
 
 def _train(
-    job: TrainJob, root: Path, name: str, runs: Mapping[str, Changes]
+    job: Job, root: Path, name: str, runs: Mapping[str, Changes], *, epochs: int
 ) -> dict[str, TrainReport]:
-    settings = TrainSettings(optimization=OptimizationSettings(epochs=job.sizes.quality_epochs))
+    settings = TrainSettings(optimization=OptimizationSettings(epochs=epochs))
     reports = sweep(root, out=job.work / name, settings=settings, runs=runs)
     return dict(zip(runs, reports, strict=True))

@@ -1,6 +1,6 @@
 """A copy of an exact store in a lossy profile, made without its base.
 
-The copy holds the same samples in the same rows. Letters: R rows of a unit, D width, S samples.
+The copy holds the same samples in the same rows.
 """
 
 from dataclasses import replace
@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from carryon.cache.base.lm_head import widen
 from carryon.cache.corpus.dataset import Sample
 from carryon.cache.extraction.layout_writer import write_plan
 from carryon.cache.extraction.packing import UnitPlan
-from carryon.cache.format.probe import channel_relative_error, read_probe
-from carryon.cache.format.quantization import STEPS, from_codes, to_codes
+from carryon.cache.format.probe import read_probe
 from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_writer import read_unit_input, write_unit
+from carryon.tools.bench.scratch import profile_error
 from carryon.tools.bench.states import require_exact
 
 
@@ -23,13 +22,15 @@ def recode_store(store: Store, root: Path, *, profile: str) -> Store:
     """Write the copy to `root` and open it.
 
     Raises:
-        InputError: the store does not keep exact bfloat16 states.
+        InputError: the store does not hold exact bfloat16 states.
     """
     require_exact(store)
+    # The first tokens of the first unit, as in an extraction's pilot.
+    first = store.read_unit(min(store.finished_units)).hidden
     manifest = replace(
         store.manifest,
         settings=store.manifest.settings | {"profile": profile, "with_blocks": 0},
-        profile_error=_errors(store, profile),
+        profile_error=profile_error({tap: bits[1:512] for tap, bits in first.items()}, profile),
         files={},
     )
     samples, lengths = _samples(store), store.sample_lengths
@@ -44,14 +45,14 @@ def recode_store(store: Store, root: Path, *, profile: str) -> Store:
     manifest = write_plan(root, manifest, samples, plan, head=store.head(), probe=probe)
     for unit in store.iter_units():
         inside = slice(unit.samples.start, unit.samples.stop)
-        given = read_unit_input(
+        unit_input = read_unit_input(
             root,
             manifest,
             unit.unit,
             starts=store.sample_starts[inside],
             lengths=lengths[inside],
         )
-        write_unit(root, manifest, given, unit.hidden, elapsed_s=0.0)
+        write_unit(root, manifest, unit_input, unit.hidden, elapsed_s=0.0)
     return Store.open(root)
 
 
@@ -68,13 +69,3 @@ def _samples(store: Store) -> list[Sample]:
         for sample in unit.samples
         for rows in [unit.rows_of(sample)]
     ]
-
-
-def _errors(store: Store, profile: str) -> dict[str, dict[str, float]]:
-    """Return what an extraction's pilot would record, of the first unit's first tokens."""
-    found = {}
-    for tap, bits in store.read_unit(min(store.finished_units)).hidden.items():
-        states = widen(bits[1:512])
-        made = widen(from_codes(to_codes(states, step=STEPS[profile])))
-        found[tap] = {"channel_relative_error": channel_relative_error(made, states)}
-    return found

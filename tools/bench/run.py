@@ -1,171 +1,147 @@
-"""Which measurement needs what: stores, a base, made-up states; and running those that can be."""
+"""Running benchmarks by name: each in its own folder, each figure printed at once."""
 
+import importlib
+import inspect
+import json
 import logging
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from carryon.cache.base.model import Base, load_base
-from carryon.cache.extraction.pipeline import extract
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
-from carryon.cache.store.reader import Store
-from carryon.tools.bench.decode import measure_decoding
-from carryon.tools.bench.deepspec import deepspec, raw_map_straight
-from carryon.tools.bench.extract import measure_extraction, samples_of
-from carryon.tools.bench.open import measure_opening
-from carryon.tools.bench.scratch import write_scratch_store
-from carryon.tools.bench.settings import BenchSettings, BenchSizes, split_label
-from carryon.tools.bench.size import measure_lossless, measure_profiles
-from carryon.tools.bench.specforge import specforge
-from carryon.tools.bench.speculators import speculators
-from carryon.tools.bench.states import StateSet, make_states, take_states
-from carryon.tools.bench.stream import measure_streaming
-from carryon.tools.bench.write import measure_write_growth
-from carryon.tools.compare.corpora import write_named_corpus
-from carryon.tools.compare.figure import Report
+from carryon.cache.errors import InputError
+from carryon.cache.files import write_file
+from carryon.tools.bench.job import Job, check_labels
+from carryon.tools.bench.registry import BENCHMARKS, list_groups
+from carryon.tools.compare.figure import Figure, print_json, print_table
 
 logger = logging.getLogger(__name__)
 
-MADE_UP = "synthetic"
-_OWN_CORPUS_TOKENS = 1024  # longest sample of a corpus that is made here
-_WRITE_ROUNDS = 10  # times the rounds of the rest: a unit takes milliseconds, the disk its time
 
-
-def run_benchmarks(
-    settings: BenchSettings, sizes: BenchSizes, work: Path, *, report: Report
-) -> None:
-    """Measure what is asked for and what can be; say on stderr what is left out."""
-    wanted = set(settings.figures)
-    forward = ForwardSettings()
-    base = load_base(settings.base, forward=forward) if settings.base else None
-    stores = {label: Store.open(path) for label, path in map(split_label, settings.store)}
-    if base is not None and wanted & {"lossless", "profiles", "extract", "stream", "decode"}:
-        stores |= _extract_corpora(base, settings, sizes, work, known=set(stores), forward=forward)
-    for figure, need in (("lossless", stores), ("profiles", stores), ("extract", base)):
-        if figure in wanted and not need:
-            option = "--base" if figure == "extract" else "--store or --base"
-            logger.info(f"{figure}: left out, it needs {option}")
-
-    for label, store in stores.items():
-        if "lossless" in wanted:
-            measure_lossless(label, store, report=report)
-        if "profiles" in wanted:
-            measure_profiles(label, store, report=report)
-    if "extract" in wanted and base is not None and stores:
-        samples = samples_of(next(iter(stores.values())), max_tokens=sizes.extract_tokens)
-        measure_extraction(
-            base,
-            samples,
-            work,
-            unit_tokens=sizes.extract_unit_tokens,
-            batch_tokens=forward.batch_tokens,
-            report=report,
-        )
-    if "stream" in wanted:
-        _measure_streams(stores, sizes, work, report=report)
-    if "decode" in wanted:
-        _measure_decoders(stores, sizes, work, report=report)
-    if "write" in wanted:
-        measure_write_growth(
-            work,
-            early_unit=sizes.early_unit,
-            late_unit=sizes.late_unit,
-            width=256,
-            rounds=_WRITE_ROUNDS * sizes.rounds,
-            report=report,
-        )
-    if "open" in wanted:
-        measure_opening(
-            work,
-            num_units=sizes.large_units,
-            num_samples=sizes.large_samples,
-            rounds=sizes.rounds,
-            report=report,
-        )
-
-
-def _extract_corpora(
-    base: Base,
-    settings: BenchSettings,
-    sizes: BenchSizes,
-    work: Path,
+def run_named(
+    name: str,
+    /,
     *,
-    known: set[str],
-    forward: ForwardSettings,
-) -> dict[str, Store]:
-    stores = {}
-    for given in settings.corpus:
-        label, path = split_label(given)
-        if label in known:
-            continue
-        corpus = CorpusSettings()
-        if "=" not in given:
-            path = str(work / f"{label}.jsonl")
-            write_named_corpus(label, Path(path), num_tokens=sizes.corpus_tokens)
-            limit = min(_OWN_CORPUS_TOKENS, base.identity.context_tokens)
-            corpus = CorpusSettings(long="split", max_tokens=limit)
-        out = work / f"corpus-{label}"
-        extract(
-            base=base, data=[path], out=out, corpus=corpus, store=StoreSettings(), forward=forward
-        )
-        stores[label] = Store.open(out)
-    return stores
+    base: str = "",
+    store: list[str] = [],  # noqa: B006 -- shown in the help, never changed
+    corpus: list[str] = [],  # noqa: B006
+    sizes: list[str] = [],  # noqa: B006
+    quick: bool = False,
+    out: str = "",
+    work: str = "",
+) -> list[dict[str, Any]]:
+    """Run one benchmark, or all of a group.
+
+    Each figure is a JSON line on stdout as soon as it is measured, with its target; a table on
+    stderr lists all of them at the end. A missed target has "met": false; the exit code is 0.
+    Speeds are medians of rounds in which the ways that are compared take turns in one process.
+
+    A benchmark without its input is skipped with a line on stderr.
+
+    Example:
+        python -m carryon.tools.bench store --base demo/base --store gsm=demo/store
+
+    Args:
+        name: A group (store, train, compose, merge, paths) or one of its benchmarks (train.loss).
+        base: Hub id, folder or .gguf file.
+        store: Extracted stores of that base, PATH or LABEL=PATH. The labels gsm and python have
+            targets. Without one, benchmarks that need a store extract text with the base.
+        corpus: Text to extract: gsm, python, pydoc, manpages, or LABEL=PATH of your own files.
+            Default: what suits the benchmark.
+        sizes: Sizes of one benchmark, NAME=NUMBER, such as rounds=3; lists as 1,2.
+        quick: Use tiny sizes, which show in seconds that everything runs.
+        out: Folder for figures.jsonl. Empty: none.
+        work: Folder for temporary files, on the disk to measure. Empty: the system's.
+    """
+    check_labels("--store", store)
+    names = list_groups().get(name, [name])
+    chosen = [each for each in names if not _is_missing_input(each, base, store)]
+    values = {each: read_sizes(each, sizes, is_quick=quick) for each in chosen}
+    figures: list[Figure] = []
+
+    def report(figure: Figure) -> None:
+        figures.append(figure)
+        print_json(figure)
+
+    if work:
+        Path(work).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="carryon-bench-", dir=work or None) as shared:
+        for each in chosen:
+            with tempfile.TemporaryDirectory(prefix="run-", dir=shared) as scratch:
+                job = Job(
+                    work=Path(scratch),
+                    report=report,
+                    base=base,
+                    given_stores=store,
+                    corpora=corpus,
+                    shared=Path(shared),
+                    is_quick=quick,
+                )
+                run(each, job, values[each])
+    print_table(figures)
+    documents = [figure.to_dict() for figure in figures]
+    if out:
+        lines = "".join(json.dumps(document) + "\n" for document in documents)
+        write_file(Path(out) / "figures.jsonl", lines.encode())
+    return documents
 
 
-def _measure_streams(
-    stores: dict[str, Store], sizes: BenchSizes, work: Path, *, report: Report
-) -> None:
-    peers = [
-        speculators(),
-        specforge(has_pads=False),
-        specforge(has_pads=True),
-        deepspec(),
-        raw_map_straight(),
-    ]
-    sets = [(_made_up(sizes, num_samples=sizes.samples), sizes.unit_tokens)]
-    for label, store in stores.items():
-        states = take_states(label, store, max_tokens=sizes.stream_tokens)
-        sets.append((states, store.manifest.unit_tokens))
-    while sets:
-        states, unit_tokens = sets.pop(0)
-        measure_streaming(
-            states,
-            peers,
-            work / f"stream-{states.name}",
-            unit_tokens=unit_tokens,
-            rounds=sizes.rounds,
-            thread_counts=sizes.threads,
-            slow_mb_per_second=sizes.slow_disk,
-            report=report,
-        )
+def run(name: str, job: Job, sizes: Mapping[str, Any]) -> None:
+    """Run a benchmark."""
+    _function_of(name)(job, **sizes)
 
 
-def _measure_decoders(
-    stores: dict[str, Store], sizes: BenchSizes, work: Path, *, report: Report
-) -> None:
-    num_samples = max(1, sizes.unit_tokens // sizes.mean_tokens)  # a unit, or a little more
-    states = _made_up(sizes, num_samples=num_samples)
-    for profile in ("exact", "near", "compact"):
-        settings = StoreSettings.from_dict(
-            {"taps": states.taps, "profile": profile, "unit_tokens": sizes.unit_tokens}
-        )
-        root = work / f"decode-{profile}"
-        write_scratch_store(root, states, settings=settings)
-        measure_decoding(
-            MADE_UP if profile == "exact" else f"{MADE_UP}.{profile}",
-            root,
-            rounds=4 * sizes.rounds,
-            report=report,
-        )
-    for label, store in stores.items():
-        measure_decoding(label, store.root, rounds=4 * sizes.rounds, report=report)
+def read_sizes(name: str, given: Sequence[str], *, is_quick: bool) -> dict[str, Any]:
+    """Return the sizes of a benchmark that differ from its defaults.
+
+    Args:
+        name: of the benchmark.
+        given: NAME=NUMBER each, which win over the quick sizes.
+        is_quick: start from the quick sizes.
+
+    Raises:
+        InputError: the benchmark has no such size, or a value is not a positive number.
+    """
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(_function_of(name)).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    sizes = dict(BENCHMARKS[name].quick) if is_quick else {}
+    for text in given:
+        key, _, value = text.partition("=")
+        if key not in defaults:
+            known = " ".join(f"{key}={_shown(value)}" for key, value in defaults.items())
+            raise InputError(f"--sizes: expected some of {known} for {name}, got {text}")
+        sizes[key] = _parse(key, value, defaults[key])
+    return sizes
 
 
-def _made_up(sizes: BenchSizes, *, num_samples: int) -> StateSet:
-    return make_states(
-        MADE_UP,
-        num_samples=num_samples,
-        width=sizes.width,
-        num_taps=sizes.taps,
-        mean_tokens=sizes.mean_tokens,
-        max_tokens=sizes.max_tokens,
-        seed=0,
-    )
+def _parse(key: str, value: str, default: object) -> object:
+    kind = type(default[0] if isinstance(default, tuple) else default)
+    try:
+        values = tuple(map(kind, value.split(",")))
+    except ValueError:
+        values = ()
+    is_wrong = not values or (kind is not str and min(values) <= 0)
+    if is_wrong or (len(values) > 1 and not isinstance(default, tuple)):
+        raise InputError(f"--sizes: expected {key} more than 0, such as {_shown(default)}")
+    return values if isinstance(default, tuple) else values[0]
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _is_missing_input(name: str, base: str, store: Sequence[str]) -> bool:
+    needs = BENCHMARKS[name].needs
+    if base or not needs or (needs == "store" and store):
+        return False
+    wanted = "--base" if needs == "base" else "--store or --base"
+    logger.warning(f"{name}: skipped, it needs {wanted}")
+    return True
+
+
+def _function_of(name: str) -> Any:  # noqa: ANN401 -- each has its own sizes
+    file, _, function = BENCHMARKS[name].place.partition(":")
+    return getattr(importlib.import_module(f"carryon.tools.bench.{file}"), function)

@@ -1,26 +1,26 @@
-"""Greedy text from a cache against plain recomputation of the whole text.
+"""Greedy text from a cache against recomputation of the whole text.
 
-The recomputation shares nothing with composing but the trained module: base states by a forward
-pass without a cache, the carry-on on all of them, the base's norm and head on the sum. A causal
-model says at every position what it would say of the text up to there alone, so one pass over the
-generated text recomputes every choice in it: as long as all were the same, what came before each
-is the recomputed text itself. Prompts of one length and the same batches on both sides, so that
-neither pads nor another split of the work is what differs. In bfloat16 a logit has 8 bits, and the
-likeliest tokens are often a rounding apart, for the base alone just as well; so the claim is made
-in float32, and what the base's own type does is reported beside the base alone in that type.
+The recomputation shares only the trained module: base states by a forward pass without a cache, the
+carry-on on all of them, the base's norm and head on the sum. One causal pass over the generated
+text recomputes every choice in it. Prompts have one length, and both sides use the same batches, so
+neither padding nor batching differs.
+
+In bfloat16 a logit has 8 bits and the likeliest tokens often tie, for the base alone as well. The
+target therefore holds in float32; the base's own type is reported beside the base alone.
 """
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from carryon.cache.base.hooks import base_logits, capture
-from carryon.cache.base.model import Base, load_base
-from carryon.cache.settings import ForwardSettings
-from carryon.tools.bench.compose_job import ComposeJob, make_carryons, make_prompts
+from carryon.cache.base.model import Base
+from carryon.tools.bench.job import Job
+from carryon.tools.bench.random_carryons import MAX_BYTES, make_carryons, make_prompts
 from carryon.tools.compare.figure import Figure
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.carryon import CarryOn, customized_states
@@ -29,44 +29,57 @@ Logits = Callable[[Tensor, int], Tensor]
 """Of token ids [B, T] and n: the logits that decided each of the last n tokens, [B, n, V]."""
 
 
-def measure_greedy(job: ComposeJob) -> None:
-    """Compare all prompts in batches of each size, in float32 and in the base's own type."""
-    sizes = job.sizes
-    prompts = make_prompts(job.base, job.work, num=sizes.prompts, num_tokens=sizes.prompt_tokens)
-    made = make_carryons(job.base, 1, max_bytes=sizes.carryon_bytes, tokens=prompts[:1])
-    carryon, card = made[0]
-    is_wide = job.base.compute_dtype == torch.float32
-    bases = [job.base] if is_wide else [_widened(job.base), job.base]
+def measure_greedy(
+    job: Job,
+    *,
+    prompts: int = 100,
+    prompt_tokens: int = 64,
+    new_tokens: int = 24,
+    batch_sizes: tuple[int, ...] = (1, 8),
+    carryon_bytes: int = MAX_BYTES,
+) -> None:
+    """Report the part of prompts with equal text, per batch size, in float32 and the base's type.
+
+    Args:
+        job: input.
+        prompts: number of prompts.
+        prompt_tokens: tokens of a prompt.
+        new_tokens: tokens to generate; each is compared with a recomputation.
+        batch_sizes: rows of a batch.
+        carryon_bytes: size of the carry-on.
+    """
+    own_base = job.load_base()
+    tokens = make_prompts(own_base, job.work, num=prompts, num_tokens=prompt_tokens)
+    [(carryon, card)] = make_carryons(own_base, 1, max_bytes=carryon_bytes, tokens=tokens[:1])
+    bases = [own_base]
+    if own_base.compute_dtype != torch.float32:
+        bases.insert(0, job.load_base(device=str(own_base.device), dtype="float32"))
     for base in bases:
         model: Any = CarryOnForCausalLM(base, carryon, card)
-        own = _on(base, carryon)
+        plain = partial(plain_logits, base, _on(base, carryon))
         dtype = str(base.compute_dtype).removeprefix("torch.")
-        for rows in sizes.batch_sizes:
-            batches = torch.split(prompts.to(base.device), rows)
-
-            def plain(tokens: Tensor, last: int, base: Base = base, own: CarryOn = own) -> Tensor:
-                return plain_logits(base, own, tokens, last)
-
-            details: dict[str, float] = {"prompts": len(prompts), "new_tokens": sizes.greedy_tokens}
+        for rows in batch_sizes:
+            batches = torch.split(tokens.to(base.device), rows)
+            details: dict[str, float] = {"prompts": prompts, "new_tokens": new_tokens}
             if base.compute_dtype != torch.float32:
-                alone: Any = base.model
-
-                def bare(tokens: Tensor, last: int, base: Base = base) -> Tensor:
-                    return base_logits(base, tokens)[:, -last - 1 : -1]
-
-                share, worst = _compare_texts(alone, bare, batches, sizes.greedy_tokens)
-                details |= {"base_alone": share, "base_alone_worst_choice": worst}
-            share, worst = _compare_texts(model, plain, batches, sizes.greedy_tokens)
+                bare = partial(_last_logits, base)
+                ratio, worst = _compare_texts(base.model, bare, batches, new_tokens)
+                details |= {"base_alone": ratio, "base_alone_worst_choice": worst}
+            ratio, worst = _compare_texts(model, plain, batches, new_tokens)
             job.report(
                 Figure(
                     figure=f"greedy.{dtype}.batch-{rows}",
-                    value=share,
+                    value=ratio,
                     unit="of the prompts identical",
                     target=1.0 if base.compute_dtype == torch.float32 else None,
                     sense="at least",
                     details=details | {"worst_choice": worst},
                 )
             )
+
+
+def _last_logits(base: Base, tokens: Tensor, last: int) -> Tensor:
+    return base_logits(base, tokens)[:, -last - 1 : -1]
 
 
 @torch.inference_mode()
@@ -86,10 +99,10 @@ def _compare_texts(
     batches: tuple[Tensor, ...],
     num_new: int,
 ) -> tuple[float, float]:
-    """Return the part of the prompts whose text is the same, and by how much a choice was worse.
+    """Return the part of prompts with equal text, and the worst choice.
 
-    That is by how much the recomputed logit of a generated token lies below the largest one, as
-    a part of that: 0 where all texts are the same, rounding where only ties are decided otherwise.
+    The latter is the largest gap between the recomputed logit of a generated token and the highest
+    logit, relative to that: 0 for equal texts, rounding where only ties differ.
     """
     same = total = 0
     worst = 0.0
@@ -102,11 +115,11 @@ def _compare_texts(
             pad_token_id=0,
             max_new_tokens=num_new,
         )
-        found = logits(generated, num_new).float()
+        recomputed = logits(generated, num_new).float()
         chosen = generated[:, -num_new:]
-        same += int((found.argmax(dim=-1) == chosen).all(dim=1).sum())
-        largest = found.amax(dim=-1)
-        short = (largest - found.gather(2, chosen.unsqueeze(2)).squeeze(2)) / largest.abs()
+        same += int((recomputed.argmax(dim=-1) == chosen).all(dim=1).sum())
+        largest = recomputed.amax(dim=-1)
+        short = (largest - recomputed.gather(2, chosen.unsqueeze(2)).squeeze(2)) / largest.abs()
         worst = max(worst, float(short.max()))
         total += len(tokens)
     return same / total, worst
@@ -118,8 +131,3 @@ def _on(base: Base, carryon: CarryOn) -> CarryOn:
     for weight in placed.parameters():
         weight.data = weight.data.to(base.compute_dtype)
     return placed
-
-
-def _widened(base: Base) -> Base:
-    device = str(base.device)
-    return load_base(base.source, forward=ForwardSettings(device=device, compute_dtype="float32"))

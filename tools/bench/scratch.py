@@ -1,6 +1,6 @@
-"""Stores written from arrays, without a base: to measure writing, reading and opening.
+"""Stores written from arrays without a base, to measure writing, reading and opening.
 
-The head and the probe are made of the states themselves, so the stores open like any other.
+The head and the probe derive from the states, so these stores open like any other.
 Letters: N rows of the token axis, R rows of a unit, D width, S samples.
 """
 
@@ -42,24 +42,24 @@ def plan_scratch(
     first_states: Mapping[str, NDArray[np.uint16]],
     vocab_size: int = VOCABULARY,
 ) -> tuple[Manifest, UnitPlan]:
-    """Write the plan of a store, without hidden states.
+    """Write a store's plan, without hidden states.
 
     Args:
         root: folder of the store.
         samples: of the corpus.
         settings: of the store.
         first_states: [n, D] bits of bfloat16 for each tap and for `final`: the states of the
-            first rows that the plan will hold; the probe is made of them.
-        vocab_size: V of the head, VOCABULARY at least.
+            first rows of the plan, from which the probe is made.
+        vocab_size: V of the head, at least VOCABULARY.
 
     Returns:
-        The manifest, and where each sample lies.
+        The manifest, and the position of each sample.
     """
     lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int32)
     held_out = np.array([sample.is_held_out for sample in samples], dtype=np.bool_)
     plan = plan_units(lengths, held_out, unit_tokens=settings.unit_tokens, seed=settings.seed)
     width = int(first_states["final"].shape[1])
-    head = _made_up_head(width, vocab_size)
+    head = _random_head(width, vocab_size)
     manifest = Manifest(
         base={"id": "none", "revision": None},
         forward={},
@@ -73,9 +73,11 @@ def plan_scratch(
         ),
         head=head_facts(head),
         versions={},
-        profile_error=_profile_error(first_states, settings),
+        profile_error=profile_error(
+            {tap: first_states[tap] for tap in settings.taps}, settings.profile
+        ),
     )
-    probe = _made_up_probe(first_states, head)
+    probe = _make_probe(first_states, head)
     return write_plan(root, manifest, samples, plan, head=head, probe=probe), plan
 
 
@@ -87,7 +89,7 @@ def write_scratch_unit(
     unit: int,
     hidden: Mapping[str, NDArray[np.uint16]],
 ) -> Receipt:
-    """Write a unit as an extraction does, once its states [R, D] are there."""
+    """Write a unit of states [R, D], as an extraction does after the forward passes."""
     return write_unit(
         root, manifest, _unit_input(root, manifest, plan, lengths, unit), hidden, elapsed_s=0.0
     )
@@ -96,7 +98,7 @@ def write_scratch_unit(
 def write_scratch_store(
     root: Path, states: StateSet, *, settings: StoreSettings, vocab_size: int = VOCABULARY
 ) -> tuple[Manifest, list[Receipt]]:
-    """Write a whole store of a set of states."""
+    """Write a complete store of a set of states."""
     samples = states.samples()
     plan = plan_units(
         states.lengths,
@@ -123,7 +125,7 @@ def write_scratch_store(
 def unit_states(
     states: StateSet, plan: UnitPlan, unit: int, *, unit_tokens: int
 ) -> dict[str, NDArray[np.uint16]]:
-    """Return the states [R, D] of a unit, rows without a sample 0."""
+    """Return the states [R, D] of a unit; rows without a sample are 0."""
     hidden = {
         tap: np.zeros((unit_tokens, rows.shape[1]), dtype=rows.dtype)
         for tap, rows in states.hidden.items()
@@ -131,9 +133,23 @@ def unit_states(
     for position in np.flatnonzero(plan.unit == unit).tolist():
         rows = states.rows_of(int(plan.order[position]))
         start = int(plan.start[position]) - unit * unit_tokens
-        for tap, found in hidden.items():
-            found[start : start + rows.stop - rows.start] = states.hidden[tap][rows]
+        for tap, unit_rows in hidden.items():
+            unit_rows[start : start + rows.stop - rows.start] = states.hidden[tap][rows]
     return hidden
+
+
+def profile_error(
+    states: Mapping[str, NDArray[np.uint16]], profile: str
+) -> dict[str, dict[str, float]]:
+    """Return the error that a manifest records for a profile, by tap, measured on some states."""
+    if profile not in STEPS:
+        return {}
+    errors = {}
+    for tap, bits in states.items():
+        exact = widen(bits)
+        lossy = widen(from_codes(to_codes(exact, step=STEPS[profile])))
+        errors[tap] = {"channel_relative_error": channel_relative_error(lossy, exact)}
+    return errors
 
 
 def _unit_input(
@@ -161,32 +177,19 @@ def _part(samples: Sequence[Sample], lengths: NDArray[np.int32], plan: UnitPlan)
     )
 
 
-def _made_up_head(width: int, vocab_size: int) -> Head:
+def _random_head(width: int, vocab_size: int) -> Head:
     weight = np.random.default_rng(0).standard_normal((vocab_size, width), dtype=np.float32)
     ones = np.ones(width, dtype=np.float32)
     norm = FinalNorm(kind="rms", eps=1e-6, weight_offset=0.0, weight=ones, bias=None)
     return Head(weight=bfloat16_bits(weight), bias=None, logit_scale=1.0, softcap=None, norm=norm)
 
 
-def _profile_error(
-    first_states: Mapping[str, NDArray[np.uint16]], settings: StoreSettings
-) -> dict[str, dict[str, float]]:
-    if settings.profile not in STEPS:
-        return {}
-    found = {}
-    for tap in settings.taps:
-        states = widen(first_states[tap])
-        made = widen(from_codes(to_codes(states, step=STEPS[settings.profile])))
-        found[tap] = {"channel_relative_error": channel_relative_error(made, states)}
-    return found
-
-
-def _made_up_probe(first_states: Mapping[str, NDArray[np.uint16]], head: Head) -> Probe:
-    # As an extraction's probe: not the first token, whose states may be far larger than others.
+def _make_probe(first_states: Mapping[str, NDArray[np.uint16]], head: Head) -> Probe:
+    # As in an extraction, not the first token, whose states may be far larger than others.
     first = min(1, len(first_states["final"]) - 1)
     rows = slice(first, min(first + _PROBE_ROWS, len(first_states["final"])))
     num_rows = rows.stop - rows.start
-    states = {tap: widen(found[rows]) for tap, found in first_states.items()}
+    states = {tap: widen(bits[rows]) for tap, bits in first_states.items()}
     every_id = np.tile(np.arange(VOCABULARY, dtype=np.int32), (num_rows, 1))
     logits = head.logits(states["final"], every_id)
     top = np.argsort(-logits, axis=1)[:, :_NUM_LOGITS].astype(np.int32)

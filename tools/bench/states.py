@@ -1,4 +1,4 @@
-"""Samples with hidden states to measure on: made up in a stated shape, or taken from a store.
+"""Samples with hidden states to measure on: synthetic ones of a given shape, or those of a store.
 
 Letters: N rows of all samples one after another, D width, S samples.
 """
@@ -6,28 +6,31 @@ Letters: N rows of all samples one after another, D width, S samples.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from carryon.cache.corpus.dataset import Sample
 from carryon.cache.errors import InputError
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.store.reader import Store
 
+SYNTHETIC = "synthetic"
 VOCABULARY = 256
-"""Token ids of made-up samples are below it."""
+"""Number of token ids in synthetic samples."""
 _CHANNEL_SPREAD = 0.4
 """Standard deviation of the logarithm of the channels' RMS: 0.38 to 0.40 in the final states of a
 135M Llama on two corpora, 0.53 in its middle."""
-_BLOCK_ROWS = 4096  # made up at a time: 42 MB of float32 at D = 2,560
+_BLOCK_ROWS = 4096  # generated at a time: 42 MB of float32 at D = 2,560
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateSet:
-    """Samples and their states, in memory, one after another without pads."""
+    """Samples and their states in memory, concatenated without padding."""
 
     name: str
     taps: list[str]
-    """The last one is what the head reads."""
+    """The last one is the head's input."""
     lengths: NDArray[np.int32]
     """[S] tokens of each sample."""
     tokens: NDArray[np.int32]
@@ -60,13 +63,21 @@ class StateSet:
         start = int(self.starts[sample])
         return slice(start, start + int(self.lengths[sample]))
 
+    def token_ids(self, sample: int) -> Tensor:
+        """Return the tokens of a sample, [S] int64."""
+        return torch.from_numpy(self.tokens[self.rows_of(sample)].astype(np.int64))
+
+    def tensor(self, tap: str, sample: int) -> Tensor:
+        """Return the states of a sample, [S, D] bfloat16, on the same memory."""
+        return torch.from_numpy(self.hidden[tap][self.rows_of(sample)]).view(torch.bfloat16)
+
     def samples(self) -> list[Sample]:
-        """Return the samples as a corpus would; every token but the first is a target."""
-        found = []
+        """Return the samples of a corpus; every token but the first is a target."""
+        samples = []
         for index, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             loss_mask = np.ones(length, dtype=np.uint8)
             loss_mask[0] = 0
-            found.append(
+            samples.append(
                 Sample(
                     id=f"{self.name}-{index}",
                     tokens=self.tokens[start : start + length],
@@ -75,7 +86,7 @@ class StateSet:
                     is_held_out=False,
                 )
             )
-        return found
+        return samples
 
 
 def make_states(
@@ -88,16 +99,16 @@ def make_states(
     max_tokens: int,
     seed: int,
 ) -> StateSet:
-    """Make up samples of log-normal lengths with Gaussian states of unequal channels.
+    """Generate samples of log-normal length, with Gaussian states whose channels differ in size.
 
     Args:
         name: of the set.
         num_samples: S.
         width: D.
         num_taps: taps; the last is `final`.
-        mean_tokens: mean length before the cut, in tokens.
-        max_tokens: lengths are cut off here.
-        seed: of everything.
+        mean_tokens: mean length before clipping, in tokens.
+        max_tokens: longest sample.
+        seed: of lengths, tokens and states.
     """
     random = np.random.default_rng(seed)
     spread = 0.8
@@ -115,13 +126,12 @@ def make_states(
 
 
 def take_states(name: str, store: Store, *, max_tokens: int) -> StateSet:
-    """Return the first samples of a store, units in order, up to `max_tokens` tokens.
+    """Return the first samples of a store in unit order, up to `max_tokens` tokens.
 
-    States before the norm are left out: the copies have a made-up norm, which their probe would
-    not fit.
+    `prenorm` is omitted: the copies have another norm, which their probe would not match.
 
     Raises:
-        InputError: the store does not keep exact bfloat16 states.
+        InputError: the store does not hold exact bfloat16 states.
     """
     require_exact(store)
     lengths: list[int] = []
@@ -150,7 +160,7 @@ def take_states(name: str, store: Store, *, max_tokens: int) -> StateSet:
 
 
 def require_exact(store: Store) -> None:
-    """Check that a store keeps every bit of bfloat16 states.
+    """Check that a store holds exact bfloat16 states.
 
     Raises:
         InputError: it does not.
@@ -158,8 +168,8 @@ def require_exact(store: Store) -> None:
     settings = store.manifest.settings
     if (settings["profile"], settings["dtype"]) != ("exact", "bfloat16"):
         raise InputError(
-            f"{store.root}: expected a store of exact bfloat16 states to measure, got profile "
-            f"{settings['profile']}, dtype {settings['dtype']}: extract one without --profile"
+            f"{store.root}: expected a store of exact bfloat16 states, got profile "
+            f"{settings['profile']}, dtype {settings['dtype']}. Fix: extract without --profile"
         )
 
 

@@ -1,21 +1,17 @@
-"""Whole training steps: against the frozen-head loss alone, and what waits and pads cost.
+"""Whole training steps: speed against the loss alone, time spent waiting for data, padding.
 
-A step is the carry-on forward and backward, the loss, and the optimizer's move.
+A step is the carry-on's forward and backward pass, the loss, and the optimizer's update.
 """
 
 import numpy as np
 import torch
 
 from carryon.cache.device import DEFAULT_CHUNK
-from carryon.tools.bench.loss import loss_way, make_up_loss, timed
-from carryon.tools.bench.train import TrainJob
+from carryon.tools.bench.epoch import iter_batches
+from carryon.tools.bench.job import Job, timed
+from carryon.tools.bench.loss import loss_way, make_loss_input
 from carryon.tools.compare.figure import Figure, in_turn
-from carryon.train.config import (
-    CarryOnSettings,
-    MemorySettings,
-    OptimizationSettings,
-    StreamSettings,
-)
+from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
 from carryon.train.data.batch import Batch
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.optim.optimizer import build_optimizer
@@ -27,19 +23,26 @@ PADDING_TARGET = 0.03
 _SAMPLE_TOKENS = 256
 
 
-def measure_step(job: TrainJob) -> None:
-    """Report the speed of a step of which every other token is supervised, against its loss."""
-    sizes = job.sizes
-    given = make_up_loss(
-        positions=sizes.loss_tokens, width=sizes.loss_width, vocabulary=sizes.loss_vocabulary
-    )
+def measure_step(
+    job: Job, *, tokens: int = 2048, width: int = 576, vocabulary: int = 49_152, rounds: int = 5
+) -> None:
+    """Report the speed of a step with every other token supervised, against its loss.
+
+    Args:
+        job: input.
+        tokens: supervised positions of a step.
+        width: channels of the states.
+        vocabulary: rows of the head.
+        rounds: rounds per median.
+    """
+    given = make_loss_input(positions=tokens, width=width, vocabulary=vocabulary)
     settings = OptimizationSettings()
-    carryon = build_bottleneck(CarryOnSettings(), base_width=sizes.loss_width, seed=0)
+    carryon = build_bottleneck(CarryOnSettings(), base_width=width, seed=0)
     carryon = carryon.to(given.head.device)
     optimizer = build_optimizer(carryon, settings, MemorySettings())
-    num_tokens = 2 * sizes.loss_tokens
+    num_tokens = 2 * tokens
     lengths = np.full(num_tokens // _SAMPLE_TOKENS, _SAMPLE_TOKENS, dtype=np.int64)
-    states = torch.zeros(num_tokens, sizes.loss_width, dtype=torch.bfloat16)
+    states = torch.zeros(num_tokens, width, dtype=torch.bfloat16)
     states[::2] = given.states.cpu().bfloat16()
     states[1::2] = states[::2]
     batch = Batch(
@@ -62,8 +65,8 @@ def measure_step(job: TrainJob) -> None:
             grad_clip=settings.grad_clip,
         )
 
-    ways = {"loss": timed(loss_way(given)), "step": timed(step)}
-    seconds = in_turn(ways, rounds=sizes.rounds)
+    ways = {"loss": timed(loss_way(given), calls=3), "step": timed(step, calls=3)}
+    seconds = in_turn(ways, rounds=rounds)
     job.report(
         Figure(
             figure="step.speed",
@@ -74,20 +77,20 @@ def measure_step(job: TrainJob) -> None:
             details={
                 "seconds": seconds,
                 "tokens": num_tokens,
-                "supervised": sizes.loss_tokens,
+                "supervised": tokens,
                 "dtype": str(given.head.dtype),
             },
         )
     )
 
 
-def measure_data_wait(job: TrainJob) -> None:
-    """Report the share of an epoch's time that its steps waited for data, the files being warm."""
+def measure_data_wait(job: Job) -> None:
+    """Report the share of an epoch spent waiting for data, with files in the page cache."""
     from carryon.train.trainer.metrics import read_metrics
     from carryon.train.trainer.trainer import train
 
     out = job.work / "run"
-    train(job.settings.store, out=out, epochs=1, evaluate_tokens=2048)
+    train(job.open_store().root, out=out, epochs=1, evaluate_tokens=2048)
     lines = [line for line in read_metrics(out / "metrics.jsonl") if "data_wait_ratio" in line]
     shares = [float(line["data_wait_ratio"]) for line in lines]
     job.report(
@@ -106,21 +109,14 @@ def measure_data_wait(job: TrainJob) -> None:
     )
 
 
-def measure_padding(job: TrainJob) -> None:
-    """Report the share of rows that steps compute and that are no token of a sample."""
-    from carryon.train.data.datasets import open_data
-    from carryon.train.data.loader import Stream
-
-    data = open_data([job.settings.store], StreamSettings(), taps=["final"])
-    [windows] = data.plan(OptimizationSettings(epochs=1))
+def measure_padding(job: Job) -> None:
+    """Report the share of computed rows that are padding."""
     rows = tokens = spread = 0
-    stream = Stream(data.store, windows, taps=["final"], settings=data.settings, is_pinned=False)
-    with stream as steps:
-        for batch in (batch for batches in steps for batch in batches):
-            packing = batch.packing()
-            rows += len(batch.states["final"])
-            tokens += batch.num_tokens
-            spread += packing.num_rows * packing.longest
+    for batch in iter_batches(job.open_store(), taps=["final"]):
+        packing = batch.packing()
+        rows += len(batch.states["final"])
+        tokens += batch.num_tokens
+        spread += packing.num_rows * packing.longest
     job.report(
         Figure(
             figure="padding.share",

@@ -1,10 +1,9 @@
 """Streaming into ready batches, from our stores and from the layouts of other projects.
 
-All layouts hold the same samples; each is read as its own project reads it, in one process, one
-after another in every round. What counts is tokens without pads.
+All layouts hold the same samples. Each is read as its own project reads it, in one process, in
+turn in every round. Throughput counts tokens without padding.
 """
 
-import os
 import shutil
 import statistics
 import time
@@ -22,13 +21,15 @@ from carryon.tools.bench.disk import (
     bring_into_memory,
     charge_nothing,
     drop_from_memory,
+    flush,
     measure_folder,
 )
 from carryon.tools.bench.epoch import Epoch, run_peer_epoch, run_store_epoch
-from carryon.tools.bench.peer import Peer
+from carryon.tools.bench.job import Job
+from carryon.tools.bench.peers import Peer, list_peers
 from carryon.tools.bench.scratch import write_scratch_store
-from carryon.tools.bench.states import StateSet
-from carryon.tools.compare.figure import Figure, Report, in_turn
+from carryon.tools.bench.states import SYNTHETIC, StateSet, make_states, take_states
+from carryon.tools.compare.figure import Figure, in_turn
 from carryon.train.config import StreamSettings
 
 PROFILES = ("exact", "near", "compact")
@@ -48,34 +49,80 @@ class Layout:
     folder: Path
     write: Callable[[], None]
     run: Callable[[int, Charge], Epoch]
-    """Reads one epoch with so many threads."""
+    """Reads one epoch with a number of threads."""
 
 
 def measure_streaming(
+    job: Job,
+    *,
+    samples: int = 96,
+    width: int = 2560,
+    taps: int = 4,
+    mean_tokens: int = 588,
+    max_tokens: int = 2048,
+    unit_tokens: int = 8192,
+    store_tokens: int = 262_144,
+    threads: tuple[int, ...] = (1, 2),
+    slow_mb_per_second: float = 300.0,
+    rounds: int = 3,
+) -> None:
+    """Report the speed of every layout, on synthetic states and on those of each store.
+
+    Args:
+        job: input; `work` is on the disk that is measured.
+        samples: number of synthetic samples.
+        width: channels of the synthetic states.
+        taps: taps of the synthetic states.
+        mean_tokens: mean length of synthetic samples.
+        max_tokens: longest synthetic sample.
+        unit_tokens: rows of a unit in stores of synthetic states.
+        store_tokens: tokens to stream of each extracted store.
+        threads: numbers of reader threads; the best counts.
+        slow_mb_per_second: speed of the slow disk.
+        rounds: epochs per median.
+    """
+    peers = list_peers()
+    synthetic = make_states(
+        SYNTHETIC,
+        num_samples=samples,
+        width=width,
+        num_taps=taps,
+        mean_tokens=mean_tokens,
+        max_tokens=max_tokens,
+        seed=0,
+    )
+    sets = [(synthetic, unit_tokens)]
+    for label, store in job.open_stores(("gsm", "python")).items():
+        states = take_states(label, store, max_tokens=store_tokens)
+        sets.append((states, store.manifest.unit_tokens))
+    while sets:
+        states, unit_tokens = sets.pop(0)  # frees each set after use
+        for figure in stream_layouts(
+            states,
+            peers,
+            job.work / states.name,
+            unit_tokens=unit_tokens,
+            rounds=rounds,
+            threads=threads,
+            slow_mb_per_second=slow_mb_per_second,
+        ):
+            job.report(figure)
+
+
+def stream_layouts(
     states: StateSet,
     peers: Sequence[Peer],
     work: Path,
     *,
     unit_tokens: int,
     rounds: int,
-    thread_counts: Sequence[int],
+    threads: Sequence[int],
     slow_mb_per_second: float,
-    report: Report,
 ) -> list[Figure]:
-    """Write all layouts below `work`, stream them, remove them.
-
-    Args:
-        states: the samples.
-        peers: other projects' layouts.
-        work: folder; on the disk that is to be measured.
-        unit_tokens: rows of a unit of our stores.
-        rounds: epochs that each median is taken of.
-        thread_counts: reader threads that each layout is tried with; the best of them counts.
-        slow_mb_per_second: speed of the slow disk.
-        report: called with each figure.
+    """Write all layouts below `work`, stream them and remove them; see `measure_streaming`.
 
     Returns:
-        One figure a layout.
+        A figure for each layout, then two against the best peer.
     """
     layouts = [
         *(_our_layout(states, work, profile, unit_tokens) for profile in PROFILES),
@@ -83,80 +130,74 @@ def measure_streaming(
     ]
     written = {layout.name: _write(layout, states) for layout in layouts}
     disk = SlowDisk(slow_mb_per_second * 1e6)
-    warm = _best_speeds(layouts, thread_counts, charge_nothing, rounds=rounds)
-    # One round with most threads: the disk decides, and it is the same for all.
-    slow = _best_speeds(layouts, [max(thread_counts)], disk.charge, rounds=1)
+    warm = _best_speeds(layouts, threads, charge_nothing, rounds=rounds)
+    # One round with the most threads: the disk dominates, equally for all layouts.
+    slow = _best_speeds(layouts, [max(threads)], disk.charge, rounds=1)
     cold = {layout.name: _cold_speed(layout, warm[layout.name].threads) for layout in layouts}
-    figures = []
-    for layout in layouts:
-        found = warm[layout.name]
-        figures.append(
-            Figure(
-                figure=f"stream.{states.name}.{layout.name}",
-                value=found.tokens_per_second,
-                unit="tokens/s",
-                sense="at least",
-                details={
-                    **written[layout.name],
-                    "role": layout.role,
-                    "warm_tokens_per_second": found.tokens_per_second,
-                    "cold_tokens_per_second": cold[layout.name],
-                    "slow_disk_tokens_per_second": slow[layout.name].tokens_per_second,
-                    "threads": found.threads,
-                    "slow_disk_threads": slow[layout.name].threads,
-                    "tokens_per_cpu_second": found.tokens_per_cpu_second,
-                    "padded_ratio": found.padded_ratio,
-                    "read_as": layout.read_as,
-                },
-            )
+    figures = [
+        Figure(
+            figure=f"stream.{states.name}.{layout.name}",
+            value=warm[layout.name].tokens_per_second,
+            unit="tokens/s",
+            sense="at least",
+            details={
+                **written[layout.name],
+                "role": layout.role,
+                "warm_tokens_per_second": warm[layout.name].tokens_per_second,
+                "cold_tokens_per_second": cold[layout.name],
+                "slow_disk_tokens_per_second": slow[layout.name].tokens_per_second,
+                "threads": warm[layout.name].threads,
+                "slow_disk_threads": slow[layout.name].threads,
+                "tokens_per_cpu_second": warm[layout.name].tokens_per_cpu_second,
+                "padded_ratio": warm[layout.name].padded_ratio,
+                "read_as": layout.read_as,
+            },
         )
-        report(figures[-1])
-    for name, target, column in (
-        ("warm", WARM_TARGET, "warm_tokens_per_second"),
-        ("slow_disk", SLOW_TARGET, "slow_disk_tokens_per_second"),
-    ):
-        report(_against_best_peer(states, figures, name, target, column, slow_mb_per_second))
+        for layout in layouts
+    ]
     for layout in layouts:
         shutil.rmtree(layout.folder)
-    return figures
+    speeds = {figure.figure.rpartition(".")[2]: figure.details for figure in figures}
+    slow_details = {"mb_per_second": slow_mb_per_second}
+    return [
+        *figures,
+        _against_best_peer(states, speeds, "warm", WARM_TARGET, {}),
+        _against_best_peer(states, speeds, "slow_disk", SLOW_TARGET, slow_details),
+    ]
 
 
 def _against_best_peer(
     states: StateSet,
-    figures: Sequence[Figure],
+    speeds: dict[str, dict[str, Any]],
     name: str,
     target: float,
-    column: str,
-    slow_mb_per_second: float,
+    details: dict[str, Any],
 ) -> Figure:
-    speeds = {figure.figure.rpartition(".")[2]: figure.details for figure in figures}
-    of = {layout: float(details[column]) for layout, details in speeds.items()}
+    of = {layout: float(each[f"{name}_tokens_per_second"]) for layout, each in speeds.items()}
     by_role = {
-        role: [layout for layout, details in speeds.items() if details["role"] == role]
+        role: [layout for layout, each in speeds.items() if each["role"] == role]
         for role in ("ours", "peer", "limit")
     }
     best = max(by_role["peer"], key=lambda layout: of[layout])
-    details: dict[str, Any] = {
-        "best_peer": best,
-        "ratios": {layout: of[layout] / of[best] for layout in by_role["ours"]},
-        "to_limit": {
-            limit: {layout: of[layout] / of[limit] for layout in by_role["ours"]}
-            for limit in by_role["limit"]
-        },
-        "width": states.width,
-        "taps": len(states.taps),
-        "samples": len(states.lengths),
-        "tokens": states.num_tokens,
-    }
-    if name == "slow_disk":
-        details["mb_per_second"] = slow_mb_per_second
     return Figure(
         figure=f"stream.{states.name}.{name}",
         value=of["exact"] / of[best],
         unit="x best peer",
         target=target,
         sense="at least",
-        details=details,
+        details={
+            "best_peer": best,
+            "ratios": {layout: of[layout] / of[best] for layout in by_role["ours"]},
+            "to_limit": {
+                limit: {layout: of[layout] / of[limit] for layout in by_role["ours"]}
+                for limit in by_role["limit"]
+            },
+            "width": states.width,
+            "taps": len(states.taps),
+            "samples": len(states.lengths),
+            "tokens": states.num_tokens,
+            **details,
+        },
     )
 
 
@@ -171,7 +212,7 @@ def _our_layout(states: StateSet, work: Path, profile: str, unit_tokens: int) ->
 
     @cache
     def store() -> Store:
-        return Store.open(folder)  # once, as a run of many epochs does
+        return Store.open(folder)  # once, as in a run of many epochs
 
     def run(num_threads: int, charge: Charge) -> Epoch:
         stream = StreamSettings(reader_threads=num_threads)
@@ -200,18 +241,17 @@ def _peer_layout(states: StateSet, work: Path, peer: Peer) -> Layout:
         role="limit" if peer.is_limit else "peer",
         read_as=peer.read_as,
         folder=folder,
-        write=lambda: peer.write(states, folder),
+        write=partial(peer.write, states, folder),
         run=run,
     )
 
 
 def _write(layout: Layout, states: StateSet) -> dict[str, Any]:
-    """Write a layout until it is on the disk; return its size and the speed."""
+    """Write a layout and flush it to the disk; return its size and write speed."""
     layout.folder.mkdir(parents=True)
-    os.sync()  # what others left to be written
     started_at = time.perf_counter()
     layout.write()
-    os.sync()
+    flush(layout.folder)
     elapsed_s = time.perf_counter() - started_at
     num_files, num_bytes = measure_folder(layout.folder)
     return {
@@ -229,13 +269,13 @@ class _Speed:
     tokens_per_second: float
     threads: int
     tokens_per_cpu_second: float
-    """By the process' own clock, which leaves out the time that other programs had the cores."""
+    """By CPU time, which excludes other processes."""
     padded_ratio: float
-    """Part of all batch rows that are pads."""
+    """Padding as a part of all batch rows."""
 
 
 def _best_speeds(
-    layouts: Sequence[Layout], thread_counts: Sequence[int], charge: Charge, *, rounds: int
+    layouts: Sequence[Layout], threads: Sequence[int], charge: Charge, *, rounds: int
 ) -> dict[str, _Speed]:
     """Stream every layout with every number of threads in turn; medians of rounds."""
     epochs: dict[tuple[str, int], list[Epoch]] = {}
@@ -249,18 +289,18 @@ def _best_speeds(
     ways = {
         f"{layout.name}/{num_threads}": partial(run, layout, num_threads)
         for layout in layouts
-        for num_threads in thread_counts
+        for num_threads in threads
     }
     medians = in_turn(ways, rounds=rounds)
     best = {}
     for layout in layouts:
-        speed, threads = max((medians[f"{layout.name}/{count}"], count) for count in thread_counts)
-        found = epochs[layout.name, threads]
+        speed, count = max((medians[f"{layout.name}/{count}"], count) for count in threads)
+        runs = epochs[layout.name, count]
         best[layout.name] = _Speed(
             tokens_per_second=speed,
-            threads=threads,
-            tokens_per_cpu_second=statistics.median(one.num_tokens / one.cpu_s for one in found),
-            padded_ratio=1 - found[0].num_tokens / found[0].num_rows,
+            threads=count,
+            tokens_per_cpu_second=statistics.median(run.num_tokens / run.cpu_s for run in runs),
+            padded_ratio=1 - runs[0].num_tokens / runs[0].num_rows,
         )
     return best
 

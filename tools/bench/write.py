@@ -1,54 +1,52 @@
-"""Whether writing a unit costs more the more units a store has.
-
-Two stores of the same plan: an almost empty one and one that has many units. They take units in
-turn, so that whatever else the disk does falls on both alike.
-"""
+"""Write time of a unit in a small store and in a large one."""
 
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from carryon.cache.corpus.dataset import Sample
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.settings import StoreSettings
+from carryon.tools.bench.job import Job
 from carryon.tools.bench.scratch import plan_scratch, unit_states, write_scratch_unit
 from carryon.tools.bench.states import StateSet, make_states
-from carryon.tools.compare.figure import Figure, Report, in_turn
+from carryon.tools.compare.figure import Figure, in_turn
 
 TARGET = 0.05
 UNIT_TOKENS = 1024
 SAMPLE_TOKENS = 256  # four samples a unit
+_WIDTH = 256
 
 
 def measure_write_growth(
-    work: Path, *, early_unit: int, late_unit: int, width: int, rounds: int, report: Report
+    job: Job, *, early_unit: int = 10, late_unit: int = 1000, rounds: int = 30
 ) -> None:
-    """Report by how much unit `late_unit` takes longer than unit `early_unit`, medians of rounds.
+    """Report the relative difference in write time between a late and an early unit.
+
+    Two stores of the same plan write units in turn, so that other disk traffic affects both.
 
     Args:
-        work: folder for the stores; on the disk that is to be measured.
-        early_unit: units that the almost empty store has when measuring begins.
-        late_unit: units that the other one has.
-        width: D of the states.
+        job: input; `work` is on the disk that is measured.
+        early_unit: units in the small store before measuring.
+        late_unit: units in the large store before measuring.
         rounds: units written to each store and timed.
-        report: called with the figure.
     """
     states = make_states(
         "growth",
         num_samples=UNIT_TOKENS // SAMPLE_TOKENS,
-        width=width,
+        width=_WIDTH,
         num_taps=1,
-        mean_tokens=SAMPLE_TOKENS * 16,  # cut off: all of one length
+        mean_tokens=SAMPLE_TOKENS * 16,  # clipped: all of one length
         max_tokens=SAMPLE_TOKENS,
         seed=0,
     )
     stores = {
-        "early": _Growing(work / "early", states, early_unit + rounds, early_unit),
-        "late": _Growing(work / "late", states, late_unit + rounds, late_unit),
+        "early": _Growing(job.work / "early", states, early_unit + rounds, early_unit),
+        "late": _Growing(job.work / "late", states, late_unit + rounds, late_unit),
     }
     seconds = in_turn({name: store.write_next for name, store in stores.items()}, rounds=rounds)
-    report(
+    job.report(
         Figure(
             figure="write.growth",
             value=abs(seconds["late"] / seconds["early"] - 1),
@@ -67,13 +65,13 @@ def measure_write_growth(
 
 
 class _Growing:
-    """A store that the same unit's states are written to again and again."""
+    """A store to which one unit's states are written repeatedly."""
 
     def __init__(self, root: Path, states: StateSet, num_units: int, num_written: int) -> None:
         self._root = root
         samples = states.samples()
         many = [
-            type(sample)(
+            Sample(
                 id=f"{number}-{sample.id}",
                 tokens=sample.tokens,
                 loss_mask=sample.loss_mask,
@@ -99,9 +97,10 @@ class _Growing:
             self.write_next()
 
     def write_next(self) -> float:
-        """Write the next unit and return the seconds that it took."""
+        """Write the next unit and return the seconds it took."""
         started_at = time.perf_counter()
-        write = partial(write_scratch_unit, self._root, self._manifest, self._plan, self._lengths)
-        write(self._next, self._hidden)
+        write_scratch_unit(
+            self._root, self._manifest, self._plan, self._lengths, self._next, self._hidden
+        )
         self._next += 1
         return time.perf_counter() - started_at

@@ -1,8 +1,7 @@
-"""What each measurement of the benchmark `compose` is given: a base, made-up carry-ons, prompts."""
+"""Carry-ons with random weights, and prompts, to measure customized models without training."""
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,7 @@ from torch import Tensor
 
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
-from carryon.tools.bench.compose_settings import BenchComposeSizes
 from carryon.tools.compare.corpora import PYTHON, write_named_corpus
-from carryon.tools.compare.figure import Report
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
 from carryon.train.modules.carryon import num_parameters
@@ -21,33 +18,24 @@ from carryon.train.modules.serialization import CarryOnCard
 
 BYTES_PER_WEIGHT = 2
 """Carry-ons are saved in bfloat16."""
-_SHARE = 0.3  # size of a correction beside the state it corrects; a trained one's is of this order
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ComposeJob:
-    """What a measurement is given."""
-
-    base: Base
-    sizes: BenchComposeSizes
-    work: Path
-    """A folder for what is written on the way; it is there, and is removed afterwards."""
-    report: Report
+MAX_BYTES = 1_100_000
+"""Default size of a carry-on; its width follows from it and the base's."""
+_RATIO = 0.3  # norm of a correction relative to the state, about that of a trained carry-on
 
 
 def make_carryons(
     base: Base, num: int, *, max_bytes: int, tokens: Tensor
 ) -> list[tuple[Bottleneck, CarryOnCard]]:
-    """Return made-up carry-ons of one shape, no two alike; equal arguments give equal ones.
+    """Return different random carry-ons of one shape; equal arguments give equal ones.
 
     Args:
-        base: the base they are for.
-        num: how many.
+        base: base of the carry-ons.
+        num: number of carry-ons.
         max_bytes: size of each, at most.
-        tokens: [B, T] of some text, on which the size of the corrections is set.
+        tokens: [B, T] of some text, on which the corrections are scaled.
     """
     settings = pick_shape(base.identity.width, max_bytes=max_bytes)
-    # A copy: what inference mode made cannot be differentiated, and a carry-on is made to be.
+    # A copy: tensors made in inference mode cannot be differentiated.
     final = capture(base, ["final"], tokens)["final"].float().cpu().clone()
     made = []
     for seed in range(num):
@@ -55,19 +43,19 @@ def make_carryons(
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in carryon.named_parameters():
-                if not weight.any():  # what begins at zero would be a carry-on that does nothing
+                if not weight.any():  # an untrained carry-on changes nothing
                     spread = 0.02 if name.endswith("bias") else weight.shape[-1] ** -0.5
                     weight.normal_(std=spread, generator=generator)
             delta = carryon({"final": final})
-            carryon.up.weight.mul_(_SHARE * final.norm() / delta.norm())
-        made.append((carryon, made_up_card(settings, base.identity.to_dict())))
+            carryon.up.weight.mul_(_RATIO * final.norm() / delta.norm())
+        made.append((carryon, empty_card(settings, base.identity.to_dict())))
     return made
 
 
 def pick_shape(base_width: int, *, max_bytes: int) -> CarryOnSettings:
-    """Return the widest shape, in the proportions of the default one, that fits `max_bytes`."""
+    """Return the widest shape with the default proportions that fits `max_bytes`."""
     default = CarryOnSettings()
-    step = 2 * default.heads  # a width that heads and rotary pairs divide
+    step = 2 * default.heads  # the width is a multiple of heads and rotary pairs
     best = dataclasses.replace(default, width=step, intermediate_size=step)
     for width in range(2 * step, 8192, step):
         intermediate_size = max(1, width * default.intermediate_size // default.width)
@@ -94,8 +82,8 @@ def make_prompts(base: Base, work: Path, *, num: int, num_tokens: int) -> Tensor
     return torch.tensor(ids, dtype=torch.int64).reshape(num, num_tokens)
 
 
-def made_up_card(settings: CarryOnSettings, identity: dict[str, Any]) -> CarryOnCard:
-    """Return the card of a carry-on that no run has trained, for the base of an identity."""
+def empty_card(settings: CarryOnSettings, identity: dict[str, Any]) -> CarryOnCard:
+    """Return the card of a carry-on without a run, for the base of an identity."""
     return CarryOnCard(
         settings=settings.to_dict(),
         base_width=identity["width"],

@@ -1,17 +1,13 @@
-"""What a store of very many units costs the trainer: tokens/s, memory, time to the first batch."""
+"""Training from a store of very many units: tokens/s, memory, time to the first batch."""
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
+from carryon.tools.bench.job import Job, median_of, run_fresh
 from carryon.tools.bench.open import make_large_store
-from carryon.tools.bench.train import TrainJob
 from carryon.tools.compare.figure import Figure, in_turn
 from carryon.train.config import OptimizationSettings, StreamSettings
 from carryon.train.data.datasets import TrainData, open_data
@@ -22,46 +18,45 @@ from carryon.train.data.sampler import count_steps
 TIMES_AS_MANY = 100
 SPEED_TARGET = 0.97
 MEMORY_TARGET_MB = 100.0
-"""What the sample tables of a hundred times as many samples may take, and no hidden states."""
+"""Room for the sample tables of 100 times as many samples, without hidden states."""
 RESUME_TARGET_S = 1.0
 RESUME_AT = 0.9
 _SAMPLES_PER_UNIT = 100
-_STREAM_IN_A_FRESH_PROCESS = """
+_STREAM = """
 import json, sys
 import psutil
-from carryon.tools.bench.train_units import stream_tokens
+from carryon.tools.bench.many_units import stream_tokens
 resident = psutil.Process().memory_info
-found = stream_tokens(sys.argv[1], int(sys.argv[2]), resident_bytes=lambda: resident().rss)
-print(json.dumps(found))
+run = stream_tokens(sys.argv[1], int(sys.argv[2]), resident_bytes=lambda: resident().rss)
+print(json.dumps(run))
 """
 
 
-def measure_units(job: TrainJob) -> None:
-    """Stream as many tokens of a store as of one of 100 times as many units."""
-    folders = _make_stores(job, (1, TIMES_AS_MANY))
+def measure_units(job: Job, *, units: int = 20, tokens: int = 400_000, rounds: int = 5) -> None:
+    """Report speed and memory of streaming from a store with 100 times as many units.
+
+    Args:
+        job: input.
+        units: units of the smaller store.
+        tokens: tokens to stream per round.
+        rounds: rounds per median.
+    """
+    folders = _make_stores(job, units, (1, TIMES_AS_MANY))
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
 
     def stream(name: str) -> float:
-        command = [sys.executable, "-c", _STREAM_IN_A_FRESH_PROCESS]
-        command += [str(folders[name]), str(job.sizes.units_tokens)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-        found = json.loads(done.stdout)
-        runs[name].append(found)
-        return float(found["tokens_per_second"])
+        runs[name].append(run_fresh(_STREAM, str(folders[name]), str(tokens)))
+        return runs[name][-1]["tokens_per_second"]
 
-    ways = {name: (lambda name=name: stream(name)) for name in folders}
-    speeds = in_turn(ways, rounds=job.sizes.rounds)
-    median = {
-        name: {key: float(np.median([run[key] for run in each])) for key in each[0]}
-        for name, each in runs.items()
-    }
-    memory = {name: found["peak_mb"] for name, found in median.items()}
+    speeds = in_turn({name: partial(stream, name) for name in folders}, rounds=rounds)
+    median = {name: median_of(each) for name, each in runs.items()}
+    memory = {name: run["peak_mb"] for name, run in median.items()}
     few, many = folders
     details = {
-        "units": {name: job.sizes.units_small * int(name) for name in folders},
+        "units": {name: units * int(name) for name in folders},
         "tokens_per_second": speeds,
-        "tokens": {name: found["tokens"] for name, found in median.items()},
-        "planned_s": {name: found["planned_s"] for name, found in median.items()},
+        "tokens": {name: run["tokens"] for name, run in median.items()},
+        "planned_s": {name: run["planned_s"] for name, run in median.items()},
         "peak_mb": memory,
     }
     for figure, value, unit, target in (
@@ -80,10 +75,15 @@ def measure_units(job: TrainJob) -> None:
         )
 
 
-def measure_resume(job: TrainJob) -> None:
-    """Measure the time to the first batch at the start, and late in an epoch."""
-    folders = _make_stores(job, (TIMES_AS_MANY,))
-    [folder] = folders.values()
+def measure_resume(job: Job, *, units: int = 20, rounds: int = 5) -> None:
+    """Report how much later the first batch arrives late in an epoch than at its start.
+
+    Args:
+        job: input.
+        units: a hundredth of the store's units.
+        rounds: rounds per median.
+    """
+    [folder] = _make_stores(job, units, (TIMES_AS_MANY,)).values()
 
     def first_batch(at: float) -> float:
         started_at = time.perf_counter()
@@ -98,7 +98,7 @@ def measure_resume(job: TrainJob) -> None:
             return time.perf_counter() - started_at
 
     ways = {"fresh": lambda: first_batch(0.0), "resumed": lambda: first_batch(RESUME_AT)}
-    seconds = in_turn(ways, rounds=job.sizes.rounds)
+    seconds = in_turn(ways, rounds=rounds)
     job.report(
         Figure(
             figure="resume.first_batch",
@@ -113,7 +113,7 @@ def measure_resume(job: TrainJob) -> None:
 def stream_tokens(
     folder: str, num_tokens: int, *, resident_bytes: Callable[[], int]
 ) -> dict[str, float]:
-    """Stream so many tokens of a store, epoch after epoch, as the trainer does."""
+    """Stream `num_tokens` of a store over several epochs, as the trainer does."""
     before = resident_bytes()
     data, optimization = _open(folder)
     one = int(data.store.sample_lengths[data.split.train].sum())
@@ -144,10 +144,10 @@ def _open(folder: str) -> tuple[TrainData, OptimizationSettings]:
     return open_data([folder], StreamSettings(), taps=["final"]), OptimizationSettings(epochs=1)
 
 
-def _make_stores(job: TrainJob, times: tuple[int, ...]) -> dict[str, Path]:
-    """Write stores of so many times the units, and return their folders."""
+def _make_stores(job: Job, units: int, times: tuple[int, ...]) -> dict[str, Path]:
+    """Write stores of several multiples of `units` and return their folders."""
     folders = {str(factor): job.work / f"store-{factor}" for factor in times}
-    for name, folder in folders.items():
-        num_units = job.sizes.units_small * int(name)
+    for factor, folder in folders.items():
+        num_units = units * int(factor)
         make_large_store(folder, num_units=num_units, num_samples=num_units * _SAMPLES_PER_UNIT)
     return folders

@@ -1,4 +1,4 @@
-"""What a sweep reads and takes, beside as many runs one after another, on a slow disk."""
+"""Bytes and time of a sweep against the same runs one after another, on a slow disk."""
 
 import time
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.disk import SlowDisk
 from carryon.tools.bench.epoch import ChargedStore
+from carryon.tools.bench.job import Job
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import make_states
-from carryon.tools.bench.train import TrainJob
 from carryon.tools.compare.figure import Figure
 from carryon.train.config import (
     CarryOnSettings,
@@ -19,20 +19,37 @@ from carryon.train.config import (
     StreamSettings,
     TrainSettings,
 )
-from carryon.train.trainer.trainer import Job, train_jointly
+from carryon.train.trainer.trainer import Job as TrainJob
+from carryon.train.trainer.trainer import train_jointly
 
 BYTES_TARGET = 1.0
 WALL_TARGET = 0.35
 
 
-def measure_sweep(job: TrainJob) -> None:
-    """Train the same runs side by side and one after another, from a store on a slow disk."""
-    sizes = job.sizes
+def measure_sweep(
+    job: Job,
+    *,
+    runs: int = 8,
+    samples: int = 60,
+    width: int = 2560,
+    taps: int = 4,
+    mb_per_second: float = 30.0,
+) -> None:
+    """Report bytes and time of a sweep against its runs one after another.
+
+    Args:
+        job: input.
+        runs: number of runs.
+        samples: samples of the store, 300 tokens each on average.
+        width: channels of the states.
+        taps: taps of the store.
+        mb_per_second: speed of the disk.
+    """
     states = make_states(
         "sweep",
-        num_samples=sizes.sweep_samples,
-        width=sizes.sweep_width,
-        num_taps=sizes.sweep_taps,
+        num_samples=samples,
+        width=width,
+        num_taps=taps,
         mean_tokens=300,
         max_tokens=1024,
         seed=0,
@@ -40,17 +57,16 @@ def measure_sweep(job: TrainJob) -> None:
     root = job.work / "store"
     settings = StoreSettings(taps=states.taps, unit_tokens=2048)
     write_scratch_store(root, states, settings=settings)
-    rates = [1e-3 * (number + 1) for number in range(sizes.sweep_runs)]
-    runs = [_settings(rate, states.taps) for rate in rates]
-    together = _Measured(sizes.sweep_mb_per_second)
-    together.train(root, job.work / "together", runs)
-    alone = [_Measured(sizes.sweep_mb_per_second) for _ in runs]
-    for number, (measured, run) in enumerate(zip(alone, runs, strict=True)):
+    chosen = [_settings(1e-3 * (number + 1), states.taps) for number in range(runs)]
+    together = _Measured(mb_per_second)
+    together.train(root, job.work / "together", chosen)
+    alone = [_Measured(mb_per_second) for _ in chosen]
+    for number, (measured, run) in enumerate(zip(alone, chosen, strict=True)):
         measured.train(root, job.work / f"alone-{number}", [run])
     alone_s = sum(measured.elapsed_s for measured in alone)
     details = {
-        "runs": len(runs),
-        "mb_per_second": sizes.sweep_mb_per_second,
+        "runs": runs,
+        "mb_per_second": mb_per_second,
         "sweep_s": together.elapsed_s,
         "separate_s": alone_s,
         "sweep_mb": together.num_bytes / 1e6,
@@ -79,18 +95,20 @@ def measure_sweep(job: TrainJob) -> None:
 class _Measured:
     """Bytes and seconds of runs that read from a slow disk."""
 
-    def __init__(self, mb_per_second: int) -> None:
+    def __init__(self, mb_per_second: float) -> None:
         self.num_bytes = 0
         self.elapsed_s = 0.0
         self._disk = SlowDisk(mb_per_second * 1e6)
 
     def train(self, store: Path, out: Path, runs: Sequence[TrainSettings]) -> None:
         started_at = time.perf_counter()
-        jobs = [Job(out=str(out / str(number)), settings=run) for number, run in enumerate(runs)]
-        train_jointly([str(store)], jobs, wrap_store=self._behind)
+        jobs = [
+            TrainJob(out=str(out / str(number)), settings=run) for number, run in enumerate(runs)
+        ]
+        train_jointly([str(store)], jobs, wrap_store=self._charged)
         self.elapsed_s = time.perf_counter() - started_at
 
-    def _behind(self, store: Store) -> Store:
+    def _charged(self, store: Store) -> Store:
         return ChargedStore(store, self._charge)
 
     def _charge(self, num_bytes: int) -> None:

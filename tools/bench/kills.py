@@ -1,4 +1,4 @@
-"""Whether training survives being killed: the same call again ends with the same bits."""
+"""Training killed at random instants: the resumed run ends with the same bits."""
 
 import multiprocessing
 import os
@@ -11,32 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.settings import StoreSettings
+from carryon.tools.bench.job import Job
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import make_states
-from carryon.tools.bench.train import TrainJob
 from carryon.tools.compare.figure import Figure
 
 
-def measure_kills(job: TrainJob) -> None:
-    """Kill runs at random instants, go on with each, and compare with one never killed."""
+def measure_kills(job: Job, *, kills: int = 30) -> None:
+    """Kill runs at random instants, resume each, and compare it with an undisturbed run."""
     states = make_states(
         "kills", num_samples=80, width=32, num_taps=1, mean_tokens=60, max_tokens=200, seed=0
     )
     store = job.work / "store"
     write_scratch_store(store, states, settings=StoreSettings(unit_tokens=1024))
-    _finish(store, job.work / "first")  # what all are forked from is started by the first
+    _finish(store, job.work / "first")  # starts the server that forks all later processes
     started_at = time.perf_counter()
     _finish(store, job.work / "whole")
     longest_s = time.perf_counter() - started_at
     expected = _weights(job.work / "whole")
     picks = random.Random(0)
     num_landed = num_survived = 0
-    while num_landed < job.sizes.kills_rounds:
+    while num_landed < kills:
         out = job.work / "killed"
         process = _begin(store, out)
         process.join(picks.uniform(0.0, longest_s))
-        num_landed += process.exitcode is None
         was_running = process.exitcode is None
+        num_landed += was_running
         process.kill()
         process.join()
         _finish(store, out)
@@ -47,7 +47,7 @@ def measure_kills(job: TrainJob) -> None:
             figure="kills.survived",
             value=num_survived,
             unit=f"of {num_landed}, to the bit",
-            target=job.sizes.kills_rounds,
+            target=kills,
             sense="at least",
             details={"killed_within_s": longest_s},
         )
@@ -66,7 +66,7 @@ def _finish(store: Path, out: Path) -> None:
 
 
 def _begin(store: Path, out: Path) -> Any:  # noqa: ANN401 -- a Process of some context
-    # Forked from a process that has imported everything: each start takes a tenth of a second.
+    # Forked from a process that has imported everything: a start takes a tenth of a second.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["carryon.train.trainer.trainer", "transformers.models.llama"])
     ours, theirs = context.Pipe()

@@ -1,0 +1,251 @@
+"""All benchmarks by name. To add one, write `measure(job, *, size=...)` and add a line here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """One benchmark, imported when it runs."""
+
+    place: str
+    """`file:function` of this folder, called with a Job and with sizes by keyword."""
+    about: str
+    """What it measures, in one line."""
+    needs: Literal["", "base", "store"] = ""
+    """Input without which it is skipped; a base provides a store, by extracting text."""
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    """Sizes with which it shows in seconds that it runs; its figures then mean nothing."""
+
+
+_SYNTHETIC = {"width": 256, "taps": 2, "mean_tokens": 128, "max_tokens": 512, "unit_tokens": 1024}
+_QUALITY = {"epochs": 1}
+_TEXT = {"prompt_tokens": 8, "new_tokens": 4, "rounds": 1}
+_HEAD = {"rounds": 1, "width": 64, "vocabulary": 2048, "tokens": 256}
+
+BENCHMARKS = {
+    "store.lossless": Benchmark(
+        place="size:measure_lossless", about="bytes of exact stores against raw", needs="store"
+    ),
+    "store.profiles": Benchmark(
+        place="size:measure_profiles",
+        about="bytes, KL and top-1 agreement of lossy profiles",
+        needs="store",
+    ),
+    "store.extract": Benchmark(
+        place="extract:measure_extraction",
+        about="extraction speed against bare forward passes",
+        needs="base",
+        quick={"tokens": 2048, "unit_tokens": 1024},
+    ),
+    "store.stream": Benchmark(
+        place="stream:measure_streaming",
+        about="tokens/s into batches against other projects' layouts",
+        quick={**_SYNTHETIC, "samples": 8, "store_tokens": 4096, "threads": (1,), "rounds": 1},
+    ),
+    "store.decode": Benchmark(
+        place="decode:measure_decoding",
+        about="decoding speed of a unit on one core",
+        quick={**_SYNTHETIC, "rounds": 4},
+    ),
+    "store.write": Benchmark(
+        place="write:measure_write_growth",
+        about="write time of a unit in a large store against a small one",
+        quick={"late_unit": 30, "rounds": 10},
+    ),
+    "store.open": Benchmark(
+        place="open:measure_opening",
+        about="time and memory to open a very large store",
+        quick={"units": 20, "samples": 2000, "rounds": 1},
+    ),
+    "train.loss": Benchmark(
+        place="loss:measure_loss",
+        about="loss and gradient against their two matrix products, exact and filtered",
+        quick=_HEAD,
+    ),
+    "train.step": Benchmark(
+        place="step:measure_step", about="a whole step against its loss", quick=_HEAD
+    ),
+    "train.memory": Benchmark(
+        place="memory:measure_memory",
+        about="peak memory of a 100M carry-on on a 30B-class base, and its estimate",
+        quick={"width": 64, "vocabulary": 2048, "carryon_width": 32, "tokens": 256},
+    ),
+    "train.lora": Benchmark(
+        place="lora:measure_lora",
+        about="step speed against LoRA and full fine-tuning of the base",
+        needs="base",
+        quick={"rounds": 1, "steps": 1, "tokens_per_step": 256, "sampled": 1024},
+    ),
+    "train.data_wait": Benchmark(
+        place="step:measure_data_wait", about="share of a run spent waiting for data", needs="store"
+    ),
+    "train.padding": Benchmark(
+        place="step:measure_padding", about="share of computed rows that are padding", needs="store"
+    ),
+    "train.units": Benchmark(
+        place="many_units:measure_units",
+        about="streaming speed and memory with 100 times as many units",
+        quick={"rounds": 1, "units": 2, "tokens": 20_000},
+    ),
+    "train.resume": Benchmark(
+        place="many_units:measure_resume",
+        about="time to the first batch when resuming late in an epoch",
+        quick={"rounds": 1, "units": 2},
+    ),
+    "train.kills": Benchmark(
+        place="kills:measure_kills",
+        about="runs killed at random instants end with the same bits",
+        quick={"kills": 1},
+    ),
+    "train.sweep": Benchmark(
+        place="joint_runs:measure_sweep",
+        about="bytes and time of a sweep against separate runs, on a slow disk",
+        quick={"runs": 2, "samples": 12, "width": 64},
+    ),
+    "train.profiles": Benchmark(
+        place="quality:measure_profiles",
+        about="held-out loss after training on lossy stores",
+        needs="store",
+        quick=_QUALITY,
+    ),
+    "train.taps": Benchmark(
+        place="quality:measure_taps",
+        about="held-out loss with several taps against final alone",
+        needs="store",
+        quick=_QUALITY,
+    ),
+    "train.presets": Benchmark(
+        place="quality:measure_presets",
+        about="held-out loss, bytes and seconds of each preset",
+        needs="store",
+        quick=_QUALITY,
+    ),
+    "train.sampled": Benchmark(
+        place="quality:measure_sampled",
+        about="speed and held-out loss with a sampled softmax against the exact loss",
+        needs="store",
+        quick={**_QUALITY, "sampled": 1024},
+    ),
+    "compose.generate": Benchmark(
+        place="generate:measure_generation",
+        about="generation speed with a carry-on against the base alone",
+        needs="base",
+        quick=_TEXT,
+    ),
+    "compose.mixed": Benchmark(
+        place="generate:measure_mixed_rows",
+        about="generation speed of rows with a carry-on each against rows that share one",
+        needs="base",
+        quick={**_TEXT, "rows": 4},
+    ),
+    "compose.load": Benchmark(
+        place="load:measure_loading",
+        about="memory and time to load many carry-ons",
+        needs="base",
+        quick={"carryons": 8, "rounds": 1},
+    ),
+    "compose.greedy": Benchmark(
+        place="same_text:measure_greedy",
+        about="greedy text from a cache against recomputation",
+        needs="base",
+        quick={"prompts": 9, "prompt_tokens": 8, "new_tokens": 3},
+    ),
+    "compose.rows": Benchmark(
+        place="same_logits:measure_rows",
+        about="logits of a mixed batch against each carry-on alone",
+        needs="base",
+        quick={"rows": 4, "prompt_tokens": 8},
+    ),
+    "compose.families": Benchmark(
+        place="same_logits:measure_families",
+        about="cached against uncached logits on a tiny base of every architecture",
+        needs="base",
+    ),
+    "merge.native": Benchmark(
+        place="merged:measure_native",
+        about="logits of a merged native against base + carry-on",
+        needs="base",
+    ),
+    "merge.top": Benchmark(
+        place="merged:measure_top",
+        about="logits of a merged top against base + carry-on",
+        needs="base",
+    ),
+    "merge.adapter": Benchmark(
+        place="merged:measure_adapter",
+        about="logits of a top by LoRA, as PEFT adapter and merged, against base + carry-on",
+        needs="base",
+    ),
+    "merge.generate": Benchmark(
+        place="merged:measure_generation",
+        about="generation speed of a merged top against its base",
+        needs="base",
+        quick={"new_tokens": 4, "rounds": 1},
+    ),
+    "merge.speed": Benchmark(
+        place="merged:measure_speed",
+        about="training speed of a top against LoRA on the whole base",
+        needs="base",
+        quick={"rounds": 1},
+    ),
+    "paths.switching": Benchmark(
+        place="paths:measure_paths",
+        about="versions: steps against other ways, the trunk's bits, learning rates",
+        quick={"schedules": ("cosine",)},
+    ),
+    "house.shape": Benchmark(
+        place="house:measure_shape",
+        about="modules, floors, imports and lines of the source",
+    ),
+    "house.start": Benchmark(
+        place="house:measure_start", about="seconds of --help, and modules loaded to open a store"
+    ),
+    "before.bits": Benchmark(
+        place="before:measure_bits",
+        about="bits of stores, runs, a sweep and a lineage against an earlier commit",
+        needs="base",
+        quick={"tokens": 6000},
+    ),
+    "before.extract": Benchmark(
+        place="before:measure_extraction",
+        about="extraction speed against an earlier commit",
+        needs="base",
+        quick={"tokens": 6000, "rounds": 1},
+    ),
+    "before.train": Benchmark(
+        place="before:measure_training",
+        about="training speed against an earlier commit",
+        needs="base",
+        quick={"tokens": 6000, "rounds": 1},
+    ),
+    "before.demo": Benchmark(
+        place="before:measure_demo",
+        about="duration of the demo against an earlier commit; minutes",
+        needs="base",
+    ),
+}
+"""By `group.name`, in the order in which a group runs."""
+
+EXPERIMENTS = {
+    "experiment-paths": Benchmark(
+        place="experiment_paths:experiment_paths",
+        about="ways of releasing versions, compared on your stores",
+        needs="store",
+    ),
+    "experiment-cot": Benchmark(
+        place="experiment_cot:experiment_cot",
+        about="exact match of answers to problems of reasoning-gym",
+        needs="base",
+    ),
+}
+"""Functions with options of their own, whose figures need hours."""
+
+
+def list_groups() -> dict[str, list[str]]:
+    """Return the names of the benchmarks of each group."""
+    groups: dict[str, list[str]] = {}
+    for name in BENCHMARKS:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    return groups
