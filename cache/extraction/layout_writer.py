@@ -130,7 +130,7 @@ def append_plan(
         rows = np.concatenate([before, added])
         files |= encode_array(name, rows, rows_per_chunk=TABLE_ROWS, first_row=first)
     digests = {path: sha256_hex(content) for path, content in files.items()}
-    rows = _write(root, unit_rows(samples, plan, manifest=new, first_unit=part.first_unit))
+    planned = _write(root, unit_rows(samples, plan, manifest=new, first_unit=part.first_unit))
     added_files = _write(root, [item for item in files.items() if item[0] not in old.files])
     changed = {
         path: content
@@ -140,7 +140,7 @@ def append_plan(
     write_manifest(root, old.accepting({path: digests[path] for path in changed}))
     # Synced one by one: a power cut must leave the old or the new form of each.
     _write(root, changed.items(), is_synced=True)
-    _flush(root, [*rows, *added_files])
+    _flush(root, [*planned, *added_files])
     unchanged = {path: known for path, known in old.files.items() if path not in digests}
     new = replace(new, files=unchanged).accepting(digests)
     write_manifest(root, new)
