@@ -1,38 +1,40 @@
-"""What an extraction would cost, from a pilot over a few thousand tokens. Nothing is written.
+"""Predict bytes and time of an extraction from a few thousand tokens. Nothing is written.
 
 Letters: R rows, D base width.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base, read_head
-from carryon.cache.corpus.dataset import Corpus
-from carryon.cache.extraction.forward import raw_bytes
+from carryon.cache.corpus.files import Data
+from carryon.cache.extraction.forward import compute_states, raw_bytes
 from carryon.cache.extraction.layout_writer import plan_bytes
-from carryon.cache.extraction.packing import UnitPlan, plan_batches
+from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
+from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.format.codec import encode_chunk, encode_shard
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import STEPS, bfloat16_bits, to_codes
+from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
+from carryon.cache.store.shard_writer import UnitInput
 from carryon.cache.store.top_blocks import block_files
 
-_PILOT_ROWS = 4096
+_TIMED_TOKENS = 4096
 """Tokens that are run; fewer only if the corpus has fewer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ProfileForecast:
-    """What one profile would cost, and what it does to the states."""
+class ProfileEstimate:
+    """Predicted size of a store in one profile, and the error of its states."""
 
     store_bytes: int
-    """Predicted size of the whole store."""
+    """Of the whole store."""
     ratio: float
     """Hidden states stored / raw."""
     errors: dict[str, dict[str, float]]
@@ -41,7 +43,7 @@ class ProfileForecast:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What an extraction would cost."""
+    """Predicted bytes and time of an extraction."""
 
     num_samples: int
     num_tokens: int
@@ -52,7 +54,7 @@ class Estimate:
     tokens_per_second: float
     elapsed_s: float
     """Predicted seconds of the whole extraction."""
-    profiles: dict[str, ProfileForecast]
+    profiles: dict[str, ProfileEstimate]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -60,41 +62,50 @@ class Estimate:
 
 
 def estimate(
-    base: Base, texts: Corpus, plan: UnitPlan, manifest: Manifest, *, batch_tokens: int
+    *,
+    base: str | Base,
+    data: Data,
+    corpus: CorpusSettings,
+    store: StoreSettings,
+    forward: ForwardSettings,
 ) -> Estimate:
-    """Run a pilot and predict bytes, for each profile, and time."""
-    states, elapsed_s = _run_timed(base, texts, plan, manifest, batch_tokens=batch_tokens)
-    num_pilot = len(states[manifest.taps[0]])
-    per_chunk = min(manifest.rows_per_chunk, num_pilot)
-    whole = {tap: rows[: num_pilot // per_chunk * per_chunk] for tap, rows in states.items()}
-    num_whole = len(whole[manifest.taps[0]])
-    head = read_head(base)
-    pilot = run_pilot(base, manifest.taps, texts.samples, plan)
-    fixed = plan_bytes(
+    """Run the base over a few samples and predict the bytes of each profile, and the time."""
+    plan = plan_extraction(base, data, corpus=corpus, store=store, forward=forward)
+    manifest, loaded = plan.manifest, plan.base
+    states, elapsed_s = _run_timed(plan, batch_tokens=forward.batch_tokens)
+    num_timed = len(states[manifest.taps[0]])
+    per_chunk = min(manifest.rows_per_chunk, num_timed)
+    num_whole = num_timed // per_chunk * per_chunk
+    head, pilot = read_head(loaded), run_pilot(loaded, manifest.taps, plan.samples, plan.units)
+    planned = plan_bytes(
         manifest,
-        texts.samples,
-        plan,
+        plan.samples,
+        plan.units,
         head=head,
         probe=make_probe(pilot),
-        blocks=block_files(base, manifest.num_blocks),
+        blocks=block_files(loaded, manifest.num_blocks),
     )
-    fixed += manifest.num_units * _receipt_bytes(manifest)
+    # A receipt has a digest of each file and a checksum of each chunk.
+    num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
+    planned += manifest.num_units * (1000 + len(manifest.taps) * (200 + 16 * num_chunks))
     raw = raw_bytes(manifest, manifest.num_tokens)
     profiles = {}
     is_bfloat16 = manifest.settings["dtype"] == "bfloat16"
     for profile in ("exact", *STEPS) if is_bfloat16 else ("exact",):
-        stored = sum(_stored_bytes(manifest, profile, rows, per_chunk) for rows in whole.values())
+        whole = [rows[:num_whole] for rows in states.values()]
+        stored = sum(_stored_bytes(manifest, profile, rows, per_chunk) for rows in whole)
         ratio = stored / raw_bytes(manifest, num_whole)
-        errors = measure_profile(pilot, head, taps=manifest.taps, profile=profile)
-        profiles[profile] = ProfileForecast(
-            store_bytes=fixed + round(ratio * raw), ratio=round(ratio, 4), errors=errors
+        profiles[profile] = ProfileEstimate(
+            store_bytes=planned + round(ratio * raw),
+            ratio=round(ratio, 4),
+            errors=measure_profile(pilot, head, taps=manifest.taps, profile=profile),
         )
-    rate = num_pilot / elapsed_s
+    rate = num_timed / elapsed_s
     return Estimate(
         num_samples=manifest.num_samples,
         num_tokens=manifest.num_tokens,
         num_units=manifest.num_units,
-        pilot_tokens=num_pilot,
+        pilot_tokens=num_timed,
         raw_bytes=raw,
         tokens_per_second=round(rate, 1),
         elapsed_s=round(manifest.num_tokens / rate, 1),
@@ -102,55 +113,41 @@ def estimate(
     )
 
 
-def _receipt_bytes(manifest: Manifest) -> int:
-    """Return the bytes of a receipt: a digest of each file, a checksum of each chunk."""
-    num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
-    return 1000 + len(manifest.taps) * (200 + 16 * num_chunks)
-
-
 def _run_timed(
-    base: Base, texts: Corpus, plan: UnitPlan, manifest: Manifest, *, batch_tokens: int
+    plan: ExtractionPlan, *, batch_tokens: int
 ) -> tuple[dict[str, NDArray[np.float32]], float]:
-    """Return the states of the plan's first samples, tap by tap [R, D], and the seconds taken."""
-    tokens, total = [], 0
-    for index in plan.order.tolist():
-        ids = texts.samples[index].tokens[: _PILOT_ROWS - total]
-        tokens.append(ids)
-        total += len(ids)
-        if total == _PILOT_ROWS:
+    """Return the states of the plan's first tokens, tap by tap [R, D], and the seconds taken."""
+    tokens: list[NDArray[np.int32]] = []
+    left = _TIMED_TOKENS
+    for index in plan.units.order.tolist():
+        tokens.append(plan.samples[index].tokens[:left])
+        left -= len(tokens[-1])
+        if not left:
             break
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int32)
-    rows: dict[str, list[NDArray[np.float32]]] = {
-        tap: [np.empty(0, np.float32)] * len(tokens) for tap in manifest.taps
-    }
-    elapsed_s = 0.0
-    batches = plan_batches(lengths, batch_tokens=batch_tokens)
-    # The first one twice: its first pass sets up kernels and memory, which a long run does once.
-    for number, batch in enumerate([batches[0], *batches]):
-        ids = np.zeros((len(batch), int(lengths[batch].max())), dtype=np.int64)
-        for row, index in enumerate(batch.tolist()):
-            ids[row, : lengths[index]] = tokens[index]
-        started_at = time.perf_counter()
-        states = capture(base, manifest.taps, torch.from_numpy(ids))
-        found = {tap: values.float().cpu().numpy() for tap, values in states.items()}
-        elapsed_s += time.perf_counter() - started_at if number else 0.0
-        for tap, values in found.items():
-            for row, index in enumerate(batch.tolist()):
-                rows[tap][index] = values[row, : lengths[index]]
-    return {tap: np.concatenate(parts) for tap, parts in rows.items()}, elapsed_s
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    unit = UnitInput(
+        unit=0, starts=starts, lengths=lengths, tokens=np.concatenate(tokens), sha256=""
+    )
+    run = partial(
+        compute_states, plan.base, plan.manifest.taps, keeps_bits=False, batch_tokens=batch_tokens
+    )
+    # A first pass sets up kernels and memory, which a long run does once.
+    first = plan_batches(lengths, batch_tokens=batch_tokens)[0]
+    run(replace(unit, starts=starts[first], lengths=lengths[first]))
+    started_at = time.perf_counter()
+    states = run(unit)
+    return states, time.perf_counter() - started_at
 
 
 def _stored_bytes(
     manifest: Manifest, profile: str, states: NDArray[np.float32], rows_per_chunk: int
 ) -> int:
-    """Return the bytes of the pilot's states [R, D] in one profile, chunked as in the store."""
-    scales = 0
+    """Return the bytes of states [R, D] in one profile, chunked as in the store."""
     if profile in STEPS:
         codes = to_codes(states, step=STEPS[profile])
-        values: NDArray[Any] = codes.codes
-        scales = len(encode_chunk(codes.token_scale))
-    elif manifest.settings["dtype"] == "bfloat16":
-        values = bfloat16_bits(states)
-    else:
-        values = states.astype(manifest.settings["dtype"])
-    return len(encode_shard(values, rows_per_chunk=rows_per_chunk)) + scales
+        shard = encode_shard(codes.codes, rows_per_chunk=rows_per_chunk)
+        return len(shard) + len(encode_chunk(codes.token_scale))
+    dtype = manifest.settings["dtype"]
+    values = bfloat16_bits(states) if dtype == "bfloat16" else states.astype(dtype)
+    return len(encode_shard(values, rows_per_chunk=rows_per_chunk))

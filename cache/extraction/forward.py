@@ -1,8 +1,8 @@
-"""Running the base over units: each computed, written, and committed by its receipt.
+"""The base over units: each is computed, written, and committed by its receipt.
 
-While a unit is compressed and written by a thread, the base is already at the next one. Units are
-independent of each other and of the order they are computed in. Letters: B rows of a batch, T
-positions, R rows of a unit, D base width.
+A thread compresses and writes a unit while the base runs over the next one. Units are independent
+of each other and of the order they are computed in.
+Letters: R rows of a unit, D base width.
 """
 
 import time
@@ -45,7 +45,7 @@ _RECEIPT_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractReport:
-    """What an extraction did."""
+    """Summary of an extraction."""
 
     store: str
     fingerprint: str
@@ -61,7 +61,7 @@ class ExtractReport:
     elapsed_s: float
     """Seconds from the first forward pass to the last receipt."""
     is_finished: bool
-    """False when the disk budget ended it."""
+    """False when the disk limit ended it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -79,60 +79,61 @@ def run_units(
 ) -> ExtractReport:
     """Compute and commit the units that have no receipt, or the given ones.
 
-    The caller holds the write lock. Ctrl-C ends it between two commits; nothing is lost but the
-    unit at hand.
+    The caller holds the write lock. Ctrl-C ends it between two commits; only the current unit is
+    lost.
     """
     todo = _units_to_do(root, manifest) if units is None else list(units)
     starts, lengths = read_sample_places(root, manifest)
     bounds = np.searchsorted(starts, np.arange(manifest.num_units + 1) * manifest.unit_tokens)
-    total = sum(int(lengths[bounds[unit] : bounds[unit + 1]].sum()) for unit in todo)
-    receipts: list[Receipt] = []
-    budget = _DiskBudget(root, manifest, max_disk_bytes)
+    spans = [slice(bounds[unit], bounds[unit + 1]) for unit in todo]
+    num_tokens = sum(int(lengths[span].sum()) for span in spans)
+    settings, is_finished = manifest.settings, True
+    keeps_bits = settings["profile"] == "exact" and settings["dtype"] == "bfloat16"
     started_at = time.perf_counter()
     with (
-        Progress(total, name="extract", unit="tokens") as progress,
-        ThreadPoolExecutor(max_workers=1) as writer,
+        Progress(num_tokens, name="extract", unit="tokens") as progress,
+        ThreadPoolExecutor(max_workers=1) as thread,
     ):
-        pending: Future[Receipt] | None = None
-        is_finished = True
-
-        def collect(written: Future[Receipt]) -> None:
-            receipts.append(written.result())
-            budget.settle(receipts[-1])
-            progress.note = f"{budget.written / 1e6:,.0f} MB written"
-
-        for unit in todo:
-            span = slice(bounds[unit], bounds[unit + 1])
-            num_tokens = int(lengths[span].sum())
-            if pending is not None and not budget.has_room(num_tokens):
-                collect(pending)  # its true size may leave room
-                pending = None
-            if not budget.has_room(num_tokens):
-                is_finished = False
-                break
-            budget.reserve(num_tokens)
+        writer = _UnitWriter(thread, root, manifest, max_disk_bytes, progress)
+        for unit, span in zip(todo, spans, strict=True):
             unit_input = read_unit_input(
                 root, manifest, unit, starts=starts[span], lengths=lengths[span]
             )
+            if not writer.has_room(unit_input.num_tokens):
+                is_finished = False
+                break
             unit_started_at = time.perf_counter()
-            hidden = compute_unit(
-                base, unit_input, manifest=manifest, batch_tokens=batch_tokens, progress=progress
+            hidden = compute_states(
+                base,
+                manifest.taps,
+                unit_input,
+                keeps_bits=keeps_bits,
+                batch_tokens=batch_tokens,
+                progress=progress,
             )
-            elapsed_s = time.perf_counter() - unit_started_at
-            if pending is not None:
-                collect(pending)
-            pending = writer.submit(
-                write_unit, root, manifest, unit_input, hidden, elapsed_s=elapsed_s
-            )
-        if pending is not None:
-            collect(pending)
-    return _report(
-        root, manifest, receipts, time.perf_counter() - started_at, is_finished=is_finished
+            writer.submit(unit_input, hidden, elapsed_s=time.perf_counter() - unit_started_at)
+        writer.wait()
+    tokens = sum(receipt.num_tokens for receipt in writer.receipts)
+    return ExtractReport(
+        store=str(root),
+        fingerprint=manifest.fingerprint,
+        num_units=manifest.num_units,
+        num_tokens=manifest.num_tokens,
+        computed_units=len(writer.receipts),
+        computed_tokens=tokens,
+        raw_bytes=raw_bytes(manifest, tokens),
+        stored_bytes=sum(
+            receipt.files[shard_path(tap, receipt.unit)].bytes
+            for receipt in writer.receipts
+            for tap in manifest.taps
+        ),
+        elapsed_s=round(time.perf_counter() - started_at, 3),
+        is_finished=is_finished,
     )
 
 
 def _units_to_do(root: Path, manifest: Manifest) -> list[int]:
-    """Return the units without a receipt; one that is damaged or of another store is none."""
+    """Return the units without a valid receipt of this store."""
     done = set()
     for unit in units_with_receipt(root) & set(range(manifest.num_units)):
         with suppress(DamagedStoreError):
@@ -141,33 +142,32 @@ def _units_to_do(root: Path, manifest: Manifest) -> list[int]:
     return [unit for unit in range(manifest.num_units) if unit not in done]
 
 
-def compute_unit(
+def compute_states(
     base: Base,
-    unit_input: UnitInput,
+    taps: Sequence[str],
+    unit: UnitInput,
     *,
-    manifest: Manifest,
+    keeps_bits: bool,
     batch_tokens: int,
     progress: Progress | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """Run the base over one unit.
+    """Run the base over one unit, at most `batch_tokens` tokens (pads included) at a time.
 
     Returns:
-        For each tap of the store [R, D]: uint16 bits for an exact bfloat16 store, else float32.
-        Rows that belong to no sample are 0.
+        For each tap [R, D]: uint16 bits of bfloat16 if `keeps_bits`, else float32. Rows that
+        belong to no sample are 0.
     """
-    settings = manifest.settings
-    keeps_bits = settings["profile"] == "exact" and settings["dtype"] == "bfloat16"
-    shape = (manifest.unit_tokens, manifest.width)
+    shape = (len(unit.tokens), base.identity.width)
     dtype = np.uint16 if keeps_bits else np.float32
-    hidden: dict[str, NDArray[Any]] = {tap: np.zeros(shape, dtype) for tap in manifest.taps}
-    for batch in plan_batches(unit_input.lengths, batch_tokens=batch_tokens):
-        lengths, starts = unit_input.lengths[batch], unit_input.starts[batch]
+    hidden: dict[str, NDArray[Any]] = {tap: np.zeros(shape, dtype) for tap in taps}
+    for batch in plan_batches(unit.lengths, batch_tokens=batch_tokens):
+        lengths, starts = unit.lengths[batch], unit.starts[batch]
         ids = np.zeros((len(batch), int(lengths.max())), dtype=np.int64)
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            ids[row, :length] = unit_input.tokens[start : start + length]
-        for tap, states in capture(base, manifest.taps, torch.from_numpy(ids)).items():
-            found = states.bfloat16().view(torch.uint16) if keeps_bits else states.float()
-            values = found.cpu().numpy()
+            ids[row, :length] = unit.tokens[start : start + length]
+        for tap, states in capture(base, taps, torch.from_numpy(ids)).items():
+            kept = states.bfloat16().view(torch.uint16) if keeps_bits else states.float()
+            values = kept.cpu().numpy()
             for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
                 hidden[tap][start : start + length] = values[row, :length]
         if progress is not None:
@@ -182,7 +182,7 @@ def raw_bytes(manifest: Manifest, num_tokens: int) -> int:
 
 
 def largest_unit_bytes(manifest: Manifest, num_tokens: int) -> int:
-    """Return the most that computing a unit of `num_tokens` tokens can add to the store."""
+    """Return the most bytes that a unit of `num_tokens` tokens can add to the store."""
     chunks = -(-num_tokens // manifest.rows_per_chunk)
     raw = raw_bytes(manifest, chunks * manifest.rows_per_chunk)  # incompressible: stored as it is
     scales = 4 * (manifest.unit_tokens + manifest.width)
@@ -190,53 +190,54 @@ def largest_unit_bytes(manifest: Manifest, num_tokens: int) -> int:
     return raw + len(manifest.taps) * (scales + frames) + _RECEIPT_BYTES
 
 
-class _DiskBudget:
-    """Whether one more unit is sure to fit under the limit, however badly it compresses."""
+class _UnitWriter:
+    """Writes one unit at a time in a thread, if it is sure to fit under the disk limit."""
 
-    def __init__(self, root: Path, manifest: Manifest, max_bytes: int | None) -> None:
-        self._root, self._manifest = root, manifest
-        self._left = None if max_bytes is None else max_bytes - _folder_bytes(root)
-        self.written = 0
-        """Bytes of the units settled."""
+    def __init__(
+        self,
+        thread: ThreadPoolExecutor,
+        root: Path,
+        manifest: Manifest,
+        max_disk_bytes: int | None,
+        progress: Progress,
+    ) -> None:
+        self.receipts: list[Receipt] = []
+        self._thread, self._root, self._manifest = thread, root, manifest
+        self._progress, self._limit = progress, max_disk_bytes
+        self._pending: Future[Receipt] | None = None
+        self._written_bytes = self._reserved_bytes = 0
+        files = () if max_disk_bytes is None else filter(Path.is_file, root.rglob("*"))
+        self._first_bytes = sum(path.stat().st_size for path in files)
 
     def has_room(self, num_tokens: int) -> bool:
-        return self._left is None or largest_unit_bytes(self._manifest, num_tokens) <= self._left
+        """Return whether a unit fits, however badly it compresses."""
+        if not self._fits(num_tokens):
+            self.wait()  # the pending unit's true size may leave room
+        return self._fits(num_tokens)
 
-    def reserve(self, num_tokens: int) -> None:
-        if self._left is not None:
-            self._left -= largest_unit_bytes(self._manifest, num_tokens)
+    def _fits(self, num_tokens: int) -> bool:
+        used = self._first_bytes + self._written_bytes + self._reserved_bytes
+        largest = largest_unit_bytes(self._manifest, num_tokens)
+        return self._limit is None or used + largest <= self._limit
 
-    def settle(self, receipt: Receipt) -> None:
-        """Take the unit's true size in place of what was reserved for it."""
-        rows = {row_path(name, receipt.unit) for name in ROW_ARRAYS}  # there since planning
+    def submit(
+        self, unit_input: UnitInput, hidden: dict[str, NDArray[Any]], *, elapsed_s: float
+    ) -> None:
+        """Write a unit as soon as the one before it is written."""
+        self.wait()
+        self._reserved_bytes = largest_unit_bytes(self._manifest, unit_input.num_tokens)
+        self._pending = self._thread.submit(
+            write_unit, self._root, self._manifest, unit_input, hidden, elapsed_s=elapsed_s
+        )
+
+    def wait(self) -> None:
+        """Wait for the pending unit; raises what its writing raised."""
+        if self._pending is None:
+            return
+        receipt, self._pending = self._pending.result(), None
+        rows = {row_path(name, receipt.unit) for name in ROW_ARRAYS}  # planning wrote them
         size = (self._root / receipt_path(receipt.unit)).stat().st_size
         size += sum(entry.bytes for path, entry in receipt.files.items() if path not in rows)
-        self.written += size
-        if self._left is not None:
-            self._left += largest_unit_bytes(self._manifest, receipt.num_tokens) - size
-
-
-def _report(
-    root: Path, manifest: Manifest, receipts: list[Receipt], elapsed_s: float, *, is_finished: bool
-) -> ExtractReport:
-    tokens = sum(receipt.num_tokens for receipt in receipts)
-    return ExtractReport(
-        store=str(root),
-        fingerprint=manifest.fingerprint,
-        num_units=manifest.num_units,
-        num_tokens=manifest.num_tokens,
-        computed_units=len(receipts),
-        computed_tokens=tokens,
-        raw_bytes=raw_bytes(manifest, tokens),
-        stored_bytes=sum(
-            receipt.files[shard_path(tap, receipt.unit)].bytes
-            for receipt in receipts
-            for tap in manifest.taps
-        ),
-        elapsed_s=round(elapsed_s, 3),
-        is_finished=is_finished,
-    )
-
-
-def _folder_bytes(root: Path) -> int:
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+        self.receipts.append(receipt)
+        self._written_bytes, self._reserved_bytes = self._written_bytes + size, 0
+        self._progress.note = f"{self._written_bytes / 1e6:,.0f} MB written"

@@ -1,22 +1,24 @@
-"""Samples into units: pure and seeded.
+"""Packing of samples into units, and of a unit's samples into batches: pure and seeded.
 
-Samples are shuffled with the seed and laid one after another; a sample that no longer fits opens
-the next unit, so none crosses a unit and every writer owns its shards. Held-out samples get units
-of their own, after the others: evaluation then reads nothing else. Since samples are shuffled
-into units, reading units in sequence is already well mixed.
+Samples are shuffled with the seed and laid one after another. A sample that no longer fits opens
+the next unit, so none crosses a unit and every writer owns its shards. Held-out samples come
+last, in separate units: evaluation reads nothing else. Reading units in sequence is already well
+mixed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from carryon.cache.corpus.dataset import Sample
 from carryon.cache.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitPlan:
-    """Where each sample lies; samples in the order of the token axis."""
+    """The place of each of S samples, in the order of the token axis."""
 
     order: NDArray[np.int64]
     """[S] index, in the corpus, of each planned sample."""
@@ -28,6 +30,13 @@ class UnitPlan:
     """Units of this plan."""
 
 
+def plan_samples(samples: Sequence[Sample], *, unit_tokens: int, seed: int) -> UnitPlan:
+    """Lay samples out in units of `unit_tokens` rows; see `plan_units`."""
+    lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int32)
+    held_out = np.array([sample.is_held_out for sample in samples], dtype=np.bool_)
+    return plan_units(lengths, held_out, unit_tokens=unit_tokens, seed=seed)
+
+
 def plan_units(
     lengths: NDArray[np.int32], held_out: NDArray[np.bool_], *, unit_tokens: int, seed: int
 ) -> UnitPlan:
@@ -35,7 +44,7 @@ def plan_units(
 
     Args:
         lengths: [S] tokens of each sample, all at least 1.
-        held_out: [S] whether a sample is kept from training.
+        held_out: [S] whether a sample is held out.
         unit_tokens: rows of a unit.
         seed: of the shuffle.
 
@@ -68,7 +77,7 @@ def plan_units(
 def plan_batches(lengths: NDArray[np.int32], *, batch_tokens: int) -> list[NDArray[np.int64]]:
     """Group a unit's samples by length into right-padded batches of at most `batch_tokens`.
 
-    A pure function of the unit, so that a unit computed again is computed in the same batches.
+    A pure function of the unit: a unit that is computed again has the same batches.
 
     Args:
         lengths: [n] tokens of each sample.
@@ -81,8 +90,7 @@ def plan_batches(lengths: NDArray[np.int32], *, batch_tokens: int) -> list[NDArr
     batches: list[NDArray[np.int64]] = []
     first = 0
     while first < len(by_length):
-        longest = int(lengths[by_length[first]])
-        rows = max(1, batch_tokens // longest)
+        rows = max(1, batch_tokens // int(lengths[by_length[first]]))
         batches.append(by_length[first : first + rows])
         first += rows
     return batches

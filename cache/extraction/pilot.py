@@ -1,7 +1,7 @@
-"""The pilot: the base over a few samples before it runs over all of them.
+"""The pilot: the base over the beginnings of a few samples, before it runs over all of them.
 
-It gives the probe, and for a lossy profile the error that the manifest records. Letters: P
-positions, D width, V vocabulary, T tokens.
+It gives the probe and, for a lossy profile, the error that the manifest records.
+Letters: P positions, D width, V vocabulary, T tokens.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _VOCAB_BLOCK = 8192  # rows of the head that are widened at a time
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PilotSample:
-    """The beginning of one sample, with what the base makes of it."""
+    """The first tokens of one sample, with the base's states and logits."""
 
     first_row: int
     """Row of its first token on the token axis."""
@@ -39,19 +39,18 @@ class PilotSample:
 
 
 def run_pilot(
-    base: Base, taps: Sequence[str], samples: Sequence[Sample], plan: UnitPlan
+    base: Base, taps: Sequence[str], samples: Sequence[Sample], units: UnitPlan
 ) -> list[PilotSample]:
     """Run the base over the beginnings of the first samples of the first unit."""
-    wanted = list(dict.fromkeys([*taps, "final"]))
     pilot = []
-    for position in range(min(_PILOT_SAMPLES, int((plan.unit == 0).sum()))):
-        ids = samples[int(plan.order[position])].tokens[:PILOT_TOKENS]
+    for position in range(min(_PILOT_SAMPLES, int((units.unit == 0).sum()))):
+        ids = samples[int(units.order[position])].tokens[:PILOT_TOKENS]
         batch = torch.from_numpy(ids.astype(np.int64))[None]
-        states = capture(base, wanted, batch)
+        states = capture(base, list(dict.fromkeys([*taps, "final"])), batch)
         pilot.append(
             PilotSample(
-                first_row=int(plan.start[position]),
-                states={tap: found[0].float().cpu().numpy() for tap, found in states.items()},
+                first_row=int(units.start[position]),
+                states={tap: values[0].float().cpu().numpy() for tap, values in states.items()},
                 logits=base_logits(base, batch)[0].float().cpu(),
             )
         )
@@ -67,7 +66,7 @@ def make_probe(pilot: Sequence[PilotSample]) -> Probe:
         chosen = np.unique(np.linspace(first, num_tokens - 1, _PROBE_POSITIONS).astype(np.int64))
         top = sample.logits[chosen].topk(min(NUM_LOGITS, sample.logits.shape[1]))
         rows.append(sample.first_row + chosen)
-        states.append({tap: found[chosen] for tap, found in sample.states.items()})
+        states.append({tap: values[chosen] for tap, values in sample.states.items()})
         ids.append(top.indices.numpy().astype(np.int32))
         logits.append(top.values.numpy().astype(np.float32))
     return Probe(
@@ -81,38 +80,32 @@ def make_probe(pilot: Sequence[PilotSample]) -> Probe:
 def measure_profile(
     pilot: Sequence[PilotSample], head: Head, *, taps: Sequence[str], profile: str
 ) -> dict[str, dict[str, float]]:
-    """Return what a lossy profile does to the pilot's states; empty for `exact`.
+    """Return the error of a lossy profile on the pilot's states; empty for `exact`.
 
     Returns:
         For each tap: `relative_error` (median over tokens of |x' - x| / |x|) and
         `channel_relative_error`; for `final` and `prenorm`, through the head, also `kl` (mean
-        nats, base to stored) and `top1` (share of tokens with the same most likely next token).
+        nats, base to stored) and `top1` (ratio of tokens with the same most likely next token).
     """
     if profile not in STEPS:
         return {}
-    found = {}
+    errors = {}
     for tap in taps:
         states = np.concatenate([sample.states[tap] for sample in pilot])
-        made = widen(from_codes(to_codes(states, step=STEPS[profile])))
+        stored = widen(from_codes(to_codes(states, step=STEPS[profile])))
         norms = np.linalg.norm(states, axis=1)
-        relative = np.linalg.norm(made - states, axis=1) / np.maximum(norms, 1e-30)
-        found[tap] = {
+        relative = np.linalg.norm(stored - states, axis=1) / np.maximum(norms, 1e-30)
+        errors[tap] = {
             "relative_error": float(np.median(relative)),
-            "channel_relative_error": channel_relative_error(made, states),
+            "channel_relative_error": channel_relative_error(stored, states),
         }
         if tap in ("final", "prenorm"):
-            found[tap] |= _through_head(head, states, made, has_norm=tap == "final")
-    return found
-
-
-def _through_head(
-    head: Head, states: NDArray[np.float32], made: NDArray[np.float32], *, has_norm: bool
-) -> dict[str, float]:
-    expected = _log_probs(head, states if has_norm else head.norm.apply(states))
-    got = _log_probs(head, made if has_norm else head.norm.apply(made))
-    kl = (expected.exp() * (expected - got)).sum(dim=1).mean()
-    top1 = (expected.argmax(dim=1) == got.argmax(dim=1)).float().mean()
-    return {"kl": float(kl), "top1": float(top1)}
+            pair = (states, stored) if tap == "final" else map(head.norm.apply, (states, stored))
+            expected, got = (_log_probs(head, values) for values in pair)
+            kl = (expected.exp() * (expected - got)).sum(dim=1).mean()
+            top1 = (expected.argmax(dim=1) == got.argmax(dim=1)).float().mean()
+            errors[tap] |= {"kl": float(kl), "top1": float(top1)}
+    return errors
 
 
 def _log_probs(head: Head, states: NDArray[np.float32]) -> torch.Tensor:

@@ -5,24 +5,30 @@ resumes: finished units are skipped, the others computed.
 """
 
 import logging
-from collections.abc import Container, Sequence
-from dataclasses import replace
+from collections.abc import Container, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
-from carryon.cache.base.model import Base, load_base, read_head
-from carryon.cache.corpus.dataset import Corpus, read_corpus
+from carryon.cache.base.model import Base, read_head
+from carryon.cache.corpus.files import Data
 from carryon.cache.errors import InputError
-from carryon.cache.extraction.describe import describe, longest_sample, plan_corpus
-from carryon.cache.extraction.estimate import Estimate, estimate
 from carryon.cache.extraction.forward import ExtractReport, raw_bytes, run_units
 from carryon.cache.extraction.layout_writer import append_plan, plan_bytes, write_plan
-from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
+from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.extraction.resume import refuse_other_data, refuse_other_settings
 from carryon.cache.files import sweep_partials
 from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
 from carryon.cache.lock import LOCK_PATH, refuse_busy, write_lock
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings, parse_tap
+from carryon.cache.settings import (
+    CorpusSettings,
+    ForwardSettings,
+    Settings,
+    StoreSettings,
+    apply_options,
+)
+from carryon.cache.store.reader import Store
 from carryon.cache.store.top_blocks import block_files
 
 logger = logging.getLogger(__name__)
@@ -34,7 +40,84 @@ _EXPECTED_RATIO = {"exact": 0.68, "near": 0.42, "compact": 0.36}
 def extract(
     *,
     base: str | Base,
-    data: Sequence[str | Path],
+    data: Data,
+    out: str | Path,
+    corpus: CorpusSettings | None = None,
+    store: StoreSettings | None = None,
+    forward: ForwardSettings | None = None,
+    append: bool = False,
+    max_disk_bytes: int | None = None,
+    held_out: Container[str] = (),
+    **options: Any,  # noqa: ANN401
+) -> Store:
+    """Extract the hidden states of a corpus into the store at `out`, and open it.
+
+    An existing store is resumed: only its missing units are computed.
+
+    Example:
+        store = extract(base="HuggingFaceTB/SmolLM2-135M-Instruct", data=rows, out="store")
+
+    Args:
+        base: hub id, folder or .gguf file; or a loaded base.
+        data: a file or folder, several of them, or rows: any iterable of dicts with `messages`,
+            `prompt` and `completion`, or `text`, and perhaps `id` and `split`.
+        out: folder of the store; made if missing.
+        corpus: how text becomes samples. None: defaults.
+        store: what the store holds. None: defaults.
+        forward: how the base is run. None: defaults.
+        append: add the samples of `data` to an existing store.
+        max_disk_bytes: stop before the store would grow beyond it. The store is then opened
+            unfinished; the same call with more room resumes it.
+        held_out: ids of samples to hold out, besides those marked in the data.
+        options: fields of the three settings by name, such as `taps` or `unit_tokens`.
+
+    Raises:
+        InputError: data, tap or setting cannot be used; nothing was written.
+        SettingMismatchError: the store was made with other settings; nothing was changed.
+        StoreBusyError: another process writes to the store.
+        DiskFullError: finished units are kept; the same call resumes.
+    """
+    settings = merge_options(
+        options, {CorpusSettings: corpus, StoreSettings: store, ForwardSettings: forward}
+    )
+    report = run_extraction(
+        base=base,
+        data=data,
+        out=out,
+        corpus=settings[0],
+        store=settings[1],
+        forward=settings[2],
+        append=append,
+        max_disk_bytes=max_disk_bytes,
+        held_out=held_out,
+    )
+    if not report.is_finished:
+        logger.warning("%s: stopped at max_disk_bytes=%s, unfinished", out, max_disk_bytes)
+    return Store.open(out, allow_unfinished=not report.is_finished)
+
+
+def merge_options(
+    options: Mapping[str, Any], given: Mapping[type[Settings], Settings | None]
+) -> list[Any]:
+    """Return settings of each type in `given`, None replaced by defaults, with options applied.
+
+    Raises:
+        InputError: an option is no field of them, or is a field of settings that are given too.
+    """
+    for kind, settings in given.items():
+        names = {field.name for field in fields(kind)}  # type: ignore[arg-type]  # of a dataclass
+        if settings is not None and (both := sorted(names & set(options))):
+            raise InputError(
+                f"{both[0]}: expected it once, got it as an option and in {kind.__name__}. "
+                "Fix: leave one of them out"
+            )
+    return apply_options(options, *(settings or kind() for kind, settings in given.items()))
+
+
+def run_extraction(
+    *,
+    base: str | Base,
+    data: Data,
     out: str | Path,
     corpus: CorpusSettings,
     store: StoreSettings,
@@ -43,63 +126,37 @@ def extract(
     max_disk_bytes: int | None = None,
     held_out: Container[str] = (),
 ) -> ExtractReport:
-    """Extract the hidden states of a corpus into the store at `out`, or go on with it.
-
-    Args:
-        base: hub id, folder or .gguf file; or a base that is loaded already.
-        data: files (or folders) of the corpus.
-        out: folder of the store; made if missing.
-        corpus: how text becomes samples.
-        store: what the store holds.
-        forward: how the base is run.
-        append: add the samples of `data` to a store that is there.
-        max_disk_bytes: stop before the store would grow beyond it; what is written stays valid
-            and the same call with more room goes on.
-        held_out: ids of samples to hold out, besides those that the data marks.
-
-    Raises:
-        InputError: data, tap or setting cannot be used; nothing was written.
-        SettingMismatchError: the store was begun with other settings; nothing was changed.
-        StoreBusyError: another process writes to the store.
-        DiskFullError: what was finished is kept; the same call goes on.
-    """
+    """Do what `extract` does, but return a summary instead of the store."""
     root = Path(out)
     refuse_foreign_folder(root)
     refuse_busy(root)
-    loaded, texts, plan, manifest = _prepare(base, data, corpus, store, forward, held_out)
-    logger.info(_prediction(manifest))
+    plan = plan_extraction(
+        base, data, corpus=corpus, store=store, forward=forward, held_out=held_out
+    )
+    logger.info(_prediction(plan.manifest))
     with write_lock(root):
         sweep_partials(root)
-        if not manifest_path(root).exists():
-            if append:
-                raise InputError(f"{root}: no store to append to: leave out --append")
-            manifest = _begin(root, loaded, manifest, texts, plan, max_disk_bytes)
+        if manifest_path(root).exists():
+            manifest = _resume(root, plan, append=append)
+        elif append:
+            raise InputError(f"{root}: expected a store to append to, got none: leave out --append")
         else:
-            manifest = _go_on(root, manifest, texts, plan, append=append)
+            manifest = _begin(root, plan, max_disk_bytes)
         return run_units(
-            root, manifest, loaded, batch_tokens=forward.batch_tokens, max_disk_bytes=max_disk_bytes
+            root,
+            manifest,
+            plan.base,
+            batch_tokens=forward.batch_tokens,
+            max_disk_bytes=max_disk_bytes,
         )
 
 
-def dry_run(
-    *,
-    base: str | Base,
-    data: Sequence[str | Path],
-    corpus: CorpusSettings,
-    store: StoreSettings,
-    forward: ForwardSettings,
-) -> Estimate:
-    """Run a few samples and predict bytes and time of the whole extraction; writes nothing."""
-    loaded, texts, plan, manifest = _prepare(base, data, corpus, store, forward)
-    return estimate(loaded, texts, plan, manifest, batch_tokens=forward.batch_tokens)
-
-
 def refuse_foreign_folder(root: Path) -> None:
-    """Check that `root` is new, empty, or a store (begun or whole).
+    """Check that `root` is new, empty, or a store, finished or not.
 
     Raises:
         InputError: it is a file, or a folder that holds something else.
-        StoreError: it holds a Zarr group of someone else.
+        StoreError: it holds another Zarr group.
     """
     if not root.exists():
         return
@@ -118,63 +175,34 @@ def refuse_foreign_folder(root: Path) -> None:
         )
 
 
-def _prepare(
-    base: str | Base,
-    data: Sequence[str | Path],
-    corpus: CorpusSettings,
-    store: StoreSettings,
-    forward: ForwardSettings,
-    held_out: Container[str] = (),
-) -> tuple[Base, Corpus, UnitPlan, Manifest]:
-    """Load base and corpus and plan the store; nothing is written."""
-    loaded = load_base(base, forward=forward) if isinstance(base, str) else base
-    for tap in store.taps:
-        parse_tap(tap, num_layers=loaded.identity.num_layers)
-    corpus = replace(corpus, max_tokens=longest_sample(corpus, store, loaded))
-    texts = read_corpus(
-        data,
-        loaded.tokenizer,
-        settings=corpus,
-        max_tokens=corpus.max_tokens,
-        held_out=held_out,
-    )
-    plan = plan_corpus(texts, store)
-    return loaded, texts, plan, describe(loaded, texts, plan, corpus=corpus, store=store)
-
-
-def _begin(
-    root: Path,
-    base: Base,
-    manifest: Manifest,
-    texts: Corpus,
-    plan: UnitPlan,
-    max_disk_bytes: int | None,
-) -> Manifest:
-    head = read_head(base)
-    blocks = block_files(base, manifest.num_blocks)
-    pilot = run_pilot(base, manifest.taps, texts.samples, plan)
+def _begin(root: Path, plan: ExtractionPlan, max_disk_bytes: int | None) -> Manifest:
+    """Write the plan of a new store."""
+    base, samples, units, manifest = plan.base, plan.samples, plan.units, plan.manifest
+    head, blocks = read_head(base), block_files(base, manifest.num_blocks)
+    pilot = run_pilot(base, manifest.taps, samples, units)
     errors = measure_profile(pilot, head, taps=manifest.taps, profile=manifest.settings["profile"])
     manifest, probe = replace(manifest, profile_error=errors), make_probe(pilot)
     if max_disk_bytes is not None:
-        needed = plan_bytes(manifest, texts.samples, plan, head=head, probe=probe, blocks=blocks)
+        needed = plan_bytes(manifest, samples, units, head=head, probe=probe, blocks=blocks)
         if needed > max_disk_bytes:
             raise InputError(
-                f"max_disk: expected more than {needed / 1e6:,.1f} MB, which the head and the "
-                f"plan of {root} take before its first unit, got {max_disk_bytes / 1e6:,.1f} MB"
+                f"max_disk: expected more than {needed / 1e6:,.1f} MB, the size of the head and "
+                f"the plan of {root}, got {max_disk_bytes / 1e6:,.1f} MB"
             )
-    return write_plan(root, manifest, texts.samples, plan, head=head, probe=probe, blocks=blocks)
+    return write_plan(root, manifest, samples, units, head=head, probe=probe, blocks=blocks)
 
 
-def _go_on(
-    root: Path, manifest: Manifest, texts: Corpus, plan: UnitPlan, *, append: bool
-) -> Manifest:
-    old = read_manifest(root)
-    refuse_other_settings(old, manifest, name=str(root))
-    if not append or texts.fingerprint in [part.fingerprint for part in old.parts]:
-        refuse_other_data(old, manifest, name=str(root))
+def _resume(root: Path, plan: ExtractionPlan, *, append: bool) -> Manifest:
+    """Check that an existing store is of this plan, or append the plan to it."""
+    old, new = read_manifest(root), plan.manifest
+    refuse_other_settings(old, new, name=str(root))
+    [part] = new.parts
+    if not append or part.fingerprint in [known.fingerprint for known in old.parts]:
+        refuse_other_data(old, new, name=str(root))
         return old
-    part = replace(manifest.parts[0], first_unit=old.num_units, first_sample=old.num_samples)
-    return append_plan(root, old, replace(old, parts=[*old.parts, part]), texts.samples, plan)
+    part = replace(part, first_unit=old.num_units, first_sample=old.num_samples)
+    new = replace(old, parts=[*old.parts, part])
+    return append_plan(root, old, new, plan.samples, plan.units)
 
 
 def _prediction(manifest: Manifest) -> str:

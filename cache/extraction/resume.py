@@ -1,9 +1,11 @@
-"""Whether an extraction may go on in a store that is there: pure comparison of manifests."""
+"""Whether an extraction may resume an existing store: pure comparison of manifests."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from carryon.cache.base.model import Base
 from carryon.cache.errors import SettingMismatchError
+from carryon.cache.extraction.plan import forward_facts
 from carryon.cache.format.manifest import Manifest
 
 _BASE_FACTS = (
@@ -18,49 +20,24 @@ _BASE_FACTS = (
 def refuse_other_settings(old: Manifest, new: Manifest, *, name: str) -> None:
     """Compare all settings that determine the content of a unit.
 
-    Library versions are left out: the same setting computed by another version is the same to
-    rounding. So is where the base was found; its digests count.
+    Library versions are not compared: another version computes the same to rounding. Nor is the
+    path or hub id of the base; its digests are.
 
     Raises:
         SettingMismatchError: names the first setting that differs, and both values.
     """
-    pairs = _settings(old), _settings(new)
-    for setting, before in pairs[0].items():
-        now = pairs[1].get(setting)
-        if before != now:
-            raise SettingMismatchError(
-                f"{name}: the store was begun with {setting} = {_short(before)}, this call has "
-                f"{_short(now)}: use the same setting, or another folder"
-            )
+    _compare(_settings(old), _settings(new), name=name, fix="use this setting, or another --out")
 
 
-def refuse_other_forward(manifest: Manifest, forward: Mapping[str, Any], *, name: str) -> None:
-    """Check that a loaded base computes as the one that made the store.
+def refuse_other_base(manifest: Manifest, base: Base, *, name: str) -> None:
+    """Check that a loaded base is the one of the store, and computes as it did then.
 
     Raises:
-        SettingMismatchError: names the setting that differs, and both values.
+        SettingMismatchError: names the first digest or setting that differs, and both values.
     """
-    for setting, before in manifest.forward.items():
-        if forward.get(setting) != before:
-            raise SettingMismatchError(
-                f"{name}: the store was made with {setting} = {before}, this base was loaded with "
-                f"{forward.get(setting)}: load it as the store was made"
-            )
-
-
-def refuse_other_base(manifest: Manifest, base: Mapping[str, Any], *, name: str) -> None:
-    """Check that a loaded base (its identity as plain values) is the one of the store.
-
-    Raises:
-        SettingMismatchError: names the digest that differs.
-    """
-    for fact in _BASE_FACTS:
-        if manifest.base.get(fact) != base.get(fact):
-            raise SettingMismatchError(
-                f"{name}: the store was made with a base of {fact} "
-                f"{_short(manifest.base.get(fact))}, this base ({base.get('id')}) has "
-                f"{_short(base.get(fact))}: give the same base"
-            )
+    expected = _base_facts(manifest.base) | manifest.forward
+    got = _base_facts(base.identity.to_dict()) | forward_facts(base)
+    _compare(expected, got, name=name, fix="give the base of the store, loaded with its settings")
 
 
 def refuse_other_data(old: Manifest, new: Manifest, *, name: str) -> None:
@@ -73,29 +50,37 @@ def refuse_other_data(old: Manifest, new: Manifest, *, name: str) -> None:
     fingerprint = new.parts[-1].fingerprint
     if fingerprint not in known:
         raise SettingMismatchError(
-            f"{name}: the store was begun with data of fingerprint "
-            f"{' and '.join(_short(item) for item in known)}, this data has "
-            f"{_short(fingerprint)}: give the same files, add samples with --append, "
-            "or use another folder"
+            f"{name}: data: expected those of the store, of fingerprint "
+            f"{' or '.join(map(_short, known))}, got {_short(fingerprint)}. Fix: give the same "
+            "data, add samples with --append, or use another --out"
         )
 
 
 def _settings(manifest: Manifest) -> dict[str, Any]:
-    sections: dict[str, Mapping[str, Any]] = {
-        "base": {name: manifest.base.get(name) for name in _BASE_FACTS},
-        "forward": manifest.forward,
-        "corpus": manifest.corpus,
-        "store": manifest.settings | {"with_blocks": manifest.num_blocks},
-        "head": manifest.head,
+    return {
+        **_base_facts(manifest.base),
+        **manifest.forward,
+        **manifest.corpus,
+        **manifest.settings,
+        "with_blocks": manifest.num_blocks,
+        **{f"head.{name}": value for name, value in manifest.head.items()},
+        "width": manifest.width,
     }
-    flat = {
-        f"{section}.{name}" if section in ("base", "head") else name: value
-        for section, values in sections.items()
-        for name, value in values.items()
-    }
-    return flat | {"width": manifest.width}
+
+
+def _base_facts(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"base.{name}": identity.get(name) for name in _BASE_FACTS}
+
+
+def _compare(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str, fix: str) -> None:
+    for setting, value in before.items():
+        if now.get(setting) != value:
+            raise SettingMismatchError(
+                f"{name}: {setting}: expected {_short(value)}, which the store was made with, got "
+                f"{_short(now.get(setting))}. Fix: {fix}"
+            )
 
 
 def _short(value: object) -> str:
     text = str(value)
-    return text[:12] if len(text) == 64 else text
+    return text[:12] if len(text) == 64 else text  # a digest

@@ -84,17 +84,18 @@ class VerifyReport:
         return asdict(self) | {"is_sound": self.is_sound, "is_complete": self.is_complete}
 
 
-def verify(root: Path, *, depth: Depth, seed: int = 0) -> VerifyReport:
-    """Check the store at `root`.
+def verify(path: str | Path, *, depth: Depth = "sample", seed: int = 0) -> VerifyReport:
+    """Check the store at `path`.
 
     Args:
-        root: of the store.
+        path: folder of the store.
         depth: how much is read.
         seed: picks the chunks of depth `sample`.
 
     Raises:
         MissingError: there is no store.
     """
+    root = Path(path)
     try:
         manifest = read_manifest(root)
     except DamagedStoreError as error:

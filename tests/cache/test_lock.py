@@ -30,7 +30,7 @@ def test_a_second_writer_is_refused_at_once_and_the_first_is_unharmed(
     with pytest.raises(StoreBusyError, match=busy):
         extract_tiny(tiny_base, store_data, root)
     with pytest.raises(StoreBusyError, match=busy):
-        repair(root, load_base=lambda _: tiny_base, batch_tokens=256)
+        repair(root, base=tiny_base)
     assert time.perf_counter() - started_at < 10  # it did not wait for the first
     assert files_below(root) == before
     first.talk.send("go on")

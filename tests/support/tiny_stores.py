@@ -30,9 +30,9 @@ from carryon.cache.errors import CarryOnError
 from carryon.cache.extraction import layout_writer as plan_writer
 from carryon.cache.extraction.forward import ExtractReport
 from carryon.cache.extraction.layout_writer import write_plan
-from carryon.cache.extraction.packing import UnitPlan, plan_units
+from carryon.cache.extraction.packing import UnitPlan, plan_samples
 from carryon.cache.extraction.pilot import PilotSample, make_probe, measure_profile
-from carryon.cache.extraction.pipeline import extract
+from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.extraction.repair import RepairReport, repair
 from carryon.cache.format import head_arrays as head_files
 from carryon.cache.format import zarr_metadata as layout
@@ -108,9 +108,7 @@ def make_given(
             is_held_out=index % 5 == 4,
         )
         samples.append(sample)
-    lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int32)
-    held_out = np.array([sample.is_held_out for sample in samples], dtype=np.bool_)
-    plan = plan_units(lengths, held_out, unit_tokens=settings.unit_tokens, seed=settings.seed)
+    plan = plan_samples(samples, unit_tokens=settings.unit_tokens, seed=settings.seed)
     head = _make_head(random, softcap=softcap, logit_scale=logit_scale)
     prenorm = random.normal(size=(plan.num_units * settings.unit_tokens, WIDTH))
     prenorm *= np.exp(random.normal(size=WIDTH))  # channels of unequal size
@@ -223,12 +221,10 @@ def write_corpus(path: Path, *, num_samples: int, first: int = 0) -> Path:
     return path
 
 
-def repair_tiny(
-    root: Path, load: Callable[[Manifest], Base], *, batch_tokens: int = FORWARD.batch_tokens
-) -> RepairReport:
-    """Repair a store of small segments."""
+def repair_tiny(root: Path, base: Base | str) -> RepairReport:
+    """Repair a store of small chunks."""
     with small_pieces(), one_thread():
-        return repair(root, load_base=load, batch_tokens=batch_tokens)
+        return repair(root, base=base, forward=FORWARD)
 
 
 def extract_tiny(
@@ -242,9 +238,9 @@ def extract_tiny(
     append: bool = False,
     max_disk_bytes: int | None = None,
 ) -> ExtractReport:
-    """Extract into a store of small segments."""
+    """Extract into a store of small chunks."""
     with small_pieces(), one_thread():
-        return extract(
+        return run_extraction(
             base=base,
             data=[data],
             out=out,

@@ -13,11 +13,11 @@ import torch
 
 from carryon.cache.base.model import Base, read_head
 from carryon.cache.corpus.dataset import Corpus, Sample
-from carryon.cache.extraction.describe import describe, plan_corpus
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.layout_writer import write_plan
-from carryon.cache.extraction.packing import plan_batches
+from carryon.cache.extraction.packing import plan_batches, plan_samples
 from carryon.cache.extraction.pilot import make_probe, run_pilot
+from carryon.cache.extraction.plan import describe
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
@@ -112,7 +112,7 @@ def _plan(root: Path, base: Base, samples: list[Sample], settings: StoreSettings
         "supervised_tokens": sum(int(sample.loss_mask.sum()) for sample in samples),
     }
     texts = Corpus(samples=samples, fingerprint="0" * 64, files=[], counts=counts)
-    plan = plan_corpus(texts, settings)
+    plan = plan_samples(samples, unit_tokens=settings.unit_tokens, seed=settings.seed)
     manifest = describe(base, texts, plan, corpus=CorpusSettings(), store=settings)
     probe = make_probe(run_pilot(base, settings.taps, samples, plan))
     return write_plan(root, manifest, samples, plan, head=read_head(base), probe=probe)

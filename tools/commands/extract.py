@@ -54,9 +54,9 @@ def extract(
     max_disk_bytes = parse_bytes(max_disk) if max_disk else None
     if dry_run:
         return _print_forecast(base, data, corpus, store, forward)
-    from carryon.cache.extraction.pipeline import extract as extract_to_store
+    from carryon.cache.extraction.pipeline import run_extraction
 
-    report = extract_to_store(
+    report = run_extraction(
         base=base,
         data=data,
         out=out,
@@ -84,9 +84,9 @@ def _print_forecast(
     store: StoreSettings,
     forward: ForwardSettings,
 ) -> dict[str, Any]:
-    from carryon.cache.extraction.pipeline import dry_run
+    from carryon.cache.extraction.estimate import estimate
 
-    found = dry_run(base=base, data=data, corpus=corpus, store=store, forward=forward)
+    found = estimate(base=base, data=data, corpus=corpus, store=store, forward=forward)
     logger.info(
         f"{found.num_samples:,} samples, {found.num_tokens:,} tokens, {found.num_units:,} units; "
         f"{found.tokens_per_second:,.0f} tokens/s here: about {found.elapsed_s / 60:,.1f} minutes\n"

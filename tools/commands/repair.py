@@ -2,14 +2,8 @@
 
 import json
 import logging
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from carryon.cache.settings import ForwardSettings
-
-if TYPE_CHECKING:
-    from carryon.cache.base.model import Base
-    from carryon.cache.format.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +23,9 @@ def repair(store: str, /, *, base: str = "", forward: ForwardSettings) -> int:
         base: The base that made the store, if it is not where it was: hub id, folder or .gguf.
         forward: How the base is run; dtype and attention are taken from the store.
     """
-    from dataclasses import replace
-
-    from carryon.cache.base.model import load_base
     from carryon.cache.extraction.repair import repair as repair_store
 
-    def load(manifest: "Manifest") -> "Base":
-        settings = replace(
-            forward,
-            compute_dtype=manifest.forward["compute_dtype"],
-            attention=manifest.forward["attention"],
-        )
-        return load_base(base or manifest.base["id"], forward=settings)
-
-    report = repair_store(Path(store), load_base=load, batch_tokens=forward.batch_tokens)
+    report = repair_store(store, base=base or None, forward=forward)
     state = "whole" if report.is_complete else "still damaged"
     logger.info(
         f"{store}: {len(report.problems)} problems, {len(report.restored_files)} files restored, "

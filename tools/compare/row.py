@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from carryon.cache.base.model import Base, load_base
-from carryon.cache.extraction.pipeline import extract
+from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.files import write_file, write_json
 from carryon.cache.progress import Progress
 from carryon.cache.settings import ForwardSettings, StoreSettings
@@ -354,7 +354,7 @@ def _extract(bench: Bench, base: Base, data: Path, root: Path, *, append: bool =
     """Extract the taps and blocks of the method; return the seconds of the forward passes."""
     shape = bench.method.carryon
     assert shape is not None
-    return extract(
+    return run_extraction(
         base=base,
         data=[data],
         out=root,

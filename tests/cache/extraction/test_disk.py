@@ -131,7 +131,7 @@ def test_a_limit_below_the_plan_is_refused_before_anything_is_written(
     tiny_base: Base, store_data: Path, store_tmp: Path
 ) -> None:
     root = store_tmp / "store"
-    with pytest.raises(InputError, match="max_disk: expected more than .* MB, which the head"):
+    with pytest.raises(InputError, match="max_disk: expected more than .* MB, the size of"):
         extract_tiny(tiny_base, store_data, root, max_disk_bytes=100)
     assert bytes_below(root) == 0
     assert extract_tiny(tiny_base, store_data, root).is_finished

@@ -23,13 +23,10 @@ from support.tiny_stores import (
 
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import DamagedStoreError, MissingError, SettingMismatchError
-from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.zarr_metadata import copy_path, receipt_path, row_path, shard_path
 from carryon.cache.settings import ForwardSettings
 
-
-def no_base(_: Manifest) -> Base:
-    raise AssertionError("the base is not needed")
+NO_BASE = "./no/such/base"
 
 
 def middle_flipped(*paths: Path) -> None:
@@ -135,7 +132,7 @@ def test_repair_mends_what_is_wrong_and_touches_nothing_else(
     expected, before = readable_content(store_folder), files_below(store_folder)
     receipts = receipts_in(store_folder)
     case.harm(store_folder)
-    report = repair_tiny(store_folder, lambda _: tiny_base)
+    report = repair_tiny(store_folder, tiny_base)
     assert report.is_complete
     assert report.computed_units == case.computed
     assert sorted(report.restored_files) == sorted(case.restored)
@@ -150,9 +147,9 @@ def test_repair_mends_what_is_wrong_and_touches_nothing_else(
     assert [now[name] for name in untouched] == [receipts[name] for name in untouched]
 
 
-def test_a_whole_store_is_left_alone_and_needs_no_base(store_folder: Path) -> None:
+def test_a_whole_store_is_left_alone_and_needs_NO_BASE(store_folder: Path) -> None:
     before = files_below(store_folder)
-    report = repair_tiny(store_folder, no_base)
+    report = repair_tiny(store_folder, NO_BASE)
     assert (report.problems, report.restored_files, report.computed_units) == ([], [], [])
     assert report.is_complete
     assert files_below(store_folder) == before
@@ -168,13 +165,13 @@ def test_a_file_damaged_together_with_its_copy_is_named(store_folder: Path, path
     before = files_below(store_folder)
     what = "the manifest and its copy" if path == "zarr.json" else f"{path} and its copy"
     with pytest.raises(DamagedStoreError, match=f"{what} are both damaged"):
-        repair_tiny(store_folder, no_base)
+        repair_tiny(store_folder, NO_BASE)
     assert files_below(store_folder) == before
 
 
 def test_a_folder_without_a_store_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="no store here"):
-        repair_tiny(tmp_path / "none", no_base)
+        repair_tiny(tmp_path / "none", NO_BASE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,16 +181,19 @@ def test_another_base_is_refused_before_anything_is_computed(
     middle_flipped(store_folder / shard_path("final", 1))
     before = files_below(store_folder)
     other = load_base(str(make_tiny_base(tmp_path / "other", seed=1)), forward=FORWARD)
-    with pytest.raises(SettingMismatchError, match="made with a base of weights_sha256 .* has"):
-        repair_tiny(store_folder, lambda _: other)
+    with pytest.raises(SettingMismatchError, match="base.weights_sha256: expected .*, got"):
+        repair_tiny(store_folder, other)
     assert files_below(store_folder) == before
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"compute_dtype": "bfloat16"}, "compute_dtype = float32, this base was loaded with bfl"),
-        ({"attention": "eager"}, "attention = sdpa, this base was loaded with eager"),
+        (
+            {"compute_dtype": "bfloat16"},
+            "compute_dtype: expected float32, .* got bfloat16",
+        ),
+        ({"attention": "eager"}, "attention: expected sdpa, .* got eager"),
     ],
     ids=["compute dtype", "attention"],
 )
@@ -203,8 +203,9 @@ def test_the_same_base_that_computes_otherwise_is_refused(
     middle_flipped(store_folder / shard_path("final", 1))
     before = files_below(store_folder)
     forward = ForwardSettings.from_dict(FORWARD.to_dict() | change)
+    base = load_base(str(tiny_base_folder), forward=forward)
     with pytest.raises(SettingMismatchError, match=text):
-        repair_tiny(store_folder, lambda _: load_base(str(tiny_base_folder), forward=forward))
+        repair_tiny(store_folder, base)
     assert files_below(store_folder) == before
 
 
@@ -216,7 +217,7 @@ def test_a_store_whose_sound_files_mean_something_else_is_not_repaired(store_tmp
     write_units(root, manifest, given, range(manifest.num_units))
     before = files_below(root)
     with pytest.raises(DamagedStoreError, match="tap layer.1 does not hold what the base gave"):
-        repair_tiny(root, no_base)
+        repair_tiny(root, NO_BASE)
     assert files_below(root) == before
 
 
@@ -231,11 +232,11 @@ def test_repair_killed_before_any_change_goes_on_with_the_same_call(
     shutil.copytree(store_folder, root)
     copies = states_at_kills(
         root,
-        lambda: repair_tiny(root, lambda _: tiny_base),
+        lambda: repair_tiny(root, tiny_base),
         at=lambda number: number % 2 == 0,
         into=into,
     )
     assert len(copies) >= 6
     for copy in copies:
-        assert repair_tiny(copy, lambda _: tiny_base).is_complete
+        assert repair_tiny(copy, tiny_base).is_complete
         assert readable_content(copy) == expected

@@ -39,34 +39,34 @@ CHANGES = [
     Changed(
         id="taps",
         store={"taps": ["final"]},
-        text=r"begun with taps = \['final', 'layer.1'\], this call has \['final'\]",
+        text=r"taps: expected \['final', 'layer.1'\], .* got \['final'\]",
     ),
     Changed(
         id="order of taps",
         store={"taps": ["layer.1", "final"]},
-        text=r"begun with taps = \['final', 'layer.1'\], this call has \['layer.1', 'final'\]",
+        text=r"taps: expected \['final', 'layer.1'\], .* got \['layer.1', 'final'\]",
     ),
-    Changed(id="dtype", store={"dtype": "float32"}, text="dtype = bfloat16, this call has float32"),
-    Changed(id="profile", store={"profile": "near"}, text="profile = exact, this call has near"),
-    Changed(id="seed", store={"seed": 1}, text="seed = 0, this call has 1"),
+    Changed(id="dtype", store={"dtype": "float32"}, text="dtype: expected bfloat16, .* float32"),
+    Changed(id="profile", store={"profile": "near"}, text="profile: expected exact, .* got near"),
+    Changed(id="seed", store={"seed": 1}, text="seed: expected 0, .* got 1"),
     Changed(
         id="unit_tokens",
         store={"unit_tokens": 128},
         corpus={"max_tokens": 64},  # its default is the unit, and would be named first
-        text="unit_tokens = 64, this call has 128",
+        text="unit_tokens: expected 64, .* got 128",
     ),
-    Changed(id="mask", corpus={"mask": "all"}, text="mask = auto, this call has all"),
-    Changed(id="max_tokens", corpus={"max_tokens": 63}, text="max_tokens = 64, this call has 63"),
-    Changed(id="long", corpus={"long": "split"}, text="long = truncate, this call has split"),
+    Changed(id="mask", corpus={"mask": "all"}, text="mask: expected auto, .* got all"),
+    Changed(id="max_tokens", corpus={"max_tokens": 63}, text="max_tokens: expected 64, .* got 63"),
+    Changed(id="long", corpus={"long": "split"}, text="long: expected truncate, .* got split"),
     Changed(
         id="compute_dtype",
         forward={"compute_dtype": "bfloat16"},
-        text="compute_dtype = float32, this call has bfloat16",
+        text="compute_dtype: expected float32, .* got bfloat16",
     ),
     Changed(
         id="attention",
         forward={"attention": "eager"},
-        text="attention = sdpa, this call has eager",
+        text="attention: expected sdpa, .* got eager",
     ),
 ]
 
@@ -148,7 +148,7 @@ def test_another_base_is_refused_by_what_differs(
     before = files_below(store_folder)
     folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
     case.change(folder)
-    with pytest.raises(SettingMismatchError, match=f"begun with {case.setting} = .*this call has"):
+    with pytest.raises(SettingMismatchError, match=f"{case.setting}: expected .*, got"):
         extract_tiny(str(folder), store_data, store_folder)
     assert files_below(store_folder) == before
 
@@ -171,7 +171,7 @@ def test_other_data_are_refused_and_append_is_named(
     fingerprint = read_manifest(store_folder).parts[0].fingerprint
     with pytest.raises(
         SettingMismatchError,
-        match=f"begun with data of fingerprint {fingerprint[:12]}, this data has .* with --append",
+        match=f"data: expected .* fingerprint {fingerprint[:12]}, got .* with --append",
     ):
         extract_tiny(tiny_base, store_more_data, store_folder)
     assert files_below(store_folder) == before
@@ -303,7 +303,7 @@ def test_append_with_another_setting_is_refused(
     tiny_base: Base, store_more_data: Path, store_folder: Path
 ) -> None:
     before = files_below(store_folder)
-    with pytest.raises(SettingMismatchError, match="seed = 0, this call has 3"):
+    with pytest.raises(SettingMismatchError, match="seed: expected 0, .* got 3"):
         extract_tiny(
             tiny_base,
             store_more_data,
@@ -315,7 +315,7 @@ def test_append_with_another_setting_is_refused(
 
 
 def test_append_needs_a_store(tiny_base: Base, store_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no store to append to: leave out --append"):
+    with pytest.raises(InputError, match="expected a store to append to, got none"):
         extract_tiny(tiny_base, store_data, tmp_path / "none", append=True)
 
 

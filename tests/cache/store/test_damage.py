@@ -102,7 +102,7 @@ def test_bytes_changed_at_random_are_noticed_named_and_put_right(
         num_noticed += path in [problem.path for problem in problems]
         num_refused += not read_right_or_refuse(store_folder, expected)
         before = receipts_in(store_folder)
-        report = repair_tiny(store_folder, lambda _: tiny_base)
+        report = repair_tiny(store_folder, tiny_base)
         assert report.is_complete, f"{path} at {offset}: {report}"
         unit = unit_of(path)
         is_computed = unit is not None and not path.startswith(("units/copy", "tok", "los", "cha"))
@@ -202,7 +202,7 @@ def test_one_file_of_every_kind_damaged_at_once_is_put_right(
     }
     for path in kinds.values():
         flip_byte(store_folder / path, len(original[path]) // 2)
-    report = repair_tiny(store_folder, lambda _: tiny_base)
+    report = repair_tiny(store_folder, tiny_base)
     assert report.is_complete
     assert without_seconds(files_below(store_folder)) == without_seconds(original)
     last_unit = max(unit for unit in map(unit_of, kinds.values()) if unit is not None)
@@ -239,7 +239,7 @@ def test_damage_within_an_unfinished_store_is_noticed_and_put_right(
         assert f"{name}/c/1" in [each.path for each in verify(root, depth="full").problems]
         (root / f"{name}/c/1").write_bytes(original[f"{name}/c/1"])
     flip_byte(root / "char_end/c/1", 30)
-    repaired = repair_tiny(root, lambda _: tiny_base)
+    repaired = repair_tiny(root, tiny_base)
     assert repaired.is_complete
     assert repaired.restored_files == ["char_end/c/1"]
     assert readable_content(root) == readable_content(store_original)

@@ -12,7 +12,8 @@ from support.tiny_stores import states_at_kills, write_corpus
 from transformers import AutoModelForCausalLM
 
 from carryon.cache.errors import InputError, SettingMismatchError
-from carryon.cache.extraction.pipeline import dry_run, extract
+from carryon.cache.extraction.estimate import estimate
+from carryon.cache.extraction.pipeline import extract
 from carryon.cache.extraction.repair import repair
 from carryon.cache.files import recover_folder
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
@@ -289,7 +290,7 @@ def test_a_store_of_more_blocks_serves_fewer(tmp_path: Path) -> None:
 def test_blocks_are_counted_before_they_are_written(tmp_path: Path, llama: Place) -> None:
     """By a dry run."""
     found = [
-        dry_run(
+        estimate(
             base=str(llama.base),
             data=[llama.store.parent / "data.jsonl"],
             corpus=CORPUS,
@@ -346,18 +347,12 @@ def test_other_taps_than_the_kinds_own_are_refused(llama: Place) -> None:
 
 def test_damaged_blocks_are_noticed_and_repaired(tmp_path: Path) -> None:
     """From the base, to the same bytes."""
-    from carryon.cache.base.model import load_base
-
     place = make_place(tmp_path)
     path = place.store / "blocks" / "0.safetensors"
     before = path.read_bytes()
     path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     assert not verify(place.store, depth="full").is_sound
-    repair(
-        place.store,
-        load_base=lambda _: load_base(str(place.base), forward=FORWARD),
-        batch_tokens=256,
-    )
+    repair(place.store, base=str(place.base), forward=FORWARD)
     assert path.read_bytes() == before
 
 

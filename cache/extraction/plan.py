@@ -1,0 +1,99 @@
+"""The plan of an extraction: base, samples, units and manifest. Nothing is written."""
+
+from collections.abc import Container
+from dataclasses import dataclass, replace
+
+from carryon.cache.base.model import Base, load_base, read_head
+from carryon.cache.corpus.dataset import Corpus, Sample, read_corpus
+from carryon.cache.corpus.files import Data
+from carryon.cache.errors import InputError
+from carryon.cache.extraction.packing import UnitPlan, plan_samples
+from carryon.cache.format.head_arrays import head_facts
+from carryon.cache.format.manifest import CorpusPart, Manifest
+from carryon.cache.format.quantization import STATE_TYPES
+from carryon.cache.format.zarr_metadata import ITEM_BYTES, chunk_rows
+from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings, parse_tap
+from carryon.cache.versions import library_versions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractionPlan:
+    """Everything that is known before the base runs over the corpus."""
+
+    base: Base
+    samples: list[Sample]
+    units: UnitPlan
+    manifest: Manifest
+    """Of a new store with these samples."""
+
+
+def plan_extraction(
+    base: str | Base,
+    data: Data,
+    *,
+    corpus: CorpusSettings,
+    store: StoreSettings,
+    forward: ForwardSettings,
+    held_out: Container[str] = (),
+) -> ExtractionPlan:
+    """Load base and data and plan the store.
+
+    Raises:
+        InputError: the base has no such tap, `max_tokens` is more than the base or a unit can
+            hold, or the data cannot be read.
+    """
+    loaded = base if isinstance(base, Base) else load_base(str(base), forward=forward)
+    for tap in store.taps:
+        parse_tap(tap, num_layers=loaded.identity.num_layers)
+    context_tokens = loaded.identity.context_tokens
+    limit = min(context_tokens, store.unit_tokens)
+    if corpus.max_tokens > limit:
+        raise InputError(
+            f"max_tokens: expected at most {limit} (the base's context is {context_tokens}, a unit "
+            f"{store.unit_tokens} tokens), got {corpus.max_tokens}"
+        )
+    corpus = replace(corpus, max_tokens=corpus.max_tokens or limit)
+    texts = read_corpus(
+        data,
+        loaded.tokenizer,
+        settings=corpus,
+        max_tokens=corpus.max_tokens,
+        held_out=held_out,
+    )
+    units = plan_samples(texts.samples, unit_tokens=store.unit_tokens, seed=store.seed)
+    manifest = describe(loaded, texts, units, corpus=corpus, store=store)
+    return ExtractionPlan(base=loaded, samples=texts.samples, units=units, manifest=manifest)
+
+
+def describe(
+    base: Base, texts: Corpus, units: UnitPlan, *, corpus: CorpusSettings, store: StoreSettings
+) -> Manifest:
+    """Return the manifest of a new store with these samples."""
+    width = base.identity.width
+    item_bytes = ITEM_BYTES[STATE_TYPES[store.dtype]]
+    part = CorpusPart(
+        fingerprint=texts.fingerprint,
+        files=texts.files,
+        counts=texts.counts,
+        first_unit=0,
+        num_units=units.num_units,
+        first_sample=0,
+        num_samples=len(units.order),
+    )
+    return Manifest(
+        base=base.identity.to_dict(),
+        forward=forward_facts(base),
+        corpus=corpus.to_dict(),
+        settings=store.to_dict(),
+        parts=[part],
+        width=width,
+        rows_per_chunk=chunk_rows(row_bytes=width * item_bytes, unit_tokens=store.unit_tokens),
+        head=head_facts(read_head(base)),
+        versions=library_versions(),
+    )
+
+
+def forward_facts(base: Base) -> dict[str, str]:
+    """Return the settings of the base's forward pass that a manifest records."""
+    dtype = str(base.compute_dtype).removeprefix("torch.")
+    return {"compute_dtype": dtype, "attention": base.attention}
