@@ -60,11 +60,6 @@ def train(
         run=run,
     )
     report = train_carryon(store, out=out, settings=settings)
-    logger.info(
-        f"{report.carryon}: {report.carryon_bytes / 1e6:.2f} MB, trained in "
-        f"{report.train_s:,.0f} s ({report.tokens_per_second:,.0f} tokens/s); "
-        f"held-out NLL of the base {report.base_nll:.4f}, with the carry-on "
-        f"{report.carryon_nll:.4f}"
-    )
+    logger.info(report.summary())
     print(json.dumps(report.to_dict()))
     return report.to_dict()

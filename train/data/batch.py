@@ -44,11 +44,10 @@ class Batch:
         """M, supervised pairs."""
         return len(self.targets)
 
-    def sample_of(self, pair: int) -> int:
-        """Return the sample that supervised pair `pair` belongs to."""
-        ends = np.cumsum(self.lengths)
-        row = np.searchsorted(ends, int(self.positions[pair]), side="right")
-        return int(self.samples[row])
+    def rows_of_pairs(self) -> Tensor:
+        """Return the row of `samples` that each supervised pair belongs to, [M] int64."""
+        ends = torch.from_numpy(np.cumsum(self.lengths)).to(self.positions.device)
+        return torch.searchsorted(ends, self.positions, right=True)
 
     def packing(self) -> Packing:
         """Return where each token belongs, on the batch's device."""

@@ -21,20 +21,20 @@ def measure_base(lives: Sequence[RunState]) -> None:
     """Measure the base for runs that begin: an untrained carry-on is the base."""
     for group in _by_samples(lives):
         run = group[0].run
-        judged = [live.run.judged(with_base=True, with_carryon=False) for live in group]
-        nlls = measure_nlls(run.store, run.sampled, judged, stream=run.data.settings)
+        jobs = [live.run.eval_job(with_base=True, with_carryon=False) for live in group]
+        nlls = measure_nlls(run.store, run.sampled, jobs, stream=run.data.settings)
         for live, nll in zip(group, nlls, strict=True):
-            live.record_baseline(nll.base)
+            live.record_baseline(nll)
 
 
 def _evaluate(lives: Sequence[RunState]) -> None:
     """Evaluate the runs that wait for it, those on the same samples in one pass."""
     for group in _by_samples([live for live in lives if live.awaits_evaluation]):
         run = group[0].run
-        judged = [live.run.judged(with_base=False, with_carryon=True) for live in group]
-        nlls = measure_nlls(run.store, run.sampled, judged, stream=run.data.settings)
+        jobs = [live.run.eval_job(with_base=False, with_carryon=True) for live in group]
+        nlls = measure_nlls(run.store, run.sampled, jobs, stream=run.data.settings)
         for live, nll in zip(group, nlls, strict=True):
-            live.take_evaluation(nll.carryon)
+            live.record_evaluation(nll)
 
 
 def _by_samples(lives: Sequence[RunState]) -> list[list[RunState]]:

@@ -14,7 +14,7 @@ from carryon.train.plots import plot_curves
 from carryon.train.trainer.checkpoint import best_checkpoint, load_weights
 from carryon.train.trainer.distributed import Processes, wait_for_all
 from carryon.train.trainer.metrics import read_metrics
-from carryon.train.trainer.nll import Nll, measure_nlls
+from carryon.train.trainer.nll import Nll, measure_nlls, null_if_nan, shown_nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import library_versions
 from carryon.train.trainer.run_state import RunState
@@ -60,10 +60,26 @@ class TrainReport:
     """Share of the held-out targets whose last 32 tokens stand in the training half too."""
     finished_with_step: int
     """Step whose weights the carry-on has: the last, or the one with the best held-out loss."""
+    base_nll_se: float | None = None
+    """Standard error of base_nll, clustered by sample (trainer/nll.py has the formula)."""
+    carryon_nll_se: float | None = None
+    """Standard error of carryon_nll."""
+    nll_difference_se: float | None = None
+    """Standard error of carryon_nll - base_nll, which are measured on the same targets."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
+
+    def summary(self) -> str:
+        """Return one line for people."""
+        return (
+            f"{self.carryon}: {self.carryon_bytes / 1e6:.2f} MB, trained in {self.train_s:,.0f} s "
+            f"({self.tokens_per_second:,.0f} tokens/s); held-out NLL of the base "
+            f"{shown_nll(self.base_nll, self.base_nll_se)}, with the carry-on "
+            f"{shown_nll(self.carryon_nll, self.carryon_nll_se)} on {self.held_out_targets:,} "
+            "targets"
+        )
 
 
 def finish_runs(lives: Sequence[RunState], processes: Processes) -> list[TrainReport]:
@@ -82,12 +98,12 @@ def finish_runs(lives: Sequence[RunState], processes: Processes) -> list[TrainRe
     nlls = measure_nlls(
         data.store,
         data.split.held_out,
-        [live.run.judged(with_base=True, with_carryon=True) for live in lives],
+        [live.run.eval_job(with_base=True, with_carryon=True) for live in lives],
         stream=data.settings,
     )
     reports = []
     for live, nll, step in zip(lives, nlls, steps, strict=True):
-        live.record_result(nll.carryon)
+        live.record_result(nll)
         reports.append(_report(live, nll, finished_with_step=step))
         if processes.is_first:
             _write(live.run, nll, reports[-1])
@@ -126,6 +142,7 @@ def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:
     figures = {
         "held_out_nll_of_base": round(nll.base, 4),
         "held_out_nll_of_carry_on": round(nll.carryon, 4),
+        "held_out_nll_standard_error": null_if_nan(round(nll.carryon_se, 4)),
         "held_out_samples": nll.samples,
         "held_out_tokens": nll.targets,
         "held_out_contamination": report.held_out_contamination,
@@ -166,6 +183,9 @@ def _report(live: RunState, nll: Nll, *, finished_with_step: int) -> TrainReport
         held_out_targets=nll.targets,
         base_nll=nll.base,
         carryon_nll=nll.carryon,
+        base_nll_se=null_if_nan(nll.base_se),
+        carryon_nll_se=null_if_nan(nll.carryon_se),
+        nll_difference_se=null_if_nan(nll.difference_se),
         base_perplexity=math.exp(nll.base),
         carryon_perplexity=math.exp(nll.carryon),
         held_out_contamination=round(run.contamination.share, 4),

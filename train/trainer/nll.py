@@ -1,13 +1,16 @@
-"""TODO."""
+"""Held-out loss of the base and of several carry-ons, measured in one pass over a store."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from carryon.cache.errors import InputError
 from carryon.cache.progress import track
@@ -24,57 +27,108 @@ from carryon.train.modules.taps import stream_taps
 from carryon.train.trainer.distributed import current_processes, sum_over_processes
 from carryon.train.trainer.step import losses_of_delta, pair_delta
 
+logger = logging.getLogger(__name__)
+
 BATCH_TOKENS = 4096
-"""Tokens of an evaluation's batch, at most."""
-
-
+"""Maximum tokens of an evaluation's batch."""
 BATCH_BYTES = 20 << 20
-"""States of a tap in an evaluation's batch, at most; else evaluating a wide base would take more
-memory than training."""
+"""Maximum bytes of a batch's states at one tap: evaluating a wide base then needs no more memory
+than training."""
+FEW_TARGETS = 2000
+"""Held-out targets below which a loss draws a warning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nll:
-    """Mean negative log-likelihood of supervised tokens, in nats."""
+    """Mean negative log-likelihood of the targets of some samples, in nats, and standard errors.
+
+    Losses within a sample are correlated, so standard errors are clustered by sample. With n_s
+    the targets of sample s, L_s the sum of their losses, m = sum(L_s) / sum(n_s) the mean, and S
+    the samples that have targets:
+
+        se = sqrt(S / (S - 1) * sum((L_s - m * n_s) ** 2)) / sum(n_s)
+
+    the error of a ratio estimator (Cochran, Sampling Techniques, 2.11; Miller 2024, Adding Error
+    Bars to Evals, 2.2). It is nan for a single sample.
+    """
 
     base: float
-    """Of the base alone; nan where it was not asked for."""
+    """Of the base; nan if not measured."""
     carryon: float
-    """Of base and carry-on; nan where it was not asked for."""
+    """Of base and carry-on; nan if not measured."""
     samples: int
-    """Samples looked at."""
     targets: int
-    """Supervised tokens looked at."""
+    base_se: float
+    """Standard error of `base`."""
+    carryon_se: float
+    """Standard error of `carryon`."""
+    difference_se: float
+    """Standard error of `carryon - base`, which is measured on the same targets."""
+
+    def to_line(self, *, of_base: bool = False) -> dict[str, Any]:
+        """Return the loss of the carry-on, or of the base, for a line of metrics.jsonl."""
+        return {
+            "held_out_nll": self.base if of_base else self.carryon,
+            "held_out_nll_se": null_if_nan(self.base_se if of_base else self.carryon_se),
+            "held_out_targets": self.targets,
+        }
+
+
+def shown_nll(nll: float, se: float | None) -> str:
+    """Return a loss with its standard error, for people."""
+    return f"{nll:.4f}" if se is None or math.isnan(se) else f"{nll:.4f} +- {se:.4f}"
+
+
+def null_if_nan(value: float) -> float | None:
+    """Return a number as JSON can hold it."""
+    return None if math.isnan(value) else value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalJob:
-    """A carry-on to be measured, and the head that it is measured through."""
+    """A carry-on to measure, and the head that it is measured through."""
 
     carryon: CarryOn | None
     """None: only the base."""
     head: FrozenHead
     chunk: int
-    """Supervised positions whose logits exist at one time."""
+    """Positions whose logits exist at one time."""
     alpha: float = 1.0
     """Strength of the correction."""
     with_base: bool = False
-    """Whether the base is measured too."""
+    """Whether to measure the base too."""
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the carry-on runs: at alpha 0 a carry-on of any kind is the base."""
+        return self.carryon is not None and self.alpha != 0
 
     @property
     def needs_base(self) -> bool:
-        """Whether the base's own states are."""
-        return self.with_base or (self.carryon is not None and self.alpha == 0)
+        """Whether the base's own states are read."""
+        return self.with_base or (self.carryon is not None and not self.corrects)
+
+
+@dataclass(slots=True)
+class _Losses:
+    """Summed losses of one model."""
+
+    total: float = 0.0
+    by_sample: list[NDArray[np.float64]] = field(default_factory=list)
+    """[B] for each batch."""
+
+    def add(self, losses_M: Tensor, rows_M: Tensor, num_samples: int) -> None:
+        """Count the losses of a batch; `rows_M` says which of its samples each belongs to."""
+        losses_M = losses_M.double()
+        self.total += float(losses_M.sum())
+        sums = torch.zeros(num_samples, dtype=torch.float64, device=losses_M.device)
+        self.by_sample.append(sums.index_add_(0, rows_M, losses_M).cpu().numpy())
 
 
 def measure_nlls(
-    store: Store,
-    samples: NDArray[np.int64],
-    judged: Sequence[EvalJob],
-    *,
-    stream: StreamSettings,
+    store: Store, samples: NDArray[np.int64], jobs: Sequence[EvalJob], *, stream: StreamSettings
 ) -> list[Nll]:
-    """Return the mean NLL of `samples` for each carry-on, all in one pass over their units.
+    """Return the mean NLL of `samples` for each job, all in one pass over their units.
 
     Sums are in float64; several processes share the samples.
 
@@ -88,14 +142,12 @@ def measure_nlls(
         units=sample_units(store),
         tokens_per_step=min(BATCH_TOKENS, BATCH_BYTES // (2 * store.width)),
     )
-    device = judged[0].head.device
-    taps = [tap for each in judged if each.carryon for tap in stream_taps(each.carryon.settings)]
+    device = jobs[0].head.device
+    taps = [tap for job in jobs if job.carryon for tap in stream_taps(job.carryon.settings)]
     base: BaseStates | None = None
-    if any(each.needs_base for each in judged):
+    if any(job.needs_base for job in jobs):
         base = get_base_states(store, device=device)
         taps.append(base.tap)
-    sums = [[0.0, 0.0] for _ in judged]
-    targets = 0
     reader = Stream(
         store,
         windows,
@@ -103,54 +155,103 @@ def measure_nlls(
         settings=stream,
         is_pinned=device.type == "cuda",
     )
-    modules = {id(each.carryon): each.carryon for each in judged if each.carryon is not None}
-    with torch.no_grad(), reader as steps, _without_dropout(modules.values()):
-        for batches in track(steps, total=count_steps(windows), name="evaluate", unit="batches"):
+    # Jobs with the same head share the base's losses.
+    heads = {(id(job.head), job.chunk): job.head for job in jobs if job.needs_base}
+    base_losses = {key: _Losses() for key in heads}
+    losses = [_Losses() for _ in jobs]
+    targets = _Losses()
+    with torch.no_grad(), reader as steps, in_eval_mode(job.carryon for job in jobs):
+        for batches in track(steps, total=count_steps(windows), name="evaluate", unit="batch"):
             for batch in (each.to(device) for each in batches):
-                targets += batch.num_targets
-                bases: dict[tuple[int, int], float] = {}
-                deltas: dict[int, torch.Tensor] = {}
-                for each, total in zip(judged, sums, strict=True):
-                    head, chunk = each.head, each.chunk
-                    if base is not None and each.needs_base:
-                        key = (id(head), chunk)
-                        if key not in bases:
-                            states = base.at_pairs(batch, head)
-                            losses = token_losses(states, batch.targets, head=head, chunk=chunk)
-                            bases[key] = float(losses.double().sum())
-                        total[0] += bases[key]
-                    if each.carryon is not None and each.alpha == 0:
-                        total[1] += bases[key]  # the base itself, for carry-ons of any kind
-                    elif each.carryon is not None:
-                        if id(each.carryon) not in deltas:  # once for all alphas
-                            deltas[id(each.carryon)] = pair_delta(each.carryon, batch, head=head)
-                        delta = deltas[id(each.carryon)]
-                        losses = losses_of_delta(
-                            each.carryon, delta, batch, head=head, chunk=chunk, alpha=each.alpha
-                        )
-                        total[1] += float(losses.double().sum())
-    flat = [value for total in sums for value in total]
-    count, *found = sum_over_processes(targets, *flat, device=device)
+                rows, size = batch.rows_of_pairs(), len(batch.samples)
+                targets.add(torch.ones_like(rows), rows, size)
+                for (key, head), sums in zip(heads.items(), base_losses.values(), strict=True):
+                    assert base is not None
+                    states = base.at_pairs(batch, head)
+                    found = token_losses(states, batch.targets, head=head, chunk=key[1])
+                    sums.add(found, rows, size)
+                deltas: dict[int, Tensor] = {}  # once for all alphas
+                for job, sums in zip(jobs, losses, strict=True):
+                    if job.carryon is None or not job.corrects:
+                        continue
+                    if id(job.carryon) not in deltas:
+                        deltas[id(job.carryon)] = pair_delta(job.carryon, batch, head=job.head)
+                    found = losses_of_delta(
+                        job.carryon,
+                        deltas[id(job.carryon)],
+                        batch,
+                        head=job.head,
+                        chunk=job.chunk,
+                        alpha=job.alpha,
+                    )
+                    sums.add(found, rows, size)
+    [count] = sum_over_processes(targets.total, device=device)
     if count == 0:
         raise InputError(
             f"{store.root}: no supervised token in the {len(samples)} samples to evaluate on"
         )
-    return [
-        Nll(
-            base=base / count if each.with_base else math.nan,
-            carryon=carryon / count if each.carryon is not None else math.nan,
-            samples=len(samples),
-            targets=int(count),
-        )
-        for each, base, carryon in zip(judged, found[::2], found[1::2], strict=True)
-    ]
+    absent = _Losses(
+        total=math.nan, by_sample=[np.full_like(n, math.nan) for n in targets.by_sample]
+    )
+    results = []
+    for job, own in zip(jobs, losses, strict=True):
+        of_base = base_losses.get((id(job.head), job.chunk), absent)
+        if job.carryon is None:
+            own = absent
+        elif not job.corrects:
+            own = of_base
+        of_base = of_base if job.with_base else absent
+        results.append(_nll(of_base, own, targets, num_samples=len(samples), device=device))
+    return results
+
+
+def _nll(
+    base: _Losses, carryon: _Losses, targets: _Losses, *, num_samples: int, device: torch.device
+) -> Nll:
+    """Return the means of one job over all processes, with their standard errors."""
+    n, base_L, carryon_L = (
+        np.concatenate([np.empty(0), *sums.by_sample]) for sums in (targets, base, carryon)
+    )
+    count, clusters, *totals = sum_over_processes(
+        targets.total, float((n > 0).sum()), base.total, carryon.total, device=device
+    )
+    base_mean, carryon_mean = (total / count for total in totals)
+    residuals = (
+        base_L - base_mean * n,
+        carryon_L - carryon_mean * n,
+        carryon_L - base_L - (carryon_mean - base_mean) * n,
+    )
+    squares = sum_over_processes(*(float((each**2).sum()) for each in residuals), device=device)
+    factor = clusters / (clusters - 1) if clusters > 1 else math.nan
+    base_se, carryon_se, difference_se = (math.sqrt(factor * each) / count for each in squares)
+    return Nll(
+        base=base_mean,
+        carryon=carryon_mean,
+        samples=num_samples,
+        targets=int(count),
+        base_se=base_se,
+        carryon_se=carryon_se,
+        difference_se=difference_se,
+    )
 
 
 @contextmanager
-def _without_dropout(carryons: Iterable[CarryOn]) -> Iterator[None]:
-    before = [(carryon, carryon.training) for carryon in carryons]
-    for carryon, _ in before:
-        carryon.eval()
-    yield
-    for carryon, is_training in before:
-        carryon.train(is_training)
+def in_eval_mode(modules: Iterable[nn.Module | None]) -> Iterator[None]:
+    """Set modules to eval mode within the block; restore all modes however it ends."""
+    parts = {part: part.training for module in modules if module for part in module.modules()}
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, is_training in parts.items():
+            part.training = is_training
+
+
+def warn_if_few(targets: int) -> None:
+    """Warn if a held-out loss is measured on too few targets to tell much."""
+    if targets < FEW_TARGETS:
+        logger.warning(
+            f"{targets:,} held-out targets: expected {FEW_TARGETS:,} or more for a loss to rely "
+            "on; see its standard error. Fix: more text, or a larger --held-out-ratio"
+        )

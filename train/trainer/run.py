@@ -78,7 +78,7 @@ class Run:
         tokens = np.cumsum(self.store.sample_lengths[held_out])
         return held_out[: max(1, int((tokens <= self.settings.run.evaluate_tokens).sum()))]
 
-    def judged(self, *, with_base: bool, with_carryon: bool) -> EvalJob:
+    def eval_job(self, *, with_base: bool, with_carryon: bool) -> EvalJob:
         """Return what an evaluation measures of this run."""
         return EvalJob(
             carryon=self.carryon if with_carryon else None,

@@ -25,6 +25,7 @@ from carryon.train.trainer.checkpoint import (
 )
 from carryon.train.trainer.distributed import Processes
 from carryon.train.trainer.metrics import Meter, Tracker, append_metrics, rewind_metrics
+from carryon.train.trainer.nll import Nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import record_session
 from carryon.train.trainer.segment import progress_at
@@ -38,7 +39,7 @@ class RunState:
     """A run at its present step.
 
     After a step that is followed by an evaluation `awaits_evaluation` is set, and the next step
-    must not be taken before `take_evaluation`: so that several runs can be evaluated together.
+    must not be taken before `record_evaluation`: so that several runs can be evaluated together.
     """
 
     def __init__(self, run: Run, processes: Processes) -> None:
@@ -79,9 +80,9 @@ class RunState:
             has_lost_it or self.progress.step == self.run.num_steps
         )
 
-    def record_baseline(self, nll: float) -> None:
-        """Note the base's held-out loss, with which a run begins."""
-        self._note({"step": 0, "epoch": 0, "held_out_nll": nll})
+    def record_baseline(self, nll: Nll) -> None:
+        """Record the base's held-out loss, with which a run begins."""
+        self._note({"step": 0, "epoch": 0, **nll.to_line(of_base=True)})
         self.is_new = False
 
     def take_step(self, batches: Sequence[Batch], *, wait_s: float) -> dict[str, Any] | None:
@@ -129,12 +130,12 @@ class RunState:
         self._meter.add(figures)
         return self._follow_up(batches, rate)
 
-    def take_evaluation(self, nll: float) -> None:
-        """Note the held-out loss at the present step, and save a checkpoint that remembers it."""
+    def record_evaluation(self, nll: Nll) -> None:
+        """Record the held-out loss at the present step, and save a checkpoint that holds it."""
         progress = self.progress
         self.awaits_evaluation = False
-        self._note({"step": progress.step, "epoch": progress.epoch, "held_out_nll": nll})
-        self.progress = with_evaluation(progress, nll)
+        self._note({"step": progress.step, "epoch": progress.epoch, **nll.to_line()})
+        self.progress = with_evaluation(progress, nll.carryon)
         self.save()
 
     def save(self) -> None:
@@ -150,9 +151,9 @@ class RunState:
             )
         self._saved_step = self.progress.step
 
-    def record_result(self, nll: float) -> None:
-        """Note the held-out loss of the finished carry-on, and end the records."""
-        self._note({"step": self.progress.step, "epoch": self.progress.epoch, "held_out_nll": nll})
+    def record_result(self, nll: Nll) -> None:
+        """Record the held-out loss of the finished carry-on, and end the records."""
+        self._note({"step": self.progress.step, "epoch": self.progress.epoch, **nll.to_line()})
         self._tracker.close()
 
     def _follow_up(self, batches: Sequence[Batch], rate: float) -> dict[str, Any] | None:

@@ -160,9 +160,9 @@ def _bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[int
     """Return the samples with a loss that is not finite, or all if there is none, of all
     processes: a sum that is not finite is so for each of them."""
     samples = {
-        batch.sample_of(pair)
+        int(batch.samples[row])
         for batch, part in zip(batches, losses, strict=True)
-        for pair in torch.nonzero(~torch.isfinite(part)).flatten().tolist()
+        for row in batch.rows_of_pairs()[~torch.isfinite(part).cpu()].tolist()
     }
     everyone = {sample for batch in batches for sample in batch.samples.tolist()}
     return gather_lists(sorted(samples)) or gather_lists(sorted(everyone))

@@ -34,6 +34,7 @@ from carryon.train.trainer.distributed import (
 from carryon.train.trainer.engine import measure_base, run_engine
 from carryon.train.trainer.finish import TrainReport, finish_runs
 from carryon.train.trainer.interrupt import StopRequest
+from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Run, prepare_run
 from carryon.train.trainer.run_dir import RunFolder, open_run_folder, run_identity
 from carryon.train.trainer.run_state import RunState
@@ -183,6 +184,8 @@ def _open(
             if warning := rate_warning(run.settings.optimization, run.settings.carryon):
                 logger.warning(warning)
         runs.append(run)
+    if runs and processes.is_first:
+        warn_if_few(contamination.held_out_targets)
     if runs and processes.is_first and contamination.share > WARN_ABOVE:
         logger.warning(
             f"{contamination.share:.0%} of the held-out targets, with the {NGRAM} tokens "

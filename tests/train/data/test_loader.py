@@ -79,7 +79,7 @@ def test_a_supervised_pair_is_a_state_and_the_next_token_of_the_same_sample(stor
         starts = np.cumsum(batch.lengths) - batch.lengths
         row = int(np.searchsorted(starts, position, side="right")) - 1
         column = position - int(starts[row])
-        assert batch.sample_of(pair) == batch.samples[row]
+        assert int(batch.rows_of_pairs()[pair]) == row
         found.append((int(batch.samples[row]), column, target))
     expected = [
         (sample, token - 1, int(rows.tokens[token]))

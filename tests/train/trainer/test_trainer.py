@@ -103,9 +103,16 @@ def test_metrics_begin_with_the_base_and_end_with_the_carryon(
     lines = read_metrics(out / "metrics.jsonl")
     evaluations = [line for line in lines if "held_out_nll" in line]
 
-    assert evaluations[0] == {"step": 0, "epoch": 0, "held_out_nll": report.base_nll}
+    assert evaluations[0] == {
+        "step": 0,
+        "epoch": 0,
+        "held_out_nll": report.base_nll,
+        "held_out_nll_se": report.base_nll_se,
+        "held_out_targets": report.held_out_targets,
+    }
     assert evaluations[-1]["step"] == report.num_steps
     assert evaluations[-1]["held_out_nll"] == report.carryon_nll
+    assert evaluations[-1]["held_out_nll_se"] == report.carryon_nll_se
     assert len(evaluations) == 3  # before, after the first epoch, at the end
     steps = [line for line in lines if "loss" in line]
     assert steps[-1]["tokens"] == report.num_tokens
