@@ -308,7 +308,7 @@ def test_blocks_are_counted_before_they_are_written(tmp_path: Path, llama: Place
 def test_a_store_goes_on_with_as_many_blocks_only(tmp_path: Path, begun: int, now: int) -> None:
     """The error names both numbers."""
     make_place(tmp_path, "llama-untied", blocks=begun)
-    text = f"begun with with_blocks = {begun}, this call has {now}"
+    text = f"with_blocks: expected {begun}, .* got {now}"
     with pytest.raises(SettingMismatchError, match=text):
         make_place(tmp_path, "llama-untied", blocks=now)
 
