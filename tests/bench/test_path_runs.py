@@ -14,6 +14,7 @@ from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError
 from carryon.tools.bench import path_runs
+from carryon.tools.bench.path_cost import steps_by_formula
 from carryon.tools.bench.path_plan import (
     Lengths,
     Plan,
@@ -23,7 +24,6 @@ from carryon.tools.bench.path_plan import (
 )
 from carryon.tools.bench.path_runs import PathRuns, mean_weights
 from carryon.train.config import OptimizationSettings
-from carryon.train.continual.cost import steps_by_formula
 from carryon.train.optim.lr_paths import PARADIGMS
 
 SETTINGS = TINY.with_options(epochs=1, tokens_per_step=20, min_lr_ratio=0.1, dropout=0.2)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.files import write_file, write_json
+from carryon.tools.bench.path_cost import steps_by_formula
 from carryon.tools.bench.path_plan import NO_SCHEDULE, Lengths
 from carryon.tools.bench.path_runs import PathRuns
 from carryon.tools.compare.figure import Figure
-from carryon.train.continual.cost import steps_by_formula
 from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, PARADIGMS, path_rate
 from carryon.train.plots import plot_lines, plot_paths
 

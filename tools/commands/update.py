@@ -27,7 +27,7 @@ def update(
     alpha: float = 0.6,
     new_base: str = "",
     old_lineage: str = "",
-    also_anew: bool = False,
+    also_from_scratch: bool = False,
     carryon: CarryOnSettings,
     optimization: OptimizationSettings,
     stream: StreamSettings,
@@ -49,14 +49,14 @@ def update(
 
     When the base itself is updated, --new-base begins a lineage on it, in another folder, with the
     texts and the newest weights of --old-lineage, which stays as it is: hidden states of another
-    base are other numbers, so store, trunk and versions begin again. --also-anew trains an
+    base are other numbers, so store, trunk and versions begin again. --also-from-scratch trains an
     untrained carry-on beside it, over the same steps, and so shows whether the old one helps.
 
     Example:
         carryon update --lineage lineage --data march.jsonl --base base
         carryon update --lineage lineage --data april.jsonl --base base --config lineage/config.yaml
-        carryon update --lineage lineage-2 --old-lineage lineage --new-base base-2 --also-anew \\
-            --config lineage/config.yaml
+        carryon update --lineage lineage-2 --old-lineage lineage --new-base base-2 \\
+            --also-from-scratch --config lineage/config.yaml
 
     Args:
         lineage: Folder of the lineage; made if missing.
@@ -67,7 +67,7 @@ def update(
         alpha: Part of the new data's steps in which the branch falls.
         new_base: An updated base to begin a new lineage on: hub id, folder or .gguf file.
         old_lineage: The lineage that a new one on --new-base begins from.
-        also_anew: With --new-base: also train from an untrained carry-on, to compare.
+        also_from_scratch: With --new-base: also train from an untrained carry-on, to compare.
         carryon: The shape of a carry-on; all settings stay the same from the first update on.
         optimization: How the carry-on's weights are found.
         stream: What is read from the store, and how far ahead.
@@ -86,27 +86,29 @@ def update(
         run=run,
     )
     if not new_base:
-        if old_lineage or also_anew:
-            raise InputError("--old-lineage and --also-anew: expected with --new-base, got none")
+        if old_lineage or also_from_scratch:
+            raise InputError(
+                "--old-lineage and --also-from-scratch: expected with --new-base, got none"
+            )
         return _update(lineage, settings, store, data, base, alpha)
     if base or store or not old_lineage:
         raise InputError("--new-base: expected --old-lineage, and neither --base nor --store")
-    from carryon.train.continual.rebase import begin_on_new_base
+    from carryon.train.continual.rebase import rebase
 
-    found = begin_on_new_base(
+    found = rebase(
         lineage=lineage,
         old_lineage=old_lineage,
         base=new_base,
         settings=settings,
         data=data,
         alpha=alpha,
-        also_anew=also_anew,
+        also_from_scratch=also_from_scratch,
     )
     logger.info(
         f"{found.carryon}: held-out NLL {found.from_old_nll:.4f} after {found.steps} steps from "
         f"version {found.old_version} of {found.old_lineage} ({found.start_nll:.4f} before them, "
         f"new base alone {found.base_nll:.4f})"
-        + ("" if found.anew_nll is None else f"; begun anew {found.anew_nll:.4f}")
+        + ("" if found.from_scratch_nll is None else f"; from scratch {found.from_scratch_nll:.4f}")
     )
     print(json.dumps(found.to_dict()))
     return found.to_dict()

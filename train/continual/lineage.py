@@ -1,8 +1,8 @@
-"""A lineage: a trunk at the highest learning rate, and for every release a branch that falls.
+"""Release versions of a carry-on from new data: a trunk and, for each version, a branch.
 
-lineage_folder.py says what is in its folder. Every segment is a run of its own, which begins with a
-copy of the state in which another ended. A branch so leaves the trunk as it is, and begun again it
-ends with the same bits.
+The trunk keeps the peak learning rate. Each version is a branch off it, on which the rate decays.
+Every segment is a run that starts from a copy of another's final state: a branch leaves the trunk
+unchanged, and training it again gives the same bits. lineage_dir.py lists the files.
 """
 
 import logging
@@ -26,7 +26,7 @@ from carryon.train.continual.lineage_dir import (
     write_config,
     write_lineage,
 )
-from carryon.train.continual.texts import extract_text
+from carryon.train.continual.texts import extract_texts
 from carryon.train.data.datasets import open_data
 from carryon.train.data.sampler import count_steps
 from carryon.train.modules.taps import resolve_taps, stream_taps
@@ -35,7 +35,7 @@ from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.run_dir import RunFolder
 from carryon.train.trainer.segment import Segment
-from carryon.train.trainer.trainer import Job, train_jointly
+from carryon.train.trainer.trainer import Job, StorePaths, store_paths, train_jointly
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ DEFAULT_ALPHA = 0.6
 def update(
     lineage: str | Path,
     *,
-    store: str | Path | Sequence[str | Path] = (),
+    store: StorePaths = (),
     data: str | Path | Sequence[str | Path] = (),
     base: str | Path = "",
     alpha: float | None = None,
     settings: TrainSettings | None = None,
-    **options: Any,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401 -- each setting has its own type
 ) -> TrainReport:
     """Train on new data and release the next version of a lineage.
 
@@ -74,124 +74,46 @@ def update(
         InputError: no new data, another base, other settings, or too few steps for alpha.
         KeyboardInterrupt: Ctrl-C; the same call resumes.
     """
-    found = read_lineage(lineage)
+    known = read_lineage(lineage)
     if settings is None:
-        settings = settings_of(found) if found else TrainSettings()
-    settings = settings.with_options(**options)
+        settings = settings_of(known) if known else TrainSettings()
     if alpha is None:
-        alpha = found.alpha if found else DEFAULT_ALPHA
-    store, data = _names(store), _names(data)
-    check_branches(settings)
-    if found is None:
-        found = Lineage(
-            root=Path(lineage),
-            base={},
-            alpha=alpha,
-            settings=lasting_settings(settings),
-            increments=[],
-        )
-    settings = settings_on(found.base, settings)
-    refuse_changed_settings(found, settings, alpha=alpha)
-    stores = list(store) or [str(found.store)]
-    if data:
-        extract_text(found, data, base=str(base), stores=stores, settings=settings)
-    elif not store and not found.store.exists():
+        alpha = known.alpha if known else DEFAULT_ALPHA
+    settings = settings.with_options(**options)
+    grown, settings = open_or_start(lineage, settings, alpha=alpha)
+    stores, texts = store_paths(store) or [str(grown.store)], store_paths(data)
+    if texts:
+        extract_texts(grown, texts, base=str(base), stores=stores, settings=settings)
+    elif not store and not grown.store.exists():
         raise InputError(f"{lineage}: expected --data or --store with the new data, got neither")
     report = None
-    if found.increments and len(found.released) < len(found.increments):
-        report = release_newest(found, settings)
-    new = _unseen(found, stores)
-    if not new and report is None:
+    if len(grown.released) < len(grown.increments):
+        report = release_newest(grown, settings)
+    if parts := _unseen(grown, stores):
+        report = release_newest(add_increment(grown, parts, settings), settings)
+    if report is None:
         raise InputError(
             f"{' '.join(stores)}: expected new data, got only what the lineage has seen in its "
-            f"{len(found.increments)} increments: give new texts with --data, or append them with "
-            "carryon extract --append"
+            f"{len(grown.increments)} increments. Fix: give new texts with --data, or append them "
+            "with carryon extract --append"
         )
-    if new:
-        report = release_newest(grow(found, new, settings), settings)
-    assert report is not None
     return report
 
 
-def _names(paths: str | Path | Sequence[str | Path]) -> list[str]:
-    return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+def open_or_start(
+    root: str | Path,
+    settings: TrainSettings,
+    *,
+    alpha: float,
+    predecessor: dict[str, Any] | None = None,
+) -> tuple[Lineage, TrainSettings]:
+    """Return the lineage in a folder, or a new one, and its settings resolved for its base.
 
-
-def grow(lineage: Lineage, parts: Sequence[str], settings: TrainSettings) -> Lineage:
-    """Return the lineage with parts of stores as its last increment, written down.
-
-    Raises:
-        InputError: they are of another base, or have too few steps for alpha.
-    """
-    base = read_manifest(split_name(parts[0])[0]).base
-    settings = settings_on(base, settings)
-    data = open_data(list(parts), settings.stream, taps=stream_taps(settings.carryon))
-    if not lineage.increments:
-        lineage = replace(lineage, base=base, settings=lasting_settings(settings))
-    refuse_changed_base(lineage, base, name=parts[0])
-    steps = sum(map(count_steps, data.plan(settings.optimization)))
-    branch_point(0, steps, alpha=lineage.alpha)
-    grown = Increment(stores=list(parts), fingerprints=data.fingerprints, steps=steps)
-    lineage = replace(lineage, increments=[*lineage.increments, grown])
-    logger.info(
-        f"{lineage.root}: increment {len(lineage.increments)}, {' '.join(parts)}: {steps} steps"
-    )
-    write_lineage(lineage)
-    write_config(lineage, settings)
-    return lineage
-
-
-def release_newest(lineage: Lineage, settings: TrainSettings) -> TrainReport:
-    """Move the trunk up to the newest increment's branch point, and release its version."""
-    version = len(lineage.increments)
-    if version > 1:
-        _train(lineage, version - 1, "tail", settings)
-    _train(lineage, version, "head", settings)
-    return release(lineage, version, settings=settings, out=lineage.version(version).root)
-
-
-def release(
-    lineage: Lineage, version: int, *, settings: TrainSettings, out: str | Path
-) -> TrainReport:
-    """Train the branch of a version, as a run in `out`; again in another folder, the same bits.
+    Nothing is written.
 
     Raises:
-        MissingError: there is no such version.
-    """
-    if not 1 <= version <= len(lineage.increments):
-        raise MissingError(
-            f"{lineage.root}: expected a version from 1 to {len(lineage.increments)}, got {version}"
-        )
-    segment = _segment(
-        lineage,
-        version,
-        paradigm="switch",
-        first=lineage.branch_step(version),
-        stop=lineage.increments[version - 1].steps,
-        start=_start_of_branch(lineage, version),
-    )
-    return _run(lineage, version, segment, settings=settings, out=out)
-
-
-def release_anew(lineage: Lineage, settings: TrainSettings) -> TrainReport:
-    """Train the first version's whole path from an untrained carry-on, in LINEAGE/anew."""
-    steps = lineage.increments[0].steps
-    segment = _segment(lineage, 1, paradigm="switch", first=0, stop=steps, start=None)
-    return _run(lineage, 1, segment, settings=settings, out=lineage.root / "anew")
-
-
-def settings_on(base: Mapping[str, Any], settings: TrainSettings) -> TrainSettings:
-    """Return settings with the tap that the carry-on's kind reads on a base, once that is known."""
-    if "num_layers" not in base:
-        return settings
-    return replace(settings, carryon=resolve_taps(settings.carryon, base["num_layers"]))
-
-
-def check_branches(settings: TrainSettings) -> None:
-    """Check that settings can be those of a lineage.
-
-    Raises:
-        InputError: they cannot.
+        InputError: the folder holds something else, or a lineage with other settings, or the
+            settings do not suit a lineage.
     """
     if settings.optimization.schedule not in BRANCH_SCHEDULES:
         raise InputError(
@@ -203,89 +125,146 @@ def check_branches(settings: TrainSettings) -> None:
             "patience and finish_with: expected 0 and last in a lineage, whose versions end with "
             "their last step"
         )
+    lineage = read_lineage(root)
+    if lineage is None:
+        lineage = Lineage(
+            root=Path(root),
+            alpha=alpha,
+            settings=lasting_settings(settings),
+            predecessor=predecessor,
+        )
+    settings = resolve_settings(settings, lineage.base)
+    refuse_changed_settings(lineage, settings, alpha=alpha)
+    return lineage, settings
+
+
+def resolve_settings(settings: TrainSettings, base: Mapping[str, Any]) -> TrainSettings:
+    """Return settings with the taps that the kind of carry-on reads on `base`, once it is known."""
+    if "num_layers" not in base:
+        return settings
+    return replace(settings, carryon=resolve_taps(settings.carryon, base["num_layers"]))
+
+
+def add_increment(lineage: Lineage, parts: Sequence[str], settings: TrainSettings) -> Lineage:
+    """Return the lineage with parts of stores as its newest increment, and record it.
+
+    Raises:
+        InputError: they are of another base, or have too few steps for alpha.
+    """
+    base = read_manifest(split_name(parts[0])[0]).base
+    settings = resolve_settings(settings, base)
+    data = open_data(list(parts), settings.stream, taps=stream_taps(settings.carryon))
+    if not lineage.increments:
+        lineage = replace(lineage, base=base, settings=lasting_settings(settings))
+    refuse_changed_base(lineage, base, name=parts[0])
+    steps = sum(map(count_steps, data.plan(settings.optimization)))
+    branch_point(0, steps, alpha=lineage.alpha)  # refuses too few steps
+    increment = Increment(stores=list(parts), fingerprints=data.fingerprints, steps=steps)
+    lineage = replace(lineage, increments=[*lineage.increments, increment])
+    logger.info(
+        f"{lineage.root}: increment {len(lineage.increments)}, {' '.join(parts)}: {steps} steps"
+    )
+    write_lineage(lineage)
+    write_config(lineage, settings)
+    return lineage
+
+
+def release_newest(lineage: Lineage, settings: TrainSettings) -> TrainReport:
+    """Train the trunk up to the newest increment's branch point, and release its version."""
+    version = len(lineage.increments)
+    if version > 1:
+        last, steps = version - 1, lineage.increments[version - 2].steps
+        span = (lineage.branch_step(last), steps)
+        start = _branch_start(lineage, last)
+        _train(lineage, last, "trunk", span, start, settings=settings, out=lineage.tail(last).root)
+    if branch := lineage.branch_step(version):
+        start, out = _trunk_end(lineage, version - 1), lineage.head(version).root
+        _train(lineage, version, "trunk", (0, branch), start, settings=settings, out=out)
+    return release(lineage, version, settings=settings, out=lineage.version(version).root)
+
+
+def release(
+    lineage: Lineage, version: int, *, settings: TrainSettings, out: str | Path
+) -> TrainReport:
+    """Train the branch of a version in `out`; in another folder again, with the same bits.
+
+    Raises:
+        MissingError: there is no such version.
+    """
+    if not 1 <= version <= len(lineage.increments):
+        raise MissingError(
+            f"{lineage.root}: expected a version from 1 to {len(lineage.increments)}, got {version}"
+        )
+    span = (lineage.branch_step(version), lineage.increments[version - 1].steps)
+    start = _branch_start(lineage, version)
+    return _train(lineage, version, "switch", span, start, settings=settings, out=out)
+
+
+def release_from_scratch(lineage: Lineage, settings: TrainSettings) -> TrainReport:
+    """Train the first version's whole path from an untrained carry-on, in LINEAGE/from-scratch."""
+    span, out = (0, lineage.increments[0].steps), lineage.root / "from-scratch"
+    return _train(lineage, 1, "switch", span, None, settings=settings, out=out)
 
 
 def _unseen(lineage: Lineage, stores: Sequence[str]) -> list[str]:
     """Return STORE#NUMBER of each part that is in no increment."""
-    seen = {print_ for each in lineage.increments for print_ in each.fingerprints}
-    found = []
+    seen = {fingerprint for each in lineage.increments for fingerprint in each.fingerprints}
+    unseen = []
     for store in stores:
         folder, chosen = split_name(store)
         manifest = read_manifest(folder)
         for number in [chosen] if chosen else range(1, len(manifest.parts) + 1):
-            print_ = manifest_of_part(manifest, number, name=str(folder)).fingerprint
-            if print_ not in seen:
-                seen.add(print_)
-                found.append(f"{folder.resolve()}#{number}")
-    return found
+            part = manifest_of_part(manifest, number, name=str(folder))
+            if part.fingerprint not in seen:
+                seen.add(part.fingerprint)
+                unseen.append(f"{folder.resolve()}#{number}")
+    return unseen
 
 
-def _train(lineage: Lineage, version: int, part: str, settings: TrainSettings) -> None:
-    """Train a segment of the trunk, unless it is there or has no steps."""
-    branch, steps = lineage.branch_step(version), lineage.increments[version - 1].steps
-    is_head = part == "head"
-    if is_head and branch == 0:
-        return
-    start = _end_of_trunk(lineage, version - 1) if is_head else _start_of_branch(lineage, version)
-    segment = _segment(
-        lineage,
-        version,
-        paradigm="trunk",
-        first=0 if is_head else branch,
-        stop=branch if is_head else steps,
-        start=start,
-    )
-    out = (lineage.head if is_head else lineage.tail)(version).root
-    _run(lineage, version, segment, settings=settings, out=out)
-
-
-def _segment(
+def _train(
     lineage: Lineage,
     version: int,
-    *,
     paradigm: Paradigm,
-    first: int,
-    stop: int,
+    span: tuple[int, int],
     start: Path | None,
-) -> Segment:
+    *,
+    settings: TrainSettings,
+    out: str | Path,
+) -> TrainReport:
+    """Train the steps from `span[0]` to `span[1]` of a version's increment, unless it is done."""
     ends = lineage.ends[:version]
-    return Segment(
+    segment = Segment(
         paradigm=paradigm,
         version=version,
         ends=tuple(ends),
         alpha=lineage.alpha,
-        first=first,
-        stop=stop,
+        first=span[0],
+        stop=span[1],
         offset=ends[-1] - lineage.increments[version - 1].steps,
         start=start,
         seen=tuple(
             each for past in lineage.increments[: version - 1] for each in past.fingerprints
         ),
     )
-
-
-def _run(
-    lineage: Lineage, version: int, segment: Segment, *, settings: TrainSettings, out: str | Path
-) -> TrainReport:
     job = Job(out=str(out), settings=settings, segment=segment)
     [report] = train_jointly(lineage.increments[version - 1].stores, [job])
     return report
 
 
-def _start_of_branch(lineage: Lineage, version: int) -> Path | None:
+def _branch_start(lineage: Lineage, version: int) -> Path | None:
     if lineage.branch_step(version) == 0:
-        return _end_of_trunk(lineage, version - 1)
-    return _state(lineage.head(version))
+        return _trunk_end(lineage, version - 1)
+    return _final_state(lineage.head(version))
 
 
-def _end_of_trunk(lineage: Lineage, version: int) -> Path | None:
+def _trunk_end(lineage: Lineage, version: int) -> Path | None:
     if version:
-        return _state(lineage.tail(version))
+        return _final_state(lineage.tail(version))
     return newest_checkpoint(lineage.start) if lineage.predecessor else None
 
 
-def _state(folder: RunFolder) -> Path:
-    newest = newest_checkpoint(folder.checkpoints) if folder.result.exists() else None
+def _final_state(run: RunFolder) -> Path:
+    newest = newest_checkpoint(run.checkpoints) if run.result.exists() else None
     if newest is None:
-        raise MissingError(f"{folder.root}: expected a finished segment of the trunk, found none")
+        raise MissingError(f"{run.root}: expected a finished segment of the trunk, found none")
     return newest

@@ -1,20 +1,21 @@
-"""What a lineage folder holds, and what it says of itself.
+"""The files of a lineage folder, and what lineage.json records.
 
 lineage.json        base, settings, alpha, and every increment of data with its steps
-config.yaml         the settings, flat, for the next update
+config.yaml         the settings, flat, for --config of the next update
 store/              the growing store, unless another is named
-texts.json          where the texts are that updates have extracted, by SHA-256
-start/              step folder of the carry-on that it begins with, where another base came before
-trunk/0002-head     run folder: increment 2 up to the branch point
-trunk/0002-tail     run folder: the rest of it, taken when the next version is asked for
+texts.json          paths of the texts that updates have extracted, by SHA-256
+start/              checkpoint that the trunk starts from, in a lineage that follows another base's
+trunk/0002-head     run folder: increment 2 up to its branch point
+trunk/0002-tail     run folder: the rest of increment 2, trained when version 3 needs it
 versions/0002       run folder: the branch; its carryon/ is version 2
 versions.json       held-out losses measured so far
+versions.png        held-out loss of each version on each increment
 paths.png           learning rates
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
 
 FORMAT = "carryon-lineage"
 FORMAT_VERSION = 2
-_BEFORE_ITS_FIRST_INCREMENT = {"store", "start", "texts.json"}
+_BEFORE_THE_FIRST_INCREMENT = {"store", "start", "texts.json"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,27 +38,28 @@ class Increment:
     """The data of one update."""
 
     stores: list[str]
-    """STORE#NUMBER of each part of a store: absolute folders."""
+    """STORE#NUMBER of each part of a store, absolute."""
     fingerprints: list[str]
-    """Of each part; a store that grows leaves them as they are."""
+    """Fingerprint of each part; a growing store does not change them."""
     steps: int
-    """Steps of its whole order."""
+    """Steps of one training on this data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lineage:
-    """What a lineage folder says of itself."""
+    """What lineage.json records."""
 
     root: Path
-    base: dict[str, Any]
-    """Identity of the base."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """Identity of the base. Empty before the first increment."""
     alpha: float
+    """Fraction of an increment's steps in which a branch decays."""
     settings: dict[str, Any]
     """Flat, without those that a resumed run may change."""
-    increments: list[Increment]
+    increments: list[Increment] = field(default_factory=list)
     predecessor: dict[str, Any] | None = None
-    """The lineage on another base whose newest version this one begins with, and what that came
-    to. None: it begins with an untrained carry-on."""
+    """The lineage on another base whose newest version this one starts from, and losses at the
+    start. None: it starts from an untrained carry-on."""
 
     @property
     def ends(self) -> list[int]:
@@ -66,7 +68,7 @@ class Lineage:
 
     @property
     def released(self) -> list[int]:
-        """Numbers of the versions that are there."""
+        """Numbers of the finished versions."""
         numbers = range(1, len(self.increments) + 1)
         return [number for number in numbers if self.version(number).result.exists()]
 
@@ -77,7 +79,7 @@ class Lineage:
 
     @property
     def start(self) -> Path:
-        """Checkpoints: one, which the trunk begins with, where there is a predecessor."""
+        """Folder of the checkpoint that the trunk starts from, if there is a predecessor."""
         return self.root / "start"
 
     def branch_step(self, version: int) -> int:
@@ -85,39 +87,45 @@ class Lineage:
         return branch_point(0, self.increments[version - 1].steps, alpha=self.alpha)
 
     def head(self, version: int) -> RunFolder:
-        """Return the trunk's segment up to a version's branch point."""
+        """Return the run of the trunk up to a version's branch point."""
         return RunFolder(root=self.root / "trunk" / f"{version:04d}-head")
 
     def tail(self, version: int) -> RunFolder:
-        """Return the trunk's segment from a version's branch point to the increment's end."""
+        """Return the run of the trunk from a version's branch point to the increment's end."""
         return RunFolder(root=self.root / "trunk" / f"{version:04d}-tail")
 
     def version(self, version: int) -> RunFolder:
-        """Return the branch that is a version."""
+        """Return the run of the branch that is a version."""
         return RunFolder(root=self.root / "versions" / f"{version:04d}")
 
 
 def read_lineage(root: str | Path) -> Lineage | None:
-    """Return the lineage in a folder; None where there is none.
+    """Return the lineage in a folder; None if the folder is missing or empty.
 
     Raises:
         InputError: the folder holds something else.
     """
-    path = Path(root) / "lineage.json"
+    folder = Path(root)
+    path = folder / "lineage.json"
     if not path.exists():
-        if Path(root).exists() and (not Path(root).is_dir() or _others(Path(root))):
-            raise InputError(f"{root}: holds something that is not a lineage: give a new folder")
+        if folder.exists() and (
+            not folder.is_dir()
+            or {entry.name for entry in folder.iterdir()} - _BEFORE_THE_FIRST_INCREMENT
+        ):
+            raise InputError(f"{root}: expected a lineage or a new folder, got something else")
         return None
     document = json.loads(path.read_text(encoding="ascii"))
-    found = document.pop("format"), document.pop("format_version")
-    if found != (FORMAT, FORMAT_VERSION):
+    name, version = document.pop("format"), document.pop("format_version")
+    if (name, version) != (FORMAT, FORMAT_VERSION):
         raise InputError(
-            f"{path}: expected {FORMAT} {FORMAT_VERSION}, got {found[0]} {found[1]}: begin another "
+            f"{path}: expected {FORMAT} {FORMAT_VERSION}, got {name} {version}. Fix: start another "
             "lineage"
         )
     increments = [Increment(**each) for each in document.pop("increments")]
     document["settings"] = with_current_names(document["settings"])
-    return Lineage(root=Path(root), increments=increments, **document)
+    if "anew_nll" in (before := document["predecessor"] or {}):  # its name in older lineages
+        before["from_scratch_nll"] = before.pop("anew_nll")
+    return Lineage(root=folder, increments=increments, **document)
 
 
 def open_lineage(root: str | Path) -> Lineage:
@@ -128,17 +136,16 @@ def open_lineage(root: str | Path) -> Lineage:
     """
     lineage = read_lineage(root)
     if lineage is None:
-        raise MissingError(f"{root}: expected a lineage, found none: carryon update begins one")
+        raise MissingError(f"{root}: expected a lineage, found none. Fix: run carryon update")
     return lineage
 
 
 def write_lineage(lineage: Lineage) -> None:
-    """Write lineage.json; from here on the lineage is what it says."""
+    """Write lineage.json atomically."""
     document: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    document |= {name: getattr(lineage, name) for name in ("base", "alpha", "settings")}
+    names = ("base", "alpha", "settings", "predecessor")
+    document |= {name: getattr(lineage, name) for name in names}
     document["increments"] = [asdict(each) for each in lineage.increments]
-    document["predecessor"] = lineage.predecessor
-    lineage.root.mkdir(parents=True, exist_ok=True)
     write_json(lineage.root / "lineage.json", document)
 
 
@@ -149,58 +156,51 @@ def write_config(lineage: Lineage, settings: TrainSettings) -> None:
 
 
 def lasting_settings(settings: TrainSettings) -> dict[str, Any]:
-    """Return the settings, flat, that all runs of a lineage have."""
+    """Return the settings, flat, that all runs of a lineage have in common."""
     flat = settings.to_flat()
     return {name: value for name, value in flat.items() if name not in FREE_SETTINGS}
 
 
 def settings_of(lineage: Lineage) -> TrainSettings:
-    """Return the settings of a lineage's runs; those that do not decide the result as usual."""
+    """Return the settings of a lineage's runs, with defaults for those that may change."""
     return TrainSettings.from_options(**lineage.settings)
 
 
 def refuse_changed_settings(lineage: Lineage, settings: TrainSettings, *, alpha: float) -> None:
-    """Check that an update comes with the settings of the first one.
+    """Check that an update has the settings of the first one.
 
     Raises:
-        InputError: names each setting that changed, and both values.
+        InputError: names each setting that changed, with both values.
     """
     expected = lineage.settings | {"alpha": lineage.alpha}
-    got = lasting_settings(settings) | {"alpha": alpha}
+    given = lasting_settings(settings) | {"alpha": alpha}
     changed = [
-        f"{name} {expected.get(name)} -> {got.get(name)}"
-        for name in sorted(set(expected) | set(got))
-        if setting_of(expected, name) != setting_of(got, name)
+        f"{name} {expected.get(name)} -> {given.get(name)}"
+        for name in sorted(set(expected) | set(given))
+        if setting_of(expected, name) != setting_of(given, name)
     ]
     if changed:
         raise InputError(
             f"{lineage.root}: expected the settings of the first update, got "
-            f"{', '.join(changed)}: give --config {lineage.root / 'config.yaml'}, or begin another "
-            "lineage"
+            f"{', '.join(changed)}. Fix: give --config {lineage.root / 'config.yaml'}, or start "
+            "another lineage"
         )
 
 
 def refuse_changed_base(lineage: Lineage, base: Mapping[str, Any], *, name: str) -> None:
-    """Check that a base, or the base of a store, is the lineage's: by digests, wherever it is.
+    """Check by digests that the base of an extraction or a store is the lineage's.
 
     Raises:
         InputError: names both.
     """
-    expected, got = (
-        {key: each.get(key) for key in ("weights_sha256", "config_sha256", "tokenizer_sha256")}
-        for each in (lineage.base, base)
-    )
-    if expected != got:
-        raise InputError(
-            f"{name}: expected the base of the lineage {lineage.root}, {_named(lineage.base)}, got "
-            f"{_named(base)}: give that base or a store made with it; carryon update --new-base "
-            "begins a lineage on another base with what this one has learned"
+    digests = ("weights_sha256", "config_sha256", "tokenizer_sha256")
+    if any(base.get(digest) != lineage.base.get(digest) for digest in digests):
+        expected, got = (
+            f"{each.get('id')} (weights {str(each.get('weights_sha256'))[:12]})"
+            for each in (lineage.base, base)
         )
-
-
-def _named(base: Mapping[str, Any]) -> str:
-    return f"{base.get('id')} (weights {str(base.get('weights_sha256'))[:12]})"
-
-
-def _others(root: Path) -> set[str]:
-    return {path.name for path in root.iterdir()} - _BEFORE_ITS_FIRST_INCREMENT
+        raise InputError(
+            f"{name}: expected the base of the lineage {lineage.root}, {expected}, got {got}. Fix: "
+            "give that base or a store made with it; carryon update --new-base starts a lineage "
+            "on another base from this one"
+        )

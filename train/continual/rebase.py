@@ -1,10 +1,9 @@
-"""A lineage on an updated base, which begins with what the carry-on has learned on the old one.
+"""Start a lineage on an updated base, from the newest version of a lineage on the old base.
 
-Hidden states of another base are other numbers, so the new lineage has its own store, trunk and
-versions; the old one stays as it is. Its first increment is all the text that the old one has
-seen, with the same samples held out. Weights of the old carry-on are taken wherever the shapes
-are the same: all of them for a base of the same width D, else the body of width d, behind a new
-bridge and before a new gate and up-projection.
+Hidden states are specific to a base, so a new base starts a new store and lineage; the old lineage
+is not changed. The first increment is all text that the old lineage has seen, with the same samples
+held out. Weights of the old carry-on are copied where name and shape are the same: all of them for
+a base of the same width D, else those of the body of width d.
 """
 
 import logging
@@ -16,29 +15,21 @@ from typing import Any
 
 import torch
 
-from carryon.cache.base.model import Base, load_base
+from carryon.cache.base.model import load_base
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.extraction.pipeline import extract
-from carryon.cache.format.manifest import Manifest
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.view import open_store
 from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage import (
-    check_branches,
-    grow,
-    release_anew,
+    add_increment,
+    open_or_start,
+    release_from_scratch,
     release_newest,
-    settings_on,
+    resolve_settings,
 )
-from carryon.train.continual.lineage_dir import (
-    Lineage,
-    lasting_settings,
-    open_lineage,
-    read_lineage,
-    refuse_changed_settings,
-    write_lineage,
-)
+from carryon.train.continual.lineage_dir import Lineage, open_lineage, settings_of, write_lineage
 from carryon.train.continual.texts import find_texts, remember_texts
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.kinds import get_kind
@@ -54,117 +45,101 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NewBaseReport:
-    """What the first version on a new base came to, and one begun anew beside it."""
+class RebaseReport:
+    """Losses of the first version on a new base; all in nats per held-out supervised token."""
 
     carryon: str
     """Folder of the version."""
     old_lineage: str
     old_version: int
-    """The version of the old lineage that it begins with."""
+    """Version of the old lineage that it starts from."""
     kept_weights: int
-    """Values taken from it."""
+    """Values copied from that version."""
     new_weights: int
-    """Values whose shape is another on the new base."""
+    """Values whose shape differs on the new base."""
     steps: int
-    """Steps of either."""
     base_nll: float
-    """Held-out NLL of the new base alone."""
+    """Loss of the new base alone."""
     start_nll: float
-    """With the weights taken over, before any step."""
+    """Loss with the copied weights, before the first step."""
     from_old_nll: float
-    """Of the version."""
-    anew_nll: float | None
-    """After as many steps from an untrained carry-on; None: not trained."""
+    """Loss of the version."""
+    from_scratch_nll: float | None
+    """Loss after as many steps from an untrained carry-on. None: not trained."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
 
 
-def begin_on_new_base(
+def rebase(
+    lineage: str | Path,
     *,
-    lineage: str,
-    old_lineage: str,
-    base: str,
-    settings: TrainSettings,
+    old_lineage: str | Path,
+    base: str | Path,
+    settings: TrainSettings | None = None,
     data: Sequence[str] = (),
-    alpha: float = 0.6,
-    also_anew: bool = False,
-) -> NewBaseReport:
+    alpha: float | None = None,
+    also_from_scratch: bool = False,
+) -> RebaseReport:
     """Extract an old lineage's texts with a new base, and release a first version from it.
 
-    Interrupted, the same call goes on; of a finished one the report is returned.
+    The same call resumes an interrupted one; if finished, it returns the report.
 
     Args:
-        lineage: folder of the new lineage; made if missing.
-        old_lineage: folder of the old one, whose stores are still there; nothing in it is changed.
+        lineage: folder of the new lineage; created if missing.
+        old_lineage: folder of the old one, whose stores still exist; it is not changed.
         base: the new base: hub id, folder or .gguf file.
-        settings: of the new lineage; the carry-on's shape as in the old one.
-        data: the texts of the old lineage. None: where its updates found them.
-        alpha: part of an increment's steps in which a branch falls.
-        also_anew: train an untrained carry-on as well, over the same steps.
+        settings: settings of the new lineage, with the old carry-on's shape. None: the old ones.
+        data: the texts of the old lineage. None given: the files that its updates extracted.
+        alpha: fraction of an increment's steps in which a branch decays. None: the old one.
+        also_from_scratch: also train an untrained carry-on over the same steps, to compare.
 
     Raises:
-        InputError: the base is the old one, the texts are not where they were, or the shapes
-            have nothing in common.
-        MissingError: the old lineage, its stores or its versions are not there.
+        InputError: the base is the old one, texts were moved or changed, or no shape fits.
+        MissingError: the old lineage, its stores or its versions do not exist.
     """
-    check_branches(settings)
     old = open_lineage(old_lineage)
     if not old.released:
         raise MissingError(f"{old.root}: expected a released version, found none: carryon update")
-    settings = _without_own_tap(settings)
+    settings = _without_own_tap(settings or settings_of(old))
+    alpha = old.alpha if alpha is None else alpha
     _refuse_other_shape(old, settings)
-    found = read_lineage(lineage)
-    if found is None:
-        found = Lineage(
-            root=Path(lineage),
-            base={},
-            alpha=alpha,
-            settings=lasting_settings(settings),
-            increments=[],
-            predecessor={"lineage": str(old.root.resolve()), "version": old.released[-1]},
-        )
-    if (found.predecessor or {}).get("lineage") != str(old.root.resolve()):
+    predecessor = {"lineage": str(old.root.resolve()), "version": old.released[-1]}
+    new, settings = open_or_start(lineage, settings, alpha=alpha, predecessor=predecessor)
+    if (new.predecessor or {}).get("lineage") != predecessor["lineage"]:
         raise InputError(
-            f"{lineage}: expected a new folder, or the lineage that was begun from {old.root}, got "
-            "another lineage"
+            f"{lineage}: expected a new folder, or the lineage that was started from {old.root}, "
+            "got another lineage"
         )
-    settings = settings_on(found.base, settings)
-    refuse_changed_settings(found, settings, alpha=alpha)
-    if not found.increments:
-        settings = settings_on(_extract_again(found, old, base, data, settings), settings)
-        part = f"{found.store.resolve()}#1"
-        opened = open_data([part], settings.stream, taps=stream_taps(settings.carryon))
-        found = replace(found, predecessor=_begin_with_old(found, old, opened, settings))
-        found = grow(found, [part], settings)
-    first = release_newest(replace(found, increments=found.increments[:1]), settings)
-    anew = release_anew(found, settings) if also_anew else None
-    known = found.predecessor or {}
-    report = NewBaseReport(
+    if not new.increments:
+        settings = resolve_settings(settings, _extract_again(new, old, str(base), data, settings))
+        part = f"{new.store.resolve()}#1"
+        first_data = open_data([part], settings.stream, taps=stream_taps(settings.carryon))
+        new = replace(new, predecessor=_start_from_old(new, old, first_data, settings))
+        new = add_increment(new, [part], settings)
+    first = release_newest(replace(new, increments=new.increments[:1]), settings)
+    known = dict(new.predecessor or {})
+    scratch_nll = known.get("from_scratch_nll")
+    if also_from_scratch:
+        scratch_nll = release_from_scratch(new, settings).carryon_nll
+    known |= {"from_old_nll": first.carryon_nll, "from_scratch_nll": scratch_nll}
+    write_lineage(replace(new, predecessor=known))
+    losses = ("base_nll", "start_nll", "from_old_nll", "from_scratch_nll")
+    return RebaseReport(
         carryon=first.carryon,
         old_lineage=known["lineage"],
         old_version=known["version"],
-        kept_weights=known["kept_weights"],
-        new_weights=known["new_weights"],
-        steps=found.increments[0].steps,
-        base_nll=known["base_nll"],
-        start_nll=known["start_nll"],
-        from_old_nll=first.carryon_nll,
-        anew_nll=anew.carryon_nll if anew else known.get("anew_nll"),
+        steps=new.increments[0].steps,
+        **{name: known[name] for name in ("kept_weights", "new_weights", *losses)},
     )
-    figures = {"from_old_nll": report.from_old_nll, "anew_nll": report.anew_nll}
-    write_lineage(replace(found, predecessor=known | figures))
-    return report
 
 
 def _without_own_tap(settings: TrainSettings) -> TrainSettings:
-    """Leave the tap of a kind that has one to the new base, which may have other blocks."""
-    carryon = settings.carryon
-    if not get_kind(carryon.kind).own_tap:
+    """Return settings in which the kind's own tap is open, as the new base may be deeper."""
+    if not get_kind(settings.carryon.kind).own_tap:
         return settings
-    return replace(settings, carryon=replace(carryon, taps=["final"]))
+    return settings.with_options(taps=["final"])
 
 
 def _refuse_other_shape(old: Lineage, settings: TrainSettings) -> None:
@@ -177,14 +152,14 @@ def _refuse_other_shape(old: Lineage, settings: TrainSettings) -> None:
     if changed:
         raise InputError(
             f"{old.root}: expected a carry-on of the old lineage's shape, got "
-            f"{', '.join(changed)}: give --config {old.root / 'config.yaml'}"
+            f"{', '.join(changed)}. Fix: give --config {old.root / 'config.yaml'}"
         )
 
 
 def _extract_again(
-    found: Lineage, old: Lineage, base: str, data: Sequence[str], settings: TrainSettings
+    new: Lineage, old: Lineage, base: str, data: Sequence[str], settings: TrainSettings
 ) -> dict[str, Any]:
-    """Extract the texts of all increments into the new lineage's store, as one part.
+    """Extract the texts of all increments into the new store, as one part.
 
     Returns:
         The identity of the new base.
@@ -194,71 +169,72 @@ def _extract_again(
     first = manifests[0]
     forward = ForwardSettings(device=settings.run.device, attention=first.forward["attention"])
     loaded = load_base(base, forward=forward)
-    if loaded.identity.weights_sha256 == old.base.get("weights_sha256"):
-        raise InputError(
-            f"{base}: expected another base than that of {old.root}, got the same weights: give "
-            "new texts with --data and --base instead"
-        )
-    parts = [part for manifest in manifests for part in manifest.parts]
-    texts = list(data) or find_texts(old.root, parts)
-    remember_texts(found.root, texts)
     identity = loaded.identity.to_dict()
-    store = StoreSettings.from_dict(first.settings)
+    if identity["weights_sha256"] == old.base.get("weights_sha256"):
+        raise InputError(
+            f"{base}: expected another base than that of {old.root}, got the same weights. Fix: "
+            "give new texts with --data and --base instead"
+        )
+    texts = list(data) or find_texts(old.root, [part for each in manifests for part in each.parts])
+    remember_texts(new.root, texts)
+    # The old limit of tokens, unless it is more than the new base's context.
+    corpus = CorpusSettings.from_dict(first.corpus)
+    limit = min(corpus.max_tokens, loaded.identity.context_tokens, first.unit_tokens)
     extract(
         base=loaded,
         data=texts,
-        out=found.store,
-        corpus=_corpus_for(first, loaded),
-        store=replace(store, taps=stream_taps(settings_on(identity, settings).carryon)),
+        out=new.store,
+        corpus=replace(corpus, max_tokens=limit),
+        store=replace(
+            StoreSettings.from_dict(first.settings),
+            taps=stream_taps(resolve_settings(settings, identity).carryon),
+        ),
         forward=forward,
-        held_out=_held_out(stores, settings),
+        held_out=_held_out_ids(stores, settings),
     )
     return identity
 
 
-def _corpus_for(manifest: Manifest, base: Base) -> CorpusSettings:
-    """Return the old corpus settings, without a limit that came from the old base."""
-    settings = CorpusSettings.from_dict(manifest.corpus)
-    limit = min(base.identity.context_tokens, manifest.unit_tokens)
-    return replace(settings, max_tokens=min(settings.max_tokens, limit))
+def _held_out_ids(stores: Sequence[str], settings: TrainSettings) -> set[str]:
+    """Return the ids of all held-out samples; the new lineage holds out the same ones.
 
-
-def _held_out(stores: Sequence[str], settings: TrainSettings) -> set[str]:
-    """Return the ids of all that was held out: what was trained on before must not come there."""
-    alone = replace(settings.stream, store_weights=[])
+    Otherwise it would be evaluated on samples that its weights were trained on.
+    """
+    stream = replace(settings.stream, store_weights=[])
     ids = set()
     for store in stores:
-        data = open_data([store], alone, taps=stream_taps(settings.carryon))
+        data = open_data([store], stream, taps=stream_taps(settings.carryon))
         ids |= {data.store.sample_id(sample) for sample in data.split.held_out.tolist()}
     return ids
 
 
-def _begin_with_old(
-    found: Lineage, old: Lineage, data: TrainData, settings: TrainSettings
+def _start_from_old(
+    new: Lineage, old: Lineage, data: TrainData, settings: TrainSettings
 ) -> dict[str, Any]:
-    """Write the step folder that the trunk begins with; returns what it holds."""
+    """Write the checkpoint that the trunk starts from; return what lineage.json records of it."""
     version = old.released[-1]
-    place = open_store(old.increments[version - 1].stores[0])
-    before, _ = load_carryon(old.version(version).carryon, blocks=partial(blocks_of, place))
+    folder = old.version(version).carryon
+    old_store = open_store(old.increments[version - 1].stores[0])
+    before, _ = load_carryon(folder, blocks=partial(blocks_of, old_store))
     carryon = build_carryon(settings.carryon, data.store, seed=settings.optimization.seed)
-    kept, new = _take_over_(carryon, before)
+    kept, fresh = _copy_fitting_(carryon, before)
     if not kept:
         raise InputError(
-            f"{old.version(version).carryon}: expected weights that fit a carry-on on a base of "
-            f"width {data.store.width}, got none: begin another lineage"
+            f"{folder}: expected weights that fit a carry-on on a base of width "
+            f"{data.store.width}, got none. Fix: start another lineage"
         )
     device = pick_device(settings.run.device)
     carryon = apply_memory_settings(carryon.to(device), settings.memory)
-    judged = EvalJob(
+    job = EvalJob(
         carryon=carryon,
         head=place_head(data.store, settings.loss, device=device),
         chunk=pick_chunk(settings.loss.chunk_tokens),
         with_base=True,
     )
-    [nll] = measure_nlls(data.store, data.split.held_out, [judged], stream=data.settings)
-    if newest_checkpoint(found.start) is None:
+    [nll] = measure_nlls(data.store, data.split.held_out, [job], stream=data.settings)
+    if newest_checkpoint(new.start) is None:
         save_checkpoint(
-            found.start,
+            new.start,
             carryon=carryon,
             optimizer=build_optimizer(carryon, settings.optimization, settings.memory),
             progress=START,
@@ -266,7 +242,7 @@ def _begin_with_old(
             keep=1,
         )
     logger.info(
-        f"{found.root}: {kept} weights of version {version} of {old.root} fit, {new} are new; "
+        f"{new.root}: {kept} weights of version {version} of {old.root} fit, {fresh} are new; "
         f"held-out NLL of the new base {nll.base:.4f}, with them {nll.carryon:.4f}"
     )
     return {
@@ -274,20 +250,18 @@ def _begin_with_old(
         "version": version,
         "base": old.base,
         "kept_weights": kept,
-        "new_weights": new,
+        "new_weights": fresh,
         "base_nll": nll.base,
         "start_nll": nll.carryon,
     }
 
 
-def _take_over_(carryon: CarryOn, before: CarryOn) -> tuple[int, int]:
-    """Copy what has the same name and shape; returns values copied and left as they are."""
-    old = before.state_dict()
-    own = dict(carryon.state_dict())
+def _copy_fitting_(carryon: CarryOn, before: CarryOn) -> tuple[int, int]:
+    """Copy weights of equal name and shape; return how many values were copied, and were not."""
+    old, own = before.state_dict(), dict(carryon.state_dict())
     fitting = {name for name in own if name in old and old[name].shape == own[name].shape}
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(old[name])
-    total = sum(weight.numel() for weight in own.values())
     kept = sum(own[name].numel() for name in fitting)
-    return kept, total - kept
+    return kept, sum(weight.numel() for weight in own.values()) - kept

@@ -1,4 +1,4 @@
-"""Texts of a lineage: extracted by its base into its growing store, and found again later."""
+"""Extract the texts of a lineage into its growing store, and find them again later."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from carryon.train.kinds import get_kind
 from carryon.train.modules.taps import resolve_taps, stream_taps
 
 
-def extract_text(
+def extract_texts(
     lineage: Lineage,
     data: Sequence[str],
     *,
@@ -23,43 +23,41 @@ def extract_text(
     stores: Sequence[str],
     settings: TrainSettings,
 ) -> None:
-    """Extract texts into the lineage's store, as its next part; what is there is not done again.
+    """Extract texts into a store as its next part; texts that are already a part are skipped.
 
-    A store that is there is appended to with its own settings; a new one gets the taps that the
-    carry-on reads, and else the defaults.
+    An existing store keeps its settings. A new one gets the taps and blocks that the carry-on
+    reads, and defaults for the rest.
 
     Args:
-        lineage: whose base is to be the same.
+        lineage: the lineage, whose base must be the same.
         data: files of the texts, or folders of such files.
         base: hub id, folder or .gguf file.
-        stores: a single one, made if missing.
-        settings: of the lineage.
+        stores: folder of one store, created if missing.
+        settings: settings of the lineage.
 
     Raises:
-        InputError: another base, more than one store, or what `extract` refuses.
+        InputError: another base, more than one store, or an error of `extract`.
     """
     from carryon.cache.base.model import load_base
     from carryon.cache.extraction.pipeline import extract
 
     if not base:
-        raise InputError("base: expected the base that is to extract --data, got none")
+        raise InputError("base: expected the base that extracts --data, got none")
     if len(stores) != 1:
-        raise InputError(f"store: expected one that --data is appended to, got {' '.join(stores)}")
+        raise InputError(f"store: expected one, to which --data is appended, got {len(stores)}")
     root = Path(stores[0])
-    is_there = manifest_path(root).exists()
-    device = settings.run.device
-    if is_there:
+    is_append = manifest_path(root).exists()
+    forward = ForwardSettings(device=settings.run.device)
+    if is_append:
         old = read_manifest(root)
         facts = {name: old.forward[name] for name in ("compute_dtype", "attention")}
-        loaded = load_base(base, forward=ForwardSettings(device=device, **facts))
+        loaded = load_base(base, forward=ForwardSettings(device=settings.run.device, **facts))
         store, corpus = StoreSettings.from_dict(old.settings), CorpusSettings.from_dict(old.corpus)
     else:
-        loaded = load_base(base, forward=ForwardSettings(device=device))
+        loaded = load_base(base, forward=forward)
         carryon = resolve_taps(settings.carryon, loaded.identity.num_layers)
-        store = StoreSettings(
-            taps=stream_taps(carryon),
-            with_blocks=carryon.blocks if get_kind(carryon.kind).needs_blocks else 0,
-        )
+        num_blocks = carryon.blocks if get_kind(carryon.kind).needs_blocks else 0
+        store = StoreSettings(taps=stream_taps(carryon), with_blocks=num_blocks)
         corpus = CorpusSettings()
     if lineage.increments:
         refuse_changed_base(lineage, loaded.identity.to_dict(), name=base)
@@ -70,38 +68,39 @@ def extract_text(
         out=root,
         corpus=corpus,
         store=store,
-        forward=ForwardSettings(device=device),
-        append=is_there,
+        forward=forward,
+        append=is_append,
     )
 
 
 def remember_texts(root: Path, data: Sequence[str]) -> None:
-    """Write down where files of texts are, for the day on which another base is to read them."""
-    path = root / "texts.json"
-    known = json.loads(path.read_text("ascii")) if path.exists() else {}
-    files = list_files(data)
-    known |= {describe_file(file)["sha256"]: str(file.resolve()) for file in files}
-    root.mkdir(parents=True, exist_ok=True)
-    write_json(path, known)
+    """Record the paths of texts in LINEAGE/texts.json, so that another base can extract them."""
+    digests = {describe_file(file)["sha256"]: str(file.resolve()) for file in list_files(data)}
+    write_json(root / "texts.json", _known_texts(root) | digests)
 
 
 def find_texts(root: Path, parts: Sequence[CorpusPart]) -> list[str]:
-    """Return the files that parts of a store were extracted from, where they still are the same.
+    """Return the files that parts of a store were extracted from.
 
     Raises:
-        InputError: names those that are not.
+        InputError: names those that were moved or changed.
     """
-    path = root / "texts.json"
-    known = json.loads(path.read_text("ascii")) if path.exists() else {}
-    found: list[str] = []
+    known = _known_texts(root)
+    paths: list[str] = []
     missing: list[str] = []
     for file in (file for part in parts for file in part.files):
-        place = Path(known.get(file["sha256"], ""))
-        is_same = place.is_file() and describe_file(place)["sha256"] == file["sha256"]
-        (found if is_same else missing).append(str(place) if is_same else file["name"])
-    if missing or not found:
+        path = Path(known.get(file["sha256"], ""))
+        is_same = path.is_file() and describe_file(path)["sha256"] == file["sha256"]
+        (paths if is_same else missing).append(str(path) if is_same else file["name"])
+    if missing or not paths:
         raise InputError(
-            f"{root}: expected the texts of its increments where they were, unchanged, to extract "
-            f"them again; not found: {', '.join(missing) or 'any'}: give them with --data"
+            f"{root}: expected the unchanged texts of its increments, to extract them again; not "
+            f"found: {', '.join(missing) or 'any'}. Fix: give them with --data"
         )
-    return found
+    return paths
+
+
+def _known_texts(root: Path) -> dict[str, str]:
+    path = root / "texts.json"
+    known: dict[str, str] = json.loads(path.read_text("ascii")) if path.exists() else {}
+    return known

@@ -13,7 +13,7 @@ from typing import Any
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import MissingError
 from carryon.cache.files import write_json
-from carryon.train.continual.cost import steps_by_formula, steps_to_take
+from carryon.tools.bench.path_cost import steps_by_formula, steps_to_take
 from carryon.train.continual.lineage_dir import Lineage, open_lineage, settings_of
 from carryon.train.data.datasets import open_data
 from carryon.train.losses.frozen_head import place_head

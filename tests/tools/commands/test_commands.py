@@ -200,7 +200,7 @@ def test_versions_are_shown_as_a_table_and_as_json_lines(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--also-anew"], "expected with --new-base, got none"),
+        (["--also-from-scratch"], "expected with --new-base, got none"),
         (["--new-base", "b"], "expected --old-lineage, and neither --base nor --store"),
         (["--old-lineage", "l", "--new-base", "b"], "l: expected a lineage, found none"),
     ],

@@ -346,8 +346,8 @@ def test_texts_for_another_base_are_refused_before_anything_is_extracted(
     ("given", "expected"),
     [
         ({}, "expected --data or --store with the new data, got neither"),
-        ({"data": ["a.jsonl"]}, "expected the base that is to extract"),
-        ({"data": ["a.jsonl"], "base": "b", "store": ["c", "d"]}, "expected one that --data"),
+        ({"data": ["a.jsonl"]}, "expected the base that extracts --data"),
+        ({"data": ["a.jsonl"], "base": "b", "store": ["c", "d"]}, "expected one, to which --data"),
     ],
 )
 def test_an_update_that_says_too_little_is_refused(

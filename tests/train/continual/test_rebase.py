@@ -1,4 +1,4 @@
-"""A lineage on another base begins with what the old one has learned."""
+"""A lineage on another base starts from the newest version of the old one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from support.tiny_runs import TINY, without_plots, write_texts
 from carryon.cache.errors import InputError
 from carryon.train.continual.lineage import update
 from carryon.train.continual.lineage_dir import Lineage, open_lineage
-from carryon.train.continual.rebase import begin_on_new_base
+from carryon.train.continual.rebase import rebase
 from carryon.train.data.datasets import open_data
 from carryon.train.modules.serialization import load_carryon
 
@@ -20,7 +20,7 @@ SETTINGS = TINY.with_options(min_lr_ratio=0.1)
 
 @pytest.fixture(autouse=True, scope="module")
 def no_plots() -> Iterator[None]:
-    """They take longer than tiny runs."""
+    """Drawing takes longer than tiny runs."""
     with without_plots():
         yield
 
@@ -48,7 +48,7 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_base(tmp_path_factory.mktemp("bases") / "other", seed=1)
 
 
-def test_a_new_base_begins_with_what_the_old_carry_on_has_learned(
+def test_a_lineage_on_a_new_base_starts_from_the_old_version(
     old_root: Path, other_base: Path, tmp_path: Path
 ) -> None:
     old = open_lineage(old_root)
@@ -57,25 +57,25 @@ def test_a_new_base_begins_with_what_the_old_carry_on_has_learned(
         "old_lineage": str(old.root),
         "base": str(other_base),
         "settings": SETTINGS,
-        "also_anew": True,
+        "also_from_scratch": True,
     }
-    found = begin_on_new_base(**given)
+    report = rebase(**given)
 
     new = open_lineage(tmp_path / "new")
-    assert found.new_weights == 0
-    assert found.start_nll not in (found.base_nll, found.from_old_nll)
-    assert found.anew_nll not in (None, found.from_old_nll)
+    assert report.new_weights == 0
+    assert report.start_nll not in (report.base_nll, report.from_old_nll)
+    assert report.from_scratch_nll not in (None, report.from_old_nll)
     assert new.predecessor is not None
-    assert new.predecessor["anew_nll"] == found.anew_nll
+    assert new.predecessor["from_scratch_nll"] == report.from_scratch_nll
     assert _held_out_ids(new) == _held_out_ids(old)
     assert open_lineage(old.root) == old
-    assert begin_on_new_base(**given) == found
+    assert rebase(**given) == report
 
 
-def test_of_a_base_of_another_width_only_the_body_is_kept(old_root: Path, tmp_path: Path) -> None:
+def test_a_base_of_another_width_keeps_the_body_only(old_root: Path, tmp_path: Path) -> None:
     base = write_tiny_gguf(tmp_path / "wide.gguf")
     old = open_lineage(old_root)
-    found = begin_on_new_base(
+    report = rebase(
         lineage=str(tmp_path / "new"),
         old_lineage=str(old.root),
         base=str(base),
@@ -83,12 +83,12 @@ def test_of_a_base_of_another_width_only_the_body_is_kept(old_root: Path, tmp_pa
     )
 
     module, _ = load_carryon(old.version(2).carryon)
-    assert found.kept_weights == sum(weight.numel() for weight in module.body.parameters())
-    assert found.new_weights > 0
-    assert found.start_nll == found.base_nll  # the new up-projection begins at zero
+    assert report.kept_weights == sum(weight.numel() for weight in module.body.parameters())
+    assert report.new_weights > 0
+    assert report.start_nll == report.base_nll  # the new up-projection starts at zero
 
 
-def test_a_new_base_needs_the_texts_where_they_were(
+def test_moved_or_changed_texts_are_refused(
     old_root: Path, texts: list[Path], other_base: Path, tmp_path: Path
 ) -> None:
     given: dict[str, Any] = {
@@ -99,18 +99,16 @@ def test_a_new_base_needs_the_texts_where_they_were(
     }
     before = texts[1].read_text()
     texts[1].write_text(before + "\n")
-    with pytest.raises(InputError, match="not found: 1.jsonl: give them with --data"):
-        begin_on_new_base(**given)
+    with pytest.raises(InputError, match="not found: 1.jsonl. Fix: give them with --data"):
+        rebase(**given)
     texts[1].write_text(before)
     with pytest.raises(InputError, match="got width 8 -> 4"):
-        begin_on_new_base(**given | {"settings": SETTINGS.with_options(width=4)})
+        rebase(**given | {"settings": SETTINGS.with_options(width=4)})
 
 
-def test_the_same_base_is_not_a_new_one(
-    old_root: Path, tiny_base_folder: Path, tmp_path: Path
-) -> None:
+def test_the_same_base_is_refused(old_root: Path, tiny_base_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected another base than that of"):
-        begin_on_new_base(
+        rebase(
             lineage=str(tmp_path / "new"),
             old_lineage=str(old_root),
             base=str(tiny_base_folder),

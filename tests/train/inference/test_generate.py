@@ -32,7 +32,7 @@ def test_prompt_goes_through_the_chat_template(model: CarryOnForCausalLM) -> Non
     assert model.answer("the an", settings=SHORT) == _continue(model, text, alpha=1.0)
 
 
-def test_prompt_is_taken_as_it_is_without_chat(model: CarryOnForCausalLM) -> None:
+def test_a_prompt_is_not_changed_without_chat(model: CarryOnForCausalLM) -> None:
     settings = GenerateSettings(max_new_tokens=6, chat=False)
     assert model.answer("the an", settings=settings) == _continue(model, "the an", alpha=1.0)
 
@@ -93,8 +93,8 @@ def test_answers_may_come_from_different_carryons(
     carryon, card = make_tiny_carryon(tiny_base, seed=8)
     save_carryon(tmp_path / "other", carryon, card, dtype=torch.float32)
     model.add_carryon("other", tmp_path / "other")
-    prompts = ["in the thing", "the an", "the an"]  # answered in another order: by length
-    found = model.answer(prompts, settings=SHORT, batch_rows=4, carryons=[None, "other", "default"])
-    assert found[0] == model.answer(prompts[0], settings=SHORT, alpha=0.0)
-    assert found[2] == model.answer(prompts[2], settings=SHORT)
-    assert found[1] != found[2]
+    prompts = ["in the thing", "the an", "the an"]  # answered in the order of their lengths
+    texts = model.answer(prompts, settings=SHORT, batch_rows=4, carryons=[None, "other", "default"])
+    assert texts[0] == model.answer(prompts[0], settings=SHORT, alpha=0.0)
+    assert texts[2] == model.answer(prompts[2], settings=SHORT)
+    assert texts[1] != texts[2]
