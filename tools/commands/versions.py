@@ -1,11 +1,15 @@
-"""`carryon versions`: the versions of a lineage, their cost and their losses."""
+"""`carryon versions`: held-out loss and cost of every version of a lineage."""
 
 import json
 import logging
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import InputError
 from carryon.tools.cli.table import format_table
+
+if TYPE_CHECKING:
+    from carryon.train.continual.versions import ReleasedVersion
 
 logger = logging.getLogger(__name__)
 
@@ -13,22 +17,22 @@ logger = logging.getLogger(__name__)
 def versions(
     *, lineage: str, rebuild: int = 0, out: str = "", device: str = "auto"
 ) -> list[dict[str, Any]]:
-    """Show the versions of a lineage: data, steps, cost, and held-out loss on every increment.
+    """Show the held-out loss of every version on every increment, and what the versions cost.
 
-    Learning rates are drawn to LINEAGE/paths.png. stdout gets a JSON line for each version,
-    stderr a table. Cost is counted up to each version: steps, tokens and seconds of trunk and
-    branches, and beside them the steps of training every version from scratch (PTFS), of going on
-    from the last one (continual), and of path switching by its formula. With --rebuild a version
-    is trained again from the trunk, to the same bits.
+    The loss of the base is shown beside them, and the number of targets that it is measured on.
+    Cost is in steps, tokens and seconds of training, beside the steps that training each version
+    from scratch would take. LINEAGE/versions.png shows the losses, LINEAGE/paths.png the learning
+    rates. stdout gets a JSON line for each version. With --rebuild a version is trained again
+    from the trunk, with the same bits.
 
     Example:
         carryon versions --lineage lineage
 
     Args:
         lineage: Folder of the lineage.
-        rebuild: ReleasedVersion to train again. 0: none.
-        out: Run folder for it.
-        device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
+        rebuild: Number of a version to train again. 0: none.
+        out: Run folder for the rebuilt version.
+        device: `auto` (an accelerator if there is one), `cpu`, `cuda`, `cuda:1`, ...
     """
     from carryon.train.continual.lineage import release
     from carryon.train.continual.lineage_dir import open_lineage, settings_of
@@ -42,38 +46,37 @@ def versions(
         report = release(opened, rebuild, settings=settings, out=out).to_dict()
         print(json.dumps(report))
         return [report]
-    found = [version.to_dict() for version in list_versions(lineage, device=device)]
-    for version in found:
-        print(json.dumps(version))
-    logger.info(_table(found))
-    return found
+    released = list_versions(lineage, device=device)
+    documents = [version.to_dict() for version in released]
+    for document in documents:
+        print(json.dumps(document))
+    logger.info(_summary(released))
+    return documents
 
 
-def _table(found: list[dict[str, Any]]) -> str:
-    """Return the versions as lines of aligned columns: what each is and took, what it gives."""
-    increments = range(1, len(found) + 1)
-    names = ["version", "steps", "taken", "ptfs", "continual", "formula", "tokens", "seconds"]
-    rows = [[*names, *(f"NLL on {number}" for number in increments)]]
-    nlls = [f"{nll:.4f}" for nll in found[0]["base_nlls"]]
-    rows.append(["base", *[""] * (len(names) - 1), *nlls])
-    for each in found:
-        steps = each["paradigm_steps"]
-        rows.append(
-            [
-                str(each["version"]),
-                f"{each['path_steps']:,}",
-                f"{each['steps_so_far']:,}",
-                f"{steps['ptfs']:,}",
-                f"{steps['continual']:,}",
-                f"{each['formula_steps']['switch']:,.1f}",
-                f"{each['tokens_so_far']:,}",
-                f"{each['seconds_so_far']:,.0f}",
-                *(f"{nll:.4f}" for nll in each["held_out_nlls"]),
-            ]
-        )
-    lines = [format_table(rows)]
-    last = found[-1]
-    share = last["steps_so_far"] / last["paradigm_steps"]["ptfs"]
-    lines += [f"increment {each['version']}: {' '.join(each['stores'])}" for each in found]
-    lines.append(f"steps taken / steps of every version from scratch (PTFS): {share:.2f}")
-    return "\n".join(lines)
+def _summary(released: Sequence["ReleasedVersion"]) -> str:
+    """Return a table of losses, a table of costs, and the data of each increment."""
+    from carryon.train.trainer.nll import shown_nll
+
+    first, last = released[0], released[-1]
+    losses = [["held-out loss", *(f"increment {each.version}" for each in released)]]
+    losses.append(["base", *map(shown_nll, first.base_loss, first.base_se)])
+    costs = [["cost so far", "steps", "tokens", "seconds", "steps from scratch"]]
+    for each in released:
+        name = f"version {each.version}"
+        losses.append([name, *map(shown_nll, each.held_out_loss, each.held_out_se)])
+        total = (each.total_steps, each.total_tokens, round(each.total_seconds))
+        costs.append([name, *(f"{value:,}" for value in (*total, each.from_scratch_steps))])
+    targets = ("unknown" if number is None else f"{number:,}" for number in last.held_out_targets)
+    losses.append(["targets", *targets])
+    data = [f"increment {each.version}: {' '.join(each.stores)}" for each in released]
+    ratio = last.total_steps / last.from_scratch_steps
+    return "\n".join(
+        [
+            format_table(losses),
+            format_table(costs),
+            *data,
+            f"These versions took {last.total_steps:,} steps; training each from scratch on all "
+            f"data so far takes {last.from_scratch_steps:,}: a ratio of {ratio:.2f}",
+        ]
+    )

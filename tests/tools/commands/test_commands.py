@@ -187,14 +187,19 @@ def test_versions_are_shown_as_a_table_and_as_json_lines(
     assert main(["versions", "--lineage", str(lineage), "--device", "cpu"]) == 0
     shown = capsys.readouterr()
     first, second = map(json.loads, shown.out.splitlines())
-    table = shown.err[shown.err.index("version  ") :].splitlines()
-    assert table[0].endswith("NLL on 1  NLL on 2")
-    assert table[1].split() == ["base", *(f"{nll:.4f}" for nll in first["base_nlls"])]
-    assert table[3].split()[0] == "2"
-    assert table[3].split()[-2:] == [f"{nll:.4f}" for nll in second["held_out_nlls"]]
-    share = second["steps_so_far"] / second["paradigm_steps"]["ptfs"]
-    assert shown.err.splitlines()[-1].endswith(f": {share:.2f}")
-    assert share < 1
+    table = shown.err[shown.err.index("held-out loss  ") :].splitlines()
+    assert table[0].split()[2:] == ["increment", "1", "increment", "2"]
+    rows = {"base": first["base_loss"], "version 1": first["held_out_loss"]}
+    rows["version 2"] = second["held_out_loss"]
+    for line, (name, losses) in zip(table[1:4], rows.items(), strict=True):
+        assert line.startswith(name)
+        assert all(f" {loss:.4f}" in line for loss in losses)
+    assert table[4].split() == ["targets", *(f"{each:,}" for each in first["held_out_targets"])]
+    assert table[7].split()[:3] == ["version", "2", f"{second['total_steps']:,}"]
+    ratio = second["total_steps"] / second["from_scratch_steps"]
+    assert shown.err.splitlines()[-1].endswith(f"a ratio of {ratio:.2f}")
+    assert ratio < 1
+    assert (lineage / "versions.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -181,20 +181,33 @@ def test_fewer_steps_than_alpha_allows_leave_no_lineage(stores: list[str], tmp_p
 
 
 def test_versions_are_listed_with_their_cost_and_losses(grown: Lineage) -> None:
-    found = list_versions(str(grown.root), device="cpu")
+    versions = list_versions(grown.root, device="cpu")
 
-    assert [version.version for version in found] == [1, 2, 3]
-    assert [len(version.held_out_nlls) for version in found] == [3, 3, 3]
-    for version in found:
+    assert [version.version for version in versions] == [1, 2, 3]
+    assert [version.steps for version in versions] == grown.ends
+    for version in versions:
+        index = version.version - 1
         report = json.loads(grown.version(version.version).result.read_text())
-        own = version.held_out_nlls[version.version - 1]
-        assert own == pytest.approx(report["carryon_nll"], rel=1e-6)
-        assert version.paradigm_steps["switch"] == version.steps_so_far
-        assert version.paradigm_steps["continual"] == version.path_steps
-        assert 0 < version.base_nlls[0] != own
-    assert found[0].steps_so_far == found[0].paradigm_steps["ptfs"] == found[0].path_steps
-    assert _steps_taken(grown) == found[2].steps_so_far
+        assert len(version.held_out_loss) == len(version.base_loss) == 3
+        assert version.held_out_loss[index] == pytest.approx(report["carryon_nll"], rel=1e-6)
+        assert version.base_loss[index] == pytest.approx(report["base_nll"], rel=1e-6)
+        assert version.held_out_targets[index] == report["held_out_targets"]
+        assert version.from_scratch_steps == sum(grown.ends[: index + 1])
+    assert versions[0].total_steps == versions[0].from_scratch_steps == versions[0].steps
+    assert versions[2].total_steps == _steps_taken(grown)
+    assert (grown.root / "versions.png").exists()
     assert (grown.root / "paths.png").exists()
+
+
+def test_losses_that_were_measured_before_are_kept(grown: Lineage, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(grown.root, tmp_path / "lineage"))
+    old = {f"{version} on {on}": 1.0 for version in ("base", 1, 2, 3) for on in (1, 2, 3)}
+    (root / "versions.json").write_text(json.dumps(old))
+
+    versions = list_versions(root, device="cpu")
+
+    assert versions[2].held_out_loss == versions[2].base_loss == [1.0, 1.0, 1.0]
+    assert versions[2].held_out_se == versions[2].held_out_targets == [None, None, None]
 
 
 @pytest.fixture(scope="module")
