@@ -22,10 +22,8 @@ from carryon.cache.base.model import Base
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.format.manifest import Manifest
-from carryon.cache.format.quantization import STATE_TYPES
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
 from carryon.cache.format.zarr_metadata import (
-    ITEM_BYTES,
     ROW_ARRAYS,
     receipt_path,
     row_path,
@@ -177,7 +175,7 @@ def compute_states(
 
 def raw_bytes(manifest: Manifest, num_tokens: int) -> int:
     """Return the bytes of the hidden states of `num_tokens` tokens, uncompressed."""
-    item_bytes = ITEM_BYTES[STATE_TYPES[manifest.settings["dtype"]]]
+    item_bytes = manifest.states_dtype.itemsize
     return num_tokens * manifest.width * item_bytes * len(manifest.taps)
 
 

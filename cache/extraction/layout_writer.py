@@ -24,7 +24,6 @@ from carryon.cache.format.codec import encode_chunk
 from carryon.cache.format.head_arrays import encode_head
 from carryon.cache.format.manifest import Manifest, sha256_hex, write_manifest
 from carryon.cache.format.probe import Probe, encode_probe
-from carryon.cache.format.quantization import STATE_TYPES, STEPS
 from carryon.cache.format.receipt import units_with_receipt
 from carryon.cache.format.zarr_metadata import (
     ROW_ARRAYS,
@@ -245,7 +244,7 @@ def _documents(manifest: Manifest) -> dict[str, bytes]:
     """Return the zarr.json of the groups and of all arrays over the token axis."""
     rows, units = manifest.num_units * manifest.unit_tokens, manifest.num_units
     size, width = manifest.unit_tokens, manifest.width
-    is_lossy = manifest.settings["profile"] in STEPS
+    is_lossy = manifest.is_lossy
     logical = manifest.settings["dtype"]
     documents = {f"{name}/zarr.json": group_document() for name in _GROUPS}
     for name, dtype in ROW_ARRAYS.items():
@@ -256,7 +255,7 @@ def _documents(manifest: Manifest) -> dict[str, bytes]:
             shape=(rows, width),
             chunk=(manifest.rows_per_chunk, width),
             shard=(size, width),
-            dtype=STATE_TYPES[logical],
+            dtype=manifest.states_dtype.name,
             attributes=attributes,
         )
         if is_lossy:

@@ -11,7 +11,7 @@ from carryon.cache.extraction.packing import UnitPlan, plan_samples
 from carryon.cache.format.head_arrays import head_facts
 from carryon.cache.format.manifest import CorpusPart, Manifest
 from carryon.cache.format.quantization import STATE_TYPES
-from carryon.cache.format.zarr_metadata import ITEM_BYTES, chunk_rows
+from carryon.cache.format.zarr_metadata import chunk_rows
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings, parse_tap
 from carryon.cache.versions import library_versions
 
@@ -70,7 +70,7 @@ def describe(
 ) -> Manifest:
     """Return the manifest of a new store with these samples."""
     width = base.identity.width
-    item_bytes = ITEM_BYTES[STATE_TYPES[store.dtype]]
+    item_bytes = STATE_TYPES[store.dtype].itemsize
     part = CorpusPart(
         fingerprint=texts.fingerprint,
         files=texts.files,

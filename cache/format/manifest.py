@@ -13,8 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from carryon.cache.errors import DamagedStoreError, MissingError, StoreError
 from carryon.cache.files import json_bytes, write_json
+from carryon.cache.format.quantization import STATE_TYPES, STEPS
 from carryon.cache.format.zarr_metadata import copy_path, group_document
 
 FORMAT = "carryon-store"
@@ -81,6 +84,16 @@ class Manifest:
     def unit_tokens(self) -> int:
         """Rows of a unit."""
         return int(self.settings["unit_tokens"])
+
+    @property
+    def states_dtype(self) -> np.dtype[Any]:
+        """Type of the states as they are read; uint16 holds the bits of bfloat16."""
+        return STATE_TYPES[self.settings["dtype"]]
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether the profile stores codes in place of states."""
+        return self.settings["profile"] in STEPS
 
     @property
     def num_units(self) -> int:

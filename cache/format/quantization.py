@@ -13,12 +13,17 @@ needed. Letters: R rows, D width.
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-STATE_TYPES = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
-"""Zarr type of each state dtype: zarr-python has no bfloat16, so its bits are kept as uint16."""
+STATE_TYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype("uint16"),
+    "float16": np.dtype("float16"),
+    "float32": np.dtype("float32"),
+}
+"""Array type of each dtype of states: numpy and zarr have no bfloat16, so uint16 holds its bits."""
 
 STEPS = {"near": 0.04, "compact": 0.08}
 """Grid step of each lossy profile, relative to the token's RMS. Chosen by measurement: see

@@ -1,12 +1,16 @@
-"""Names, shapes and zarr.json documents of a store: pure arithmetic, nothing is read or written.
+"""Paths of a store's files, shapes of its chunks, and the zarr.json documents of its arrays.
 
-The documents are written out here instead of by zarr-python, so that the same store has the same
-bytes whichever zarr version is installed. Letters: N rows of the token axis, D base width,
-S samples, R rows of a unit.
+zarr-python makes the array documents when a store is planned. In the canonical JSON form of
+`files.json_bytes` they are the same bytes under zarr 3.1.6 and 3.4.2. Reading imports no zarr.
+Letters: N rows of the token axis, D base width.
 """
 
+import json
 from collections.abc import Sequence
+from math import prod
 from typing import Any
+
+import numpy as np
 
 from carryon.cache.errors import InputError
 
@@ -17,20 +21,22 @@ TABLE_ROWS = 65536
 """Rows in a chunk of the sample tables."""
 HEAD_CHUNK_BYTES = 1 << 20
 """Size of a chunk of the head, raw: opening reads a few rows of it, training all."""
+ROW_ARRAYS = {"tokens": "int32", "loss_mask": "uint8", "char_end": "int32"}
+"""Arrays [N] that planning writes, and their types."""
 
 
 def chunk_rows(*, row_bytes: int, unit_tokens: int) -> int:
     """Return the rows of an inner chunk: the largest divisor of the unit within CHUNK_BYTES.
 
     Raises:
-        InputError: `unit_tokens` has no fitting divisor, so chunks would be tiny.
+        InputError: `unit_tokens` has no such divisor that is large enough to compress well.
     """
     limit = max(1, CHUNK_BYTES // row_bytes)
     best = max(rows for rows in range(1, min(limit, unit_tokens) + 1) if unit_tokens % rows == 0)
     if best * 8 < min(limit, unit_tokens):
         raise InputError(
-            f"unit_tokens: {unit_tokens} can only be cut into chunks of {best} rows, "
-            f"expected a multiple of a number near {limit}: take a power of two"
+            f"unit_tokens: expected a multiple of a number near {limit}, got {unit_tokens}, whose "
+            f"chunks would have {best} rows. Fix: --unit-tokens with a power of two"
         )
     return best
 
@@ -52,34 +58,36 @@ def array_document(
 
     Args:
         shape: of the whole array.
-        chunk: of the piece that is compressed as one.
+        chunk: shape of what is compressed at once.
         dtype: a Zarr v3 core type name, such as `uint16`.
         attributes: user attributes, such as `logical_dtype`.
-        shard: of the piece that is one file, a multiple of `chunk`; None: a chunk is a file.
+        shard: shape of a file, a multiple of `chunk`. None: each chunk is a file.
     """
-    inner = _chunk_codecs(chunk=chunk, dtype=dtype)
-    codecs: list[dict[str, Any]] = inner
-    if shard is not None:
-        sharding = {
-            "chunk_shape": list(chunk),
-            "codecs": inner,
-            "index_codecs": [_bytes_codec("uint64"), {"name": "crc32c"}],
-            "index_location": "end",
-        }
-        codecs = [{"name": "sharding_indexed", "configuration": sharding}]
-    grid = list(shard if shard is not None else chunk)
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(shape),
-        "data_type": dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": grid}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": 0,
-        "codecs": codecs,
-        "attributes": attributes or {},
-        "storage_transformers": [],
-    }
+    import zarr
+    from zarr.codecs import BloscCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
+    item_bytes = np.dtype(dtype).itemsize
+    blosc = BloscCodec(
+        cname="zstd",
+        clevel=1,
+        shuffle="shuffle" if item_bytes > 1 else "noshuffle",
+        typesize=item_bytes,
+        blocksize=prod(chunk) * item_bytes,
+    )
+    files: dict[str, Any] = {}
+    zarr.create_array(
+        MemoryStore(files),
+        shape=shape,
+        chunks=chunk,
+        shards=shard,
+        dtype=dtype,
+        compressors=[blosc, Crc32cCodec()],
+        fill_value=0,
+        attributes=attributes,
+    )
+    document: dict[str, Any] = json.loads(files["zarr.json"].to_bytes())
+    return document | {"fill_value": 0}  # as in every store; zarr writes 0.0 for floats
 
 
 def shard_path(tap: str, unit: int) -> str:
@@ -124,44 +132,3 @@ def copy_path(path: str) -> str:
 def is_mirrored(path: str) -> bool:
     """Tell whether planning writes a file twice: all but what is large and in the base."""
     return not path.startswith(("head/", "blocks/")) or path == "head/zarr.json"
-
-
-ROW_ARRAYS = {"tokens": "int32", "loss_mask": "uint8", "char_end": "int32"}
-"""Arrays over the token axis that planning writes, and their types."""
-
-
-def _chunk_codecs(*, chunk: tuple[int, ...], dtype: str) -> list[dict[str, Any]]:
-    item_bytes = ITEM_BYTES[dtype]
-    block_bytes = item_bytes
-    for size in chunk:
-        block_bytes *= size
-    blosc = {
-        "cname": "zstd",
-        "clevel": 1,
-        "shuffle": "shuffle" if item_bytes > 1 else "noshuffle",
-        "typesize": item_bytes,
-        "blocksize": block_bytes,
-    }
-    return [
-        _bytes_codec(dtype),
-        {"name": "blosc", "configuration": blosc},
-        {"name": "crc32c"},
-    ]
-
-
-def _bytes_codec(dtype: str) -> dict[str, Any]:
-    if ITEM_BYTES[dtype] == 1:
-        return {"name": "bytes"}
-    return {"name": "bytes", "configuration": {"endian": "little"}}
-
-
-ITEM_BYTES = {
-    "uint8": 1,
-    "uint16": 2,
-    "float16": 2,
-    "int32": 4,
-    "float32": 4,
-    "int64": 8,
-    "uint64": 8,
-}
-"""Bytes of one item of each type the store uses."""

@@ -24,7 +24,6 @@ from carryon.cache.format.arrays import read_array
 from carryon.cache.format.head_arrays import read_head
 from carryon.cache.format.manifest import Manifest, read_manifest, sha256_hex
 from carryon.cache.format.probe import check_head, check_states, read_probe
-from carryon.cache.format.quantization import STATE_TYPES
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
 from carryon.cache.format.zarr_metadata import TABLE_ROWS
 from carryon.cache.store.shard_reader import CopyRange, UnitFiles
@@ -143,7 +142,7 @@ class Store:
     @property
     def states_dtype(self) -> np.dtype[Any]:
         """Type of stored states as they are read: uint16 stands for the bits of bfloat16."""
-        return np.dtype(STATE_TYPES[self.manifest.settings["dtype"]])
+        return self.manifest.states_dtype
 
     @property
     def num_units(self) -> int:

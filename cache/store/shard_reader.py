@@ -18,7 +18,7 @@ from carryon.cache.errors import DamagedStoreError
 from carryon.cache.format.arrays import ArrayInfo, array_info, read_chunk
 from carryon.cache.format.codec import chunk_checksum, decode_chunk, index_bytes, shard_index
 from carryon.cache.format.manifest import Manifest
-from carryon.cache.format.quantization import STATE_TYPES, STEPS, Codes, from_codes
+from carryon.cache.format.quantization import Codes, from_codes
 from carryon.cache.format.receipt import Receipt
 from carryon.cache.format.zarr_metadata import (
     channel_scale_path,
@@ -53,8 +53,8 @@ class UnitFiles:
         """Read nothing yet."""
         self._root = root
         self._manifest = manifest
-        self._dtype = np.dtype(STATE_TYPES[manifest.settings["dtype"]])
-        self._is_lossy = manifest.settings["profile"] in STEPS
+        self._dtype = manifest.states_dtype
+        self._is_lossy = manifest.is_lossy
         self._chunk_bytes = manifest.rows_per_chunk * manifest.width * self._dtype.itemsize
         self._infos: dict[str, ArrayInfo] = {}
         self._memory = BufferPool(max_free=MOST_FREE)

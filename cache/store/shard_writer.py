@@ -165,7 +165,7 @@ def _encode_tap(
 
 def _stored(manifest: Manifest, states: States) -> NDArray[Any]:
     """Return the states in the type that is stored, or float32 for a lossy profile."""
-    if manifest.settings["profile"] in STEPS:
+    if manifest.is_lossy:
         return widen(states)
     if states.dtype == np.uint16:
         return states

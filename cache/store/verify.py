@@ -22,7 +22,6 @@ from carryon.cache.format.manifest import (
     read_manifest,
     sha256_hex,
 )
-from carryon.cache.format.quantization import STATE_TYPES, STEPS
 from carryon.cache.format.receipt import FileEntry, Receipt, read_receipt, units_with_receipt
 from carryon.cache.format.zarr_metadata import (
     ROW_ARRAYS,
@@ -165,7 +164,7 @@ class _Walk:
             self._check_entry(each, receipt.files[each], receipt)
 
     def _state_paths(self, unit: int) -> list[str]:
-        is_lossy = self.manifest.settings["profile"] in STEPS
+        is_lossy = self.manifest.is_lossy
         return state_paths(self.manifest.taps, unit, is_lossy=is_lossy)
 
     def _check_manifest_copy(self) -> None:
@@ -275,8 +274,7 @@ class _Walk:
     def _chunk_problem(self, tap: str, content: bytes, number: int) -> str | None:
         manifest = self.manifest
         num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
-        dtype = STATE_TYPES[manifest.settings["dtype"]]
-        rows = np.empty((manifest.rows_per_chunk, manifest.width), dtype=dtype)
+        rows = np.empty((manifest.rows_per_chunk, manifest.width), dtype=manifest.states_dtype)
         stored = memoryview(content)
         try:
             index = shard_index(stored, num_chunks=num_chunks, name=f"tap {tap}")

@@ -167,7 +167,7 @@ def plan_given(root: Path, given: Given) -> Manifest:
         num_samples=len(given.samples),
     )
     settings = given.settings
-    item_bytes = layout.ITEM_BYTES[STATE_TYPES[settings.dtype]]
+    item_bytes = STATE_TYPES[settings.dtype].itemsize
     taps, profile = settings.taps, settings.profile
     manifest = Manifest(
         base={"id": "tiny", "revision": None, "weights_sha256": "0" * 64},

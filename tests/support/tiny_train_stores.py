@@ -14,7 +14,7 @@ from carryon.cache.format.head_arrays import head_facts
 from carryon.cache.format.manifest import CorpusPart, Manifest
 from carryon.cache.format.probe import NUM_LOGITS, Probe
 from carryon.cache.format.quantization import STATE_TYPES, bfloat16_bits
-from carryon.cache.format.zarr_metadata import ITEM_BYTES, chunk_rows
+from carryon.cache.format.zarr_metadata import chunk_rows
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.shard_writer import read_sample_places, read_unit_input, write_unit
 
@@ -59,7 +59,7 @@ def make_store(
         parts=[part],
         width=head.width,
         rows_per_chunk=chunk_rows(
-            row_bytes=head.width * ITEM_BYTES[STATE_TYPES[settings.dtype]],
+            row_bytes=head.width * STATE_TYPES[settings.dtype].itemsize,
             unit_tokens=settings.unit_tokens,
         ),
         head=head_facts(head),

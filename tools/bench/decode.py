@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from carryon.cache.format.codec import decode_chunk, shard_index
-from carryon.cache.format.quantization import STATE_TYPES
-from carryon.cache.format.zarr_metadata import ITEM_BYTES, shard_path
+from carryon.cache.format.zarr_metadata import shard_path
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.job import Job
@@ -71,8 +70,8 @@ def _decode(name: str, root: Path, *, rounds: int) -> Figure:
     """
     store = Store.open(root, allow_unfinished=True)
     unit, manifest = min(store.finished_units), store.manifest
-    dtype = STATE_TYPES[manifest.settings["dtype"]]
-    tap_bytes = manifest.unit_tokens * store.width * ITEM_BYTES[dtype]
+    row_bytes = store.width * manifest.states_dtype.itemsize
+    tap_bytes = manifest.unit_tokens * row_bytes
     unit_bytes = tap_bytes * len(store.taps)
     decode = _first_tap_decoder(store, unit)
 
@@ -103,7 +102,7 @@ def _decode(name: str, root: Path, *, rounds: int) -> Figure:
             "width": store.width,
             "taps": len(store.taps),
             "unit_mb": unit_bytes / 1e6,
-            "chunk_mb": manifest.rows_per_chunk * store.width * ITEM_BYTES[dtype] / 1e6,
+            "chunk_mb": manifest.rows_per_chunk * row_bytes / 1e6,
         },
     )
 
@@ -129,8 +128,7 @@ def _first_tap_decoder(store: Store, unit: int) -> Callable[[], None]:
     num_chunks = manifest.unit_tokens // per_chunk
     shard = memoryview((store.root / shard_path(tap, unit)).read_bytes())
     index = shard_index(shard, num_chunks=num_chunks, name=tap)
-    dtype = STATE_TYPES[manifest.settings["dtype"]]
-    out = np.zeros((manifest.unit_tokens, store.width), dtype=dtype)
+    out = np.zeros((manifest.unit_tokens, store.width), dtype=manifest.states_dtype)
 
     def decode() -> None:
         for number, (offset, size) in enumerate(index):

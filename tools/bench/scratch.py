@@ -25,7 +25,7 @@ from carryon.cache.format.quantization import (
     to_codes,
 )
 from carryon.cache.format.receipt import Receipt
-from carryon.cache.format.zarr_metadata import ITEM_BYTES, chunk_rows
+from carryon.cache.format.zarr_metadata import chunk_rows
 from carryon.cache.settings import CorpusSettings, StoreSettings
 from carryon.cache.store.shard_writer import UnitInput, read_unit_input, write_unit
 from carryon.tools.bench.states import VOCABULARY, StateSet
@@ -68,7 +68,7 @@ def plan_scratch(
         parts=[_part(samples, lengths, plan)],
         width=width,
         rows_per_chunk=chunk_rows(
-            row_bytes=width * ITEM_BYTES[STATE_TYPES[settings.dtype]],
+            row_bytes=width * STATE_TYPES[settings.dtype].itemsize,
             unit_tokens=settings.unit_tokens,
         ),
         head=head_facts(head),

@@ -6,8 +6,6 @@ from typing import Any
 
 from carryon.cache.store.reader import Store
 
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
 
 def describe_store(store: Store) -> dict[str, Any]:
     """Return what is worth knowing about a store; reads no hidden state."""
@@ -16,7 +14,7 @@ def describe_store(store: Store) -> dict[str, Any]:
     for part in manifest.parts:
         counts.update(part.counts)
     sizes = measure_arrays(store.root)
-    raw_bytes = finished_tokens(store) * store.width * ITEM_BYTES[manifest.settings["dtype"]]
+    raw_bytes = finished_tokens(store) * store.width * store.states_dtype.itemsize
     return {
         "store": str(store.root),
         "fingerprint": store.fingerprint,
