@@ -22,16 +22,15 @@ from carryon.tools.bench.__main__ import main
 from carryon.tools.bench.disk import SlowDisk, charge_nothing
 from carryon.tools.bench.epoch import EPOCHS, run_peer_epoch, run_store_epoch
 from carryon.tools.bench.extract import samples_of
-from carryon.tools.bench.job import check_labels, split_label
+from carryon.tools.bench.job import check_labels, in_turn, split_label
 from carryon.tools.bench.open import make_large_store
 from carryon.tools.bench.peers import Peer, deepspec, retyped_speculators, specforge
 from carryon.tools.bench.registry import BENCHMARKS, EXPERIMENTS
-from carryon.tools.bench.run import read_sizes
+from carryon.tools.bench.run import print_table, read_sizes
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import StateSet, make_states, take_states
 from carryon.tools.bench.stream import stream_layouts
-from carryon.tools.compare.corpora import write_named_corpus
-from carryon.tools.compare.figure import Figure, in_turn, print_table
+from carryon.tools.compare.figure import Figure
 from carryon.train.config import StreamSettings
 
 UNIT_TOKENS = 64
@@ -416,21 +415,7 @@ def test_extraction_is_measured_against_bare_passes(
     Store.open(store_tmp / "extracted")  # finished, and its probe fits
 
 
-# Corpora
-
-
-def test_python_corpus_is_source_of_the_standard_library(tmp_path: Path) -> None:
-    write_named_corpus("python", tmp_path / "python.jsonl", num_tokens=2000)
-    records = list(map(json.loads, (tmp_path / "python.jsonl").read_text().splitlines()))
-    assert sum(len(record["text"]) for record in records) == 7800
-    assert all(record["id"].endswith(".py") for record in records)
-
-
-def test_an_unknown_corpus_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match="corpus 'x': expected gsm, python, pydoc, manpages, or LABEL=PATH"
-    ):
-        write_named_corpus("x", tmp_path / "x.jsonl", num_tokens=10)
+# Extracting
 
 
 def test_a_base_and_text_provide_the_store(tiny_base_folder: Path, store_tmp: Path) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError
+from carryon.tools.bench.corpora import write_named_corpus
 from carryon.tools.bench.job import Job
-from carryon.tools.compare.corpora import write_named_corpus
 from carryon.tools.compare.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]

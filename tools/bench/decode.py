@@ -12,10 +12,10 @@ from carryon.cache.format.codec import decode_chunk, shard_index
 from carryon.cache.format.zarr_metadata import shard_path
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
-from carryon.tools.bench.job import Job
+from carryon.tools.bench.job import Job, in_turn
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import SYNTHETIC, make_states
-from carryon.tools.compare.figure import Figure, in_turn
+from carryon.tools.compare.figure import Figure
 
 TARGET = 1.5
 

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 TARGET = 0.275
 """Of two-term sums, that a prototype reached."""
-TRAINING_SEED, HELD_OUT_SEED = 1, 2
+TRAINING_SEED, HELD_OUT_SEED = 1, 1_000_001
+"""Problem i of reasoning-gym is drawn from seed + i: the two never meet."""
 _ANSWER_TOKENS = 48
 """The base wraps its answer into sentences."""
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from carryon.cache.base.model import Base
-from carryon.tools.bench.job import Job
+from carryon.tools.bench.job import Job, in_turn
 from carryon.tools.bench.random_carryons import MAX_BYTES, make_carryons, make_prompts
-from carryon.tools.compare.figure import Figure, in_turn
+from carryon.tools.compare.figure import Figure
 from carryon.train.inference.adapters import DEFAULT
 from carryon.train.inference.modeling import CarryOnForCausalLM
 

@@ -1,6 +1,7 @@
 """The input of a benchmark: a base, stores, a folder for temporary files, a place for figures."""
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -17,8 +18,8 @@ from carryon.cache.errors import InputError
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
-from carryon.tools.compare.corpora import write_named_corpus
-from carryon.tools.compare.figure import Report
+from carryon.tools.bench.corpora import write_named_corpus
+from carryon.tools.compare.figure import Figure
 
 _CORPUS_TOKENS = 65_536
 _QUICK_CORPUS_TOKENS = 4096
@@ -30,7 +31,7 @@ class Job:
 
     work: Path
     """Existing folder for temporary files, removed afterwards."""
-    report: Report
+    report: Callable[[Figure], None]
     """Called with each figure as soon as it is measured."""
     base: str = ""
     """Hub id, folder or .gguf file."""
@@ -141,6 +142,19 @@ def run_fresh(program: str, *arguments: str) -> dict[str, Any]:
 def median_of(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the median of each value over several runs."""
     return {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
+
+
+def in_turn(ways: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, float]:
+    """Call each way once a round, in alternating order, and return the median of its results.
+
+    Other load on the machine then affects all ways alike.
+    """
+    results: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        names = list(ways) if number % 2 == 0 else list(ways)[::-1]
+        for name in names:
+            results[name].append(ways[name]())
+    return {name: statistics.median(values) for name, values in results.items()}
 
 
 def timed(way: Callable[[], None], *, calls: int = 1) -> Callable[[], float]:

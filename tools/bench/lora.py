@@ -19,8 +19,8 @@ from carryon.cache.device import DEFAULT_CHUNK, pick_device
 from carryon.cache.optional import require
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.epoch import iter_batches
-from carryon.tools.bench.job import Job, timed
-from carryon.tools.compare.figure import Figure, in_turn
+from carryon.tools.bench.job import Job, in_turn, timed
+from carryon.tools.compare.figure import Figure
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings, OptimizationSettings
 from carryon.train.data.batch import Batch
 from carryon.train.losses.sampled_softmax import place_training_head

@@ -18,8 +18,8 @@ from carryon.cache.device import (
 )
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.epoch import iter_batches
-from carryon.tools.bench.job import Job, timed
-from carryon.tools.compare.figure import Figure, in_turn
+from carryon.tools.bench.job import Job, in_turn, timed
+from carryon.tools.compare.figure import Figure
 from carryon.train.config import LossSettings
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import (

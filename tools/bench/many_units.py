@@ -6,9 +6,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from carryon.tools.bench.job import Job, median_of, run_fresh
+from carryon.tools.bench.job import Job, in_turn, median_of, run_fresh
 from carryon.tools.bench.open import make_large_store
-from carryon.tools.compare.figure import Figure, in_turn
+from carryon.tools.compare.figure import Figure
 from carryon.train.config import OptimizationSettings, StreamSettings
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.data.joint_sampler import join_orders

@@ -9,10 +9,10 @@ from torch import Tensor
 from carryon.cache.device import pick_device
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
+from carryon.tools.bench.corpora import PYTHON
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.lora import RANK, carryon_steps, take_batches
 from carryon.tools.bench.random_carryons import empty_card
-from carryon.tools.compare.corpora import PYTHON
 from carryon.train.config import CarryOnSettings, rates_of
 from carryon.train.modules.carryon import build_carryon
 from carryon.train.modules.serialization import save_carryon

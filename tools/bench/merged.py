@@ -18,7 +18,7 @@ from carryon.cache.base.model import Base
 from carryon.cache.device import pick_device
 from carryon.cache.optional import require
 from carryon.tools.bench.generate import compare_speeds, generation_speed
-from carryon.tools.bench.job import Job, timed
+from carryon.tools.bench.job import Job, in_turn, timed
 from carryon.tools.bench.lora import RANK, base_steps, carryon_steps, padded_rows, take_batches
 from carryon.tools.bench.merge_carryons import (
     TOKENS_PER_STEP,
@@ -26,7 +26,7 @@ from carryon.tools.bench.merge_carryons import (
     MergeInput,
     open_input,
 )
-from carryon.tools.compare.figure import Figure, in_turn
+from carryon.tools.compare.figure import Figure
 from carryon.train.config import rates_of
 from carryon.train.inference.merge import load_for_base, merge
 from carryon.train.inference.modeling import CarryOnForCausalLM

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
-from carryon.tools.compare.corpora import PYTHON, write_named_corpus
+from carryon.tools.bench.corpora import PYTHON, write_named_corpus
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
 from carryon.train.modules.carryon import num_parameters

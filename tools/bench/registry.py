@@ -190,6 +190,18 @@ BENCHMARKS = {
         needs="base",
         quick={"rounds": 1},
     ),
+    "compare.corpora": Benchmark(
+        place="against_lora:measure_corpora",
+        about="carryon compare on problems, reference and manual pages; hours",
+        needs="base",
+        quick={
+            "corpora": ("pydoc",),
+            "methods": ("lora", "bottleneck"),
+            "seconds": (8.0,),
+            "tokens": 2000,
+            "held_out_tokens": 1000,
+        },
+    ),
     "paths.switching": Benchmark(
         place="paths:measure_paths",
         about="versions: steps against other ways, the trunk's bits, learning rates",

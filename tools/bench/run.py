@@ -13,7 +13,8 @@ from carryon.cache.errors import InputError
 from carryon.cache.files import write_file
 from carryon.tools.bench.job import Job, check_labels
 from carryon.tools.bench.registry import BENCHMARKS, list_groups
-from carryon.tools.compare.figure import Figure, print_json, print_table
+from carryon.tools.cli.table import format_table
+from carryon.tools.compare.figure import Figure, print_json
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def read_sizes(name: str, given: Sequence[str], *, is_quick: bool) -> dict[str, 
     for text in given:
         key, _, value = text.partition("=")
         if key not in defaults:
-            known = " ".join(f"{key}={_shown(value)}" for key, value in defaults.items())
+            known = " ".join(f"{key}={_text(value)}" for key, value in defaults.items())
             raise InputError(f"--sizes: expected some of {known} for {name}, got {text}")
         sizes[key] = _parse(key, value, defaults[key])
     return sizes
@@ -125,11 +126,11 @@ def _parse(key: str, value: str, default: object) -> object:
         values = ()
     is_wrong = not values or (kind is not str and min(values) <= 0)
     if is_wrong or (len(values) > 1 and not isinstance(default, tuple)):
-        raise InputError(f"--sizes: expected {key} more than 0, such as {_shown(default)}")
+        raise InputError(f"--sizes: expected {key} more than 0, such as {_text(default)}")
     return values if isinstance(default, tuple) else values[0]
 
 
-def _shown(value: object) -> str:
+def _text(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -140,6 +141,32 @@ def _is_missing_input(name: str, base: str, store: Sequence[str]) -> bool:
     wanted = "--base" if needs == "base" else "--store or --base"
     logger.warning(f"{name}: skipped, it needs {wanted}")
     return True
+
+
+def print_table(figures: Sequence[Figure]) -> None:
+    """Print all figures as a table to stderr, those with a target first."""
+    ordered = sorted(figures, key=lambda figure: figure.target is None)
+    rows = [("figure", "value", "target", "unit", "met")]
+    rows += [
+        (item.figure, _shown(item.value), _target(item), item.unit, _answer(item.met))
+        for item in ordered
+    ]
+    for line in format_table(rows).splitlines():
+        logger.info(line)
+
+
+def _target(figure: Figure) -> str:
+    if figure.target is None:
+        return ""
+    return f"{'<=' if figure.sense == 'at most' else '>='} {_shown(figure.target)}"
+
+
+def _answer(met: bool | None) -> str:
+    return {None: "", True: "yes", False: "NO"}[met]
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _function_of(name: str) -> Any:  # noqa: ANN401 -- each has its own sizes

@@ -8,9 +8,9 @@ import torch
 
 from carryon.cache.device import DEFAULT_CHUNK
 from carryon.tools.bench.epoch import iter_batches
-from carryon.tools.bench.job import Job, timed
+from carryon.tools.bench.job import Job, in_turn, timed
 from carryon.tools.bench.loss import loss_way, make_loss_input
-from carryon.tools.compare.figure import Figure, in_turn
+from carryon.tools.compare.figure import Figure
 from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
 from carryon.train.data.batch import Batch
 from carryon.train.modules.bottleneck import build_bottleneck

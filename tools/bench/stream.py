@@ -25,11 +25,11 @@ from carryon.tools.bench.disk import (
     measure_folder,
 )
 from carryon.tools.bench.epoch import Epoch, run_peer_epoch, run_store_epoch
-from carryon.tools.bench.job import Job
+from carryon.tools.bench.job import Job, in_turn
 from carryon.tools.bench.peers import Peer, list_peers
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import SYNTHETIC, StateSet, make_states, take_states
-from carryon.tools.compare.figure import Figure, in_turn
+from carryon.tools.compare.figure import Figure
 from carryon.train.config import StreamSettings
 
 PROFILES = ("exact", "near", "compact")

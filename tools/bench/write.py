@@ -8,10 +8,10 @@ import numpy as np
 from carryon.cache.corpus.dataset import Sample
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.settings import StoreSettings
-from carryon.tools.bench.job import Job
+from carryon.tools.bench.job import Job, in_turn
 from carryon.tools.bench.scratch import plan_scratch, unit_states, write_scratch_unit
 from carryon.tools.bench.states import StateSet, make_states
-from carryon.tools.compare.figure import Figure, in_turn
+from carryon.tools.compare.figure import Figure
 
 TARGET = 0.05
 UNIT_TOKENS = 1024

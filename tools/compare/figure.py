@@ -1,19 +1,12 @@
-"""A measured figure with its target, as a JSON line and as a row of a table."""
+"""A measured figure with its target, as a JSON line."""
 
 import json
-import logging
 import os
 import platform
-import statistics
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
-
-from carryon.tools.cli.table import format_table
-
-logger = logging.getLogger(__name__)
 
 
 @cache
@@ -75,52 +68,9 @@ class Figure:
         }
 
 
-Report = Callable[[Figure], None]
-"""Called with each figure as soon as it is measured."""
-
-
 def print_json(figure: Figure) -> None:
     """Print one JSON line to stdout at once, so that a run cut short keeps what it has."""
     print(json.dumps(figure.to_dict()), flush=True)
-
-
-def print_table(figures: Sequence[Figure]) -> None:
-    """Print all figures as a table to stderr, those with a target first."""
-    ordered = sorted(figures, key=lambda figure: figure.target is None)
-    rows = [("figure", "value", "target", "unit", "met")]
-    rows += [
-        (item.figure, _shown(item.value), _target(item), item.unit, _answer(item.met))
-        for item in ordered
-    ]
-    for line in format_table(rows).splitlines():
-        logger.info(line)
-
-
-def in_turn(ways: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, float]:
-    """Call each way once a round, in alternating order, and return the median of its results.
-
-    Other load on the machine then affects all ways alike.
-    """
-    results: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds):
-        names = list(ways) if number % 2 == 0 else list(ways)[::-1]
-        for name in names:
-            results[name].append(ways[name]())
-    return {name: statistics.median(values) for name, values in results.items()}
-
-
-def _target(figure: Figure) -> str:
-    if figure.target is None:
-        return ""
-    return f"{'<=' if figure.sense == 'at most' else '>='} {_shown(figure.target)}"
-
-
-def _answer(met: bool | None) -> str:
-    return {None: "", True: "yes", False: "NO"}[met]
-
-
-def _shown(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _rounded(value: Any) -> Any:  # noqa: ANN401 -- any JSON value

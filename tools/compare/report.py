@@ -1,230 +1,203 @@
-"""What a comparison came to: a table, plots, and figures with their targets."""
+"""The report of a comparison: which method to take, a table, plots, and figures."""
 
 import json
 import logging
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.files import write_file
-from carryon.tools.compare.corpora import GSM
-from carryon.tools.compare.figure import Figure, print_json
-from carryon.train.plots import begin_plot, save_plot
+from carryon.tools.cli.table import format_table
+from carryon.tools.compare.figure import Figure
+from carryon.tools.compare.settings import CONTROLS
+from carryon.train.plots import Axes, Line, Point, draw, lines, points
 
 logger = logging.getLogger(__name__)
 
-FIRST_TARGETS = {150.0: 0.08, 300.0: 0.0}
-"""Nats that the best carry-on is to be below LoRA in a first run, by seconds."""
-SECOND_TARGETS = {300.0: 0.05}
-THOUGHTS_TARGETS = {300.0: 0.10}
-"""The same on worked problems."""
-CONTROLS = ("linear", "mlp")
 _MUCH_ABOVE = 0.02
-"""Nats that a run may end above its lowest point before the table speaks of it."""
+"""Nats that a run may end above its lowest point without a note."""
+_NLL = "held-out loss, nats"
 
 Rows = list[dict[str, Any]]
-Key = tuple[str, str, float]
-"""Method, run and seconds: rows of one key differ in their seeds."""
+Key = tuple[float, str, str]
+"""Seconds, run and method: rows of one key differ in their seeds."""
+Groups = Mapping[Key, Rows]
 
 
-def report(folder: Path, rows: Rows) -> list[dict[str, Any]]:
-    """Write table and plots beside the rows, print table and figures; return the figures."""
-    main = [row for row in rows if row["run"] != "sweep"]
-    groups = _grouped(main)
-    table = _table(groups, [row for row in rows if row["run"] == "sweep"])
-    write_file(folder / "table.md", table.encode())
-    logger.info(f"\n{table}")
-    _plot_curves(groups, folder / "curves.png")
-    _plot_pareto(groups, folder / "pareto.png")
-    figures = [*_differences(groups), *_break_even(groups), *_speeds(groups)]
-    for figure in figures:
-        print_json(figure)
-    documents = [figure.to_dict() for figure in figures]
-    lines = [json.dumps(document) + "\n" for document in documents]
-    write_file(folder / "figures.jsonl", "".join(lines).encode())
-    return documents
-
-
-def _grouped(rows: Rows) -> dict[Key, Rows]:
+def report(folder: Path, rows: Rows) -> list[Figure]:
+    """Write report, plots and figures beside the rows, log the report; return the figures."""
     groups: dict[Key, Rows] = defaultdict(list)
     for row in rows:
-        groups[row["method"], row["run"], float(row["seconds"])].append(row)
-    return dict(sorted(groups.items(), key=lambda item: (item[0][2], item[0][1], item[0][0])))
-
-
-def _mean(rows: Rows, name: str) -> float:
-    return statistics.mean(float(row[name]) for row in rows)
-
-
-def _table(groups: Mapping[Key, Rows], sweeps: Rows) -> str:
-    head = (
-        "method",
-        "run",
-        "seconds",
-        "seeds",
-        "NLL",
-        "+-",
-        "lowest",
-        "extraction s",
-        "tokens seen",
-        "of them new",
-        "tokens/s",
-        "rate",
-        "trained MB",
-        "to ship MB",
-        "peak MB",
-    )
-    lines = [head, tuple("---" for _ in head)]
-    for (method, run, seconds), rows in groups.items():
-        nlls = [row["nll"] for row in rows]
-        new = statistics.mean(
-            min(row["tokens"], row["extraction"]["tokens"] or row["data"]["train_tokens"])
-            for row in rows
-        )
-        shown = "-" if not rows[0]["extraction"]["tokens"] else run
-        before_s = statistics.mean(row["extraction"]["seconds"] for row in rows)
-        lines.append(
-            (
-                method,
-                shown,
-                f"{seconds:g}",
-                " ".join(str(row["seed"]) for row in rows),
-                f"{statistics.mean(nlls):.4f}",
-                f"{(max(nlls) - min(nlls)) / 2:.4f}",
-                f"{statistics.mean(_lowest(row)['nll'] for row in rows):.4f}",
-                f"{before_s:.0f}" if run == "first" else f"({before_s:.0f} before)",
-                f"{_mean(rows, 'tokens'):,.0f}",
-                f"{new:,.0f}",
-                f"{_mean(rows, 'tokens_per_second'):,.0f}",
-                f"{rows[0]['learning_rate']:g}",
-                f"{rows[0]['trainable_bytes'] / 1e6:.2f}",
-                f"{rows[0]['ship_bytes'] / 1e6:.2f}",
-                f"{_mean(rows, 'peak_bytes') / 1e6:,.0f}",
-            )
-        )
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return text + "".join(f"\n{note}" for note in _notes(groups, sweeps)) + "\n"
-
-
-def _notes(groups: Mapping[Key, Rows], sweeps: Rows) -> list[str]:
-    """Return what stands below the table: of the text, of runs that went wrong, of the sweeps."""
-    rows = [row for rows in groups.values() for row in rows]
-    notes = []
-    for row in rows[:1]:
-        data = row["data"]
-        notes.append(
-            f"{data['corpus']}: {data['train_tokens']:,} training tokens; held-out NLL of the base "
-            f"{row['base_nll']:.4f}, on {data['clean_windows']} clean windows."
-        )
-    for row in rows:
-        lowest = _lowest(row)
-        above = row["nll"] - lowest["nll"]
-        if above > _MUCH_ABOVE:
-            why = (
-                f"it read the same text {row['epochs']} times: take fewer --passes or more text"
-                if row["epochs"] > 1
-                else "a lower learning rate may help"
-            )
-            notes.append(
-                f"{row['method']}, {row['run']} run of {row['seconds']:g} s, seed {row['seed']}, "
-                f"ended {above:.3f} above where it was at {lowest['clock_s']:.0f} s; {why}."
-            )
-    for row in sweeps:
-        notes.append(
+        if row["run"] != "sweep":
+            groups[float(row["seconds"]), row["run"], row["method"]].append(row)
+    groups = dict(sorted(groups.items(), key=lambda item: (item[0][0], _nll(item[1]))))
+    sweeps = [row for row in rows if row["run"] == "sweep"]
+    text = "\n".join(
+        [*_advice(groups), "", format_table(_table(groups), is_markdown=True), "", *_notes(groups)]
+        + [
             f"Learning rate {row['learning_rate']:g} of {row['method']}: {row['nll']:.4f} in "
-            f"{row['train_s']:.0f} s (not counted)."
-        )
-    return notes
-
-
-def _lowest(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the evaluation of a row with the lowest NLL; the last, where that is it."""
-    found: dict[str, Any] = min(reversed(row["curve"]), key=lambda point: point["nll"])
-    return found
-
-
-def _by_seed(rows: Iterable[dict[str, Any]]) -> dict[int, float]:
-    return {row["seed"]: row["nll"] for row in rows}
-
-
-def _differences(groups: Mapping[Key, Rows]) -> list[Figure]:
-    """Return LoRA's NLL less that of the best carry-on, for each run and budget."""
-    figures = []
-    for (method, _, seconds), lora in groups.items():
-        if method != "lora":
-            continue
-        for run in ("first", "second"):
-            carryons = {
-                key[0]: _by_seed(rows)
-                for key, rows in groups.items()
-                if key[1:] == (run, seconds) and rows[0]["extraction"]["tokens"]
-            }
-            carryons = {name: x for name, x in carryons.items() if name not in CONTROLS}
-            theirs = _by_seed(lora)
-            by_method = {
-                name: [theirs[seed] - ours[seed] for seed in sorted(set(theirs) & set(ours))]
-                for name, ours in carryons.items()
-                if set(theirs) & set(ours)
-            }
-            if by_method:
-                corpus = lora[0]["data"]["corpus"]
-                figures.append(_difference(by_method, theirs, run, seconds, corpus=corpus))
+            f"{row['train_s']:.0f} s."
+            for row in sweeps
+        ]
+    )
+    write_file(folder / "report.md", (text.rstrip() + "\n").encode())
+    for line in text.splitlines():
+        logger.info(line)
+    _plot(groups, folder)
+    figures = [*_differences(groups), *_break_even(groups), *_speeds(groups)]
+    documents = [json.dumps(figure.to_dict()) + "\n" for figure in figures]
+    write_file(folder / "figures.jsonl", "".join(documents).encode())
     return figures
 
 
-def _difference(
-    by_method: Mapping[str, Sequence[float]],
-    lora: Mapping[int, float],
-    run: str,
-    seconds: float,
-    *,
-    corpus: str,
-) -> Figure:
-    best = max(by_method, key=lambda name: statistics.mean(by_method[name]))
-    gains = by_method[best]
-    target = (FIRST_TARGETS if run == "first" else SECOND_TARGETS).get(seconds)
-    if corpus == GSM:
-        target = THOUGHTS_TARGETS.get(seconds)
-    return Figure(
-        figure=f"compare.{corpus.partition('=')[0]}.{run}_run.{seconds:g}s",
-        # Met only if every seed meets it: the worst one counts.
-        value=min(gains),
-        target=target,
-        sense="at least",
-        unit="nats below LoRA, worst seed",
-        details={
-            "best": best,
-            "mean": statistics.mean(gains),
-            "seeds": list(gains),
-            "lora_nll": statistics.mean(lora.values()),
-            "others": {name: statistics.mean(x) for name, x in by_method.items() if name != best},
-        },
+def _nll(rows: Rows) -> float:
+    return statistics.mean(float(row["nll"]) for row in rows)
+
+
+def _spread(rows: Rows) -> float:
+    nlls = [float(row["nll"]) for row in rows]
+    return (max(nlls) - min(nlls)) / 2
+
+
+def _advice(groups: Groups) -> Iterator[str]:
+    """Yield which method to take in each time, and with a finished store."""
+    row = next(iter(groups.values()))[0]
+    base, data = row["base_nll"], row["data"]
+    yield (
+        f"Base alone: {base:.4f} nats per token, on {data['held_out_targets']:,} held-out targets. "
+        "Lower is better."
     )
+    for seconds in sorted({key[0] for key in groups}):
+        runs: dict[str, dict[str, Rows]] = {"first": {}, "second": {}}
+        for (budget, run, method), rows in groups.items():
+            if budget == seconds and method not in CONTROLS:
+                runs[run][method] = rows
+        best, *others = sorted(runs["first"], key=lambda name: _nll(runs["first"][name])) or [""]
+        reached = _nll(runs["first"][best]) if best else base
+        if reached >= base:
+            yield f"In {seconds:g} s from text, no method improves on the base: give more time."
+        else:
+            yield f"In {seconds:g} s from text take {best}: {reached:.4f}" + (
+                _versus(best, others[0], runs["first"]) if others else "."
+            )
+        stored = min(runs["second"], key=lambda name: _nll(runs["second"][name]), default="")
+        if stored and (loss := _nll(runs["second"][stored])) < min(reached, base):
+            extraction_s = runs["second"][stored][0]["extraction"]["seconds"]
+            yield (
+                f"In {seconds:g} s with a finished store take {stored}: {loss:.4f}; its extraction "
+                f"takes {extraction_s:,.0f} s, once."
+            )
 
 
-def _break_even(groups: Mapping[Key, Rows]) -> list[Figure]:
-    """Return how many runs it takes until extraction has paid for itself, for each method.
+def _versus(best: str, other: str, runs: Mapping[str, Rows]) -> str:
+    gap = _nll(runs[other]) - _nll(runs[best])
+    text = f", {gap:.4f} below {other}."
+    if len(runs[best]) == 1:
+        return f"{text} One seed: --seeds 0 1 2 shows the noise."
+    is_noise = gap <= _spread(runs[best]) + _spread(runs[other])
+    return f"{text} The seeds differ as much: take either." if is_noise else text
 
-    One, where a first run ends no higher than LoRA's in the same time. Otherwise a run on the
-    store counts until it is where LoRA's ends.
-    """
-    figures = []
-    for (method, run, seconds), rows in groups.items():
-        lora = groups.get(("lora", "first", seconds))
-        is_carryon = bool(rows[0]["extraction"]["tokens"]) and method not in CONTROLS
-        if lora is None or not is_carryon:
+
+def _table(groups: Groups) -> list[tuple[str, ...]]:
+    table: list[tuple[str, ...]] = [
+        ("method", "seconds", "store", "loss", "+-", "to ship MB", "extraction s", "tokens seen")
+        + ("tokens/s", "learning rate", "peak MB", "seeds")
+    ]
+    for (seconds, run, method), rows in groups.items():
+        has_store = bool(rows[0]["extraction"]["tokens"])
+        cells = (
+            f"{_nll(rows):.4f}",
+            f"{_spread(rows):.4f}" if len(rows) > 1 else "",
+            f"{rows[0]['ship_bytes'] / 1e6:.2f}",
+            f"{_mean(row['extraction']['seconds'] for row in rows):,.0f}" if has_store else "",
+            f"{_mean(row['tokens'] for row in rows):,.0f}",
+            f"{_mean(row['tokens_per_second'] for row in rows):,.0f}",
+            f"{rows[0]['learning_rate']:g}",
+            f"{_mean(row['peak_bytes'] for row in rows) / 1e6:,.0f}",
+            " ".join(str(row["seed"]) for row in rows),
+        )
+        made = {"first": "in this time", "second": "before"}[run] if has_store else "none"
+        table.append((method, f"{seconds:g}", made, *cells))
+    return table
+
+
+def _mean(values: Iterator[float]) -> float:
+    return statistics.mean(map(float, values))
+
+
+def _notes(groups: Groups) -> Iterator[str]:
+    """Yield a line for each run that ended well above its lowest loss."""
+    for row in (row for rows in groups.values() for row in rows):
+        lowest = min(row["curve"], key=lambda point: float(point["nll"]))
+        above = row["nll"] - lowest["nll"]
+        if above > _MUCH_ABOVE:
+            why = (
+                f"it read the same text {row['epochs']} times: give more text or less time"
+                if row["epochs"] > 1
+                else "try a lower learning rate"
+            )
+            yield (
+                f"{row['method']}, {row['run']} run of {row['seconds']:g} s, seed {row['seed']}, "
+                f"ended {above:.3f} above its loss at {lowest['clock_s']:.0f} s; {why}."
+            )
+
+
+def _differences(groups: Groups) -> Iterator[Figure]:
+    """Yield LoRA's loss minus that of the best carry-on, for each budget and run."""
+    for (seconds, _, method), rows in groups.items():
+        if method != "lora":
             continue
-        wanted = _mean(lora, "nll")
-        first = groups.get((method, "first", seconds))
-        is_won_at_once = first is not None and _mean(first, "nll") <= wanted
+        lora = {row["seed"]: row["nll"] for row in rows}
+        for run in ("first", "second"):
+            gains = {
+                key[2]: [lora[row["seed"]] - row["nll"] for row in ours if row["seed"] in lora]
+                for key, ours in groups.items()
+                if key[:2] == (seconds, run) and _is_carryon(key[2], ours)
+            }
+            gains = {name: values for name, values in gains.items() if values}
+            if not gains:
+                continue
+            best = max(gains, key=lambda name: statistics.mean(gains[name]))
+            yield Figure(
+                figure=f"compare.{run}_run.{seconds:g}s",
+                value=min(gains[best]),
+                sense="at least",
+                unit="nats below LoRA, worst seed",
+                details={
+                    "best": best,
+                    "mean": statistics.mean(gains[best]),
+                    "seeds": gains[best],
+                    "lora_nll": statistics.mean(lora.values()),
+                    "others": {x: statistics.mean(gains[x]) for x in gains if x != best},
+                },
+            )
+
+
+def _is_carryon(method: str, rows: Rows) -> bool:
+    return bool(rows[0]["extraction"]["tokens"]) and method not in CONTROLS
+
+
+def _break_even(groups: Groups) -> Iterator[Figure]:
+    """Yield the number of runs after which extraction has paid for itself, for each method.
+
+    1 if a first run ends no higher than LoRA's in the same time. Otherwise a run on the store
+    counts until it reaches LoRA's final loss.
+    """
+    for (seconds, run, method), rows in groups.items():
+        lora = groups.get((seconds, "first", "lora"))
+        if lora is None or not _is_carryon(method, rows):
+            continue
+        wanted = _nll(lora)
+        first = groups.get((seconds, "first", method))
+        is_won_at_once = first is not None and _nll(first) <= wanted
         details: dict[str, Any] = {"lora_nll": wanted, "lora_run_s": seconds}
         if run == "first" and is_won_at_once:
-            runs, details = 1.0, {**details, "first_run_nll": _mean(rows, "nll")}
+            runs, details = 1.0, {**details, "first_run_nll": _nll(rows)}
         elif run == "second" and not is_won_at_once:
-            own = [others for key, others in groups.items() if key[:2] == (method, "second")]
-            needed_s = min(_time_to(others, wanted) for others in own)
+            own = [others for key, others in groups.items() if key[1:] == ("second", method)]
+            needed_s = min(_seconds_to(others, wanted) for others in own)
             if needed_s >= seconds:
                 continue
             extraction_s = rows[0]["extraction"]["seconds"]
@@ -232,104 +205,77 @@ def _break_even(groups: Mapping[Key, Rows]) -> list[Figure]:
             details |= {"extraction_s": extraction_s, "run_s": needed_s}
         else:
             continue
-        figures.append(
-            Figure(
-                figure=f"compare.break_even.{method}.{seconds:g}s",
-                value=runs,
-                unit="runs",
-                details=details,
-            )
+        yield Figure(
+            figure=f"compare.break_even.{method}.{seconds:g}s",
+            value=runs,
+            unit="runs",
+            details=details,
         )
-    return figures
 
 
-def _time_to(rows: Rows, wanted: float) -> float:
-    """Return the seconds at which a run is at `wanted` or below, the mean of all seeds."""
-    times = []
-    for row in rows:
-        found = [point["clock_s"] for point in row["curve"] if point["nll"] <= wanted]
-        times.append(min(found, default=float("inf")))
-    return statistics.mean(times)
+def _seconds_to(rows: Rows, wanted: float) -> float:
+    """Return the seconds until a run is at `wanted` or below, the mean over the seeds."""
+    return statistics.mean(
+        min((x["clock_s"] for x in row["curve"] if x["nll"] <= wanted), default=float("inf"))
+        for row in rows
+    )
 
 
-def _speeds(groups: Mapping[Key, Rows]) -> list[Figure]:
-    """Return how many times as fast as LoRA's each method's training is, in tokens/s."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for (method, _, _), rows in groups.items():
-        found[method] += [row["tokens_per_second"] for row in rows]
-    if "lora" not in found:
-        return []
-    lora = statistics.median(found["lora"])
-    return [
-        Figure(
+def _speeds(groups: Groups) -> Iterator[Figure]:
+    """Yield the training speed of each method relative to LoRA, in tokens/s."""
+    speeds: dict[str, list[float]] = defaultdict(list)
+    for (_, _, method), rows in groups.items():
+        speeds[method] += [row["tokens_per_second"] for row in rows]
+    lora = statistics.median(speeds.pop("lora", [float("nan")]))
+    for method, own in speeds.items() if lora == lora else ():
+        yield Figure(
             figure=f"compare.speed.{method}",
-            value=statistics.median(speeds) / lora,
-            target=3.0 if method == "top" else None,
+            value=statistics.median(own) / lora,
             sense="at least",
             unit="of LoRA's tokens/s",
-            details={"tokens_per_second": statistics.median(speeds), "lora": lora},
+            details={"tokens_per_second": statistics.median(own), "lora": lora},
         )
-        for method, speeds in found.items()
-        if method != "lora"
-    ]
 
 
-def _plot_curves(groups: Mapping[Key, Rows], path: Path) -> None:
-    """Draw the held-out NLL against the clock and against tokens; extraction shifts a curve."""
-    figure = begin_plot(width=13, height=6)
-    if figure is None:
-        return
-    methods = sorted({key[0] for key in groups})
-    for axes, axis in zip(figure.subplots(1, 2, sharey=True), ("clock_s", "tokens"), strict=True):
-        named = set()
-        for (method, run, _), rows in groups.items():
-            for row in rows:
-                points = row["curve"]
-                start = row["extraction"]["seconds"] if run == "first" else 0.0
-                xs = [max(point[axis], start if axis == "clock_s" else 0) for point in points]
-                is_named = (method, run) in named
-                named.add((method, run))
-                axes.plot(
-                    xs,
-                    [point["nll"] for point in points],
-                    color=f"C{methods.index(method)}",
-                    linestyle="-" if run == "first" else "--",
-                    marker="o",
-                    markersize=3,
-                    label=None if is_named else f"{method}, {run} run",
+def _plot(groups: Groups, folder: Path) -> None:
+    """Draw the curves of all runs, and the final losses by size and by time."""
+    methods = sorted({key[2] for key in groups})
+    curves: dict[str, list[Line]] = {"clock_s": [], "tokens": []}
+    marks: dict[str, list[Point]] = {"seconds": [], "size": []}
+    for (seconds, run, method), rows in groups.items():
+        color = f"C{methods.index(method) % 10}"
+        for axis, series in curves.items():
+            for number, row in enumerate(rows):
+                # A first run's curve begins after its extraction.
+                start = row["extraction"]["seconds"] if (run, axis) == ("first", "clock_s") else 0
+                label = "" if number else f"{method}, {run} run of {seconds:g} s"
+                series.append(
+                    Line(
+                        xs=[max(point[axis], start) for point in row["curve"]],
+                        ys=[point["nll"] for point in row["curve"]],
+                        label=label,
+                        color=color,
+                        is_dashed=run == "second",
+                    )
                 )
-        axes.set(
-            xlabel="seconds, extraction included" if axis == "clock_s" else "tokens seen",
-            ylabel="held-out NLL, nats",
-        )
-        axes.legend(fontsize="x-small")
-    save_plot(figure, path)
-
-
-def _plot_pareto(groups: Mapping[Key, Rows], path: Path) -> None:
-    """Draw the final NLL against the seconds spent, and against the megabytes to ship."""
-    figure = begin_plot(width=13, height=6)
-    if figure is None:
-        return
-    from matplotlib import ticker
-
-    methods = sorted({key[0] for key in groups})
-    by_time, by_size = figure.subplots(1, 2, sharey=True)
-    for (method, run, seconds), rows in groups.items():
-        style = {
-            "color": f"C{methods.index(method)}",
-            "marker": "o" if run == "first" else "^",
-        }
-        nll, size = _mean(rows, "nll"), rows[0]["ship_bytes"] / 1e6
-        for axes, x in ((by_time, seconds), (by_size, size)):
-            axes.scatter([x], [nll], **style)
+        marker = "o" if run == "first" else "^"
+        for axis, x in (("seconds", seconds), ("size", rows[0]["ship_bytes"] / 1e6)):
             label = f"{method}, {run} run of {seconds:g} s"
-            axes.annotate(label, (x, nll), fontsize=7, xytext=(5, 3), textcoords="offset points")
-    by_time.set(xlabel="seconds, extraction included", ylabel="held-out NLL, nats")
-    by_size.set(xlabel="megabytes to ship", xscale="log")
-    by_size.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
-    for which in (by_size.xaxis.set_major_formatter, by_size.xaxis.set_minor_formatter):
-        which("{x:g}")
-    for axes in (by_time, by_size):
-        axes.margins(x=0.4, y=0.1)
-    save_plot(figure, path)
+            marks[axis].append(Point(x=x, y=_nll(rows), label=label, color=color, marker=marker))
+
+    def by_clock(axes: Axes) -> None:
+        lines(axes, curves["clock_s"], x_label="seconds, extraction included", y_label=_NLL)
+
+    def by_tokens(axes: Axes) -> None:
+        lines(axes, curves["tokens"], x_label="tokens seen", y_label=_NLL)
+
+    def by_seconds(axes: Axes) -> None:
+        points(axes, marks["seconds"], x_label="seconds, extraction included", y_label=_NLL)
+
+    def by_size(axes: Axes) -> None:
+        points(axes, marks["size"], x_label="megabytes to ship", y_label=_NLL, is_log_x=True)
+
+    draw(folder / "curves.png", by_clock, by_tokens, shares_y=True)
+    # With one budget all points would have the same seconds.
+    panels = [by_seconds, by_size] if len({key[0] for key in groups}) > 1 else [by_size]
+    draw(folder / "pareto.png", *panels, shares_y=True)

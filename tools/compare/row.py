@@ -1,9 +1,9 @@
 """One row of `carryon compare`: a method trained against the clock.
 
-The clock counts extraction, where the run has one, reading, and steps of training. It stands still
-while something is evaluated, loaded or rehearsed. The learning rate is a function of the part of
-the training time that has passed, so that it falls to its end when the budget does, however fast
-the machine is. A row is killed or whole: its file is written last.
+The clock counts extraction, where the run has one, reading, and training steps. It stops during
+evaluation, loading and rehearsal. The learning rate is a function of the elapsed part of the
+training time, so it reaches its end with the budget on any machine. A row's file is written last:
+a killed row leaves none.
 """
 
 import json
@@ -25,12 +25,8 @@ from carryon.cache.progress import Progress
 from carryon.cache.settings import ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.logs import log_to_stderr
-from carryon.tools.compare.data import (
-    Material,
-    corpus_settings,
-    iter_steps,
-    prepare_material,
-)
+from carryon.tools.compare.data import Material, corpus_settings, iter_steps, prepare_material
+from carryon.tools.compare.figure import describe_core
 from carryon.tools.compare.methods import (
     Learner,
     Reader,
@@ -48,17 +44,18 @@ from carryon.train.optim.optimizer import build_optimizer
 UNIT_TOKENS = 4096
 """Small units: a chunk is decoded for each sample in it."""
 PROSE_PASSES, ANSWER_PASSES = 3.0, 12.0
-"""Of cheap methods: in five minutes ten passes over manual pages ended 0.8 nats above the base, and
-four over worked problems 0.11 above what eight came to."""
+"""Passes of a first run with a cheap method. In five minutes, ten passes over manual pages ended
+0.8 nats above the base, and four over worked problems 0.11 above the result of eight."""
+EVALUATE_AT = (0.25, 0.5, 0.75)
+"""Parts of the budget after which a run is evaluated, besides its ends."""
 _PILOT_TOKENS = 4096
 _PILOT_STEPS = 3
 _PARTS = 1000  # of the training time, as steps of the schedule
-_EVALUATE_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bench:
-    """What all rows of a comparison share."""
+class Setup:
+    """A method with its data and folder."""
 
     settings: CompareSettings
     base: str
@@ -66,14 +63,47 @@ class Bench:
     material: Material
     method: Method
 
+    def load_base(self) -> Base:
+        """Load the base."""
+        return load_base(self.base, forward=ForwardSettings())
+
+    def build(self, store: Store | None, *, seed: int) -> Learner:
+        """Return an untrained learner of the method."""
+        return build_learner(
+            self.method,
+            base=self.base,
+            store=store,
+            seed=seed,
+            samples=self.material.train,
+            sampled_softmax=self.settings.sampled_softmax,
+        )
+
+    def extract(self, base: Base, data: Path, root: Path, *, append: bool = False) -> float:
+        """Extract the method's taps and blocks; return the seconds of the forward passes."""
+        shape = self.method.carryon
+        assert shape is not None
+        return run_extraction(
+            base=base,
+            data=[data],
+            out=root,
+            corpus=corpus_settings(),
+            store=StoreSettings(
+                taps=read_taps(self.method),
+                unit_tokens=UNIT_TOKENS,
+                with_blocks={"native": 1, "top": shape.blocks}.get(shape.kind, 0),
+            ),
+            forward=ForwardSettings(),
+            append=append,
+        ).elapsed_s
+
 
 def main(request: dict[str, Any]) -> None:
-    """Make the row of a request and write its file; for a fresh process."""
+    """Make the row of a request in this process and write its file."""
     before = anonymous_bytes()
     settings, row = CompareSettings(**request["settings"]), Row(**request["row"])
     out, base = Path(request["out"]), request["base"]
     methods = get_methods(settings, num_layers=request["num_layers"], width=request["width"])
-    bench = Bench(
+    setup = Setup(
         settings=settings,
         base=base,
         out=out,
@@ -81,76 +111,62 @@ def main(request: dict[str, Any]) -> None:
         method=methods[row.method],
     )
     rate = row.learning_rate or request["learning_rate"]
-    document = run_row(bench, row, rate=rate, before=before)
-    document["command"] = request["command"]
-    write_json(out / "rows" / f"{row.name}.json", document)
+    write_json(out / "rows" / f"{row.name}.json", run_row(setup, row, rate=rate, before=before))
 
 
-def run_row(bench: Bench, row: Row, *, rate: float, before: int) -> dict[str, Any]:
-    """Train a method as the row says; return what was measured.
+def run_row(setup: Setup, row: Row, *, rate: float, before: int) -> dict[str, Any]:
+    """Train a method as the row says; return the measurements.
 
     Args:
-        bench: what is compared.
-        row: which.
+        setup: the method and its data.
+        row: which run.
         rate: highest learning rate.
         before: anonymous memory of the process before anything was loaded.
     """
-    method, material = bench.method, bench.material
+    method, material = setup.method, setup.material
     extraction: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
-    store = judged = None
+    store = held_out = None
     num_samples = len(material.train)
-    if method.is_carryon:
-        judged = _held_out_store(bench)
+    if method.carryon:
+        held_out = _finished_store(setup, material.held_out_file, "held-out-")
         if row.run == "first":
-            store, extraction = _first_store(bench, row)
+            store, extraction = _first_store(setup, row)
         else:
-            store, extraction = _shared_store(bench)
+            store = _finished_store(setup, material.train_file, "")
+            seconds = sum(store.receipt(unit).elapsed_s for unit in range(store.num_units))
+            extraction = {"seconds": seconds, "tokens": store.num_tokens}
         num_samples = store.num_samples
-    counted_s = extraction["seconds"] if row.run == "first" else 0.0
+    spent_s = extraction["seconds"] if row.run == "first" else 0.0
     with watched_peak() as peak:
-        learner = _build(bench, store, seed=row.seed)
-        if store is None or judged is None:
+        learner = setup.build(store, seed=row.seed)
+        if store is None or held_out is None:
             readers = read_samples(material.train), read_samples(material.held_out)
         else:
             taps = read_taps(method)
             readers = (
                 read_store(store, material.train, taps),
-                read_store(judged, material.held_out, taps),
+                read_store(held_out, material.held_out, taps),
             )
-        found = _train(
-            bench, row, learner, *readers, num_samples=num_samples, rate=rate, spent_s=counted_s
+        result = _train(
+            setup, row, learner, *readers, num_samples=num_samples, rate=rate, spent_s=spent_s
         )
     if row.run == "first" and store is not None:
         shutil.rmtree(store.root)
     return {
         **asdict(row),
-        **found,
+        **result,
         "learning_rate": rate,
         "extraction": extraction,
-        "trainable_bytes": learner.trainable_bytes,
         "ship_bytes": learner.ship_bytes,
         "peak_bytes": peak.bytes - before,
         "threads": torch.get_num_threads(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "data": bench.material.facts,
-        "tokens_per_step": bench.settings.tokens_per_step,
-        "sampled_softmax": bench.settings.sampled_softmax,
+        "core": describe_core(),
+        "data": setup.material.facts,
     }
 
 
-def _build(bench: Bench, store: Store | None, *, seed: int) -> Learner:
-    return build_learner(
-        bench.method,
-        base=bench.base,
-        store=store,
-        seed=seed,
-        samples=bench.material.train,
-        sampled_softmax=bench.settings.sampled_softmax,
-    )
-
-
 def _train(
-    bench: Bench,
+    setup: Setup,
     row: Row,
     learner: Learner,
     read: Reader,
@@ -160,19 +176,24 @@ def _train(
     rate: float,
     spent_s: float,
 ) -> dict[str, Any]:
-    """Train until the budget ends; return the curve, and what the run came to."""
+    """Train until the budget ends; return the curve and totals."""
     optimization = OptimizationSettings(learning_rate=rate, warmup_ratio=0.05, seed=row.seed)
     optimizer = build_optimizer(learner.model, optimization, MemorySettings())  # type: ignore[arg-type]
-    train, budget_s = bench.material.train, max(1e-9, row.seconds - spent_s)
+    train, budget_s = setup.material.train, max(1e-9, row.seconds - spent_s)
     steps = iter_steps(
-        train, num_samples, seed=row.seed, tokens_per_step=bench.settings.tokens_per_step
+        train, num_samples, seed=row.seed, tokens_per_step=setup.settings.tokens_per_step
     )
-    start = _known_start(bench)
-    curve = [start or _evaluation(bench, learner, read_held_out, clock_s=0.0, tokens=0, steps=0)]
-    points = sorted(at for at in bench.settings.evaluate_at if spent_s < at < row.seconds)
+    clock_s, tokens, epoch = 0.0, 0, 0
     losses: list[float] = []
     took: list[float] = []
-    clock_s, tokens, epoch = 0.0, 0, 0
+
+    def evaluation() -> dict[str, Any]:
+        nll = _evaluate(setup, learner, read_held_out)
+        at = spent_s + clock_s if took else 0.0
+        return {"clock_s": at, "tokens": tokens, "steps": len(took), "nll": nll}
+
+    curve = [_known_start(setup) or evaluation()]
+    points = [part * row.seconds for part in EVALUATE_AT if part * row.seconds > spent_s]
     torch.manual_seed(row.seed)
     with Progress(row.seconds, name=row.name, unit="s") as progress:
         progress.update(spent_s)
@@ -190,16 +211,8 @@ def _train(
             progress.update(took[-1])
             while points and spent_s + clock_s >= points[0]:
                 points.pop(0)
-                at = spent_s + clock_s
-                curve.append(
-                    _evaluation(
-                        bench, learner, read_held_out, clock_s=at, tokens=tokens, steps=len(took)
-                    )
-                )
-    at = spent_s + clock_s
-    curve.append(
-        _evaluation(bench, learner, read_held_out, clock_s=at, tokens=tokens, steps=len(took))
-    )
+                curve.append(evaluation())
+    curve.append(evaluation())
     return {
         "curve": curve,
         "nll": curve[-1]["nll"],
@@ -224,93 +237,84 @@ def _step(learner: Learner, optimizer: torch.optim.Optimizer, batch: Any, *, rat
     return float(loss.detach())  # a waiting point: the clock is read after it
 
 
-def _evaluation(
-    bench: Bench, learner: Learner, read: Reader, *, clock_s: float, tokens: int, steps: int
-) -> dict[str, Any]:
-    """Measure the mean NLL of the clean held-out targets; the same sums for every method."""
-    samples = bench.material.held_out
+@torch.no_grad()
+def _evaluate(setup: Setup, learner: Learner, read: Reader) -> float:
+    """Return the mean NLL of the held-out targets."""
+    num_samples = len(setup.material.held_out)
     total, targets = 0.0, 0
-    with torch.no_grad():
-        for first in range(0, len(samples), 4):
-            batch = read(np.arange(first, min(first + 4, len(samples))))
-            total += float(learner.losses(batch).double().sum())
-            targets += batch.num_targets
-    return {"clock_s": clock_s, "tokens": tokens, "steps": steps, "nll": total / targets}
+    for first in range(0, num_samples, 4):
+        batch = read(np.arange(first, min(first + 4, num_samples)))
+        total += float(learner.losses(batch).double().sum())
+        targets += batch.num_targets
+    return total / targets
 
 
-def _known_start(bench: Bench) -> dict[str, Any] | None:
-    """Return the evaluation with which another row of the method began, if there is one."""
-    for path in (bench.out / "rows").glob(f"{bench.method.name}-*.json"):
+def _known_start(setup: Setup) -> dict[str, Any] | None:
+    """Return the first evaluation of another row of the method, or None."""
+    for path in (setup.out / "rows").glob(f"{setup.method.name}-*.json"):
         row = json.loads(path.read_text())
-        if row["method"] == bench.method.name:
-            found: dict[str, Any] = row["curve"][0]
-            return found
+        if row["method"] == setup.method.name:
+            start: dict[str, Any] = row["curve"][0]
+            return start
     return None
 
 
-def _first_store(bench: Bench, row: Row) -> tuple[Store, dict[str, Any]]:
-    """Extract, against the clock, what the run is going to read.
+def _first_store(setup: Setup, row: Row) -> tuple[Store, dict[str, Any]]:
+    """Extract against the clock what the run will read.
 
-    Half of it first, so that what the other half may take is known from how fast this went.
+    Half of it first: its speed tells how much time the other half may take.
     """
-    base = load_base(bench.base, forward=ForwardSettings())
-    speeds = _rehearse(bench, base)
-    reading_s = plan_passes(bench) / speeds["train"]
+    base = setup.load_base()
+    speeds = _rehearse(setup, base)
+    reading_s = plan_passes(setup) / speeds["train"]
     a_token_s = 1 / speeds["extract"] + reading_s
     wanted = max(0.0, row.seconds - speeds["fixed_s"]) / a_token_s
-    root = bench.out / "work" / row.name
+    root, data = (setup.out / "work" / f"{row.name}{suffix}" for suffix in ("", ".jsonl"))
     shutil.rmtree(root, ignore_errors=True)
-    number = bench.material.count_samples(int(wanted / 2))
+    number = setup.material.count_samples(int(wanted / 2))
+    write_file(data, setup.material.train_lines(range(number)))
     started_at = time.perf_counter()
-    forward_s = _extract(bench, base, _samples_file(bench, row, range(number)), root)
+    forward_s = setup.extract(base, data, root)
     seconds = time.perf_counter() - started_at
     tokens = Store.open(root).num_tokens
     a_token_s = forward_s / tokens
     wanted = (row.seconds - seconds + tokens * a_token_s) / (a_token_s + reading_s)
-    more = range(number, bench.material.count_samples(int(wanted)))
+    more = range(number, setup.material.count_samples(int(wanted)))
     if len(more) > 0:
-        _extract(bench, base, _samples_file(bench, row, more), root, append=True)
+        write_file(data, setup.material.train_lines(more))
+        setup.extract(base, data, root, append=True)
         seconds = time.perf_counter() - started_at
     store = Store.open(root)
     return store, {"seconds": seconds, "tokens": store.num_tokens, **speeds}
 
 
-def plan_passes(bench: Bench) -> float:
-    """Return how often a first run is to read what it extracts: as told, or as the text wants."""
-    if bench.method.passes is not None:
-        return bench.method.passes
-    is_prose = all(bool(sample.loss_mask[1:].all()) for sample in bench.material.train)
+def plan_passes(setup: Setup) -> float:
+    """Return how often a first run plans to read its text: cheap methods several times."""
+    if not setup.method.is_cheap:
+        return 1.0
+    is_prose = all(bool(sample.loss_mask[1:].all()) for sample in setup.material.train)
     return PROSE_PASSES if is_prose else ANSWER_PASSES
 
 
-def _samples_file(bench: Bench, row: Row, samples: range) -> Path:
-    """Write some of the training samples to a file of the row."""
-    lines = bench.material.train_file.read_bytes().splitlines(keepends=True)
-    path = bench.out / "work" / f"{row.name}.jsonl"
-    write_file(path, b"".join(lines[samples.start : samples.stop]))
-    return path
-
-
-def _rehearse(bench: Bench, base: Base) -> dict[str, float]:
-    """Measure how fast this machine extracts for the method and trains it; kept in a file."""
-    path = bench.out / "speeds" / f"{bench.method.name}.json"
+def _rehearse(setup: Setup, base: Base) -> dict[str, float]:
+    """Measure this machine's speed of extraction and training for the method; kept in a file."""
+    path = setup.out / "speeds" / f"{setup.method.name}.json"
     if path.exists():
-        found: dict[str, float] = json.loads(path.read_text())
-        return found
-    number = bench.material.count_samples(_PILOT_TOKENS)
-    root, data = bench.out / "work" / "pilot", bench.out / "work" / "pilot.jsonl"
-    lines = bench.material.train_file.read_bytes().splitlines(keepends=True)
-    write_file(data, b"".join(lines[:number]))
+        known: dict[str, float] = json.loads(path.read_text())
+        return known
+    number = setup.material.count_samples(_PILOT_TOKENS)
+    root, data = setup.out / "work" / "pilot", setup.out / "work" / "pilot.jsonl"
+    write_file(data, setup.material.train_lines(range(number)))
     shutil.rmtree(root, ignore_errors=True)
     started_at = time.perf_counter()
-    forward_s = _extract(bench, base, data, root)
+    forward_s = setup.extract(base, data, root)
     fixed_s = time.perf_counter() - started_at - forward_s
     store = Store.open(root)
-    learner = _build(bench, store, seed=0)
+    learner = setup.build(store, seed=0)
     optimizer = build_optimizer(learner.model, OptimizationSettings(), MemorySettings())  # type: ignore[arg-type]
-    read = read_store(store, bench.material.train, read_taps(bench.method))
+    read = read_store(store, setup.material.train, read_taps(setup.method))
     steps = iter_steps(
-        bench.material.train, number, seed=0, tokens_per_step=bench.settings.tokens_per_step
+        setup.material.train, number, seed=0, tokens_per_step=setup.settings.tokens_per_step
     )
     speeds = []
     for _ in range(_PILOT_STEPS):
@@ -318,74 +322,38 @@ def _rehearse(bench: Bench, base: Base) -> dict[str, float]:
         batch = read(next(steps)[1])
         _step(learner, optimizer, batch, rate=1e-9)
         speeds.append(batch.num_tokens / (time.perf_counter() - started_at))
-    found = {
+    measured = {
         "extract": store.num_tokens / forward_s,
         "fixed_s": fixed_s,
         "train": float(np.median(speeds[1:])),
     }
     shutil.rmtree(root)
-    write_json(path, found)
-    return found
+    write_json(path, measured)
+    return measured
 
 
-def _shared_store(bench: Bench) -> tuple[Store, dict[str, Any]]:
-    """Return the store of all training samples; its extraction goes on where it was stopped."""
-    root = bench.out / "stores" / _store_name(bench.method)
-    _finish(bench, bench.material.train_file, root)
-    store = Store.open(root)
-    seconds = sum(store.receipt(unit).elapsed_s for unit in range(store.num_units))
-    return store, {"seconds": seconds, "tokens": store.num_tokens}
-
-
-def _held_out_store(bench: Bench) -> Store:
-    root = bench.out / "stores" / f"held-out-{_store_name(bench.method)}"
-    _finish(bench, bench.material.held_out_file, root)
+def _finished_store(setup: Setup, data: Path, prefix: str) -> Store:
+    """Return the store of a whole file, extracted once for all methods with the same taps."""
+    shape = setup.method.carryon
+    assert shape is not None
+    blocks = [] if shape.kind == "bottleneck" else [f"{shape.kind}.{shape.blocks}"]
+    root = setup.out / "stores" / (prefix + "-".join([*read_taps(setup.method), *blocks]))
+    mark = root.with_name(f"{root.name}.done")
+    if not mark.exists():
+        setup.extract(setup.load_base(), data, root)
+        write_file(mark, b"")
     return Store.open(root)
 
 
-def _finish(bench: Bench, data: Path, root: Path) -> None:
-    mark = root.with_name(f"{root.name}.done")
-    if not mark.exists():
-        _extract(bench, load_base(bench.base, forward=ForwardSettings()), data, root)
-        write_file(mark, b"")
-
-
-def _extract(bench: Bench, base: Base, data: Path, root: Path, *, append: bool = False) -> float:
-    """Extract the taps and blocks of the method; return the seconds of the forward passes."""
-    shape = bench.method.carryon
-    assert shape is not None
-    return run_extraction(
-        base=base,
-        data=[data],
-        out=root,
-        corpus=corpus_settings(),
-        store=StoreSettings(
-            taps=read_taps(bench.method),
-            unit_tokens=UNIT_TOKENS,
-            with_blocks={"native": 1, "top": shape.blocks}.get(shape.kind, 0),
-        ),
-        forward=ForwardSettings(),
-        append=append,
-    ).elapsed_s
-
-
-def _store_name(method: Method) -> str:
-    shape = method.carryon
-    assert shape is not None
-    blocks = [] if shape.kind == "bottleneck" else [f"{shape.kind}.{shape.blocks}"]
-    return "-".join([*read_taps(method), *blocks])
-
-
 def best_rate(method: Method, settings: CompareSettings, done: Sequence[dict[str, Any]]) -> float:
-    """Return the learning rate whose short run ended lowest; the only one, where there is one."""
+    """Return the learning rate whose short run ended lowest, or the only one."""
     if len(method.rates) == 1:
         return method.rates[0]
     sweeps = {
         row["learning_rate"]: row["nll"]
         for row in done
-        if row["method"] == method.name
-        and row["run"] == "sweep"
-        and row["seconds"] == settings.sweep_seconds
+        if (row["method"], row["run"], row["seconds"])
+        == (method.name, "sweep", settings.seconds_of_sweep)
     }
     return min(method.rates, key=lambda rate: sweeps.get(rate, float("inf")))
 

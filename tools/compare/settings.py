@@ -1,12 +1,11 @@
-"""What `carryon compare` compares: its settings, the methods by name, and the rows that they make.
+"""Settings of `carryon compare`, the methods by name, and the timed runs that they need.
 
-A row is one timed training: a method, from a store yet to be made (`first`) or there already
-(`second`), with so many seconds and one seed. Nothing here imports torch.
+A row is one timed training: a method, a store made within the time (`first`) or before it
+(`second`), a budget in seconds, a seed. Nothing here imports torch.
 """
 
 import math
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,6 +16,8 @@ from carryon.train.config import CarryOnSettings, rates_of
 
 RunName = Literal["first", "second", "sweep"]
 LORA_RANK = 8
+CONTROLS = ("linear", "mlp")
+"""Methods to compare with, which `carryon train` does not train."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,79 +26,52 @@ class Method:
 
     name: str
     rates: tuple[float, ...]
-    """Highest learning rates: of several the best is found by short runs, and taken."""
-    passes: float | None = 1.0
-    """Passes over what is extracted that a first run plans with. None: as the text wants."""
+    """Highest learning rates; of several, short runs find the best."""
+    is_cheap: bool = False
+    """A step costs a tenth of extracting its tokens: a first run reads them several times."""
     carryon: CarryOnSettings | None = None
-    """Shape of the carry-on, or taps of a control; None: the whole base is trained."""
-
-    @property
-    def is_carryon(self) -> bool:
-        """Whether it is trained from a store."""
-        return self.carryon is not None
+    """Shape of the carry-on, or taps of a control. None: the base itself is trained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareSettings(Settings):
-    """What is compared, on what, for how long."""
+    """What is compared, and for how long."""
 
-    corpus: str = "pydoc"
-    """Text: `pydoc` (Python's reference), `python` (its library), `manpages` of this system, worked
-    problems `gsm`, or LABEL=PATH of your own files (.jsonl as for extract, or plain text)."""
-    methods: list[str] = bounded(
-        [
-            "lora",
-            "full",
-            "bottleneck",
-            "native",
-            "top",
-            "top-lora",
-            "linear",
-            "mlp",
-        ],
-        min_items=1,
-    )
-    """Which methods: `lora` and `full` train the whole base; `linear` and `mlp` are controls on
-    the taps of the `bottleneck`; `native-2`, `top-12`, `top-lora-12` give a number of blocks."""
-    seeds: list[int] = bounded([0], min_items=1)
-    """Of first weights and of the order of samples."""
+    methods: list[str] = bounded(["lora", "bottleneck", "top", "top-lora"], min_items=1)
+    """Some of `lora`, `full` (fine-tuning of the whole base), and the kinds of carry-ons
+    `bottleneck`, `native`, `top` and `top-lora`. `native-2`, `top-12` and `top-lora-12` set the
+    number of blocks. The controls `linear` and `mlp` see one token at a time."""
     seconds: list[float] = bounded([150.0, 300.0], min_items=1, above=0)
-    """Budgets; each is a run of its own, whose learning rate falls to its end."""
+    """Time budgets of a training, in seconds. Each is a separate run."""
+    seeds: list[int] = bounded([0], min_items=1)
+    """Seeds of weights and sample order. Several show how much of a difference is noise."""
     runs: list[Literal["first", "second"]] = bounded(["first", "second"], min_items=1)
-    """For carry-ons: `first` extracts within the budget, `second` finds the store there."""
-    evaluate_at: list[float] = field(default_factory=lambda: [75.0, 225.0])
-    """Seconds on a run's clock at which it is evaluated as well; the clock stands still then."""
-    learning_rates: list[str] = field(default_factory=list)
-    """METHOD=RATE or METHOD=RATE,RATE,... in place of a method's own."""
-    passes: list[str] = field(default_factory=list)
-    """METHOD=PASSES in place of a method's own: how often a first run plans to read what it
-    extracts. Blocks plan one; the others 3 of prose, which they learn by heart in ten, and 12 of
-    answers, where only these are targets."""
-    sweep_seconds: float = bounded(150.0, above=0)
-    """Budget of the short runs that find a learning rate; a rate that wins in a minute can be too
-    high for five."""
+    """Runs of a carry-on: `first` extracts its text within the budget, `second` finds a finished
+    store."""
     tokens: int = bounded(120_000, above=0)
-    """Training tokens in all; few of them make many passes. Second runs find all extracted."""
+    """Training tokens at most."""
     held_out_tokens: int = bounded(12_000, above=0)
-    """Held-out tokens that are looked at, in clean windows."""
+    """Held-out tokens at most."""
     window_tokens: int = bounded(512, at_least=64)
-    """Tokens of a window that documents are cut into."""
+    """Tokens of the windows that longer texts are cut into."""
     tokens_per_step: int = bounded(512, above=0)
-    """Tokens of a step, of every method; small ones, as a CPU takes few of them in minutes."""
+    """Tokens of a step, for every method."""
     sampled_softmax: int = bounded(2048, at_least=0)
-    """As of `carryon train`, for every method but `full`. 0: all train on the exact loss."""
+    """Negatives of the sampled softmax, for every method but `full`. 0: the exact loss."""
+    learning_rates: list[str] = field(default_factory=list)
+    """METHOD=RATE or METHOD=RATE,RATE,... instead of a method's own."""
+    sweep_seconds: float = bounded(0.0, at_least=0)
+    """Budget of the short runs that find a learning rate. 0: the shortest of --seconds."""
 
-    def data_facts(self) -> dict[str, Any]:
-        """Return the settings that all rows of one folder share."""
-        names = (
-            "corpus",
-            "tokens",
-            "held_out_tokens",
-            "window_tokens",
-            "tokens_per_step",
-            "sampled_softmax",
-        )
+    def shared(self) -> dict[str, Any]:
+        """Return the settings that all rows of one folder have in common."""
+        names = ("tokens", "held_out_tokens", "window_tokens", "tokens_per_step", "sampled_softmax")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def seconds_of_sweep(self) -> float:
+        """Budget of the short runs, in seconds."""
+        return self.sweep_seconds or min(self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +87,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         rate = f"-lr{self.learning_rate:g}" if self.learning_rate else ""
         return f"{self.method}-{self.run}-{self.seconds:g}s-seed{self.seed}{rate}"
 
@@ -124,7 +98,7 @@ def list_rows(settings: CompareSettings, methods: dict[str, Method]) -> list[Row
         Row(
             method=name,
             run="sweep",
-            seconds=settings.sweep_seconds,
+            seconds=settings.seconds_of_sweep,
             seed=0,
             learning_rate=rate,
         )
@@ -134,57 +108,33 @@ def list_rows(settings: CompareSettings, methods: dict[str, Method]) -> list[Row
     for seed in settings.seeds:
         for seconds in settings.seconds:
             for name, method in methods.items():
-                # Nothing is extracted for the whole base: all its runs are first ones.
-                runs: list[RunName] = [*settings.runs] if method.is_carryon else ["first"]
+                # The whole base needs no store: all its runs are first ones.
+                runs: list[RunName] = [*settings.runs] if method.carryon else ["first"]
                 rows += [Row(method=name, run=run, seconds=seconds, seed=seed) for run in runs]
     return rows
 
 
-def row_command(settings: CompareSettings, row: Row, *, base: str, out: str) -> str:
-    """Return the command that makes one row alone."""
-    words = ["carryon", "compare", "--base", base, "--out", out]
-    defaults = CompareSettings().to_dict()
-    one = replace(settings, methods=[row.method], seeds=[row.seed], seconds=[row.seconds])
-    if row.run != "sweep":
-        one = replace(one, runs=[row.run])
-    own = f"{row.method}="
-    one = replace(
-        one,
-        learning_rates=[text for text in one.learning_rates if text.startswith(own)],
-        passes=[text for text in one.passes if text.startswith(own)],
-    )
-    if row.run == "sweep":  # the same training, under a name of its own
-        one = replace(one, learning_rates=[f"{row.method}={row.learning_rate:g}"])
-    for name, value in one.to_dict().items():
-        if value != defaults[name] or name == "methods":
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name.replace('_', '-')}", *(_plain(each) for each in values)]
-    return shlex.join(words)
-
-
 def get_methods(settings: CompareSettings, *, num_layers: int, width: int) -> dict[str, Method]:
-    """Return the methods asked for, by name.
+    """Return the chosen methods by name.
 
     Args:
-        settings: which, and changes to them.
+        settings: with the names and changes to learning rates.
         num_layers: blocks of the base.
         width: D of the base.
 
     Raises:
-        InputError: there is no method of a name, or a change names none that is compared.
+        InputError: a method does not exist, or a change names none of the chosen ones.
     """
     methods = {name: _method(name, num_layers=num_layers, width=width) for name in settings.methods}
-    for name, text in _changes("learning_rates", settings.learning_rates, methods):
-        methods[name] = replace(methods[name], rates=tuple(map(float, text.split(","))))
-    for name, text in _changes("passes", settings.passes, methods):
-        methods[name] = replace(methods[name], passes=float(text))
+    for name, rates in _changed_rates(settings.learning_rates, methods):
+        methods[name] = replace(methods[name], rates=rates)
     return methods
 
 
 def _method(name: str, *, num_layers: int, width: int) -> Method:
-    found = re.fullmatch(r"(lora|full|bottleneck|linear|mlp|native|top|top-lora)(?:-(\d+))?", name)
-    kind, number = (found[1], found[2]) if found else ("", None)
-    if not found or (number and kind not in ("native", "top", "top-lora")):
+    match = re.fullmatch(r"(lora|full|bottleneck|linear|mlp|native|top|top-lora)(?:-(\d+))?", name)
+    kind, number = (match[1], match[2]) if match else ("", None)
+    if not match or (number and kind not in ("native", "top", "top-lora")):
         raise InputError(
             f"method {name!r}: expected lora, full, bottleneck, native, top, top-lora, linear or "
             "mlp; native-K, top-K and top-lora-K with a number of blocks"
@@ -193,8 +143,7 @@ def _method(name: str, *, num_layers: int, width: int) -> Method:
         rates = (1e-3, 2e-3, 4e-3, 8e-3) if kind == "lora" else (2e-5, 6e-5, 2e-4)
         return Method(name=name, rates=rates)
     if kind == "native":
-        blocks = int(number or 2)
-        shape = CarryOnSettings(kind="native", blocks=blocks, taps=["prenorm"])
+        shape = CarryOnSettings(kind="native", blocks=int(number or 2), taps=["prenorm"])
         return Method(name=name, rates=rates_of(shape), carryon=shape)
     if kind.startswith("top"):
         blocks = int(number or max(1, min(8, num_layers - 1)))
@@ -206,24 +155,22 @@ def _method(name: str, *, num_layers: int, width: int) -> Method:
     from carryon.tools.compare.methods import same_size  # imports torch
 
     taps = ["final", f"layer.{math.ceil(num_layers / 2)}"]
-    return Method(
-        name=name,
-        rates=rates_of(CarryOnSettings()),
-        passes=None,  # a step costs it a tenth of what extracting its tokens does
-        carryon=same_size(CarryOnSettings(), taps=taps, base_width=width),
-    )
+    shape = same_size(CarryOnSettings(), taps=taps, base_width=width)
+    return Method(name=name, rates=rates_of(CarryOnSettings()), is_cheap=True, carryon=shape)
 
 
-def _changes(name: str, given: list[str], methods: dict[str, Method]) -> Iterator[tuple[str, str]]:
+def _changed_rates(
+    given: list[str], methods: dict[str, Method]
+) -> Iterator[tuple[str, tuple[float, ...]]]:
     for text in given:
-        method, equals, value = text.partition("=")
-        is_number = all(re.fullmatch(r"\d*\.?\d+(e-?\d+)?", part) for part in value.split(","))
-        if not equals or method not in methods or not is_number:
+        name, _, values = text.partition("=")
+        try:
+            rates = tuple(map(float, values.split(",")))
+        except ValueError:
+            rates = ()
+        if name not in methods or not rates or not min(rates) > 0:
             raise InputError(
-                f"{name}: expected METHOD=NUMBER for one of {', '.join(methods)}, got {text!r}"
+                f"learning_rates: expected METHOD=RATE for one of {', '.join(methods)}, "
+                f"got {text!r}"
             )
-        yield method, value
-
-
-def _plain(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        yield name, rates

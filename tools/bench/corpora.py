@@ -1,4 +1,4 @@
-"""Corpora that every machine can make, or that are there: problems, code, reference pages."""
+"""Corpora for measurements: worked problems, code, reference pages, manual pages of this system."""
 
 import json
 import os
@@ -23,46 +23,45 @@ PYTHON = "python"
 PYDOC = "pydoc"
 MANPAGES = "manpages"
 _GSM_TOKENS = 190
-"""Tokens of a problem with its worked answer, on average."""
+"""Mean tokens of a problem with its worked answer."""
 _CHARACTERS_PER_TOKEN = {PYTHON: 3.9, PYDOC: 4.0, MANPAGES: 3.6}
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "lib2to3", "pydoc_data"}
-"""Folders that hold no library, or little but tables."""
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "encodings", "lib2to3", "pydoc_data"}
+"""Folders of tests and tables."""
 _MAN = Path("/usr/share/man")
 _PAGES_A_FAMILY = 2
-"""Manual pages whose names begin alike (git-add, git-am) repeat each other."""
+"""Manual pages with the same first word (git-add, git-am) repeat each other."""
 _PAGE_CHARACTERS = 12_000
-"""Of a page, at most: a few are books."""
+"""Longest page."""
 _PAGES_AT_ONCE = 8
 
 
 def write_named_corpus(name: str, path: Path, *, num_tokens: int) -> None:
-    """Write a corpus of about `num_tokens` tokens to `path` as JSON lines.
+    """Write a corpus as JSON lines.
 
     Args:
-        name: `gsm`, `python` (its standard library), `pydoc` (its reference documentation) or
-            `manpages` (English manual pages of this system).
-        path: of the file.
-        num_tokens: of a tokenizer of about 50,000 tokens.
+        name: `gsm` (worked problems, with their split), `python` (its standard library), `pydoc`
+            (its reference documentation) or `manpages` (English manual pages of this system).
+        path: file to write.
+        num_tokens: approximate size, for a tokenizer of about 50,000 tokens.
 
     Raises:
-        InputError: no corpus of this name, or this system has no manual pages.
+        InputError: no corpus has this name, or this system has no manual pages.
         MissingExtraError: gsm, and reasoning-gym is not installed.
     """
     if name == GSM:
-        records = make_corpus(max(8, num_tokens // _GSM_TOKENS))
+        records = iter(make_corpus(max(8, num_tokens // _GSM_TOKENS)))
     elif name in _DOCUMENTS:
         documents = _DOCUMENTS[name]()
         records = _take(documents, num_characters=int(num_tokens * _CHARACTERS_PER_TOKEN[name]))
     else:
         raise InputError(
-            f"corpus {name!r}: expected {GSM}, {', '.join(_DOCUMENTS)}, or LABEL=PATH of files of "
-            "your own"
+            f"corpus {name!r}: expected {GSM}, {', '.join(_DOCUMENTS)}, or LABEL=PATH of your files"
         )
     write_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def _take(documents: Iterator[tuple[str, str]], *, num_characters: int) -> Iterator[dict[str, Any]]:
-    """Yield documents as records until they have so many characters."""
+    """Yield documents as records until they have `num_characters`."""
     left = num_characters
     for name, text in documents:
         if left <= 0:
@@ -83,7 +82,7 @@ def _read_standard_library() -> Iterator[tuple[str, str]]:
 
 def _list_modules(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED]
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
@@ -101,7 +100,8 @@ def _read_manual() -> Iterator[tuple[str, str]]:
     paths = [path for path in sorted(_MAN.glob("man[1-9]/*")) if not path.is_symlink()]
     if shutil.which("man") is None or not paths:
         raise InputError(
-            f"corpus {MANPAGES}: expected the program man, and pages below {_MAN}: take pydoc"
+            f"corpus {MANPAGES}: expected the program man and pages below {_MAN}, got none. "
+            f"Fix: {PYDOC}"
         )
     shuffled = [paths[index] for index in np.random.default_rng(0).permutation(len(paths)).tolist()]
     seen: Counter[str] = Counter()
@@ -122,7 +122,7 @@ def _read_manual() -> Iterator[tuple[str, str]]:
 
 
 def _render_page(path: Path) -> str:
-    """Return a page as plain text without its margin and running heads; empty if it is a link."""
+    """Return a page as plain text without margin and headers; empty if it is a link."""
     command = ["man", "--nh", "--nj", "-E", "ascii", "-P", "cat", str(path)]
     environment = os.environ | {"MANWIDTH": "80", "LC_ALL": "C"}
     text = subprocess.run(

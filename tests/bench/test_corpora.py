@@ -1,0 +1,124 @@
+"""Corpora of the benchmarks, and the experiment that teaches answers."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carryon.cache.errors import InputError
+from carryon.tools.bench.corpora import write_named_corpus
+from carryon.tools.bench.experiment_cot import HELD_OUT_SEED, TRAINING_SEED, experiment_cot
+
+SUMS = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(name: str, folder: Path, *, num_tokens: int) -> list[dict[str, Any]]:
+    """Write a corpus and return its records."""
+    write_named_corpus(name, folder / f"{name}.jsonl", num_tokens=num_tokens)
+    return read_lines(folder / f"{name}.jsonl")
+
+
+def questions_of(records: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the questions of each half."""
+    halves: dict[str, list[str]] = {"train": [], "held-out": []}
+    for record in records:
+        halves[record["split"]].append(record["messages"][0]["content"])
+    return halves
+
+
+def test_python_corpus_is_source_of_the_standard_library(tmp_path: Path) -> None:
+    records = write("python", tmp_path, num_tokens=2000)
+    assert sum(len(record["text"]) for record in records) == 7800
+    assert all(record["id"].endswith(".py") for record in records)
+
+
+def test_reference_documentation_is_split_by_topic(tmp_path: Path) -> None:
+    records = write("pydoc", tmp_path, num_tokens=5000)
+    assert len({record["id"] for record in records}) == len(records) > 1
+    assert 15_000 < sum(len(record["text"]) for record in records) <= 20_000
+
+
+@pytest.mark.skipif(
+    shutil.which("man") is None or not Path("/usr/share/man/man1").is_dir(),
+    reason="this system has no manual pages",
+)
+def test_manual_pages_are_plain_text(tmp_path: Path) -> None:
+    records = write("manpages", tmp_path, num_tokens=1000)
+    assert records
+    for record in records:
+        assert "\b" not in record["text"]
+        assert not any(line.startswith((".SH", ".TH")) for line in record["text"].splitlines())
+
+
+def test_worked_problems_have_no_question_in_both_halves(tmp_path: Path) -> None:
+    halves = questions_of(write("gsm", tmp_path, num_tokens=190_000))
+    assert (len(halves["train"]), len(halves["held-out"])) == (1000, 200)
+    assert not set(halves["train"]) & set(halves["held-out"])
+
+
+def test_an_unknown_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="corpus 'x': expected gsm, python, pydoc, manpages, or LABEL=PATH"
+    ):
+        write("x", tmp_path, num_tokens=10)
+
+
+# Answers
+
+
+def test_held_out_problems_are_drawn_far_from_the_training_problems() -> None:
+    # Problem i of a generator is drawn from seed + i.
+    assert HELD_OUT_SEED - TRAINING_SEED >= 1_000_000
+
+
+def test_answers_are_taught_and_counted(
+    store_tmp: Path, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [figure] = experiment_cot(
+        base=str(tiny_base_folder),
+        out=str(store_tmp / "cot"),
+        task=SUMS,
+        samples=20,
+        num=4,
+        seeds=[0],
+        epochs=1,
+    )
+    halves = questions_of(read_lines(store_tmp / "cot" / "corpus.jsonl"))
+    assert not set(halves["train"]) & set(halves["held-out"])
+    assert 0 <= figure["value"] <= 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figure
+
+
+def test_an_unknown_task_leaves_no_folder(tmp_path: Path, tiny_base_folder: Path) -> None:
+    with pytest.raises(InputError, match="expected a task of reasoning-gym"):
+        experiment_cot(base=str(tiny_base_folder), out=str(tmp_path / "cot"), task="nosuch")
+    assert not (tmp_path / "cot").exists()
+
+
+def test_answers_to_seen_problems_are_counted_apart(
+    store_tmp: Path, tiny_base_folder: Path
+) -> None:
+    [figure] = experiment_cot(
+        base=str(tiny_base_folder),
+        out=str(store_tmp / "cot"),
+        task=SUMS,
+        samples=60,
+        num=20,
+        seeds=[0],
+        epochs=1,
+        keep_seen=True,
+    )
+    halves = questions_of(read_lines(store_tmp / "cot" / "corpus.jsonl"))
+    seen = sum(question in halves["train"] for question in halves["held-out"])
+    assert len(halves["train"]) == 60
+    assert figure["figure"] == "cot.chain_sum.exact_with_seen"
+    assert figure["target"] is None
+    assert figure["seen_ratio"] == seen / 20 > 0
+    assert 0 <= figure["exact_seen"] <= 1
