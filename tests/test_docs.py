@@ -24,6 +24,7 @@ from support.doc_pages import (
 import carryon.cache
 import carryon.train
 from carryon.tools.bench.__main__ import BENCH
+from carryon.tools.bench.registry import EXPERIMENTS, list_groups
 from carryon.tools.cli.main import main
 from carryon.tools.cli.subcommands import CARRYON
 
@@ -55,7 +56,7 @@ def options_of(name: str) -> frozenset[str]:
 
 def known_options() -> set[str]:
     """Return every option that a page may name."""
-    names = [*CARRYON.commands, *(f"bench {name}" for name in BENCH.commands)]
+    names = [*CARRYON.commands, *(f"bench {name}" for name in ("store", *EXPERIMENTS))]
     options = OF_OTHER_PROGRAMS.union(*map(options_of, names))
     return options | set(re.findall(r'"(--[\w-]+)"', (ROOT / "tests/conftest.py").read_text()))
 
@@ -127,7 +128,7 @@ def test_the_table_of_commands_is_the_list_of_commands() -> None:
 
 def test_every_benchmark_is_explained() -> None:
     texts = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for name in BENCH.commands:
+    for name in (*list_groups(), *EXPERIMENTS):
         assert f"python -m carryon.tools.bench {name}" in texts, name
 
 

@@ -107,7 +107,6 @@ class Job:
                 out=root,
                 corpus=CorpusSettings.from_dict(limits),
                 store=settings,
-                forward=ForwardSettings(),
             )
         return Store.open(root)
 

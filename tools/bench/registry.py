@@ -12,7 +12,7 @@ class Benchmark:
     place: str
     """`file:function` of this folder, called with a Job and with sizes by keyword."""
     about: str
-    """What it measures, in one line."""
+    """One line for the list."""
     needs: Literal["", "base", "store"] = ""
     """Input without which it is skipped; a base provides a store, by extracting text."""
     quick: Mapping[str, Any] = field(default_factory=dict)
