@@ -8,11 +8,13 @@ Example:
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
+from types import NoneType
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from carryon.cache.errors import InputError
 
 T = TypeVar("T")
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +128,37 @@ def apply_options(options: Mapping[str, Any], *parts: Settings) -> list[Any]:
         replace(part, **{name: options[name] for name in own & set(options)})  # type: ignore[type-var]
         for part, own in zip(parts, names, strict=True)
     ]
+
+
+def choices_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return how each value of a Literal or a bool is written; of another type none."""
+    if kind is bool:
+        return {"true": True, "yes": True, "false": False, "no": False}
+    return {str(choice): choice for choice in get_args(kind) if get_origin(kind) is Literal}
+
+
+def parse_value(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401
+    """Return a value in the type `kind`; texts are parsed, as YAML reads 1e-3 as a text.
+
+    Raises:
+        InputError: it is not of this type; the text begins with `name`.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{name}: expected a list, got {value!r}")
+        return origin(parse_value(name, item, inner[0]) for item in value)
+    if NoneType in inner:
+        return None if value is None else parse_value(name, value, inner[0])
+    expected = _TYPE_NAMES.get(kind) or " or ".join(choices_of(kind))
+    if value is None or isinstance(value, (list, tuple, dict)):
+        raise InputError(f"{name}: expected {expected}, got {value!r}")
+    try:
+        if choices := choices_of(kind):
+            return choices[str(value).lower() if kind is bool else str(value)]
+        return kind(str(value))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{name}: expected {expected}, got {value!r}") from error
 
 
 def not_a_ratio(name: str, value: float) -> tuple[bool, str]:

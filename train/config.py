@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_origin, get_type_hints
 
 import yaml
 
 from carryon.cache.errors import InputError
-from carryon.cache.settings import Settings, apply_options, not_a_ratio, not_below_one
+from carryon.cache.settings import Settings, apply_options, not_a_ratio, not_below_one, parse_value
 from carryon.train.kinds import KINDS, get_kind, kind_problem
 
 LATER_SETTINGS = {"sampled_softmax": 0}
@@ -520,28 +520,11 @@ def typed_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if name not in setting_types():
             raise InputError(f"no setting {name}: {_hint(name, setting_types())}")
         kind = setting_types()[name]
-        if get_origin(kind) is list:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            typed[name] = [_parsed(name, item, get_args(kind)[0]) for item in values]
-        else:
-            typed[name] = _parsed(name, value, kind)
+        items = (
+            [value] if get_origin(kind) is list and not isinstance(value, (list, tuple)) else value
+        )
+        typed[name] = parse_value(name, items, kind)
     return typed
-
-
-def _parsed(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401
-    text = str(value)
-    if get_origin(kind) is Literal:
-        choices = {str(choice): choice for choice in get_args(kind)}
-    elif kind is bool:
-        text, choices = text.lower(), {"true": True, "yes": True, "false": False, "no": False}
-    else:
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise InputError(f"{name}: expected {kind.__name__}, got {value!r}") from error
-    if text not in choices:
-        raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value}")
-    return choices[text]
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

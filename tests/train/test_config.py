@@ -94,8 +94,8 @@ def test_options_of_all_groups_are_given_by_name() -> None:
         ({"learning_rates": 1e-3}, r"no setting learning_rates: did you mean learning_rate\?"),
         ({"rank": 4}, r"no setting rank: did you mean lora_rank\?"),
         ({"colour": "red"}, "no setting colour: carryon train --help-all lists them"),
-        ({"width": "wide"}, "width: expected int, got 'wide'"),
-        ({"recompute": "maybe"}, "recompute: expected one of true, yes, false, no, got maybe"),
+        ({"width": "wide"}, "width: expected a whole number, got 'wide'"),
+        ({"recompute": "maybe"}, "recompute: expected true or false, got 'maybe'"),
     ],
 )
 def test_an_unknown_or_wrong_option_is_refused(options: dict[str, Any], text: str) -> None:

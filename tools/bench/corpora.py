@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def write_named_corpus(name: str, path: Path, *, num_tokens: int) -> None:
         InputError: no corpus has this name, or this system has no manual pages.
         MissingExtraError: gsm, and reasoning-gym is not installed.
     """
+    records: Iterable[dict[str, Any]]
     if name == GSM:
         records = iter(make_corpus(max(8, num_tokens // _GSM_TOKENS)))
     elif name in _DOCUMENTS:

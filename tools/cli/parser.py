@@ -1,214 +1,232 @@
-"""The command line of a typed function: from words to the arguments of a call.
+"""From the words of a command line to the arguments of a typed function.
 
-`--unit-tokens` and `--unit_tokens` are the same option. An option of list type takes several
-values, `--taps final layer.15`, and may be repeated. `--config FILE` reads a YAML file of
-options by their names, `--print-config` writes one. Nothing here knows any subcommand.
+`--unit-tokens` and `--unit_tokens` are the same option. A list takes several values, as in
+`--taps final layer.15`, and may be repeated. `--config FILE` reads options by name from YAML;
+the command line wins. Nothing here knows any command.
 """
 
 import argparse
-import difflib
 import inspect
-import json
 import re
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
+from typing import Any, NoReturn
 
 from carryon.cache.errors import InputError
+from carryon.cache.settings import choices_of, parse_value
 from carryon.tools.cli.logs import LEVELS
 from carryon.tools.cli.options import REQUIRED, Option, is_settings, options_of
-from carryon.train.config import PRESETS
+from carryon.train.config import OTHER_NAMES, PRESETS, with_current_names
+
+_PRESETS = ", ".join(PRESETS)
+COMMON = [
+    Option(name=name, kind=kind, default=default, help=text, heading="Common")
+    for name, kind, default, text in [
+        ("config", str, "", f"YAML file of options by name, or a preset: {_PRESETS}."),
+        ("print_config", bool, False, "Print all options as YAML for --config, and exit."),
+        ("quiet", bool, False, "Show warnings and errors only, and no progress."),
+        ("log_level", typing.Literal[LEVELS], "info", "Least severe messages to show."),
+    ]
+]
+"""Options of every command."""
+_HELP_COLUMN = 30
+_NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
 
 def parse_call(
-    function: Callable[..., Any], argv: Sequence[str], *, prog: str
+    function: Callable[..., Any], argv: Sequence[str], *, prog: str, basic: Collection[str] = ()
 ) -> tuple[inspect.BoundArguments, str]:
-    """Return the arguments with which `argv` asks for `function` to be called, and the log level.
+    """Return the arguments for `function` that a command line gives, and the log level.
 
-    Prints and exits 0 on `--help` and `--print-config`.
+    Prints and exits with code 0 on `--help`, `--help-all` and `--print-config`.
+
+    Args:
+        function: the command.
+        argv: words after the command's name.
+        prog: the words before them, for help and errors.
+        basic: names of the options that `--help` shows. Empty: the function's own parameters.
 
     Raises:
-        InputError: an option is unknown, missing or of the wrong type, or settings contradict.
+        InputError: an option is unknown, missing, of the wrong type or out of range.
     """
-    options = options_of(function)
-    parser = build_parser(function, options, prog=prog)
+    own = options_of(function)
+    options = {item.name: item for item in [*own, *COMMON]}
+    parser = _build_parser(
+        options,
+        basic=basic or [item.name for item in own if not item.heading],
+        shows_all="--help-all" in argv,
+        prog=prog,
+        about=(inspect.getdoc(function) or "").partition("\nArgs:\n")[0],
+    )
+    # Names are typed with dashes or underscores; underscores in values stay.
+    words = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
+    namespace, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(_unknown_option(unknown[0], options))
+    given = vars(namespace)
+    if "config" in given:
+        given = _read_config(given["config"], options) | given
+    values = {name: item.default for name, item in options.items()}
+    for name, value in given.items():
+        values[name] = parse_value(options[name].flag, value, options[name].kind)
+    if values["print_config"]:
+        _print_config({item.name: values[item.name] for item in own})
+    if missing := [item.flag for item in own if values[item.name] is REQUIRED]:
+        parser.error(f"expected {', '.join(missing)}, got nothing")
     try:
-        values = parser.parse_args(normalize(argv, options))
-    except ArgumentError as error:
-        raise InputError(explain(str(error), options, prog=prog)) from error
-    level = "warning" if values["quiet"] else values["log_level"]
-    return bind(function, values), level
+        arguments = _bind(function, values)
+    except InputError as error:  # a field is out of range: name it as it is typed
+        line = re.sub(r"(^|; )(\w+):", lambda m: f"{m[1]}--{m[2].replace('_', '-')}:", str(error))
+        raise InputError(line) from error
+    return arguments, "warning" if values["quiet"] else values["log_level"]
 
 
-def bind(function: Callable[..., Any], values: Namespace) -> inspect.BoundArguments:
-    """Return `values` as arguments of `function`, its dataclasses built from their fields."""
-    kinds = typing.get_type_hints(function)
-    positional, named = [], {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        kind = kinds[name]
-        if is_settings(kind):
-            value = kind(**{item.name: values[item.name] for item in fields(kind)})
+def _bind(target: Callable[..., Any], values: Mapping[str, Any]) -> inspect.BoundArguments:
+    """Return the arguments of a function or dataclass, dataclasses among them built likewise."""
+    kinds = typing.get_type_hints(target)
+    bound = inspect.signature(target).bind_partial()
+    for name in bound.signature.parameters:
+        if is_settings(kinds[name]):
+            fields = _bind(kinds[name], values)
+            bound.arguments[name] = kinds[name](*fields.args, **fields.kwargs)
         else:
-            value = values[name]
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            positional.append(value)
-        else:
-            named[name] = value
-    return inspect.signature(function).bind(*positional, **named)
+            bound.arguments[name] = values[name]
+    return bound
 
 
-def build_parser(
-    function: Callable[..., Any], options: Sequence[Option], *, prog: str
-) -> ArgumentParser:
-    """Return the parser of `options`; its help is the function's docstring up to `Args:`."""
-    required = [_usage(item) for item in options if item.default is REQUIRED]
-    parser = ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        line = re.sub(r"^argument ([\w-]+)[^:]*: ", r"\1: ", message)
+        raise InputError(f"{line}: see {self.prog} --help".replace("?:", "?"))
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=_HELP_COLUMN)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        return super()._format_action_invocation(action)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return f"{action.metavar} ..." if action.nargs == "+" else f"{action.metavar}"
+
+
+def _build_parser(
+    options: Mapping[str, Option],
+    *,
+    basic: Collection[str],
+    shows_all: bool,
+    prog: str,
+    about: str,
+) -> argparse.ArgumentParser:
+    """Return a parser that keeps values as texts and leaves out what is not given."""
+    required = [_usage(item) for item in options.values() if item.default is REQUIRED]
+    parser = _Parser(
         prog=prog,
         usage=" ".join([prog, *required, "[options]"]),
-        description=(inspect.getdoc(function) or "").partition("\nArgs:\n")[0],
+        description=about,
         formatter_class=_HelpFormatter,
-        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        print_config="--print-config",
+        add_help=False,
     )
-    groups: dict[str | None, Any] = {None: parser}
-    for item in options:
-        if item.heading not in groups:
-            groups[item.heading] = parser.add_argument_group(item.heading)
-        _add(groups[item.heading], item)
-    parser.add_argument(
-        "--config",
-        action="config",
-        metavar="FILE",
-        help="YAML file of options, by their names; for training also a preset: "
-        f"{', '.join(PRESETS)}.",
-    )
-    parser.add_argument(
-        "--quiet", action=ActionYesNo(no_prefix="no-"), default=False, help="Show warnings only."
-    )
-    parser.add_argument(
-        "--log-level",
-        type=typing.Literal[LEVELS],
-        default="info",
-        help="Least important messages to show on stderr. (default: info)",
-    )
+    parser._negative_number_matcher = _NEGATIVE_NUMBER  # argparse's own does not know -1e-3
+    first = parser.add_argument_group("options")
+    for name in basic:
+        _add_option(first, options[name], is_shown=True)
+    first.add_argument("-h", "--help", action="help", help="Show this page and exit.")
+    first.add_argument("--help-all", action="help", help="Show the advanced options too.")
+    groups: dict[str, Any] = {}
+    for name, item in options.items():
+        if name not in basic:
+            if item.heading not in groups:
+                groups[item.heading] = parser.add_argument_group(item.heading or "advanced")
+            _add_option(groups[item.heading], item, is_shown=shows_all)
     return parser
 
 
-def normalize(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
-    """Return `argv` as jsonargparse wants it: dashes in names, lists as one JSON value.
-
-    Example: `--taps final layer.15` becomes `--taps=["final", "layer.15"]`, and a second
-    `--taps prenorm` after it `--taps+=["prenorm"]`, which appends.
-    """
-    flags = {item.flag: item for item in options if not item.is_positional}
-    result: list[str] = []
-    seen: set[str] = set()
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        name = name.replace("_", "-") if name.startswith("--") else name
-        if name == "--config" and (equals or rest):
-            given = value if equals else rest.pop(0)
-            result.append(f"--config={config_path(given)}")
-            continue
-        option = flags.get(name)
-        if option is None or not option.is_list:
-            result.append(name + equals + value)
-            continue
-        values = [value] if equals else []
-        while not equals and rest and not rest[0].startswith("--"):
-            values.append(rest.pop(0))
-        if not values:
-            result.append(name)  # the parser says that a value is missing
-            continue
-        result.append(f"{name}{'+' if name in seen else ''}={_json_list(values, option)}")
-        seen.add(name)
-    return result
-
-
-def config_path(given: str) -> str:
-    """Return the file that `--config` names: a path, or a preset if there is no such file."""
-    is_preset = given in PRESETS and not Path(given).exists()
-    return str(PRESETS[given]) if is_preset else given
-
-
-def explain(message: str, options: Sequence[Option], *, prog: str) -> str:
-    """Return an error of the parser as one line, in the words of the command line."""
-    flags = {item.name: item.name if item.is_positional else item.flag for item in options}
-    line = " ".join(message.split())
-    line = re.sub(r'^Parser key "(\w+)":', lambda m: f"{flags.get(m[1], '--' + m[1])}:", line)
-    line = re.sub(r"^argument (-[\w-]+)\S*:", r"\1:", line)
-    line = re.sub(r"Expected an? <class '(\w+)'>\. Got value: ", r"expected \1, got ", line)
-    line = re.sub(
-        r"Expected an? typing\.Literal\[(.*?)\]\. Got value: ",
-        lambda m: f"expected one of {m[1].replace(chr(39), '')}, got ",
-        line,
-    )
-    if missing := re.fullmatch(r"the following arguments are required: (.*)", line):
-        named = [flags.get(name, name) for name in missing[1].split(", ")]
-        line = f"expected {', '.join(named)}, got nothing"
-    if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", line):
-        near = difflib.get_close_matches(unknown[1], flags.values(), n=1)
-        line = f"no option {unknown[1]}" + (f", did you mean {near[0]}?" if near else "")
-    return f"{line}: see {prog} --help".replace("?:", "?")
-
-
-def _add(group: argparse._ActionsContainer, item: Option) -> None:
-    settings: dict[str, Any] = {"help": _help(item)}
-    if item.is_positional:
-        group.add_argument(item.name, type=item.kind, metavar=item.name.upper(), **settings)
-        return
-    if item.default is REQUIRED:
-        settings["required"] = True
-    else:
-        settings["default"] = item.default
+def _add_option(group: argparse._ArgumentGroup, item: Option, *, is_shown: bool) -> None:
+    settings: dict[str, Any] = {"help": _help(item) if is_shown else argparse.SUPPRESS}
     if item.kind is bool:
-        settings["action"] = ActionYesNo(no_prefix="no-")
+        settings["action"] = argparse.BooleanOptionalAction
     else:
-        settings["type"] = item.kind
-        if typing.get_origin(item.kind) is not typing.Literal:
-            settings["metavar"] = _metavar(item)
+        settings["metavar"] = _metavar(item)
+    if item.is_positional:
+        settings["nargs"] = "?"  # it may be in the file of --config
+    elif item.is_list:
+        settings |= {"nargs": "+", "action": "extend"}
     group.add_argument(item.flag, **settings)
 
 
 def _help(item: Option) -> str:
-    text = " ".join(item.help.split()).replace("%", "%%")
-    if item.default is REQUIRED:
-        return text if item.is_positional else f"{text} (required)"
-    if item.default in (None, "", [], ()):
-        return text
-    if isinstance(item.default, bool):
-        return f"{text} (default: {'yes' if item.default else 'no'})"
-    shown = " ".join(map(str, item.default)) if item.is_list else str(item.default)
-    return f"{text} (default: {shown})"
+    notes = ["required"] * (item.default is REQUIRED and not item.is_positional)
+    if typing.get_origin(item.kind) is typing.Literal:
+        notes.append("|".join(choices_of(item.kind)))
+    if item.default not in (None, "", [], (), REQUIRED):
+        shown = item.default if item.is_list else [item.default]
+        notes.append(f"default: {' '.join(map(_written, shown))}")
+    return (f"{item.help} ({'; '.join(notes)})" if notes else item.help).replace("%", "%%")
+
+
+def _written(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _metavar(item: Option) -> str:
+    if typing.get_origin(item.kind) is typing.Literal:
+        return "CHOICE"
     kind = typing.get_args(item.kind)[0] if item.is_list else item.kind
-    name = {int: "N", float: "X"}.get(kind, item.name.upper())
-    return f"{name} [{name} ...]" if item.is_list else name
+    return {int: "N", float: "X"}.get(kind, item.name.rpartition("_")[2].upper())
 
 
 def _usage(item: Option) -> str:
-    return item.name.upper() if item.is_positional else f"{item.flag} {_metavar(item)}"
+    name = "" if item.is_positional else f"{item.flag} "
+    return f"{name}{_metavar(item)}{' ...' if item.is_list else ''}"
 
 
-def _json_list(values: list[str], option: Option) -> str:
-    if len(values) == 1 and values[0].startswith("["):
-        return values[0]
-    if typing.get_args(option.kind)[0] is str:
-        return json.dumps(values)
-    return "[" + ", ".join(values) + "]"
+def _unknown_option(word: str, options: Mapping[str, Option]) -> str:
+    typed = word.partition("=")[0]
+    name = typed.lstrip("-").replace("-", "_")
+    near = get_close_matches(OTHER_NAMES.get(name, name), options, n=1)
+    return f"no option {typed}" + (f", did you mean {options[near[0]].flag}?" if near else "")
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """argparse's own, without the `--name+` forms that jsonargparse adds to lists."""
+def _read_config(given: str, options: Mapping[str, Option]) -> dict[str, Any]:
+    """Return the options in a YAML file, or in a preset if there is no such file."""
+    import yaml
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return re.sub(r", --\S+\+ [^,]*", "", super()._format_action_invocation(action))
+    path = Path(given)
+    if given in PRESETS and not path.exists():
+        path = PRESETS[given]
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--config: expected a YAML file or one of {_PRESETS}, got {given}: {reason}"
+        ) from error
+    if not isinstance(document, dict):
+        raise InputError(f"--config {given}: expected NAME: VALUE in each line, got {document!r}")
+    values = with_current_names({str(name).replace("-", "_"): document[name] for name in document})
+    for name in values:
+        if name not in options:
+            raise InputError(f"--config {given}: {_unknown_option(name, options)}")
+    return values
+
+
+def _print_config(values: Mapping[str, Any]) -> NoReturn:
+    import yaml
+
+    plain = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if value is not REQUIRED
+    }
+    print(yaml.safe_dump(plain, sort_keys=False), end="")
+    raise SystemExit(0)

@@ -13,8 +13,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from typing import Any
 
 from carryon.cache.errors import CarryOnError, InputError
@@ -37,6 +36,8 @@ class Program:
     """Last line of its help."""
     commands: Mapping[str, str]
     """Name -> `module:function`."""
+    basic: Mapping[str, str] = field(default_factory=dict)
+    """Name -> options on the page of --help; else those that are the function's own."""
 
     def find(self, name: str) -> Callable[..., Any]:
         """Return the function of the command `name`.
@@ -55,7 +56,8 @@ class Program:
     def call(self, name: str, argv: Sequence[str]) -> Any:  # noqa: ANN401 -- each has its own
         """Run the command `name` in this process and return what its function returns."""
         function = self.find(name)
-        call, level = parse_call(function, argv, prog=f"{self.prog} {name}")
+        basic = self.basic.get(name, "").split()
+        call, level = parse_call(function, argv, prog=f"{self.prog} {name}", basic=basic)
         with log_to_stderr(level):
             return function(*call.args, **call.kwargs)
 
@@ -89,6 +91,8 @@ class Program:
             print(self.overview())
             return 0
         if words[0] == "--version":
+            from importlib.metadata import version
+
             print(f"carryon {version('gpt-carry-on')}")
             return 0
         result = self.call(words[0], words[1:])

@@ -11,7 +11,7 @@ CARRYON = Program(
         "Customize an LLM without training it: extract its hidden states from your text once,\n"
         "train small carry-on modules from that store, and run them on top of the frozen base."
     ),
-    closing="carryon SUBCOMMAND --help explains its options. New here? Run carryon demo.",
+    closing="carryon COMMAND --help explains its options. New here? Run carryon demo.",
     commands={
         "demo": "carryon.tools.demo.command:demo",
         "extract": "carryon.tools.commands.extract:extract",
@@ -28,6 +28,18 @@ CARRYON = Program(
         "score": "carryon.tools.commands.score:score",
         "compare": "carryon.tools.compare.command:compare",
         "plan-memory": "carryon.tools.commands.plan_memory:plan_memory",
+    },
+    basic={
+        "extract": "base data out taps unit_tokens",
+        "repair": "store base",
+        "train": "store out learning_rate epochs kind taps config",
+        "sweep": "store out vary runs epochs",
+        "update": "lineage data base alpha epochs",
+        "evaluate": "store carryon samples alpha plot",
+        "generate": "carryon prompt base alpha compare max_new_tokens",
+        "score": "carryon tasks base num out",
+        "compare": "base out methods corpus seconds seeds",
+        "plan-memory": "base_width vocab_size limit tokens_per_step config",
     },
 )
 

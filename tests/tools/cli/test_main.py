@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,21 @@ def test_each_subcommand_teaches(name: str, capsys: pytest.CaptureFixture[str]) 
     for item in options_of(CARRYON.find(name)):
         assert item.help.strip(), f"{item.flag} has no help text"
         assert item.help.strip().endswith("."), f"help of {item.flag} is no sentence"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_columns_of_the_help_hold(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([name, "--help-all"])
+    text = capsys.readouterr().out
+    options = re.findall(r"^  (-\S+(?: \S+)*|[A-Z]+)( *)(.*)$", text, re.MULTILINE)
+    assert len(options) > 5
+    assert all(gap and help_text for _, gap, help_text in options), options
+    assert len({len(name) + len(gap) for name, gap, _ in options}) == 1
+    assert max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in NAMES)])

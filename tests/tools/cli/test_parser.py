@@ -1,6 +1,7 @@
 """From a typed function and words of a command line to the arguments of a call."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ class OvenSettings:
 
     def __post_init__(self) -> None:
         if self.minutes < 1:
-            raise InputError(f"minutes: expected 1 or more, got {self.minutes}")
+            raise InputError(f"--minutes: expected 1 or more, got {self.minutes}")
 
 
 def bake(
@@ -103,8 +104,15 @@ def test_a_list_of_numbers_is_read_as_numbers() -> None:
     def weigh(*, grams: list[int], shares: tuple[float, ...] = (0.5,)) -> None:
         """Weigh."""
 
-    call, _ = parse_call(weigh, ["--grams", "1", "-2", "--shares", "0.1", "1e-3"], prog="weigh")
-    assert call.kwargs == {"grams": [1, -2], "shares": (0.1, 0.001)}
+    call, _ = parse_call(
+        weigh, ["--grams", "1", "-2", "--shares", "-.1", "1e-3", "-1e-3"], prog="weigh"
+    )
+    assert call.kwargs == {"grams": [1, -2], "shares": (-0.1, 0.001, -0.001)}
+
+
+def test_names_used_elsewhere_are_understood() -> None:
+    with pytest.raises(InputError, match="no option --lr, did you mean --learning-rate?"):
+        parse_call(train, ["--store", "s", "--out", "o", "--lr", "1"], prog="carryon train")
 
 
 def test_switches_have_both_forms() -> None:
@@ -117,12 +125,16 @@ def test_switches_have_both_forms() -> None:
     [
         (("pie",), "expected --guests, got nothing"),
         (("--guests", "ann"), "expected dish, got nothing"),
-        (("pie", "--guests"), "--guests: expected one argument"),
-        (("pie", "--guests", "a", "--minutes", "x"), "--minutes: expected int, got x"),
-        (("pie", "--guests", "a", "--minutes", "0"), "minutes: expected 1 or more, got 0"),
-        (("pie", "--guests", "a", "--mode", "x"), "--mode: expected one of fan, grill, got x"),
+        (("pie", "--guests"), "--guests: expected at least one argument"),
+        (("pie", "--guests", "a", "--minutes", "x"), "--minutes: expected a whole number, got 'x'"),
+        (("pie", "--guests", "a", "--minutes", "0"), "--minutes: expected 1 or more, got 0"),
+        (("pie", "--guests", "a", "--mode", "x"), "--mode: expected fan or grill, got 'x'"),
         (("pie", "--guests", "a", "--minute", "3"), "no option --minute, did you mean --minutes?"),
-        (("pie", "--guests", "a", "--zzz", "3"), "no option --zzz"),
+        (("pie", "--guests", "a", "--zzz", "3"), "no option --zzz: see carryon bake --help"),
+        (("pie", "--guests", "a", "--heat_kelvin"), "--heat-kelvin: expected one argument"),
+        (("pie", "--guests", "a", "--loud=x"), "--loud: ignored explicit argument"),
+        (("pie", "--guests", "a", "--loud", "extra"), "no option extra"),
+        ((), "expected dish, --guests, got nothing"),
         (("pie", "--guests", "a", "--config", "none.yaml"), "none.yaml"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
@@ -151,27 +163,44 @@ def test_config_keys_are_the_options_without_groups(tmp_path: Path) -> None:
     found = parse("--config", str(config))
     assert found["oven"] == OvenSettings(heat_kelvin=300.0, minutes=2)
     config.write_text("dish: pie\nguests: ann\n")
-    assert "--guests: expected list, got ann" in refused("--config", str(config))
+    assert "--guests: expected a list, got 'ann'" in refused("--config", str(config))
     config.write_text("dish: pie\nguests: [ann]\nwine: red\n")
     assert "wine" in refused("--config", str(config))
 
 
-def test_help_explains_every_option_with_its_default(
+def page(*argv: str, capsys: pytest.CaptureFixture[str], basic: tuple[str, ...] = ()) -> str:
+    """Return what a call of help prints."""
+    with pytest.raises(SystemExit) as caught:
+        parse_call(bake, argv, prog="carryon bake", basic=basic)
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_full_help_explains_every_option_with_its_default(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse("--help")
-    assert caught.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "usage: carryon bake DISH --guests GUESTS [GUESTS ...] [options]" in text
-    assert "It takes a while. Example: carryon bake pie --guests ann bob" in text
-    assert "Who will eat. (required)" in text
-    assert "--heat-kelvin X Temperature, in kelvin; 100 % is on fire. (default: 450.0)" in text
-    assert "--racks RACKS [RACKS ...] Racks in use. (default: middle)" in text
-    assert "--mode {fan,grill} Where the heat comes from. (default: fan)" in text
-    assert "How hot, and for how long" in text
-    assert "_kelvin" not in text
-    assert "--racks+" not in text
+    text = " ".join(page("--help-all", capsys=capsys).split())
+    assert "usage: carryon bake DISH --guests GUESTS ... [options]" in text
+    assert "It takes a while. Example: carryon bake pie --guests ann bob options:" in text
+    assert "--guests GUESTS ... Who will eat. (required)" in text
+    assert "--[no-]loud Ring when done. (default: no)" in text
+    assert "--heat-kelvin X Temperature, in kelvin; 100 % is on fire. (default: 450)" in text
+    assert "--racks RACKS ... Racks in use. (default: middle)" in text
+    assert "--mode CHOICE Where the heat comes from. (fan|grill; default: fan)" in text
+    assert "How hot, and for how long: --heat-kelvin" in text
+    assert "Common: --config" in text
+
+
+def test_help_shows_the_basic_options_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    text = page("--help", capsys=capsys, basic=("minutes", "dish"))
+    assert re.findall(r"^  (\S+)", text, re.MULTILINE) == ["--minutes", "DISH", "-h,", "--help-all"]
+    assert re.findall(r"^\S.*:$", text, re.MULTILINE) == ["Example:", "options:"]
+    text = page("--help-all", capsys=capsys, basic=("minutes", "dish"))
+    assert text.index("--minutes") < text.index("--help-all") < text.index("  --guests")
+
+
+def test_help_is_given_behind_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "usage: " in page("pie", "--guests", "ann", "-h", capsys=capsys)
 
 
 def test_help_texts_of_the_settings_are_found() -> None:
