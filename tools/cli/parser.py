@@ -108,7 +108,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
-            return action.option_strings[0].replace("--", "--[no-]", 1)
+            return action.option_strings[0]
         return super()._format_action_invocation(action)
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
@@ -166,15 +166,15 @@ def _help(item: Option) -> str:
     notes = ["required"] * (item.default is REQUIRED and not item.is_positional)
     if typing.get_origin(item.kind) is typing.Literal:
         notes.append("|".join(choices_of(item.kind)))
-    if item.default not in (None, "", [], (), REQUIRED):
-        shown = item.default if item.is_list else [item.default]
-        notes.append(f"default: {' '.join(map(_written, shown))}")
+    if item.default is True:
+        notes.append(f"default: yes; {item.flag.replace('--', '--no-', 1)} turns it off")
+    elif item.kind is not bool and item.default not in (None, "", [], (), REQUIRED):
+        default = item.default if item.is_list else [item.default]
+        notes.append(f"default: {' '.join(map(_shown, default))}")
     return (f"{item.help} ({'; '.join(notes)})" if notes else item.help).replace("%", "%%")
 
 
-def _written(value: Any) -> str:  # noqa: ANN401
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+def _shown(value: Any) -> str:  # noqa: ANN401
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

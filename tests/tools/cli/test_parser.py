@@ -41,6 +41,7 @@ def bake(
     guests: list[str],
     label: str | None = None,
     loud: bool = False,
+    silent: bool = True,
     oven: OvenSettings,
 ) -> None:
     """Bake a dish.
@@ -55,6 +56,7 @@ def bake(
         guests: Who will eat.
         label: Name on the box.
         loud: Ring when done.
+        silent: Ring softly.
         oven: The settings.
     """
 
@@ -75,6 +77,7 @@ def test_defaults_come_from_the_function_and_the_dataclass() -> None:
         "guests": ["ann"],
         "label": None,
         "loud": False,
+        "silent": True,
         "oven": OvenSettings(),
     }
 
@@ -118,6 +121,7 @@ def test_names_used_elsewhere_are_understood() -> None:
 def test_switches_have_both_forms() -> None:
     assert parse("pie", "--guests", "ann", "--loud")["loud"] is True
     assert parse("pie", "--guests", "ann", "--no-loud")["loud"] is False
+    assert parse("pie", "--guests", "ann", "--no-silent")["silent"] is False
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,8 @@ def test_the_full_help_explains_every_option_with_its_default(
     assert "usage: carryon bake DISH --guests GUESTS ... [options]" in text
     assert "It takes a while. Example: carryon bake pie --guests ann bob options:" in text
     assert "--guests GUESTS ... Who will eat. (required)" in text
-    assert "--[no-]loud Ring when done. (default: no)" in text
+    assert "--loud Ring when done. --silent" in text
+    assert "--silent Ring softly. (default: yes; --no-silent turns it off)" in text
     assert "--heat-kelvin X Temperature, in kelvin; 100 % is on fire. (default: 450)" in text
     assert "--racks RACKS ... Racks in use. (default: middle)" in text
     assert "--mode CHOICE Where the heat comes from. (fan|grill; default: fan)" in text
