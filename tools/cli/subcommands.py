@@ -38,7 +38,7 @@ CARRYON = Program(
         "evaluate": "store carryon samples alpha plot",
         "generate": "carryon prompt base alpha compare max_new_tokens",
         "score": "carryon tasks base num out",
-        "compare": "base out methods corpus seconds seeds",
+        "compare": "base data out methods seconds seeds",
         "plan-memory": "base_width vocab_size limit tokens_per_step config",
     },
 )
