@@ -1,20 +1,21 @@
-"""AdamW in little memory: weights in bfloat16, state in 8 bits, both rounded by chance.
+"""AdamW in little memory: weights in bfloat16, state in 8 bits, both rounded stochastically.
 
-Rounding to the nearest would lose every move smaller than half a step of the type, for ever.
-Rounded up or down by chance, in proportion, moves add up as they should on average. The chance is
-a pure function of the seed, the step and the weight's place in the list, so a resumed run takes
-the same bits as one that never stopped.
+Rounding to nearest would lose every update smaller than half a step of the type, for good. With
+stochastic rounding updates add up on average. The noise is a pure function of the seed, the step
+and the weight's index, so a resumed run gives the same bits as an uninterrupted one.
 
-State of 8 bits is kept in blocks with a scale each: first moments as sign and square root, second
-moments as fourth roots, so that small values keep their relative size. torchao has such optimizers
-too; they need a compiler at run time, and draw from the global generator.
+8-bit state is stored in blocks with a scale each: first moments as sign and square root, second
+moments as fourth roots, so that small values keep their relative precision. torchao has such
+optimizers too, but they need a compiler at run time and draw from the global generator.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.random import SeedSequence
 from torch import Tensor
 
 BLOCK = 256
@@ -23,12 +24,12 @@ FEWEST_CODED = 4096
 """State of smaller weights stays in float32."""
 _CHUNK = 1 << 18  # values in float32 at one time
 WORKING_BYTES = 14 * 4 * _CHUNK
-"""Memory beside weights and state while one is moved, about."""
+"""Approximate memory beside weights and state while one is moved."""
 _EPS = 1e-8
 
 
 class PlainOptimizer(torch.optim.Optimizer):
-    """What every optimizer has, without torch's constructor, which imports its compiler: 70 MB."""
+    """An optimizer without torch's constructor, which imports torch's compiler: 70 MB."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
         """Take the weights of `groups`; what a group leaves out is that of `defaults`."""
@@ -36,17 +37,18 @@ class PlainOptimizer(torch.optim.Optimizer):
         self.state = defaultdict(dict)
         self.param_groups = [{**defaults, **group} for group in groups]
 
+    def _weights(self) -> list[Tensor]:
+        return [weight for group in self.param_groups for weight in group["params"]]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         assert set_to_none
-        for group in self.param_groups:
-            for weight in group["params"]:
-                weight.grad = None
+        for weight in self._weights():
+            weight.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return state and groups, each weight as its place in the list of all."""
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        places = {id(weight): index for index, weight in enumerate(weights)}
+        """Return state and groups, each weight as its index in the list of all."""
+        places = {id(weight): index for index, weight in enumerate(self._weights())}
         return {
             "state": {places[id(weight)]: values for weight, values in self.state.items()},
             "param_groups": [
@@ -55,9 +57,18 @@ class PlainOptimizer(torch.optim.Optimizer):
             ],
         }
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state as it is; torch's own would cast 8-bit codes to the weights' type."""
+        weights = self._weights()
+        for index, values in state_dict["state"].items():
+            self.state[weights[index]] = {
+                key: value.to(weights[index].device) if isinstance(value, Tensor) else value
+                for key, value in values.items()
+            }
+
 
 class LowBitAdamW(PlainOptimizer):
-    """AdamW whose state and weights may be in fewer bits than it computes in."""
+    """AdamW whose weights and state may have fewer bits than it computes in."""
 
     def __init__(
         self,
@@ -73,18 +84,16 @@ class LowBitAdamW(PlainOptimizer):
         """Take the weights of `groups`.
 
         Args:
-            groups: of weights, each may have a `weight_decay` of its own.
+            groups: of weights, each may have its own `weight_decay`.
             lr: learning rate.
-            betas: memory of gradients and of squared gradients.
+            betas: decay of the first and second moments.
             weight_decay: of groups without their own.
             bits: of the state, 32 or 8.
             seed: of the rounding.
-            first_index: place of the first weight among all that share the seed.
+            first_index: index of the first weight among all that share the seed.
         """
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-        self._bits = bits
-        self._seed = seed
-        self._first_index = first_index
+        self._bits, self._seed, self._first_index = bits, seed, first_index
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -97,27 +106,15 @@ class LowBitAdamW(PlainOptimizer):
                     self._move(weight, group, index)
                 index += 1
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state as it is; torch's own would cast codes to the weights' type."""
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        for index, values in state_dict["state"].items():
-            weight = weights[index]
-            self.state[weight] = {
-                key: value.to(weight.device) if isinstance(value, Tensor) else value
-                for key, value in values.items()
-            }
-
     def _move(self, weight: Tensor, group: dict[str, Any], index: int) -> None:
         state = self.state[weight]
         is_coded = self._bits == 8 and weight.numel() >= FEWEST_CODED
         if not state:
-            state["step"] = 0
-            state.update(_empty_state(weight, is_coded=is_coded))
+            state.update(step=0, **_empty_state(weight, is_coded=is_coded))
         state["step"] += 1
-        random = torch.Generator(weight.device).manual_seed(
-            hash((self._seed, state["step"], index)) % (1 << 63)
-        )
-        # The same noise for each chunk: far apart weights may be rounded alike.
+        [seed] = SeedSequence([self._seed, state["step"], index]).generate_state(1, np.uint64)
+        random = torch.Generator(weight.device).manual_seed(int(seed))
+        # The same noise for each chunk: distant weights may be rounded alike.
         noise = torch.rand(
             3, min(_CHUNK, _padded(weight.numel())), generator=random, device=weight.device
         )
@@ -125,7 +122,7 @@ class LowBitAdamW(PlainOptimizer):
         for first in range(0, weight.numel(), _CHUNK):
             part = slice(first, min(first + _CHUNK, weight.numel()))
             m, v = _decode(state, part) if is_coded else (state["m"][part], state["v"][part])
-            moved = _adamw(flat[part].float(), gradient[part].float(), m, v, state, group)
+            moved = _adamw(flat[part].float(), gradient[part].float(), m, v, state["step"], group)
             if is_coded:
                 _encode_(state, part, m, v, noise)
             if weight.dtype == torch.bfloat16:
@@ -137,36 +134,30 @@ def _empty_state(weight: Tensor, *, is_coded: bool) -> dict[str, Tensor]:
     size, device = weight.numel(), weight.device
     if not is_coded:
         return {name: torch.zeros(size, device=device) for name in ("m", "v")}
-    num_blocks = _padded(size) // BLOCK
     return {
         "m": torch.zeros(_padded(size), dtype=torch.int8, device=device),
         "v": torch.zeros(_padded(size), dtype=torch.uint8, device=device),
-        "m_scale": torch.zeros(num_blocks, device=device),
-        "v_scale": torch.zeros(num_blocks, device=device),
+        "m_scale": torch.zeros(_padded(size) // BLOCK, device=device),
+        "v_scale": torch.zeros(_padded(size) // BLOCK, device=device),
     }
 
 
 def _adamw(
-    weight: Tensor,
-    gradient: Tensor,
-    m: Tensor,
-    v: Tensor,
-    state: dict[str, Any],
-    group: dict[str, Any],
+    weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, group: dict[str, Any]
 ) -> Tensor:
-    """Return moved weights, all float32; the moments are brought up to date in place."""
+    """Return moved weights, all float32; the moments are updated in place."""
     beta1, beta2 = group["betas"]
     m.lerp_(gradient, 1 - beta1)
     v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    spread = (v / (1 - beta2 ** state["step"])).sqrt_().add_(_EPS)
+    spread = (v / (1 - beta2**step)).sqrt_().add_(_EPS)
     weight.mul_(1 - group["lr"] * group["weight_decay"])
-    return weight.addcdiv_(m, spread, value=-group["lr"] / (1 - beta1 ** state["step"]))
+    return weight.addcdiv_(m, spread, value=-group["lr"] / (1 - beta1**step))
 
 
 def stochastic_round(values: Tensor, noise: Tensor) -> Tensor:
-    """Return float32 `values` [n] as bfloat16, up or down by chance; `noise` [>= n] in [0, 1)."""
+    """Return float32 `values` [n] as bfloat16; `noise` [>= n] in [0, 1) decides up or down."""
     bits = values.view(torch.int32)
-    # bfloat16 is the upper half of a float32: what the noise carries over is rounded up.
+    # bfloat16 is the upper half of a float32: noise that carries over rounds up.
     raised = bits + (noise[: len(values)] * 65536).to(torch.int32)
     return (raised & -65536).view(torch.float32).bfloat16()
 
@@ -190,18 +181,18 @@ def _encode_(state: dict[str, Tensor], part: slice, m: Tensor, v: Tensor, noise:
     codes, state["m_scale"][blocks] = _codes(m.abs(), noise[0], steps=127, power=2)
     state["m"][places] = codes.mul_(m.sign()).to(torch.int8)
     codes, state["v_scale"][blocks] = _codes(v, noise[1], steps=255, power=4)
-    # A second moment of zero would make the next move of its weight huge.
+    # A second moment of zero would make the weight's next update huge.
     state["v"][places] = codes.clamp_min_(1).to(torch.uint8)
 
 
 def _codes(values: Tensor, noise: Tensor, *, steps: int, power: int) -> tuple[Tensor, Tensor]:
     """Return codes 0 to `steps` of values >= 0, such that (code / steps) ** power is unbiased."""
     scale = values.view(-1, BLOCK).amax(dim=1)
-    shares = (values.view(-1, BLOCK) / scale.clamp_min(1e-38).unsqueeze(1)).view(-1)
-    roots = shares.sqrt() if power == 2 else shares.sqrt().sqrt_()
+    ratios = (values.view(-1, BLOCK) / scale.clamp_min(1e-38).unsqueeze(1)).view(-1)
+    roots = ratios.sqrt() if power == 2 else ratios.sqrt().sqrt_()
     lower = roots.mul_(steps).floor_().clamp_max_(steps - 1)
     low, high = (lower / steps).pow_(power), ((lower + 1) / steps).pow_(power)
-    is_up = noise[: len(values)] < (shares - low) / (high - low)
+    is_up = noise[: len(values)] < (ratios - low) / (high - low)
     return lower.add_(is_up), scale
 
 

@@ -1,8 +1,8 @@
-"""Learning-rate paths: four paradigms and two rivals, as pure functions of the step.
+"""Learning-rate paths over growing data: pure functions of the step.
 
-Data comes in increments; with each a version is released. A step is counted from the lineage's
-start, `ends[i]` is the step at which increment i ends. A path is the sequence of learning rates
-that the weights of one version have seen.
+Data arrives in increments, and each releases a version. Steps are counted from the start of the
+lineage; increment i ends at step `ends[i]`. A path is the sequence of learning rates that the
+weights of one version have seen.
 """
 
 from bisect import bisect_right
@@ -11,16 +11,16 @@ from typing import Literal, get_args
 
 from carryon.cache.errors import InputError
 from carryon.train.config import OptimizationSettings
-from carryon.train.optim.lr_schedule import falling_rate, learning_rate, part_done
+from carryon.train.optim.lr_schedule import decayed_rate, learning_rate, progress
 
 Paradigm = Literal["scratch", "restart", "low", "switch", "trunk", "wsd-s", "wsm"]
-"""`scratch`: anew on all data so far. `restart`: from the last version, a whole schedule again.
-`low`: from the last version, at the end's rate. `switch`: a branch that falls, off a `trunk` that
-never does. `wsd-s`: as `switch`, but the next version goes on from the fallen branch. `wsm`: no
-branch; a version is the mean of checkpoints of the trunk."""
+"""`scratch`: from new weights on all data so far. `restart`: from the last version, with a full
+schedule again. `low`: from the last version, at the minimum rate. `switch`: a branch that decays,
+off a `trunk` that never does. `wsd-s`: as `switch`, but the next version starts from the decayed
+branch. `wsm`: no branch; a version is the mean of checkpoints of the trunk."""
 PARADIGMS: tuple[Paradigm, ...] = get_args(Paradigm)
 BRANCH_SCHEDULES = ("cosine", "knee", "multistep")
-"""Schedules with a form for a branch."""
+"""Schedules that a branch can decay by."""
 
 
 def path_rate(
@@ -35,27 +35,22 @@ def path_rate(
     """Return the learning rate of `step` on the path that leads to `version`.
 
     Args:
-        step: counted from 0, below ends[version - 1].
+        step: from 0, below ends[version - 1].
         paradigm: how versions follow each other.
-        version: counted from 1.
+        version: from 1.
         ends: the step at which each increment ends.
-        alpha: part of an increment's steps in which a branch falls.
-        settings: schedule, highest and last learning rate, warm-up.
+        alpha: fraction of an increment's steps in which a branch decays.
+        settings: schedule, peak and minimum learning rate, warm-up.
     """
-    assert settings.learning_rate > 0, "expected the settings of a run, which are resolved"
+    assert settings.learning_rate > 0, "expected resolved settings"
     stop = ends[version - 1]
     if paradigm == "scratch":
         return learning_rate(step, num_steps=stop, settings=settings)
     first = ends[version - 2] if version > 1 else 0
-    if paradigm in ("restart", "low", "wsd-s") and step < first:
-        return path_rate(
-            step,
-            paradigm=paradigm,
-            version=version - 1,
-            ends=ends,
-            alpha=alpha,
-            settings=settings,
-        )
+    if paradigm in ("restart", "low", "wsd-s"):
+        while step < first:  # a step of an earlier version
+            version -= 1
+            first, stop = (ends[version - 2] if version > 1 else 0), first
     if paradigm == "restart" or (paradigm == "low" and version == 1):
         return learning_rate(step - first, num_steps=stop - first, settings=settings)
     if paradigm == "low":
@@ -66,20 +61,20 @@ def path_rate(
         return settings.learning_rate * (step + 1) / warmup_steps
     if paradigm in ("trunk", "wsm") or step < branch:
         return settings.learning_rate
-    return falling_rate(part_done(step, first=branch, num_steps=stop), settings)
+    return decayed_rate(progress(step, first=branch, num_steps=stop), settings)
 
 
 def staged_rate(
     step: int, *, ends: Sequence[int], fall_parts: Sequence[float], settings: OptimizationSettings
 ) -> float:
-    """Return the learning rate of `step` where each increment begins at the top and falls in part.
+    """Return the learning rate of `step` where each increment starts at the peak.
 
     Args:
-        step: counted from 0, below ends[-1].
+        step: from 0, below ends[-1].
         ends: the step at which each increment ends.
-        fall_parts: how much of a whole fall an increment's steps hold: 1 all of it, 0.5 the first
-            half (a period twice as long as the increment), 0 nothing.
-        settings: schedule, highest and last learning rate, warm-up.
+        fall_parts: fraction of a full decay in each increment: 1 all of it, 0.5 the first half (a
+            period of twice the increment's steps), 0 none.
+        settings: schedule, peak and minimum learning rate, warm-up.
     """
     warmup_steps = round(settings.warmup_ratio * ends[0])
     if step < warmup_steps:
@@ -88,15 +83,15 @@ def staged_rate(
     if not fall_parts[stage]:
         return settings.learning_rate
     first = ends[stage - 1] if stage else warmup_steps
-    passed = part_done(step, first=first, num_steps=ends[stage])
-    return falling_rate(fall_parts[stage] * passed, settings)
+    passed = progress(step, first=first, num_steps=ends[stage])
+    return decayed_rate(fall_parts[stage] * passed, settings)
 
 
 def branch_point(first: int, stop: int, *, alpha: float) -> int:
     """Return the step at which the branch of the increment from `first` to `stop` leaves.
 
     Raises:
-        InputError: the increment has too few steps for a branch of that part of them.
+        InputError: alpha is out of range, or leaves the branch fewer than two steps.
     """
     length = stop - first
     falling = round(alpha * length)
@@ -105,6 +100,6 @@ def branch_point(first: int, stop: int, *, alpha: float) -> int:
     if falling < 2:
         raise InputError(
             f"alpha: expected {alpha:g} of the increment's {length} steps to be 2 or more, got "
-            f"{falling}: give more data, more epochs, fewer tokens_per_step or a larger alpha"
+            f"{falling}. Fix: give more data, more epochs, fewer tokens_per_step or a larger alpha"
         )
     return stop - falling

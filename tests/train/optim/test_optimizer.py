@@ -13,6 +13,7 @@ from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.carryon import CarryOn
+from carryon.train.optim import lowbit_adamw
 from carryon.train.optim.lowbit_adamw import FEWEST_CODED, LowBitAdamW, stochastic_round
 from carryon.train.optim.optimizer import CompositeOptimizer, apply_memory_settings, build_optimizer
 
@@ -61,7 +62,14 @@ def test_a_state_that_is_loaded_goes_on_to_the_same_bits(bits: int) -> None:
     assert torch.equal(_moved(bits, restart_at=7), _moved(bits))
 
 
-def test_rounding_by_chance_is_right_on_average_and_keeps_what_fits() -> None:
+def test_the_noise_does_not_depend_on_pythons_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _moved(8, steps=3)
+    monkeypatch.setattr(lowbit_adamw, "hash", lambda values: 1, raising=False)
+
+    assert torch.equal(_moved(8, steps=3), expected)
+
+
+def test_stochastic_rounding_is_right_on_average_and_keeps_what_fits() -> None:
     values = torch.full((20000,), 1 + 2**-10)  # an eighth of bfloat16's step above 1
     noise = torch.rand(len(values), generator=torch.Generator().manual_seed(0))
 
