@@ -95,7 +95,7 @@ class CarryOnSet:
         if given != expected:
             key = min(key for key, _ in given.items() ^ expected.items())
             raise InputError(
-                f"not a carry-on as carryon train writes it: {key}: expected "
+                f"{name}: not a carry-on of the shape in its card: {key}: expected "
                 f"{expected.get(key, 'nothing')}, got {given.get(key, 'nothing')}"
             )
         slot, self._next = self._next, self._next + 1

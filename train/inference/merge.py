@@ -95,8 +95,8 @@ def load_own_base(
 def load_for_base(place: Path, base: Base) -> BlocksCarryOn:
     """Return the `native` or `top` in folder `place`, rebuilt with the blocks of its base."""
     settings = read_card(place).settings
-    replaces = get_kind(settings["kind"]).merges == "replace"
-    module, _ = load_carryon(place, blocks=read_blocks(base, settings["blocks"] if replaces else 1))
+    number = settings["blocks"] if get_kind(settings["kind"]).merges == "replace" else 1
+    module, _ = load_carryon(place, blocks=lambda: read_blocks(base, number))
     assert isinstance(module, BlocksCarryOn)
     return module
 

@@ -1,7 +1,4 @@
-"""The model card of a carry-on: what it is, its base, its figures and how to use it.
-
-Text for people, with a few lines at the top that a hub understands.
-"""
+"""The model card of a carry-on: README.md with the metadata that a model hub reads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,20 +6,57 @@ from typing import Any
 import yaml
 
 from carryon.train.config import CarryOnSettings
+from carryon.train.kinds import get_kind
 
-_USE = """\
-Base and carry-on answer a prompt, here or on another machine:
+_CARD = """\
+---
+{metadata}---
+
+# Carry-on for {base}
+
+A carry-on of the kind `{kind}` that reads the taps {taps}: {what}.
+The weights of the base model are not included.
+
+## Model details
+
+| | |
+| --- | --- |
+| base model | {base} |
+| base weights (SHA-256) | {weights_sha256} |
+| base tokenizer (SHA-256) | {tokenizer_sha256} |
+| size | {size} |
+| alpha | {alpha:g} |
+| trained with | {versions} |
+
+## How to use
 
 ```
 carryon generate --carryon . --prompt "..."
 ```
 
 ```python
-from carryon.train.inference.modeling import CarryOnForCausalLM
+from carryon.train import CarryOnForCausalLM
 
-model = CarryOnForCausalLM.from_pretrained(".")  # or its id on the hub; base=... where it moved
-model.generate(**model.tokenizer("...", return_tensors="pt"), alpha={alpha:g})
+model = CarryOnForCausalLM.from_pretrained(".")  # or its hub id; base=... if the base has moved
+model.generate(**model.tokenizer("...", return_tensors="pt"))
 ```
+
+## Training data
+
+Trained on hidden states of the base, extracted once into a store. Store fingerprint: {store}.
+
+## Evaluation
+
+Mean negative log-likelihood (NLL) in nats per target token, on samples held out from training.
+
+| metric | value |
+| --- | --- |
+{figures}
+
+## Limitations
+
+It works only with the exact weights and tokenizer of its base model. Text unlike its training data
+has not been measured. Licence and biases of the base model and of the training data apply.
 """
 
 
@@ -30,31 +64,36 @@ def model_card(card: Mapping[str, Any], *, num_bytes: int) -> str:
     """Return the text of README.md.
 
     Args:
-        card: fields of a CarryOnCard, without paths of this machine.
+        card: fields of a CarryOnCard, without local paths.
         num_bytes: size of the weights.
     """
-    shape = CarryOnSettings.from_dict(card["settings"])
-    base = card["base"]
-    name, is_on_hub = str(base.get("id")), base.get("revision") is not None
-    facts: dict[str, Any] = {"library_name": "carryon", "pipeline_tag": "text-generation"}
-    facts |= {"base_model": name} if is_on_hub else {}
-    rows: dict[str, Any] = {
-        "base": f"{name} (weights {str(base.get('weights_sha256'))[:12]}, tokenizer "
-        f"{str(base.get('tokenizer_sha256'))[:12]})",
-        "store": card["store_fingerprint"][:12],
-        "alpha": f"{card['alpha']:g}",
+    shape, base = CarryOnSettings.from_dict(card["settings"]), card["base"]
+    what = {
+        "": f"{shape.blocks} decoder blocks of width {shape.width} that correct the last hidden "
+        "state of a frozen base model",
+        "append": f"{shape.blocks} new decoder blocks behind the last of a frozen base model",
+        "replace": f"a trained version of the last {shape.blocks} decoder blocks of its base model",
     }
-    rows |= {key.replace("_", " "): value for key, value in card["figures"].items()}
-    return "\n".join(
-        [
-            f"---\n{yaml.safe_dump(facts)}---\n",
-            f"# Carry-on for {name}\n",
-            f"A {shape.kind} of {shape.blocks} blocks, width {shape.width}, on the taps "
-            f"{', '.join(shape.taps)}; {num_bytes / 1e6:.2f} MB. It corrects the last hidden state "
-            "of its frozen base, whose weights are not in here.\n",
-            _USE.format(alpha=card["alpha"]),
-            "| | |\n| --- | --- |",
-            *(f"| {key} | {value} |" for key, value in rows.items()),
-            "",
-        ]
+    name = str(base.get("id"))
+    metadata = {
+        "library_name": "carryon",
+        "pipeline_tag": "text-generation",
+        "tags": ["carry-on", shape.kind],
+    }
+    if base.get("revision") is not None:  # a base on the hub
+        metadata |= {"base_model": name, "base_model_relation": "adapter"}
+    figures = card["figures"].items()
+    return _CARD.format(
+        metadata=yaml.safe_dump(metadata),
+        base=name,
+        kind=shape.kind,
+        taps=", ".join(shape.taps),
+        what=what[get_kind(shape.kind).merges],
+        weights_sha256=str(base.get("weights_sha256"))[:12],
+        tokenizer_sha256=str(base.get("tokenizer_sha256"))[:12],
+        size=f"{num_bytes / 1e6:.2f} MB",
+        alpha=card["alpha"],
+        versions=", ".join(f"{key} {value}" for key, value in card["versions"].items()),
+        store=card["store_fingerprint"][:12],
+        figures="\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures),
     )

@@ -1,7 +1,7 @@
-"""A carry-on on disk: weights in safetensors, everything else in one JSON, a card for people.
+"""A carry-on on disk: weights in safetensors, everything else in one JSON, and a model card.
 
-Nothing is pickled, and nothing in the files names a class of ours. The folder says which base it
-belongs to by the base's digests, not by a path.
+Nothing is pickled, and no file names a Python class. The folder names its base by the base's
+digests, not by a path.
 """
 
 import json
@@ -36,10 +36,10 @@ README = "README.md"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CarryOnCard:
-    """What is known of a carry-on besides its weights, as plain JSON values."""
+    """Facts about a carry-on besides its weights, as plain JSON values."""
 
     settings: dict[str, Any]
-    """CarryOnSettings: the shape."""
+    """CarryOnSettings: kind and shape."""
     base_width: int
     """D, the width of the base's hidden states."""
     base: dict[str, Any]
@@ -49,9 +49,9 @@ class CarryOnCard:
     split: dict[str, Any]
     """held_out_ratio and seed: which samples of that store it never saw."""
     alpha: float
-    """Strength of the correction to use by default."""
+    """Default strength of the correction."""
     figures: dict[str, Any]
-    """Held-out NLL and what else the run measured."""
+    """Held-out NLL and other measurements of the run."""
     versions: dict[str, str]
     """Versions of the libraries that trained it."""
     format_version: int = FORMAT_VERSION
@@ -62,10 +62,10 @@ class CarryOnCard:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CarryOnCard":
-        """Build from plain values.
+        """Build from plain values; settings under former names get their current ones.
 
         Raises:
-            InputError: another format version, or keys that do not belong there.
+            InputError: another format version, or unknown or missing keys.
         """
         version = values.get("format_version")
         if version != FORMAT_VERSION:
@@ -77,7 +77,7 @@ class CarryOnCard:
         return cls(**(dict(values) | renamed))
 
     def without_paths(self) -> "CarryOnCard":
-        """Return the card for others: of a local base, only the last part of its path is left."""
+        """Return the card to share: of the path of a local base, only the last part is left."""
         name = str(self.base.get("id"))
         shown = Path(name).name if Path(name).is_absolute() else name
         return replace(self, base=self.base | {"id": shown})
@@ -86,13 +86,16 @@ class CarryOnCard:
 def save_carryon(
     folder: str | Path, carryon: CarryOn, card: CarryOnCard, *, dtype: torch.dtype
 ) -> int:
-    """Write a carry-on to `folder`, replacing one that is there; returns the bytes of its weights.
+    """Write a carry-on to `folder` atomically, replacing an existing one.
 
     Args:
-        folder: appears whole or not at all.
+        folder: appears complete or not at all.
         carryon: the module.
-        card: what is known of it.
+        card: its facts.
         dtype: of the saved weights; bfloat16 halves the file and rounds each weight to 8 bits.
+
+    Returns:
+        Bytes of the weights.
     """
     with whole_folder(Path(folder)) as partial:
         return write_carryon_files(
@@ -108,42 +111,45 @@ def write_carryon_files(
     dtype: torch.dtype,
     is_synced: bool = True,
 ) -> int:
-    """Write the files of a carry-on into `folder`, each atomically, beside those already there.
+    """Write each file of a carry-on into `folder` atomically; other files there stay.
 
     Arguments and result as those of `save_carryon`; `is_synced` as that of `write_file`.
     """
     saved = {
         name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()
     }
-    # Straight from the weights to the disk: as bytes they would be in memory twice more.
     with whole_file(folder / WEIGHTS, is_synced=is_synced) as partial:
         save_file(saved, partial, metadata={"format": "pt"})
-    write_json(folder / CARD, card.to_dict(), is_synced=is_synced)
-    _write_model_card(folder, card, is_synced=is_synced)
+    _write_card(folder, card, is_synced=is_synced)
     return (folder / WEIGHTS).stat().st_size
 
 
 def write_alpha(folder: str | Path, alpha: float) -> None:
-    """Make `alpha` the strength that the carry-on in `folder` is used with by default.
+    """Make `alpha` the default strength of the carry-on in `folder`.
 
     Raises:
         MissingError: there is no carry-on.
     """
-    root = Path(folder)
-    card = replace(read_card(root), alpha=alpha)
-    write_json(root / CARD, card.to_dict())  # the file that counts; the other is for people
-    _write_model_card(root, card)
+    _write_card(Path(folder), replace(read_card(folder), alpha=alpha))
+
+
+def _write_card(folder: Path, card: CarryOnCard, *, is_synced: bool = True) -> None:
+    """Write the card, then its form for people."""
+    write_json(folder / CARD, card.to_dict(), is_synced=is_synced)
+    num_bytes = (folder / WEIGHTS).stat().st_size
+    text = model_card(card.without_paths().to_dict(), num_bytes=num_bytes)
+    write_file(folder / README, text.encode(), is_synced=is_synced)
 
 
 def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401 -- of the hub
-    """Return the folder of a carry-on that is given as folder or hub id, after fetching it.
+    """Return the local folder of a carry-on, downloaded if `source` is a hub id.
 
     Args:
         source: a folder, `name/repo` or `name/repo@revision`.
-        download: revision, token, cache_dir, ...: as `huggingface_hub.snapshot_download` has them.
+        download: revision, token, cache_dir, ...: as in `huggingface_hub.snapshot_download`.
 
     Raises:
-        MissingError: there is no such folder, and the hub has none of that name.
+        MissingError: there is no such folder, and no such repository on the hub.
     """
     path = Path(source).expanduser()
     recover_folder(path)
@@ -161,20 +167,19 @@ def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise MissingError(
-            f"{source}: expected the folder of a carry-on, or its id on a hub that can be "
-            "reached; run carryon train, which writes one to RUN/carryon. It could not be fetched: "
-            f"{reason}"
+            f"{source}: expected the folder of a carry-on, or its id on a hub; the download "
+            f"failed: {reason}. Fix: run carryon train, which writes one to RUN/carryon"
         ) from error
 
 
 def read_card(folder: str | Path) -> CarryOnCard:
-    """Return the card of the carry-on in `folder`; errors as those of `load_carryon`."""
+    """Return the card of the carry-on in `folder`; raises as `load_carryon` does."""
     root = Path(folder)
     recover_folder(root)
     if not (root / CARD).is_file() or not (root / WEIGHTS).is_file():
         raise MissingError(
-            f"{root}: expected a carry-on ({CARD} and {WEIGHTS}), found none: run carryon train, "
-            "which writes one to RUN/carryon"
+            f"{root}: expected a carry-on ({CARD} and {WEIGHTS}), found none. Fix: run carryon "
+            "train, which writes one to RUN/carryon"
         )
     try:
         return CarryOnCard.from_dict(json.loads((root / CARD).read_text(encoding="utf-8")))
@@ -183,7 +188,7 @@ def read_card(folder: str | Path) -> CarryOnCard:
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Return the weights of the carry-on in `folder`, on the CPU, in the type they are saved in.
+    """Return the weights of the carry-on in `folder`, on the CPU, in their saved dtype.
 
     Raises:
         InputError: the file is damaged.
@@ -195,32 +200,31 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def load_carryon(
-    folder: str | Path, *, blocks: Blocks | Callable[[], Blocks] | None = None
+    folder: str | Path, *, blocks: Callable[[], Blocks] | None = None
 ) -> tuple[CarryOn, CarryOnCard]:
     """Return the carry-on in `folder`, weights in float32 on the CPU, and its card.
 
     Args:
         folder: of the carry-on.
-        blocks: of its base, or what reads them; needed for the kinds `native` and `top`.
+        blocks: reads the last blocks of its base, for a kind that needs them.
 
     Raises:
         MissingError: there is no carry-on.
-        InputError: a file of it is not what `save_carryon` writes.
+        InputError: a file is damaged, or the blocks are missing.
     """
-    card = read_card(folder)
-    weights = read_weights(folder)
+    card, weights = read_card(folder), read_weights(folder)
 
-    def read_own_blocks() -> Blocks:
+    def read_blocks() -> Blocks:
         if blocks is None:
             raise InputError(
-                f"a carry-on of the kind {settings.kind} is used as a checkpoint: carryon merge "
-                f"--carryon {folder} makes it"
+                f"kind {card.settings['kind']}: expected its base, whose blocks it needs. "
+                f"Fix: make a checkpoint with carryon merge --carryon {folder}"
             )
-        return blocks() if callable(blocks) else blocks
+        return blocks()
 
     try:
         settings = CarryOnSettings.from_dict(card.settings)
-        carryon = make_carryon(settings, base_width=card.base_width, blocks=read_own_blocks)
+        carryon = make_carryon(settings, base_width=card.base_width, blocks=read_blocks)
         carryon.load_state_dict({name: weight.float() for name, weight in weights.items()})
     except (RuntimeError, InputError) as error:
         raise _not_a_carryon(Path(folder), error) from error
@@ -232,8 +236,8 @@ def check_base(card: CarryOnCard, base: Mapping[str, Any], *, where: str | Path)
 
     Args:
         card: of the carry-on.
-        base: identity of the base that is there, as plain values.
-        where: what holds that base, or the carry-on: named in the error.
+        base: identity of the given base, as plain values.
+        where: name of the base, store or carry-on for the error.
 
     Raises:
         SettingMismatchError: weights or tokenizer differ; names both digests.
@@ -244,15 +248,9 @@ def check_base(card: CarryOnCard, base: Mapping[str, Any], *, where: str | Path)
             raise SettingMismatchError(
                 f"{where}: expected the {name} of {card.base.get('id')}, which the carry-on was "
                 f"trained on ({str(expected)[:12]}), got those of {base.get('id')} "
-                f"({str(got)[:12]}): give the base that it belongs to, or a store made with it"
+                f"({str(got)[:12]}). Fix: give its own base, or a store made with it"
             )
 
 
-def _write_model_card(folder: Path, card: CarryOnCard, *, is_synced: bool = True) -> None:
-    num_bytes = (folder / WEIGHTS).stat().st_size
-    text = model_card(card.without_paths().to_dict(), num_bytes=num_bytes)
-    write_file(folder / README, text.encode(), is_synced=is_synced)
-
-
 def _not_a_carryon(root: Path, error: Exception) -> InputError:
-    return InputError(f"{root}: not a carry-on as carryon train writes it: {error}")
+    return InputError(f"{root}: expected a carry-on as carryon train writes it: {error}")

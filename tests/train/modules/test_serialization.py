@@ -86,7 +86,9 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_carryon_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="expected a carry-on .* found none: run carryon train"):
+    with pytest.raises(
+        MissingError, match="expected a carry-on .* found none. Fix: run carryon train"
+    ):
         load_carryon(tmp_path)
 
 
@@ -103,7 +105,7 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
     (tmp_path / "carryon" / WEIGHTS).write_bytes(b"not weights")
 
-    with pytest.raises(InputError, match="not a carry-on as carryon train writes it"):
+    with pytest.raises(InputError, match="expected a carry-on as carryon train writes it"):
         load_carryon(tmp_path / "carryon")
 
 
