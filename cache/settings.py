@@ -8,8 +8,8 @@ Example:
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
-from types import NoneType
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from carryon.cache.errors import InputError
 
@@ -111,21 +111,25 @@ class Settings:
         return cls(**values)
 
 
-def apply_options(options: Mapping[str, Any], *parts: Settings) -> list[Any]:
+def apply_options(
+    options: Mapping[str, Any],
+    *parts: Settings,
+    other_names: Mapping[str, str] = MappingProxyType({}),
+) -> list[Any]:
     """Return the settings `parts` with the fields that `options` names changed.
 
+    Args:
+        options: values by field name; texts are parsed.
+        parts: settings of any classes.
+        other_names: names that fields have elsewhere -> names here, to suggest.
+
     Raises:
-        InputError: a name is a field of none of them, or a value is out of range.
+        InputError: a name is unknown, or a value is of another type or out of range.
     """
+    parsed = parse_options(options, *map(type, parts), other_names=other_names)
     names = [{item.name for item in fields(part)} for part in parts]  # type: ignore[arg-type]
-    known = set().union(*names)
-    for name in options:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(known))}."
-            raise InputError(f"unknown option {name}. {hint}")
     return [
-        replace(part, **{name: options[name] for name in own & set(options)})  # type: ignore[type-var]
+        replace(part, **{name: parsed[name] for name in own & set(parsed)})  # type: ignore[type-var]
         for part, own in zip(parts, names, strict=True)
     ]
 
@@ -161,14 +165,26 @@ def parse_value(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401
         raise InputError(f"{name}: expected {expected}, got {value!r}") from error
 
 
-def not_a_ratio(name: str, value: float) -> tuple[bool, str]:
-    """Return the problem of a value that is not from 0 to 1."""
-    return not 0 <= value <= 1, f"{name}: expected 0 to 1, got {value}"
+def parse_options(
+    options: Mapping[str, Any],
+    *classes: type[Settings],
+    other_names: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Return options in the types of their fields; a single item stands for a list of one.
 
-
-def not_below_one(name: str, value: float) -> tuple[bool, str]:
-    """Return the problem of a value that is not from 0 to below 1."""
-    return not 0 <= value < 1, f"{name}: expected 0 or more and below 1, got {value}"
+    Arguments and errors are those of `apply_options`.
+    """
+    types = {name: kind for cls in classes for name, kind in get_type_hints(cls).items()}
+    parsed: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in types:
+            near = [*get_close_matches(name, types, n=1), *(n for n in types if name in n)]
+            near = [other_names[name]] if name in other_names else near
+            hint = f"did you mean {near[0]}?" if near else f"none of {len(types)} is similar"
+            raise InputError(f"no setting {name}: {hint}")
+        is_item = get_origin(types[name]) is list and not isinstance(value, (list, tuple))
+        parsed[name] = parse_value(name, [value] if is_item else value, types[name])
+    return parsed
 
 
 def _wrong_fields(settings: Settings) -> Iterator[str]:

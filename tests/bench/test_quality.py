@@ -14,7 +14,7 @@ from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
 from carryon.tools.bench.recode import recode_store
 from carryon.tools.compare.methods import same_size
-from carryon.train.config import PRESETS, CarryOnSettings, OptimizationSettings, StreamSettings
+from carryon.train.config import PRESETS, CarryOnSettings, OptimizationSettings, TrainSettings
 from carryon.train.data.datasets import open_data
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.carryon import num_parameters
@@ -44,7 +44,7 @@ def test_a_copy_is_split_and_read_as_the_original_is(tmp_path: Path) -> None:
     copy = recode_store(store, tmp_path / "copy", profile="near")
     settings = OptimizationSettings(epochs=2, tokens_per_step=64)
     ours, theirs = (
-        open_data([str(each.root)], StreamSettings(window_units=2), taps=["final"])
+        open_data([str(each.root)], TrainSettings.from_options(window_units=2))
         for each in (copy, store)
     )
     assert copy.fingerprint != store.fingerprint

@@ -31,10 +31,14 @@ ALL = (
 @pytest.mark.parametrize(
     ("cls", "values", "text"),
     [
-        (CarryOnSettings, {"width": 1}, "width: expected 2 or more channels, got 1"),
+        (CarryOnSettings, {"width": 1}, "width: expected 2 or more, got 1"),
         (CarryOnSettings, {"heads": 3}, "double divides the width 128, got 3"),
-        (CarryOnSettings, {"taps": []}, "taps: expected at least one tap, got none"),
-        (CarryOnSettings, {"taps": ["final", "final"]}, "each tap once, got final final"),
+        (CarryOnSettings, {"taps": []}, "taps: expected at least 1, got none"),
+        (
+            CarryOnSettings,
+            {"taps": ["final", "final"]},
+            "taps: expected each once",
+        ),
         (CarryOnSettings, {"gate": "open"}, "gate: expected channel, token or none, got open"),
         (OptimizationSettings, {"epochs": 0}, "epochs: expected 1 or more, got 0"),
         (
@@ -45,7 +49,11 @@ ALL = (
         (OptimizationSettings, {"warmup_ratio": 2.0}, "warmup_ratio: expected 0 to 1, got 2.0"),
         (OptimizationSettings, {"micro_batch_tokens": 9999}, "0 to tokens_per_step, which is 1024"),
         (OptimizationSettings, {"schedule": "step"}, "constant, knee or multistep, got step"),
-        (StreamSettings, {"held_out_ratio": 1.0}, "held_out_ratio: expected between 0 and 1"),
+        (
+            StreamSettings,
+            {"held_out_ratio": 1.0},
+            "held_out_ratio: expected more than 0 and below 1",
+        ),
         (StreamSettings, {"window_units": 0}, "window_units: expected 1 or more, got 0"),
         (LossSettings, {"chunk_tokens": -1}, "chunk_tokens: expected 0 or more, got -1"),
         (LossSettings, {"kl_weight": -1.0}, "kl_weight: expected 0 or more, got -1.0"),
@@ -93,7 +101,7 @@ def test_options_of_all_groups_are_given_by_name() -> None:
         ({"lr": 1e-3}, r"no setting lr: did you mean learning_rate\?"),
         ({"learning_rates": 1e-3}, r"no setting learning_rates: did you mean learning_rate\?"),
         ({"rank": 4}, r"no setting rank: did you mean lora_rank\?"),
-        ({"colour": "red"}, "no setting colour: carryon train --help-all lists them"),
+        ({"colour": "red"}, "no setting colour: none of 52 is similar"),
         ({"width": "wide"}, "width: expected a whole number, got 'wide'"),
         ({"recompute": "maybe"}, "recompute: expected true or false, got 'maybe'"),
     ],

@@ -17,7 +17,7 @@ from carryon.cache.store.shard_reader import CopyRange
 from carryon.tools.bench.disk import Charge
 from carryon.tools.bench.peers import Peer
 from carryon.tools.bench.states import StateSet
-from carryon.train.config import OptimizationSettings, StreamSettings
+from carryon.train.config import OptimizationSettings, StreamSettings, TrainSettings
 from carryon.train.data.batch import Batch
 from carryon.train.data.datasets import open_data
 from carryon.train.data.loader import Stream
@@ -51,7 +51,7 @@ def iter_batches(
     store: Store, *, taps: Sequence[str], tokens_per_step: int = 1024
 ) -> Iterator[Batch]:
     """Yield the batches of an epoch as training reads them."""
-    data = open_data([str(store.root)], StreamSettings(), taps=taps)
+    data = open_data([str(store.root)], TrainSettings(), taps=taps)
     [windows] = data.plan(OptimizationSettings(epochs=1, tokens_per_step=tokens_per_step))
     with Stream(data.store, windows, taps=taps, settings=data.settings, is_pinned=False) as steps:
         for batches in steps:

@@ -9,7 +9,7 @@ from pathlib import Path
 from carryon.tools.bench.job import Job, in_turn, median_of, run_fresh
 from carryon.tools.bench.open import make_large_store
 from carryon.tools.compare.figure import Figure
-from carryon.train.config import OptimizationSettings, StreamSettings
+from carryon.train.config import OptimizationSettings, TrainSettings
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.data.joint_sampler import join_orders
 from carryon.train.data.loader import Stream
@@ -141,7 +141,7 @@ def stream_tokens(
 
 
 def _open(folder: str) -> tuple[TrainData, OptimizationSettings]:
-    return open_data([folder], StreamSettings(), taps=["final"]), OptimizationSettings(epochs=1)
+    return open_data([folder], TrainSettings()), OptimizationSettings(epochs=1)
 
 
 def _make_stores(job: Job, units: int, times: tuple[int, ...]) -> dict[str, Path]:

@@ -69,8 +69,7 @@ class PathRuns:
     def data(self, increments: Sequence[int]) -> TrainData:
         """Open the data of some increments, to be shuffled together."""
         paths = [self.stores[index] for index in increments]
-        stream = self._stream(len(paths))
-        return open_data(paths, stream, taps=self.settings.carryon.taps)
+        return open_data(paths, replace(self.settings, stream=self._stream(len(paths))))
 
     def lengths(self, seed: int) -> Lengths:
         """Return the steps of each increment, and of all up to each."""

@@ -29,7 +29,7 @@ from carryon.train.continual.lineage_dir import (
 from carryon.train.continual.texts import extract_texts
 from carryon.train.data.datasets import open_data
 from carryon.train.data.sampler import count_steps
-from carryon.train.modules.taps import resolve_taps, stream_taps
+from carryon.train.modules.taps import resolve_taps
 from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, Paradigm, branch_point
 from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.finish import TrainReport
@@ -153,7 +153,7 @@ def add_increment(lineage: Lineage, parts: Sequence[str], settings: TrainSetting
     """
     base = read_manifest(split_name(parts[0])[0]).base
     settings = resolve_settings(settings, base)
-    data = open_data(list(parts), settings.stream, taps=stream_taps(settings.carryon))
+    data = open_data(list(parts), settings)
     if not lineage.increments:
         lineage = replace(lineage, base=base, settings=lasting_settings(settings))
     refuse_changed_base(lineage, base, name=parts[0])

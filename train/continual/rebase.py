@@ -115,7 +115,7 @@ def rebase(
     if not new.increments:
         settings = resolve_settings(settings, _extract_again(new, old, str(base), data, settings))
         part = f"{new.store.resolve()}#1"
-        first_data = open_data([part], settings.stream, taps=stream_taps(settings.carryon))
+        first_data = open_data([part], settings)
         new = replace(new, predecessor=_start_from_old(new, old, first_data, settings))
         new = add_increment(new, [part], settings)
     first = release_newest(replace(new, increments=new.increments[:1]), settings)
@@ -200,10 +200,10 @@ def _held_out_ids(stores: Sequence[str], settings: TrainSettings) -> set[str]:
 
     Otherwise it would be evaluated on samples that its weights were trained on.
     """
-    stream = replace(settings.stream, store_weights=[])
+    settings = replace(settings, stream=replace(settings.stream, store_weights=[]))
     ids = set()
     for store in stores:
-        data = open_data([store], stream, taps=stream_taps(settings.carryon))
+        data = open_data([store], settings)
         ids |= {data.store.sample_id(sample) for sample in data.split.held_out.tolist()}
     return ids
 

@@ -19,7 +19,6 @@ from carryon.train.data.datasets import open_data
 from carryon.train.losses.frozen_head import place_head
 from carryon.train.modules.carryon import blocks_of
 from carryon.train.modules.serialization import load_carryon
-from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.lr_paths import Paradigm, path_rate
 from carryon.train.plots import NLL_LABEL, Line, draw, lines, plot_paths
 from carryon.train.trainer.nll import EvalJob, measure_nlls, null_if_nan
@@ -116,8 +115,7 @@ def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> Measu
         new = [number for number in released if f"{number} on {on}" not in measured]
         if not new:
             continue
-        taps = stream_taps(settings.carryon)
-        data = open_data(lineage.increments[on - 1].stores, settings.stream, taps=taps)
+        data = open_data(lineage.increments[on - 1].stores, settings)
         head = place_head(data.store, settings.loss, device=place)
         jobs = []
         for number in new:

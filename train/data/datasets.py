@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from carryon.cache.errors import InputError
 from carryon.cache.store.reader import Store
-from carryon.train.config import OptimizationSettings, StreamSettings
+from carryon.train.config import OptimizationSettings, StreamSettings, TrainSettings
 from carryon.train.data.mixture import MixedStore, open_stores
 from carryon.train.data.sampler import Window, plan_epoch
 from carryon.train.data.split import Split, sample_units, split_samples
-from carryon.train.modules.taps import check_taps
+from carryon.train.modules.taps import check_taps, resolve_taps, stream_taps
 
 ROOM = 1.25
 """Memory that a window takes, in parts of its states: batches take as much as the longest."""
@@ -39,6 +39,16 @@ class TrainData:
         """Of each store."""
         stores = self.store.stores if isinstance(self.store, MixedStore) else [self.store]
         return [store.fingerprint for store in stores]
+
+    def resolve(self, settings: TrainSettings) -> TrainSettings:
+        """Return settings with the tap and the learning rate of the carry-on's kind on this base.
+
+        Raises:
+            InputError: the kind does not fit the base, or the store lacks a tap.
+        """
+        carryon = resolve_taps(settings.carryon, self.store.manifest.base.get("num_layers", 0))
+        check_taps(self.store, stream_taps(carryon))
+        return replace(settings, carryon=carryon).resolved()
 
     def plan(self, optimization: OptimizationSettings) -> list[list[Window]]:
         """Return the windows of every epoch; equal ones are one object, whoever asks."""
@@ -67,21 +77,26 @@ class TrainData:
         return self.planned[key]
 
 
-def open_data(paths: Sequence[str], settings: StreamSettings, *, taps: Sequence[str]) -> TrainData:
+def open_data(
+    paths: Sequence[str], settings: TrainSettings, *, taps: Sequence[str] | None = None
+) -> TrainData:
     """Open and check the stores, and split them; nothing is written.
 
     Args:
         paths: folders of the stores.
-        settings: how they are mixed, split and read.
-        taps: those that are read for the carry-on.
+        settings: of the runs.
+        taps: taps to read. None: those that the carry-on reads.
 
     Raises:
-        InputError: the stores do not fit together or lack a tap, one half would be empty, or the
-            memory does not hold one unit.
+        InputError: the stores do not fit together or lack a tap, one half would be empty, or one
+            unit does not fit into the memory.
     """
-    store = open_stores(paths, settings.store_weights)
+    stream = settings.stream
+    store = open_stores(paths, stream.store_weights)
+    if taps is None:
+        taps = stream_taps(resolve_taps(settings.carryon, store.manifest.base.get("num_layers", 0)))
     check_taps(store, taps)
-    share, seed = settings.held_out_ratio, settings.data_seed
+    share, seed = stream.held_out_ratio, stream.data_seed
     if isinstance(store, MixedStore):
         split = store.split(share=share, seed=seed)
     else:
@@ -91,7 +106,7 @@ def open_data(paths: Sequence[str], settings: StreamSettings, *, taps: Sequence[
     return TrainData(
         store=store,
         split=split,
-        settings=replace(settings, window_units=window_units(store, settings, taps=taps)),
+        settings=replace(stream, window_units=window_units(store, stream, taps=taps)),
     )
 
 

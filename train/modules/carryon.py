@@ -16,6 +16,7 @@ from carryon.cache.store.top_blocks import Blocks, load_blocks
 from carryon.train.config import CarryOnSettings
 from carryon.train.kinds import get_kind
 from carryon.train.modules.packed_attention import Packing
+from carryon.train.modules.taps import resolve_taps
 
 _ROWS_AT_ONCE = 256  # rows of states that are in float32 beside their sum
 
@@ -67,6 +68,7 @@ def build_carryon(settings: CarryOnSettings, store: Store, *, seed: int) -> Carr
     Raises:
         InputError: the store lacks the blocks that the kind needs.
     """
+    settings = resolve_taps(settings, store.manifest.base.get("num_layers", 0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make_carryon(settings, base_width=store.width, blocks=partial(blocks_of, store))

@@ -101,7 +101,7 @@ def prepare_run(
     """Plan the order, build the untrained carry-on and load the head; nothing is written.
 
     Args:
-        settings: of the run.
+        settings: of the run, resolved by `TrainData.resolve`.
         data: what it is trained on.
         folder: of the run.
         identity: see `run_identity`.
@@ -112,7 +112,6 @@ def prepare_run(
     Raises:
         InputError: the device is not there.
     """
-    settings = settings.resolved()
     optimization = settings.optimization
     device = pick_device(settings.run.device)
     if settings.loss not in heads:  # first: it says what becomes of memory that is freed

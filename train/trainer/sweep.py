@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 import yaml
 
@@ -15,8 +15,7 @@ from carryon.train.config import (
     Changes,
     StreamSettings,
     TrainSettings,
-    setting_types,
-    typed_options,
+    parse_changes,
 )
 from carryon.train.plots import plot_runs
 from carryon.train.trainer.finish import TrainReport
@@ -132,7 +131,7 @@ def grid(vary: Mapping[str, Sequence[Any]] | Sequence[str]) -> dict[str, Changes
     if len(set(names)) != len(names):
         raise InputError(f"vary: expected each setting once, got {' '.join(names)}")
     runs = (
-        typed_options(dict(zip(names, values, strict=True)))
+        parse_changes(dict(zip(names, values, strict=True)))
         for values in itertools.product(*(values for _, values in pairs))
     )
     return {name_of(changes): changes for changes in runs}
@@ -143,7 +142,7 @@ def _values_of(text: str) -> tuple[str, list[Any]]:
     if not equals or not values:
         raise InputError(f"vary: expected NAME=VALUE,VALUE, got {text!r}")
     name, each = name.lstrip("-").replace("-", "_"), values.split(",")
-    is_list = get_origin(setting_types().get(name)) is list
+    is_list = isinstance(TrainSettings().to_flat().get(name), list)
     return name, [value.split(LIST_SEPARATOR) for value in each] if is_list else each
 
 
@@ -165,7 +164,7 @@ def read_runs(path: str | Path) -> dict[str, Changes]:
         changes = {
             str(key).replace("-", "_"): value for key, value in item.items() if key != "name"
         }
-        changes = typed_options(changes)
+        changes = parse_changes(changes)
         name = str(item.get("name") or name_of(changes))
         if name in runs or re.search(r"[/\\]|^\.", name):
             raise InputError(f"{path}: expected another name for each run, got {name!r} again")

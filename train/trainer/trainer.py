@@ -15,9 +15,7 @@ from typing import Any
 from carryon.cache.device import pick_device
 from carryon.cache.errors import InputError
 from carryon.cache.files import write_json
-from carryon.cache.format.manifest import Manifest, read_manifest
 from carryon.cache.store.reader import Store
-from carryon.cache.store.view import split_name
 from carryon.train.config import LossSettings, TrainSettings, rate_warning
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, Contamination, measure_contamination
 from carryon.train.data.datasets import TrainData, open_data
@@ -25,7 +23,6 @@ from carryon.train.data.loader import stream_bytes
 from carryon.train.data.split import sample_units
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.modules.carryon import num_parameters
-from carryon.train.modules.taps import check_taps, resolve_taps, stream_taps
 from carryon.train.trainer.distributed import (
     Processes,
     join_processes,
@@ -107,8 +104,6 @@ def train_jointly(
     Raises:
         InputError, KeyboardInterrupt: as `train`; every run keeps what it had.
     """
-    manifest = read_manifest(split_name(paths[0])[0])
-    jobs = [_with_own_tap(job, manifest) for job in jobs]
     processes = join_processes(jobs[0].settings.run.device)
     data, prepared = _open(paths, jobs, processes, wrap_store)
     finished = {job.out: _finished(job.out) for job in jobs}
@@ -148,14 +143,12 @@ def _open(
 ) -> tuple[TrainData, list[Run]]:
     """Check everything, then begin or find the run folders; returns the runs to be done."""
     first = jobs[0].settings
-    data = open_data(paths, first.stream, taps=stream_taps(first.carryon))
+    data = open_data(paths, first)
     if wrap_store is not None:
         data = replace(data, store=wrap_store(data.store))
     contamination = _overlap(data, jobs)
-    identities = []
-    for job in jobs:
-        check_taps(data.store, stream_taps(job.settings.carryon))
-        identities.append(_identity(data, job))
+    jobs = [replace(job, settings=data.resolve(job.settings)) for job in jobs]
+    identities = [_identity(data, job) for job in jobs]
     pick_device(first.run.device)
     heads: dict[LossSettings, FrozenHead] = {}
     runs = []
@@ -193,11 +186,6 @@ def _open(
             "Fix: split by document, or mark the held-out samples yourself"
         )
     return data, runs
-
-
-def _with_own_tap(job: Job, manifest: Manifest) -> Job:
-    carryon = resolve_taps(job.settings.carryon, manifest.base.get("num_layers", 0))
-    return replace(job, settings=replace(job.settings, carryon=carryon))
 
 
 def _check_processes(runs: Sequence[Run], processes: Processes) -> None:

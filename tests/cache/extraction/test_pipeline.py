@@ -99,8 +99,8 @@ def test_settings_are_given_whole_or_by_the_names_of_their_fields(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"tap": ["final"]}, "unknown option tap. Did you mean taps?"),
-        ({"batch_token": 9}, "unknown option batch_token. Did you mean batch_tokens?"),
+        ({"tap": ["final"]}, "no setting tap: did you mean taps?"),
+        ({"batch_token": 9}, "no setting batch_token: did you mean batch_tokens?"),
         ({"unit_tokens": 3}, "unit_tokens: expected 16 or more, got 3"),
         (
             {"store": StoreSettings(), "seed": 1},

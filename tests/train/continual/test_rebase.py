@@ -119,6 +119,6 @@ def test_the_same_base_is_refused(old_root: Path, tiny_base_folder: Path, tmp_pa
 def _held_out_ids(lineage: Lineage) -> set[str]:
     ids = set()
     for store in (store for each in lineage.increments for store in each.stores):
-        data = open_data([store], SETTINGS.stream, taps=["final"])
+        data = open_data([store], SETTINGS)
         ids |= {data.store.sample_id(sample) for sample in data.split.held_out.tolist()}
     return ids

@@ -1,6 +1,5 @@
 """Several stores are read, split and trained on as one."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,9 +105,7 @@ def test_an_epoch_goes_through_each_store_as_often_as_it_weighs(
 
 
 def test_windows_hold_units_of_every_store(folders: tuple[Path, Path]) -> None:
-    data = open_data(
-        [str(folder) for folder in folders], replace(TINY.stream, window_units=4), taps=["final"]
-    )
+    data = open_data([str(folder) for folder in folders], TINY.with_options(window_units=4))
     store = data.store
     assert isinstance(store, MixedStore)
     unit_kinds = dict(zip(sample_units(store).tolist(), store.sample_kinds.tolist(), strict=True))
