@@ -173,8 +173,8 @@ def test_a_grid_has_every_combination() -> None:
     ("vary", "text"),
     [
         ("width", "expected NAME=VALUE,VALUE, got 'width'"),
-        ("width=wide", "width: expected int, got 'wide'"),
-        ("gate=open", "gate: expected one of channel, token, none, got open"),
+        ("width=wide", "width: expected a whole number, got 'wide'"),
+        ("gate=open", "gate: expected channel or token or none, got 'open'"),
         ("colour=red", "no setting colour"),
     ],
 )
