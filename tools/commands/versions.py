@@ -74,7 +74,9 @@ def _summary(released: Sequence["ReleasedVersion"]) -> str:
     return "\n".join(
         [
             format_table(losses),
+            "",
             format_table(costs),
+            "",
             *data,
             f"These versions took {last.total_steps:,} steps; training each from scratch on all "
             f"data so far takes {last.from_scratch_steps:,}: a ratio of {ratio:.2f}",

@@ -21,7 +21,7 @@ from carryon.train.modules.carryon import blocks_of
 from carryon.train.modules.serialization import load_carryon
 from carryon.train.optim.lr_paths import Paradigm, path_rate
 from carryon.train.plots import NLL_LABEL, Line, draw, lines, plot_paths
-from carryon.train.trainer.nll import EvalJob, measure_nlls, null_if_nan
+from carryon.train.trainer.nll import FEW_TARGETS, EvalJob, measure_nlls, null_if_nan, warn_if_few
 
 Measured = dict[str, dict[str, Any]]
 """A loss for each `VERSION on INCREMENT`, where VERSION may be `base`: nll, se, targets."""
@@ -98,6 +98,7 @@ def list_versions(root: str | Path, *, device: str = "auto") -> list[ReleasedVer
                 base_se=[each["se"] for each in base],
             )
         )
+    warn_if_few(min(each["targets"] or FEW_TARGETS for each in measured.values()))
     _plot_losses(versions, lineage.root / "versions.png")
     plot_paths(_rates(lineage, released), lineage.root / "paths.png")
     return versions

@@ -1,18 +1,15 @@
-"""Alpha after training: the strengths to try, and what they gave as a picture.
+"""Alpha after training: parse the strengths to try, and plot their losses."""
 
-What each strength gives is measured by carryon.train.inference.evaluate, in one pass over a store.
-"""
-
-from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError
+from carryon.train.inference.evaluate import AlphaChoice
 from carryon.train.plots import NLL_LABEL, Line, draw, lines
 
-MOST_ALPHAS = 1000
-"""Strengths in one pass, at most; more are a slip of the keyboard."""
+MAX_ALPHAS = 1000
+"""Maximum number of strengths; more are a typing error."""
 
 
 def parse_alphas(text: str) -> list[float]:
@@ -23,40 +20,31 @@ def parse_alphas(text: str) -> list[float]:
     Raises:
         InputError: it is neither, or the steps do not lead from the first to the last.
     """
-    if not text:
-        return []
+    wrong = InputError(
+        f"alpha: expected a number, or FIRST:LAST:STEP such as 0:1.5:0.1, got {text!r}"
+    )
     try:
-        numbers = [Decimal(part) for part in text.split(":")]  # 0.1 is exact: 0.3, not 0.30...04
+        # Decimals are exact: 0.3, not 0.30000000000000004
+        numbers = [Decimal(part) for part in text.split(":")] if text else []
     except InvalidOperation as error:
-        raise _not_alphas(text) from error
-    if not all(number.is_finite() for number in numbers):
-        raise _not_alphas(text)
-    if len(numbers) == 1:
-        return [float(numbers[0])]
-    if len(numbers) != 3:
-        raise _not_alphas(text)
+        raise wrong from error
+    if not all(number.is_finite() for number in numbers) or len(numbers) not in (0, 1, 3):
+        raise wrong
+    if len(numbers) < 3:
+        return [float(number) for number in numbers]
     first, last, step = numbers
-    if step <= 0 or last < first or (last - first) / step >= MOST_ALPHAS:
-        raise _not_alphas(text)
+    if step <= 0 or last < first or (last - first) / step >= MAX_ALPHAS:
+        raise wrong
     return [float(first + step * index) for index in range(int((last - first) / step) + 1)]
 
 
-def plot_alphas(
-    alphas: Sequence[float], nlls: Sequence[float], base_nll: float, path: Path
-) -> bool:
-    """Draw the NLL against alpha, and the base's as a level, to the PNG `path`."""
-    best = min(range(len(nlls)), key=lambda index: nlls[index])
-    best_label = f"best: {nlls[best]:.4f} at alpha {alphas[best]:g}"
+def plot_alphas(choice: AlphaChoice, path: Path) -> bool:
+    """Draw the loss against alpha, and the base's as a level; return whether it was drawn."""
+    best, alpha = min(zip(choice.nlls, choice.alphas, strict=True))
     series = [
-        Line(xs=alphas, ys=nlls, label="base + alpha * carry-on"),
-        Line(xs=[alphas[best]], ys=[nlls[best]], label=best_label),
+        Line(xs=choice.alphas, ys=choice.nlls, label="base + alpha * carry-on"),
+        Line(xs=[alpha], ys=[best], label=f"best: {best:.4f} at alpha {alpha:g}"),
     ]
-    levels = {f"base: {base_nll:.4f}": base_nll}
+    levels = {f"base: {choice.base_nll:.4f}": choice.base_nll}
     style: dict[str, Any] = {"x_label": "alpha", "y_label": NLL_LABEL, "levels": levels}
     return draw(path, lambda axes: lines(axes, series, **style))
-
-
-def _not_alphas(text: str) -> InputError:
-    return InputError(
-        f"alpha: expected a number, or FIRST:LAST:STEP such as 0:1.5:0.1, got {text!r}"
-    )

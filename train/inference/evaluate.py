@@ -1,4 +1,9 @@
-"""Negative log-likelihood of base and carry-on on samples of a store, without the base."""
+"""Held-out loss of base and carry-on on a store, measured without the base.
+
+Of several alphas the best is chosen on every second sample, and the loss is reported on the others:
+a minimum over alphas on the same samples would be too low. Cross-fitting would use all samples for
+the report, but average over two alphas, of which neither need be the one that is kept.
+"""
 
 import math
 from collections.abc import Sequence
@@ -26,30 +31,50 @@ from carryon.train.modules.serialization import (
     locate_carryon,
 )
 from carryon.train.modules.taps import check_alpha, check_taps, stream_taps
-from carryon.train.trainer.nll import EvalJob, measure_nlls
+from carryon.train.trainer.nll import EvalJob, Nll, measure_nlls, null_if_nan, warn_if_few
+
+Samples = Literal["auto", "held-out", "all"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlphaChoice:
+    """Losses at several alphas on the samples that chose the best; none of them is reported."""
+
+    num_samples: int
+    num_targets: int
+    base_nll: float
+    alphas: list[float]
+    nlls: list[float]
+    """Loss at each alpha."""
+    nll_ses: list[float | None]
+    """Standard errors of `nlls`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateReport:
-    """What an evaluation found."""
+    """Losses of base and carry-on, in nats per supervised token, with their standard errors.
+
+    Standard errors are clustered by sample (trainer/nll.py); None for a single sample.
+    """
 
     store: str
     carryon: str
     samples: str
-    """`held-out` or `all` of the store."""
-    alpha: float
-    """Of those measured, the one with the lowest NLL."""
+    """`held-out` or `all` samples of the store; the others of them if alpha was chosen."""
     num_samples: int
     num_targets: int
+    alpha: float
     base_nll: float
+    base_nll_se: float | None
     carryon_nll: float
-    """At that alpha."""
+    """Loss of base and carry-on at `alpha`."""
+    carryon_nll_se: float | None
+    nll_difference_se: float | None
+    """Standard error of `carryon_nll - base_nll`, which are measured on the same targets."""
     base_perplexity: float
     carryon_perplexity: float
-    alphas: list[float]
-    """All that were measured."""
-    carryon_nlls: list[float]
-    """At each of them."""
+    choice: AlphaChoice | None
+    """How `alpha` was chosen. None: one alpha was given."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -61,20 +86,22 @@ def evaluate(
     *,
     carryon: str | Path,
     alphas: Sequence[float] | None = None,
-    samples: Literal["auto", "held-out", "all"] = "auto",
+    samples: Samples = "auto",
     device: str = "auto",
     stream: StreamSettings | None = None,
     loss: LossSettings | None = None,
-    **options: Any,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401 -- each setting has its own type
 ) -> EvaluateReport:
-    """Measure the held-out loss of base and carry-on in one pass over a store.
+    """Measure the held-out loss of base and carry-on on a store.
 
-    The base model itself is not loaded, and nothing is written.
+    The base model itself is not loaded, and nothing is written. A warning is logged if the loss is
+    measured on few targets.
 
     Args:
         store: folder of the store, or STORE#NUMBER for one part of it.
         carryon: folder of the carry-on, or its id on the hub.
-        alphas: strengths of the correction to measure. None: the carry-on's own.
+        alphas: strength of the correction. Of several, the best on one half of the samples is
+            chosen and reported on the other half. None: the carry-on's own.
         samples: `held-out` takes those that training never saw, `all` every sample; `auto` is
             `held-out` on the store that the carry-on was trained on, and `all` on another.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
@@ -84,75 +111,91 @@ def evaluate(
 
     Raises:
         SettingMismatchError: the carry-on belongs to another base.
-        InputError: an alpha is out of range, or the store lacks a tap.
+        InputError: an alpha is out of range, the store lacks a tap, or the samples are too few.
     """
     stream, loss = apply_options(options, stream or StreamSettings(), loss or LossSettings())
     opened = open_store(str(store))
     module, card = load_carryon(locate_carryon(carryon), blocks=partial(blocks_of, opened))
     check_base(card, opened.manifest.base, where=store)
     check_taps(opened, stream_taps(module.settings))
-    chosen, name = _choose(opened, card, samples)
-    strengths = [check_alpha(alpha) for alpha in alphas or [card.alpha]]
+    rows, name = _pick_samples(opened, card, samples)
     place = pick_device(device)
     module, head = module.to(place), place_head(opened, loss, device=place)
     chunk = pick_chunk(loss.chunk_tokens)
-    judged = [
-        EvalJob(carryon=module, head=head, chunk=chunk, alpha=alpha, with_base=True)
-        for alpha in strengths
+    jobs = [
+        EvalJob(carryon=module, head=head, chunk=chunk, alpha=check_alpha(alpha), with_base=True)
+        for alpha in alphas or [card.alpha]
     ]
-    found = measure_nlls(opened, chosen, judged, stream=stream)
-    best = min(range(len(found)), key=lambda index: found[index].carryon)
+    choice = None
+    if len(jobs) > 1:
+        if len(rows) < 2:
+            raise InputError(
+                f"alpha: expected 2 samples or more, to choose one of {len(jobs)} alphas and to "
+                "measure it on others, got 1. Fix: give one alpha, or samples all"
+            )
+        choice = _choice(jobs, measure_nlls(opened, rows[::2], jobs, stream=stream))
+        rows, jobs = rows[1::2], [jobs[int(np.argmin(choice.nlls))]]
+    [nll] = measure_nlls(opened, rows, jobs, stream=stream)
+    warn_if_few(min(nll.targets, choice.num_targets) if choice else nll.targets)
     return EvaluateReport(
         store=str(store),
         carryon=str(carryon),
         samples=name,
-        alpha=strengths[best],
-        num_samples=found[best].samples,
-        num_targets=found[best].targets,
-        base_nll=found[best].base,
-        carryon_nll=found[best].carryon,
-        base_perplexity=math.exp(found[best].base),
-        carryon_perplexity=math.exp(found[best].carryon),
-        alphas=strengths,
-        carryon_nlls=[nll.carryon for nll in found],
+        num_samples=nll.samples,
+        num_targets=nll.targets,
+        alpha=jobs[0].alpha,
+        base_nll=nll.base,
+        base_nll_se=null_if_nan(nll.base_se),
+        carryon_nll=nll.carryon,
+        carryon_nll_se=null_if_nan(nll.carryon_se),
+        nll_difference_se=null_if_nan(nll.difference_se),
+        base_perplexity=math.exp(nll.base),
+        carryon_perplexity=math.exp(nll.carryon),
+        choice=choice,
     )
 
 
-def _parts_among(store: Store, fingerprints: Sequence[str]) -> list[int]:
+def _choice(jobs: Sequence[EvalJob], nlls: Sequence[Nll]) -> AlphaChoice:
+    return AlphaChoice(
+        num_samples=nlls[0].samples,
+        num_targets=nlls[0].targets,
+        base_nll=nlls[0].base,
+        alphas=[job.alpha for job in jobs],
+        nlls=[nll.carryon for nll in nlls],
+        nll_ses=[null_if_nan(nll.carryon_se) for nll in nlls],
+    )
+
+
+def _pick_samples(
+    store: Store, card: CarryOnCard, samples: Samples
+) -> tuple[NDArray[np.int64], Literal["held-out", "all"]]:
+    """Return the samples to evaluate on, and which of the two choices they are."""
+    trained_on = card.split.get("stores", [card.store_fingerprint])
+    if store.fingerprint in trained_on and samples != "all":
+        split = split_samples(
+            store.sample_held_out,
+            share=card.split["held_out_ratio"],
+            seed=card.split["seed"],
+            digest=store.samples_digest,
+        )
+        return split.held_out, "held-out"
     manifest, name = store.manifest, str(store.root)
-    numbers = range(1, len(manifest.parts) + 1)
-    return [
+    parts = [
         number
-        for number in numbers
-        if manifest_of_part(manifest, number, name=name).fingerprint in fingerprints
+        for number in range(1, len(manifest.parts) + 1)
+        if manifest_of_part(manifest, number, name=name).fingerprint in trained_on
     ]
-
-
-def _choose(
-    store: Store, card: CarryOnCard, samples: Literal["auto", "held-out", "all"]
-) -> tuple[NDArray[np.int64], str]:
-    known = card.split.get("stores", [card.store_fingerprint])
-    is_own = store.fingerprint in known
-    own = _parts_among(store, known)
-    if own and not is_own and samples != "all":
-        if store.sample_held_out.any():
-            return np.flatnonzero(store.sample_held_out).astype(np.int64), "held-out"
+    if samples == "all" or (samples == "auto" and not parts):
+        return np.arange(store.num_samples, dtype=np.int64), "all"
+    if store.sample_held_out.any():
+        return np.flatnonzero(store.sample_held_out), "held-out"
+    if parts:
         raise InputError(
-            f"{store.root}: the carry-on was trained on {', '.join(f'#{part}' for part in own)} of "
-            f"it, which mark no sample as held out: evaluate on {store.root}#{own[-1]} or another "
+            f"{name}: the carry-on was trained on {', '.join(f'#{part}' for part in parts)} of it, "
+            f"which mark no sample as held out. Fix: evaluate on {name}#{parts[-1]} or another "
             "part alone, or on all samples"
         )
-    if samples == "all" or (samples == "auto" and not is_own):
-        return np.arange(store.num_samples, dtype=np.int64), "all"
-    if not is_own and not store.sample_held_out.any():
-        raise InputError(
-            f"{store.root}: marks no sample as held out, and the carry-on was trained on another "
-            "store: evaluate on all samples"
-        )
-    split = split_samples(
-        store.sample_held_out,
-        share=card.split["held_out_ratio"],
-        seed=card.split["seed"],
-        digest=store.samples_digest,
+    raise InputError(
+        f"{name}: marks no sample as held out, and the carry-on was trained on another store. Fix: "
+        "evaluate on all samples"
     )
-    return split.held_out, "held-out"

@@ -195,7 +195,7 @@ def test_versions_are_shown_as_a_table_and_as_json_lines(
         assert line.startswith(name)
         assert all(f" {loss:.4f}" in line for loss in losses)
     assert table[4].split() == ["targets", *(f"{each:,}" for each in first["held_out_targets"])]
-    assert table[7].split()[:3] == ["version", "2", f"{second['total_steps']:,}"]
+    assert table[8].split()[:3] == ["version", "2", f"{second['total_steps']:,}"]
     ratio = second["total_steps"] / second["from_scratch_steps"]
     assert shown.err.splitlines()[-1].endswith(f"a ratio of {ratio:.2f}")
     assert ratio < 1

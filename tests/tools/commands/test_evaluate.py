@@ -34,16 +34,19 @@ def test_a_sweep_reports_the_best_alpha_draws_and_writes_it(
     assert main([*argv, "--alpha", "0:0.2:0.05", "--plot", str(plot), "--write-alpha"]) == 0
     output = capsys.readouterr()
     (report,) = _json_lines(output.out)
-    assert report["alphas"] == [0.0, 0.05, 0.1, 0.15, 0.2]
-    assert report["carryon_nlls"][0] == report["base_nll"]
-    best = report["carryon_nlls"].index(min(report["carryon_nlls"]))
-    assert report["alpha"] == report["alphas"][best]
-    assert f"best alpha {report['alpha']:g}" in output.err
+    choice = report["choice"]
+    assert choice["alphas"] == [0.0, 0.05, 0.1, 0.15, 0.2]
+    assert choice["nlls"][0] == choice["base_nll"]
+    assert report["alpha"] == choice["alphas"][choice["nlls"].index(min(choice["nlls"]))]
+    assert f"best alpha {report['alpha']:g}, chosen on {choice['num_targets']} tar" in output.err
+    assert f"{report['carryon_nll']:.4f} +- {report['carryon_nll_se']:.4f} (alpha" in output.err
+    assert "expected 2,000 or more" in output.err
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert read_card(carryon).alpha == report["alpha"]
     assert main(argv) == 0  # without --alpha: what was written
     (again,) = _json_lines(capsys.readouterr().out)
-    assert (again["alphas"], again["carryon_nll"]) == ([report["alpha"]], report["carryon_nll"])
+    assert (again["alpha"], again["choice"]) == (report["alpha"], None)
+    assert again["num_targets"] == report["num_targets"] + choice["num_targets"]
 
 
 def test_without_being_asked_nothing_is_written(
@@ -61,6 +64,7 @@ def test_without_being_asked_nothing_is_written(
         (["--alpha", "0:1"], "alpha: expected a number, or FIRST:LAST:STEP"),
         (["--alpha", "11"], "alpha: expected 0 to 10, got 11"),
         (["--carryon", "anna/none", "--write-alpha"], "--write-alpha: expected a folder"),
+        (["--plot", "alpha.png"], "--plot: expected several strengths"),
     ],
 )
 def test_mistakes_are_one_line(

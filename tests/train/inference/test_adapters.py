@@ -248,7 +248,7 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny: CarryOnForCausalLM) -
 def test_a_carryon_of_another_base_or_shape_is_refused(
     tiny: CarryOnForCausalLM, tmp_path: Path
 ) -> None:
-    with pytest.raises(MissingError, match="expected a carry-on .* output none"):
+    with pytest.raises(MissingError, match="expected a carry-on .* found none"):
         tiny.add_carryon("eve", tmp_path)
     other = load_base(str(make_tiny_base(tmp_path / "other", seed=1)), forward=FLOAT32)
     carryon, card = make_tiny_carryon(other)

@@ -1,4 +1,4 @@
-"""Which strengths a text names, and the picture of what they gave."""
+"""Which strengths a text names, and the plot of their losses."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 
 from carryon.cache.errors import InputError
 from carryon.train.inference.alpha import parse_alphas, plot_alphas
+from carryon.train.inference.evaluate import AlphaChoice
 
 
 def test_a_range_includes_both_ends_and_has_round_numbers() -> None:
@@ -19,11 +20,19 @@ def test_a_range_includes_both_ends_and_has_round_numbers() -> None:
     "text",
     ["x", "0:1", "0:1:0", "1:0:0.1", "0:1:-0.1", "0:1:1e-9", "nan", "0:inf:1", "::", "0:1:1:1"],
 )
-def test_what_is_neither_a_number_nor_a_range_is_refused(text: str) -> None:
+def test_text_that_is_neither_a_number_nor_a_range_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="alpha: expected a number, or FIRST:LAST:STEP"):
         parse_alphas(text)
 
 
-def test_the_picture_is_a_png(tmp_path: Path) -> None:
-    plot_alphas([0.0, 0.5, 1.0], [1.2, 0.9, 1.0], 1.2, tmp_path / "new" / "alpha.png")
+def test_the_plot_is_a_png(tmp_path: Path) -> None:
+    choice = AlphaChoice(
+        num_samples=3,
+        num_targets=9,
+        base_nll=1.2,
+        alphas=[0.0, 0.5, 1.0],
+        nlls=[1.2, 0.9, 1.0],
+        nll_ses=[0.1, 0.1, None],
+    )
+    assert plot_alphas(choice, tmp_path / "new" / "alpha.png")
     assert (tmp_path / "new" / "alpha.png").read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,8 @@
-"""Which samples are looked at, and that the figures are those of a base."""
+"""Which samples are evaluated, and that the losses are right."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from torch import nn
 from carryon.cache.base.lm_head import widen
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.store.reader import Store
-from carryon.train.config import CarryOnSettings
+from carryon.train.config import CarryOnSettings, LossSettings, StreamSettings
+from carryon.train.inference import evaluate as evaluate_module
 from carryon.train.inference.evaluate import evaluate
+from carryon.train.losses.frozen_head import place_head
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.decoder import Decoder
 from carryon.train.modules.linear import Product
-from carryon.train.modules.serialization import CarryOnCard, save_carryon
+from carryon.train.modules.serialization import CarryOnCard, load_carryon, save_carryon
 from carryon.train.trainer import nll
 
 SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)
@@ -79,7 +82,7 @@ def _base_nll(store: Path, samples: list[int]) -> float:
     return float(np.mean(losses))
 
 
-def test_the_base_figure_is_that_of_the_plain_formula(store: Path, tmp_path: Path) -> None:
+def test_the_loss_of_the_base_is_that_of_the_plain_formula(store: Path, tmp_path: Path) -> None:
     held_out = np.flatnonzero(Store.open(store).sample_held_out).tolist()
 
     report = evaluate(store=str(store), carryon=_save(tmp_path / "c", store), device="cpu")
@@ -94,7 +97,7 @@ def test_a_wide_base_is_evaluated_in_smaller_batches_with_the_same_result(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     carryon, sizes = _save(tmp_path / "c", store), []
-    found = []
+    reports = []
     for limit in (nll.BATCH_BYTES, 20 * 2 * 16):  # 20 tokens of width 16
         monkeypatch.setattr(nll, "BATCH_BYTES", limit)
         lengths: list[int] = []
@@ -106,11 +109,11 @@ def test_a_wide_base_is_evaluated_in_smaller_batches_with_the_same_result(
             )
         )
         with hook:
-            found.append(evaluate(store=str(store), carryon=carryon, device="cpu"))
+            reports.append(evaluate(store=str(store), carryon=carryon, device="cpu"))
         sizes.append(max(lengths))
 
     assert sizes[0] > 20 >= sizes[1]
-    assert found[1].carryon_nll == pytest.approx(found[0].carryon_nll, rel=1e-6)
+    assert reports[1].carryon_nll == pytest.approx(reports[0].carryon_nll, rel=1e-6)
 
 
 def test_alpha_zero_is_the_base(store: Path, tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_alpha_zero_is_the_base(store: Path, tmp_path: Path) -> None:
     assert report.carryon_nll == report.base_nll
 
 
-def test_all_samples_of_another_store_are_looked_at(store: Path, tmp_path: Path) -> None:
+def test_all_samples_of_another_store_are_evaluated(store: Path, tmp_path: Path) -> None:
     other = make_tiny_store(tmp_path / "other", num_samples=10, num_held_out=0, seed=1)
 
     report = evaluate(store=str(other), carryon=_save(tmp_path / "c", store), device="cpu")
@@ -158,24 +161,69 @@ def test_a_carryon_of_another_base_is_refused(store: Path, tmp_path: Path) -> No
         evaluate(store=str(store), carryon=folder, device="cpu")
 
 
-def test_a_sweep_gives_for_each_alpha_what_it_gives_alone(store: Path, tmp_path: Path) -> None:
+def test_the_loss_of_a_chosen_alpha_is_not_of_the_samples_that_chose_it(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carryon, alphas = _save(tmp_path / "c", store), [0.0, 0.1, 0.4]
+    passes: list[tuple[list[int], list[nll.Nll]]] = []
+    real = evaluate_module.measure_nlls
+
+    def record(opened: Store, rows: Any, jobs: Any, **stream: Any) -> list[nll.Nll]:  # noqa: ANN401
+        passes.append((rows.tolist(), real(opened, rows, jobs, **stream)))
+        return passes[-1][1]
+
+    monkeypatch.setattr(evaluate_module, "measure_nlls", record)
+    report = evaluate(store, carryon=carryon, alphas=alphas, device="cpu")
+
+    (choosing, at_each), (reported, [measured]) = passes
+    assert not set(choosing) & set(reported)
+    assert sorted(choosing + reported) == np.flatnonzero(Store.open(store).sample_held_out).tolist()
+    assert abs(len(choosing) - len(reported)) <= 1
+    assert report.choice is not None
+    assert report.choice.alphas == alphas
+    assert report.choice.nlls == [each.carryon for each in at_each]
+    assert report.alpha == alphas[int(np.argmin(report.choice.nlls))]
+    assert (report.carryon_nll, report.num_samples) == (measured.carryon, len(reported))
+    assert report.num_targets == measured.targets
+
+
+def test_a_single_sample_cannot_both_choose_and_measure_an_alpha(tmp_path: Path) -> None:
+    store = make_tiny_store(tmp_path / "store", num_held_out=1)
+    carryon = _save(tmp_path / "c", store)
+    assert evaluate(store, carryon=carryon, device="cpu").carryon_nll_se is None
+    with pytest.raises(InputError, match="expected 2 samples or more, to choose one of 2 alphas"):
+        evaluate(store, carryon=carryon, alphas=[0.5, 1.0], device="cpu")
+
+
+def test_few_targets_draw_a_warning(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = evaluate(store, carryon=_save(tmp_path / "c", store), device="cpu")
+    assert report.carryon_nll_se is not None
+    assert report.carryon_nll_se > 0
+    assert f"{report.num_targets:,} held-out targets: expected 2,000 or more" in caplog.text
+
+
+def test_each_alpha_gives_the_same_loss_among_others_as_alone(store: Path, tmp_path: Path) -> None:
     carryon, alphas = _save(tmp_path / "c", store), [0.0, 0.4, 1.0]
+    opened = Store.open(store)
+    module, _ = load_carryon(carryon)
+    head = place_head(opened, LossSettings(), device=torch.device("cpu"))
+    jobs = [nll.EvalJob(carryon=module, head=head, chunk=64, alpha=alpha) for alpha in alphas]
+    rows = np.arange(opened.num_samples)
 
-    swept = evaluate(store=str(store), carryon=carryon, alphas=alphas, device="cpu")
+    together = nll.measure_nlls(opened, rows, jobs, stream=StreamSettings())
 
-    assert swept.alphas == alphas
-    for alpha, found_nll in zip(alphas, swept.carryon_nlls, strict=True):
-        alone = evaluate(store=str(store), carryon=carryon, alphas=[alpha], device="cpu")
-        assert found_nll == alone.carryon_nll
-    assert swept.carryon_nll == min(swept.carryon_nlls)
-    assert swept.alpha == alphas[int(np.argmin(swept.carryon_nlls))]
+    for job, among_others in zip(jobs, together, strict=True):
+        [alone] = nll.measure_nlls(opened, rows, [job], stream=StreamSettings())
+        assert alone.carryon == among_others.carryon
 
 
-def test_a_sweep_runs_the_carryon_once_for_each_batch(store: Path, tmp_path: Path) -> None:
+def test_several_alphas_run_the_carryon_once_for_each_batch(store: Path, tmp_path: Path) -> None:
     calls: list[nn.Module] = []
     carryon = _save(tmp_path / "c", store)
     counts = []
-    for alphas in ([1.0], [0.0, 0.5, 1.0, 1.5]):
+    for alphas in ([0.5, 1.0], [0.25, 0.5, 1.0, 1.5]):
         calls.clear()
         hook = nn.modules.module.register_module_forward_hook(
             lambda module, args, output: calls.append(module)
