@@ -26,7 +26,7 @@ SIZES = {"tokens_per_step": 64}
 def open_tiny(base: Path, work: Path) -> MergeInput:
     """Extract a store as the benchmarks do, of a few texts."""
     data = write_corpus(work / "data.jsonl", num_samples=12)
-    job = Job(work=work, report=print, base=str(base), corpora=[f"texts={data}"])
+    job = Job(work=work, add=print, base=str(base), corpora=[f"texts={data}"])
     return open_input(job, **SIZES)
 
 

@@ -18,7 +18,7 @@ def measure(
     """Run a benchmark with its quick sizes, changed by `sizes`, and return its figures."""
     figures: list[Figure] = []
     values = read_sizes(name, [], is_quick=True) | (sizes or {})
-    run(name, Job(work=work, report=figures.append, is_quick=True, **job), values)
+    run(name, Job(work=work, add=figures.append, is_quick=True, **job), values)
     return figures
 
 

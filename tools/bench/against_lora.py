@@ -58,4 +58,4 @@ def measure_corpora(
         for figure in run_comparison(base=job.base, data=[str(data)], out=out, settings=settings):
             name = figure.figure.removeprefix("compare.")
             target = TOP_SPEED_TARGET if name == "speed.top" else TARGETS.get((corpus, name))
-            job.report(replace(figure, figure=f"compare.{corpus}.{name}", target=target))
+            job.add(replace(figure, figure=f"compare.{corpus}.{name}", target=target))

@@ -75,7 +75,7 @@ def measure_bits(job: Job, *, commit: str = FIRST_LAYOUT, tokens: int = 30_000) 
         tokens: tokens of the corpus.
     """
     for figure in _run(job, _compare_bits, commit=commit, tokens=tokens):
-        job.report(figure)
+        job.add(figure)
 
 
 def measure_extraction(
@@ -83,7 +83,7 @@ def measure_extraction(
 ) -> None:
     """Report the extraction speed relative to the earlier commit."""
     for figure in _run(job, _compare_extraction, commit=commit, tokens=tokens, rounds=rounds):
-        job.report(figure)
+        job.add(figure)
 
 
 def measure_training(
@@ -91,13 +91,13 @@ def measure_training(
 ) -> None:
     """Report the training speed relative to the earlier commit."""
     for figure in _run(job, _compare_training, commit=commit, tokens=tokens, rounds=rounds):
-        job.report(figure)
+        job.add(figure)
 
 
 def measure_demo(job: Job, *, commit: str = FIRST_LAYOUT) -> None:
     """Report the speed of the demo relative to the earlier commit."""
     for figure in _run(job, _compare_demo, commit=commit, tokens=1):
-        job.report(figure)
+        job.add(figure)
 
 
 def _run(

@@ -57,9 +57,9 @@ def measure_decoding(
         root = job.work / profile
         write_scratch_store(root, states, settings=settings)
         suffix = "" if profile == "exact" else f".{profile}"
-        job.report(_decode(f"{SYNTHETIC}{suffix}", root, rounds=rounds))
+        job.add(_decode(f"{SYNTHETIC}{suffix}", root, rounds=rounds))
     for label, store in job.open_stores(("gsm", "python")).items():
-        job.report(_decode(label, store.root, rounds=rounds))
+        job.add(_decode(label, store.root, rounds=rounds))
 
 
 def _decode(name: str, root: Path, *, rounds: int) -> Figure:

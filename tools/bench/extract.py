@@ -23,7 +23,6 @@ from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSetting
 from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_writer import UnitInput, read_sample_places, read_unit_input
 from carryon.tools.bench.job import Job, synchronize
-from carryon.tools.compare.figure import Figure
 
 TARGET = 0.97
 
@@ -60,26 +59,21 @@ def measure_extraction(job: Job, *, tokens: int = 24_576, unit_tokens: int = 409
         for clock in (0, 1)
     )
     job.report(
-        Figure(
-            figure="extract.speed",
-            value=statistics.median(ratios),
-            unit="x bare forward",
-            target=TARGET,
-            sense="at least",
-            details={
-                "ratios": ratios,
-                "cpu_time_ratio": statistics.median(cpu_ratios),
-                "tokens": num_tokens,
-                "units": len(inputs),
-                "unit_tokens": unit_tokens,
-                "batch_tokens": batch_tokens,
-                "bare_tokens_per_second": num_tokens / sum(elapsed_s for elapsed_s, _ in bare),
-                "extract_tokens_per_second": num_tokens / sum(elapsed_s for elapsed_s, _ in whole),
-                "base": base.identity.id,
-                "device": str(base.device),
-                "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
-            },
-        )
+        "extract.speed",
+        statistics.median(ratios),
+        "x bare forward",
+        at_least=TARGET,
+        ratios=ratios,
+        cpu_time_ratio=statistics.median(cpu_ratios),
+        tokens=num_tokens,
+        units=len(inputs),
+        unit_tokens=unit_tokens,
+        batch_tokens=batch_tokens,
+        bare_tokens_per_second=num_tokens / sum(elapsed_s for elapsed_s, _ in bare),
+        extract_tokens_per_second=num_tokens / sum(elapsed_s for elapsed_s, _ in whole),
+        base=base.identity.id,
+        device=str(base.device),
+        compute_dtype=str(base.compute_dtype).removeprefix("torch."),
     )
 
 

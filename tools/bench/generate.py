@@ -37,7 +37,7 @@ def measure_generation(
         ways = {"carryon": partial(speed, model), "base": partial(speed, base.model)}
         details = {"dtype": str(base.compute_dtype), "new_tokens": new_tokens}
         name = f"generate.batch-{rows}"
-        job.report(compare_speeds(name, ways, details, target=BASE_TARGET, rounds=rounds))
+        job.add(compare_speeds(name, ways, details, target=BASE_TARGET, rounds=rounds))
 
 
 def measure_mixed_rows(
@@ -61,7 +61,7 @@ def measure_mixed_rows(
     }
     details = {"dtype": str(base.compute_dtype), "new_tokens": new_tokens}
     name = f"mixed.rows-{rows}"
-    job.report(compare_speeds(name, ways, details, target=MIXED_TARGET, rounds=rounds))
+    job.add(compare_speeds(name, ways, details, target=MIXED_TARGET, rounds=rounds))
 
 
 def _load(base: Base, tokens: Tensor, *, num: int, max_bytes: int) -> CarryOnForCausalLM:

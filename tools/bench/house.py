@@ -25,13 +25,13 @@ _ROUNDS = 5
 def measure_shape(job: Job) -> None:
     """Report modules, files, floors, imports and lines of the source."""
     for figure in _shape():
-        job.report(figure)
+        job.add(figure)
 
 
 def measure_start(job: Job) -> None:
     """Report the seconds of --help, and the large modules that opening a store loads."""
     for figure in (*_seconds_of_help(), _imports_of_opening()):
-        job.report(figure)
+        job.add(figure)
 
 
 def _shape() -> Iterator[Figure]:

@@ -31,7 +31,7 @@ class Job:
 
     work: Path
     """Existing folder for temporary files, removed afterwards."""
-    report: Callable[[Figure], None]
+    add: Callable[[Figure], None]
     """Called with each figure as soon as it is measured."""
     base: str = ""
     """Hub id, folder or .gguf file."""
@@ -43,6 +43,28 @@ class Job:
     """Folder of stores that several benchmarks use; None: `work`."""
     is_quick: bool = False
     """Extract little text."""
+
+    def report(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        *,
+        at_most: float | None = None,
+        at_least: float | None = None,
+        **details: Any,  # noqa: ANN401 -- plain JSON values
+    ) -> None:
+        """Add a figure, with a target on one side or none."""
+        self.add(
+            Figure(
+                figure=name,
+                value=value,
+                unit=unit,
+                target=at_most if at_least is None else at_least,
+                sense="at most" if at_least is None else "at least",
+                details=details,
+            )
+        )
 
     def load_base(self, *, device: str = "auto", dtype: str = "auto") -> Base:
         """Load the base."""

@@ -11,7 +11,6 @@ from carryon.tools.bench.epoch import ChargedStore
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import make_states
-from carryon.tools.compare.figure import Figure
 from carryon.train.config import (
     CarryOnSettings,
     OptimizationSettings,
@@ -73,22 +72,18 @@ def measure_sweep(
         "one_run_mb": alone[0].num_bytes / 1e6,
     }
     job.report(
-        Figure(
-            figure="sweep.bytes",
-            value=together.num_bytes / alone[0].num_bytes,
-            unit="of one run's",
-            target=BYTES_TARGET,
-            details=details,
-        )
+        "sweep.bytes",
+        together.num_bytes / alone[0].num_bytes,
+        "of one run's",
+        at_most=BYTES_TARGET,
+        **details,
     )
     job.report(
-        Figure(
-            figure="sweep.wall",
-            value=together.elapsed_s / alone_s,
-            unit="of separate runs'",
-            target=WALL_TARGET,
-            details=details,
-        )
+        "sweep.wall",
+        together.elapsed_s / alone_s,
+        "of separate runs'",
+        at_most=WALL_TARGET,
+        **details,
     )
 
 

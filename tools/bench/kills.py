@@ -14,7 +14,6 @@ from carryon.cache.settings import StoreSettings
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import make_states
-from carryon.tools.compare.figure import Figure
 
 
 def measure_kills(job: Job, *, kills: int = 30) -> None:
@@ -43,14 +42,11 @@ def measure_kills(job: Job, *, kills: int = 30) -> None:
         num_survived += was_running and _weights(out) == expected
         shutil.rmtree(out)
     job.report(
-        Figure(
-            figure="kills.survived",
-            value=num_survived,
-            unit=f"of {num_landed}, to the bit",
-            target=kills,
-            sense="at least",
-            details={"killed_within_s": longest_s},
-        )
+        "kills.survived",
+        num_survived,
+        f"of {num_landed}, to the bit",
+        at_least=kills,
+        killed_within_s=longest_s,
     )
 
 

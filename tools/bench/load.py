@@ -6,7 +6,6 @@ import torch
 
 from carryon.tools.bench.job import Job, median_of, run_fresh
 from carryon.tools.bench.random_carryons import MAX_BYTES, make_carryons, make_prompts
-from carryon.tools.compare.figure import Figure
 from carryon.train.modules.serialization import save_carryon
 
 SECONDS_TARGET = 5.0
@@ -55,6 +54,4 @@ def measure_loading(
         ("load.memory", "load_mb", "MB", MB_TARGET),
         ("load.seconds", "load_s", "s", SECONDS_TARGET),
     ):
-        job.report(
-            Figure(figure=figure, value=median[key], unit=unit, target=target, details=median)
-        )
+        job.report(figure, median[key], unit, at_most=target, **median)

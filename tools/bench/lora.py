@@ -20,7 +20,6 @@ from carryon.cache.optional import require
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.epoch import iter_batches
 from carryon.tools.bench.job import Job, in_turn, timed
-from carryon.tools.compare.figure import Figure
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings, OptimizationSettings
 from carryon.train.data.batch import Batch
 from carryon.train.losses.sampled_softmax import place_training_head
@@ -71,7 +70,7 @@ def measure_lora(
         seconds[name] = in_turn(ways, rounds=rounds)
         del ways, base
         gc.collect()
-    details = {
+    details: dict[str, Any] = {
         "tokens_per_second": {
             way: num_tokens / seconds["full" if way == "full" else "lora"][way]
             for way in ("carryon", "sampled", "lora", "full")
@@ -88,15 +87,11 @@ def measure_lora(
     ):
         whose = "LoRA's" if other == "lora" else "full fine-tuning's"
         job.report(
-            Figure(
-                figure=figure,
-                # Against the run of the carry-on that took turns with this one.
-                value=seconds[other][other] / seconds[other][ours],
-                unit=f"of {whose} tokens/s",
-                target=target,
-                sense="at least",
-                details=details | ({"sampled_softmax": sampled} if ours == "sampled" else {}),
-            )
+            figure,
+            seconds[other][other] / seconds[other][ours],
+            f"of {whose} tokens/s",
+            at_least=target,
+            **(details | ({"sampled_softmax": sampled} if ours == "sampled" else {})),
         )
 
 

@@ -19,7 +19,6 @@ from carryon.cache.device import (
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.epoch import iter_batches
 from carryon.tools.bench.job import Job, in_turn, timed
-from carryon.tools.compare.figure import Figure
 from carryon.train.config import LossSettings
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import (
@@ -92,16 +91,14 @@ def _measure(job: Job, figure: str, given: LossInput, *, target: float, rounds: 
     ways["loss"] = loss_way(given)
     seconds = in_turn({name: timed(way, calls=_CALLS) for name, way in ways.items()}, rounds=rounds)
     limit = min(value for name, value in seconds.items() if name.startswith("limit."))
-    details = {"tokens_per_second": {k: len(given.states) / v for k, v in seconds.items()}}
     job.report(
-        Figure(
-            figure=figure,
-            value=limit / seconds["loss"],
-            unit="of the products' speed",
-            target=target,
-            sense="at least",
-            details={"dtype": str(given.head.dtype), **details, **errors_of(given)},
-        )
+        figure,
+        limit / seconds["loss"],
+        "of the products' speed",
+        at_least=target,
+        dtype=str(given.head.dtype),
+        tokens_per_second={name: len(given.states) / each for name, each in seconds.items()},
+        **errors_of(given),
     )
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from carryon.tools.bench.job import Job, in_turn, median_of, run_fresh
 from carryon.tools.bench.open import make_large_store
-from carryon.tools.compare.figure import Figure
 from carryon.train.config import OptimizationSettings, TrainSettings
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.data.joint_sampler import join_orders
@@ -52,27 +52,17 @@ def measure_units(job: Job, *, units: int = 20, tokens: int = 400_000, rounds: i
     median = {name: median_of(each) for name, each in runs.items()}
     memory = {name: run["peak_mb"] for name, run in median.items()}
     few, many = folders
-    details = {
+    details: dict[str, Any] = {
         "units": {name: units * int(name) for name in folders},
         "tokens_per_second": speeds,
         "tokens": {name: run["tokens"] for name, run in median.items()},
         "planned_s": {name: run["planned_s"] for name, run in median.items()},
         "peak_mb": memory,
     }
-    for figure, value, unit, target in (
-        ("units.speed", speeds[many] / speeds[few], "of the small store's", SPEED_TARGET),
-        ("units.memory", memory[many] - memory[few], "MB more", MEMORY_TARGET_MB),
-    ):
-        job.report(
-            Figure(
-                figure=figure,
-                value=value,
-                unit=unit,
-                target=target,
-                sense="at least" if figure == "units.speed" else "at most",
-                details=details,
-            )
-        )
+    speed = speeds[many] / speeds[few]
+    job.report("units.speed", speed, "of the small store's", at_least=SPEED_TARGET, **details)
+    more = memory[many] - memory[few]
+    job.report("units.memory", more, "MB more", at_most=MEMORY_TARGET_MB, **details)
 
 
 def measure_resume(job: Job, *, units: int = 20, rounds: int = 5) -> None:
@@ -100,13 +90,12 @@ def measure_resume(job: Job, *, units: int = 20, rounds: int = 5) -> None:
     ways = {"fresh": lambda: first_batch(0.0), "resumed": lambda: first_batch(RESUME_AT)}
     seconds = in_turn(ways, rounds=rounds)
     job.report(
-        Figure(
-            figure="resume.first_batch",
-            value=seconds["resumed"] - seconds["fresh"],
-            unit="s more than a fresh start",
-            target=RESUME_TARGET_S,
-            details={"seconds": seconds, "at": RESUME_AT},
-        )
+        "resume.first_batch",
+        seconds["resumed"] - seconds["fresh"],
+        "s more than a fresh start",
+        at_most=RESUME_TARGET_S,
+        seconds=seconds,
+        at=RESUME_AT,
     )
 
 

@@ -19,7 +19,6 @@ from carryon.cache.store.reader import Store
 from carryon.tools.bench.job import Job, run_fresh
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import StateSet
-from carryon.tools.compare.figure import Figure
 from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
@@ -82,18 +81,14 @@ def measure_memory(
     run = run_fresh(_TRAIN, json.dumps(request))
     plain = plain_base_nll(Store.open(root))
     job.report(
-        Figure(
-            figure="memory.peak",
-            value=run["peak_bytes"] / 1e9,
-            unit="GB",
-            target=TARGET_GB,
-            details={
-                "hard_limit_gb": 1.0,
-                **run,
-                "base_nll_plain": plain,
-                "base_nll_error": abs(run["base_nll"] - plain),
-            },
-        )
+        "memory.peak",
+        run["peak_bytes"] / 1e9,
+        "GB",
+        at_most=TARGET_GB,
+        hard_limit_gb=1.0,
+        **run,
+        base_nll_plain=plain,
+        base_nll_error=abs(run["base_nll"] - plain),
     )
     case = MemoryCase(
         base_width=width,
@@ -109,18 +104,14 @@ def measure_memory(
     parts = plan_memory(case)
     ratio = sum(parts.values()) / run["peak_bytes"]
     job.report(
-        Figure(
-            figure="memory.plan",
-            value=abs(ratio - 1),
-            unit="error relative to the measured peak",
-            target=PLAN_TARGET,
-            details={
-                "ratio": ratio,
-                "planned_bytes": sum(parts.values()),
-                "measured_bytes": run["peak_bytes"],
-                "parts": parts,
-            },
-        )
+        "memory.plan",
+        abs(ratio - 1),
+        "error relative to the measured peak",
+        at_most=PLAN_TARGET,
+        ratio=ratio,
+        planned_bytes=sum(parts.values()),
+        measured_bytes=run["peak_bytes"],
+        parts=parts,
     )
 
 

@@ -26,7 +26,6 @@ from carryon.tools.bench.merge_carryons import (
     MergeInput,
     open_input,
 )
-from carryon.tools.compare.figure import Figure
 from carryon.train.config import rates_of
 from carryon.train.inference.merge import load_for_base, merge
 from carryon.train.inference.modeling import CarryOnForCausalLM
@@ -87,9 +86,7 @@ def measure_generation(
     speed = partial(generation_speed, tokens=tokens, new_tokens=new_tokens)
     ways = {"merged": partial(speed, merged.to(base.device)), "base": partial(speed, base.model)}
     details = {"dtype": str(base.compute_dtype), "new_tokens": new_tokens}
-    job.report(
-        compare_speeds("generate.speed", ways, details, target=GENERATE_TARGET, rounds=rounds)
-    )
+    job.add(compare_speeds("generate.speed", ways, details, target=GENERATE_TARGET, rounds=rounds))
 
 
 def measure_speed(
@@ -116,22 +113,17 @@ def measure_speed(
     num_tokens = sum(batch.num_tokens for batch in batches)
     for name, target in (("top", SPEED_TARGET), ("top-lora", None)):
         job.report(
-            Figure(
-                figure=f"{name}.speed",
-                value=seconds["lora"] / seconds[name],
-                unit="of LoRA's tokens/s",
-                target=target,
-                sense="at least",
-                details={
-                    "tokens_per_second": {way: num_tokens / each for way, each in seconds.items()},
-                    "tokens": num_tokens,
-                    "targets": sum(batch.num_targets for batch in batches),
-                    "blocks": shape.blocks,
-                    "blocks_of_base": base.identity.num_layers,
-                    "rank": RANK,
-                    "dtype": str(base.compute_dtype),
-                },
-            )
+            f"{name}.speed",
+            seconds["lora"] / seconds[name],
+            "of LoRA's tokens/s",
+            at_least=target,
+            tokens_per_second={way: num_tokens / each for way, each in seconds.items()},
+            tokens=num_tokens,
+            targets=sum(batch.num_targets for batch in batches),
+            blocks=shape.blocks,
+            blocks_of_base=base.identity.num_layers,
+            rank=RANK,
+            dtype=str(base.compute_dtype),
         )
 
 
@@ -160,21 +152,17 @@ def _report_logits(
         rounding["weights"] = _distance(served, composed(tokens).logits)
     against = {"served": _distance(written, served), "trained": _distance(written, trained)}
     job.report(
-        Figure(
-            figure=f"{name}.logits",
-            value=max(against.values()),
-            unit="largest difference",
-            target=sum(rounding.values()),
-            details={
-                "against": against,
-                "rounding_to_bfloat16": rounding,
-                "moved_by_the_carryon": _distance(alone, served),
-                "largest_logit": float(served.abs().max()),
-                "tokens": tokens.shape[1],
-                "blocks": given.shape("native" if name == "native" else "top").blocks,
-                "blocks_of_base": base.identity.num_layers,
-            },
-        )
+        f"{name}.logits",
+        max(against.values()),
+        "largest difference",
+        at_most=sum(rounding.values()),
+        against=against,
+        rounding_to_bfloat16=rounding,
+        moved_by_the_carryon=_distance(alone, served),
+        largest_logit=float(served.abs().max()),
+        tokens=tokens.shape[1],
+        blocks=given.shape("native" if name == "native" else "top").blocks,
+        blocks_of_base=base.identity.num_layers,
     )
 
 

@@ -11,7 +11,6 @@ from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.settings import StoreSettings
 from carryon.tools.bench.job import Job, median_of, run_fresh
 from carryon.tools.bench.scratch import plan_scratch, write_scratch_unit
-from carryon.tools.compare.figure import Figure
 
 SECONDS_TARGET = 1.0
 MB_TARGET = 300.0
@@ -59,7 +58,7 @@ def measure_opening(
         ("open.seconds", median["open_s"], "s", SECONDS_TARGET),
         ("open.memory", median["open_mb"], "MB", MB_TARGET),
     ):
-        job.report(Figure(figure=figure, value=value, unit=unit, target=target, details=median))
+        job.report(figure, value, unit, at_most=target, **median)
 
 
 def make_large_store(root: Path, *, num_units: int, num_samples: int) -> Manifest:

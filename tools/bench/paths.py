@@ -52,7 +52,7 @@ def measure_paths(
         stores = write_stores(job.work)
         for schedule in schedules:
             for figure in measure(job.work / schedule, stores, schedule):
-                job.report(replace(figure, figure=f"paths.{schedule}.{figure.figure}"))
+                job.add(replace(figure, figure=f"paths.{schedule}.{figure.figure}"))
     finally:
         torch.set_num_threads(threads)
 

@@ -12,7 +12,6 @@ from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.recode import recode_store
-from carryon.tools.compare.figure import Figure
 from carryon.tools.compare.methods import same_size
 from carryon.train.config import (
     PRESETS,
@@ -42,18 +41,14 @@ def measure_profiles(job: Job, *, epochs: int = 3) -> None:
             store=str(store.root), carryon=report.carryon, samples="held-out", device="auto"
         )
         job.report(
-            Figure(
-                figure=f"trained_on.{profile}",
-                value=evaluation.carryon_nll / exact.carryon_nll - 1,
-                target=target,
-                unit="relative to exact",
-                details={
-                    "held_out_nll": evaluation.carryon_nll,
-                    "held_out_nll_exact": exact.carryon_nll,
-                    "base_nll": evaluation.base_nll,
-                    "epochs": epochs,
-                },
-            )
+            f"trained_on.{profile}",
+            evaluation.carryon_nll / exact.carryon_nll - 1,
+            "relative to exact",
+            at_most=target,
+            held_out_nll=evaluation.carryon_nll,
+            held_out_nll_exact=exact.carryon_nll,
+            base_nll=evaluation.base_nll,
+            epochs=epochs,
         )
 
 
@@ -68,28 +63,23 @@ def measure_taps(job: Job, *, epochs: int = 3) -> None:
         runs |= {f"{'+'.join(middle)}.{seed}": changes | {"seed": seed} for seed in SEEDS}
     runs |= {f"final.{seed}": {"seed": seed} for seed in SEEDS}
     reports = _train(job, store.root, "taps", runs, epochs=epochs)
-    mixes = {name.rpartition(".")[0] for name in reports} - {"final"}
+    mixes = [name for name in dict.fromkeys(x.rpartition(".")[0] for x in reports) if name != "final"]
     by_mix = {
         mix: [reports[f"{mix}.{seed}"].carryon_nll for seed in SEEDS] for mix in (*mixes, "final")
     }
     best = min(mixes, key=lambda mix: statistics.mean(by_mix[mix]))
     gains = [alone - mixed for alone, mixed in zip(by_mix["final"], by_mix[best], strict=True)]
     job.report(
-        Figure(
-            figure="taps.seeds_better",
-            value=sum(gain > 0 for gain in gains),
-            target=len(SEEDS),
-            sense="at least",
-            unit=f"of {len(SEEDS)} seeds",
-            details={
-                "best": f"final+{best}",
-                "held_out_nll": by_mix,
-                "gains": gains,
-                "bytes_final": reports["final.0"].carryon_bytes,
-                "bytes_best": reports[f"{best}.0"].carryon_bytes,
-                "epochs": epochs,
-            },
-        )
+        "taps.seeds_better",
+        sum(gain > 0 for gain in gains),
+        f"of {len(SEEDS)} seeds",
+        at_least=len(SEEDS),
+        best=f"final+{best}",
+        held_out_nll=by_mix,
+        gains=gains,
+        bytes_final=reports["final.0"].carryon_bytes,
+        bytes_best=reports[f"{best}.0"].carryon_bytes,
+        epochs=epochs,
     )
 
 
@@ -103,19 +93,15 @@ def measure_presets(job: Job, *, epochs: int = 3) -> None:
             folder = f"preset-{name}-{number}"
             report = _train(job, store.root, folder, {name: changes}, epochs=number)[name]
             job.report(
-                Figure(
-                    figure=f"preset.{name}.epochs_{number}",
-                    value=report.carryon_nll,
-                    unit="nats, held out",
-                    details={
-                        "base_nll": report.base_nll,
-                        "megabytes": report.carryon_bytes / 1e6,
-                        "train_s": report.train_s,
-                        "tokens_per_second": report.tokens_per_second,
-                        "held_out_contamination": report.held_out_contamination,
-                        **changes,
-                    },
-                )
+                f"preset.{name}.epochs_{number}",
+                report.carryon_nll,
+                "nats, held out",
+                base_nll=report.base_nll,
+                megabytes=report.carryon_bytes / 1e6,
+                train_s=report.train_s,
+                tokens_per_second=report.tokens_per_second,
+                held_out_contamination=report.held_out_contamination,
+                **changes,
             )
 
 
@@ -138,33 +124,24 @@ def measure_sampled(job: Job, *, epochs: int = 3, sampled: int = 2048) -> None:
     nlls = [report.carryon_nll for report in ours]
     exact_nlls = [report.carryon_nll for report in exact]
     job.report(
-        Figure(
-            figure="sampled.speed",
-            value=statistics.median(
-                one.tokens_per_second / other.tokens_per_second
-                for one, other in zip(ours, exact, strict=True)
-            ),
-            sense="at least",
-            unit="of the exact loss's tokens/s",
-            details={
-                "tokens_per_second": [report.tokens_per_second for report in ours],
-                "tokens_per_second_exact": [report.tokens_per_second for report in exact],
-            },
-        )
+        "sampled.speed",
+        statistics.median(
+            one.tokens_per_second / other.tokens_per_second
+            for one, other in zip(ours, exact, strict=True)
+        ),
+        "of the exact loss's tokens/s",
+        tokens_per_second=[report.tokens_per_second for report in ours],
+        tokens_per_second_exact=[report.tokens_per_second for report in exact],
     )
     job.report(
-        Figure(
-            figure="sampled.nll",
-            value=statistics.mean(nlls) - statistics.mean(exact_nlls),
-            unit="nats above the exact loss, held out, mean of three seeds",
-            details={
-                "held_out_nll": nlls,
-                "held_out_nll_exact": exact_nlls,
-                "base_nll": exact[0].base_nll,
-                "rows": sampled,
-                "epochs": epochs,
-            },
-        )
+        "sampled.nll",
+        statistics.mean(nlls) - statistics.mean(exact_nlls),
+        "nats above the exact loss, held out, mean of three seeds",
+        held_out_nll=nlls,
+        held_out_nll_exact=exact_nlls,
+        base_nll=exact[0].base_nll,
+        rows=sampled,
+        epochs=epochs,
     )
 
 

@@ -71,7 +71,7 @@ def run_named(
             with tempfile.TemporaryDirectory(prefix="run-", dir=shared) as scratch:
                 job = Job(
                     work=Path(scratch),
-                    report=report,
+                    add=report,
                     base=base,
                     given_stores=store,
                     corpora=corpus,

@@ -8,7 +8,6 @@ from carryon.cache.settings import ForwardSettings
 from carryon.tools.bench.families import FAMILIES, make_family_base, randomize_
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.random_carryons import MAX_BYTES, make_carryons, make_prompts
-from carryon.tools.compare.figure import Figure
 from carryon.train.inference.modeling import CarryOnForCausalLM
 
 FAMILY_TARGET = 64 * torch.finfo(torch.float32).eps
@@ -40,17 +39,13 @@ def measure_rows(
         for row, name in enumerate(names)
     ]
     job.report(
-        Figure(
-            figure=f"rows-{rows}.logits",
-            value=max(errors),
-            unit="relative error",
-            target=torch.finfo(torch.bfloat16).eps,
-            details={
-                "row_without_carryon": errors[-1],
-                "moved_by_the_carryons": relative_error(mixed[0], model(tokens).logits[0]),
-                "dtype": str(base.compute_dtype),
-            },
-        )
+        f"rows-{rows}.logits",
+        max(errors),
+        "relative error",
+        at_most=torch.finfo(torch.bfloat16).eps,
+        row_without_carryon=errors[-1],
+        moved_by_the_carryons=relative_error(mixed[0], model(tokens).logits[0]),
+        dtype=str(base.compute_dtype),
     )
 
 
@@ -79,13 +74,11 @@ def measure_families(job: Job) -> None:
         model = CarryOnForCausalLM(base, carryon, card)
         errors[family] = _cache_error(model, tokens.to(base.device))
     job.report(
-        Figure(
-            figure="families.cached",
-            value=max(errors.values()),
-            unit="relative error",
-            target=FAMILY_TARGET,
-            details={"families": errors},
-        )
+        "families.cached",
+        max(errors.values()),
+        "relative error",
+        at_most=FAMILY_TARGET,
+        families=errors,
     )
 
 

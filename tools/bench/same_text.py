@@ -21,7 +21,6 @@ from carryon.cache.base.hooks import base_logits, capture
 from carryon.cache.base.model import Base
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.random_carryons import MAX_BYTES, make_carryons, make_prompts
-from carryon.tools.compare.figure import Figure
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.carryon import CarryOn, customized_states
 
@@ -67,14 +66,11 @@ def measure_greedy(
                 details |= {"base_alone": ratio, "base_alone_worst_choice": worst}
             ratio, worst = _compare_texts(model, plain, batches, new_tokens)
             job.report(
-                Figure(
-                    figure=f"greedy.{dtype}.batch-{rows}",
-                    value=ratio,
-                    unit="of the prompts identical",
-                    target=1.0 if base.compute_dtype == torch.float32 else None,
-                    sense="at least",
-                    details=details | {"worst_choice": worst},
-                )
+                f"greedy.{dtype}.batch-{rows}",
+                ratio,
+                "of the prompts identical",
+                at_least=1.0 if base.compute_dtype == torch.float32 else None,
+                **(details | {"worst_choice": worst}),
             )
 
 

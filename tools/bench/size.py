@@ -15,7 +15,6 @@ from carryon.cache.format.zarr_metadata import shard_path
 from carryon.cache.store.reader import Store, Unit
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.states import require_exact
-from carryon.tools.compare.figure import Figure
 
 LOSSLESS_TARGETS = {"gsm": 0.64, "python": 0.70}
 """By label of the store."""
@@ -39,17 +38,13 @@ def measure_lossless(job: Job) -> None:
             )
             is_final = tap in ("final", store.taps[-1])
             job.report(
-                Figure(
-                    figure=f"lossless.{label}{_suffix(store, tap)}",
-                    value=stored / (num_tokens * store.width * 2),
-                    unit="of raw",
-                    target=LOSSLESS_TARGETS.get(label) if is_final else None,
-                    details={
-                        "tap": tap,
-                        "tokens": num_tokens,
-                        "bytes_per_token": stored / num_tokens,
-                    },
-                )
+                f"lossless.{label}{_suffix(store, tap)}",
+                stored / (num_tokens * store.width * 2),
+                "of raw",
+                at_most=LOSSLESS_TARGETS.get(label) if is_final else None,
+                tap=tap,
+                tokens=num_tokens,
+                bytes_per_token=stored / num_tokens,
             )
 
 
@@ -72,23 +67,17 @@ def measure_profiles(job: Job) -> None:
                 if tap in ("final", "prenorm"):
                     errors |= through_head(head, exact, lossy, is_normed=tap == "final")
                 job.report(
-                    Figure(
-                        figure=f"{figure}.bytes",
-                        value=num_bytes / (num_tokens * store.width * 2),
-                        unit="of raw",
-                        target=max_bytes,
-                        details={"tap": tap, "tokens": num_tokens, **errors},
-                    )
+                    f"{figure}.bytes",
+                    num_bytes / (num_tokens * store.width * 2),
+                    "of raw",
+                    at_most=max_bytes,
+                    tap=tap,
+                    tokens=num_tokens,
+                    **errors,
                 )
                 if "kl" in errors:
                     job.report(
-                        Figure(
-                            figure=f"{figure}.kl",
-                            value=errors["kl"],
-                            unit="nats",
-                            target=max_kl,
-                            details={"tap": tap, **errors},
-                        )
+                        f"{figure}.kl", errors["kl"], "nats", at_most=max_kl, tap=tap, **errors
                     )
 
 

@@ -10,7 +10,6 @@ from carryon.cache.device import DEFAULT_CHUNK
 from carryon.tools.bench.epoch import iter_batches
 from carryon.tools.bench.job import Job, in_turn, timed
 from carryon.tools.bench.loss import loss_way, make_loss_input
-from carryon.tools.compare.figure import Figure
 from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
 from carryon.train.data.batch import Batch
 from carryon.train.modules.bottleneck import build_bottleneck
@@ -68,19 +67,14 @@ def measure_step(
     ways = {"loss": timed(loss_way(given), calls=3), "step": timed(step, calls=3)}
     seconds = in_turn(ways, rounds=rounds)
     job.report(
-        Figure(
-            figure="step.speed",
-            value=seconds["loss"] / seconds["step"],
-            unit="of the loss's speed",
-            target=STEP_TARGET,
-            sense="at least",
-            details={
-                "seconds": seconds,
-                "tokens": num_tokens,
-                "supervised": tokens,
-                "dtype": str(given.head.dtype),
-            },
-        )
+        "step.speed",
+        seconds["loss"] / seconds["step"],
+        "of the loss's speed",
+        at_least=STEP_TARGET,
+        seconds=seconds,
+        tokens=num_tokens,
+        supervised=tokens,
+        dtype=str(given.head.dtype),
     )
 
 
@@ -94,18 +88,12 @@ def measure_data_wait(job: Job) -> None:
     lines = [line for line in read_metrics(out / "metrics.jsonl") if "data_wait_ratio" in line]
     shares = [float(line["data_wait_ratio"]) for line in lines]
     job.report(
-        Figure(
-            figure="data_wait.share",
-            value=float(np.mean(shares)),
-            unit="of the time of steps",
-            target=WAIT_TARGET,
-            details={
-                "largest": max(shares),
-                "tokens_per_second": float(
-                    np.median([line["tokens_per_second"] for line in lines])
-                ),
-            },
-        )
+        "data_wait.share",
+        float(np.mean(shares)),
+        "of the time of steps",
+        at_most=WAIT_TARGET,
+        largest=max(shares),
+        tokens_per_second=float(np.median([line["tokens_per_second"] for line in lines])),
     )
 
 
@@ -118,11 +106,10 @@ def measure_padding(job: Job) -> None:
         tokens += batch.num_tokens
         spread += packing.num_rows * packing.longest
     job.report(
-        Figure(
-            figure="padding.share",
-            value=1 - tokens / rows,
-            unit="of the rows computed",
-            target=PADDING_TARGET,
-            details={"tokens": tokens, "of_attention_alone": 1 - tokens / spread},
-        )
+        "padding.share",
+        1 - tokens / rows,
+        "of the rows computed",
+        at_most=PADDING_TARGET,
+        tokens=tokens,
+        of_attention_alone=1 - tokens / spread,
     )

@@ -106,7 +106,7 @@ def measure_streaming(
             threads=threads,
             slow_mb_per_second=slow_mb_per_second,
         ):
-            job.report(figure)
+            job.add(figure)
 
 
 def stream_layouts(

@@ -11,7 +11,6 @@ from carryon.cache.settings import StoreSettings
 from carryon.tools.bench.job import Job, in_turn
 from carryon.tools.bench.scratch import plan_scratch, unit_states, write_scratch_unit
 from carryon.tools.bench.states import StateSet, make_states
-from carryon.tools.compare.figure import Figure
 
 TARGET = 0.05
 UNIT_TOKENS = 1024
@@ -47,20 +46,16 @@ def measure_write_growth(
     }
     seconds = in_turn({name: store.write_next for name, store in stores.items()}, rounds=rounds)
     job.report(
-        Figure(
-            figure="write.growth",
-            value=abs(seconds["late"] / seconds["early"] - 1),
-            unit="relative change",
-            target=TARGET,
-            details={
-                "early_unit": early_unit,
-                "late_unit": late_unit,
-                "early_s": seconds["early"],
-                "late_s": seconds["late"],
-                "unit_mb": states.raw_bytes / 1e6,
-                "units_timed": rounds,
-            },
-        )
+        "write.growth",
+        abs(seconds["late"] / seconds["early"] - 1),
+        "relative change",
+        at_most=TARGET,
+        early_unit=early_unit,
+        late_unit=late_unit,
+        early_s=seconds["early"],
+        late_s=seconds["late"],
+        unit_mb=states.raw_bytes / 1e6,
+        units_timed=rounds,
     )
 
 
