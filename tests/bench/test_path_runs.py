@@ -14,12 +14,11 @@ from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError
 from carryon.tools.bench import path_runs
-from carryon.tools.bench.path_cost import steps_by_formula
 from carryon.tools.bench.path_plan import (
     Lengths,
     Plan,
     plan_paradigms,
-    plan_pilots,
+    steps_by_formula,
     trunk_saves,
 )
 from carryon.tools.bench.path_runs import PathRuns, mean_weights
@@ -76,7 +75,7 @@ def _results(experiment: PathRuns) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "knee", "multistep"])
-def test_what_is_paid_adds_up_to_the_formulas(schedule: str) -> None:
+def test_the_counted_cost_is_that_of_the_formulas(schedule: str) -> None:
     plan = plan_paradigms(
         LENGTHS, kinds=PARADIGMS, schedules=[schedule], alphas=[0.6], settings=OPTIMIZATION
     )
@@ -86,8 +85,14 @@ def test_what_is_paid_adds_up_to_the_formulas(schedule: str) -> None:
         steps = sum(stop - first for version in mine for _, first, stop in version.paid)
         assert len(mine) == 4
         assert steps == steps_by_formula(kind, versions=4, steps=10, alpha=0.6), kind
-    ratio = Fraction(58, 100)
-    assert steps_by_formula("switch", versions=4, steps=10, alpha=0.6) / 100 == ratio
+
+
+def test_four_versions_cost_58_and_40_percent_of_those_from_scratch() -> None:
+    steps = {kind: steps_by_formula(kind, versions=4, steps=100, alpha=0.6) for kind in PARADIGMS}
+
+    assert steps.pop("switch") / steps["scratch"] == Fraction(58, 100)
+    scratch = steps.pop("scratch")
+    assert {count / scratch for count in steps.values()} == {Fraction(40, 100)}
 
 
 def test_the_trunk_and_first_versions_are_trained_once() -> None:
@@ -119,20 +124,7 @@ def test_a_mean_is_of_evenly_spaced_states_up_to_the_end() -> None:
     assert [step for _, step in plan.versions[0].states] == [20, 24, 28, 32, 36, 40]
 
 
-def test_pilots_vary_one_stage_and_keep_the_other() -> None:
-    for kind in ("stage1", "stage2"):
-        plan = plan_pilots(LENGTHS, kind=kind, schedules=["cosine"], settings=OPTIMIZATION)  # type: ignore[arg-type]
-        falls = {
-            segment.steps.fall_parts
-            for segment in plan.segments.values()
-            if len(segment.steps.fall_parts) == 2
-        }
-        parts = (1.0, 0.75, 0.5, 0.25, 0.0)
-        expected = {(part, 1.0) for part in parts} if kind == "stage1" else set()
-        assert falls == (expected or {(0.0, part) for part in parts})
-
-
-def test_a_stopped_experiment_goes_on_to_the_same_results(
+def test_a_stopped_experiment_resumes_to_the_same_results(
     done: PathRuns, stores: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
@@ -156,7 +148,7 @@ def test_a_stopped_experiment_goes_on_to_the_same_results(
     assert _results(both) == _results(done)
 
 
-def test_a_branch_that_begins_on_the_trunk_ends_as_one_that_does_not(
+def test_a_branch_that_starts_on_the_trunk_ends_with_the_same_weights(
     done: PathRuns, stores: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("carryon.tools.bench.path_plan._WORTH", 2.0)
@@ -185,6 +177,20 @@ def test_a_mean_of_states_is_their_mean(done: PathRuns) -> None:
             [load_file(step / "carryon.safetensors")[name].double() for step in steps]
         )
         torch.testing.assert_close(weight.double(), each.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_result_keeps_its_held_out_targets_beside_those_of_training(done: PathRuns) -> None:
+    """The training count once overwrote them."""
+    stores = [done.data((index,)) for index in range(2)]
+    held_out = [
+        sum(int((data.store.read_sample(i).loss_mask[1:] == 1).sum()) for i in data.split.held_out)
+        for data in stores
+    ]
+
+    for name, row in _results(done).items():
+        assert row["held_out_targets"] == held_out[: row["version"]], name
+        assert isinstance(row["targets"], int)
+        assert row["targets"] > sum(held_out)
 
 
 def test_other_settings_are_refused(done: PathRuns, stores: list[str]) -> None:

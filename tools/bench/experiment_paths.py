@@ -1,10 +1,12 @@
-"""The ways of releasing versions, compared on real stores."""
+"""Ways of releasing versions, compared on real stores."""
 
-import json
 import logging
+from pathlib import Path
 from typing import Any, Literal
 
 from carryon.cache.errors import InputError
+from carryon.tools.bench.path_plan import ALPHAS, plan_paradigms, trunk_saves
+from carryon.tools.compare.figure import print_json
 from carryon.train.config import (
     CarryOnSettings,
     LossSettings,
@@ -12,22 +14,23 @@ from carryon.train.config import (
     OptimizationSettings,
     RunSettings,
     StreamSettings,
+    TrainSettings,
 )
+from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, PARADIGMS
 
 logger = logging.getLogger(__name__)
 
-_KINDS = ["scratch", "restart", "low", "switch", "trunk", "wsd-s", "wsm"]
 _UNEVEN = 0.05
-"""Part by which the steps of the mixed order may differ from the increments' own."""
+"""Relative difference allowed between the steps of the mixed order and of the increments."""
 
 
 def experiment_paths(
     *,
     stores: list[str],
     out: str,
-    study: Literal["main", "alpha", "stage1", "stage2"] = "main",
-    paradigms: list[str] = _KINDS,
-    schedules: list[str] = ["cosine"],  # noqa: B006 -- shown in the help, never changed
+    study: Literal["main", "alpha"] = "main",
+    paradigms: list[str] = list(PARADIGMS),  # noqa: B006 -- shown in the help, never changed
+    schedules: list[str] = ["cosine"],  # noqa: B006
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     alphas: list[float] = [],  # noqa: B006
     carryon: CarryOnSettings,
@@ -37,17 +40,16 @@ def experiment_paths(
     memory: MemorySettings,
     run: RunSettings,
 ) -> list[dict[str, Any]]:
-    """Compare the ways of releasing a version for each increment of data: losses and costs.
+    """Compare ways of releasing a version for each increment of data: losses and costs.
 
     Version i is measured on the held-out samples of increments 1 to i. `scratch` trains every
-    version anew on all data so far; `restart` and `low` go on from the last version, with a whole
-    schedule or at its end; `switch` branches off a trunk that never falls (carryon update);
-    `trunk` never falls; `wsd-s` goes on from the fallen branch; `wsm` takes the mean of 6
-    checkpoints of the trunk. All read the same samples, each once an epoch.
+    version from scratch on all data so far. `restart` and `low` continue the last version, with a
+    whole schedule or at its final rate. `switch` branches off a trunk that never decays (carryon
+    update), `trunk` is that trunk. `wsd-s` continues the decayed branch, `wsm` averages 6
+    checkpoints of the trunk. All read the same samples.
 
-    OUT/paths.md and .json hold the tables and OUT/*.png the plots, of this call's results and
-    those of earlier ones in OUT; stdout gets a JSON line for each figure. Stop it at any time: the
-    same command goes on.
+    OUT/paths.md and .json hold the tables, OUT/*.png the plots, of all results in OUT. Each figure
+    is a JSON line on stdout. The same command resumes.
 
     Example:
         python -m carryon.tools.bench experiment-paths --stores s1 s2 s3 s4 --out paths \
@@ -55,32 +57,25 @@ def experiment_paths(
 
     Args:
         stores: Folders of the stores, one for each increment, in order.
-        out: Folder of the experiment; made if missing. One that is there is gone on with.
-        study: `main` compares paradigms, `alpha` sweeps the part of an increment in which a
-            branch falls, `stage1` and `stage2` vary the length of the first or the second of two
-            stages' falls.
+        out: Folder of the experiment.
+        study: `main` compares paradigms, `alpha` the part of an increment in which a branch decays.
         paradigms: For `main`: some of scratch, restart, low, switch, trunk, wsd-s, wsm.
-        schedules: Some of cosine, knee, multistep; instead of --schedule.
-        seeds: Of weights and order; instead of --seed.
-        alphas: Parts of an increment's steps in which a branch falls. None given: 0.6, and for
-            `alpha` 0.2 to 1.
-        carryon: The shape of a carry-on.
-        optimization: How the carry-on's weights are found.
-        stream: What is read from the stores, and how far ahead.
-        loss: How the frozen head is multiplied.
-        memory: What the weights and all that belongs to them take up.
-        run: Where a run computes, and what it leaves behind.
+        schedules: Some of cosine, knee, multistep; replaces --schedule.
+        seeds: Seeds of weights and order; replaces --seed.
+        alphas: Parts of an increment's steps in which a branch decays. Default: 0.6, and 0.2 to 1
+            for `alpha`.
+        carryon: Shape of a carry-on.
+        optimization: Optimization.
+        stream: Data.
+        loss: LM-head loss.
+        memory: Memory.
+        run: Run.
     """
-    from pathlib import Path
-
-    from carryon.tools.bench.path_plan import ALPHAS, plan_paradigms, plan_pilots, trunk_saves
     from carryon.tools.bench.path_runs import PathRuns
     from carryon.tools.bench.paths_report import figures_of, read_results, write_report
-    from carryon.train.config import TrainSettings
-    from carryon.train.optim.lr_paths import BRANCH_SCHEDULES
 
     for name, given, known in (
-        ("paradigms", paradigms, _KINDS),
+        ("paradigms", paradigms, PARADIGMS),
         ("schedules", schedules, BRANCH_SCHEDULES),
     ):
         if not given or set(given) - set(known):
@@ -95,32 +90,29 @@ def experiment_paths(
         memory=memory,
         run=run,
     ).resolved()  # plans compare learning rates
-    optimization = settings.optimization
     experiment = PathRuns(root=Path(out), stores=stores, settings=settings)
     experiment.begin()
     lengths = {seed: experiment.lengths(seed) for seed in seeds}
     for steps in lengths.values():
         if abs(steps.so_far[-1] / sum(steps.alone) - 1) > _UNEVEN:
             logger.warning(
-                f"all increments mixed make {steps.so_far[-1]} steps, one after another "
-                f"{sum(steps.alone)}: versions from scratch take other steps than the rest; give "
-                "--tokens-per-step of several times the longest sample"
+                f"all increments mixed: expected {sum(steps.alone)} steps as one after another, "
+                f"got {steps.so_far[-1]}, so versions from scratch take other steps than the rest. "
+                "Fix: --tokens-per-step of several times the longest sample"
             )
-    if study in ("stage1", "stage2"):
-        plan = plan_pilots(lengths, kind=study, schedules=schedules, settings=optimization)
-    else:
-        plan = plan_paradigms(
-            lengths,
-            kinds=paradigms if study == "main" else ["trunk", "switch"],  # type: ignore[arg-type]
-            schedules=schedules,
-            alphas=alphas or (ALPHAS if study == "alpha" else [0.6]),
-            settings=optimization,
-        )
-    experiment.run(plan, trunk_saves(lengths, optimization))
+    plan = plan_paradigms(
+        lengths,
+        kinds=paradigms if study == "main" else ["trunk", "switch"],  # type: ignore[arg-type]
+        schedules=schedules,
+        alphas=alphas or (ALPHAS if study == "alpha" else [0.6]),
+        settings=settings.optimization,
+    )
+    experiment.run(plan, trunk_saves(lengths, settings.optimization))
     results = read_results(experiment.root)
     write_report(experiment, results, lengths[seeds[0]])
-    figures = [figure.to_dict() for figure in figures_of(experiment.root.name, results)]
+    figures = figures_of(experiment.root.name, results)
     for figure in figures:
-        print(json.dumps(figure))
-    logger.info((experiment.root / "paths.md").read_text(encoding="ascii"))
-    return figures
+        print_json(figure)
+    for line in (experiment.root / "paths.md").read_text(encoding="ascii").splitlines():
+        logger.info(line)
+    return [figure.to_dict() for figure in figures]

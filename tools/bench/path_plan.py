@@ -1,43 +1,37 @@
-"""The plan of a comparison of paradigms: which segments are trained, and which versions they make.
+"""The plan of a comparison of paradigms: segments to train, and the versions that they make.
 
 Pure functions. A segment is a part of a path, named by its folder. Segments that several versions
-pass through are planned once: the trunk for all schedules and alphas, and a beginning at the
-trunk's own learning rates (a Knee's explored part) as a part of the trunk. What a version costs is
-counted in full nevertheless.
+share are planned once: the trunk for all schedules and alphas, and a first part with the trunk's
+learning rates (of a Knee) as a part of the trunk. The cost of a version still counts all of them.
+Letters: N versions, T steps of an increment.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import accumulate
-from typing import Literal
 
 from carryon.train.config import OptimizationSettings
 from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, Paradigm, branch_point
 from carryon.train.trainer.segment import Segment
 
-Kind = Paradigm | Literal["stage1", "stage2"]
-"""A paradigm, or a pilot of two stages: `stage1` varies the length of the first stage's fall,
-`stage2` that of the second's, after a first without one."""
 NO_SCHEDULE = "constant"
-"""Of versions that no schedule decides."""
+"""Schedule of versions without one."""
 MEAN_OF = 6
-"""Checkpoints that a `wsm` version is the mean of: evenly spaced over the part alpha of the
-increment's steps in which a branch would fall, its end among them. Equal weights give a step's
-change a weight that falls in a straight line."""
+"""Checkpoints that a `wsm` version averages, evenly spaced over the steps in which a branch would
+decay, including the last. Equal weights of checkpoints make a linear decay of the updates."""
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
-"""Of the sweep."""
-PARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
-"""Of a whole fall, in the pilots: 0.5 is a period of twice the stage's steps."""
+"""Alphas of the sweep."""
 _WORTH = 0.2
-"""Part of a segment's steps that must lie on the trunk for it to begin there."""
+"""Part of a segment's steps that must lie on the trunk for it to start there."""
 
 State = tuple[str, int]
-"""A segment, and a step of its data's order after which it is meant."""
+"""A segment, and a step of its data's order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathSegment:
-    """A run of its own: which data, which settings, after what."""
+    """One run: its data, settings and start."""
 
     name: str
     increments: tuple[int, ...]
@@ -45,49 +39,48 @@ class PathSegment:
     schedule: str
     seed: int
     steps: Segment
-    """Without its start, which is `after`."""
+    """Without its start."""
     after: State | None
-    """None: a new carry-on."""
+    """Its start. None: a new carry-on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedVersion:
-    """A version of a paradigm: what it is made of, and what is paid for it."""
+    """A version of a paradigm: its states and its cost."""
 
-    kind: Kind
+    kind: Paradigm
     schedule: str
     alpha: float
-    """Part of an increment's steps in which a branch falls; in the pilots, the part of a whole
-    fall that the stage holds; 0 where neither is meant."""
+    """Part of an increment's steps in which a branch decays; 0 for paradigms without one."""
     seed: int
     number: int
     """Counted from 1."""
     states: tuple[State, ...]
-    """One, or those that it is the mean of."""
+    """One, or those that it averages."""
     paid: tuple[tuple[str, int, int], ...]
-    """Segments, each from one step to another, beyond what its predecessor has paid."""
+    """Segments, each from one step to another, beyond those of its predecessor."""
 
     @property
     def name(self) -> str:
-        """Name of its result's file."""
+        """Name of its result file."""
         return f"{self.kind}-{self.schedule}-a{self.alpha:g}-s{self.seed}-v{self.number}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All that is to be trained and measured."""
+    """Segments to train and versions to measure."""
 
     segments: dict[str, PathSegment] = field(default_factory=dict)
     versions: list[PlannedVersion] = field(default_factory=list)
 
     def saves(self, later: "Plan") -> dict[str, list[int]]:
-        """Return the steps of every segment that something begins at, ends at or is counted to.
+        """Return the steps of every segment whose states or cost are needed.
 
         Args:
-            later: another plan, which will ask for states of the same segments.
+            later: another plan, which will need states of the same segments.
         """
         both = (self, later)
-        found: dict[str, set[int]] = {name: set() for name in self.segments}
+        saves: dict[str, set[int]] = {name: set() for name in self.segments}
         states = [state for plan in both for each in plan.versions for state in each.states]
         states += [each.after for plan in both for each in plan.segments.values() if each.after]
         for plan in both:
@@ -95,22 +88,22 @@ class Plan:
                 for name, first, stop in version.paid:
                     states += [(name, first), (name, stop)]
         for name, step in states:
-            if name in found:
-                found[name].add(step)
+            if name in saves:
+                saves[name].add(step)
         return {
             name: sorted(step for step in steps if step > self.segments[name].steps.first)
-            for name, steps in found.items()
+            for name, steps in saves.items()
         }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """Steps of the orders of one seed."""
+    """Steps of one seed's orders."""
 
     alone: tuple[int, ...]
-    """Of each increment."""
+    """Steps of each increment."""
     so_far: tuple[int, ...]
-    """Of each increment and all before it, mixed."""
+    """Steps of each increment mixed with all before it."""
 
 
 def plan_paradigms(
@@ -124,12 +117,12 @@ def plan_paradigms(
     """Return the plan of every paradigm, schedule, alpha and seed.
 
     Args:
-        lengths: by seed.
+        lengths: steps by seed.
         kinds: paradigms.
-        schedules: of the falls.
-        alphas: parts of an increment's steps in which a branch falls, and in which a `wsm`
-            version has the checkpoints that it is the mean of.
-        settings: of all runs; the schedule is replaced.
+        schedules: schedules of the decay.
+        alphas: parts of an increment's steps in which a branch decays, and from which a `wsm`
+            version averages checkpoints.
+        settings: of all runs; schedule and seed are replaced.
     """
     plan = Plan()
     for seed, steps in lengths.items():
@@ -143,32 +136,14 @@ def plan_paradigms(
                     path.add_trunk()
                 else:
                     for alpha in alphas:
-                        path.add_fall(kind, alpha)
-    return plan
-
-
-def plan_pilots(
-    lengths: Mapping[int, Lengths],
-    *,
-    kind: Literal["stage1", "stage2"],
-    schedules: Sequence[str],
-    settings: OptimizationSettings,
-) -> Plan:
-    """Return the plan of a pilot study over the first two increments."""
-    plan = Plan()
-    for seed, steps in lengths.items():
-        for schedule in schedules:
-            chosen = replace(settings, schedule=schedule, seed=seed)  # type: ignore[arg-type]
-            path = _Paths(plan=plan, lengths=steps, settings=chosen, seed=seed)
-            for part in PARTS:
-                path.add_stages(kind, part)
+                        path.add_decay(kind, alpha)
     return plan
 
 
 def trunk_saves(lengths: Mapping[int, Lengths], settings: OptimizationSettings) -> Plan:
-    """Return the plan whose states of the trunk later studies will ask for, the sweep among them.
+    """Return the plan whose trunk states later studies need, such as the sweep of alphas.
 
-    A trunk that has kept them need not be trained again for another alpha or schedule.
+    A trunk that keeps them is not trained again for another alpha or schedule.
     """
     shortest = min(min(steps.alone) for steps in lengths.values())
     return plan_paradigms(
@@ -182,7 +157,7 @@ def trunk_saves(lengths: Mapping[int, Lengths], settings: OptimizationSettings) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Paths:
-    """The paths of one seed and schedule, as they are added to a plan."""
+    """The paths of one seed and schedule, added to a plan."""
 
     plan: Plan
     lengths: Lengths
@@ -194,7 +169,7 @@ class _Paths:
         return tuple(accumulate(self.lengths.alone))
 
     def add_from_scratch_or_on(self, kind: Paradigm) -> None:
-        """Add the versions of `scratch`, `restart` or `low`; their first is the same."""
+        """Add the versions of `scratch`, `restart` or `low`; their first is equal."""
         after: State | None = None
         for number in range(1, len(self.lengths.alone) + 1):
             if number == 1 or kind == "scratch":
@@ -208,12 +183,12 @@ class _Paths:
             self._release(kind, number, [states], paid)
 
     def add_trunk(self) -> None:
-        """Add the trunk's ends as versions that never fell."""
+        """Add the trunk's ends as versions without decay."""
         for number, length in enumerate(self.lengths.alone, 1):
             name = self._trunk(number)
             self._release("trunk", number, [(name, length)], [(name, 0, length)], schedule=False)
 
-    def add_fall(self, kind: Paradigm, alpha: float) -> None:
+    def add_decay(self, kind: Paradigm, alpha: float) -> None:
         """Add the versions of `switch`, `wsd-s` or `wsm`."""
         before: State | None = None
         for number, length in enumerate(self.lengths.alone, 1):
@@ -240,23 +215,6 @@ class _Paths:
                 )
             before = end
 
-    def add_stages(self, kind: Literal["stage1", "stage2"], part: float) -> None:
-        """Add the versions of a pilot: after the first stage, and after the second."""
-        parts = (part, 1.0) if kind == "stage1" else (0.0, part)
-        after, paid = self._trunk_end(1), [(self._trunk(1), 0, self.lengths.alone[0])]
-        if parts[0]:
-            segment = replace(
-                self._segment("restart", 1, self._ends[:1], alpha=1.0), fall_parts=(part,)
-            )
-            after, paid = self._own(f"part{part:g}", 1, segment, None, (0,))
-        assert after is not None
-        if kind == "stage1":
-            self._release(kind, 1, [after], paid, part)
-        segment = self._segment("restart", 2, self._ends[:2], alpha=1.0)
-        segment = replace(segment, fall_parts=parts)
-        end, paid = self._own(f"part{parts[0]:g}-part{parts[1]:g}", 2, segment, after, (1,))
-        self._release(kind, 2, [end], paid, part)
-
     def _segment(
         self, kind: Paradigm, number: int, ends: tuple[int, ...], *, alpha: float
     ) -> Segment:
@@ -275,12 +233,10 @@ class _Paths:
     def _own(
         self, label: str, number: int, segment: Segment, after: State | None, data: tuple[int, ...]
     ) -> tuple[State, list[tuple[str, int, int]]]:
-        """Add a segment; begin it where the trunk ends to have its learning rates, if that pays."""
+        """Add a segment; start it where its learning rates leave the trunk's, if that pays."""
         name = f"s{self.seed}/{self.settings.schedule}/{label}-{number}"
         paid: list[tuple[str, int, int]] = []
-        fork = (
-            self._fork(segment, number) if data == (number - 1,) and not segment.fall_parts else 0
-        )
+        fork = self._fork(segment, number) if data == (number - 1,) else 0
         is_on_trunk = number == 1 or segment.paradigm == "switch"
         if is_on_trunk and fork - segment.first >= _WORTH * (segment.stop - segment.first):
             after = (self._trunk(number), fork)
@@ -298,7 +254,7 @@ class _Paths:
         return (name, segment.stop), paid
 
     def _fork(self, segment: Segment, number: int) -> int:
-        """Return the step up to which a segment has the trunk's learning rates."""
+        """Return the first step whose learning rate differs from the trunk's."""
         trunk = self._segment("trunk", number, self._ends[:number], alpha=1.0)
         step = segment.first
         while step < segment.stop - 1 and segment.rate(step, self.settings) == trunk.rate(
@@ -308,7 +264,7 @@ class _Paths:
         return step
 
     def _trunk(self, number: int) -> str:
-        """Add the trunk up to an increment's end; returns the name of its last segment."""
+        """Add the trunk up to an increment's end; return the name of its last segment."""
         name = f"s{self.seed}/trunk-{number}"
         if name not in self.plan.segments:
             after = self._trunk_end(number - 1)
@@ -326,7 +282,7 @@ class _Paths:
         return (self._trunk(number), self.lengths.alone[number - 1]) if number else None
 
     def _tail(self, number: int, alpha: float) -> list[tuple[str, int, int]]:
-        """Return the part of the trunk that a version needs of the increment before its own."""
+        """Return the trunk steps of the previous increment that a version needs."""
         if number == 1:
             return []
         length = self.lengths.alone[number - 2]
@@ -334,7 +290,7 @@ class _Paths:
 
     def _release(
         self,
-        kind: Kind,
+        kind: Paradigm,
         number: int,
         states: Sequence[State],
         paid: Sequence[tuple[str, int, int]],
@@ -353,3 +309,20 @@ class _Paths:
         )
         if version not in self.plan.versions:
             self.plan.versions.append(version)
+
+
+def steps_by_formula(paradigm: Paradigm, *, versions: int, steps: int, alpha: float) -> Fraction:
+    """Return the steps of N versions of T steps each, exactly.
+
+    Args:
+        paradigm: how versions follow each other.
+        versions: N.
+        steps: T.
+        alpha: part of an increment's steps in which a branch decays.
+    """
+    if paradigm == "scratch":
+        return Fraction(versions * (versions + 1) * steps, 2)
+    if paradigm == "switch":
+        # The decimal as written: 0.6 is 3/5, not its nearest binary fraction.
+        return versions * steps + Fraction(str(alpha)) * (versions - 1) * steps
+    return Fraction(versions * steps)

@@ -1,11 +1,11 @@
-"""The runs of a comparison of paradigms: segments trained, versions measured, states given up.
+"""The runs of a comparison of paradigms: train segments, measure versions, delete states.
 
-OUT/experiment.json        stores and settings, which stay the same
-OUT/runs/SEGMENT           run folder, until nothing needs its states; the trunk's stay
-OUT/ledger/SEGMENT.json    steps, tokens and seconds at each step that something is counted to
-OUT/results/VERSION.json   held-out NLL on every increment so far, and what the version cost
+OUT/experiment.json        stores and settings, fixed
+OUT/runs/SEGMENT           run folder, until nothing needs its states; the trunk's are kept
+OUT/ledger/SEGMENT.json    tokens, targets and seconds at each step whose cost is needed
+OUT/results/VERSION.json   held-out NLL on every increment so far, and the version's cost
 
-A version with a result is done. Killed at any time, the same call goes on.
+A version with a result is done. A killed experiment is resumed by the same call.
 """
 
 import json
@@ -35,7 +35,7 @@ from carryon.train.trainer.trainer import Job, train_segments
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 8
-"""Runs that are trained side by side, at most."""
+"""Largest number of runs trained side by side."""
 _NEVER = 1 << 30
 
 
@@ -45,29 +45,29 @@ class PathRuns:
 
     root: Path
     stores: list[str]
-    """One for each increment."""
+    """Folders, one for each increment."""
     settings: TrainSettings
-    """Schedule and seed are those of the segment."""
+    """Of all runs; a segment has its own schedule and seed."""
 
     def begin(self) -> None:
-        """Note stores and settings, or check that they are those of before.
+        """Write stores and settings to the folder, or check that they are those in it.
 
         Raises:
-            InputError: they are not.
+            InputError: they differ.
         """
         flat = self.settings.to_flat()
-        left_out = {*FREE_SETTINGS, "schedule", "seed"}
-        identity = {key: value for key, value in flat.items() if key not in left_out}
+        free = {*FREE_SETTINGS, "schedule", "seed"}
+        identity = {key: value for key, value in flat.items() if key not in free}
         identity["stores"] = [self.data((index,)).fingerprints for index in range(len(self.stores))]
         path = self.root / "experiment.json"
         if path.exists():
-            found = json.loads(path.read_text(encoding="ascii"))
-            refuse_other_identity(found, identity, name=str(self.root))
+            begun = json.loads(path.read_text(encoding="ascii"))
+            refuse_other_identity(begun, identity, name=str(self.root))
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(path, identity)
 
     def data(self, increments: Sequence[int]) -> TrainData:
-        """Open the data of some increments, to be shuffled together."""
+        """Open the data of some increments, shuffled together."""
         paths = [self.stores[index] for index in increments]
         return open_data(paths, replace(self.settings, stream=self._stream(len(paths))))
 
@@ -83,20 +83,17 @@ class PathRuns:
         )
 
     def run(self, plan: Plan, later: Plan) -> None:
-        """Train and measure what the plan asks for and is not there yet.
+        """Train and measure the versions of a plan that have no result.
 
         Args:
-            plan: of the versions.
-            later: the states of the trunk that it asks for are kept too.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C; the same call goes on.
+            plan: versions to measure.
+            later: a plan whose trunk states are kept too.
         """
         saves = plan.saves(later)
         while wanted := [each for each in plan.versions if not self.result(each).exists()]:
             if made := [each for each in wanted if self._is_made(each, saves)]:
                 self._measure(made)
-                self._give_up(plan, saves)
+                self._delete_states(plan, saves)
                 continue
             needed = self._needed(plan, wanted, saves)
             ready = [each for each in needed if self._has_start(each)]
@@ -108,11 +105,11 @@ class PathRuns:
             self._train(together[:AT_ONCE], saves)
 
     def result(self, version: PlannedVersion) -> Path:
-        """Return the file with what a version came to."""
+        """Return the file of a version's result."""
         return self.root / "results" / f"{version.name}.json"
 
     def ledger(self, name: str) -> Path:
-        """Return the file with a segment's cost."""
+        """Return the file of a segment's cost."""
         return self.root / "ledger" / f"{name}.json"
 
     def folder(self, name: str) -> RunFolder:
@@ -124,14 +121,14 @@ class PathRuns:
         return self.folder(state[0]).checkpoints / f"step-{state[1]:08d}"
 
     def _stream(self, num_stores: int) -> Any:  # noqa: ANN401 -- StreamSettings
-        # All units of all increments in one window: what is new is not kept apart from the rest.
+        # All units of all increments in one window, so that new and old samples mix.
         stream = self.settings.stream
         return replace(stream, window_units=stream.window_units * num_stores)
 
     def _needed(
         self, plan: Plan, wanted: Sequence[PlannedVersion], saves: Mapping[str, Sequence[int]]
     ) -> list[PathSegment]:
-        """Return the segments that must still be trained for some versions, earlier ones first."""
+        """Return the segments to train for some versions, earlier ones first."""
         names: dict[str, None] = {}
 
         def add(name: str) -> None:
@@ -153,7 +150,7 @@ class PathRuns:
         jobs = []
         for segment in segments:
             folder = self.folder(segment.name)
-            if self.ledger(segment.name).exists():  # finished once, with other checkpoints kept
+            if self.ledger(segment.name).exists():  # finished, but with other checkpoints
                 shutil.rmtree(folder.root, ignore_errors=True)
                 self.ledger(segment.name).unlink()
             changes = {
@@ -171,18 +168,18 @@ class PathRuns:
             self._count(segment, saves[segment.name])
 
     def _count(self, segment: PathSegment, steps: Sequence[int]) -> None:
-        """Write a segment's ledger, from the checkpoints that it has kept."""
-        found = {str(segment.steps.first): {"tokens": 0, "targets": 0, "elapsed_s": 0.0}}
+        """Write a segment's ledger from its checkpoints."""
+        ledger = {str(segment.steps.first): {"tokens": 0, "targets": 0, "elapsed_s": 0.0}}
         for step in steps:
             path = self.state((segment.name, step)) / STATE
-            if not path.exists():  # killed in an experiment that asked for fewer: once more
+            if not path.exists():  # killed in an experiment that needed fewer: train it again
                 shutil.rmtree(self.folder(segment.name).root)
                 return
             progress = json.loads(path.read_text(encoding="ascii"))["progress"]
-            found[str(step)] = {key: progress[key] for key in found[str(segment.steps.first)]}
+            ledger[str(step)] = {key: progress[key] for key in ledger[str(segment.steps.first)]}
         path = self.ledger(segment.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)
+        write_json(path, ledger)
 
     def _is_counted(self, name: str, steps: Sequence[int]) -> bool:
         path = self.ledger(name)
@@ -200,7 +197,7 @@ class PathRuns:
         )
 
     def _measure(self, versions: Sequence[PlannedVersion]) -> None:
-        """Measure versions, one after another, so that a kill loses little."""
+        """Measure versions one by one, so that a kill loses little."""
         device = pick_device(self.settings.run.device)
         head: FrozenHead | None = None
         for version in versions:
@@ -216,7 +213,7 @@ class PathRuns:
             self._write(version, nlls)
 
     def _load(self, version: PlannedVersion) -> CarryOn:
-        """Return a version: its state, or the mean of its states, rounded as one that is saved."""
+        """Return a version: the mean of its states, rounded as in a saved carry-on."""
         store = self.data((0,)).store
         carryon = build_carryon(self.settings.carryon, store, seed=0)
         kept = torch.bfloat16 if self.settings.run.saved_dtype == "bfloat16" else torch.float32
@@ -228,34 +225,33 @@ class PathRuns:
         return carryon
 
     def _write(self, version: PlannedVersion, nlls: Sequence[Nll]) -> None:
-        paid = {"steps": 0, "tokens": 0, "targets": 0, "train_s": 0.0}
+        cost = {"steps": 0, "tokens": 0, "targets": 0, "train_s": 0.0}
         for name, first, stop in version.paid:
             ledger = json.loads(self.ledger(name).read_text(encoding="ascii"))
             before, after = ledger[str(first)], ledger[str(stop)]
-            paid["steps"] += stop - first
-            paid["tokens"] += after["tokens"] - before["tokens"]
-            paid["targets"] += after["targets"] - before["targets"]
-            paid["train_s"] += after["elapsed_s"] - before["elapsed_s"]
+            cost["steps"] += stop - first
+            cost["tokens"] += after["tokens"] - before["tokens"]
+            cost["targets"] += after["targets"] - before["targets"]
+            cost["train_s"] += after["elapsed_s"] - before["elapsed_s"]
         targets = [nll.targets for nll in nlls]
-        whole = sum(nll.carryon * nll.targets for nll in nlls) / sum(targets)
         document = {
             "kind": version.kind,
             "schedule": version.schedule,
             "alpha": version.alpha,
             "seed": version.seed,
             "version": version.number,
-            "nll": whole,
+            "nll": sum(nll.carryon * nll.targets for nll in nlls) / sum(targets),
             "nlls": [nll.carryon for nll in nlls],
-            "targets": targets,
+            "held_out_targets": targets,
             "mean_of": len(version.states),
-            **paid,
         }
+        assert not document.keys() & cost.keys(), "the cost would overwrite the loss"
         path = self.result(version)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, document)
+        write_json(path, document | cost)
 
-    def _give_up(self, plan: Plan, saves: Mapping[str, Sequence[int]]) -> None:
-        """Remove the states that nothing needs any more; the trunk is what all others grow from."""
+    def _delete_states(self, plan: Plan, saves: Mapping[str, Sequence[int]]) -> None:
+        """Delete the states that no version needs; the trunk, from which others start, is kept."""
         wanted = [each for each in plan.versions if not self.result(each).exists()]
         needed = {each.name: each for each in self._needed(plan, wanted, saves)}
         kept = {name for version in wanted for name, _ in version.states}
@@ -266,7 +262,7 @@ class PathRuns:
 
 
 def mean_weights(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Return the mean of the weights of step folders, summed in float32; of one, its weights."""
+    """Return the mean of the weights in step folders, summed in float32."""
     first, *others = [load_file(folder / WEIGHTS) for folder in folders]
     total = {name: weight.float() for name, weight in first.items()}
     for weights in others:

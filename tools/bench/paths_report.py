@@ -1,4 +1,4 @@
-"""The report of a comparison of paradigms: tables, plots and figures, from its result files."""
+"""The report of a comparison of paradigms: tables, plots and figures from its result files."""
 
 import json
 import statistics
@@ -8,32 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.files import write_file, write_json
-from carryon.tools.bench.path_cost import steps_by_formula
-from carryon.tools.bench.path_plan import NO_SCHEDULE, Lengths
+from carryon.tools.bench.path_plan import NO_SCHEDULE, Lengths, steps_by_formula
 from carryon.tools.bench.path_runs import PathRuns
+from carryon.tools.cli.table import format_table
 from carryon.tools.compare.figure import Figure
 from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, PARADIGMS, path_rate
-from carryon.train.plots import plot_lines, plot_paths
+from carryon.train.plots import Line, draw, lines, plot_paths
 
 DEFAULT_ALPHA = 0.6
 _ENOUGH = 0.95
-"""Part of the largest gain of a fall over none that an alpha must bring to be recommended."""
+"""Part of the largest gain of a decay over none that the recommended alpha must reach."""
+_NLL = "held-out NLL on all data so far"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """The versions of one way of releasing them, for all seeds that have every version."""
+    """The versions of one paradigm, for all seeds that have every version."""
 
     label: str
     kind: str
     alpha: float
     seeds: dict[int, list[Row]]
-    """By seed, a result for each version."""
+    """Results of all versions, by seed."""
 
     @property
     def num_versions(self) -> int:
-        """Versions of every seed."""
+        """Number of versions."""
         return len(next(iter(self.seeds.values())))
 
     def nlls(self, number: int) -> dict[int, float]:
@@ -41,12 +42,12 @@ class Series:
         return {seed: float(rows[number - 1]["nll"]) for seed, rows in self.seeds.items()}
 
     def mean(self, number: int) -> float:
-        """Return the mean over the seeds of a version's NLL."""
+        """Return a version's mean NLL over the seeds."""
         return statistics.fmean(self.nlls(number).values())
 
-    def paid(self, what: str) -> float:
-        """Return what all versions took, the mean over the seeds."""
-        return statistics.fmean(sum(row[what] for row in rows) for rows in self.seeds.values())
+    def cost(self, name: str) -> float:
+        """Return a cost of all versions, the mean over the seeds: steps, targets or train_s."""
+        return statistics.fmean(sum(row[name] for row in rows) for rows in self.seeds.values())
 
 
 def read_results(root: Path) -> list[Row]:
@@ -58,10 +59,10 @@ def read_results(root: Path) -> list[Row]:
 def series_of(
     results: Sequence[Row], kind: str, schedule: str, *, alpha: float | None = None
 ) -> list[Series]:
-    """Return the series of a paradigm, one for each alpha; without those no seed has whole."""
+    """Return the complete series of a paradigm, one for each alpha."""
     schedule = NO_SCHEDULE if kind in ("trunk", "wsm") else schedule
     mine = [row for row in results if (row["kind"], row["schedule"]) == (kind, schedule)]
-    found = []
+    series = []
     for value in sorted({row["alpha"] for row in mine}):
         rows = [row for row in mine if row["alpha"] == value]
         last = max(row["version"] for row in results)
@@ -74,15 +75,15 @@ def series_of(
         whole = {seed: each for seed, each in seeds.items() if len(each) == last}
         if whole and alpha in (None, value):
             label = f"{kind} {value:g}" if value else kind
-            found.append(Series(label=label, kind=kind, alpha=value, seeds=whole))
-    return found
+            series.append(Series(label=label, kind=kind, alpha=value, seeds=whole))
+    return series
 
 
 def figures_of(name: str, results: Sequence[Row]) -> list[Figure]:
-    """Return the figures of an experiment: losses of the last version against each other, costs.
+    """Return the figures of an experiment: loss differences of the last version, and costs.
 
-    A difference is taken seed by seed. The seeds' spread is the largest less the smallest NLL of
-    the last version from scratch over the seeds.
+    Differences are taken seed by seed. The target is the seeds' spread: the largest minus the
+    smallest NLL of the last version from scratch.
     """
     return [
         replace(figure, figure=f"paths.{name}.{schedule}.{figure.figure}")
@@ -92,18 +93,18 @@ def figures_of(name: str, results: Sequence[Row]) -> list[Figure]:
 
 
 def _figures(results: Sequence[Row], schedule: str) -> Iterator[Figure]:
-    found = {
+    series = {
         kind: one
         for kind in PARADIGMS
         for one in series_of(results, kind, schedule)
         if one.alpha in (0, DEFAULT_ALPHA)
     }
-    if "switch" in found:
-        switch, last = found["switch"], found["switch"].num_versions
-        if "scratch" in found:
-            yield from _against_scratch(switch, found["scratch"], last)
-        if "restart" in found and "low" in found:
-            both = [found[kind].nlls(last) for kind in ("restart", "low")]
+    if switch := series.get("switch"):
+        last = switch.num_versions
+        if "scratch" in series:
+            yield from _against_scratch(switch, series["scratch"], last)
+        if "restart" in series and "low" in series:
+            both = [series[kind].nlls(last) for kind in ("restart", "low")]
             better = {
                 seed: min(nlls[seed] for nlls in both) for seed in set(both[0]) & set(both[1])
             }
@@ -122,7 +123,7 @@ def _figures(results: Sequence[Row], schedule: str) -> Iterator[Figure]:
                     sense="at least",
                 )
         for kind in ("wsd-s", "wsm", "trunk"):
-            theirs = found[kind].nlls(last) if kind in found else {}
+            theirs = series[kind].nlls(last) if kind in series else {}
             if differences := _differences(switch.nlls(last), theirs):
                 yield Figure(
                     figure=f"switch_minus_{kind}",
@@ -152,30 +153,29 @@ def _against_scratch(switch: Series, scratch: Series, last: int) -> Iterator[Fig
             details={
                 "differences": differences,
                 "spread": spread,
-                "spread_is": "largest less smallest NLL of the last version from scratch",
                 "switch": switch.mean(last),
                 "scratch": scratch.mean(last),
             },
         )
     yield Figure(
         figure="steps_of_switch",
-        value=switch.paid("steps") / scratch.paid("steps"),
+        value=switch.cost("steps") / scratch.cost("steps"),
         unit="of scratch",
         details={
-            "by_formula": _share("switch", last, DEFAULT_ALPHA),
-            "targets": switch.paid("targets") / scratch.paid("targets"),
-            "seconds": switch.paid("train_s") / scratch.paid("train_s"),
+            "by_formula": _steps_ratio("switch", last, DEFAULT_ALPHA),
+            "targets": switch.cost("targets") / scratch.cost("targets"),
+            "seconds": switch.cost("train_s") / scratch.cost("train_s"),
         },
     )
 
 
 def _differences(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
-    """Return ours less theirs for each seed that both have."""
+    """Return ours minus theirs for each common seed."""
     return [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
 
 
 def alpha_curve(results: Sequence[Row], schedule: str) -> dict[float, float]:
-    """Return the last version's NLL by alpha, over the seeds that have all; 0 is the trunk."""
+    """Return the last version's NLL by alpha, over common seeds; 0 is the trunk."""
     series = [*series_of(results, "trunk", schedule), *series_of(results, "switch", schedule)]
     if not series:
         return {}
@@ -188,7 +188,7 @@ def alpha_curve(results: Sequence[Row], schedule: str) -> dict[float, float]:
 
 
 def recommend(curve: dict[float, float]) -> float:
-    """Return the smallest alpha that brings most of the largest gain over a trunk without fall."""
+    """Return the smallest alpha that reaches most of the largest gain over the trunk."""
     undecayed = curve[0.0]
     largest = undecayed - min(curve.values())
     return min(alpha for alpha, nll in curve.items() if undecayed - nll >= _ENOUGH * largest)
@@ -198,36 +198,34 @@ def write_report(experiment: PathRuns, results: Sequence[Row], lengths: Lengths)
     """Write the tables, the plots and the raw results into the experiment's folder."""
     root = experiment.root
     write_json(root / "paths.json", {"results": list(results)})
-    text = "\n".join(line for each in BRANCH_SCHEDULES for line in _tables(results, each))
-    write_file(root / "paths.md", (text + "\n".join(_pilots(results)) + "\n").encode())
+    text = "\n\n".join(table for each in BRANCH_SCHEDULES if (table := _table(results, each)))
+    write_file(root / "paths.md", f"{text}\n".encode())
     for schedule in BRANCH_SCHEDULES:
         series = [one for kind in PARADIGMS for one in series_of(results, kind, schedule)]
         shown = [one for one in series if one.alpha in (0, DEFAULT_ALPHA)]
         if not any(one.kind not in ("trunk", "wsm") for one in shown):
             continue
         versions = range(1, shown[0].num_versions + 1)
-        label = "held-out NLL on all data so far"
-        plot_lines(
-            {one.label: (versions, [one.mean(each) for each in versions]) for one in shown},
-            root / f"nll-{schedule}.png",
-            x_label="version",
-            y_label=label,
-        )
-        plot_lines(
-            {one.label: ([one.paid("steps")], [one.mean(versions[-1])]) for one in series},
-            root / f"cost-{schedule}.png",
-            x_label="steps of all versions",
-            y_label=f"{label}, last version",
-        )
+        nlls = [
+            Line(xs=versions, ys=[one.mean(each) for each in versions], label=one.label)
+            for one in shown
+        ]
+        _plot(root / f"nll-{schedule}.png", nlls, x_label="version", y_label=_NLL)
+        costs = [
+            Line(xs=[one.cost("steps")], ys=[one.mean(versions[-1])], label=one.label)
+            for one in series
+        ]
+        last = f"{_NLL}, last version"
+        _plot(root / f"cost-{schedule}.png", costs, x_label="steps of all versions", y_label=last)
         curve = alpha_curve(results, schedule)
         if len(curve) > 2:
-            plot_lines(
-                {schedule: (list(curve), list(curve.values()))},
-                root / f"alpha-{schedule}.png",
-                x_label="alpha",
-                y_label=f"{label}, last version",
-            )
+            alphas = [Line(xs=list(curve), ys=list(curve.values()), label=schedule)]
+            _plot(root / f"alpha-{schedule}.png", alphas, x_label="alpha", y_label=last)
         plot_paths(_rates(experiment, shown, schedule, lengths), root / f"rates-{schedule}.png")
+
+
+def _plot(path: Path, series: Sequence[Line], **labels: str) -> None:
+    draw(path, lambda axes: lines(axes, series, **labels), width=9.0)  # type: ignore[arg-type]
 
 
 def _rates(
@@ -252,58 +250,37 @@ def _rates(
     }
 
 
-def _tables(results: Sequence[Row], schedule: str) -> Iterator[str]:
+def _table(results: Sequence[Row], schedule: str) -> str:
+    """Return the table of a schedule; empty if it has no paradigm of its own."""
     series = [one for kind in PARADIGMS for one in series_of(results, kind, schedule)]
     scratch = next((one for one in series if one.kind == "scratch"), None)
     if not any(one.kind not in ("trunk", "wsm") for one in series):
-        return
+        return ""
     versions = range(1, series[0].num_versions + 1)
-    heads = [f"v{each}" for each in versions]
-    own = [f"on {each}" for each in versions]
-    yield f"### {schedule}: held-out NLL on all data so far, mean over seeds\n"
-    yield from _line(
-        ["paradigm", "seeds", *heads, "sd", *own, "steps", "/ scratch", "formula", "s"]
-    )
-    yield from _line(["---"] * (7 + 2 * len(versions)))
+    names = [*(f"v{each}" for each in versions), "sd", *(f"on {each}" for each in versions)]
+    rows = [["paradigm", "seeds", *names, "steps", "/ scratch", "formula", "s"]]
     for one in series:
         last = list(one.nlls(versions[-1]).values())
-        parts = zip(*(rows[-1]["nlls"] for rows in one.seeds.values()), strict=True)
-        share = f"{one.paid('steps') / scratch.paid('steps'):.3f}" if scratch else ""
-        yield from _line(
+        parts = zip(*(seed[-1]["nlls"] for seed in one.seeds.values()), strict=True)
+        rows.append(
             [
                 one.label,
                 str(len(one.seeds)),
                 *(f"{one.mean(each):.4f}" for each in versions),
                 f"{statistics.stdev(last):.4f}" if len(last) > 1 else "",
                 *(f"{statistics.fmean(part):.4f}" for part in parts),
-                f"{one.paid('steps'):.0f}",
-                share,
-                f"{_share(one.kind, len(versions), one.alpha):.3f}",
-                f"{one.paid('train_s'):.0f}",
+                f"{one.cost('steps'):.0f}",
+                f"{one.cost('steps') / scratch.cost('steps'):.3f}" if scratch else "",
+                f"{_steps_ratio(one.kind, len(versions), one.alpha):.3f}",
+                f"{one.cost('train_s'):.0f}",
             ]
         )
-    yield f"\n`on k`: v{versions[-1]} on increment k; sd: of v{versions[-1]} over the seeds.\n"
+    return (
+        f"### {schedule}: {_NLL}, mean over seeds\n\n{format_table(rows, is_markdown=True)}\n\n"
+        f"`on k`: v{versions[-1]} on increment k; sd: of v{versions[-1]} over the seeds."
+    )
 
 
-def _pilots(results: Sequence[Row]) -> Iterator[str]:
-    for kind in ("stage1", "stage2"):
-        rows = [row for row in results if row["kind"] == kind]
-        if not rows:
-            continue
-        yield f"\n### {kind}: part of a whole fall in this stage, NLL after each\n"
-        yield from _line(["schedule", "part", "seeds", "after stage 1", "after stage 2"])
-        yield from _line(["---"] * 5)
-        for schedule, part in sorted({(row["schedule"], row["alpha"]) for row in rows}):
-            mine = [row for row in rows if (row["schedule"], row["alpha"]) == (schedule, part)]
-            after = [[row["nll"] for row in mine if row["version"] == each] for each in (1, 2)]
-            means = [f"{statistics.fmean(nlls):.4f}" if nlls else "" for nlls in after]
-            yield from _line([schedule, f"{part:g}", str(len(after[1])), *means])
-
-
-def _line(cells: Sequence[str]) -> Iterator[str]:
-    yield f"| {' | '.join(cells)} |"
-
-
-def _share(kind: str, versions: int, alpha: float) -> float:
+def _steps_ratio(kind: str, versions: int, alpha: float) -> float:
     ours = steps_by_formula(kind, versions=versions, steps=1, alpha=alpha)  # type: ignore[arg-type]
     return float(ours / steps_by_formula("scratch", versions=versions, steps=1, alpha=alpha))

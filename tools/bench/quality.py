@@ -63,7 +63,9 @@ def measure_taps(job: Job, *, epochs: int = 3) -> None:
         runs |= {f"{'+'.join(middle)}.{seed}": changes | {"seed": seed} for seed in SEEDS}
     runs |= {f"final.{seed}": {"seed": seed} for seed in SEEDS}
     reports = _train(job, store.root, "taps", runs, epochs=epochs)
-    mixes = [name for name in dict.fromkeys(x.rpartition(".")[0] for x in reports) if name != "final"]
+    mixes = [
+        name for name in dict.fromkeys(x.rpartition(".")[0] for x in reports) if name != "final"
+    ]
     by_mix = {
         mix: [reports[f"{mix}.{seed}"].carryon_nll for seed in SEEDS] for mix in (*mixes, "final")
     }

@@ -5,7 +5,6 @@ lineage; increment i ends at step `ends[i]`. A path is the sequence of learning 
 weights of one version have seen.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -62,29 +61,6 @@ def path_rate(
     if paradigm in ("trunk", "wsm") or step < branch:
         return settings.learning_rate
     return decayed_rate(progress(step, first=branch, num_steps=stop), settings)
-
-
-def staged_rate(
-    step: int, *, ends: Sequence[int], fall_parts: Sequence[float], settings: OptimizationSettings
-) -> float:
-    """Return the learning rate of `step` where each increment starts at the peak.
-
-    Args:
-        step: from 0, below ends[-1].
-        ends: the step at which each increment ends.
-        fall_parts: fraction of a full decay in each increment: 1 all of it, 0.5 the first half (a
-            period of twice the increment's steps), 0 none.
-        settings: schedule, peak and minimum learning rate, warm-up.
-    """
-    warmup_steps = round(settings.warmup_ratio * ends[0])
-    if step < warmup_steps:
-        return settings.learning_rate * (step + 1) / warmup_steps
-    stage = bisect_right(ends, step)
-    if not fall_parts[stage]:
-        return settings.learning_rate
-    first = ends[stage - 1] if stage else warmup_steps
-    passed = progress(step, first=first, num_steps=ends[stage])
-    return decayed_rate(fall_parts[stage] * passed, settings)
 
 
 def branch_point(first: int, stop: int, *, alpha: float) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from carryon.cache.errors import InputError
 from carryon.train.config import OptimizationSettings
 from carryon.train.data.sampler import Window, count_steps
-from carryon.train.optim.lr_paths import Paradigm, path_rate, staged_rate
+from carryon.train.optim.lr_paths import Paradigm, path_rate
 from carryon.train.trainer.checkpoint import OPTIMIZER, WEIGHTS, Progress
 
 
@@ -37,9 +37,6 @@ class Segment:
     """Step of the path at which the data's order begins."""
     start: Path | None
     """Step folder whose weights and optimizer state it begins with. None: a new carry-on."""
-    fall_parts: tuple[float, ...] = ()
-    """How much of a whole fall each increment's steps hold, whatever the paradigm. Empty: as the
-    paradigm says."""
     saves: tuple[int, ...] = ()
     """Steps after which a checkpoint is written and kept; they do not decide the result."""
     seen: tuple[str, ...] = ()
@@ -47,10 +44,6 @@ class Segment:
 
     def rate(self, step: int, settings: OptimizationSettings) -> float:
         """Return the learning rate of a step of the data's order."""
-        if self.fall_parts:
-            return staged_rate(
-                self.offset + step, ends=self.ends, fall_parts=self.fall_parts, settings=settings
-            )
         return path_rate(
             self.offset + step,
             paradigm=self.paradigm,
@@ -62,8 +55,7 @@ class Segment:
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the segment's result: plain values, the start by its bytes."""
-        staged = {"fall_parts": list(self.fall_parts)} if self.fall_parts else {}
-        return staged | {
+        return {
             "paradigm": self.paradigm,
             "version": self.version,
             "ends": list(self.ends),

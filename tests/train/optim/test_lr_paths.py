@@ -4,7 +4,7 @@ import pytest
 
 from carryon.cache.errors import InputError
 from carryon.train.config import OptimizationSettings
-from carryon.train.optim.lr_paths import Paradigm, branch_point, path_rate, staged_rate
+from carryon.train.optim.lr_paths import Paradigm, branch_point, path_rate
 
 ENDS = [100, 200, 300, 400]
 TOP, BOTTOM = 3e-4, 3e-5
@@ -85,50 +85,6 @@ def test_every_path_warms_up() -> None:
         assert _path(paradigm, 1, warmup_ratio=0.1)[:10] == pytest.approx(  # type: ignore[arg-type]
             [TOP * (step + 1) / 10 for step in range(10)]
         )
-
-
-@pytest.mark.parametrize(
-    ("schedule", "middle_of_half", "end_of_half"),
-    [
-        # A fall of which half is held: a period of twice the stage's steps.
-        ("cosine", BOTTOM + (TOP - BOTTOM) * (1 + 0.5**0.5) / 2, (TOP + BOTTOM) / 2),
-        ("knee", TOP - (TOP - BOTTOM) / 4, (TOP + BOTTOM) / 2),
-        ("multistep", TOP, TOP),
-    ],
-)
-def test_a_stage_falls_as_far_as_its_part(
-    schedule: str, middle_of_half: float, end_of_half: float
-) -> None:
-    settings = OptimizationSettings(
-        learning_rate=TOP,
-        min_lr_ratio=0.1,
-        schedule=schedule,  # type: ignore[arg-type]
-        warmup_ratio=0.0,
-    )
-
-    def rates(*parts: float) -> list[float]:
-        return [
-            staged_rate(step, ends=[100, 200], fall_parts=parts, settings=settings)
-            for step in range(200)
-        ]
-
-    assert (rates(0.5, 1)[49], rates(0.5, 1)[99]) == pytest.approx((middle_of_half, end_of_half))
-    assert rates(0, 1)[:100] == [TOP] * 100
-    assert rates(1, 0.5)[100:] == rates(0.5, 1)[:100]
-    if schedule != "knee":  # a stage has no part to explore
-        assert rates(1, 1) == _path("restart", 2, schedule=schedule)
-    assert rates(0, 1)[199] == TOP * 0.1
-
-
-def test_stages_warm_up_once() -> None:
-    settings = OptimizationSettings(learning_rate=1.0, min_lr_ratio=0.1, warmup_ratio=0.1)
-    rates = [
-        staged_rate(step, ends=[10, 20], fall_parts=(0, 0), settings=settings) for step in range(20)
-    ]
-
-    assert rates == [1.0] * 20
-    settings = OptimizationSettings(learning_rate=1.0, min_lr_ratio=0.1, warmup_ratio=0.2)
-    assert staged_rate(0, ends=[10, 20], fall_parts=(0, 0), settings=settings) == 0.5
 
 
 def test_fewer_steps_than_alpha_allows_are_refused() -> None:
