@@ -1,4 +1,4 @@
-"""Plots as PNG files in one style: lines, bars and labelled points.
+"""Plots as PNG files in one style: lines and labelled points.
 
 matplotlib is imported when something is drawn, and needs no display. Without it nothing is
 written but a log line that says how to install it.
@@ -61,7 +61,7 @@ def draw(
 
     Args:
         path: the PNG, written atomically.
-        panels: functions that call `lines`, `bars` or `points` on the axes that they receive.
+        panels: functions that call `lines` or `points` on the axes that they receive.
         width: width of a panel, in inches.
         height: height of the plot, in inches.
         title: text above the panels.
@@ -116,32 +116,6 @@ def lines(
         axes.xaxis.get_major_locator().set_params(integer=True)
     if is_from_zero:
         axes.set(ylim=(0, None))
-
-
-def bars(
-    axes: Axes,
-    names: Sequence[str],
-    values: Mapping[str, Sequence[float]],
-    *,
-    x_label: str,
-    colors: Sequence[str] | None = None,
-) -> None:
-    """Draw horizontal bars, the first name at the top, with one bar a name for each series.
-
-    Args:
-        axes: where to draw.
-        names: labels of the groups.
-        values: lengths of the bars by series; an empty series name is not in the legend.
-        x_label: what the lengths are.
-        colors: colour of each name. None: a colour for each series.
-    """
-    height = 0.8 / len(values)
-    for number, (label, lengths) in enumerate(values.items()):
-        places = [place - 0.4 + (number + 0.5) * height for place in range(len(names))]
-        axes.barh(places, lengths, height=height, label=label or None, color=colors)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel(x_label)
 
 
 def points(
@@ -219,33 +193,3 @@ def _split(metrics: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], lis
 
 def _line(metrics: Sequence[dict[str, Any]], x: str, y: str, **style: Any) -> Line:  # noqa: ANN401
     return Line(xs=[line[x] for line in metrics], ys=[line[y] for line in metrics], **style)
-
-
-def begin_plot(*, width: float, height: float) -> Any:  # noqa: ANN401
-    """Return an empty figure; None without matplotlib. Replaced by `draw`."""
-    try:
-        require("matplotlib", extra="plot", purpose="the plot of the curves")
-    except MissingExtraError as error:
-        logger.warning(f"no plot: {error}")
-        return None
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save_plot(figure: Any, path: Path) -> None:  # noqa: ANN401
-    """Write a figure as a PNG. Replaced by `draw`."""
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-
-
-def plot_lines(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    path: Path,
-    *,
-    x_label: str,
-    y_label: str,
-) -> bool:
-    """Draw lines of x and y, by name. Replaced by `draw`."""
-    series = [Line(xs=xs, ys=ys, label=name) for name, (xs, ys) in curves.items()]
-    return draw(path, lambda axes: lines(axes, series, x_label=x_label, y_label=y_label))

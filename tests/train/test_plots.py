@@ -10,7 +10,6 @@ from carryon.train.plots import (
     Axes,
     Line,
     Point,
-    bars,
     draw,
     lines,
     plot_curves,
@@ -41,7 +40,7 @@ def test_curves_runs_and_rates_are_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_panels_show_lines_bars_and_points(tmp_path: Path) -> None:
+def test_panels_show_lines_and_points(tmp_path: Path) -> None:
     seen: list[Axes] = []
 
     def curves(axes: Axes) -> None:
@@ -49,23 +48,17 @@ def test_panels_show_lines_bars_and_points(tmp_path: Path) -> None:
         series = [Line(xs=[1, 2], ys=[3.0, 4.0], label="a"), Line(xs=[1], ys=[2.0], is_dashed=True)]
         lines(axes, series, x_label="step", y_label="loss", levels={"base": 3.5})
 
-    def speeds(axes: Axes) -> None:
-        seen.append(axes)
-        bars(axes, ["x", "y"], {"warm": [1, 2], "cold": [3, 4]}, x_label="tokens/s")
-
     def sizes(axes: Axes) -> None:
         seen.append(axes)
         marks = [Point(x=1, y=2, label="p"), Point(x=10, y=1, label="q", marker="^")]
         points(axes, marks, x_label="MB", y_label="loss", is_log_x=True)
 
     path = tmp_path / "new" / "plot.png"
-    assert draw(path, curves, speeds, sizes, title="three", width=3)
+    assert draw(path, curves, sizes, title="two", width=3)
     assert is_png(path)
     assert [entry.name for entry in path.parent.iterdir()] == ["plot.png"]
-    left, middle, right = seen
+    left, right = seen
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["a", "base"]
-    assert [label.get_text() for label in middle.get_yticklabels()] == ["x", "y"]
-    assert [bar.get_width() for bar in middle.patches] == [1, 2, 3, 4]
     assert [text.get_text() for text in right.texts] == ["p", "q"]
 
 
