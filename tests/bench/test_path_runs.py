@@ -1,7 +1,7 @@
 """Paradigms compared, with what they share trained once."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from support.tiny_runs import TINY
 from support.tiny_train_stores import make_tiny_store
 
+from carryon.cache import extract
 from carryon.cache.errors import InputError
 from carryon.tools.bench import path_runs
 from carryon.tools.bench.path_plan import (
@@ -22,8 +23,9 @@ from carryon.tools.bench.path_plan import (
     trunk_saves,
 )
 from carryon.tools.bench.path_runs import PathRuns, mean_weights
-from carryon.train.config import OptimizationSettings
+from carryon.train.config import CarryOnSettings, OptimizationSettings, TrainSettings
 from carryon.train.optim.lr_paths import PARADIGMS
+from carryon.train.trainer.nll import EvalJob
 
 SETTINGS = TINY.with_options(epochs=1, tokens_per_step=20, min_lr_ratio=0.1, dropout=0.2)
 OPTIMIZATION = OptimizationSettings(
@@ -191,6 +193,43 @@ def test_a_result_keeps_its_held_out_targets_beside_those_of_training(done: Path
         assert row["held_out_targets"] == held_out[: row["version"]], name
         assert isinstance(row["targets"], int)
         assert row["targets"] > sum(held_out)
+
+
+def test_a_top_is_trained_and_measured_on_the_tap_below_its_blocks(
+    tiny_base_folder: Path, store_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the caller leaves to the kind."""
+    stores = [str(store_tmp / f"store-{number}") for number in range(2)]
+    for number, store in enumerate(stores):
+        extract(
+            base=tiny_base_folder,
+            data=[{"text": f"{number} {index} is the thing " * 4} for index in range(12)],
+            out=store,
+            taps=["final", "layer.1"],
+            unit_tokens=64,
+            with_blocks=1,
+        )
+    measured: list[list[str]] = []
+
+    def note(store: Any, samples: Any, jobs: Sequence[EvalJob], **options: Any) -> Any:  # noqa: ANN401
+        measured.extend(job.carryon.settings.taps for job in jobs)
+        return real(store, samples, jobs, **options)
+
+    real = path_runs.measure_nlls
+    monkeypatch.setattr(path_runs, "measure_nlls", note)
+    settings = TrainSettings(
+        carryon=CarryOnSettings(kind="top", blocks=1),
+        optimization=OptimizationSettings(epochs=1, tokens_per_step=20, min_lr_ratio=0.1),
+    ).resolved()
+    experiment = PathRuns(root=store_tmp / "out", stores=stores, settings=settings)
+    experiment.begin()
+    experiment.run(*_plan(experiment, "cosine"))
+
+    assert measured
+    assert {tuple(taps) for taps in measured} == {("layer.1",)}
+    configs = list(experiment.root.glob("runs/s0/trunk-*/config.yaml"))
+    assert configs
+    assert all("- layer.1" in config.read_text() for config in configs)
 
 
 def test_other_settings_are_refused(done: PathRuns, stores: list[str]) -> None:
