@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from carryon.cache.base.model import Base, read_head
 from carryon.cache.corpus.files import Data
 from carryon.cache.extraction.forward import compute_states, raw_bytes
-from carryon.cache.extraction.layout_writer import plan_bytes
+from carryon.cache.extraction.layout_writer import plan_bytes, plan_files
 from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
@@ -77,13 +77,9 @@ def estimate(
     per_chunk = min(manifest.rows_per_chunk, num_timed)
     num_whole = num_timed // per_chunk * per_chunk
     head, pilot = read_head(loaded), run_pilot(loaded, manifest.taps, plan.samples, plan.units)
+    blocks, probe = block_files(loaded, manifest.num_blocks), make_probe(pilot)
     planned = plan_bytes(
-        manifest,
-        plan.samples,
-        plan.units,
-        head=head,
-        probe=make_probe(pilot),
-        blocks=block_files(loaded, manifest.num_blocks),
+        plan_files(manifest, plan.samples, plan.units, head=head, probe=probe, blocks=blocks)
     )
     # A receipt has a digest of each file and a checksum of each chunk.
     num_chunks = manifest.unit_tokens // manifest.rows_per_chunk

@@ -1,13 +1,15 @@
-"""Writing the plan of a store: everything that is known before the base runs over the corpus.
+"""Write the plan of a store: everything that is known before the base runs over the corpus.
 
-Tokens, sample tables, head, probe, the documents of all arrays, and last the manifest, from which
-moment the store exists. All but the head is written twice, for repair. What a killed call leaves
-behind is written over by the next one.
-Letters: R rows of a unit, D base width, S samples.
+Tokens, sample tables, head, probe, the documents of all arrays, and last the manifest, which makes
+it a store. All but the head and the base's blocks is written twice, for repair. The next call
+overwrites the leftovers of a killed one.
+Letters: S samples.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from carryon.cache.format.zarr_metadata import (
 
 _MIN_ID_BYTES = 64
 _GROUPS = ("hidden", "samples", "head", "probe", "probe/states")
+_SCALE_GROUPS = ("scale", "scale/token", "scale/channel")  # of a lossy profile
 
 
 def write_plan(
@@ -48,6 +51,7 @@ def write_plan(
     head: Head,
     probe: Probe,
     blocks: Mapping[str, bytes] | None = None,
+    max_bytes: int | None = None,
 ) -> Manifest:
     """Write a new store, without hidden states.
 
@@ -55,64 +59,71 @@ def write_plan(
         root: folder of the store.
         manifest: without `files`.
         samples: of the corpus.
-        plan: where each of them lies.
+        plan: where each sample lies.
         head: of the base.
         probe: of the base on this corpus.
         blocks: of the base, the files by path. None: without.
+        max_bytes: limit of the size of the store.
 
     Returns:
         The manifest as written, with the digest of each file but those of units.
 
     Raises:
         StoreError: there are receipts of a store whose manifest is gone; nothing was changed.
-        DiskFullError: nothing of the store exists yet; the same call can be made again.
+        InputError: the plan is larger than `max_bytes`; nothing was written.
+        DiskFullError: there is no store yet; the same call can be made again.
     """
     if units_with_receipt(root):
         raise StoreError(
             f"{root}: expected a new store, got receipts of one whose manifest is gone: "
             "run carryon repair, or choose another folder"
         )
-    rows = _write(root, unit_rows(samples, plan, manifest=manifest, first_unit=0))
-    digests = _write(
-        root,
-        (
-            *encode_head(head),
-            *(blocks or {}).items(),
-            *small_files(samples, plan, manifest=manifest, probe=probe),
-        ),
-    )
-    _flush(root, [*rows, *digests])  # before the manifest that vouches for them
-    manifest = manifest.accepting(digests)
+    files = partial(plan_files, manifest, samples, plan, head=head, probe=probe, blocks=blocks)
+    if max_bytes is not None and (needed := plan_bytes(files())) > max_bytes:
+        raise InputError(
+            f"max_disk: expected more than {needed / 1e6:,.1f} MB, the size of the head and the "
+            f"plan of {root}, got {max_bytes / 1e6:,.1f} MB"
+        )
+    digests = _write(root, files())
+    _flush(root, digests)  # before the manifest that vouches for them
+    rows = {path for path in digests if path.partition("/c/")[0] in ROW_ARRAYS}
+    manifest = manifest.accepting({path: digests[path] for path in digests.keys() - rows})
     write_manifest(root, manifest)
     return manifest
 
 
-def plan_bytes(
+def plan_files(
     manifest: Manifest,
     samples: Sequence[Sample],
     plan: UnitPlan,
     *,
     head: Head,
     probe: Probe,
-    blocks: Mapping[str, bytes],
-) -> int:
-    """Return the bytes of all that `write_plan` writes but the manifest; nothing is written."""
-    twice = (
-        *unit_rows(samples, plan, manifest=manifest, first_unit=0),
-        *small_files(samples, plan, manifest=manifest, probe=probe),
-    )
-    once = (*encode_head(head), *blocks.items())
-    return 2 * sum(len(content) for _, content in twice) + sum(len(item) for _, item in once)
+    blocks: Mapping[str, bytes] | None,
+) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of all that `write_plan` writes but copies and the manifest."""
+    yield from _unit_rows(samples, plan, manifest=manifest)
+    yield from encode_head(head)
+    yield from (blocks or {}).items()
+    for name, rows in _tables(samples, plan, manifest=manifest).items():
+        yield from encode_array(name, rows, rows_per_chunk=TABLE_ROWS)
+    yield from encode_probe(probe)
+    yield from _documents(manifest).items()
+
+
+def plan_bytes(files: Iterable[tuple[str, bytes]]) -> int:
+    """Return the bytes of files of a plan, with their copies."""
+    return sum(len(content) * len(_places(path)) for path, content in files)
 
 
 def append_plan(
     root: Path, old: Manifest, new: Manifest, samples: Sequence[Sample], plan: UnitPlan
 ) -> Manifest:
-    """Add the last part of `new` to the store planned as `old`; no existing unit is touched.
+    """Add the last part of `new` to the store planned as `old`; no existing unit is changed.
 
-    Killed before its end, the store reads as before, and a second call does all of it again:
-    files that both need (array documents, the last chunk of a table) are accepted in their old
-    and new form while they change.
+    If it is killed, the store reads as before, and a second call repeats all of it: files that
+    both need (array documents, the last chunk of a table) are accepted in their old and new form
+    while they change.
 
     Raises:
         InputError: a sample's id is in the store already, or is too long for it; nothing was
@@ -121,16 +132,16 @@ def append_plan(
     """
     part = new.parts[-1]
     files = dict(_documents(new))
-    for name, added in _tables(samples, plan, manifest=new).items():
+    for name, values in _tables(samples, plan, manifest=new).items():
         first = part.first_unit if name == "units" else part.first_sample
         before = read_array(root, name, stop=first, digests=old.files)
-        if name == "samples/id":
-            added = _new_ids(before, added)
-        rows = np.concatenate([before, added])
+        rows = np.concatenate(
+            [before, _new_ids(before, values) if name == "samples/id" else values]
+        )
         files |= encode_array(name, rows, rows_per_chunk=TABLE_ROWS, first_row=first)
     digests = {path: sha256_hex(content) for path, content in files.items()}
-    planned = _write(root, unit_rows(samples, plan, manifest=new, first_unit=part.first_unit))
-    added_files = _write(root, [item for item in files.items() if item[0] not in old.files])
+    added = [item for item in files.items() if item[0] not in old.files]
+    written = _write(root, chain(_unit_rows(samples, plan, manifest=new), added))
     changed = {
         path: content
         for path, content in files.items()
@@ -139,21 +150,11 @@ def append_plan(
     write_manifest(root, old.accepting({path: digests[path] for path in changed}))
     # Synced one by one: a power cut must leave the old or the new form of each.
     _write(root, changed.items(), is_synced=True)
-    _flush(root, [*planned, *added_files])
+    _flush(root, written)
     unchanged = {path: known for path, known in old.files.items() if path not in digests}
     new = replace(new, files=unchanged).accepting(digests)
     write_manifest(root, new)
     return new
-
-
-def small_files(
-    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest, probe: Probe
-) -> Iterator[tuple[str, bytes]]:
-    """Yield (path, content) of tables, probe and documents of a new store."""
-    for name, rows in _tables(samples, plan, manifest=manifest).items():
-        yield from encode_array(name, rows, rows_per_chunk=TABLE_ROWS)
-    yield from encode_probe(probe)
-    yield from _documents(manifest).items()
 
 
 def _write(
@@ -177,11 +178,11 @@ def _places(path: str) -> list[str]:
     return [path, copy_path(path)] if is_mirrored(path) else [path]
 
 
-def unit_rows(
-    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest, first_unit: int
+def _unit_rows(
+    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield (path, content) of the tokens, masks and character ends of each planned unit."""
-    size = manifest.unit_tokens
+    """Yield (path, content) of tokens, masks and character ends of each unit of the last part."""
+    size, first_unit = manifest.unit_tokens, manifest.parts[-1].first_unit
     bounds = np.searchsorted(plan.unit, np.arange(plan.num_units + 1))
     for unit in range(plan.num_units):
         rows = {name: np.zeros(size, dtype=dtype) for name, dtype in ROW_ARRAYS.items()}
@@ -202,9 +203,7 @@ def _tables(
     ids = [sample.id.encode() for sample in planned]
     longest = max(map(len, ids), default=0)
     id_bytes = max(_MIN_ID_BYTES, -(-longest // 16) * 16)
-    id_rows = np.zeros((len(ids), id_bytes), dtype=np.uint8)
-    for row, text in zip(id_rows, ids, strict=True):
-        row[: len(text)] = np.frombuffer(text, dtype=np.uint8)
+    id_rows = np.array(ids, dtype=f"S{id_bytes}").view(np.uint8).reshape(-1, id_bytes)
     first_row = manifest.parts[-1].first_unit * manifest.unit_tokens
     lengths = np.array([len(sample.tokens) for sample in planned], dtype=np.int32)
     unit_tokens = np.bincount(plan.unit, weights=lengths, minlength=plan.num_units)
@@ -217,57 +216,48 @@ def _tables(
     }
 
 
-def _new_ids(before: NDArray[np.uint8], added: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the id rows `added`, as wide as those that stand.
+def _fit_ids(added: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the id rows `added`, [S, bytes], as wide as the existing ones.
 
     Raises:
-        InputError: they do not fit, or one of them stands already.
+        InputError: an id is too long, or exists already.
     """
     width = before.shape[1]
-    if added[:, width:].any():
+    if added.shape[1] > width:
         raise InputError(
             f"sample ids: this store keeps {width} bytes for an id, "
             f"got one that needs {added.shape[1]}: use shorter ids"
         )
-    added = np.pad(added[:, :width], ((0, 0), (0, max(0, width - added.shape[1]))))
-    texts, known = (np.ascontiguousarray(rows).view(f"S{width}")[:, 0] for rows in (added, before))
-    twice = np.flatnonzero(np.isin(texts, known))
+    added = np.pad(added, ((0, 0), (0, width - added.shape[1])))
+    names, known = (rows.view(f"S{width}")[:, 0] for rows in (added, before))
+    twice = names[np.isin(names, known)]
     if len(twice):
         raise InputError(
-            f"sample {bytes(texts[twice[0]]).decode()!r}: a sample with this id is in the store "
-            "already: give every sample an id of its own"
+            f"sample {twice[0].decode()!r}: a sample with this id is in the store already: "
+            "give every sample a different id"
         )
     return added
 
 
 def _documents(manifest: Manifest) -> dict[str, bytes]:
     """Return the zarr.json of the groups and of all arrays over the token axis."""
-    rows, units = manifest.num_units * manifest.unit_tokens, manifest.num_units
-    size, width = manifest.unit_tokens, manifest.width
-    is_lossy = manifest.is_lossy
-    logical = manifest.settings["dtype"]
-    documents = {f"{name}/zarr.json": group_document() for name in _GROUPS}
-    for name, dtype in ROW_ARRAYS.items():
-        documents[f"{name}/zarr.json"] = array_document(shape=(rows,), chunk=(size,), dtype=dtype)
+    size, width, num_units = manifest.unit_tokens, manifest.width, manifest.num_units
+    dtype, is_lossy = manifest.settings["dtype"], manifest.is_lossy
+    flat: dict[str, Any] = {"shape": (num_units * size,), "chunk": (size,)}
+    documents = {name: group_document() for name in (*_GROUPS, *_SCALE_GROUPS * is_lossy)}
+    for name, row_dtype in ROW_ARRAYS.items():
+        documents[name] = array_document(**flat, dtype=row_dtype)
     for tap in manifest.taps:
-        attributes = {"logical_dtype": logical, "profile": manifest.settings["profile"]}
-        documents[f"hidden/{tap}/zarr.json"] = array_document(
-            shape=(rows, width),
+        documents[f"hidden/{tap}"] = array_document(
+            shape=(num_units * size, width),
             chunk=(manifest.rows_per_chunk, width),
             shard=(size, width),
             dtype=manifest.states_dtype.name,
-            attributes=attributes,
+            attributes={"logical_dtype": dtype, "profile": manifest.settings["profile"]},
         )
         if is_lossy:
-            documents[f"scale/token/{tap}/zarr.json"] = array_document(
-                shape=(rows,), chunk=(size,), dtype="float32"
+            documents[f"scale/token/{tap}"] = array_document(**flat, dtype="float32")
+            documents[f"scale/channel/{tap}"] = array_document(
+                shape=(num_units, width), chunk=(1, width), dtype="float32"
             )
-            documents[f"scale/channel/{tap}/zarr.json"] = array_document(
-                shape=(units, width), chunk=(1, width), dtype="float32"
-            )
-    if is_lossy:
-        documents |= {
-            f"{name}/zarr.json": group_document()
-            for name in ("scale", "scale/token", "scale/channel")
-        }
-    return {path: json_bytes(document) for path, document in documents.items()}
+    return {f"{name}/zarr.json": json_bytes(document) for name, document in documents.items()}

@@ -14,7 +14,7 @@ from carryon.cache.base.model import Base, read_head
 from carryon.cache.corpus.files import Data
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.forward import ExtractReport, raw_bytes, run_units
-from carryon.cache.extraction.layout_writer import append_plan, plan_bytes, write_plan
+from carryon.cache.extraction.layout_writer import append_plan, write_plan
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.extraction.resume import refuse_other_data, refuse_other_settings
@@ -181,15 +181,16 @@ def _begin(root: Path, plan: ExtractionPlan, max_disk_bytes: int | None) -> Mani
     head, blocks = read_head(base), block_files(base, manifest.num_blocks)
     pilot = run_pilot(base, manifest.taps, samples, units)
     errors = measure_profile(pilot, head, taps=manifest.taps, profile=manifest.settings["profile"])
-    manifest, probe = replace(manifest, profile_error=errors), make_probe(pilot)
-    if max_disk_bytes is not None:
-        needed = plan_bytes(manifest, samples, units, head=head, probe=probe, blocks=blocks)
-        if needed > max_disk_bytes:
-            raise InputError(
-                f"max_disk: expected more than {needed / 1e6:,.1f} MB, the size of the head and "
-                f"the plan of {root}, got {max_disk_bytes / 1e6:,.1f} MB"
-            )
-    return write_plan(root, manifest, samples, units, head=head, probe=probe, blocks=blocks)
+    return write_plan(
+        root,
+        replace(manifest, profile_error=errors),
+        samples,
+        units,
+        head=head,
+        probe=make_probe(pilot),
+        blocks=blocks,
+        max_bytes=max_disk_bytes,
+    )
 
 
 def _resume(root: Path, plan: ExtractionPlan, *, append: bool) -> Manifest:
