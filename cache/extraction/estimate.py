@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.base.model import Base, read_head
-from carryon.cache.corpus.files import Data
 from carryon.cache.extraction.forward import compute_states, raw_bytes
 from carryon.cache.extraction.layout_writer import plan_bytes, plan_files
 from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
-from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
+from carryon.cache.extraction.plan import ExtractionPlan
 from carryon.cache.format.codec import encode_chunk, encode_shard
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import STEPS, bfloat16_bits, to_codes
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.shard_writer import UnitInput
 from carryon.cache.store.top_blocks import block_files
 
@@ -61,23 +58,15 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(
-    *,
-    base: str | Base,
-    data: Data,
-    corpus: CorpusSettings,
-    store: StoreSettings,
-    forward: ForwardSettings,
-) -> Estimate:
+def estimate(plan: ExtractionPlan) -> Estimate:
     """Run the base over a few samples and predict the bytes of each profile, and the time."""
-    plan = plan_extraction(base, data, corpus=corpus, store=store, forward=forward)
-    manifest, loaded = plan.manifest, plan.base
-    states, elapsed_s = _run_timed(plan, batch_tokens=forward.batch_tokens)
+    manifest, head = plan.manifest, plan.head
+    states, elapsed_s = _run_timed(plan)
     num_timed = len(states[manifest.taps[0]])
     per_chunk = min(manifest.rows_per_chunk, num_timed)
     num_whole = num_timed // per_chunk * per_chunk
-    head, pilot = read_head(loaded), run_pilot(loaded, manifest.taps, plan.samples, plan.units)
-    blocks, probe = block_files(loaded, manifest.num_blocks), make_probe(pilot)
+    pilot = run_pilot(plan.base, manifest.taps, plan.samples, plan.units)
+    blocks, probe = block_files(plan.base, manifest.num_blocks), make_probe(pilot)
     planned = plan_bytes(
         plan_files(manifest, plan.samples, plan.units, head=head, probe=probe, blocks=blocks)
     )
@@ -109,9 +98,7 @@ def estimate(
     )
 
 
-def _run_timed(
-    plan: ExtractionPlan, *, batch_tokens: int
-) -> tuple[dict[str, NDArray[np.float32]], float]:
+def _run_timed(plan: ExtractionPlan) -> tuple[dict[str, NDArray[np.float32]], float]:
     """Return the states of the plan's first tokens, tap by tap [R, D], and the seconds taken."""
     tokens: list[NDArray[np.int32]] = []
     left = _TIMED_TOKENS
@@ -126,10 +113,14 @@ def _run_timed(
         unit=0, starts=starts, lengths=lengths, tokens=np.concatenate(tokens), sha256=""
     )
     run = partial(
-        compute_states, plan.base, plan.manifest.taps, keeps_bits=False, batch_tokens=batch_tokens
+        compute_states,
+        plan.base,
+        plan.manifest.taps,
+        keeps_bits=False,
+        batch_tokens=plan.batch_tokens,
     )
     # A first pass sets up kernels and memory, which a long run does once.
-    first = plan_batches(lengths, batch_tokens=batch_tokens)[0]
+    first = plan_batches(lengths, batch_tokens=plan.batch_tokens)[0]
     run(replace(unit, starts=starts[first], lengths=lengths[first]))
     started_at = time.perf_counter()
     states = run(unit)

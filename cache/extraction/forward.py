@@ -189,7 +189,7 @@ def largest_unit_bytes(manifest: Manifest, num_tokens: int) -> int:
 
 
 class _UnitWriter:
-    """Writes one unit at a time in a thread, if it is sure to fit under the disk limit."""
+    """Writes one unit at a time in a thread, within the disk limit."""
 
     def __init__(
         self,
@@ -203,27 +203,23 @@ class _UnitWriter:
         self._thread, self._root, self._manifest = thread, root, manifest
         self._progress, self._limit = progress, max_disk_bytes
         self._pending: Future[Receipt] | None = None
-        self._written_bytes = self._reserved_bytes = 0
+        self._written_bytes = 0
         files = () if max_disk_bytes is None else filter(Path.is_file, root.rglob("*"))
         self._first_bytes = sum(path.stat().st_size for path in files)
 
     def has_room(self, num_tokens: int) -> bool:
         """Return whether a unit fits, however badly it compresses."""
-        if not self._fits(num_tokens):
-            self.wait()  # the pending unit's true size may leave room
-        return self._fits(num_tokens)
-
-    def _fits(self, num_tokens: int) -> bool:
-        used = self._first_bytes + self._written_bytes + self._reserved_bytes
-        largest = largest_unit_bytes(self._manifest, num_tokens)
-        return self._limit is None or used + largest <= self._limit
+        if self._limit is None:
+            return True
+        self.wait()
+        used = self._first_bytes + self._written_bytes
+        return used + largest_unit_bytes(self._manifest, num_tokens) <= self._limit
 
     def submit(
         self, unit_input: UnitInput, hidden: dict[str, NDArray[Any]], *, elapsed_s: float
     ) -> None:
         """Write a unit as soon as the one before it is written."""
         self.wait()
-        self._reserved_bytes = largest_unit_bytes(self._manifest, unit_input.num_tokens)
         self._pending = self._thread.submit(
             write_unit, self._root, self._manifest, unit_input, hidden, elapsed_s=elapsed_s
         )
@@ -237,5 +233,5 @@ class _UnitWriter:
         size = (self._root / receipt_path(receipt.unit)).stat().st_size
         size += sum(entry.bytes for path, entry in receipt.files.items() if path not in rows)
         self.receipts.append(receipt)
-        self._written_bytes, self._reserved_bytes = self._written_bytes + size, 0
+        self._written_bytes += size
         self._progress.note = f"{self._written_bytes / 1e6:,.0f} MB written"

@@ -135,9 +135,9 @@ def append_plan(
     for name, values in _tables(samples, plan, manifest=new).items():
         first = part.first_unit if name == "units" else part.first_sample
         before = read_array(root, name, stop=first, digests=old.files)
-        rows = np.concatenate(
-            [before, _new_ids(before, values) if name == "samples/id" else values]
-        )
+        if name == "samples/id":
+            values = _fit_ids(values, before)
+        rows = np.concatenate([before, values])
         files |= encode_array(name, rows, rows_per_chunk=TABLE_ROWS, first_row=first)
     digests = {path: sha256_hex(content) for path, content in files.items()}
     added = [item for item in files.items() if item[0] not in old.files]

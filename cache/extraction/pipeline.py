@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.base.model import Base, read_head
+from carryon.cache.base.model import Base
 from carryon.cache.corpus.files import Data
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.forward import ExtractReport, raw_bytes, run_units
@@ -20,7 +20,7 @@ from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.extraction.resume import refuse_other_data, refuse_other_settings
 from carryon.cache.files import sweep_partials
 from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
-from carryon.cache.lock import LOCK_PATH, refuse_busy, write_lock
+from carryon.cache.lock import write_lock
 from carryon.cache.settings import (
     CorpusSettings,
     ForwardSettings,
@@ -77,20 +77,19 @@ def extract(
         StoreBusyError: another process writes to the store.
         DiskFullError: finished units are kept; the same call resumes.
     """
-    settings = merge_options(
+    corpus, store, forward = merge_options(
         options, {CorpusSettings: corpus, StoreSettings: store, ForwardSettings: forward}
     )
-    report = run_extraction(
+    plan = plan_extraction(
         base=base,
         data=data,
         out=out,
-        corpus=settings[0],
-        store=settings[1],
-        forward=settings[2],
-        append=append,
-        max_disk_bytes=max_disk_bytes,
+        corpus=corpus,
+        store=store,
+        forward=forward,
         held_out=held_out,
     )
+    report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
     if not report.is_finished:
         logger.warning("%s: stopped at max_disk_bytes=%s, unfinished", out, max_disk_bytes)
     return Store.open(out, allow_unfinished=not report.is_finished)
@@ -115,87 +114,49 @@ def merge_options(
 
 
 def run_extraction(
-    *,
-    base: str | Base,
-    data: Data,
-    out: str | Path,
-    corpus: CorpusSettings,
-    store: StoreSettings,
-    forward: ForwardSettings,
-    append: bool = False,
-    max_disk_bytes: int | None = None,
-    held_out: Container[str] = (),
+    plan: ExtractionPlan, *, append: bool = False, max_disk_bytes: int | None = None
 ) -> ExtractReport:
-    """Do what `extract` does, but return a summary instead of the store."""
-    root = Path(out)
-    refuse_foreign_folder(root)
-    refuse_busy(root)
-    plan = plan_extraction(
-        base, data, corpus=corpus, store=store, forward=forward, held_out=held_out
-    )
+    """Carry out a plan, or what is missing of it; arguments and errors as of `extract`."""
+    root = plan.root
     logger.info(_prediction(plan.manifest))
     with write_lock(root):
         sweep_partials(root)
         if manifest_path(root).exists():
-            manifest = _resume(root, plan, append=append)
+            manifest = _resume(plan, append=append)
         elif append:
             raise InputError(f"{root}: expected a store to append to, got none: leave out --append")
         else:
-            manifest = _begin(root, plan, max_disk_bytes)
+            manifest = _begin(plan, max_disk_bytes)
         return run_units(
             root,
             manifest,
             plan.base,
-            batch_tokens=forward.batch_tokens,
+            batch_tokens=plan.batch_tokens,
             max_disk_bytes=max_disk_bytes,
         )
 
 
-def refuse_foreign_folder(root: Path) -> None:
-    """Check that `root` is new, empty, or a store, finished or not.
-
-    Raises:
-        InputError: it is a file, or a folder that holds something else.
-        StoreError: it holds another Zarr group.
-    """
-    if not root.exists():
-        return
-    if not root.is_dir():
-        raise InputError(f"{root}: expected a folder for the store, got a file")
-    if manifest_path(root).exists():
-        read_manifest(root)
-        return
-    others = sorted(path.name for path in root.iterdir())
-    lock = root / LOCK_PATH
-    was_killed_before_lock = others == [lock.parent.name] and not any(lock.parent.iterdir())
-    if others and not lock.exists() and not was_killed_before_lock:
-        raise InputError(
-            f"{root}: expected a new or empty folder, or a store, but it holds {others[0]}"
-            f"{' and more' if len(others) > 1 else ''}: choose another folder"
-        )
-
-
-def _begin(root: Path, plan: ExtractionPlan, max_disk_bytes: int | None) -> Manifest:
+def _begin(plan: ExtractionPlan, max_disk_bytes: int | None) -> Manifest:
     """Write the plan of a new store."""
-    base, samples, units, manifest = plan.base, plan.samples, plan.units, plan.manifest
-    head, blocks = read_head(base), block_files(base, manifest.num_blocks)
-    pilot = run_pilot(base, manifest.taps, samples, units)
-    errors = measure_profile(pilot, head, taps=manifest.taps, profile=manifest.settings["profile"])
+    manifest = plan.manifest
+    taps, profile = manifest.taps, manifest.settings["profile"]
+    pilot = run_pilot(plan.base, taps, plan.samples, plan.units)
+    errors = measure_profile(pilot, plan.head, taps=taps, profile=profile)
     return write_plan(
-        root,
+        plan.root,
         replace(manifest, profile_error=errors),
-        samples,
-        units,
-        head=head,
+        plan.samples,
+        plan.units,
+        head=plan.head,
         probe=make_probe(pilot),
-        blocks=blocks,
+        blocks=block_files(plan.base, manifest.num_blocks),
         max_bytes=max_disk_bytes,
     )
 
 
-def _resume(root: Path, plan: ExtractionPlan, *, append: bool) -> Manifest:
-    """Check that an existing store is of this plan, or append the plan to it."""
-    old, new = read_manifest(root), plan.manifest
+def _resume(plan: ExtractionPlan, *, append: bool) -> Manifest:
+    """Check that the existing store is of this plan, or append the plan to it."""
+    root, old, new = plan.root, read_manifest(plan.root), plan.manifest
     refuse_other_settings(old, new, name=str(root))
     [part] = new.parts
     if not append or part.fingerprint in [known.fingerprint for known in old.parts]:

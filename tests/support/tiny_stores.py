@@ -33,6 +33,7 @@ from carryon.cache.extraction.layout_writer import write_plan
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
 from carryon.cache.extraction.pilot import PilotSample, make_probe, measure_profile
 from carryon.cache.extraction.pipeline import run_extraction
+from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.extraction.repair import RepairReport, repair
 from carryon.cache.format import head_arrays as head_files
 from carryon.cache.format import zarr_metadata as layout
@@ -240,16 +241,15 @@ def extract_tiny(
 ) -> ExtractReport:
     """Extract into a store of small chunks."""
     with small_pieces(), one_thread():
-        return run_extraction(
+        plan = plan_extraction(
             base=base,
-            data=[data],
+            data=data,
             out=out,
             corpus=corpus or CorpusSettings(),
             store=store,
             forward=forward,
-            append=append,
-            max_disk_bytes=max_disk_bytes,
         )
+        return run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
 
 
 def planned_bytes(store: Path) -> int:

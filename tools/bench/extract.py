@@ -107,9 +107,10 @@ def _plan(root: Path, base: Base, samples: list[Sample], settings: StoreSettings
     }
     texts = Corpus(samples=samples, fingerprint="0" * 64, files=[], counts=counts)
     plan = plan_samples(samples, unit_tokens=settings.unit_tokens, seed=settings.seed)
-    manifest = describe(base, texts, plan, corpus=CorpusSettings(), store=settings)
+    head = read_head(base)
+    manifest = describe(base, head, texts, plan, corpus=CorpusSettings(), store=settings)
     probe = make_probe(run_pilot(base, settings.taps, samples, plan))
-    return write_plan(root, manifest, samples, plan, head=read_head(base), probe=probe)
+    return write_plan(root, manifest, samples, plan, head=head, probe=probe)
 
 
 def _read_inputs(root: Path, manifest: Manifest) -> list[UnitInput]:

@@ -3,10 +3,13 @@
 import json
 import logging
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
+
+if TYPE_CHECKING:
+    from carryon.cache.extraction.plan import ExtractionPlan
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +55,15 @@ def extract(
         forward: How the base is run.
     """
     max_disk_bytes = parse_bytes(max_disk) if max_disk else None
-    if dry_run:
-        return _print_forecast(base, data, corpus, store, forward)
     from carryon.cache.extraction.pipeline import run_extraction
+    from carryon.cache.extraction.plan import plan_extraction
 
-    report = run_extraction(
-        base=base,
-        data=data,
-        out=out,
-        corpus=corpus,
-        store=store,
-        forward=forward,
-        append=append,
-        max_disk_bytes=max_disk_bytes,
+    plan = plan_extraction(
+        base=base, data=data, out=out, corpus=corpus, store=store, forward=forward
     )
+    if dry_run:
+        return _print_estimate(plan)
+    report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
     if not report.is_finished:
         logger.warning(f"stopped at --max-disk {max_disk}; give more to go on")
     logger.info(
@@ -77,16 +75,10 @@ def extract(
     return report.to_dict()
 
 
-def _print_forecast(
-    base: str,
-    data: list[str],
-    corpus: CorpusSettings,
-    store: StoreSettings,
-    forward: ForwardSettings,
-) -> dict[str, Any]:
+def _print_estimate(plan: "ExtractionPlan") -> dict[str, Any]:
     from carryon.cache.extraction.estimate import estimate
 
-    found = estimate(base=base, data=data, corpus=corpus, store=store, forward=forward)
+    found = estimate(plan)
     logger.info(
         f"{found.num_samples:,} samples, {found.num_tokens:,} tokens, {found.num_units:,} units; "
         f"{found.tokens_per_second:,.0f} tokens/s here: about {found.elapsed_s / 60:,.1f} minutes\n"

@@ -20,6 +20,7 @@ import torch
 
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.extraction.pipeline import run_extraction
+from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.files import write_file, write_json
 from carryon.cache.progress import Progress
 from carryon.cache.settings import ForwardSettings, StoreSettings
@@ -82,7 +83,7 @@ class Setup:
         """Extract the method's taps and blocks; return the seconds of the forward passes."""
         shape = self.method.carryon
         assert shape is not None
-        return run_extraction(
+        plan = plan_extraction(
             base=base,
             data=[data],
             out=root,
@@ -93,8 +94,8 @@ class Setup:
                 with_blocks={"native": 1, "top": shape.blocks}.get(shape.kind, 0),
             ),
             forward=ForwardSettings(),
-            append=append,
-        ).elapsed_s
+        )
+        return run_extraction(plan, append=append).elapsed_s
 
 
 def main(request: dict[str, Any]) -> None:

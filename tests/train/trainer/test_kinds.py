@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.extraction.estimate import estimate
 from carryon.cache.extraction.pipeline import extract
+from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.extraction.repair import repair
 from carryon.cache.files import recover_folder
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
@@ -286,11 +287,14 @@ def test_blocks_are_counted_before_they_are_written(tmp_path: Path, llama: Place
     """By a dry run."""
     found = [
         estimate(
-            base=str(llama.base),
-            data=[llama.store.parent / "data.jsonl"],
-            corpus=CORPUS,
-            store=StoreSettings(unit_tokens=64, with_blocks=number),
-            forward=FORWARD,
+            plan_extraction(
+                base=str(llama.base),
+                data=[llama.store.parent / "data.jsonl"],
+                out=tmp_path / "none",
+                corpus=CORPUS,
+                store=StoreSettings(unit_tokens=64, with_blocks=number),
+                forward=FORWARD,
+            )
         )
         for number in (0, 1)
     ]
