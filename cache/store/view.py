@@ -1,77 +1,91 @@
-"""A part of a store: the samples of one extraction into it, read as a store of their own.
+"""What training reads: a store, a part of one, or several mixed.
 
-`STORE#2` names the second part of the store at STORE, which is the first that was appended. A part
-has the fingerprint that it would have as a store of its own, whatever is appended after it: so
-what is trained on a part can be trained again, to the same bits, when the store has grown.
+Letters: S samples, D base width.
 """
 
-import re
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Collection, Iterator, Sequence
+from operator import index as to_int
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.errors import InputError, UnfinishedStoreError
+from carryon.cache.base.lm_head import Head
+from carryon.cache.errors import InputError
 from carryon.cache.format.manifest import Manifest
-from carryon.cache.format.receipt import Receipt
-from carryon.cache.store.reader import SampleRows, Store, Unit
+from carryon.cache.store.samples import StoredSample, Unit
 from carryon.cache.store.shard_reader import CopyRange
 
+if TYPE_CHECKING:
+    from carryon.cache.store.top_blocks import Blocks
 
-class StorePart(Store):
-    """One part of a store; make one with `open_store`."""
 
-    def __init__(self, whole: Store, number: int) -> None:
-        """Take a part of an opened store.
+class StoreLike(Protocol):
+    """Samples and their hidden states, by sample and by unit."""
 
-        Args:
-            whole: may have unfinished units in other parts.
-            number: of the part, counted from 1.
+    root: Path
+    """Folder; of a mix, that of its first store."""
+    fingerprint: str
+    """SHA-256 of everything that determines the content."""
+    samples_digest: str
+    """SHA-256 of which samples there are and where they lie; seeds what is drawn at random."""
+    base: dict[str, Any]
+    """Identity of the base: id, architecture, sizes, digests."""
+    num_blocks: int
+    """Last blocks of the base that are stored."""
+    taps: list[str]
+    width: int
+    """D, the base's hidden width."""
+    dtype: str
+    """Type of the states: bfloat16, float16 or float32."""
+    states_dtype: np.dtype[Any]
+    """Array type of the states as they are read; uint16 holds the bits of bfloat16."""
+    unit_tokens: int
+    """Rows of a unit; of a mix, of its longest."""
+    num_units: int
+    """Units planned."""
+    finished_units: Collection[int]
+    """Units that can be read."""
+    num_samples: int
+    """S, samples planned."""
+    num_tokens: int
+    """Tokens of all samples."""
+
+    @property
+    def sample_starts(self) -> NDArray[np.int64]:
+        """[S] first row of each sample on the token axis, ascending."""
+
+    @property
+    def sample_lengths(self) -> NDArray[np.int32]:
+        """[S] tokens of each sample."""
+
+    @property
+    def sample_held_out(self) -> NDArray[np.uint8]:
+        """[S] 1 where the corpus keeps the sample from training."""
+
+    def sample_id(self, sample: int) -> str:
+        """Return the id of a sample."""
+
+    def index_of(self, sample_id: str) -> int:
+        """Return the index of the sample with this id.
 
         Raises:
-            InputError: there is no such part.
-            UnfinishedStoreError: it has units that are not extracted.
+            InputError: no sample has it.
         """
-        manifest = manifest_of_part(whole.manifest, number, name=str(whole.root))
-        part = whole.manifest.parts[number - 1]
-        finished = {unit - part.first_unit for unit in whole.finished_units}
-        super().__init__(whole.root, manifest, finished & set(range(part.num_units)))
-        missing = part.num_units - len(self.finished_units)
-        if missing:
-            raise UnfinishedStoreError(
-                f"{whole.root}: {missing} of {part.num_units} units of part {number} are not "
-                "extracted: run the same carryon extract again"
-            )
-        self._whole = whole
-        self._first_unit, self._first_sample = part.first_unit, part.first_sample
-
-    @cached_property
-    def sample_starts(self) -> NDArray[np.int64]:
-        """[S] first row of each sample, counted from the part's first."""
-        return self._table("samples/start") - self._first_unit * self.manifest.unit_tokens
-
-    def receipt(self, unit: int) -> Receipt:
-        """Return the receipt of a unit."""
-        self._check_unit(unit)
-        return self._whole.receipt(self._first_unit + unit)
 
     def read_unit(self, unit: int, *, taps: Sequence[str] | None = None) -> Unit:
-        """Read one unit whole."""
-        self._check_unit(unit)
-        found = self._whole.read_unit(self._first_unit + unit, taps=taps)
-        samples = range(
-            found.samples.start - self._first_sample, found.samples.stop - self._first_sample
-        )
-        return replace(found, unit=unit, samples=samples)
+        """Read one whole unit.
 
-    def copy_states(self, unit: int, tap: str, moves: Sequence[CopyRange]) -> None:
-        """Decode rows of a unit's states at a tap straight to where they are wanted."""
-        self._check_unit(unit)
-        self._whole.copy_states(self._first_unit + unit, tap, moves)
+        Args:
+            unit: 0 to `num_units` - 1.
+            taps: those to read. Default: all.
+
+        Raises:
+            InputError: no such unit or tap.
+            UnfinishedStoreError: the unit has no receipt.
+            DamagedStoreError: a checksum or a size does not match; names tap and chunk.
+        """
 
     def read_sample(
         self,
@@ -80,50 +94,115 @@ class StorePart(Store):
         taps: Sequence[str] | None = None,
         start: int = 0,
         stop: int | None = None,
-    ) -> SampleRows:
-        """Read tokens of one sample."""
-        index = self.index_of(sample) if isinstance(sample, str) else sample
-        self._check_sample(index)
-        found = self._whole.read_sample(
-            self._first_sample + index, taps=taps, start=start, stop=stop
+    ) -> StoredSample:
+        """Read tokens `start` to `stop` of one sample; only the chunks they lie in are decoded.
+
+        Args:
+            sample: index or id.
+            taps: those to read. Default: all.
+            start: first token.
+            stop: token after the last one. Default: the sample's end.
+
+        Raises:
+            InputError: no such sample, token or tap.
+            UnfinishedStoreError, DamagedStoreError: as `read_unit`.
+        """
+
+    def copy_states(self, unit: int, tap: str, moves: Sequence[CopyRange]) -> None:
+        """Decode rows of a unit's states at a tap straight to where they are wanted.
+
+        Args:
+            unit: 0 to `num_units` - 1.
+            tap: of the store.
+            moves: which rows of the unit go where; the arrays are of `states_dtype`.
+
+        Raises:
+            InputError, UnfinishedStoreError, DamagedStoreError: as `read_unit`; the arrays then
+                hold anything.
+        """
+
+    def head(self, *, is_mapped: bool = False) -> Head:
+        """Return the base's frozen head and final norm; mapped, in a file (see `map_head`)."""
+
+    def blocks(self) -> "Blocks":
+        """Return the base's last blocks; imports torch.
+
+        Raises:
+            InputError: none are stored.
+        """
+
+    def __repr__(self) -> str:
+        """Return path, size, states and base."""
+        return (
+            f"<{type(self).__name__} {str(self.root)!r}: {self.num_samples:,} samples, "
+            f"{self.num_tokens:,} tokens in {self.num_units:,} units; taps {' '.join(self.taps)}, "
+            f"{self.width} x {self.dtype}; base {self.base.get('id')}>"
         )
-        return replace(found, sample=index)
 
-    def _table(self, name: str, *, first: int = 0, stop: int | None = None) -> NDArray[Any]:
-        stop = self.num_samples if stop is None else stop
-        shift = self._first_sample
-        return self._whole._table(name, first=shift + first, stop=shift + stop)
+    def __len__(self) -> int:
+        """Return the number of samples planned."""
+        return self.num_samples
 
+    def __getitem__(self, key: SupportsIndex | str) -> StoredSample:
+        """Read one sample, by index (also from the end) or by id.
 
-def open_store(name: str) -> Store:
-    """Open and check a store, or the part of one that `STORE#NUMBER` names.
+        Raises:
+            IndexError: no sample has this index.
+            InputError: no sample has this id.
+        """
+        if isinstance(key, str):
+            return self.read_sample(key)
+        index, num_samples = to_int(key), self.num_samples
+        if not -num_samples <= index < num_samples:
+            raise IndexError(
+                f"{self.root}: expected a sample from {-num_samples} to {num_samples - 1}, "
+                f"got {index}"
+            )
+        return self.read_sample(index % num_samples)
 
-    Raises:
-        MissingError, DamagedStoreError: as `Store.open`.
-        UnfinishedStoreError: units are missing; of a part, units of that part.
-        InputError: there is no such part.
-    """
-    folder, number = split_name(name)
-    if number is None:
-        return Store.open(folder)
-    return StorePart(Store.open(folder, allow_unfinished=True), number)
+    def __iter__(self) -> Iterator[StoredSample]:
+        """Yield the samples of all finished units in order; each unit is read once.
 
+        A sample's arrays are views of its unit's: copy those that you keep.
+        """
+        for unit in self.iter_units():
+            for sample in unit.samples:
+                yield unit.sample(sample, sample_id=self.sample_id(sample))
 
-def split_name(name: str) -> tuple[Path, int | None]:
-    """Return the folder that the name of a store or of its part means, and the part's number."""
-    found = re.fullmatch(r"(.+)#(\d+)", name)
-    if found is None or Path(name).exists():
-        return Path(name), None
-    return Path(found[1]), int(found[2])
+    def iter_units(self, *, taps: Sequence[str] | None = None) -> Iterator[Unit]:
+        """Yield the finished units in order."""
+        for unit in sorted(self.finished_units):
+            yield self.read_unit(unit, taps=taps)
 
+    def unit_of(self, sample: int) -> int:
+        """Return the unit that holds a sample."""
+        return int(self.sample_starts[sample]) // self.unit_tokens
 
-def manifest_of_part(manifest: Manifest, number: int, *, name: str) -> Manifest:
-    """Return the manifest that a part (counted from 1) would have as a store of its own.
+    def unit_samples(self, unit: int) -> range:
+        """Return the indices of a unit's samples."""
+        bounds = [unit * self.unit_tokens, (unit + 1) * self.unit_tokens]
+        first, stop = np.searchsorted(self.sample_starts, bounds).tolist()
+        return range(first, stop)
 
-    Raises:
-        InputError: there is no such part.
-    """
-    if not 1 <= number <= len(manifest.parts):
-        raise InputError(f"{name}: expected a part from 1 to {len(manifest.parts)}, got {number}")
-    part = manifest.parts[number - 1]
-    return replace(manifest, parts=[replace(part, first_unit=0, first_sample=0)])
+    def _describe(self, root: Path, manifest: Manifest) -> None:
+        """Set the attributes that the manifest of a store determines."""
+        self.root = root
+        self.fingerprint, self.samples_digest = manifest.fingerprint, manifest.samples_digest
+        self.base, self.num_blocks = manifest.base, manifest.num_blocks
+        self.taps, self.width = manifest.taps, manifest.width
+        self.dtype, self.states_dtype = manifest.settings["dtype"], manifest.states_dtype
+        self.unit_tokens = manifest.unit_tokens
+        self.num_units, self.num_samples = manifest.num_units, manifest.num_samples
+        self.num_tokens = manifest.num_tokens
+
+    def _check_sample(self, sample: int) -> None:
+        if not 0 <= sample < self.num_samples:
+            raise InputError(
+                f"{self.root}: expected a sample from 0 to {self.num_samples - 1}, got {sample}"
+            )
+
+    def _check_unit(self, unit: int) -> None:
+        if not 0 <= unit < self.num_units:
+            raise InputError(
+                f"{self.root}: expected a unit from 0 to {self.num_units - 1}, got {unit}"
+            )

@@ -12,7 +12,8 @@ import numpy as np
 
 from carryon.cache.format.quantization import STEPS
 from carryon.cache.format.zarr_metadata import ROW_ARRAYS, row_path, state_paths
-from carryon.cache.store.reader import Store, Unit
+from carryon.cache.store.reader import Store
+from carryon.cache.store.samples import Unit
 from carryon.cache.store.shard_reader import CopyRange
 from carryon.tools.bench.disk import Charge
 from carryon.tools.bench.peers import Peer

@@ -83,7 +83,7 @@ def samples_of(store: Store, *, max_tokens: int) -> list[Sample]:
     num_tokens = 0
     for unit in store.iter_units(taps=[]):
         for index in unit.samples:
-            rows = unit.sample(index)
+            rows = unit.sample(index, sample_id=store.sample_id(index))
             num_tokens += len(rows.tokens)
             if samples and num_tokens > max_tokens:
                 return samples

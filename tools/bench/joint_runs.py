@@ -6,6 +6,7 @@ from pathlib import Path
 
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.tools.bench.disk import SlowDisk
 from carryon.tools.bench.epoch import ChargedStore
 from carryon.tools.bench.job import Job
@@ -103,7 +104,8 @@ class _Measured:
         train_jointly([str(store)], jobs, wrap_store=self._charged)
         self.elapsed_s = time.perf_counter() - started_at
 
-    def _charged(self, store: Store) -> Store:
+    def _charged(self, store: StoreLike) -> StoreLike:
+        assert isinstance(store, Store)
         return ChargedStore(store, self._charge)
 
     def _charge(self, num_bytes: int) -> None:

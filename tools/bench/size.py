@@ -12,7 +12,8 @@ from carryon.cache.base.lm_head import Head, widen
 from carryon.cache.format.codec import encode_chunk, encode_shard
 from carryon.cache.format.quantization import STEPS, from_codes, to_codes
 from carryon.cache.format.zarr_metadata import shard_path
-from carryon.cache.store.reader import Store, Unit
+from carryon.cache.store.reader import Store
+from carryon.cache.store.samples import Unit
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.states import require_exact
 

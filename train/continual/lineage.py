@@ -13,7 +13,7 @@ from typing import Any
 
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.format.manifest import read_manifest
-from carryon.cache.store.view import manifest_of_part, split_name
+from carryon.cache.store.parts import manifest_of_part, split_name
 from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage_dir import (
     Increment,

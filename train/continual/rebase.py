@@ -9,7 +9,6 @@ a base of the same width D, else those of the body of width d.
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
-from carryon.cache.store.view import open_store
+from carryon.cache.store.parts import open_store
 from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage import (
     add_increment,
@@ -34,7 +33,7 @@ from carryon.train.continual.texts import find_texts, remember_texts
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.kinds import get_kind
 from carryon.train.losses.frozen_head import place_head
-from carryon.train.modules.carryon import CarryOn, blocks_of, build_carryon
+from carryon.train.modules.carryon import CarryOn, build_carryon
 from carryon.train.modules.serialization import load_carryon
 from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
@@ -215,7 +214,7 @@ def _start_from_old(
     version = old.released[-1]
     folder = old.version(version).carryon
     old_store = open_store(old.increments[version - 1].stores[0])
-    before, _ = load_carryon(folder, blocks=partial(blocks_of, old_store))
+    before, _ = load_carryon(folder, blocks=old_store.blocks)
     carryon = build_carryon(settings.carryon, data.store, seed=settings.optimization.seed)
     kept, fresh = _copy_fitting_(carryon, before)
     if not kept:

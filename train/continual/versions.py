@@ -7,7 +7,6 @@ paths.png (learning rates).
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from carryon.cache.files import write_json
 from carryon.train.continual.lineage_dir import Lineage, open_lineage, settings_of
 from carryon.train.data.datasets import open_data
 from carryon.train.losses.frozen_head import place_head
-from carryon.train.modules.carryon import blocks_of
 from carryon.train.modules.serialization import load_carryon
 from carryon.train.optim.lr_paths import Paradigm, path_rate
 from carryon.train.plots import NLL_LABEL, Line, draw, lines, plot_paths
@@ -121,7 +119,7 @@ def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> Measu
         jobs = []
         for number in new:
             folder = lineage.version(number).carryon
-            carryon, _ = load_carryon(folder, blocks=partial(blocks_of, data.store))
+            carryon, _ = load_carryon(folder, blocks=data.store.blocks)
             jobs.append(EvalJob(carryon=carryon.to(place), head=head, chunk=chunk, with_base=True))
         nlls = measure_nlls(data.store, data.split.held_out, jobs, stream=data.settings)
         for number, nll in zip(new, nlls, strict=True):

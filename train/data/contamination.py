@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.store.reader import Store, Unit
+from carryon.cache.store.samples import Unit
+from carryon.cache.store.view import StoreLike
 from carryon.train.data.split import Split
 
 NGRAM = 32
@@ -46,7 +47,9 @@ class Contamination:
         return asdict(self)
 
 
-def measure_contamination(store: Store, split: Split, *, units: NDArray[np.int64]) -> Contamination:
+def measure_contamination(
+    store: StoreLike, split: Split, *, units: NDArray[np.int64]
+) -> Contamination:
     """Return what the halves of `store` have in common; memory grows with the held-out half only.
 
     Args:
@@ -96,7 +99,7 @@ def _scrambled(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _units_of(
-    store: Store, samples: NDArray[np.int64], units: NDArray[np.int64]
+    store: StoreLike, samples: NDArray[np.int64], units: NDArray[np.int64]
 ) -> Iterator[tuple[Unit, NDArray[np.int64]]]:
     """Yield each unit that holds some of `samples`, with its tokens, and those samples."""
     for unit in np.unique(units[samples]).tolist():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from carryon.cache.errors import InputError
-from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import OptimizationSettings, StreamSettings, TrainSettings
 from carryon.train.data.mixture import MixedStore, open_stores
 from carryon.train.data.sampler import Window, plan_epoch
@@ -22,7 +22,7 @@ ROOM = 1.25
 class TrainData:
     """A store, or several as one, and how it is split."""
 
-    store: Store
+    store: StoreLike
     split: Split
     settings: StreamSettings
     """As given, but for `window_units`, which the memory may lower."""
@@ -46,7 +46,7 @@ class TrainData:
         Raises:
             InputError: the kind does not fit the base, or the store lacks a tap.
         """
-        carryon = resolve_taps(settings.carryon, self.store.manifest.base.get("num_layers", 0))
+        carryon = resolve_taps(settings.carryon, self.store.base.get("num_layers", 0))
         check_taps(self.store, stream_taps(carryon))
         return replace(settings, carryon=carryon).resolved()
 
@@ -94,7 +94,7 @@ def open_data(
     stream = settings.stream
     store = open_stores(paths, stream.store_weights)
     if taps is None:
-        taps = stream_taps(resolve_taps(settings.carryon, store.manifest.base.get("num_layers", 0)))
+        taps = stream_taps(resolve_taps(settings.carryon, store.base.get("num_layers", 0)))
     check_taps(store, taps)
     share, seed = stream.held_out_ratio, stream.data_seed
     if isinstance(store, MixedStore):
@@ -110,14 +110,14 @@ def open_data(
     )
 
 
-def window_units(store: Store, settings: StreamSettings, *, taps: Sequence[str]) -> int:
+def window_units(store: StoreLike, settings: StreamSettings, *, taps: Sequence[str]) -> int:
     """Return the units of a window: as many as asked for, or as the memory holds.
 
     Raises:
         InputError: it does not hold one.
     """
     row_bytes = store.width * store.states_dtype.itemsize * len(taps)
-    two_units = int(2 * store.manifest.unit_tokens * row_bytes * ROOM)
+    two_units = int(2 * store.unit_tokens * row_bytes * ROOM)
     fitting = int(settings.host_memory_gb * 1e9) // two_units
     if fitting < 1:
         raise InputError(

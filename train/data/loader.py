@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from carryon.cache.buffers import BufferPool
-from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import StreamSettings
 from carryon.train.data.batch import Batch
 from carryon.train.data.sampler import Window
@@ -29,7 +29,7 @@ class Stream:
 
     def __init__(
         self,
-        store: Store,
+        store: StoreLike,
         windows: Sequence[Window],
         *,
         taps: Sequence[str],
@@ -103,7 +103,7 @@ class Stream:
         self._filling.append((data, [self._pool.submit(task) for task in tasks]))
 
 
-def stream_bytes(store: Store, windows: Sequence[Window], *, taps: Sequence[str]) -> int:
+def stream_bytes(store: StoreLike, windows: Sequence[Window], *, taps: Sequence[str]) -> int:
     """Return the most bytes of hidden states in memory at one time.
 
     Those of two windows, and of the batch in use.

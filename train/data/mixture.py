@@ -1,8 +1,8 @@
-"""Several stores as one: their units and samples one after another, each as often as it weighs.
+"""Several stores read as one, each weighted by how often an epoch goes through it.
 
-A store of weight 2 stands in it twice, so that an epoch goes through it twice; of a weight with a
-fraction, an epoch takes that part of the last time, and the next epoch goes on behind it. A mix
-is read like any store. Letters: S samples of the mix.
+A store of weight 2 appears twice, so an epoch goes through it twice. Of a weight with a fraction,
+an epoch takes that part of the last appearance, and the next epoch takes the next part.
+Letters: S samples of the mix.
 """
 
 from collections.abc import Sequence
@@ -17,31 +17,31 @@ from numpy.typing import NDArray
 from carryon.cache.base.lm_head import Head
 from carryon.cache.errors import InputError
 from carryon.cache.format.manifest import digest_of
-from carryon.cache.format.receipt import Receipt
-from carryon.cache.store.reader import Store, Unit
+from carryon.cache.store.parts import StorePart, open_store
+from carryon.cache.store.reader import Store
+from carryon.cache.store.samples import StoredSample, Unit
 from carryon.cache.store.shard_reader import CopyRange
-from carryon.cache.store.view import open_store
+from carryon.cache.store.top_blocks import Blocks
+from carryon.cache.store.view import StoreLike
 from carryon.train.data.split import Split, split_samples
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
     """One appearance of a store in a mix."""
 
-    store: Store
-    number: int
-    """Which of the stores."""
-    is_repeat: bool
-    share: float
-    """Part of its training samples that an epoch takes."""
+    store: Store | StorePart
     first_unit: int
     first_sample: int
+    share: float
+    """Part of its training samples that an epoch takes."""
+    is_repeat: bool
 
 
-class MixedStore(Store):
-    """Stores of one base, read as one."""
+class MixedStore(StoreLike):
+    """Stores of one base, read as one. The id of a sample is FOLDER:ID."""
 
-    def __init__(self, stores: Sequence[Store], weights: Sequence[float]) -> None:
+    def __init__(self, stores: Sequence[Store | StorePart], weights: Sequence[float]) -> None:
         """Lay the stores one after another; nothing is read.
 
         Args:
@@ -57,43 +57,30 @@ class MixedStore(Store):
                 f"store_weights: expected {len(stores)} as there are stores, got {len(weights)}"
             )
         _check_alike(stores)
-        first = stores[0]
-        rows = max(store.manifest.unit_tokens for store in stores)
-        manifest = replace(first.manifest, settings=first.manifest.settings | {"unit_tokens": rows})
-        super().__init__(first.root, manifest, set())
         self.stores = list(stores)
+        self._places = _lay_out(stores, weights)
+        self._describe(stores[0].root, stores[0].manifest)
         self.fingerprint = digest_of(
             {"stores": [store.fingerprint for store in stores], "weights": weights}
         )
         self.samples_digest = digest_of(
             {"stores": [store.samples_digest for store in stores], "weights": weights}
         )
-        self._places = _lay_out(stores, weights)
-        self.finished_units = set(range(self.num_units))
-
-    @property
-    def num_units(self) -> int:
-        """Units of all appearances."""
-        return sum(place.store.num_units for place in self._places)
-
-    @property
-    def num_samples(self) -> int:
-        """S, samples of all appearances."""
-        return sum(place.store.num_samples for place in self._places)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all appearances."""
-        return sum(place.store.num_tokens for place in self._places)
+        self.unit_tokens = max(store.unit_tokens for store in stores)
+        placed = [place.store for place in self._places]
+        self.num_units = sum(store.num_units for store in placed)
+        self.num_samples = sum(store.num_samples for store in placed)
+        self.num_tokens = sum(store.num_tokens for store in placed)
+        self.finished_units = range(self.num_units)
 
     @cached_property
     def sample_starts(self) -> NDArray[np.int64]:
         """[S] first row of each sample, every unit as long as the longest."""
-        found = []
+        starts = []
         for place in self._places:
-            unit, row = np.divmod(place.store.sample_starts, place.store.manifest.unit_tokens)
-            found.append((place.first_unit + unit) * self.manifest.unit_tokens + row)
-        return np.concatenate(found)
+            unit, row = np.divmod(place.store.sample_starts, place.store.unit_tokens)
+            starts.append((place.first_unit + unit) * self.unit_tokens + row)
+        return np.concatenate(starts)
 
     @cached_property
     def sample_lengths(self) -> NDArray[np.int32]:
@@ -112,66 +99,82 @@ class MixedStore(Store):
         return np.repeat(np.arange(len(sizes)), sizes)
 
     def sample_id(self, sample: int) -> str:
-        """Return the id of a sample, behind the folder of its store."""
+        """Return the id of a sample, with the folder of its store in front."""
         place = self._place_of_sample(sample)
         return f"{place.store.root}:{place.store.sample_id(sample - place.first_sample)}"
 
-    def receipt(self, unit: int) -> Receipt:
-        """Return the receipt of a unit."""
-        place = self._place_of_unit(unit)
-        return place.store.receipt(unit - place.first_unit)
+    def index_of(self, sample_id: str) -> int:
+        """Return the index of the first appearance of the sample with this id, FOLDER:ID."""
+        for place in self._places:
+            folder = f"{place.store.root}:"
+            if sample_id.startswith(folder) and not place.is_repeat:
+                try:
+                    own = place.store.index_of(sample_id.removeprefix(folder))
+                except InputError:
+                    continue  # another part of the same store may have it
+                return place.first_sample + own
+        raise InputError(
+            f"no sample with the id {sample_id!r}: expected FOLDER:ID of a mixed store"
+        )
 
     def read_unit(self, unit: int, *, taps: Sequence[str] | None = None) -> Unit:
-        """Read one unit whole."""
+        """Read one whole unit."""
         place = self._place_of_unit(unit)
-        found = place.store.read_unit(unit - place.first_unit, taps=taps)
-        samples = range(
-            found.samples.start + place.first_sample, found.samples.stop + place.first_sample
-        )
-        return replace(found, unit=unit, samples=samples)
+        own = place.store.read_unit(unit - place.first_unit, taps=taps)
+        return own.shifted(units=place.first_unit, samples=place.first_sample)
+
+    def read_sample(self, sample: int | str, **options: Any) -> StoredSample:  # noqa: ANN401
+        """Read tokens of one sample, with the options of `StoreLike.read_sample`."""
+        index = self.index_of(sample) if isinstance(sample, str) else sample
+        place = self._place_of_sample(index)
+        own = place.store.read_sample(index - place.first_sample, **options)
+        return replace(own, index=index, id=self.sample_id(index))
 
     def copy_states(self, unit: int, tap: str, moves: Sequence[CopyRange]) -> None:
         """Decode rows of a unit's states at a tap straight to where they are wanted."""
         place = self._place_of_unit(unit)
         place.store.copy_states(unit - place.first_unit, tap, moves)
 
-    def head(self) -> Head:
+    def head(self, *, is_mapped: bool = False) -> Head:
         """Return the frozen head, which all the stores share."""
-        return self.stores[0].head()
+        return self.stores[0].head(is_mapped=is_mapped)
+
+    def blocks(self) -> Blocks:
+        """Return the base's last blocks, from the first store."""
+        return self.stores[0].blocks()
 
     def split(self, *, share: float, seed: int) -> Split:
-        """Return the split of the mix: each store split by itself, its repeats trained on only."""
+        """Return the split of the mix: each store split by itself, its repeats for training."""
         train, held_out = [], []
         for place in self._places:
-            found = split_samples(
+            own = split_samples(
                 place.store.sample_held_out,
                 share=share,
                 seed=seed,
                 digest=place.store.samples_digest,
             )
-            train.append(found.train + place.first_sample)
+            train.append(own.train + place.first_sample)
             if not place.is_repeat:
-                held_out.append(found.held_out + place.first_sample)
+                held_out.append(own.held_out + place.first_sample)
         return Split(train=np.concatenate(train), held_out=np.concatenate(held_out))
 
     def epoch_samples(
         self, train: NDArray[np.int64], *, seed: Sequence[int], epoch: int
     ) -> NDArray[np.int64]:
         """Return those of the training samples that an epoch takes: a pure function."""
-        kinds = self.sample_kinds[train]
-        units = self.sample_starts[train] // self.manifest.unit_tokens
-        return np.concatenate(
-            [
-                _part_of_epoch(
-                    train[kinds == number],
-                    units[kinds == number],
-                    share=place.share,
-                    seed=[*seed, number],
-                    epoch=epoch,
-                )
-                for number, place in enumerate(self._places)
-            ]
-        )
+        kinds, parts = self.sample_kinds[train], []
+        for number, place in enumerate(self._places):
+            samples = train[kinds == number]
+            if place.share < 1:
+                # Whole units as far as possible: a part of the samples costs a part of the bytes.
+                units = self.sample_starts[samples] // self.unit_tokens
+                ranks = np.random.default_rng([*seed, number]).permutation(int(units.max()) + 1)
+                laid_out = samples[np.argsort(ranks[units], kind="stable")]
+                taken = max(1, round(place.share * len(samples)))
+                positions = (epoch * taken + np.arange(taken)) % len(samples)
+                samples = np.sort(laid_out[positions])
+            parts.append(samples)
+        return np.concatenate(parts)
 
     def _place_of_unit(self, unit: int) -> _Place:
         self._check_unit(unit)
@@ -182,7 +185,7 @@ class MixedStore(Store):
         return [place for place in self._places if place.first_sample <= sample][-1]
 
 
-def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store:
+def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store | StorePart | MixedStore:
     """Open and check one store, or several as a mix.
 
     Raises:
@@ -192,8 +195,8 @@ def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store:
         raise InputError("store: expected one folder or more, got none")
     if len(set(paths)) != len(paths):
         raise InputError(
-            f"store: expected each folder once, got {' '.join(paths)}: a weight of 2 takes one "
-            "twice"
+            f"store: expected each folder once, got {' '.join(paths)}. Fix: --store-weights with 2 "
+            "takes a store twice"
         )
     stores = [open_store(path) for path in paths]
     if len(stores) > 1:
@@ -203,67 +206,37 @@ def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store:
     return stores[0]
 
 
-def _lay_out(stores: Sequence[Store], weights: Sequence[float]) -> list[_Place]:
+def _lay_out(stores: Sequence[Store | StorePart], weights: Sequence[float]) -> list[_Place]:
     places: list[_Place] = []
     first_unit = first_sample = 0
-    for number, (store, weight) in enumerate(zip(stores, weights, strict=True)):
+    for store, weight in zip(stores, weights, strict=True):
         for time in range(ceil(weight)):
-            places.append(
-                _Place(
-                    store=store,
-                    number=number,
-                    is_repeat=time > 0,
-                    share=min(1.0, weight - time),
-                    first_unit=first_unit,
-                    first_sample=first_sample,
-                )
-            )
+            share = min(1.0, weight - time)
+            places.append(_Place(store, first_unit, first_sample, share, is_repeat=time > 0))
             first_unit += store.num_units
             first_sample += store.num_samples
     return places
 
 
-def _part_of_epoch(
-    samples: NDArray[np.int64],
-    units: NDArray[np.int64],
-    *,
-    share: float,
-    seed: Sequence[int],
-    epoch: int,
-) -> NDArray[np.int64]:
-    if share >= 1:
-        return samples
-    # Whole units as far as possible: a part of the samples costs a part of the bytes.
-    ranks = np.random.default_rng(seed).permutation(int(units.max()) + 1)
-    laid_out = samples[np.argsort(ranks[units], kind="stable")]
-    number = max(1, round(share * len(samples)))
-    return np.sort(laid_out[(epoch * number + np.arange(number)) % len(samples)])
-
-
-def _check_alike(stores: Sequence[Store]) -> None:
-    first = stores[0]
+def _check_alike(stores: Sequence[Store | StorePart]) -> None:
+    first = _shared_facts(stores[0])
     for store in stores[1:]:
-        facts: list[tuple[str, Any, Any]] = [
-            ("width", first.width, store.width),
-            ("taps", sorted(first.taps), sorted(store.taps)),
-            ("dtype", first.manifest.settings["dtype"], store.manifest.settings["dtype"]),
-            ("base", _base(first), _base(store)),
-            ("head", _head(first), _head(store)),
-        ]
-        for name, expected, got in facts:
-            if expected != got:
+        for name, got in _shared_facts(store).items():
+            if got != first[name]:
                 raise InputError(
-                    f"{store.root}: stores that are mixed have one {name}: expected {expected} as "
-                    f"{first.root} has, got {got}"
+                    f"{store.root}: stores that are mixed have one {name}: expected {first[name]} "
+                    f"as {stores[0].root} has, got {got}"
                 )
 
 
-def _base(store: Store) -> str:
-    base = store.manifest.base
-    return f"{base.get('id')} (weights {str(base.get('weights_sha256'))[:12]})"
-
-
-def _head(store: Store) -> str:
+def _shared_facts(store: Store | StorePart) -> dict[str, Any]:
+    """Return what is the same in all stores of a mix."""
     # Facts and the digests of the arrays: equal heads give equal logits.
     files = {path: d for path, d in store.manifest.files.items() if path.startswith("head/")}
-    return digest_of({"head": store.manifest.head, "files": files})[:12]
+    return {
+        "width": store.width,
+        "taps": sorted(store.taps),
+        "dtype": store.dtype,
+        "base": f"{store.base.get('id')} (weights {str(store.base.get('weights_sha256'))[:12]})",
+        "head": digest_of({"head": store.manifest.head, "files": files})[:12],
+    }

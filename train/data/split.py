@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.errors import InputError
-from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +44,6 @@ def split_samples(marked: NDArray[np.uint8], *, share: float, seed: int, digest:
     return Split(train=np.flatnonzero(~is_held_out), held_out=np.flatnonzero(is_held_out))
 
 
-def sample_units(store: Store) -> NDArray[np.int64]:
+def sample_units(store: StoreLike) -> NDArray[np.int64]:
     """Return the unit of each sample, [S]."""
-    return np.asarray(store.sample_starts // store.manifest.unit_tokens, dtype=np.int64)
+    return np.asarray(store.sample_starts // store.unit_tokens, dtype=np.int64)

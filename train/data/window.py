@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.buffers import BufferPool
-from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_reader import CopyRange
+from carryon.cache.store.view import StoreLike
 from carryon.train.data.batch import Batch, make_batch
 from carryon.train.data.sampler import Window
 
@@ -62,7 +62,7 @@ class WindowData:
 
 
 def take_window(
-    store: Store, window: Window, *, taps: Sequence[str], memory: BufferPool, max_tokens: int
+    store: StoreLike, window: Window, *, taps: Sequence[str], memory: BufferPool, max_tokens: int
 ) -> WindowData:
     """Return a window's data, with anything in it.
 
@@ -94,7 +94,7 @@ def take_window(
     return WindowData(units=window.units, steps=steps)
 
 
-def ordinary_tokens(store: Store, windows: Sequence[Window]) -> int:
+def ordinary_tokens(store: StoreLike, windows: Sequence[Window]) -> int:
     """Return the tokens of the largest batch but for single samples, which may be far longer."""
     lengths = store.sample_lengths
     batches = [samples for window in windows for step in window.steps for samples in step]
@@ -110,7 +110,7 @@ def memory_rows(num_rows: int, max_tokens: int) -> int:
     return -(-num_rows // max_tokens) * max_tokens
 
 
-def fill_tasks(store: Store, data: WindowData) -> list[Callable[[], None]]:
+def fill_tasks(store: StoreLike, data: WindowData) -> list[Callable[[], None]]:
     """Return what fills `data`: for each unit its tokens, and its states at each tap."""
     tasks: list[Callable[[], None]] = []
     for unit, places in _places_by_unit(store, data).items():
@@ -136,14 +136,14 @@ class _Place:
     rows: slice
 
 
-def _places_by_unit(store: Store, data: WindowData) -> dict[int, list[_Place]]:
+def _places_by_unit(store: StoreLike, data: WindowData) -> dict[int, list[_Place]]:
     """Return the places of all samples, by unit, as they follow each other in it."""
     found: dict[int, list[_Place]] = {unit: [] for unit in data.units}
     for batch in (batch for step in data.steps for batch in step):
         to = 0
         starts = store.sample_starts[batch.samples]
         for start, length in zip(starts.tolist(), batch.lengths.tolist(), strict=True):
-            unit, first = divmod(start, store.manifest.unit_tokens)
+            unit, first = divmod(start, store.unit_tokens)
             rows = slice(to, to + length)
             found[unit].append(_Place(first=first, stop=first + length, batch=batch, rows=rows))
             to += length
@@ -154,7 +154,7 @@ def _places_by_unit(store: Store, data: WindowData) -> dict[int, list[_Place]]:
     }
 
 
-def _fill_tokens(store: Store, unit: int, places: Sequence[_Place]) -> None:
+def _fill_tokens(store: StoreLike, unit: int, places: Sequence[_Place]) -> None:
     found = store.read_unit(unit, taps=[])
     for place in places:
         place.batch.tokens[place.rows] = found.tokens[place.first : place.stop]

@@ -8,7 +8,6 @@ the report, but average over two alphas, of which neither need be the one that i
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +17,11 @@ from numpy.typing import NDArray
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError
 from carryon.cache.settings import apply_options
+from carryon.cache.store.parts import StorePart, manifest_of_part, open_store
 from carryon.cache.store.reader import Store
-from carryon.cache.store.view import manifest_of_part, open_store
 from carryon.train.config import LossSettings, StreamSettings
 from carryon.train.data.split import split_samples
 from carryon.train.losses.frozen_head import place_head
-from carryon.train.modules.carryon import blocks_of
 from carryon.train.modules.serialization import (
     CarryOnCard,
     check_base,
@@ -115,7 +113,7 @@ def evaluate(
     """
     stream, loss = apply_options(options, stream or StreamSettings(), loss or LossSettings())
     opened = open_store(str(store))
-    module, card = load_carryon(locate_carryon(carryon), blocks=partial(blocks_of, opened))
+    module, card = load_carryon(locate_carryon(carryon), blocks=opened.blocks)
     check_base(card, opened.manifest.base, where=store)
     check_taps(opened, stream_taps(module.settings))
     rows, name = _pick_samples(opened, card, samples)
@@ -167,7 +165,7 @@ def _choice(jobs: Sequence[EvalJob], nlls: Sequence[Nll]) -> AlphaChoice:
 
 
 def _pick_samples(
-    store: Store, card: CarryOnCard, samples: Samples
+    store: Store | StorePart, card: CarryOnCard, samples: Samples
 ) -> tuple[NDArray[np.int64], Literal["held-out", "all"]]:
     """Return the samples to evaluate on, and which of the two choices they are."""
     trained_on = card.split.get("stores", [card.store_fingerprint])

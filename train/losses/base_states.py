@@ -12,7 +12,7 @@ from torch import Tensor
 
 from carryon.cache.base.lm_head import FinalNorm
 from carryon.cache.errors import InputError
-from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import CarryOnSettings
 from carryon.train.data.batch import Batch
 from carryon.train.losses.frozen_head import FrozenHead
@@ -43,7 +43,7 @@ class BaseStates:
         return torch.from_numpy(normed).to(states_MD.device)
 
 
-def get_base_states(store: Store, *, device: torch.device) -> BaseStates:
+def get_base_states(store: StoreLike, *, device: torch.device) -> BaseStates:
     """Return the cheapest way to the base's states that a store offers.
 
     Raises:
@@ -53,8 +53,8 @@ def get_base_states(store: Store, *, device: torch.device) -> BaseStates:
         return BaseStates(tap="final")
     if "prenorm" in store.taps:
         return BaseStates(tap="prenorm", norm=store.head().norm)
-    num_layers = int(store.manifest.base["num_layers"])
-    for number in range(1, 1 + store.manifest.num_blocks):
+    num_layers = int(store.base["num_layers"])
+    for number in range(1, 1 + store.num_blocks):
         tap = f"layer.{num_layers - number}"
         if tap in store.taps:
             settings = CarryOnSettings(kind="top", blocks=number, taps=[tap])

@@ -13,8 +13,7 @@ from torch import Tensor
 from carryon.cache.base.lm_head import Head
 from carryon.cache.device import pick_head_dtype, return_freed_memory, reuse_freed_memory
 from carryon.cache.errors import InputError
-from carryon.cache.format.head_arrays import map_head
-from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings
 
 CPU_BLOCK_ROWS = 4096
@@ -128,9 +127,9 @@ class FrozenHead:
         return picked.to(self.device, self.dtype)
 
 
-def place_head(store: Store, settings: LossSettings, *, device: torch.device) -> FrozenHead:
+def place_head(store: StoreLike, settings: LossSettings, *, device: torch.device) -> FrozenHead:
     """Return a store's head where `settings` want it."""
-    head = map_head(store.root, store.manifest) if settings.head_place == "mapped" else store.head()
+    head = store.head(is_mapped=settings.head_place == "mapped")
     dtype = pick_head_dtype(settings.head_dtype, device)
     if settings.gradient_filter > 0 and device.type == "cpu" and dtype != torch.float32:
         raise InputError(

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings
 from carryon.train.losses.frozen_head import FrequentRows, FrozenHead, HeadBlock, place_head
 
@@ -28,7 +28,7 @@ MOST_FREQUENT = 4096
 
 
 def place_training_head(
-    store: Store, settings: LossSettings, *, device: torch.device
+    store: StoreLike, settings: LossSettings, *, device: torch.device
 ) -> FrozenHead:
     """Return a store's head where `settings` want it, and with the rows that they train against."""
     head = place_head(store, settings, device=device)
@@ -79,7 +79,7 @@ def sampled_head(head: FrozenHead, targets_M: Tensor) -> FrozenHead:
     return replace(head, frequent=None, parts=(*frequent.blocks, *blocks))
 
 
-def count_tokens(store: Store, *, vocab_size: int) -> NDArray[np.int64]:
+def count_tokens(store: StoreLike, *, vocab_size: int) -> NDArray[np.int64]:
     """Return how often each token of the vocabulary stands in a store, [V]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for unit in range(store.num_units):

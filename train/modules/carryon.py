@@ -4,15 +4,14 @@ Letters: N tokens of a flat batch, D base width, M chosen positions.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from carryon.cache.errors import InputError
-from carryon.cache.store.reader import Store
-from carryon.cache.store.top_blocks import Blocks, load_blocks
+from carryon.cache.store.top_blocks import Blocks
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import CarryOnSettings
 from carryon.train.kinds import get_kind
 from carryon.train.modules.packed_attention import Packing
@@ -60,7 +59,7 @@ class CarryOn(nn.Module):
         return customized_states(states["final"][positions_M], delta_MD, alpha=alpha)
 
 
-def build_carryon(settings: CarryOnSettings, store: Store, *, seed: int) -> CarryOn:
+def build_carryon(settings: CarryOnSettings, store: StoreLike, *, seed: int) -> CarryOn:
     """Return an untrained carry-on of any kind for a store; equal arguments give equal bits.
 
     torch's global generator is left as it was.
@@ -68,10 +67,10 @@ def build_carryon(settings: CarryOnSettings, store: Store, *, seed: int) -> Carr
     Raises:
         InputError: the store lacks the blocks that the kind needs.
     """
-    settings = resolve_taps(settings, store.manifest.base.get("num_layers", 0))
+    settings = resolve_taps(settings, store.base.get("num_layers", 0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make_carryon(settings, base_width=store.width, blocks=partial(blocks_of, store))
+        return make_carryon(settings, base_width=store.width, blocks=store.blocks)
 
 
 def make_carryon(
@@ -117,15 +116,6 @@ def refuse_custom(settings: CarryOnSettings, **facts: Any) -> CarryOn:  # noqa: 
         "kind custom: its module is passed to train(module=...); to load it by name, add its "
         "kind with register_kind before training"
     )
-
-
-def blocks_of(store: Store) -> Blocks:
-    """Return the base's last blocks of a store.
-
-    Raises:
-        InputError: it has none.
-    """
-    return load_blocks(store.root, store.manifest)
 
 
 def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import parse_tap
-from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import CarryOnSettings
 from carryon.train.kinds import get_kind
 
@@ -45,7 +45,7 @@ def stream_taps(carryon: CarryOnSettings) -> list[str]:
     return list(dict.fromkeys(["final", *carryon.taps]))
 
 
-def check_taps(store: Store, taps: Sequence[str]) -> None:
+def check_taps(store: StoreLike, taps: Sequence[str]) -> None:
     """Refuse a store that lacks one of `taps`.
 
     Raises:
@@ -55,7 +55,7 @@ def check_taps(store: Store, taps: Sequence[str]) -> None:
     if missing:
         words = ["--taps", *store.taps, *missing]
         if "final" not in taps:  # a kind that merges, which needs the base's blocks as well
-            num_layers = int(store.manifest.base["num_layers"])
+            num_layers = int(store.base["num_layers"])
             layers = [parse_tap(tap, num_layers=num_layers) or num_layers - 1 for tap in taps]
             words += ["--with-blocks", str(num_layers - min(layers))]
         raise InputError(

@@ -152,7 +152,7 @@ def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:
     return CarryOnCard(
         settings=run.settings.carryon.to_dict(),
         base_width=run.store.width,
-        base=run.store.manifest.base,
+        base=run.store.base,
         store_fingerprint=run.store.fingerprint,
         split={
             "held_out_ratio": run.settings.stream.held_out_ratio,

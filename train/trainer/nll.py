@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from carryon.cache.errors import InputError
 from carryon.cache.progress import track
-from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import StreamSettings
 from carryon.train.data.loader import Stream
 from carryon.train.data.sampler import count_steps, plan_pass, rank_rows
@@ -126,7 +126,7 @@ class _Losses:
 
 
 def measure_nlls(
-    store: Store, samples: NDArray[np.int64], jobs: Sequence[EvalJob], *, stream: StreamSettings
+    store: StoreLike, samples: NDArray[np.int64], jobs: Sequence[EvalJob], *, stream: StreamSettings
 ) -> list[Nll]:
     """Return the mean NLL of `samples` for each job, all in one pass over their units.
 

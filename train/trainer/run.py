@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from carryon.cache.device import pick_chunk, pick_device
-from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import (
     LossSettings,
     TrainSettings,
@@ -57,7 +57,7 @@ class Run:
         return list(dict.fromkeys([*stream_taps(self.settings.carryon), *also]))
 
     @property
-    def store(self) -> Store:
+    def store(self) -> StoreLike:
         """Where the data is."""
         return self.data.store
 

@@ -15,7 +15,7 @@ from typing import Any
 from carryon.cache.device import pick_device
 from carryon.cache.errors import InputError
 from carryon.cache.files import write_json
-from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings, TrainSettings, rate_warning
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, Contamination, measure_contamination
 from carryon.train.data.datasets import TrainData, open_data
@@ -92,7 +92,10 @@ def train(
 
 
 def train_jointly(
-    paths: Sequence[str], jobs: Sequence[Job], *, wrap_store: Callable[[Store], Store] | None = None
+    paths: Sequence[str],
+    jobs: Sequence[Job],
+    *,
+    wrap_store: Callable[[StoreLike], StoreLike] | None = None,
 ) -> list[TrainReport]:
     """Train all runs from one read of the data, side by side; one is the case of one.
 
@@ -139,7 +142,7 @@ def _open(
     paths: Sequence[str],
     jobs: Sequence[Job],
     processes: Processes,
-    wrap_store: Callable[[Store], Store] | None,
+    wrap_store: Callable[[StoreLike], StoreLike] | None,
 ) -> tuple[TrainData, list[Run]]:
     """Check everything, then begin or find the run folders; returns the runs to be done."""
     first = jobs[0].settings

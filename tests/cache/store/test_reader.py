@@ -29,10 +29,12 @@ from carryon.cache.errors import (
     MissingError,
     UnfinishedStoreError,
 )
+from carryon.cache.files import write_file
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.format.zarr_metadata import receipt_path, shard_path
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
+from carryon.cache.store.shard_reader import CopyRange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +236,7 @@ def rewrite_with_zarr(store: Store, root: Path) -> None:
         group[name][:] = np.concatenate([getattr(unit, name) for unit in units])
 
 
-# CompositeOptimizer
+# Parts of a store
 
 
 @pytest.fixture
@@ -253,7 +255,7 @@ def test_samples_are_read_by_index_and_by_id(store: Store, given: Given) -> None
         original = given.samples[int(given.plan.order[index])]
         assert store.index_of(original.id) == index
         rows, same = store.read_sample(index), store.read_sample(original.id)
-        assert (rows.sample, same.sample) == (index, index)
+        assert (rows.index, same.index) == (index, index)
         first = int(given.plan.start[index])
         expected = bfloat16_bits(given.hidden["final"][first : first + len(original.tokens)])
         for found in (rows, same):
@@ -416,3 +418,121 @@ def test_arrays_in_use_keep_their_numbers_while_others_are_read(store: Store) ->
             store.read_sample(store.unit_samples(other).start)
     for tensor, expected in held:
         assert tensor.contiguous().view(torch.uint16).numpy().tobytes() == expected
+
+
+# The interface of a library user
+
+
+def test_samples_are_reached_by_index_by_id_and_in_order(store: Store) -> None:
+    samples = list(store)
+    assert len(samples) == len(store) == 20
+    for index, sample in enumerate(samples):
+        assert (sample.index, sample.id) == (index, store.sample_id(index))
+        for same in (store[index], store[index - 20], store[sample.id], store[np.int64(index)]):
+            assert (same.index, same.id) == (sample.index, sample.id)
+            np.testing.assert_array_equal(same.tokens, sample.tokens)
+            np.testing.assert_array_equal(same.loss_mask, sample.loss_mask)
+            np.testing.assert_array_equal(same.char_end, sample.char_end)
+            for tap in store.taps:
+                np.testing.assert_array_equal(same.hidden[tap], sample.hidden[tap])
+
+
+def test_iterating_reads_each_unit_once(store: Store) -> None:
+    opened: list[str] = []
+    with audit(lambda event, arguments: opened.append(str(arguments[0])), ("open",)):
+        for _ in store:
+            pass
+    for unit in range(store.num_units):
+        assert opened.count(str(store.root / shard_path("final", unit))) == 1
+
+
+def test_samples_that_do_not_exist_are_refused_by_number_and_by_name(store: Store) -> None:
+    for index in (20, -21):
+        with pytest.raises(IndexError, match=f"a sample from -20 to 19, got {index}"):
+            store[index]
+    with pytest.raises(InputError, match="no sample with the id 'nobody'"):
+        store["nobody"]
+
+
+def test_iterating_over_an_unfinished_store_yields_what_is_finished(store: Store) -> None:
+    (store.root / receipt_path(1)).unlink()
+    part = Store.open(store.root, allow_unfinished=True)
+    missing = store.unit_samples(1)
+    expected = [index for index in range(len(store)) if index not in missing]
+    assert [sample.index for sample in part] == expected
+    with pytest.raises(UnfinishedStoreError, match="unit 1 is not extracted"):
+        part[missing[0]]
+
+
+def test_a_store_says_what_it_is(store: Store) -> None:
+    assert repr(store) == (
+        f"<Store {str(store.root)!r}: 20 samples, {store.num_tokens} tokens in {store.num_units} "
+        "units; taps final layer.1, 16 x bfloat16; base tiny>"
+    )
+
+
+@named([*EXACT, *LOSSY])
+def test_torch_tensors_are_of_the_stored_type_and_share_memory(store_tmp: Path, kind: Kind) -> None:
+    write_store(store_tmp / "store", make_given(settings=kind.settings))
+    plain = Store.open(store_tmp / "store")
+    tensors = Store.open(store_tmp / "store", as_torch=True)
+    unit = plain.read_unit(0)
+    for ours in (unit.as_torch(), tensors.read_unit(0)):
+        assert (ours.tokens.dtype, ours.loss_mask.dtype) == (torch.int32, torch.uint8)
+        assert ours.hidden["final"].dtype == getattr(torch, kind.dtype)
+        assert ours.hidden["final"].shape == (UNIT_TOKENS, WIDTH)
+        np.testing.assert_array_equal(ours.hidden["final"].float(), unit.float32("final"))
+        assert (ours.samples, ours.starts.tolist()) == (unit.samples, unit.starts.tolist())
+    assert unit.as_torch().hidden["final"].data_ptr() == unit.hidden["final"].ctypes.data
+    assert unit.as_torch().tokens.data_ptr() == unit.tokens.ctypes.data
+    for sample, same, rows in zip(tensors, plain, map(tensors.read_sample, range(20)), strict=True):
+        assert (sample.id, rows.id) == (same.id, same.id)
+        for found in (sample, rows):
+            assert isinstance(found.tokens, torch.Tensor)
+            np.testing.assert_array_equal(found.tokens, same.tokens)
+            np.testing.assert_array_equal(found.hidden["final"].float(), same.float32("final"))
+        assert same.float32("final").dtype == np.float32
+
+
+def test_zarr_python_opens_a_store_read_only(store: Store) -> None:
+    group: Any = store.as_zarr()
+    np.testing.assert_array_equal(group["tokens"][:UNIT_TOKENS], store.read_unit(0).tokens)
+    with pytest.raises(ValueError, match="read-only|read only"):
+        group["tokens"][:1] = 0
+
+
+def test_a_receipt_is_parsed_once_for_all_taps_and_again_when_it_has_changed(store: Store) -> None:
+    store = Store.open(store.root)
+    path, opened = str(store.root / receipt_path(1)), []
+    with audit(lambda event, arguments: opened.append(str(arguments[0])), ("open",)):
+        for _ in range(2):
+            store.read_unit(1)
+            for tap in store.taps:
+                out = np.empty((4, WIDTH), dtype=store.states_dtype)
+                store.copy_states(1, tap, [CopyRange(first=0, stop=4, to=out)])
+    assert opened.count(path) == 1
+    other = (store.root / receipt_path(2)).read_bytes()
+    write_file(store.root / receipt_path(1), other)
+    with pytest.raises(DamagedStoreError, match="expected the receipt of unit 1"):
+        store.read_unit(1)
+
+
+READING = """
+import sys
+before = set(sys.modules)
+from carryon.cache import Store
+store = Store.open(sys.argv[1])
+for sample in store: pass
+store[0], store[store.sample_id(1)], store.head(), repr(store)
+names = {name.partition(".")[0] for name in set(sys.modules) - before}
+places = {name: getattr(sys.modules[name], "__file__", None) or "" for name in names}
+print(*(name for name, place in places.items() if "site-packages" in place))
+"""
+
+
+def test_reading_needs_numpy_numcodecs_and_google_crc32c(store: Store) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", READING, str(store.root)], capture_output=True, text=True, check=True
+    )
+    expected = {"numpy", "numcodecs", "google_crc32c", "typing_extensions"}
+    assert set(done.stdout.split()) <= expected

@@ -75,6 +75,68 @@ def _int16() -> object:
     return torch.int16
 
 
+def test_a_sample_of_a_mix_is_read_from_its_own_store(folders: tuple[Path, Path]) -> None:
+    mixed = _mix(folders, 2, 1)
+    plain = {str(folder): Store.open(folder) for folder in folders}
+    assert len(mixed) == mixed.num_samples == 24 + 24 + 40
+    for index in range(mixed.num_samples):
+        name = mixed.sample_id(index)
+        folder, _, own_id = name.rpartition(":")
+        expected = plain[folder][own_id]
+        sample = mixed[index]
+        assert (sample.index, sample.id) == (index, name)
+        np.testing.assert_array_equal(sample.tokens, expected.tokens)
+        np.testing.assert_array_equal(sample.hidden["final"], expected.hidden["final"])
+        part = mixed.read_sample(index, taps=[], start=1, stop=3)
+        np.testing.assert_array_equal(part.tokens, expected.tokens[1:3])
+        is_repeat = 24 <= index < 48
+        assert mixed.index_of(name) == index - 24 * is_repeat
+        assert mixed.read_sample(name).index == index - 24 * is_repeat
+        assert index in mixed.unit_samples(mixed.unit_of(index))
+    assert mixed[-1].id == mixed.sample_id(mixed.num_samples - 1)
+
+
+def test_iterating_over_a_mix_yields_every_sample_in_order(folders: tuple[Path, Path]) -> None:
+    mixed = _mix(folders, 1.5, 1)
+    seen = list(mixed)
+    assert [sample.index for sample in seen] == list(range(mixed.num_samples))
+    assert [sample.id for sample in seen] == [mixed.sample_id(index) for index in range(len(mixed))]
+    assert [len(sample.tokens) for sample in seen] == mixed.sample_lengths.tolist()
+    assert sum(len(sample.tokens) for sample in seen) == mixed.num_tokens
+    for unit, units in zip(mixed.iter_units(), range(mixed.num_units), strict=True):
+        assert unit.unit == units
+        assert unit.samples == mixed.unit_samples(units)
+
+
+def test_what_is_not_in_a_mix_is_refused_by_name(folders: tuple[Path, Path]) -> None:
+    mixed = _mix(folders, 1, 1)
+    known = mixed.sample_id(0).rpartition(":")[2]
+    for name in (known, f"{folders[1]}:nobody", "elsewhere:0"):
+        with pytest.raises(InputError, match="expected FOLDER:ID of a mixed store"):
+            mixed.index_of(name)
+    with pytest.raises(InputError, match="a sample from 0 to 63, got 64"):
+        mixed.read_sample(64)
+    with pytest.raises(IndexError, match="a sample from -64 to 63, got -65"):
+        mixed[-65]
+    with pytest.raises(InputError, match=f"a unit from 0 to {mixed.num_units - 1}, got 99"):
+        mixed.read_unit(99)
+
+
+def test_a_mix_says_what_it_is_and_shares_the_head(folders: tuple[Path, Path]) -> None:
+    mixed, first = _mix(folders, 1, 1), Store.open(folders[0])
+    assert repr(mixed) == (
+        f"<MixedStore {str(folders[0])!r}: 64 samples, {mixed.num_tokens:,} tokens in "
+        f"{mixed.num_units} units; taps final, 16 x bfloat16; base {first.base['id']}>"
+    )
+    for is_mapped in (False, True):
+        found = mixed.head(is_mapped=is_mapped).weight
+        np.testing.assert_array_equal(found, first.head().weight)
+    with pytest.raises(InputError, match="expected a store with the base's last blocks"):
+        mixed.blocks()
+    assert not isinstance(mixed, Store)  # nothing of a single store is inherited
+    assert not hasattr(mixed, "manifest")
+
+
 def test_each_store_is_split_by_itself_and_its_repeats_are_only_trained_on(
     folders: tuple[Path, Path],
 ) -> None:

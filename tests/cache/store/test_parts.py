@@ -1,4 +1,4 @@
-"""A part of a grown store is as a store of its own."""
+"""A part of a grown store reads as a store with only its samples."""
 
 import shutil
 from pathlib import Path
@@ -9,8 +9,8 @@ from support.tiny_stores import extract_tiny
 
 from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError, UnfinishedStoreError
+from carryon.cache.store.parts import open_store
 from carryon.cache.store.reader import Store
-from carryon.cache.store.view import open_store
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,36 @@ def test_each_part_reads_as_a_store_of_its_own(
             assert np.array_equal(found.tokens, expected.tokens)
             for tap, states in expected.hidden.items():
                 assert np.array_equal(found.hidden[tap], states)
+        assert [sample.id for sample in part] == [sample.id for sample in own]
+        assert [sample.index for sample in part] == list(range(len(own))) == list(range(len(part)))
+        for index in range(len(own)):
+            assert part[index].index == part.index_of(own.sample_id(index)) == index
+            assert part.unit_of(index) == own.unit_of(index)
+            assert part[index - len(own)].tokens.tolist() == own[index].tokens.tolist()
+        assert [part.unit_samples(unit) for unit in range(part.num_units)] == [
+            own.unit_samples(unit) for unit in range(own.num_units)
+        ]
+        assert repr(part).startswith(f"<StorePart {str(grown)!r}: {len(own)} samples, ")
+        assert np.array_equal(part.head().weight, own.head().weight)
         last = own.num_samples - 1
         assert part.index_of(own.sample_id(last)) == last
         found_rows, rows = (each.read_sample(own.sample_id(last)) for each in (part, own))
-        assert found_rows.sample == rows.sample
+        assert found_rows.index == rows.index
         assert np.array_equal(found_rows.hidden["final"], rows.hidden["final"])
+
+
+def test_a_sample_of_another_part_is_refused(grown: Path) -> None:
+    first, second = (open_store(f"{grown}#{number}") for number in (1, 2))
+    for part, other in ((first, second), (second, first)):
+        with pytest.raises(InputError, match="is in another part"):
+            part.read_sample(other.sample_id(0))
+        with pytest.raises(
+            InputError, match=f"a sample from 0 to {len(part) - 1}, got {len(part)}"
+        ):
+            part.read_sample(len(part))
+        with pytest.raises(InputError, match=f"a unit from 0 to {part.num_units - 1}, got -1"):
+            part.read_unit(-1)
+    assert not isinstance(first, Store)  # nothing of a whole store is inherited
 
 
 def test_a_part_that_is_not_there_is_named(grown: Path) -> None:
