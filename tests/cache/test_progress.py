@@ -17,7 +17,7 @@ termios = pytest.importorskip("termios")
 PROGRAM = """
 import time
 from carryon.cache.progress import Progress
-from carryon.tools.cli.logs import log_to_stderr
+from carryon.tools.cli.output import log_to_stderr
 import logging
 with log_to_stderr("{level}"), Progress(40, name="work", unit="steps") as progress:
     for number in range(40):

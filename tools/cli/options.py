@@ -47,6 +47,11 @@ class Option:
         """Whether it takes several values."""
         return typing.get_origin(self.kind) in (list, tuple)
 
+    @property
+    def item_kind(self) -> Any:  # noqa: ANN401
+        """Type of one value."""
+        return typing.get_args(self.kind)[0] if self.is_list else self.kind
+
 
 def options_of(target: Callable[..., Any]) -> list[Option]:
     """Return the options of a function or a settings dataclass, in order."""

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import choices_of, parse_value
-from carryon.tools.cli.logs import LEVELS
 from carryon.tools.cli.options import REQUIRED, Option, is_settings, options_of
+from carryon.tools.cli.output import LEVELS
 from carryon.train.config import OTHER_NAMES, PRESETS, with_current_names
 
 _PRESETS = ", ".join(PRESETS)
@@ -164,8 +164,8 @@ def _add_option(group: argparse._ArgumentGroup, item: Option, *, is_shown: bool)
 
 def _help(item: Option) -> str:
     notes = ["required"] * (item.default is REQUIRED and not item.is_positional)
-    if typing.get_origin(item.kind) is typing.Literal:
-        notes.append("|".join(choices_of(item.kind)))
+    if typing.get_origin(item.item_kind) is typing.Literal:
+        notes.append("|".join(choices_of(item.item_kind)))
     if item.default is True:
         notes.append(f"default: yes; {item.flag.replace('--', '--no-', 1)} turns it off")
     elif item.kind is not bool and item.default not in (None, "", [], (), REQUIRED):
@@ -179,10 +179,9 @@ def _shown(value: Any) -> str:  # noqa: ANN401
 
 
 def _metavar(item: Option) -> str:
-    if typing.get_origin(item.kind) is typing.Literal:
+    if typing.get_origin(item.item_kind) is typing.Literal:
         return "CHOICE"
-    kind = typing.get_args(item.kind)[0] if item.is_list else item.kind
-    return {int: "N", float: "X"}.get(kind, item.name.rpartition("_")[2].upper())
+    return {int: "N", float: "X"}.get(item.item_kind, item.name.rpartition("_")[2].upper())
 
 
 def _usage(item: Option) -> str:

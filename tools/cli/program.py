@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from carryon.cache.errors import CarryOnError, InputError
-from carryon.tools.cli.logs import log_to_stderr
+from carryon.tools.cli.output import log_to_stderr
 from carryon.tools.cli.parser import parse_call
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

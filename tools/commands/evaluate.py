@@ -1,11 +1,11 @@
 """`carryon evaluate`: held-out loss of base and carry-on, from a store."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
 
 from carryon.cache.errors import InputError
+from carryon.tools.cli.output import print_json
 from carryon.train.config import LossSettings
 
 logger = logging.getLogger(__name__)
@@ -22,11 +22,12 @@ def evaluate(
     device: str = "auto",
     loss: LossSettings,
 ) -> dict[str, Any]:
-    """Measure the held-out loss of base and carry-on on a store; the base itself is not needed.
+    """Measure the held-out loss of base and carry-on on a store.
 
-    The loss is the mean negative log-likelihood of a supervised token (NLL), in nats, with a
-    standard error clustered by sample. Of many alphas the best is chosen on one half of the
-    samples and reported on the other half. The last line on stdout is a JSON line.
+    The loss is the mean negative log-likelihood (NLL) of a supervised token, in nats, with a
+    standard error clustered by sample. The base itself is not needed. Of several alphas the best
+    is chosen on one half of the samples and measured on the other half. The last line on stdout
+    is a JSON line.
 
     Example:
         carryon evaluate --store store --carryon run/carryon --alpha 0:1.5:0.1
@@ -34,14 +35,14 @@ def evaluate(
     Args:
         store: Folder of the store.
         carryon: Folder of the carry-on, or its id on the hub.
-        samples: Samples to measure on: those `held-out` from training, or `all`. `auto` takes
-            the held-out ones of the store it was trained on, and all of another store.
-        alpha: Strength of the correction: 0 is the base, 1 what was trained. One number, or many
-            as FIRST:LAST:STEP. Empty: as the carry-on's own file says.
-        write_alpha: Write the best alpha into the carry-on's folder, as its default.
-        plot: PNG for the NLL against alpha. Empty for none.
-        device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
-        loss: How the frozen head is multiplied.
+        samples: Samples to measure on: `held-out` from training, or `all`. `auto`: the held-out
+            ones of a store that the carry-on was trained on, all of another store.
+        alpha: Strength of the correction: 0 is the base, 1 the carry-on as trained. One number,
+            or several as FIRST:LAST:STEP. Empty: the alpha in the carry-on's card.
+        write_alpha: Write the best alpha into the carry-on's card, as the new default.
+        plot: PNG to plot the NLL against alpha. Empty: no plot.
+        device: `auto` (an accelerator if there is one), `cpu`, `cuda`, `cuda:1`, ...
+        loss: LM-head loss.
     """
     from carryon.train.inference.alpha import parse_alphas, plot_alphas
     from carryon.train.inference.evaluate import evaluate as evaluate_carryon
@@ -54,12 +55,7 @@ def evaluate(
     if write_alpha and not Path(carryon).is_dir():
         raise InputError(f"--write-alpha: expected a folder as --carryon, got {carryon}")
     report = evaluate_carryon(
-        store=store,
-        carryon=carryon,
-        samples=samples,
-        alphas=alphas,
-        device=device,
-        loss=loss,
+        store, carryon=carryon, samples=samples, alphas=alphas, device=device, loss=loss
     )
     if choice := report.choice:
         for each, nll, se in zip(choice.alphas, choice.nlls, choice.nll_ses, strict=True):
@@ -77,5 +73,4 @@ def evaluate(
     )
     if write_alpha:
         write_to_folder(carryon, report.alpha)
-    print(json.dumps(report.to_dict()))
-    return report.to_dict()
+    return print_json(report.to_dict())

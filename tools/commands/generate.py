@@ -1,4 +1,4 @@
-"""`carryon generate`: an answer of the customized model, and of its base beside it."""
+"""`carryon generate`: the answer of the customized model, and of its base beside it."""
 
 import textwrap
 from itertools import zip_longest
@@ -24,8 +24,8 @@ def generate(
 ) -> dict[str, Any]:
     """Answer a prompt with base and carry-on together.
 
-    The answer goes to stdout as it is made. With --compare the base's own answer (alpha 0)
-    stands beside it.
+    The answer is streamed to stdout. With --compare the answer of the base (alpha 0) is shown
+    beside it.
 
     Example:
         carryon generate --carryon run/carryon --prompt "Tom has 3 apples and eats 1. And now?"
@@ -33,10 +33,10 @@ def generate(
     Args:
         carryon: Folder of the carry-on, or its id on the hub.
         prompt: Text to answer.
-        base: The base: hub id, folder or .gguf file. Default: where it was at extraction.
-        alpha: Strength of the correction: 0 is the base, 1 what was trained. Default: as the
-            carry-on's own file says.
-        compare: Show the answer of the base alone too.
+        base: The base: hub id, folder or .gguf file. Omitted: where it was at extraction.
+        alpha: Strength of the correction: 0 is the base, 1 the carry-on as trained. Omitted: the
+            alpha in the carry-on's card.
+        compare: Show the answer of the base too.
         settings: How text is generated.
         forward: How the base is run.
     """
@@ -48,31 +48,24 @@ def generate(
     if not model.carryons.names and (compare or alpha not in (None, 1.0)):
         raise InputError(
             f"{carryon}: expected neither --compare nor --alpha for a carry-on of the kind native "
-            "or top, which is merged into its base: generate with a bottleneck to compare"
+            "or top, which is merged into its base. Fix: generate with a bottleneck to compare"
         )
     if not compare:
         streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         text = model.answer(prompt, settings=settings, alpha=alpha, streamer=streamer)
         return {"answer": text}
-    answers = {
-        "base_answer": model.answer(prompt, settings=settings, alpha=0.0),
-        "answer": model.answer(prompt, settings=settings, alpha=alpha),
-    }
-    strength = model.alpha if alpha is None else alpha
-    print(
-        side_by_side(
-            ["base", *_wrap(answers["base_answer"])],
-            [f"base + carry-on (alpha {strength:g})", *_wrap(answers["answer"])],
-        )
-    )
-    return answers
+    base_text = model.answer(prompt, settings=settings, alpha=0.0)
+    text = model.answer(prompt, settings=settings, alpha=alpha)
+    title = f"base + carry-on (alpha {model.alpha if alpha is None else alpha:g})"
+    print(side_by_side(("base", base_text), (title, text)))
+    return {"base_answer": base_text, "answer": text}
 
 
-def side_by_side(left: list[str], right: list[str]) -> str:
-    """Return two columns of lines; the first line of each is its title."""
-    rows = [f"{a:<{COLUMN}} | {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
-    rows.insert(1, f"{'-' * COLUMN}-+-{'-' * COLUMN}")
-    return "\n".join(rows)
+def side_by_side(*columns: tuple[str, str]) -> str:
+    """Return two texts in columns, each below its title."""
+    lines = [[title, "-" * COLUMN, *_wrap(text)] for title, text in columns]
+    rows = zip_longest(*lines, fillvalue="")
+    return "\n".join(f"{left:<{COLUMN}} | {right}".rstrip() for left, right in rows)
 
 
 def _wrap(text: str) -> list[str]:

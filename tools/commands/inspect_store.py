@@ -1,28 +1,31 @@
-"""`carryon inspect`: what is in a store, for people or as JSON."""
+"""`carryon inspect`: the content of a store, for people or as JSON."""
 
 import json as json_format
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from carryon.tools.cli.table import format_table
 
-LABELS = {
+if TYPE_CHECKING:
+    from carryon.cache.store.reader import Store
+
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_SMALL_ARRAYS = {
     "documents": "metadata",
     "head": "head and norm",
     "probe": "probe",
     "samples": "sample tables",
     "units": "receipts, copies",
 }
-"""What the sizes of small arrays are summed under, by the first part of their names."""
+"""First part of their names -> the row in which their sizes are summed."""
 
 
 def inspect_store(store: str, /, *, json: bool = False) -> dict[str, Any]:
-    """Show what a store holds, what made it, and how large each part is.
+    """Show what a store holds, how it was made, and its size by part.
 
-    Opening a store checks its documents and that states, norm and head belong together; nothing
-    is changed. An unfinished store is shown with what it has so far. The states themselves are
-    not read.
+    Opening a store checks its metadata, and that states, norm and LM head belong together. States
+    are not read and nothing is changed. An unfinished store is shown as far as it is.
 
     Example:
         carryon inspect demo/store
@@ -32,97 +35,137 @@ def inspect_store(store: str, /, *, json: bool = False) -> dict[str, Any]:
         json: Print one JSON line instead of text.
     """
     from carryon.cache.store.reader import Store
-    from carryon.tools.commands.store_facts import describe_store
 
     facts = describe_store(Store.open(store, allow_unfinished=True))
     print(json_format.dumps(facts) if json else format_facts(facts))
     return facts
 
 
+def describe_store(store: "Store") -> dict[str, Any]:
+    """Return provenance, counts and bytes on disk of a store as plain JSON values."""
+    manifest, is_finished = store.manifest, len(store.finished_units) == store.num_units
+    counts: Counter[str] = Counter()
+    for part in manifest.parts:
+        counts.update(part.counts)
+    sizes = _measure_arrays(store.root)
+    finished = (store.receipt(unit).num_tokens for unit in store.finished_units)
+    num_tokens = store.num_tokens if is_finished else sum(finished)
+    raw_bytes = num_tokens * store.width * _ITEM_BYTES[manifest.settings["dtype"]]
+    ratios = {}
+    for tap in store.taps:  # scales are part of a lossy profile
+        arrays = (f"hidden/{tap}", f"scale/token/{tap}", f"scale/channel/{tap}")
+        stored_bytes = sum(sizes.get(name, 0) for name in arrays)
+        ratios[tap] = round(stored_bytes / raw_bytes, 4) if raw_bytes else None
+    return {
+        "store": str(store.root),
+        "fingerprint": store.fingerprint,
+        "base": manifest.base,
+        "forward": manifest.forward,
+        "taps": store.taps,
+        "width": store.width,
+        "dtype": manifest.settings["dtype"],
+        "profile": manifest.settings["profile"],
+        "profile_error": manifest.profile_error,
+        "head": manifest.head,
+        "seed": manifest.settings["seed"],
+        "units": store.num_units,
+        "finished_units": len(store.finished_units),
+        "unit_tokens": manifest.unit_tokens,
+        "samples": store.num_samples,
+        "held_out_samples": int(store.sample_held_out.sum()),
+        "tokens": store.num_tokens,
+        "supervised_tokens": manifest.num_supervised,
+        "corpus": manifest.corpus,
+        "counts": dict(counts),
+        "files": [file for part in manifest.parts for file in part.files],
+        "bytes": sum(sizes.values()),
+        "array_bytes": sizes,
+        "raw_bytes_per_tap": raw_bytes,
+        "ratio_to_raw": ratios,
+        "versions": manifest.versions,
+    }
+
+
+def _measure_arrays(root: Path) -> dict[str, int]:
+    """Return the bytes of each array; `units` are receipts and copies, `documents` all else."""
+    sizes: Counter[str] = Counter()
+    for path in root.rglob("*"):
+        if path.is_file():
+            array, is_chunk, _ = path.relative_to(root).as_posix().partition("/c/")
+            if array.startswith("units/"):
+                array = "units"
+            sizes[array if is_chunk or array == "units" else "documents"] += path.stat().st_size
+    return dict(sorted(sizes.items()))
+
+
 def format_facts(facts: dict[str, Any]) -> str:
     """Return the facts of a store as text."""
-    blocks = {
-        "store": _store_rows(facts),
-        "base": _base_rows(facts),
-        "taps": _tap_rows(facts),
-        "corpus": _corpus_rows(facts),
-        "bytes": _size_rows(facts),
-        "made with": facts["versions"].items(),
-    }
-    return "\n\n".join(_block(title, rows) for title, rows in blocks.items())
-
-
-def _block(title: str, rows: Iterable[tuple[str, Any]]) -> str:
-    return f"{title}\n{format_table([(f'  {name}', str(value)) for name, value in rows])}"
-
-
-def _store_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    units, finished = facts["units"], facts["finished_units"]
-    state = "finished" if units == finished else "UNFINISHED: run the same carryon extract again"
-    return [
-        ("folder", facts["store"]),
-        ("fingerprint", facts["fingerprint"]),
-        ("units", f"{finished} of {units}, {facts['unit_tokens']:,} tokens each ({state})"),
-        ("samples", f"{facts['samples']:,}, {facts['held_out_samples']:,} of them held out"),
-        ("tokens", f"{facts['tokens']:,}, {facts['supervised_tokens']:,} of them supervised"),
-        ("order seed", facts["seed"]),
-    ]
-
-
-def _base_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     base, forward = facts["base"], facts["forward"]
-    return [
-        ("id", base["id"]),
-        ("revision", base["revision"] or "none (a local base)"),
-        ("architecture", f"{base['architecture']}, {base['num_layers']} blocks"),
-        ("width, vocabulary", f"{base['width']:,}, {base['vocab_size']:,}"),
-        ("weights", f"sha256 {base['weights_sha256']}"),
-        ("tokenizer", f"sha256 {base['tokenizer_sha256']}"),
-        ("chat template", _digest(base["chat_template_sha256"])),
-        ("computed in", f"{forward['compute_dtype']}, attention {forward['attention']}"),
-    ]
-
-
-def _tap_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    rows = [(tap, _norm_state(tap)) for tap in facts["taps"]]
-    rows.append(("stored as", f"{facts['dtype']}, profile {facts['profile']}"))
-    for tap, errors in facts["profile_error"].items():
-        rows.append((f"error of {tap}", ", ".join(f"{k} {v:.3g}" for k, v in errors.items())))
-    return rows
-
-
-def _corpus_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    rows = [("file", f"{_file['name']}, {_file['bytes']:,} bytes") for _file in facts["files"]]
-    rows += [(name.replace("_", " "), value) for name, value in facts["corpus"].items()]
-    shown = ("samples", "tokens", "supervised_tokens")  # stand in the first block
-    rows += [
-        (name.replace("_", " "), f"{value:,}")
+    is_finished = facts["units"] == facts["finished_units"]
+    state = "finished" if is_finished else "UNFINISHED: run the same carryon extract again"
+    files = [("file", f"{file['name']}, {file['bytes']:,} bytes") for file in facts["files"]]
+    above = ("samples", "tokens", "supervised_tokens")  # in the first block
+    counts = {
+        name: f"{value:,}"
         for name, value in facts["counts"].items()
-        if name not in shown and (value or name in ("records", "truncated"))
-    ]
-    return rows
+        if name not in above and (value or name in ("records", "truncated"))
+    }
+    corpus = [(name.replace("_", " "), x) for name, x in (facts["corpus"] | counts).items()]
+    template = base["chat_template_sha256"]
+    blocks: dict[str, list[tuple[str, Any]]] = {
+        "store": [
+            ("folder", facts["store"]),
+            ("fingerprint", facts["fingerprint"]),
+            ("units", f"{facts['finished_units']} of {facts['units']} ({state})"),
+            ("tokens in a unit", f"{facts['unit_tokens']:,}"),
+            ("samples", f"{facts['samples']:,}, {facts['held_out_samples']:,} of them held out"),
+            ("tokens", f"{facts['tokens']:,}, {facts['supervised_tokens']:,} of them supervised"),
+            ("order seed", facts["seed"]),
+        ],
+        "base": [
+            ("id", base["id"]),
+            ("revision", base["revision"] or "none (a local base)"),
+            ("architecture", f"{base['architecture']}, {base['num_layers']} blocks"),
+            ("width, vocabulary", f"{base['width']:,}, {base['vocab_size']:,}"),
+            ("weights", f"sha256 {base['weights_sha256']}"),
+            ("tokenizer", f"sha256 {base['tokenizer_sha256']}"),
+            ("chat template", f"sha256 {template}" if template else "none"),
+            ("computed in", f"{forward['compute_dtype']}, attention {forward['attention']}"),
+        ],
+        "taps": [
+            *((tap, _tap_meaning(tap)) for tap in facts["taps"]),
+            ("stored as", f"{facts['dtype']}, profile {facts['profile']}"),
+            *(
+                (f"error of {tap}", ", ".join(f"{name} {x:.3g}" for name, x in errors.items()))
+                for tap, errors in facts["profile_error"].items()
+            ),
+        ],
+        "corpus": files + corpus,
+        "bytes": [*_size_rows(facts), ("all", f"{facts['bytes']:,}")],
+        "made with": list(facts["versions"].items()),
+    }
+    return "\n\n".join(
+        f"{title}\n{format_table([(f'  {name}', str(value)) for name, value in rows])}"
+        for title, rows in blocks.items()
+    )
 
 
-def _size_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+def _tap_meaning(tap: str) -> str:
+    if tap == "final":
+        return "after the final norm: input of the LM head"
+    if tap == "prenorm":
+        return "residual stream before the final norm"
+    return f"residual stream after block {tap.removeprefix('layer.')}, not normed"
+
+
+def _size_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     totals: Counter[str] = Counter()
     for name, size in facts["array_bytes"].items():
-        totals[LABELS.get(name.partition("/")[0], name)] += size
-    rows: list[tuple[str, Any]] = []
+        totals[_SMALL_ARRAYS.get(name.partition("/")[0], name)] += size
+    scales = " with its scales" if facts["profile"] != "exact" else ""
+    rows = []
     for name, size in totals.items():
         ratio = facts["ratio_to_raw"].get(name.removeprefix("hidden/"))
-        scales = " with its scales" if facts["profile"] != "exact" else ""
         note = f", {ratio:.3f} of raw {facts['dtype']}{scales}" if ratio else ""
         rows.append((name, f"{size:,}{note}"))
-    return [*rows, ("all", f"{facts['bytes']:,}")]
-
-
-def _norm_state(tap: str) -> str:
-    if tap == "final":
-        return "after the final norm: what the head reads"
-    if tap == "prenorm":
-        return "the residual stream before the final norm"
-    return f"the residual stream after block {tap.removeprefix('layer.')}, not normed"
-
-
-def _digest(value: str | None) -> str:
-    return f"sha256 {value}" if value else "none"
+    return rows

@@ -1,35 +1,35 @@
-"""`carryon repair`: damaged or missing parts of a store, made again."""
+"""`carryon repair`: restore damaged or missing parts of a store."""
 
-import json
 import logging
 
 from carryon.cache.settings import ForwardSettings
+from carryon.tools.cli.output import print_json
 
 logger = logging.getLogger(__name__)
 
 
 def repair(store: str, /, *, base: str = "", forward: ForwardSettings) -> int:
-    """Make damaged or missing parts of a store again, and nothing else.
+    """Restore the damaged or missing parts of a store, and only these.
 
-    The store is verified in full first. Hidden states are computed again from the tokens in the
-    store, so the corpus is not needed; the base is loaded only if states or its head are damaged.
-    Exit code 0: whole now. The last line on stdout is a JSON line.
+    The store is first verified in full. Hidden states are computed from the tokens in the store,
+    so the corpus is not needed. The base is loaded only if states or its LM head are damaged.
+    Exit code: 0 if the store is now complete, else 1. The last line on stdout is a JSON line.
 
     Example:
         carryon repair store --base HuggingFaceTB/SmolLM2-135M-Instruct
 
     Args:
         store: Folder of the store.
-        base: The base that made the store, if it is not where it was: hub id, folder or .gguf.
-        forward: How the base is run; dtype and attention are taken from the store.
+        base: The base that made the store, if it has moved: hub id, folder or .gguf file.
+        forward: How the base is run; dtype and attention are those of the store.
     """
     from carryon.cache.extraction.repair import repair as repair_store
 
     report = repair_store(store, base=base or None, forward=forward)
-    state = "whole" if report.is_complete else "still damaged"
     logger.info(
-        f"{store}: {len(report.problems)} problems, {len(report.restored_files)} files restored, "
-        f"{len(report.computed_units)} units computed again: {state}"
+        f"{'OK' if report.is_complete else 'STILL DAMAGED'}: {store}: {len(report.problems)} "
+        f"problems, {len(report.restored_files)} files restored, {len(report.computed_units)} "
+        "units computed"
     )
-    print(json.dumps(report.to_dict()))
+    print_json(report.to_dict())
     return 0 if report.is_complete else 1

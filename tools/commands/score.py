@@ -7,6 +7,7 @@ from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
+from carryon.tools.cli.output import print_json
 from carryon.train.config import GenerateSettings
 
 logger = logging.getLogger(__name__)
@@ -25,11 +26,11 @@ def score(
     settings: GenerateSettings,
     forward: ForwardSettings,
 ) -> list[dict[str, Any]]:
-    """Let base and customized model solve problems, and count right answers.
+    """Count the right answers of base and customized model.
 
-    The problems are those of reasoning-gym, each posed as a user's turn. `exact` counts answers
-    that are the right one and nothing else; `generous` those whose last number is the right one,
-    which is how a base is to be judged. One JSON line for each task goes to stdout.
+    Problems come from reasoning-gym, each posed as a user turn. `exact` counts answers that equal
+    the right one; `generous` counts answers whose last number is the right one, which suits a
+    base that was not told the format. stdout gets a JSON line for each task.
 
     Example:
         carryon score --carryon run/carryon --tasks chain_sum:min_terms=2,max_terms=2
@@ -37,13 +38,13 @@ def score(
     Args:
         carryon: Folder of the carry-on, or its id on the hub.
         tasks: Tasks of reasoning-gym, each NAME or NAME:SETTING=VALUE,...
-        base: The base: hub id, folder or .gguf file. Default: where it was at extraction.
+        base: The base: hub id, folder or .gguf file. Omitted: where it was at extraction.
         num: Problems of each task.
-        task_seed: Seed of the problems; another than that of the training problems.
-        alpha: Strength of the correction: 0 is the base, 1 what was trained. Default: as the
-            carry-on's own file says.
-        batch_rows: Problems that are answered together.
-        out: File for every question with both answers, as JSON lines. Empty for none.
+        task_seed: Seed of the problems; take one far from the seed of the training problems.
+        alpha: Strength of the correction: 0 is the base, 1 the carry-on as trained. Omitted: the
+            alpha in the carry-on's card.
+        batch_rows: Problems answered at a time.
+        out: File for all questions and answers, as JSON lines. Empty: no file.
         settings: How text is generated.
         forward: How the base is run.
     """
@@ -52,36 +53,29 @@ def score(
     from carryon.train.inference.accuracy import score as score_model
     from carryon.train.inference.modeling import CarryOnForCausalLM
 
-    wrong = [name for name, value in (("num", num), ("batch_rows", batch_rows)) if value < 1] + [
-        name for name, value in (("tasks", tasks),) if not value
-    ]
-    if wrong:
-        raise InputError(f"{', '.join(wrong)}: expected at least one")
+    for name, value in (("--num", num), ("--batch-rows", batch_rows)):
+        if value < 1:
+            raise InputError(f"{name}: expected 1 or more, got {value}")
     posed = {task: make_problems(task, num=num, seed=task_seed) for task in tasks}
     model = CarryOnForCausalLM.from_pretrained(carryon, base=base, forward=forward)
     documents, lines = [], []
     for task, problems in posed.items():
-        found = {
-            name: score_model(
-                model, problems, settings=settings, batch_rows=batch_rows, alpha=strength
-            )
-            for name, strength in (("base", 0.0), ("customized", alpha))
-        }
+        before, after = (
+            score_model(model, problems, settings=settings, batch_rows=batch_rows, alpha=each)
+            for each in (0.0, alpha)
+        )
         document: dict[str, Any] = {"task": task, "num": num, "task_seed": task_seed}
         document["alpha"] = model.alpha if alpha is None else alpha
-        for name, result in found.items():
-            document |= {f"{name}_exact": result.exact, f"{name}_generous": result.generous}
-        print(json.dumps(document), flush=True)
+        for name, scores in (("base", before), ("customized", after)):
+            document |= {f"{name}_exact": scores.exact, f"{name}_generous": scores.generous}
+        documents.append(print_json(document))
         logger.info(
-            f"{task}: the base ends {found['base'].generous:.1%} of its answers with the right "
-            f"one; with the carry-on {found['customized'].generous:.1%}, and "
-            f"{found['customized'].exact:.1%} are nothing but it"
+            f"{task}: generous: base {before.generous:.1%}, customized {after.generous:.1%}; "
+            f"exact: base {before.exact:.1%}, customized {after.exact:.1%}"
         )
-        documents.append(document)
-        texts = zip(problems, found["base"].texts, found["customized"].texts, strict=True)
-        for problem, base_text, text in texts:
+        for problem, old, new in zip(problems, before.texts, after.texts, strict=True):
             line = {"task": task, "question": problem.question, "right": problem.answer}
-            lines.append(json.dumps({**line, "base": base_text, "customized": text}) + "\n")
+            lines.append(json.dumps({**line, "base": old, "customized": new}) + "\n")
     if out:
         write_file(Path(out), "".join(lines).encode())
     return documents

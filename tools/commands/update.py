@@ -1,19 +1,11 @@
 """`carryon update`: new data in, the next version of a carry-on out."""
 
-import json
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from carryon.cache.errors import InputError
-from carryon.train.config import (
-    CarryOnSettings,
-    LossSettings,
-    MemorySettings,
-    OptimizationSettings,
-    RunSettings,
-    StreamSettings,
-)
+from carryon.tools.cli.output import print_json
+from carryon.train.config import TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -28,29 +20,23 @@ def update(
     new_base: str = "",
     old_lineage: str = "",
     also_from_scratch: bool = False,
-    carryon: CarryOnSettings,
-    optimization: OptimizationSettings,
-    stream: StreamSettings,
-    loss: LossSettings,
-    memory: MemorySettings,
-    run: RunSettings,
+    settings: TrainSettings,
 ) -> dict[str, Any]:
     """Release the next version of a carry-on from new data alone.
 
-    A lineage has a trunk, whose learning rate never falls, and for every version a branch off it,
-    whose learning rate falls fast and all the way (--schedule and --min-lr-ratio say how and how
-    far). An update moves the trunk on to the new data and releases a branch; the branch leaves the
-    trunk as it is. Stop it at any time: the same command goes on. The version is
-    LINEAGE/versions/N/carryon; the last line on stdout is a JSON line with its figures.
+    A lineage has a trunk, whose learning rate stays high, and for each version a branch, whose
+    learning rate decays (--schedule, --min-lr-ratio). An update trains the trunk on the new data
+    and releases a branch, LINEAGE/versions/N/carryon. After an interruption the same command
+    resumes. The last line on stdout is a JSON line with the figures of the version.
 
-    New texts (--data) are appended to one growing store, LINEAGE/store or --store, and only they
-    are extracted. Without --data, all parts of --store that the lineage has not seen are the new
-    data: STORE#2 is the second part of a store.
+    New texts (--data) are appended to one store, LINEAGE/store or --store, and only they are
+    extracted. Without --data, the parts of --store that the lineage has not seen are the new
+    data; STORE#2 is the second part of a store.
 
-    When the base itself is updated, --new-base begins a lineage on it, in another folder, with the
-    texts and the newest weights of --old-lineage, which stays as it is: hidden states of another
-    base are other numbers, so store, trunk and versions begin again. --also-from-scratch trains an
-    untrained carry-on beside it, over the same steps, and so shows whether the old one helps.
+    If the base itself changes, --new-base starts a lineage in another folder, from the texts and
+    the newest weights of --old-lineage: hidden states are specific to a base, so a new base
+    starts a new store and lineage. --also-from-scratch trains an untrained carry-on over the
+    same steps, to compare.
 
     Example:
         carryon update --lineage lineage --data march.jsonl --base base
@@ -59,44 +45,38 @@ def update(
             --also-from-scratch --config lineage/config.yaml
 
     Args:
-        lineage: Folder of the lineage; made if missing.
-        data: Files of the new texts, or folders of such files; as in carryon extract. With
-            --new-base: the texts of the old lineage, if they are not where they were.
+        lineage: Folder of the lineage, created if missing.
+        data: Files of new texts, or folders of such files, as for carryon extract. With
+            --new-base: the texts of the old lineage, if they have moved.
         base: The base that extracts --data: hub id, folder or .gguf file.
-        store: Folder of the store of the new data, or of several. None given: LINEAGE/store.
-        alpha: Part of the new data's steps in which the branch falls.
-        new_base: An updated base to begin a new lineage on: hub id, folder or .gguf file.
-        old_lineage: The lineage that a new one on --new-base begins from.
-        also_from_scratch: With --new-base: also train from an untrained carry-on, to compare.
-        carryon: The shape of a carry-on; all settings stay the same from the first update on.
-        optimization: How the carry-on's weights are found.
-        stream: What is read from the store, and how far ahead.
-        loss: How the frozen head is multiplied.
-        memory: What the weights and all that belongs to them take up.
-        run: Where a run computes, and what it leaves behind.
+        store: Folder of a store with the new data, or of several. Omitted: LINEAGE/store.
+        alpha: Fraction of the new data's steps in which the branch decays.
+        new_base: A new base to start a lineage on: hub id, folder or .gguf file.
+        old_lineage: The lineage that --new-base starts from.
+        also_from_scratch: With --new-base, also train an untrained carry-on, to compare.
+        settings: The same in every update of a lineage.
     """
-    from carryon.train.config import TrainSettings
-
-    settings = TrainSettings(
-        carryon=carryon,
-        optimization=optimization,
-        stream=stream,
-        loss=loss,
-        memory=memory,
-        run=run,
-    )
     if not new_base:
         if old_lineage or also_from_scratch:
             raise InputError(
                 "--old-lineage and --also-from-scratch: expected with --new-base, got none"
             )
-        return _update(lineage, settings, store, data, base, alpha)
+        from carryon.train.continual.lineage import update as update_lineage
+
+        report = update_lineage(
+            lineage, store=store, data=data, base=base, settings=settings, alpha=alpha
+        )
+        logger.info(
+            f"{report.carryon}: held-out NLL on the new data {report.carryon_nll:.4f}, of the "
+            f"base {report.base_nll:.4f}"
+        )
+        return print_json(report.to_dict())
     if base or store or not old_lineage:
         raise InputError("--new-base: expected --old-lineage, and neither --base nor --store")
     from carryon.train.continual.rebase import rebase
 
-    found = rebase(
-        lineage=lineage,
+    moved = rebase(
+        lineage,
         old_lineage=old_lineage,
         base=new_base,
         settings=settings,
@@ -104,32 +84,12 @@ def update(
         alpha=alpha,
         also_from_scratch=also_from_scratch,
     )
-    logger.info(
-        f"{found.carryon}: held-out NLL {found.from_old_nll:.4f} after {found.steps} steps from "
-        f"version {found.old_version} of {found.old_lineage} ({found.start_nll:.4f} before them, "
-        f"new base alone {found.base_nll:.4f})"
-        + ("" if found.from_scratch_nll is None else f"; from scratch {found.from_scratch_nll:.4f}")
-    )
-    print(json.dumps(found.to_dict()))
-    return found.to_dict()
-
-
-def _update(
-    lineage: str,
-    settings: Any,  # noqa: ANN401 -- TrainSettings, whose module loads torch
-    store: Sequence[str],
-    data: Sequence[str],
-    base: str,
-    alpha: float,
-) -> dict[str, Any]:
-    from carryon.train.continual.lineage import update as update_lineage
-
-    report = update_lineage(
-        lineage=lineage, store=store, data=data, base=base, settings=settings, alpha=alpha
-    )
-    logger.info(
-        f"{report.carryon}: held-out NLL on the new data {report.carryon_nll:.4f}, of the base "
-        f"{report.base_nll:.4f}"
-    )
-    print(json.dumps(report.to_dict()))
-    return report.to_dict()
+    losses = {
+        "new base": moved.base_nll,
+        "with the old weights": moved.start_nll,
+        f"after {moved.steps:,} steps": moved.from_old_nll,
+        "from scratch": moved.from_scratch_nll,
+    }
+    shown = (f"{name} {nll:.4f}" for name, nll in losses.items() if nll is not None)
+    logger.info(f"{moved.carryon}: held-out NLL: {', '.join(shown)}")
+    return print_json(moved.to_dict())

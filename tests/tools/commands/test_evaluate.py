@@ -116,8 +116,8 @@ def test_score_poses_questions_as_the_task_has_them(
     ("options", "text"),
     [
         (["--tasks", "no_such_task"], "expected a task of reasoning-gym"),
-        (["--tasks", "chain_sum", "--num", "0"], "num: expected at least one"),
-        (["--tasks", "chain_sum", "--num", "1", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["--tasks", "chain_sum", "--num", "0"], "--num: expected 1 or more, got 0"),
+        (["--tasks", "chain_sum", "--num", "1", "--max-new-tokens", "0"], "--max-new-tokens"),
     ],
 )
 def test_score_refuses_in_one_line(

@@ -65,9 +65,9 @@ def test_a_folder_of_something_else_is_refused(
 ) -> None:
     (tmp_path / "thesis.tex").touch()
     assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert "it holds thesis.tex" in capsys.readouterr().err
+    assert "with thesis.tex. Fix: give another --out" in capsys.readouterr().err
     assert main(["demo", "--out", str(tmp_path / "thesis.tex")]) == 2
-    assert "got a file" in capsys.readouterr().err
+    assert "got the file" in capsys.readouterr().err
     assert main(["demo", "--out", str(tmp_path / "new"), "--samples", "1"]) == 2
     assert not (tmp_path / "new").exists()
 

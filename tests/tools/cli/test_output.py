@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from carryon.tools.cli.logs import log_to_stderr
 from carryon.tools.cli.main import main
+from carryon.tools.cli.output import log_to_stderr
 
 logger = logging.getLogger("carryon.anything")
 

@@ -1,14 +1,24 @@
-"""Log lines of a program: the message alone on stderr, without tearing a progress bar."""
+"""What a program writes: messages to stderr, results as JSON lines to stdout."""
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from carryon.cache.progress import is_main_process
 
 LEVELS = ("debug", "info", "warning", "error")
+T = TypeVar("T")
+
+
+def print_json(result: T) -> T:
+    """Print a result as one JSON line, from the main process only, and return it."""
+    if is_main_process():
+        print(json.dumps(result), flush=True)
+    return result
 
 
 class _Handler(logging.Handler):
@@ -17,7 +27,7 @@ class _Handler(logging.Handler):
         if record.levelno == logging.WARNING:
             text = f"warning: {text}"
         bars = sys.modules.get("tqdm")
-        if bars is not None:  # there may be a bar on the screen: it moves down
+        if bars is not None:  # a bar on the screen moves down
             bars.tqdm.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr)
@@ -28,7 +38,7 @@ class _Handler(logging.Handler):
 def log_to_stderr(level: str) -> Iterator[None]:
     """Show log messages of at least `level`; within another such context, do nothing.
 
-    The bars of other libraries are shown only where ours are.
+    Progress bars of other libraries are shown only where ours are.
     """
     logger = logging.getLogger("carryon")
     if any(isinstance(handler, _Handler) for handler in logger.handlers):
