@@ -27,6 +27,10 @@ DEFAULT = "default"
 """Name of the carry-on of rows for which a call names none."""
 NOBODY = 0
 """Slot of a row without a carry-on."""
+Names = Sequence[str | None] | Tensor | None
+"""Carry-ons of a batch's rows: names or None, or slots [B]. None: the default for all."""
+Alpha = float | Sequence[float] | Tensor | None
+"""Strengths of a batch's rows: one for all, or [B]. None: each carry-on's own."""
 _KEPT_BATCHES = 4  # stacked weights of a batch are kept for its next generation steps
 
 
@@ -127,54 +131,37 @@ class CarryOnSet:
             raise InputError(f"carryons: no carry-on is called {name!r}; loaded are {known}")
         return self._names[name]
 
-    def slots(self, names: Sequence[str | None] | Tensor | None, *, num_rows: int) -> list[int]:
-        """Return the slot of each row of a batch.
-
-        Args:
-            names: a name or None for each row; or slots [B]. None: DEFAULT for every row, or no
-                carry-on if none has that name.
-            num_rows: B.
+    def resolve(
+        self, names: Names, alpha: Alpha, *, num_rows: int
+    ) -> tuple[list[int], list[float]]:
+        """Return the slot and the strength of each row; the strength without a carry-on is 0.
 
         Raises:
-            InputError: not one for each row, or a carry-on that is not loaded.
+            InputError: not one for each row, a carry-on that is not loaded, or alpha out of range.
         """
         if names is None:
-            return [self._names.get(DEFAULT, NOBODY)] * num_rows
-        if isinstance(names, str) or len(names) != num_rows:
+            slots = [self._names.get(DEFAULT, NOBODY)] * num_rows
+        elif isinstance(names, str) or len(names) != num_rows:
             got = repr(names) if isinstance(names, str) else len(names)
             raise InputError(
                 f"carryons: expected a list of one name or None for each of the {num_rows} rows, "
                 f"got {got}"
             )
-        if isinstance(names, Tensor):
-            return [int(slot) for slot in names]
-        return [self.slot(name) for name in names]
-
-    def strengths(
-        self, alpha: float | Sequence[float] | Tensor | None, slots: Sequence[int]
-    ) -> list[float]:
-        """Return alpha of each row, 0 for a row without a carry-on.
-
-        Args:
-            alpha: one for all rows, or one for each. None: each carry-on's own.
-            slots: slots of the rows.
-
-        Raises:
-            InputError: not one for each row, or out of range.
-        """
+        else:
+            rows = names.tolist() if isinstance(names, Tensor) else names
+            slots = [row if isinstance(row, int) else self.slot(row) for row in rows]
         if alpha is None:
             alphas = [1.0 if slot == NOBODY else self._loaded[slot].card.alpha for slot in slots]
-        elif isinstance(alpha, Tensor):
-            alphas = alpha.expand(len(slots)).tolist() if alpha.ndim == 0 else alpha.tolist()
         else:
-            alphas = [alpha] * len(slots) if isinstance(alpha, int | float) else list(alpha)
-        if len(alphas) != len(slots):
+            values = alpha.tolist() if isinstance(alpha, Tensor) else alpha
+            alphas = [values] * num_rows if isinstance(values, int | float) else list(values)
+        if len(alphas) != num_rows:
             raise InputError(
-                f"alpha: expected a number, or one for each of the {len(slots)} rows, "
+                f"alpha: expected a number, or one for each of the {num_rows} rows, "
                 f"got {len(alphas)}"
             )
         checked = [check_alpha(each) for each in alphas]
-        return [0.0 if s == NOBODY else a for s, a in zip(slots, checked, strict=True)]
+        return slots, [0.0 if s == NOBODY else a for s, a in zip(slots, checked, strict=True)]
 
     def modules(
         self, slots: Sequence[int], *, device: torch.device, dtype: torch.dtype

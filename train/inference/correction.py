@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from carryon.cache.errors import InputError
-from carryon.train.inference.adapters import CarryOnSet
+from carryon.train.inference.adapters import Alpha, CarryOnSet, Names
 from carryon.train.modules.carryon import CarryOn, customized_states
 
 
@@ -89,8 +89,8 @@ class Correction:
 
 def get_correction(
     carryons: CarryOnSet,
-    names: Sequence[str | None] | Tensor | None,
-    alpha: float | Sequence[float] | Tensor | None,
+    names: Names,
+    alpha: Alpha,
     *,
     cache: Cache | None,
     num_rows: int,
@@ -101,8 +101,8 @@ def get_correction(
 
     Args:
         carryons: the loaded ones.
-        names: a name or None for each row, or slots [B]; see CarryOnSet.slots.
-        alpha: see CarryOnSet.strengths.
+        names: carry-ons of the rows.
+        alpha: strengths of the rows.
         cache: the cache that the batch continues.
         num_rows: B.
         device: where the base runs.
@@ -112,16 +112,16 @@ def get_correction(
         InputError: not one for each row, an unknown name, alpha out of range, or a cache that is
             static or was started with other carry-ons.
     """
-    slots = carryons.slots(names, num_rows=num_rows)
-    strengths = carryons.strengths(alpha, slots)
+    slots, strengths = carryons.resolve(names, alpha, num_rows=num_rows)
     if not any(strengths):
         return None
     used = tuple(slots[:1] if len(set(slots)) == 1 else slots)
     layers = [] if cache is None else carryon_layers(cache)
     if cache is not None:
         _check_cache(cache, layers, used)
-    modules = layers[0].started_by.modules if layers else None
-    if modules is None:
+    if layers:  # a carry-on of theirs may have been dropped since
+        modules = layers[0].started_by.modules
+    else:
         modules = carryons.modules(used, device=device, dtype=dtype)
     is_one = len(set(strengths)) == 1
     each = strengths[0] if is_one else torch.tensor(strengths, dtype=torch.float32, device=device)

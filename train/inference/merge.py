@@ -55,7 +55,6 @@ def merge(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: expected a new or empty folder, got one that is not empty")
     loaded = load_own_base(card, base, forward=ForwardSettings(device=device), folder=carryon)
-    check_base(card, loaded.identity.to_dict(), where=f"base {loaded.source}")
     module = load_for_base(place, loaded)
     with whole_folder(target) as partial:
         if adapter:
@@ -73,23 +72,31 @@ def merge(
 
 
 def load_own_base(
-    card: CarryOnCard, source: str | Path | None, *, forward: ForwardSettings, folder: str | Path
+    card: CarryOnCard,
+    base: str | Path | Base | None,
+    *,
+    forward: ForwardSettings,
+    folder: str | Path,
 ) -> Base:
-    """Load the base of a carry-on from `source`, or from where it was at extraction.
+    """Return the base of a carry-on: `base`, or for None the one at the place of extraction.
 
     Raises:
         MissingError: no base is there.
+        SettingMismatchError: the carry-on was trained on another base or tokenizer.
     """
-    if source is not None:
-        return load_base(str(source), forward=forward)
-    name, revision = card.base["id"], card.base.get("revision")
-    try:
-        return load_base(f"{name}@{revision}" if revision else name, forward=forward)
-    except MissingError as error:
-        raise MissingError(
-            f"{folder}: the base that it was trained on was not found. Fix: give its place with "
-            f"base. {error}"
-        ) from error
+    if base is None:
+        name, revision = card.base["id"], card.base.get("revision")
+        try:
+            base = load_base(f"{name}@{revision}" if revision else name, forward=forward)
+        except MissingError as error:
+            raise MissingError(
+                f"{folder}: the base that it was trained on was not found. Fix: give its place "
+                f"with base. {error}"
+            ) from error
+    elif not isinstance(base, Base):
+        base = load_base(str(base), forward=forward)
+    check_base(card, base.identity.to_dict(), where=f"base {base.source}")
+    return base
 
 
 def load_for_base(place: Path, base: Base) -> BlocksCarryOn:

@@ -29,15 +29,14 @@ from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings, apply_options
 from carryon.train.config import GenerateSettings
-from carryon.train.inference.adapters import DEFAULT, CarryOnSet
+from carryon.train.inference.adapters import DEFAULT, Alpha, CarryOnSet, Names
 from carryon.train.inference.correction import get_correction
-from carryon.train.inference.generate import answers
+from carryon.train.inference.generate import answer_batch
 from carryon.train.inference.merge import load_for_base, load_own_base, merge_into
 from carryon.train.kinds import get_kind
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import (
     CarryOnCard,
-    check_base,
     locate_carryon,
     read_card,
     write_carryon_files,
@@ -75,9 +74,8 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             InputError: the architecture generates without past_key_values.
         """
         carryons = CarryOnSet(base.identity.to_dict())
-        if (carryon is None) != (card is None):
-            raise InputError("carryon, card: expected both or neither, got one of them")
-        if carryon is not None and card is not None:
+        if carryon is not None:
+            assert card is not None, "expected the card of the carry-on"
             carryons.put(DEFAULT, carryon.state_dict(), card)
         super().__init__(copy.deepcopy(base.model.config))
         accepted = inspect.signature(base.model.forward).parameters
@@ -144,20 +142,20 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             SettingMismatchError: it was trained on another base than `base`.
         """
         names = {item.name for item in fields(ForwardSettings)} & set(options)
-        [forward] = apply_options(
-            {name: options.pop(name) for name in names}, forward or ForwardSettings()
-        )
+        own = {name: options.pop(name) for name in names}
+        [forward] = apply_options(own, forward or ForwardSettings())
         place = locate_carryon(folder, **options)
         card = read_card(place)
-        is_shared = isinstance(base, Base)
-        if not isinstance(base, Base):
-            base = load_own_base(card, base, forward=forward, folder=folder)
-        check_base(card, base.identity.to_dict(), where=f"base {base.source}")
+        loaded = load_own_base(card, base, forward=forward, folder=folder)
         if get_kind(card.settings.get("kind", "bottleneck")).merges:
-            return cls(_merged(place, base, is_shared=is_shared))
-        model = cls(base)
-        model.add_carryon(DEFAULT, place)
-        return model
+            module = load_for_base(place, loaded)
+            if loaded is base:  # others may use it
+                model = copy.deepcopy(loaded.model)
+                loaded = replace(loaded, model=model, architecture=get_architecture(model))
+            return cls(merge_into(loaded, module))
+        customized = cls(loaded)
+        customized.add_carryon(DEFAULT, place)
+        return customized
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the default carry-on in bfloat16, without the base's weights."""
@@ -217,37 +215,44 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
     ) -> Any:  # noqa: ANN401 -- a text for a text, a list for a list
         """Return the text that the model generates after each prompt.
 
+        Sampling restarts from its seed in each batch.
+
         Args:
             prompts: one text, or several; none of them empty.
             settings: length, sampling, chat template. None: the defaults.
-            alpha: strength of the correction; 0 is the base alone. None: the carry-on's own.
-            carryons: for each prompt the name of its carry-on, or None; see `generate`.
-            batch_rows: prompts that are answered together, at most.
-            streamer: receives the tokens of a single prompt as they are generated, as
-                transformers' TextStreamer does.
+            alpha: as in `generate`.
+            carryons: as in `generate`.
+            batch_rows: maximum number of prompts in a batch.
+            streamer: receives the tokens of a single prompt, as TextStreamer of transformers.
             options: fields of `settings` by name, such as `max_new_tokens=50`.
 
         Raises:
-            InputError: an empty prompt, one too long for the base, or alpha out of range.
+            InputError: an empty prompt, one too long for the base, or as in `generate`.
         """
         [settings] = apply_options(options, settings or GenerateSettings())
-        texts = answers(
-            self,
-            [prompts] if isinstance(prompts, str) else prompts,
-            settings=settings,
-            batch_rows=batch_rows,
-            alpha=alpha,
-            carryons=carryons,
-            streamer=streamer,
-        )
-        return texts[0] if isinstance(prompts, str) else texts
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        answers = [""] * len(texts)
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # less padding
+        for first in range(0, len(order), batch_rows):
+            rows = order[first : first + batch_rows]
+            batch = answer_batch(
+                self,
+                [texts[row] for row in rows],
+                settings=settings,
+                carryons=None if carryons is None else [carryons[row] for row in rows],
+                alpha=alpha,
+                streamer=streamer,
+            )
+            for row, text in zip(rows, batch, strict=True):
+                answers[row] = text
+        return answers[0] if isinstance(prompts, str) else answers
 
     def generate(
         self,
         inputs: Tensor | None = None,
         *args: Any,  # noqa: ANN401
-        carryons: Sequence[str | None] | None = None,
-        alpha: float | Sequence[float] | None = None,
+        carryons: Names = None,
+        alpha: Alpha = None,
         **settings: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401 -- token ids, or an output class of transformers
         """Generate token ids, as `generate` of transformers.
@@ -273,8 +278,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
                 f"prompt: expected at most the {self.identity.context_tokens} tokens that the base "
                 f"allows, got {length}"
             )
-        slots = self.carryons.slots(carryons, num_rows=num_rows)
-        strengths = self.carryons.strengths(alpha, slots)
+        slots, strengths = self.carryons.resolve(carryons, alpha, num_rows=num_rows)
         # As tensors, which generation repeats for beams and several sequences of a prompt.
         if any(slots):
             settings["carryons"] = torch.tensor(slots)
@@ -292,8 +296,8 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        carryons: Sequence[str | None] | Tensor | None = None,
-        alpha: float | Sequence[float] | Tensor | None = None,
+        carryons: Names = None,
+        alpha: Alpha = None,
         **inputs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401 -- the output class of the base's architecture
         """Return the output of the base's forward pass, with corrected logits.
@@ -376,12 +380,3 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
     def _can_set_experts_implementation(cls) -> bool:
         """Let transformers switch the base's mixture of experts."""
         return True
-
-
-def _merged(place: Path, base: Base, *, is_shared: bool) -> Base:
-    """Return the base with a `native` or `top` inside; one that others hold too is copied."""
-    module = load_for_base(place, base)
-    if is_shared:
-        model = copy.deepcopy(base.model)
-        base = replace(base, model=model, architecture=get_architecture(model))
-    return merge_into(base, module)
