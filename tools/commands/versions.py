@@ -60,15 +60,14 @@ def _summary(released: Sequence["ReleasedVersion"]) -> str:
 
     first, last = released[0], released[-1]
     losses = [["held-out loss", *(f"increment {each.version}" for each in released)]]
-    losses.append(["base", *map(shown_nll, first.base_loss, first.base_se)])
+    losses.append(["base", *(shown_nll(each["loss"], each["se"]) for each in first.base)])
     costs = [["cost so far", "steps", "tokens", "seconds", "steps from scratch"]]
     for each in released:
         name = f"version {each.version}"
-        losses.append([name, *map(shown_nll, each.held_out_loss, each.held_out_se)])
+        losses.append([name, *(shown_nll(one["loss"], one["se"]) for one in each.held_out)])
         total = (each.total_steps, each.total_tokens, round(each.total_seconds))
         costs.append([name, *(f"{value:,}" for value in (*total, each.from_scratch_steps))])
-    targets = ("unknown" if number is None else f"{number:,}" for number in last.held_out_targets)
-    losses.append(["targets", *targets])
+    losses.append(["targets", *(str(each["targets"] or "unknown") for each in last.held_out)])
     data = [f"increment {each.version}: {' '.join(each.stores)}" for each in released]
     ratio = last.total_steps / last.from_scratch_steps
     return "\n".join(

@@ -74,12 +74,12 @@ class Lineage:
 
     @property
     def store(self) -> Path:
-        """The growing store, unless another is named."""
+        """Folder of the growing store."""
         return self.root / "store"
 
     @property
     def start(self) -> Path:
-        """Folder of the checkpoint that the trunk starts from, if there is a predecessor."""
+        """Folder of the checkpoint that the trunk starts from."""
         return self.root / "start"
 
     def branch_step(self, version: int) -> int:
@@ -121,11 +121,11 @@ def read_lineage(root: str | Path) -> Lineage | None:
             f"{path}: expected {FORMAT} {FORMAT_VERSION}, got {name} {version}. Fix: start another "
             "lineage"
         )
-    increments = [Increment(**each) for each in document.pop("increments")]
+    document["increments"] = [Increment(**each) for each in document["increments"]]
     document["settings"] = with_current_names(document["settings"])
     if "anew_nll" in (before := document["predecessor"] or {}):  # its name in older lineages
         before["from_scratch_nll"] = before.pop("anew_nll")
-    return Lineage(root=folder, increments=increments, **document)
+    return Lineage(root=folder, **document)
 
 
 def open_lineage(root: str | Path) -> Lineage:

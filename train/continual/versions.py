@@ -21,38 +21,35 @@ from carryon.train.optim.lr_paths import Paradigm, path_rate
 from carryon.train.plots import NLL_LABEL, Line, draw, lines, plot_paths
 from carryon.train.trainer.nll import FEW_TARGETS, EvalJob, measure_nlls, null_if_nan, warn_if_few
 
-Measured = dict[str, dict[str, Any]]
-"""A loss for each `VERSION on INCREMENT`, where VERSION may be `base`: nll, se, targets."""
+Loss = dict[str, Any]
+"""A held-out loss: `loss` in nats per target, its standard error `se`, and the number of `targets`
+(None where an older versions.json does not have them)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReleasedVersion:
-    """A released version. Losses are in nats per held-out supervised token, one per increment."""
+    """A released version."""
 
     version: int
     """Counted from 1."""
     carryon: str
-    """Its folder."""
+    """Folder of the carry-on."""
     stores: list[str]
-    """The data that is new in it."""
+    """The new data of this version."""
     steps: int
     """Steps that its weights were trained for."""
     total_steps: int
     """Steps taken for this version and all before it, on the trunk and the branches."""
     total_tokens: int
-    """Tokens trained on for this version and all before it."""
+    """Tokens of those steps."""
     total_seconds: float
-    """Seconds of training for this version and all before it."""
+    """Seconds of those steps."""
     from_scratch_steps: int
     """Steps if this version and each before it were trained from scratch on all data so far."""
-    held_out_loss: list[float]
-    held_out_se: list[float | None]
-    """Standard errors of the losses. None: not known."""
-    held_out_targets: list[int | None]
-    """Supervised tokens that the losses are means of. None: not known."""
-    base_loss: list[float]
-    """Losses of the base alone."""
-    base_se: list[float | None]
+    held_out: list[Loss]
+    """Loss on each increment."""
+    base: list[Loss]
+    """Loss of the base alone on each increment."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -69,7 +66,7 @@ def list_versions(root: str | Path, *, device: str = "auto") -> list[ReleasedVer
     released = lineage.released
     if not released:
         raise MissingError(f"{root}: expected a released version, found none. Fix: carryon update")
-    measured = _measure(lineage, released, device=device)
+    losses = _measure(lineage, released, device=device)
     ends, versions = lineage.ends, []
     steps, tokens, seconds = 0, 0, 0.0
     for number in released:
@@ -77,8 +74,6 @@ def list_versions(root: str | Path, *, device: str = "auto") -> list[ReleasedVer
             steps += report["num_steps"] - first
             tokens += report["num_tokens"]
             seconds += report["train_s"]
-        own = [measured[f"{number} on {on}"] for on in released]
-        base = [measured[f"base on {on}"] for on in released]
         versions.append(
             ReleasedVersion(
                 version=number,
@@ -89,29 +84,27 @@ def list_versions(root: str | Path, *, device: str = "auto") -> list[ReleasedVer
                 total_tokens=tokens,
                 total_seconds=round(seconds, 3),
                 from_scratch_steps=sum(ends[:number]),
-                held_out_loss=[each["nll"] for each in own],
-                held_out_se=[each["se"] for each in own],
-                held_out_targets=[each["targets"] for each in own],
-                base_loss=[each["nll"] for each in base],
-                base_se=[each["se"] for each in base],
+                held_out=[losses[f"{number} on {on}"] for on in released],
+                base=[losses[f"base on {on}"] for on in released],
             )
         )
-    warn_if_few(min(each["targets"] or FEW_TARGETS for each in measured.values()))
+    warn_if_few(min(each["targets"] or FEW_TARGETS for each in losses.values()))
     _plot_losses(versions, lineage.root / "versions.png")
     plot_paths(_rates(lineage, released), lineage.root / "paths.png")
     return versions
 
 
-def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> Measured:
-    """Return the losses of the base and all versions on all increments; measure those missing."""
+def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> dict[str, Loss]:
+    """Return a loss for each `VERSION on INCREMENT` and `base on INCREMENT`, measured if new."""
     path, settings = lineage.root / "versions.json", settings_of(lineage)
-    measured: Measured = {
-        key: value if isinstance(value, dict) else {"nll": value, "se": None, "targets": None}
-        for key, value in (json.loads(path.read_text("ascii")) if path.exists() else {}).items()
+    known = json.loads(path.read_text("ascii")) if path.exists() else {}
+    losses: dict[str, Loss] = {
+        name: loss if isinstance(loss, dict) else {"loss": loss, "se": None, "targets": None}
+        for name, loss in known.items()
     }
     place, chunk = pick_device(device), pick_chunk(settings.loss.chunk_tokens)
     for on in released:
-        new = [number for number in released if f"{number} on {on}" not in measured]
+        new = [number for number in released if f"{number} on {on}" not in losses]
         if not new:
             continue
         data = open_data(lineage.increments[on - 1].stores, settings)
@@ -123,14 +116,14 @@ def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> Measu
             jobs.append(EvalJob(carryon=carryon.to(place), head=head, chunk=chunk, with_base=True))
         nlls = measure_nlls(data.store, data.split.held_out, jobs, stream=data.settings)
         for number, nll in zip(new, nlls, strict=True):
-            measured[f"{number} on {on}"] = _entry(nll.carryon, nll.carryon_se, nll.targets)
-            measured.setdefault(f"base on {on}", _entry(nll.base, nll.base_se, nll.targets))
-        write_json(path, measured)
-    return measured
+            losses[f"{number} on {on}"] = _loss(nll.carryon, nll.carryon_se, nll.targets)
+            losses.setdefault(f"base on {on}", _loss(nll.base, nll.base_se, nll.targets))
+        write_json(path, losses)
+    return losses
 
 
-def _entry(nll: float, se: float, targets: int) -> dict[str, Any]:
-    return {"nll": nll, "se": null_if_nan(se), "targets": targets}
+def _loss(loss: float, se: float, targets: int) -> Loss:
+    return {"loss": loss, "se": null_if_nan(se), "targets": targets}
 
 
 def _reports(lineage: Lineage, version: int) -> list[tuple[dict[str, Any], int]]:
@@ -149,17 +142,13 @@ def _reports(lineage: Lineage, version: int) -> list[tuple[dict[str, Any], int]]
 def _plot_losses(versions: Sequence[ReleasedVersion], path: Path) -> None:
     """Draw the loss on each increment against the version, the base as version 0."""
     numbers = [0, *(each.version for each in versions)]
+    columns = zip(versions[0].base, *(each.held_out for each in versions), strict=True)
     series = [
-        Line(
-            xs=numbers,
-            ys=[versions[0].base_loss[index], *(each.held_out_loss[index] for each in versions)],
-            label=f"held-out samples of increment {increment.version}",
-        )
-        for index, increment in enumerate(versions)
+        Line(xs=numbers, ys=[each["loss"] for each in losses], label=f"on increment {number}")
+        for number, losses in enumerate(columns, 1)
     ]
-    draw(
-        path, lambda axes: lines(axes, series, x_label="version (0: base alone)", y_label=NLL_LABEL)
-    )
+    style = {"x_label": "version (0: base alone)", "y_label": f"held-out loss, {NLL_LABEL}"}
+    draw(path, lambda axes: lines(axes, series, **style))
 
 
 def _rates(lineage: Lineage, released: Sequence[int]) -> dict[str, list[float]]:

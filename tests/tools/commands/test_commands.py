@@ -189,12 +189,12 @@ def test_versions_are_shown_as_a_table_and_as_json_lines(
     first, second = map(json.loads, shown.out.splitlines())
     table = shown.err[shown.err.index("held-out loss  ") :].splitlines()
     assert table[0].split()[2:] == ["increment", "1", "increment", "2"]
-    rows = {"base": first["base_loss"], "version 1": first["held_out_loss"]}
-    rows["version 2"] = second["held_out_loss"]
+    rows = {"base": first["base"], "version 1": first["held_out"]}
+    rows["version 2"] = second["held_out"]
     for line, (name, losses) in zip(table[1:4], rows.items(), strict=True):
         assert line.startswith(name)
-        assert all(f" {loss:.4f}" in line for loss in losses)
-    assert table[4].split() == ["targets", *(f"{each:,}" for each in first["held_out_targets"])]
+        assert all(f" {loss['loss']:.4f} +- {loss['se']:.4f}" in line for loss in losses)
+    assert table[4].split() == ["targets", *(str(loss["targets"]) for loss in first["held_out"])]
     assert table[8].split()[:3] == ["version", "2", f"{second['total_steps']:,}"]
     ratio = second["total_steps"] / second["from_scratch_steps"]
     assert shown.err.splitlines()[-1].endswith(f"a ratio of {ratio:.2f}")

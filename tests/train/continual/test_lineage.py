@@ -188,10 +188,12 @@ def test_versions_are_listed_with_their_cost_and_losses(grown: Lineage) -> None:
     for version in versions:
         index = version.version - 1
         report = json.loads(grown.version(version.version).result.read_text())
-        assert len(version.held_out_loss) == len(version.base_loss) == 3
-        assert version.held_out_loss[index] == pytest.approx(report["carryon_nll"], rel=1e-6)
-        assert version.base_loss[index] == pytest.approx(report["base_nll"], rel=1e-6)
-        assert version.held_out_targets[index] == report["held_out_targets"]
+        assert len(version.held_out) == len(version.base) == 3
+        own, base = version.held_out[index], version.base[index]
+        assert own["loss"] == pytest.approx(report["carryon_nll"], rel=1e-6)
+        assert own["se"] == pytest.approx(report["carryon_nll_se"], rel=1e-6)
+        assert base["loss"] == pytest.approx(report["base_nll"], rel=1e-6)
+        assert own["targets"] == base["targets"] == report["held_out_targets"]
         assert version.from_scratch_steps == sum(grown.ends[: index + 1])
     assert versions[0].total_steps == versions[0].from_scratch_steps == versions[0].steps
     assert versions[2].total_steps == _steps_taken(grown)
@@ -206,8 +208,8 @@ def test_losses_that_were_measured_before_are_kept(grown: Lineage, tmp_path: Pat
 
     versions = list_versions(root, device="cpu")
 
-    assert versions[2].held_out_loss == versions[2].base_loss == [1.0, 1.0, 1.0]
-    assert versions[2].held_out_se == versions[2].held_out_targets == [None, None, None]
+    loss = {"loss": 1.0, "se": None, "targets": None}
+    assert versions[2].held_out == versions[2].base == [loss] * 3
 
 
 @pytest.fixture(scope="module")
