@@ -147,7 +147,10 @@ def _plot_losses(versions: Sequence[ReleasedVersion], path: Path) -> None:
         Line(xs=numbers, ys=[each["loss"] for each in losses], label=f"on increment {number}")
         for number, losses in enumerate(columns, 1)
     ]
-    style = {"x_label": "version (0: base alone)", "y_label": f"held-out loss, {NLL_LABEL}"}
+    style: dict[str, Any] = {
+        "x_label": "version (0: base alone)",
+        "y_label": f"held-out loss, {NLL_LABEL}",
+    }
     draw(path, lambda axes: lines(axes, series, **style))
 
 

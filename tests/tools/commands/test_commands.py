@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from carryon.tools.cli.main import main
+from carryon.train.trainer.nll import shown_nll
 
 # 12 samples of 6 to 28 tokens in units of 64: several units, and a unit with several samples.
 UNIT_TOKENS = 64
@@ -193,7 +194,7 @@ def test_versions_are_shown_as_a_table_and_as_json_lines(
     rows["version 2"] = second["held_out"]
     for line, (name, losses) in zip(table[1:4], rows.items(), strict=True):
         assert line.startswith(name)
-        assert all(f" {loss['loss']:.4f} +- {loss['se']:.4f}" in line for loss in losses)
+        assert all(shown_nll(loss["loss"], loss["se"]) in line for loss in losses)
     assert table[4].split() == ["targets", *(str(loss["targets"]) for loss in first["held_out"])]
     assert table[8].split()[:3] == ["version", "2", f"{second['total_steps']:,}"]
     ratio = second["total_steps"] / second["from_scratch_steps"]
