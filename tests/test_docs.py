@@ -32,7 +32,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MOST_README_LINES = 200
 OF_OTHER_PROGRAMS = {"--nproc-per-node"}
 """Options in the text that are neither ours nor pytest's."""
-PENDING = {"python-api", "store-format"}
+PENDING = {"python-api"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
