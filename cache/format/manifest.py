@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from carryon.cache.errors import DamagedStoreError, MissingError, StoreError
+from carryon.cache.errors import DamagedStoreError, InputError, MissingError, StoreError
 from carryon.cache.files import json_bytes, write_json
 from carryon.cache.format.quantization import STATE_TYPES, STEPS
 from carryon.cache.format.zarr_metadata import copy_path, group_document
@@ -203,6 +203,17 @@ class Manifest:
     def part_of(self, unit: int) -> CorpusPart:
         """Return the part of the corpus that a unit belongs to."""
         return next(part for part in self.parts if unit < part.first_unit + part.num_units)
+
+    def of_part(self, number: int, *, name: str) -> "Manifest":
+        """Return the manifest of a store with only the samples of a part, counted from 1.
+
+        Raises:
+            InputError: the store, called `name`, has no such part.
+        """
+        if not 1 <= number <= len(self.parts):
+            raise InputError(f"{name}: expected a part from 1 to {len(self.parts)}, got {number}")
+        part = replace(self.parts[number - 1], first_unit=0, first_sample=0)
+        return replace(self, parts=[part])
 
     def accepting(self, files: Mapping[str, str]) -> "Manifest":
         """Return a manifest that accepts, for each of `files`, the given digest as well."""

@@ -1,4 +1,4 @@
-"""Opening and reading a store: units and samples as numpy arrays or torch tensors.
+"""Opening and reading a store, or a part of it: numpy arrays or torch tensors.
 
 Opening reads a few small files, whatever the number of tokens: the manifest, the digests of the
 array documents, one listing of the receipts, the probe. A unit is read with one read per tap, and
@@ -8,6 +8,7 @@ numcodecs and google-crc32c; torch, transformers and zarr are imported only by `
 `blocks` and `as_zarr`. Letters: R rows of a unit, D base width, S samples.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from carryon.cache.format.head_arrays import map_head, read_head
 from carryon.cache.format.manifest import Manifest, read_manifest, sha256_hex
 from carryon.cache.format.probe import check_head, check_states, read_probe
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
-from carryon.cache.format.zarr_metadata import TABLE_ROWS, receipt_path
+from carryon.cache.format.zarr_metadata import ROW_ARRAYS, TABLE_ROWS, receipt_path
 from carryon.cache.store.samples import StoredSample, Unit
 from carryon.cache.store.shard_reader import CopyRange, UnitFiles
 from carryon.cache.store.view import StoreLike
@@ -38,7 +39,7 @@ _RECEIPTS = 64
 
 
 class Store(StoreLike):
-    """A store opened for reading; make one with `Store.open`.
+    """A store, or a part of one, opened for reading; make one with `Store.open`.
 
     Example:
         store = Store.open("store")
@@ -47,12 +48,32 @@ class Store(StoreLike):
     """
 
     def __init__(
-        self, root: Path, manifest: Manifest, finished: set[int], *, as_torch: bool = False
+        self,
+        root: Path,
+        manifest: Manifest,
+        with_receipt: set[int],
+        *,
+        part: int | None = None,
+        as_torch: bool = False,
     ) -> None:
-        """Keep what `open` has checked."""
-        self._describe(root, manifest)
-        self.manifest = manifest
-        self.finished_units = finished
+        """Keep what `open` has checked.
+
+        Args:
+            root: folder of the store.
+            manifest: of the whole store.
+            with_receipt: units of the whole store that are finished.
+            part: number of the part to read, counted from 1. None: the whole store.
+            as_torch: read torch tensors.
+        """
+        self._whole = manifest
+        self.manifest = manifest if part is None else manifest.of_part(part, name=str(root))
+        self._describe(root, self.manifest)
+        self.name = str(root) if part is None else f"{root}#{part}"
+        first = manifest.parts[(part or 1) - 1]
+        self._first_unit, self._first_sample = first.first_unit, first.first_sample
+        self.finished_units = {
+            unit for unit in range(self.num_units) if self._first_unit + unit in with_receipt
+        }
         self._as_torch = as_torch
         self._files = UnitFiles(root, manifest)
         self._receipts: Callable[[int, tuple[int, ...]], Receipt] = lru_cache(_RECEIPTS)(
@@ -67,18 +88,21 @@ class Store(StoreLike):
         """Open and check the store at `path`.
 
         Args:
-            path: folder of the store.
+            path: folder of the store. `FOLDER#2` reads only the samples of its second part, the
+                first that was appended. A part has the fingerprint of a store with only its
+                samples: training on it again gives the same bits after the store has grown.
             allow_unfinished: also open a store whose extraction has not ended; only its finished
                 units can be read.
-            as_torch: units and samples are read as torch tensors, bfloat16 states as such.
+            as_torch: read units and samples as torch tensors, bfloat16 states as such.
 
         Raises:
             MissingError: there is no store.
+            InputError: the store has no such part.
             UnfinishedStoreError: units are missing, and `allow_unfinished` is not set.
             DamagedStoreError: documents were changed, or head, norm and states do not belong
                 together (the probe).
         """
-        root = Path(path)
+        root, part = split_name(str(path))
         manifest = read_manifest(root)
         try:
             _check_documents(root, manifest)
@@ -87,31 +111,31 @@ class Store(StoreLike):
             if manifest == before:
                 raise
             _check_documents(root, manifest)  # samples were appended between the two
-        finished = units_with_receipt(root) & set(range(manifest.num_units))
-        missing = manifest.num_units - len(finished)
+        with_receipt = units_with_receipt(root)
+        store = cls(root, manifest, with_receipt, part=part, as_torch=as_torch)
+        missing = store.num_units - len(store.finished_units)
         if missing and not allow_unfinished:
             raise UnfinishedStoreError(
-                f"{root}: {missing} of {manifest.num_units} units are not extracted: run the same "
+                f"{path}: {missing} of {store.num_units} units are not extracted: run the same "
                 "carryon extract again, or open the finished part with allow_unfinished"
             )
-        store = cls(root, manifest, finished, as_torch=as_torch)
-        store._check_probe()
+        store._check_probe(with_receipt)
         return store
 
     @cached_property
     def sample_starts(self) -> NDArray[np.int64]:
         """[S] first row of each sample on the token axis, ascending."""
-        return self.read_table("samples/start")
+        return self._read_table("samples/start") - self._first_unit * self.unit_tokens
 
     @cached_property
     def sample_lengths(self) -> NDArray[np.int32]:
         """[S] tokens of each sample."""
-        return self.read_table("samples/length")
+        return self._read_table("samples/length")
 
     @cached_property
     def sample_held_out(self) -> NDArray[np.uint8]:
         """[S] 1 where the corpus keeps the sample from training."""
-        return self.read_table("samples/held_out")
+        return self._read_table("samples/held_out")
 
     def sample_id(self, sample: int) -> str:
         """Return the id of a sample."""
@@ -120,11 +144,7 @@ class Store(StoreLike):
         return bytes(row.tobytes()).rstrip(b"\0").decode()
 
     def index_of(self, sample_id: str) -> int:
-        """Return the index of the sample with this id, from a scan of all ids.
-
-        Raises:
-            InputError: no sample has it.
-        """
+        """Return the index of the sample with this id, from a scan of all ids."""
         wanted = sample_id.encode()
         for chunk in range(-(-self.num_samples // TABLE_ROWS)):
             rows = self._id_rows(chunk)
@@ -143,29 +163,25 @@ class Store(StoreLike):
             UnfinishedStoreError: the unit has no receipt.
             DamagedStoreError: the receipt was changed, or is another unit's or store's.
         """
+        self._check_unit(unit)
+        number = self._first_unit + unit
         try:
-            stat = (self.root / receipt_path(unit)).stat()
+            stat = (self.root / receipt_path(number)).stat()
         except FileNotFoundError:
-            return read_receipt(self.root, self.manifest, unit)
-        return self._receipts(unit, (stat.st_mtime_ns, stat.st_ino, stat.st_size))
+            return read_receipt(self.root, self._whole, number)
+        return self._receipts(number, (stat.st_mtime_ns, stat.st_ino, stat.st_size))
 
     def read_unit(self, unit: int, *, taps: Sequence[str] | None = None) -> Unit:
         """Read one whole unit."""
-        chosen = self._known_taps(taps)
         self._check_unit(unit)
-        files, receipt = self._files, self.receipt(unit)
         samples = self.unit_samples(unit)
         span = slice(samples.start, samples.stop)
-        all_rows = slice(0, self.unit_tokens)
         read = Unit(
             unit=unit,
             samples=samples,
             starts=self.sample_starts[span] - unit * self.unit_tokens,
             lengths=self.sample_lengths[span],
-            tokens=files.rows("tokens", unit, receipt),
-            loss_mask=files.rows("loss_mask", unit, receipt),
-            char_end=files.rows("char_end", unit, receipt),
-            hidden={tap: files.states(tap, unit, all_rows, receipt) for tap in chosen},
+            **self._read_rows(unit, slice(0, self.unit_tokens), taps),
         )
         return read.as_torch() if self._as_torch else read
 
@@ -178,7 +194,6 @@ class Store(StoreLike):
         stop: int | None = None,
     ) -> StoredSample:
         """Read tokens `start` to `stop` of one sample; only the chunks they lie in are decoded."""
-        chosen = self._known_taps(taps)
         index = self.index_of(sample) if isinstance(sample, str) else sample
         self._check_sample(index)
         length = int(self.sample_lengths[index])
@@ -187,35 +202,35 @@ class Store(StoreLike):
             raise InputError(
                 f"sample {index}: expected tokens between 0 and {length}, got {start} to {stop}"
             )
-        unit = self.unit_of(index)
-        files, receipt = self._files, self.receipt(unit)
-        first = int(self.sample_starts[index]) - unit * self.unit_tokens
-        rows = slice(first + start, first + stop)
-        read = StoredSample(
-            index=index,
-            id=self.sample_id(index),
-            tokens=files.rows("tokens", unit, receipt)[rows],
-            loss_mask=files.rows("loss_mask", unit, receipt)[rows],
-            char_end=files.rows("char_end", unit, receipt)[rows],
-            hidden={tap: files.states(tap, unit, rows, receipt) for tap in chosen},
-        )
+        unit, first = divmod(int(self.sample_starts[index]), self.unit_tokens)
+        rows = self._read_rows(unit, slice(first + start, first + stop), taps)
+        read = StoredSample(index=index, id=self.sample_id(index), **rows)
         return read.as_torch() if self._as_torch else read
+
+    def _read_rows(self, unit: int, rows: slice, taps: Sequence[str] | None) -> dict[str, Any]:
+        taps = self.taps if taps is None else taps
+        self._check_taps(taps)
+        number, receipt = self._first_unit + unit, self.receipt(unit)
+        read: dict[str, Any] = {
+            name: self._files.rows(name, number, receipt)[rows] for name in ROW_ARRAYS
+        }
+        read["hidden"] = {tap: self._files.states(tap, number, rows, receipt) for tap in taps}
+        return read
 
     def copy_states(self, unit: int, tap: str, moves: Sequence[CopyRange]) -> None:
         """Decode rows of a unit's states at a tap straight to where they are wanted."""
-        self._known_taps([tap])
-        self._check_unit(unit)
-        self._files.copy_states(tap, unit, moves, self.receipt(unit))
+        self._check_taps([tap])
+        self._files.copy_states(tap, self._first_unit + unit, moves, self.receipt(unit))
 
     def head(self, *, is_mapped: bool = False) -> Head:
         """Return the base's frozen head and final norm."""
-        return (map_head if is_mapped else read_head)(self.root, self.manifest)
+        return (map_head if is_mapped else read_head)(self.root, self._whole)
 
     def blocks(self) -> "Blocks":
         """Return the base's last blocks; imports torch."""
         from carryon.cache.store.top_blocks import load_blocks
 
-        return load_blocks(self.root, self.manifest)
+        return load_blocks(self.root, self._whole)
 
     def as_zarr(self) -> "zarr.Group":
         """Return the store as a read-only group of zarr-python.
@@ -227,47 +242,56 @@ class Store(StoreLike):
 
         return zarr.open_group(self.root, mode="r")
 
-    def read_table(self, name: str, *, first: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Return rows `first` to `stop` of a table of samples, such as `samples/start`."""
-        stop = self.num_samples if stop is None else stop
+    def _read_table(self, name: str, *, first: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return rows `first` to `stop` (default: all) of a table of samples."""
+        first += self._first_sample
+        stop = self._first_sample + (self.num_samples if stop is None else stop)
+        read = partial(read_array, self.root, name, first=first, stop=stop)
         try:
-            return read_array(self.root, name, first=first, stop=stop, digests=self.manifest.files)
+            return read(digests=self._whole.files)
         except DamagedStoreError:
             now = read_manifest(self.root)
-            if now == self.manifest or not now.is_stage_of(self.manifest):
+            if now == self._whole or not now.is_stage_of(self._whole):
                 raise
-            # Samples were appended since: these rows are the same, their file is another.
-            return read_array(self.root, name, first=first, stop=stop, digests=now.files)
+            return read(digests=now.files)  # samples were appended since; these rows are the same
 
     def _id_rows(self, chunk: int) -> NDArray[np.uint8]:
         """Return the ids of TABLE_ROWS samples; the last ones read are kept."""
         if self._ids is None or self._ids[0] != chunk:
             first = chunk * TABLE_ROWS
             stop = min(first + TABLE_ROWS, self.num_samples)
-            self._ids = chunk, self.read_table("samples/id", first=first, stop=stop)
+            self._ids = chunk, self._read_table("samples/id", first=first, stop=stop)
         return self._ids[1]
 
-    def _known_taps(self, taps: Sequence[str] | None) -> list[str]:
-        for tap in taps or ():
+    def _check_taps(self, taps: Sequence[str]) -> None:
+        for tap in taps:
             if tap not in self.taps:
                 raise InputError(
                     f"{self.root}: tap {tap!r} was not stored: it has {', '.join(self.taps)}"
                 )
-        return self.taps if taps is None else list(taps)
 
-    def _check_probe(self) -> None:
-        probe, name = read_probe(self.root, self.manifest), str(self.root)
-        check_head(probe, read_head(self.root, self.manifest, tokens=probe.top_ids), name=name)
+    def _check_probe(self, with_receipt: set[int]) -> None:
+        manifest, name = self._whole, str(self.root)
+        probe = read_probe(self.root, manifest)
+        check_head(probe, read_head(self.root, manifest, tokens=probe.top_ids), name=name)
         unit = int(probe.rows[0]) // self.unit_tokens
-        if unit not in self.finished_units:
+        if unit not in with_receipt:
             return
-        receipt = self.receipt(unit)
+        receipt = read_receipt(self.root, manifest, unit)
         within = probe.rows - unit * self.unit_tokens
         rows = slice(int(within.min()), int(within.max()) + 1)
         for tap in self.taps:
             stored = self._files.states(tap, unit, rows, receipt)[within - rows.start]
-            error = self.manifest.profile_error.get(tap, {}).get("channel_relative_error", 0.0)
+            error = manifest.profile_error.get(tap, {}).get("channel_relative_error", 0.0)
             check_states(probe, widen(stored), tap=tap, profile_error=error, name=name)
+
+
+def split_name(name: str) -> tuple[Path, int | None]:
+    """Return folder and part number of `FOLDER` or `FOLDER#NUMBER`."""
+    match = re.fullmatch(r"(.+)#(\d+)", name)
+    if match is None or Path(name).exists():
+        return Path(name), None
+    return Path(match[1]), int(match[2])
 
 
 def _read_receipt(root: Path, manifest: Manifest, unit: int, stamp: tuple[int, ...]) -> Receipt:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class StoreLike(Protocol):
     """Samples and their hidden states, by sample and by unit."""
 
+    name: str
+    """Folder, and number of the part; of a mix, the names of its stores."""
     root: Path
     """Folder; of a mix, that of its first store."""
     fingerprint: str
@@ -134,7 +136,7 @@ class StoreLike(Protocol):
     def __repr__(self) -> str:
         """Return path, size, states and base."""
         return (
-            f"<{type(self).__name__} {str(self.root)!r}: {self.num_samples:,} samples, "
+            f"<{type(self).__name__} {self.name!r}: {self.num_samples:,} samples, "
             f"{self.num_tokens:,} tokens in {self.num_units:,} units; taps {' '.join(self.taps)}, "
             f"{self.width} x {self.dtype}; base {self.base.get('id')}>"
         )
@@ -186,7 +188,7 @@ class StoreLike(Protocol):
 
     def _describe(self, root: Path, manifest: Manifest) -> None:
         """Set the attributes that the manifest of a store determines."""
-        self.root = root
+        self.name, self.root = str(root), root
         self.fingerprint, self.samples_digest = manifest.fingerprint, manifest.samples_digest
         self.base, self.num_blocks = manifest.base, manifest.num_blocks
         self.taps, self.width = manifest.taps, manifest.width

@@ -13,7 +13,7 @@ from typing import Any
 
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.format.manifest import read_manifest
-from carryon.cache.store.parts import manifest_of_part, split_name
+from carryon.cache.store.reader import split_name
 from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage_dir import (
     Increment,
@@ -214,7 +214,7 @@ def _unseen(lineage: Lineage, stores: Sequence[str]) -> list[str]:
         folder, chosen = split_name(store)
         manifest = read_manifest(folder)
         for number in [chosen] if chosen else range(1, len(manifest.parts) + 1):
-            part = manifest_of_part(manifest, number, name=str(folder))
+            part = manifest.of_part(number, name=str(folder))
             if part.fingerprint not in seen:
                 seen.add(part.fingerprint)
                 unseen.append(f"{folder.resolve()}#{number}")

@@ -19,7 +19,7 @@ from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
-from carryon.cache.store.parts import open_store
+from carryon.cache.store.reader import Store
 from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage import (
     add_increment,
@@ -164,7 +164,7 @@ def _extract_again(
         The identity of the new base.
     """
     stores = [store for increment in old.increments for store in increment.stores]
-    manifests = [open_store(store).manifest for store in stores]
+    manifests = [Store.open(store).manifest for store in stores]
     first = manifests[0]
     forward = ForwardSettings(device=settings.run.device, attention=first.forward["attention"])
     loaded = load_base(base, forward=forward)
@@ -213,7 +213,7 @@ def _start_from_old(
     """Write the checkpoint that the trunk starts from; return what lineage.json records of it."""
     version = old.released[-1]
     folder = old.version(version).carryon
-    old_store = open_store(old.increments[version - 1].stores[0])
+    old_store = Store.open(old.increments[version - 1].stores[0])
     before, _ = load_carryon(folder, blocks=old_store.blocks)
     carryon = build_carryon(settings.carryon, data.store, seed=settings.optimization.seed)
     kept, fresh = _copy_fitting_(carryon, before)

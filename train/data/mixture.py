@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from carryon.cache.base.lm_head import Head
 from carryon.cache.errors import InputError
 from carryon.cache.format.manifest import digest_of
-from carryon.cache.store.parts import StorePart, open_store
 from carryon.cache.store.reader import Store
 from carryon.cache.store.samples import StoredSample, Unit
 from carryon.cache.store.shard_reader import CopyRange
@@ -30,7 +29,7 @@ from carryon.train.data.split import Split, split_samples
 class _Place:
     """One appearance of a store in a mix."""
 
-    store: Store | StorePart
+    store: Store
     first_unit: int
     first_sample: int
     share: float
@@ -41,7 +40,7 @@ class _Place:
 class MixedStore(StoreLike):
     """Stores of one base, read as one. The id of a sample is FOLDER:ID."""
 
-    def __init__(self, stores: Sequence[Store | StorePart], weights: Sequence[float]) -> None:
+    def __init__(self, stores: Sequence[Store], weights: Sequence[float]) -> None:
         """Lay the stores one after another; nothing is read.
 
         Args:
@@ -60,6 +59,7 @@ class MixedStore(StoreLike):
         self.stores = list(stores)
         self._places = _lay_out(stores, weights)
         self._describe(stores[0].root, stores[0].manifest)
+        self.name = " + ".join(store.name for store in stores)
         self.fingerprint = digest_of(
             {"stores": [store.fingerprint for store in stores], "weights": weights}
         )
@@ -185,7 +185,7 @@ class MixedStore(StoreLike):
         return [place for place in self._places if place.first_sample <= sample][-1]
 
 
-def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store | StorePart | MixedStore:
+def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store | MixedStore:
     """Open and check one store, or several as a mix.
 
     Raises:
@@ -198,7 +198,7 @@ def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store | Store
             f"store: expected each folder once, got {' '.join(paths)}. Fix: --store-weights with 2 "
             "takes a store twice"
         )
-    stores = [open_store(path) for path in paths]
+    stores = [Store.open(path) for path in paths]
     if len(stores) > 1:
         return MixedStore(stores, weights)
     if weights:
@@ -206,7 +206,7 @@ def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store | Store
     return stores[0]
 
 
-def _lay_out(stores: Sequence[Store | StorePart], weights: Sequence[float]) -> list[_Place]:
+def _lay_out(stores: Sequence[Store], weights: Sequence[float]) -> list[_Place]:
     places: list[_Place] = []
     first_unit = first_sample = 0
     for store, weight in zip(stores, weights, strict=True):
@@ -218,7 +218,7 @@ def _lay_out(stores: Sequence[Store | StorePart], weights: Sequence[float]) -> l
     return places
 
 
-def _check_alike(stores: Sequence[Store | StorePart]) -> None:
+def _check_alike(stores: Sequence[Store]) -> None:
     first = _shared_facts(stores[0])
     for store in stores[1:]:
         for name, got in _shared_facts(store).items():
@@ -229,7 +229,7 @@ def _check_alike(stores: Sequence[Store | StorePart]) -> None:
                 )
 
 
-def _shared_facts(store: Store | StorePart) -> dict[str, Any]:
+def _shared_facts(store: Store) -> dict[str, Any]:
     """Return what is the same in all stores of a mix."""
     # Facts and the digests of the arrays: equal heads give equal logits.
     files = {path: d for path, d in store.manifest.files.items() if path.startswith("head/")}

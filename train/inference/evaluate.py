@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError
 from carryon.cache.settings import apply_options
-from carryon.cache.store.parts import StorePart, manifest_of_part, open_store
 from carryon.cache.store.reader import Store
 from carryon.train.config import LossSettings, StreamSettings
 from carryon.train.data.split import split_samples
@@ -112,7 +111,7 @@ def evaluate(
         InputError: an alpha is out of range, the store lacks a tap, or the samples are too few.
     """
     stream, loss = apply_options(options, stream or StreamSettings(), loss or LossSettings())
-    opened = open_store(str(store))
+    opened = Store.open(store)
     module, card = load_carryon(locate_carryon(carryon), blocks=opened.blocks)
     check_base(card, opened.manifest.base, where=store)
     check_taps(opened, stream_taps(module.settings))
@@ -165,7 +164,7 @@ def _choice(jobs: Sequence[EvalJob], nlls: Sequence[Nll]) -> AlphaChoice:
 
 
 def _pick_samples(
-    store: Store | StorePart, card: CarryOnCard, samples: Samples
+    store: Store, card: CarryOnCard, samples: Samples
 ) -> tuple[NDArray[np.int64], Literal["held-out", "all"]]:
     """Return the samples to evaluate on, and which of the two choices they are."""
     trained_on = card.split.get("stores", [card.store_fingerprint])
@@ -181,7 +180,7 @@ def _pick_samples(
     parts = [
         number
         for number in range(1, len(manifest.parts) + 1)
-        if manifest_of_part(manifest, number, name=name).fingerprint in trained_on
+        if manifest.of_part(number, name=name).fingerprint in trained_on
     ]
     if samples == "all" or (samples == "auto" and not parts):
         return np.arange(store.num_samples, dtype=np.int64), "all"

@@ -125,7 +125,7 @@ def test_what_is_not_in_a_mix_is_refused_by_name(folders: tuple[Path, Path]) -> 
 def test_a_mix_says_what_it_is_and_shares_the_head(folders: tuple[Path, Path]) -> None:
     mixed, first = _mix(folders, 1, 1), Store.open(folders[0])
     assert repr(mixed) == (
-        f"<MixedStore {str(folders[0])!r}: 64 samples, {mixed.num_tokens:,} tokens in "
+        f"<MixedStore '{folders[0]} + {folders[1]}': 64 samples, {mixed.num_tokens:,} tokens in "
         f"{mixed.num_units} units; taps final, 16 x bfloat16; base {first.base['id']}>"
     )
     for is_mapped in (False, True):
