@@ -31,17 +31,7 @@ def measure_corpora(
     tokens: int = 120_000,
     held_out_tokens: int = 12_000,
 ) -> None:
-    """Compare methods on each corpus.
-
-    Args:
-        job: input.
-        corpora: names of corpora.
-        methods: names of methods.
-        seconds: budgets.
-        seeds: number of seeds.
-        tokens: training tokens of a corpus.
-        held_out_tokens: held-out tokens of a corpus.
-    """
+    """Compare methods on each corpus."""
     settings = CompareSettings(
         methods=list(methods),
         seconds=list(seconds),

@@ -6,10 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
-from carryon.cache.format.codec import decode_chunk, shard_index
-from carryon.cache.format.zarr_metadata import shard_path
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.job import Job, in_turn
@@ -30,17 +26,7 @@ def measure_decoding(
     unit_tokens: int = 8192,
     rounds: int = 12,
 ) -> None:
-    """Report the speed of reading a unit: of synthetic states in each profile, and of each store.
-
-    Args:
-        job: input.
-        width: channels of the synthetic states.
-        taps: taps of the synthetic states.
-        mean_tokens: mean length of synthetic samples.
-        max_tokens: longest synthetic sample.
-        unit_tokens: rows of a synthetic unit.
-        rounds: reads per median.
-    """
+    """Report the speed of reading a unit: synthetic ones of each profile, and one of each store."""
     states = make_states(
         SYNTHETIC,
         num_samples=max(1, unit_tokens // mean_tokens),  # a unit, or a little more
@@ -65,15 +51,13 @@ def measure_decoding(
 def _decode(name: str, root: Path, *, rounds: int) -> Figure:
     """Read one unit repeatedly, from the page cache, on one core.
 
-    The figure is the speed of `read_unit`: files, checksums, decoding, tokens. The details add CPU
-    time, which excludes other processes, and decoding alone from memory into memory.
+    The figure covers files, checksums, decoding and tokens. A detail is the same by CPU time, which
+    excludes other processes.
     """
     store = Store.open(root, allow_unfinished=True)
     unit, manifest = min(store.finished_units), store.manifest
     row_bytes = store.width * manifest.states_dtype.itemsize
-    tap_bytes = manifest.unit_tokens * row_bytes
-    unit_bytes = tap_bytes * len(store.taps)
-    decode = _first_tap_decoder(store, unit)
+    unit_bytes = manifest.unit_tokens * row_bytes * len(store.taps)
 
     def read() -> None:
         store.read_unit(unit)
@@ -84,8 +68,6 @@ def _decode(name: str, root: Path, *, rounds: int) -> Figure:
             {
                 "read_unit": lambda: unit_bytes / _seconds(read, time.perf_counter) / 1e9,
                 "read_unit_cpu": lambda: unit_bytes / _seconds(read, time.thread_time) / 1e9,
-                "decode_alone": lambda: tap_bytes / _seconds(decode, time.perf_counter) / 1e9,
-                "decode_alone_cpu": lambda: tap_bytes / _seconds(decode, time.thread_time) / 1e9,
             },
             rounds=rounds,
         )
@@ -119,23 +101,6 @@ def one_core() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def _first_tap_decoder(store: Store, unit: int) -> Callable[[], None]:
-    """Return a function that decodes a unit's first tap from a shard in memory."""
-    manifest, tap = store.manifest, store.taps[0]
-    per_chunk = manifest.rows_per_chunk
-    num_chunks = manifest.unit_tokens // per_chunk
-    shard = memoryview((store.root / shard_path(tap, unit)).read_bytes())
-    index = shard_index(shard, num_chunks=num_chunks, name=tap)
-    out = np.zeros((manifest.unit_tokens, store.width), dtype=manifest.states_dtype)
-
-    def decode() -> None:
-        for number, (offset, size) in enumerate(index):
-            rows = out[number * per_chunk : (number + 1) * per_chunk]
-            decode_chunk(shard[offset : offset + size], rows, name=tap)
-
-    return decode
 
 
 def _seconds(work: Callable[[], None], clock: Callable[[], float]) -> float:

@@ -1,4 +1,4 @@
-"""The disk under a measurement: its page cache, a speed limit, the size of a folder."""
+"""The disk under a measurement: a speed limit, the page cache, the size of a folder."""
 
 import os
 import threading
@@ -39,27 +39,6 @@ class SlowDisk:
             begins_at = max(time.perf_counter() - _CREDIT_S, self._is_free_at)
             self._is_free_at = ends_at = begins_at + num_bytes / self._bytes_per_second
         time.sleep(max(0.0, ends_at - time.perf_counter()))
-
-
-def drop_from_memory(folder: Path) -> bool:
-    """Flush the files below `folder` and drop them from the page cache.
-
-    The host of a virtual disk may still cache them: later reads are cold at best.
-
-    Returns:
-        False where the system has no call for it; nothing was done.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(handle)
-    return True
 
 
 def flush(folder: Path) -> None:

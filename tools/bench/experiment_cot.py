@@ -1,21 +1,16 @@
-"""Exact match of generated answers, from a store of worked problems."""
+"""Exact match of generated answers, from a store of problems and bare answers."""
 
 import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from carryon.cache.corpus.records import refuse_shared_texts
 from carryon.cache.files import write_file
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
-from carryon.train.config import (
-    CarryOnSettings,
-    GenerateSettings,
-    OptimizationSettings,
-    TrainSettings,
-)
+from carryon.tools.compare.figure import Figure, print_json
+from carryon.train.config import CarryOnSettings, GenerateSettings, TrainSettings
 
 if TYPE_CHECKING:
     from carryon.train.inference.accuracy import Problem, Score
@@ -24,11 +19,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TARGET = 0.275
-"""Of two-term sums, that a prototype reached."""
+"""Of two-term sums, reached by a prototype."""
 TRAINING_SEED, HELD_OUT_SEED = 1, 1_000_001
 """Problem i of reasoning-gym is drawn from seed + i: the two never meet."""
 _ANSWER_TOKENS = 48
-"""The base wraps its answer into sentences."""
+"""The base answers in sentences."""
 
 
 def experiment_cot(
@@ -46,58 +41,59 @@ def experiment_cot(
 ) -> list[dict[str, Any]]:
     """Teach a base to answer a task of reasoning-gym with a carry-on of one megabyte.
 
-    A bottleneck of two blocks on `final` and the middle layer is trained on problems and their bare
-    answers, with each seed; then it answers other problems. The base is judged generously, by the
-    last number of what it says, the customized model strictly. Everything stays in OUT, and the
-    same command goes on where it was stopped.
+    A bottleneck of two blocks on `final` and the middle layer is trained on problems and bare
+    answers with each seed, and then answers other problems. The base counts as right if the last
+    number of its answer is, the customized model only if the answer is nothing else. The same
+    command resumes.
 
     Example:
         python -m carryon.tools.bench experiment-cot --base demo/base --out cot
 
     Args:
-        base: The base: hub id, folder or .gguf file.
-        out: Folder of the experiment; made if missing.
+        base: Hub id, folder or .gguf file.
+        out: Folder of the experiment.
         task: A task of reasoning-gym, NAME or NAME:SETTING=VALUE,...
-        samples: Problems to train on.
-        num: Problems to answer.
-        seeds: Of first weights and of the order of samples.
+        samples: Training problems.
+        num: Held-out problems.
+        seeds: Seeds of weights and sample order.
         epochs: Passes over the problems.
-        tokens_per_step: Tokens of a step. Only an answer's few tokens are targets, so that small
-            steps, and many of them, are what teaches.
+        tokens_per_step: Tokens of a step. Few of them are targets, so small steps learn more.
         learning_rate: Highest learning rate.
-        keep_seen: Train on problems that stand among the held-out ones too, to see what such a
-            leak is worth: the figure is another, and tells seen and unseen problems apart.
+        keep_seen: Train on held-out problems too, to measure the effect of such a leak. The figure
+            has another name and tells seen and unseen problems apart.
     """
-    from carryon.tools.compare.figure import Figure, print_json
     from carryon.train.inference.accuracy import make_problems
 
     folder = Path(out)
     held_out = make_problems(task, num=num, seed=HELD_OUT_SEED)
     known = {problem.question for problem in held_out}
     problems = make_problems(task, num=samples, seed=TRAINING_SEED)
-    seen = [problem for problem in problems if problem.question in known]
-    train = problems if keep_seen else [x for x in problems if x.question not in known]
-    parts = {"train": train, "held-out": held_out}
-    folder.mkdir(parents=True, exist_ok=True)  # not before the task is known to be one
-    shape = _extract(base, folder, _write_corpus(folder / "corpus.jsonl", parts))
-    optimization = OptimizationSettings(
+    seen = {problem.question for problem in problems} & known if keep_seen else set()
+    train = [x for x in problems if x.question not in known or x.question in seen]
+    halves = {"train": _records("train", train), "held-out": _records("held-out", held_out)}
+    if not keep_seen:
+        refuse_shared_texts(halves["train"], halves["held-out"])
+    lines = [json.dumps(record) + "\n" for half in halves.values() for record in half]
+    write_file(folder / "corpus.jsonl", "".join(lines).encode())
+    shape = _extract(base, folder)
+    settings = TrainSettings(carryon=shape).with_options(
         epochs=epochs, tokens_per_step=tokens_per_step, learning_rate=learning_rate
     )
-    reports = [_train(folder, shape, replace(optimization, seed=seed)) for seed in seeds]
+    reports = [_train(folder, settings, seed) for seed in seeds]
     logger.info(f"answers to {num} problems, from the base and with each carry-on")
-    alone, found = _answer(base, [report.carryon for report in reports], held_out)
+    alone, scores = _answer(base, [report.carryon for report in reports], held_out)
     figure = Figure(
         figure=f"cot.{task.partition(':')[0]}.exact{'_with_seen' if keep_seen else ''}",
-        value=statistics.mean(result.exact for result in found),
+        value=statistics.mean(score.exact for score in scores),
         target=None if keep_seen else TARGET,
         sense="at least",
         unit="of the answers, mean of the seeds",
         details={
-            "seeds": [result.exact for result in found],
+            "seeds": [score.exact for score in scores],
             "base_generous": alone.generous,
             "base_exact": alone.exact,
-            "left_out_as_held_out": len(problems) - len(train),
-            **_apart(held_out, {x.question for x in seen} if keep_seen else set(), found),
+            "dropped_as_held_out": len(problems) - len(train),
+            **_split_scores(held_out, seen, scores),
             "train_s": [report.train_s for report in reports],
             "megabytes": reports[0].carryon_bytes / 1e6,
             "held_out_nll": [report.carryon_nll for report in reports],
@@ -108,84 +104,72 @@ def experiment_cot(
     return [figure.to_dict()]
 
 
-def _apart(
-    problems: Sequence["Problem"], seen: set[str], found: Sequence["Score"]
-) -> dict[str, float]:
-    """Return which part of the answers to seen and to unseen problems is right; {}: none seen."""
+def _split_scores(
+    problems: Sequence["Problem"], seen: set[str], scores: Sequence["Score"]
+) -> Mapping[str, float]:
+    """Return the parts of right answers to seen and to unseen problems; empty without seen ones."""
     from carryon.train.inference.accuracy import is_exact
 
     right: dict[bool, list[bool]] = {True: [], False: []}
-    for score in found:
+    for score in scores:
         for problem, text in zip(problems, score.texts, strict=True):
             right[problem.question in seen].append(is_exact(text, problem.answer))
     if not right[True]:
         return {}
     unseen = {"exact_unseen": statistics.mean(right[False])} if right[False] else {}
     return {
-        "seen_ratio": len(right[True]) / (len(found) * len(problems)),
+        "seen_ratio": len(right[True]) / (len(scores) * len(problems)),
         "exact_seen": statistics.mean(right[True]),
         **unseen,
     }
 
 
-def _write_corpus(path: Path, parts: Mapping[str, Sequence["Problem"]]) -> Path:
-    """Write problems and bare answers as conversations, each marked with its half."""
-    lines = []
-    for split, some in parts.items():
-        for index, problem in enumerate(some):
-            messages = [
+def _records(split: str, problems: Sequence["Problem"]) -> list[dict[str, Any]]:
+    """Return problems and bare answers as conversations of one half."""
+    return [
+        {
+            "id": f"{split}-{index}",
+            "split": split,
+            "messages": [
                 {"role": "user", "content": problem.question},
                 {"role": "assistant", "content": problem.answer},
-            ]
-            lines.append({"id": f"{split}-{index}", "split": split, "messages": messages})
-    write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return path
+            ],
+        }
+        for index, problem in enumerate(problems)
+    ]
 
 
-def _extract(base: str, folder: Path, corpus: Path) -> CarryOnSettings:
-    """Extract the corpus to FOLDER/store; return the shape that is trained from it."""
+def _extract(base: str, folder: Path) -> CarryOnSettings:
+    """Extract the corpus to FOLDER/store; return the shape to train from it."""
+    from carryon.cache import extract
     from carryon.cache.base.model import load_base
-    from carryon.cache.extraction.pipeline import extract
+    from carryon.cache.settings import ForwardSettings
     from carryon.tools.compare.methods import same_size
 
     loaded = load_base(base, forward=ForwardSettings())
     taps = ["final", f"layer.{-(-loaded.identity.num_layers // 2)}"]
-    extract(
-        base=loaded,
-        data=[corpus],
-        out=folder / "store",
-        corpus=CorpusSettings(),
-        store=StoreSettings(taps=taps),
-        forward=ForwardSettings(),
-    )
+    extract(base=loaded, data=[folder / "corpus.jsonl"], out=folder / "store", taps=taps)
     return same_size(CarryOnSettings(), taps=taps, base_width=loaded.identity.width)
 
 
-def _train(
-    folder: Path, shape: CarryOnSettings, optimization: OptimizationSettings
-) -> "TrainReport":
-    from carryon.train.trainer.trainer import train
+def _train(folder: Path, settings: TrainSettings, seed: int) -> "TrainReport":
+    from carryon.train import train
 
-    return train(
-        folder / "store",
-        out=folder / f"seed-{optimization.seed}",
-        settings=TrainSettings(carryon=shape, optimization=optimization),
-    )
+    return train(folder / "store", out=folder / f"seed-{seed}", settings=settings, seed=seed)
 
 
 def _answer(
     base: str, carryons: Sequence[str], problems: Sequence["Problem"]
 ) -> tuple["Score", list["Score"]]:
-    """Return how the base alone answers the problems, and how it does with each carry-on."""
+    """Return the scores of the base alone and with each carry-on."""
     from carryon.train.inference.accuracy import score
     from carryon.train.inference.modeling import CarryOnForCausalLM
 
     settings = GenerateSettings(max_new_tokens=_ANSWER_TOKENS)
-    alone: list[Score] = []
-    found: list[Score] = []
+    scores: list[Score] = []
     for carryon in carryons:
         model = CarryOnForCausalLM.from_pretrained(carryon, base=base)
-        if not alone:
-            alone = [score(model, problems, settings=settings, batch_rows=16, alpha=0.0)]
-        found.append(score(model, problems, settings=settings, batch_rows=16))
-    return alone[0], found
+        if not scores:
+            alone = score(model, problems, settings=settings, batch_rows=16, alpha=0.0)
+        scores.append(score(model, problems, settings=settings, batch_rows=16))
+    return alone, scores

@@ -20,9 +20,9 @@ from carryon.cache.extraction.pilot import make_probe, run_pilot
 from carryon.cache.extraction.plan import describe
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
-from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_writer import UnitInput, read_sample_places, read_unit_input
 from carryon.tools.bench.job import Job, synchronize
+from carryon.tools.bench.states import samples_of
 
 TARGET = 0.97
 
@@ -33,11 +33,6 @@ def measure_extraction(job: Job, *, tokens: int = 24_576, unit_tokens: int = 409
     Each unit is run both ways in turn: the base's decoder over its length-sorted batches alone,
     and `run_units`, which also encodes, writes, syncs and commits. A longer extraction overlaps
     that tail with the next unit's passes, so the measured ratio is a lower bound.
-
-    Args:
-        job: input; the samples are those of the store.
-        tokens: tokens to extract.
-        unit_tokens: tokens of a unit; each unit is one round.
     """
     base, batch_tokens = job.load_base(), ForwardSettings().batch_tokens
     samples = samples_of(job.open_store(), max_tokens=tokens)
@@ -75,28 +70,6 @@ def measure_extraction(job: Job, *, tokens: int = 24_576, unit_tokens: int = 409
         device=str(base.device),
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
     )
-
-
-def samples_of(store: Store, *, max_tokens: int) -> list[Sample]:
-    """Return samples of a store in unit order, up to `max_tokens` tokens; no state is read."""
-    samples: list[Sample] = []
-    num_tokens = 0
-    for unit in store.iter_units(taps=[]):
-        for index in unit.samples:
-            rows = unit.sample(index, sample_id=store.sample_id(index))
-            num_tokens += len(rows.tokens)
-            if samples and num_tokens > max_tokens:
-                return samples
-            samples.append(
-                Sample(
-                    id=str(index),
-                    tokens=rows.tokens,
-                    loss_mask=rows.loss_mask,
-                    char_end=rows.char_end,
-                    is_held_out=False,
-                )
-            )
-    return samples
 
 
 def _plan(root: Path, base: Base, samples: list[Sample], settings: StoreSettings) -> Manifest:

@@ -35,16 +35,7 @@ def measure_sweep(
     taps: int = 4,
     mb_per_second: float = 30.0,
 ) -> None:
-    """Report bytes and time of a sweep against its runs one after another.
-
-    Args:
-        job: input.
-        runs: number of runs.
-        samples: samples of the store, 300 tokens each on average.
-        width: channels of the states.
-        taps: taps of the store.
-        mb_per_second: speed of the disk.
-    """
+    """Report bytes and time of a sweep against its runs one after another."""
     states = make_states(
         "sweep",
         num_samples=samples,

@@ -40,15 +40,7 @@ def measure_lora(
     sampled: int = 2048,
     rounds: int = 5,
 ) -> None:
-    """Report the step speed of a carry-on, exact and sampled, against LoRA and full fine-tuning.
-
-    Args:
-        job: input.
-        steps: steps per round.
-        tokens_per_step: tokens of a step, at most.
-        sampled: negatives of the sampled softmax.
-        rounds: rounds per median.
-    """
+    """Report the step speed of a carry-on, exact and sampled, against LoRA and full fine-tuning."""
     store = job.open_store()
     batches = take_batches(store, tokens_per_step, count=steps, taps=["final"])
     num_tokens = sum(batch.num_tokens for batch in batches)

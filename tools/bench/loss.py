@@ -64,14 +64,6 @@ def measure_loss(
     """Report the speed and errors of the loss, exact and filtered, on synthetic states.
 
     With a store or a base also filtered on real states.
-
-    Args:
-        job: input.
-        tokens: supervised positions of a call.
-        width: channels of the synthetic states.
-        vocabulary: rows of the synthetic head.
-        gradient_filter: probability below which the filter omits a token.
-        rounds: rounds per median.
     """
     synthetic = make_loss_input(positions=tokens, width=width, vocabulary=vocabulary)
     _measure(job, "loss.speed", synthetic, target=LOSS_TARGET, rounds=rounds)

@@ -33,14 +33,7 @@ print(json.dumps(run))
 
 
 def measure_units(job: Job, *, units: int = 20, tokens: int = 400_000, rounds: int = 5) -> None:
-    """Report speed and memory of streaming from a store with 100 times as many units.
-
-    Args:
-        job: input.
-        units: units of the smaller store.
-        tokens: tokens to stream per round.
-        rounds: rounds per median.
-    """
+    """Report speed and memory of streaming from a store with 100 times as many `units`."""
     folders = _make_stores(job, units, (1, TIMES_AS_MANY))
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
 
@@ -66,13 +59,7 @@ def measure_units(job: Job, *, units: int = 20, tokens: int = 400_000, rounds: i
 
 
 def measure_resume(job: Job, *, units: int = 20, rounds: int = 5) -> None:
-    """Report how much later the first batch arrives late in an epoch than at its start.
-
-    Args:
-        job: input.
-        units: a hundredth of the store's units.
-        rounds: rounds per median.
-    """
+    """Report how much later the first batch arrives at 90 % of an epoch than at its start."""
     [folder] = _make_stores(job, units, (TIMES_AS_MANY,)).values()
 
     def first_batch(at: float) -> float:

@@ -61,13 +61,7 @@ def measure_memory(
 ) -> None:
     """Report the peak, the error of the loss against the plain formula, and that of the estimate.
 
-    Args:
-        job: input.
-        width: channels of the base.
-        vocabulary: rows of its head.
-        carryon_width: width of the carry-on; 1,760 gives 100 million weights at width 5,120.
-        tokens: tokens of a micro-batch.
-        steps: optimizer steps.
+    A carry-on of width 1,760 has 100 million weights on a base of width 5,120.
     """
     root = job.work / "store"
     write_large_store(root, width=width, vocab_size=vocabulary, step_tokens=tokens, num_steps=steps)

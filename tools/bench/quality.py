@@ -108,13 +108,7 @@ def measure_presets(job: Job, *, epochs: int = 3) -> None:
 
 
 def measure_sampled(job: Job, *, epochs: int = 3, sampled: int = 2048) -> None:
-    """Train with a sampled softmax and with the exact loss side by side, with three seeds.
-
-    Args:
-        job: input.
-        epochs: of every run.
-        sampled: negatives of a step.
-    """
+    """Train with a sampled softmax and with the exact loss side by side, with three seeds."""
     runs: dict[str, Changes] = {}
     for seed in SEEDS:
         runs |= {

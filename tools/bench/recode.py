@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from carryon.cache.corpus.dataset import Sample
 from carryon.cache.extraction.layout_writer import write_plan
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.format.probe import read_probe
 from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_writer import read_unit_input, write_unit
 from carryon.tools.bench.scratch import profile_error
-from carryon.tools.bench.states import require_exact
+from carryon.tools.bench.states import require_exact, samples_of
 
 
 def recode_store(store: Store, root: Path, *, profile: str) -> Store:
@@ -33,7 +32,7 @@ def recode_store(store: Store, root: Path, *, profile: str) -> Store:
         profile_error=profile_error({tap: bits[1:512] for tap, bits in first.items()}, profile),
         files={},
     )
-    samples, lengths = _samples(store), store.sample_lengths
+    samples, lengths = samples_of(store), store.sample_lengths
     unit_tokens = manifest.unit_tokens
     plan = UnitPlan(
         order=np.arange(store.num_samples),
@@ -54,18 +53,3 @@ def recode_store(store: Store, root: Path, *, profile: str) -> Store:
         )
         write_unit(root, manifest, unit_input, unit.hidden, elapsed_s=0.0)
     return Store.open(root)
-
-
-def _samples(store: Store) -> list[Sample]:
-    return [
-        Sample(
-            id=store.sample_id(sample),
-            tokens=unit.tokens[rows],
-            loss_mask=unit.loss_mask[rows],
-            char_end=unit.char_end[rows],
-            is_held_out=bool(store.sample_held_out[sample]),
-        )
-        for unit in store.iter_units(taps=[])
-        for sample in unit.samples
-        for rows in [unit.rows_of(sample)]
-    ]

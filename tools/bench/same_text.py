@@ -37,16 +37,7 @@ def measure_greedy(
     batch_sizes: tuple[int, ...] = (1, 8),
     carryon_bytes: int = MAX_BYTES,
 ) -> None:
-    """Report the part of prompts with equal text, per batch size, in float32 and the base's type.
-
-    Args:
-        job: input.
-        prompts: number of prompts.
-        prompt_tokens: tokens of a prompt.
-        new_tokens: tokens to generate; each is compared with a recomputation.
-        batch_sizes: rows of a batch.
-        carryon_bytes: size of the carry-on.
-    """
+    """Report the part of prompts with equal text, in float32 and in the base's type."""
     own_base = job.load_base()
     tokens = make_prompts(own_base, job.work, num=prompts, num_tokens=prompt_tokens)
     [(carryon, card)] = make_carryons(own_base, 1, max_bytes=carryon_bytes, tokens=tokens[:1])

@@ -125,6 +125,33 @@ def make_states(
     )
 
 
+def samples_of(store: Store, *, max_tokens: int | None = None) -> list[Sample]:
+    """Return the samples of a store in unit order, without states.
+
+    Args:
+        store: the store.
+        max_tokens: stop before this many tokens. None: all samples.
+    """
+    samples: list[Sample] = []
+    num_tokens = 0
+    for unit in store.iter_units(taps=[]):
+        for index in unit.samples:
+            rows = unit.rows_of(index)
+            num_tokens += rows.stop - rows.start
+            if samples and max_tokens is not None and num_tokens > max_tokens:
+                return samples
+            samples.append(
+                Sample(
+                    id=store.sample_id(index),
+                    tokens=unit.tokens[rows],
+                    loss_mask=unit.loss_mask[rows],
+                    char_end=unit.char_end[rows],
+                    is_held_out=bool(store.sample_held_out[index]),
+                )
+            )
+    return samples
+
+
 def take_states(name: str, store: Store, *, max_tokens: int) -> StateSet:
     """Return the first samples of a store in unit order, up to `max_tokens` tokens.
 

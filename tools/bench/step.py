@@ -25,15 +25,7 @@ _SAMPLE_TOKENS = 256
 def measure_step(
     job: Job, *, tokens: int = 2048, width: int = 576, vocabulary: int = 49_152, rounds: int = 5
 ) -> None:
-    """Report the speed of a step with every other token supervised, against its loss.
-
-    Args:
-        job: input.
-        tokens: supervised positions of a step.
-        width: channels of the states.
-        vocabulary: rows of the head.
-        rounds: rounds per median.
-    """
+    """Report the speed of a step with every other token supervised, against its loss."""
     given = make_loss_input(positions=tokens, width=width, vocabulary=vocabulary)
     settings = OptimizationSettings()
     carryon = build_bottleneck(CarryOnSettings(), base_width=width, seed=0)

@@ -20,7 +20,6 @@ from carryon.tools.bench.disk import (
     SlowDisk,
     bring_into_memory,
     charge_nothing,
-    drop_from_memory,
     flush,
     measure_folder,
 )
@@ -68,18 +67,7 @@ def measure_streaming(
 ) -> None:
     """Report the speed of every layout, on synthetic states and on those of each store.
 
-    Args:
-        job: input; `work` is on the disk that is measured.
-        samples: number of synthetic samples.
-        width: channels of the synthetic states.
-        taps: taps of the synthetic states.
-        mean_tokens: mean length of synthetic samples.
-        max_tokens: longest synthetic sample.
-        unit_tokens: rows of a unit in stores of synthetic states.
-        store_tokens: tokens to stream of each extracted store.
-        threads: numbers of reader threads; the best counts.
-        slow_mb_per_second: speed of the slow disk.
-        rounds: epochs per median.
+    `work` is on the disk to measure; `store_tokens` limits what is streamed of a store.
     """
     peers = list_peers()
     synthetic = make_states(
@@ -133,7 +121,6 @@ def stream_layouts(
     warm = _best_speeds(layouts, threads, charge_nothing, rounds=rounds)
     # One round with the most threads: the disk dominates, equally for all layouts.
     slow = _best_speeds(layouts, [max(threads)], disk.charge, rounds=1)
-    cold = {layout.name: _cold_speed(layout, warm[layout.name].threads) for layout in layouts}
     figures = [
         Figure(
             figure=f"stream.{states.name}.{layout.name}",
@@ -144,7 +131,6 @@ def stream_layouts(
                 **written[layout.name],
                 "role": layout.role,
                 "warm_tokens_per_second": warm[layout.name].tokens_per_second,
-                "cold_tokens_per_second": cold[layout.name],
                 "slow_disk_tokens_per_second": slow[layout.name].tokens_per_second,
                 "threads": warm[layout.name].threads,
                 "slow_disk_threads": slow[layout.name].threads,
@@ -303,9 +289,3 @@ def _best_speeds(
             padded_ratio=1 - runs[0].num_tokens / runs[0].num_rows,
         )
     return best
-
-
-def _cold_speed(layout: Layout, num_threads: int) -> float | None:
-    if not drop_from_memory(layout.folder):
-        return None
-    return layout.run(num_threads, charge_nothing).tokens_per_second

@@ -24,12 +24,6 @@ def measure_write_growth(
     """Report the relative difference in write time between a late and an early unit.
 
     Two stores of the same plan write units in turn, so that other disk traffic affects both.
-
-    Args:
-        job: input; `work` is on the disk that is measured.
-        early_unit: units in the small store before measuring.
-        late_unit: units in the large store before measuring.
-        rounds: units written to each store and timed.
     """
     states = make_states(
         "growth",
