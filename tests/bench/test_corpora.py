@@ -100,25 +100,3 @@ def test_an_unknown_task_leaves_no_folder(tmp_path: Path, tiny_base_folder: Path
     with pytest.raises(InputError, match="expected a task of reasoning-gym"):
         experiment_cot(base=str(tiny_base_folder), out=str(tmp_path / "cot"), task="nosuch")
     assert not (tmp_path / "cot").exists()
-
-
-def test_answers_to_seen_problems_are_counted_apart(
-    store_tmp: Path, tiny_base_folder: Path
-) -> None:
-    [figure] = experiment_cot(
-        base=str(tiny_base_folder),
-        out=str(store_tmp / "cot"),
-        task=SUMS,
-        samples=60,
-        num=20,
-        seeds=[0],
-        epochs=1,
-        keep_seen=True,
-    )
-    halves = questions_of(read_lines(store_tmp / "cot" / "corpus.jsonl"))
-    seen = sum(question in halves["train"] for question in halves["held-out"])
-    assert len(halves["train"]) == 60
-    assert figure["figure"] == "cot.chain_sum.exact_with_seen"
-    assert figure["target"] is None
-    assert figure["seen_ratio"] == seen / 20 > 0
-    assert 0 <= figure["exact_seen"] <= 1

@@ -20,7 +20,6 @@ from carryon.tools.bench.path_plan import (
     Plan,
     plan_paradigms,
     steps_by_formula,
-    trunk_saves,
 )
 from carryon.tools.bench.path_runs import PathRuns, mean_weights
 from carryon.train.config import CarryOnSettings, OptimizationSettings, TrainSettings
@@ -49,19 +48,20 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(make_tiny_store(root / f"{seed}", samples_seed=seed)) for seed in (1, 2)]
 
 
-def _plan(experiment: PathRuns, *schedules: str) -> tuple[Plan, Plan]:
-    lengths = {0: experiment.lengths(0)}
-    optimization = experiment.settings.optimization
-    plan = plan_paradigms(
-        lengths, kinds=PARADIGMS, schedules=schedules, alphas=[0.6], settings=optimization
+def _plan(experiment: PathRuns, *schedules: str) -> Plan:
+    return plan_paradigms(
+        {0: experiment.lengths(0)},
+        kinds=PARADIGMS,
+        schedules=schedules,
+        alphas=[0.6],
+        settings=experiment.settings.optimization,
     )
-    return plan, trunk_saves(lengths, optimization)
 
 
 def _run(root: Path, stores: list[str], *schedules: str) -> PathRuns:
     experiment = PathRuns(root=root, stores=stores, settings=SETTINGS)
     experiment.begin()
-    experiment.run(*_plan(experiment, *schedules))
+    experiment.run(_plan(experiment, *schedules))
     return experiment
 
 
@@ -223,7 +223,7 @@ def test_a_top_is_trained_and_measured_on_the_tap_below_its_blocks(
     ).resolved()
     experiment = PathRuns(root=store_tmp / "out", stores=stores, settings=settings)
     experiment.begin()
-    experiment.run(*_plan(experiment, "cosine"))
+    experiment.run(_plan(experiment, "cosine"))
 
     assert measured
     assert {tuple(taps) for taps in measured} == {("layer.1",)}

@@ -3,7 +3,7 @@
 import json
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,6 @@ def experiment_cot(
     epochs: int = 6,
     tokens_per_step: int = 384,
     learning_rate: float = 2e-3,
-    keep_seen: bool = False,
 ) -> list[dict[str, Any]]:
     """Teach a base to answer a task of reasoning-gym with a carry-on of one megabyte.
 
@@ -59,8 +58,6 @@ def experiment_cot(
         epochs: Passes over the problems.
         tokens_per_step: Tokens of a step. Few of them are targets, so small steps learn more.
         learning_rate: Highest learning rate.
-        keep_seen: Train on held-out problems too, to measure the effect of such a leak. The figure
-            has another name and tells seen and unseen problems apart.
     """
     from carryon.train.inference.accuracy import make_problems
 
@@ -68,11 +65,9 @@ def experiment_cot(
     held_out = make_problems(task, num=num, seed=HELD_OUT_SEED)
     known = {problem.question for problem in held_out}
     problems = make_problems(task, num=samples, seed=TRAINING_SEED)
-    seen = {problem.question for problem in problems} & known if keep_seen else set()
-    train = [x for x in problems if x.question not in known or x.question in seen]
+    train = [problem for problem in problems if problem.question not in known]
     halves = {"train": _records("train", train), "held-out": _records("held-out", held_out)}
-    if not keep_seen:
-        refuse_shared_texts(halves["train"], halves["held-out"])
+    refuse_shared_texts(halves["train"], halves["held-out"])
     lines = [json.dumps(record) + "\n" for half in halves.values() for record in half]
     write_file(folder / "corpus.jsonl", "".join(lines).encode())
     shape = _extract(base, folder)
@@ -83,9 +78,9 @@ def experiment_cot(
     logger.info(f"answers to {num} problems, from the base and with each carry-on")
     alone, scores = _answer(base, [report.carryon for report in reports], held_out)
     figure = Figure(
-        figure=f"cot.{task.partition(':')[0]}.exact{'_with_seen' if keep_seen else ''}",
+        figure=f"cot.{task.partition(':')[0]}.exact",
         value=statistics.mean(score.exact for score in scores),
-        target=None if keep_seen else TARGET,
+        target=TARGET,
         sense="at least",
         unit="of the answers, mean of the seeds",
         details={
@@ -93,7 +88,6 @@ def experiment_cot(
             "base_generous": alone.generous,
             "base_exact": alone.exact,
             "dropped_as_held_out": len(problems) - len(train),
-            **_split_scores(held_out, seen, scores),
             "train_s": [report.train_s for report in reports],
             "megabytes": reports[0].carryon_bytes / 1e6,
             "held_out_nll": [report.carryon_nll for report in reports],
@@ -102,26 +96,6 @@ def experiment_cot(
     )
     print_json(figure)
     return [figure.to_dict()]
-
-
-def _split_scores(
-    problems: Sequence["Problem"], seen: set[str], scores: Sequence["Score"]
-) -> Mapping[str, float]:
-    """Return the parts of right answers to seen and to unseen problems; empty without seen ones."""
-    from carryon.train.inference.accuracy import is_exact
-
-    right: dict[bool, list[bool]] = {True: [], False: []}
-    for score in scores:
-        for problem, text in zip(problems, score.texts, strict=True):
-            right[problem.question in seen].append(is_exact(text, problem.answer))
-    if not right[True]:
-        return {}
-    unseen = {"exact_unseen": statistics.mean(right[False])} if right[False] else {}
-    return {
-        "seen_ratio": len(right[True]) / (len(scores) * len(problems)),
-        "exact_seen": statistics.mean(right[True]),
-        **unseen,
-    }
 
 
 def _records(split: str, problems: Sequence["Problem"]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carryon.cache.errors import InputError
-from carryon.tools.bench.path_plan import ALPHAS, plan_paradigms, trunk_saves
+from carryon.tools.bench.path_plan import ALPHAS, plan_paradigms
 from carryon.tools.compare.figure import print_json
 from carryon.train.config import (
     CarryOnSettings,
@@ -107,7 +107,7 @@ def experiment_paths(
         alphas=alphas or (ALPHAS if study == "alpha" else [0.6]),
         settings=settings.optimization,
     )
-    experiment.run(plan, trunk_saves(lengths, settings.optimization))
+    experiment.run(plan)
     results = read_results(experiment.root)
     write_report(experiment, results, lengths[seeds[0]])
     figures = figures_of(experiment.root.name, results)

@@ -18,7 +18,7 @@ from carryon.train.modules.carryon import build_carryon
 from carryon.train.modules.serialization import save_carryon
 from carryon.train.modules.taps import resolve_taps
 
-TOP_BLOCKS, NATIVE_BLOCKS = 8, 2
+_TOP_BLOCKS, _NATIVE_BLOCKS = 8, 2
 TOKENS_PER_STEP = 512
 _STEPS = 2
 _MAX_TOKENS = 512
@@ -31,7 +31,6 @@ class MergeInput:
     """A store with blocks of its base, and shapes that it can train."""
 
     store: Store
-    top_blocks: int
     tokens_per_step: int
 
     @property
@@ -42,9 +41,9 @@ class MergeInput:
     def shape(self, name: str) -> CarryOnSettings:
         """Return the shape of `native`, `top` or `top-lora`."""
         if name == "native":
-            shape = CarryOnSettings(kind="native", blocks=NATIVE_BLOCKS)
+            shape = CarryOnSettings(kind="native", blocks=_NATIVE_BLOCKS)
         else:
-            blocks = count_top_blocks(self.top_blocks, self.num_layers)
+            blocks = count_top_blocks(self.num_layers)
             rank = RANK if name == "top-lora" else 0
             shape = CarryOnSettings(kind="top", blocks=blocks, lora_rank=rank)
         return resolve_taps(shape, self.num_layers)
@@ -68,9 +67,7 @@ class MergeInput:
         return torch.from_numpy(rows.tokens).long()[None]
 
 
-def open_input(
-    job: Job, *, top_blocks: int = TOP_BLOCKS, tokens_per_step: int = TOKENS_PER_STEP
-) -> MergeInput:
+def open_input(job: Job, *, tokens_per_step: int = TOKENS_PER_STEP) -> MergeInput:
     """Open the given store, or extract one with the taps and blocks that both kinds need.
 
     A given store needs the taps `prenorm` and `layer.(L-k)`, and the last k blocks.
@@ -79,7 +76,7 @@ def open_input(
         store = job.open_store()
     else:
         num_layers = job.load_base().identity.num_layers
-        blocks = count_top_blocks(top_blocks, num_layers)
+        blocks = count_top_blocks(num_layers)
         max_tokens = min(_MAX_TOKENS, tokens_per_step)
         settings = StoreSettings(
             taps=["prenorm", f"layer.{num_layers - blocks}"],
@@ -91,9 +88,9 @@ def open_input(
         store = job.open_store(
             settings, default=PYTHON, num_tokens=num_tokens, max_tokens=max_tokens
         )
-    return MergeInput(store=store, top_blocks=top_blocks, tokens_per_step=tokens_per_step)
+    return MergeInput(store=store, tokens_per_step=tokens_per_step)
 
 
-def count_top_blocks(wanted: int, num_layers: int) -> int:
+def count_top_blocks(num_layers: int) -> int:
     """Return the blocks of a `top` on a base of `num_layers` blocks."""
-    return max(1, min(wanted, num_layers - 1))
+    return max(1, min(_TOP_BLOCKS, num_layers - 1))

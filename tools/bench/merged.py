@@ -5,6 +5,7 @@ are compared in float32. The target is the change that rounding to bfloat16 make
 it: of the logits, and of the weights where a checkpoint is written in bfloat16.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,7 @@ from carryon.cache.optional import require
 from carryon.tools.bench.generate import compare_speeds, generation_speed
 from carryon.tools.bench.job import Job, in_turn, timed
 from carryon.tools.bench.lora import RANK, base_steps, carryon_steps, padded_rows, take_batches
-from carryon.tools.bench.merge_carryons import (
-    TOKENS_PER_STEP,
-    TOP_BLOCKS,
-    MergeInput,
-    open_input,
-)
+from carryon.tools.bench.merge_carryons import TOKENS_PER_STEP, MergeInput, open_input
 from carryon.train.config import rates_of
 from carryon.train.inference.merge import load_for_base, merge
 from carryon.train.inference.modeling import CarryOnForCausalLM
@@ -41,41 +37,30 @@ _PROMPT_TOKENS = 32
 
 def measure_native(job: Job, *, tokens_per_step: int = TOKENS_PER_STEP) -> None:
     """Compare the merged checkpoint of a `native` with the customized model."""
-    given = open_input(job, tokens_per_step=tokens_per_step)
-    carryon = given.train("native", job.work / "native")
-    _report_logits(job, given, "native", carryon, is_adapter=False)
+    _measure_logits(job, open_input(job, tokens_per_step=tokens_per_step), "native")
 
 
-def measure_top(
-    job: Job, *, top_blocks: int = TOP_BLOCKS, tokens_per_step: int = TOKENS_PER_STEP
-) -> None:
+def measure_top(job: Job, *, tokens_per_step: int = TOKENS_PER_STEP) -> None:
     """Compare the merged checkpoint of a `top` with the customized model."""
-    given = open_input(job, top_blocks=top_blocks, tokens_per_step=tokens_per_step)
-    carryon = given.train("top", job.work / "top")
-    _report_logits(job, given, "top", carryon, is_adapter=False)
+    _measure_logits(job, open_input(job, tokens_per_step=tokens_per_step), "top")
 
 
-def measure_adapter(
-    job: Job, *, top_blocks: int = TOP_BLOCKS, tokens_per_step: int = TOKENS_PER_STEP
-) -> None:
+def measure_adapter(job: Job, *, tokens_per_step: int = TOKENS_PER_STEP) -> None:
     """Compare the PEFT adapter of a `top` by LoRA, and its merged checkpoint, in the same way."""
     require("peft", extra="bench", purpose="loading an adapter")
-    given = open_input(job, top_blocks=top_blocks, tokens_per_step=tokens_per_step)
-    carryon = given.train("top-lora", job.work / "top-lora")
-    _report_logits(job, given, "adapter", carryon, is_adapter=True)
-    _report_logits(job, given, "top-lora", carryon, is_adapter=False)
+    given = open_input(job, tokens_per_step=tokens_per_step)
+    _measure_logits(job, given, "top-lora", names=("adapter", "top-lora"))
 
 
 def measure_generation(
     job: Job,
     *,
-    top_blocks: int = TOP_BLOCKS,
     tokens_per_step: int = TOKENS_PER_STEP,
     new_tokens: int = 32,
     rounds: int = 5,
 ) -> None:
     """Report generation speed of the merged checkpoint of a `top` against its base."""
-    given = open_input(job, top_blocks=top_blocks, tokens_per_step=tokens_per_step)
+    given = open_input(job, tokens_per_step=tokens_per_step)
     out = job.work / "merged"
     merge(given.train("top", job.work / "top"), base=job.base, out=out)
     base = job.load_base()
@@ -92,13 +77,12 @@ def measure_generation(
 def measure_speed(
     job: Job,
     *,
-    top_blocks: int = TOP_BLOCKS,
     tokens_per_step: int = TOKENS_PER_STEP,
     steps: int = 2,
     rounds: int = 5,
 ) -> None:
     """Report the step speed of a `top`, trained whole and by LoRA, against LoRA on the base."""
-    given = open_input(job, top_blocks=top_blocks, tokens_per_step=tokens_per_step)
+    given = open_input(job, tokens_per_step=tokens_per_step)
     store, shape = given.store, given.shape("top")
     batches = take_batches(store, tokens_per_step, count=steps, taps=shape.taps)
     device = pick_device("auto")
@@ -127,11 +111,16 @@ def measure_speed(
         )
 
 
+def _measure_logits(job: Job, given: MergeInput, shape: str, *, names: Sequence[str] = ()) -> None:
+    carryon = given.train(shape, job.work / shape)
+    for name in names or (shape,):
+        _report_logits(job, given, name, carryon)
+
+
 @torch.no_grad()
-def _report_logits(
-    job: Job, given: MergeInput, name: str, carryon: Path, *, is_adapter: bool
-) -> None:
+def _report_logits(job: Job, given: MergeInput, name: str, carryon: Path) -> None:
     """Report the largest logit difference to the customized model, as served and as trained."""
+    is_adapter = name == "adapter"
     out = job.work / f"{name}-written"
     merge(carryon, base=job.base, out=out, adapter=is_adapter, device="cpu")
     base = job.load_base(device="cpu", dtype="float32")  # so that only weights can differ

@@ -12,7 +12,7 @@ from fractions import Fraction
 from itertools import accumulate
 
 from carryon.train.config import OptimizationSettings
-from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, Paradigm, branch_point
+from carryon.train.optim.lr_paths import Paradigm, branch_point
 from carryon.train.trainer.segment import Segment
 
 NO_SCHEDULE = "constant"
@@ -73,26 +73,16 @@ class Plan:
     segments: dict[str, PathSegment] = field(default_factory=dict)
     versions: list[PlannedVersion] = field(default_factory=list)
 
-    def saves(self, later: "Plan") -> dict[str, list[int]]:
-        """Return the steps of every segment whose states or cost are needed.
-
-        Args:
-            later: another plan, which will need states of the same segments.
-        """
-        both = (self, later)
-        saves: dict[str, set[int]] = {name: set() for name in self.segments}
-        states = [state for plan in both for each in plan.versions for state in each.states]
-        states += [each.after for plan in both for each in plan.segments.values() if each.after]
-        for plan in both:
-            for version in plan.versions:
-                for name, first, stop in version.paid:
-                    states += [(name, first), (name, stop)]
-        for name, step in states:
-            if name in saves:
-                saves[name].add(step)
+    def saves(self) -> dict[str, list[int]]:
+        """Return the steps of every segment whose states or cost are needed."""
+        states = [state for each in self.versions for state in each.states]
+        states += [each.after for each in self.segments.values() if each.after]
+        for version in self.versions:
+            for name, first, stop in version.paid:
+                states += [(name, first), (name, stop)]
         return {
-            name: sorted(step for step in steps if step > self.segments[name].steps.first)
-            for name, steps in saves.items()
+            name: sorted({step for of, step in states if of == name and step > segment.steps.first})
+            for name, segment in self.segments.items()
         }
 
 
@@ -138,21 +128,6 @@ def plan_paradigms(
                     for alpha in alphas:
                         path.add_decay(kind, alpha)
     return plan
-
-
-def trunk_saves(lengths: Mapping[int, Lengths], settings: OptimizationSettings) -> Plan:
-    """Return the plan whose trunk states later studies need, such as the sweep of alphas.
-
-    A trunk that keeps them is not trained again for another alpha or schedule.
-    """
-    shortest = min(min(steps.alone) for steps in lengths.values())
-    return plan_paradigms(
-        lengths,
-        kinds=("scratch", "switch"),
-        schedules=BRANCH_SCHEDULES,
-        alphas=[alpha for alpha in ALPHAS if round(alpha * shortest) > 1],
-        settings=settings,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

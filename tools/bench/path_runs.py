@@ -82,14 +82,9 @@ class PathRuns:
             so_far=tuple(sum(map(count_steps, epochs)) for epochs in so_far),
         )
 
-    def run(self, plan: Plan, later: Plan) -> None:
-        """Train and measure the versions of a plan that have no result.
-
-        Args:
-            plan: versions to measure.
-            later: a plan whose trunk states are kept too.
-        """
-        saves = plan.saves(later)
+    def run(self, plan: Plan) -> None:
+        """Train and measure the versions of a plan that have no result."""
+        saves = plan.saves()
         while wanted := [each for each in plan.versions if not self.result(each).exists()]:
             if made := [each for each in wanted if self._is_made(each, saves)]:
                 self._measure(made)

@@ -128,7 +128,7 @@ def _count_others(root: Path, stores: Sequence[str], settings: TrainSettings) ->
         alphas=[],
         settings=settings.optimization,
     )
-    experiment.run(plan, plan)
+    experiment.run(plan)
     counts: dict[str, int] = {}
     for path in (root / "results").glob("*.json"):
         result = json.loads(path.read_text(encoding="ascii"))
