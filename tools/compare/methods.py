@@ -66,13 +66,8 @@ class Learner:
         return 2 * sum(weight.numel() for weight in self.weights)
 
 
-def read_samples(samples: Sequence[Sample], states: "Callable[[int], Any] | None" = None) -> Reader:
-    """Return a reader of tokens.
-
-    Args:
-        samples: the data.
-        states: returns the states of a sample by tap. None: batches have none.
-    """
+def read_samples(samples: Sequence[Sample], states: Callable[[int], Any] | None = None) -> Reader:
+    """Return a reader of tokens, and of states if `states` returns those of a sample by tap."""
 
     def read(chosen: NDArray[np.int64]) -> Batch:
         some = [samples[index] for index in chosen.tolist()]

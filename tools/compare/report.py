@@ -2,10 +2,10 @@
 
 import json
 import logging
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from carryon.cache.files import write_file
@@ -53,7 +53,7 @@ def report(folder: Path, rows: Rows) -> list[Figure]:
 
 
 def _nll(rows: Rows) -> float:
-    return statistics.mean(float(row["nll"]) for row in rows)
+    return fmean(float(row["nll"]) for row in rows)
 
 
 def _spread(rows: Rows) -> float:
@@ -111,20 +111,16 @@ def _table(groups: Groups) -> list[tuple[str, ...]]:
             f"{_nll(rows):.4f}",
             f"{_spread(rows):.4f}" if len(rows) > 1 else "",
             f"{rows[0]['ship_bytes'] / 1e6:.2f}",
-            f"{_mean(row['extraction']['seconds'] for row in rows):,.0f}" if has_store else "",
-            f"{_mean(row['tokens'] for row in rows):,.0f}",
-            f"{_mean(row['tokens_per_second'] for row in rows):,.0f}",
+            f"{fmean(row['extraction']['seconds'] for row in rows):,.0f}" if has_store else "",
+            f"{fmean(row['tokens'] for row in rows):,.0f}",
+            f"{fmean(row['tokens_per_second'] for row in rows):,.0f}",
             f"{rows[0]['learning_rate']:g}",
-            f"{_mean(row['peak_bytes'] for row in rows) / 1e6:,.0f}",
+            f"{fmean(row['peak_bytes'] for row in rows) / 1e6:,.0f}",
             " ".join(str(row["seed"]) for row in rows),
         )
         made = {"first": "in this time", "second": "before"}[run] if has_store else "none"
         table.append((method, f"{seconds:g}", made, *cells))
     return table
-
-
-def _mean(values: Iterator[float]) -> float:
-    return statistics.mean(map(float, values))
 
 
 def _notes(groups: Groups) -> Iterator[str]:
@@ -159,7 +155,7 @@ def _differences(groups: Groups) -> Iterator[Figure]:
             gains = {name: values for name, values in gains.items() if values}
             if not gains:
                 continue
-            best = max(gains, key=lambda name: statistics.mean(gains[name]))
+            best = max(gains, key=lambda name: fmean(gains[name]))
             yield Figure(
                 figure=f"compare.{run}_run.{seconds:g}s",
                 value=min(gains[best]),
@@ -167,10 +163,10 @@ def _differences(groups: Groups) -> Iterator[Figure]:
                 unit="nats below LoRA, worst seed",
                 details={
                     "best": best,
-                    "mean": statistics.mean(gains[best]),
+                    "mean": fmean(gains[best]),
                     "seeds": gains[best],
-                    "lora_nll": statistics.mean(lora.values()),
-                    "others": {x: statistics.mean(gains[x]) for x in gains if x != best},
+                    "lora_nll": fmean(lora.values()),
+                    "others": {x: fmean(gains[x]) for x in gains if x != best},
                 },
             )
 
@@ -215,7 +211,7 @@ def _break_even(groups: Groups) -> Iterator[Figure]:
 
 def _seconds_to(rows: Rows, wanted: float) -> float:
     """Return the seconds until a run is at `wanted` or below, the mean over the seeds."""
-    return statistics.mean(
+    return fmean(
         min((x["clock_s"] for x in row["curve"] if x["nll"] <= wanted), default=float("inf"))
         for row in rows
     )
@@ -226,14 +222,14 @@ def _speeds(groups: Groups) -> Iterator[Figure]:
     speeds: dict[str, list[float]] = defaultdict(list)
     for (_, _, method), rows in groups.items():
         speeds[method] += [row["tokens_per_second"] for row in rows]
-    lora = statistics.median(speeds.pop("lora", [float("nan")]))
-    for method, own in speeds.items() if lora == lora else ():
+    lora = median(speeds.pop("lora", [0.0]))
+    for method, own in speeds.items() if lora else ():
         yield Figure(
             figure=f"compare.speed.{method}",
-            value=statistics.median(own) / lora,
+            value=median(own) / lora,
             sense="at least",
             unit="of LoRA's tokens/s",
-            details={"tokens_per_second": statistics.median(own), "lora": lora},
+            details={"tokens_per_second": median(own), "lora": lora},
         )
 
 

@@ -160,7 +160,6 @@ def run_row(setup: Setup, row: Row, *, rate: float, before: int) -> dict[str, An
         "extraction": extraction,
         "ship_bytes": learner.ship_bytes,
         "peak_bytes": peak.bytes - before,
-        "threads": torch.get_num_threads(),
         "core": describe_core(),
         "data": setup.material.facts,
     }
@@ -185,7 +184,6 @@ def _train(
         train, num_samples, seed=row.seed, tokens_per_step=setup.settings.tokens_per_step
     )
     clock_s, tokens, epoch = 0.0, 0, 0
-    losses: list[float] = []
     took: list[float] = []
 
     def evaluation() -> dict[str, Any]:
@@ -204,11 +202,11 @@ def _train(
             middle_s = clock_s + (0.5 * took[-1] if took else 0.0)
             part = min(_PARTS - 1, int(_PARTS * middle_s / budget_s))
             now = learning_rate(part, num_steps=_PARTS, settings=optimization)
-            losses.append(_step(learner, optimizer, read(chosen), rate=now))
+            loss = _step(learner, optimizer, read(chosen), rate=now)
             took.append(time.perf_counter() - started_at)
             clock_s += took[-1]
             tokens += sum(len(train[index].tokens) for index in chosen.tolist())
-            progress.note = f"loss {losses[-1]:.3f}"
+            progress.note = f"loss {loss:.3f}"
             progress.update(took[-1])
             while points and spent_s + clock_s >= points[0]:
                 points.pop(0)
@@ -223,7 +221,6 @@ def _train(
         "steps": len(took),
         "epochs": epoch + 1,
         "tokens_per_second": tokens / clock_s,
-        "losses": losses,
     }
 
 
