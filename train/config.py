@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import yaml
 
+from carryon.cache.errors import InputError
 from carryon.cache.settings import Settings, apply_options, bounded, parse_options
 from carryon.train.kinds import KINDS, get_kind, kind_problem
 
@@ -44,6 +45,25 @@ def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
 def setting_of(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
     """Return a setting of a run or lineage that may be older than the setting."""
     return settings.get(name, LATER_SETTINGS.get(name))
+
+
+def refuse_other_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, name: str) -> None:
+    """Refuse to resume something that was started with another store or setting.
+
+    Raises:
+        InputError: names each setting with both values.
+    """
+    saved = with_current_names(saved)
+    differences = [
+        f"{key} is {saved.get(key)!r} there and {now.get(key)!r} here"
+        for key in sorted(set(saved) | set(now))
+        if setting_of(saved, key) != setting_of(now, key)
+    ]
+    if differences:
+        raise InputError(
+            f"{name}: started with other settings: {'; '.join(differences)}. Fix: give the same "
+            "settings, or start another"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

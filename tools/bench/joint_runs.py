@@ -19,7 +19,7 @@ from carryon.train.config import (
     StreamSettings,
     TrainSettings,
 )
-from carryon.train.trainer.trainer import Job as TrainJob
+from carryon.train.trainer.run import Job as TrainJob
 from carryon.train.trainer.trainer import train_jointly
 
 BYTES_TARGET = 1.0

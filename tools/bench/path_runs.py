@@ -22,15 +22,16 @@ from safetensors.torch import load_file
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.files import write_json
 from carryon.tools.bench.path_plan import Lengths, PathSegment, Plan, PlannedVersion, State
-from carryon.train.config import TrainSettings
+from carryon.train.config import TrainSettings, refuse_other_settings
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.data.sampler import count_steps
 from carryon.train.losses.frozen_head import FrozenHead, place_head
 from carryon.train.modules.carryon import CarryOn, build_carryon
-from carryon.train.trainer.checkpoint import STATE, WEIGHTS, refuse_other_identity
+from carryon.train.trainer.checkpoint import STATE, WEIGHTS
 from carryon.train.trainer.nll import EvalJob, Nll, measure_nlls
+from carryon.train.trainer.run import Job
 from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
-from carryon.train.trainer.trainer import Job, train_segments
+from carryon.train.trainer.trainer import train_segments
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class PathRuns:
         path = self.root / "experiment.json"
         if path.exists():
             begun = json.loads(path.read_text(encoding="ascii"))
-            refuse_other_identity(begun, identity, name=str(self.root))
+            refuse_other_settings(begun, identity, name=str(self.root))
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(path, identity)
 

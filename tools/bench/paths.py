@@ -31,8 +31,8 @@ from carryon.train.config import (
 from carryon.train.continual.lineage import update
 from carryon.train.continual.lineage_dir import Lineage, open_lineage
 from carryon.train.trainer.checkpoint import newest_checkpoint
+from carryon.train.trainer.run import Job as TrainJob
 from carryon.train.trainer.segment import Segment, digest_of_state
-from carryon.train.trainer.trainer import Job as TrainJob
 from carryon.train.trainer.trainer import train_segments
 
 ALPHA = 0.6

@@ -33,9 +33,10 @@ from carryon.train.modules.taps import resolve_taps
 from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, Paradigm, branch_point
 from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.finish import TrainReport
+from carryon.train.trainer.run import Job
 from carryon.train.trainer.run_dir import RunFolder
 from carryon.train.trainer.segment import Segment
-from carryon.train.trainer.trainer import Job, StorePaths, store_paths, train_jointly
+from carryon.train.trainer.trainer import StorePaths, store_paths, train_jointly
 
 logger = logging.getLogger(__name__)
 

@@ -143,6 +143,6 @@ def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
     return corrected
 
 
-def num_parameters(carryon: CarryOn) -> int:
+def num_parameters(carryon: nn.Module) -> int:
     """Return the number of trained values."""
     return sum(weight.numel() for weight in carryon.parameters() if weight.requires_grad)

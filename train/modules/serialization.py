@@ -116,7 +116,8 @@ def write_carryon_files(
     Arguments and result as those of `save_carryon`; `is_synced` as that of `write_file`.
     """
     saved = {
-        name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()
+        name: weight.detach().to("cpu", dtype if weight.is_floating_point() else None).contiguous()
+        for name, weight in weights.items()
     }
     with whole_file(folder / WEIGHTS, is_synced=is_synced) as partial:
         save_file(saved, partial, metadata={"format": "pt"})

@@ -1,10 +1,10 @@
-"""Checkpoints: step folders that are either whole or not there.
+"""Write checkpoints atomically, and load them.
 
-A folder `step-00000120` holds the carry-on's weights and the optimizer's state as safetensors and
-one JSON: the position, what the run has measured so far, and the store and settings it belongs to.
-There is no random state in it: the order is a function of seed and epoch, and so is whatever else
-a step draws. `last.json` and `best.json` beside the folders name the newest of them and the one
-with the best held-out loss, which is kept however old it gets.
+A step folder such as `step-00000120` holds the carry-on's weights and the optimizer state as
+safetensors, and one JSON: position, best evaluation, and the identity of the run. It needs no
+random state: the order of samples, dropout and rounding are functions of seed, epoch and step.
+`last.json` names the newest step folder, `best.json` that of the best held-out loss, which is kept
+however old it gets.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from carryon.cache.errors import InputError
 from carryon.cache.files import recover_folders, whole_folder, write_json
-from carryon.train.config import setting_of, with_current_names
+from carryon.train.config import refuse_other_settings
 from carryon.train.modules.carryon import CarryOn
 
 FORMAT_VERSION = 1
@@ -33,7 +33,7 @@ BEST = "best.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a run has come."""
+    """Position of a run."""
 
     step: int
     """Steps done, of the whole run."""
@@ -42,19 +42,22 @@ class Progress:
     step_in_epoch: int
     """Steps done of that epoch."""
     tokens: int
-    """Tokens trained on, pads not counted."""
+    """Tokens trained on."""
     targets: int
-    """Supervised pairs trained on."""
+    """Targets trained on."""
     elapsed_s: float
-    """Seconds of training, evaluation not counted."""
+    """Seconds of training, without evaluation."""
     wait_s: float
     """Seconds of it spent waiting for data."""
     best_nll: float | None = None
-    """Best held-out loss of the evaluations so far; None: there was none."""
+    """Best held-out loss of the evaluations so far. None: none yet."""
     best_step: int = 0
     """Step of that evaluation."""
     evaluations_since_best: int = 0
     """Evaluations after it."""
+
+
+START = Progress(step=0, epoch=0, step_in_epoch=0, tokens=0, targets=0, elapsed_s=0.0, wait_s=0.0)
 
 
 def save_checkpoint(
@@ -70,11 +73,11 @@ def save_checkpoint(
 
     Args:
         folder: of the run's checkpoints.
-        carryon: whose weights to save, in their own type.
-        optimizer: whose state to save, in its own types.
-        progress: how far the run has come.
-        identity: fingerprint of the store and settings that a resumed run must have too.
-        keep: step folders to leave.
+        carryon: its weights are saved in their own dtype.
+        optimizer: its state is saved in its own dtypes.
+        progress: position of the run.
+        identity: fingerprint of the store and settings that a resumed run must share.
+        keep: newest step folders to keep.
     """
     path = _step_folder(folder, progress.step)
     tensors, numbers = _flatten(optimizer)
@@ -112,7 +115,7 @@ def best_checkpoint(folder: Path, progress: Progress) -> Path | None:
 
 
 def load_weights(path: Path, carryon: CarryOn) -> None:
-    """Put the weights of a step folder into place, and nothing else."""
+    """Load the weights of a step folder, without the optimizer state."""
     carryon.load_state_dict(load_file(path / WEIGHTS))
 
 
@@ -123,48 +126,27 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
 ) -> Progress:
-    """Put the weights and the optimizer's state of a step folder into place.
+    """Load weights and optimizer state of a step folder; returns its position.
 
     Raises:
-        InputError: the folder is of another format, store or setting; names both values.
+        InputError: another format, store or setting; names both values.
     """
     state = json.loads((path / STATE).read_text(encoding="ascii"))
     if state["format_version"] != FORMAT_VERSION:
         raise InputError(
             f"{path}: expected checkpoint format {FORMAT_VERSION}, got {state['format_version']}"
         )
-    refuse_other_identity(state["identity"], identity, name=str(path))
+    refuse_other_settings(state["identity"], identity, name=str(path))
     load_state(path, carryon=carryon, optimizer=optimizer)
     return Progress(**state["progress"])
 
 
 def load_state(path: Path, *, carryon: CarryOn, optimizer: torch.optim.Optimizer) -> None:
-    """Put the weights and the optimizer's state into place, whatever run they are of."""
+    """Load weights and optimizer state of a step folder of any run."""
     state = json.loads((path / STATE).read_text(encoding="ascii"))
     load_weights(path, carryon)
     tensors = load_file(path / OPTIMIZER)
     optimizer.load_state_dict(_unflatten(optimizer, tensors, state["optimizer"]))
-
-
-def refuse_other_identity(
-    found: Mapping[str, Any], expected: Mapping[str, Any], *, name: str
-) -> None:
-    """Refuse to go on with another store or setting.
-
-    Raises:
-        InputError: names each setting with both values.
-    """
-    found = with_current_names(found)
-    differences = [
-        f"{key} is {found.get(key)!r} there and {expected.get(key)!r} here"
-        for key in sorted(set(found) | set(expected))
-        if setting_of(found, key) != setting_of(expected, key)
-    ]
-    if differences:
-        raise InputError(
-            f"{name}: begun with other settings: {'; '.join(differences)}: "
-            "give the same ones, or another --out"
-        )
 
 
 def _name(pointer: Path, path: Path, progress: Progress) -> None:
@@ -202,6 +184,3 @@ def _unflatten(
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-
-
-START = Progress(step=0, epoch=0, step_in_epoch=0, tokens=0, targets=0, elapsed_s=0.0, wait_s=0.0)

@@ -1,8 +1,8 @@
-"""Several processes that train one carry-on, as `torchrun` and `accelerate launch` start them.
+"""Several processes that train one carry-on, started by `torchrun` or `accelerate launch`.
 
-Each takes samples of every batch and sums the gradients of all over all targets, so a step is the
-same, to rounding, whatever the number of processes. The first one alone writes. A single process
-passes through here untouched.
+Each takes samples of every batch, and gradients are summed over all processes: a step is the same,
+up to rounding, for any number of processes. Only the first one writes. A single process passes
+through these functions unchanged.
 """
 
 import os
@@ -16,22 +16,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Processes:
-    """The processes of a run, seen from one of them."""
+    """Rank of this process, and how many there are."""
 
     rank: int
     size: int
 
     @property
     def is_first(self) -> bool:
-        """Whether this one writes."""
+        """Whether this process writes."""
         return self.rank == 0
 
 
 def join_processes(device: str) -> Processes:
-    """Meet the other processes, if the launcher started any.
+    """Join the other processes, if the launcher started any.
 
     Args:
-        device: as in RunSettings; `cpu` makes them talk through gloo.
+        device: as in RunSettings; with `cpu` they communicate through gloo.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
@@ -41,20 +41,20 @@ def join_processes(device: str) -> Processes:
 
 
 def current_processes() -> Processes:
-    """Return this process and how many there are; one, where none have met."""
+    """Return this process and how many have joined; one if none have."""
     if not _are_several():
         return Processes(rank=0, size=1)
     return Processes(rank=dist.get_rank(), size=dist.get_world_size())
 
 
 def wait_for_all() -> None:
-    """Return once every process has come here."""
+    """Return once every process has called this."""
     if _are_several():
         dist.barrier()
 
 
 def sum_gradients_(weights: Iterable[Tensor]) -> None:
-    """Replace each weight's gradient by the sum over all processes, one message for all."""
+    """Replace each weight's gradient by the sum over all processes, in one message."""
     if not _are_several():
         return
     trained = [weight for weight in weights if weight.requires_grad]
@@ -79,12 +79,12 @@ def sum_over_processes(*values: float, device: torch.device) -> list[float]:
 
 
 def gather_lists(values: list[int]) -> list[int]:
-    """Return the values of all processes, sorted, each once."""
+    """Return the distinct values of all processes, sorted."""
     if not _are_several():
         return values
-    found: list[list[int] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, values)
-    return sorted({value for part in found for value in part or []})
+    lists: list[list[int] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return sorted({value for part in lists for value in part or []})
 
 
 def _are_several() -> bool:

@@ -1,10 +1,15 @@
-"""Driving runs: each window of the data is read once, and every run takes its own steps of it.
+"""Take the steps of several runs from one read of the data.
 
-Evaluations are put off until one of the runs concerned is to go on, so that those which fall
-together share one read of the held-out samples.
+Each window is read once, and every run takes its own steps of it. An evaluation waits until one of
+the runs that need it takes its next step: runs at the same place then share one read of the
+held-out samples.
 """
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from carryon.cache.errors import InputError
 from carryon.cache.progress import Progress
@@ -12,54 +17,41 @@ from carryon.train.data.datasets import TrainData
 from carryon.train.data.joint_sampler import JointOrder, join_orders
 from carryon.train.data.loader import Stream, stream_bytes
 from carryon.train.trainer.distributed import Processes, sum_over_processes
-from carryon.train.trainer.interrupt import StopRequest
 from carryon.train.trainer.nll import measure_nlls
 from carryon.train.trainer.run_state import RunState
 
 
-def measure_base(lives: Sequence[RunState]) -> None:
-    """Measure the base for runs that begin: an untrained carry-on is the base."""
-    for group in _by_samples(lives):
+def measure_base(states: Sequence[RunState]) -> None:
+    """Measure the base for new runs: an untrained carry-on is the base."""
+    for group in _by_samples(states):
         run = group[0].run
-        jobs = [live.run.eval_job(with_base=True, with_carryon=False) for live in group]
+        jobs = [state.run.eval_job(with_base=True, with_carryon=False) for state in group]
         nlls = measure_nlls(run.store, run.sampled, jobs, stream=run.data.settings)
-        for live, nll in zip(group, nlls, strict=True):
-            live.record_baseline(nll)
-
-
-def _evaluate(lives: Sequence[RunState]) -> None:
-    """Evaluate the runs that wait for it, those on the same samples in one pass."""
-    for group in _by_samples([live for live in lives if live.awaits_evaluation]):
-        run = group[0].run
-        jobs = [live.run.eval_job(with_base=False, with_carryon=True) for live in group]
-        nlls = measure_nlls(run.store, run.sampled, jobs, stream=run.data.settings)
-        for live, nll in zip(group, nlls, strict=True):
-            live.record_evaluation(nll)
-
-
-def _by_samples(lives: Sequence[RunState]) -> list[list[RunState]]:
-    groups: dict[int, list[RunState]] = {}
-    for live in lives:
-        groups.setdefault(live.run.settings.run.evaluate_tokens, []).append(live)
-    return list(groups.values())
+        for state, nll in zip(group, nlls, strict=True):
+            state.record_baseline(nll)
 
 
 def run_engine(
-    data: TrainData, lives: Sequence[RunState], processes: Processes, stop: StopRequest
+    data: TrainData, states: Sequence[RunState], processes: Processes, stop: threading.Event
 ) -> None:
-    """Take the steps that are left, in their joint order."""
+    """Take the steps that are left, in their joint order.
+
+    Raises:
+        KeyboardInterrupt: `stop` was set; every run has a checkpoint.
+        Exception: of a callback; every run has a checkpoint.
+    """
     order = join_orders(
-        [live.run.windows for live in lives],
-        [live.run.num_steps if live.is_done else live.progress.step for live in lives],
+        [state.run.windows for state in states],
+        [state.run.num_steps if state.is_done else state.progress.step for state in states],
         rank=processes.rank,
         world_size=processes.size,
     )
     if not order.steps:
         return
-    taps = _taps(lives)
-    if len(lives) > 1:
+    taps = list(dict.fromkeys(tap for state in states for tap in state.run.taps))
+    if len(states) > 1:
         _check_memory(data, order, taps)
-    device = lives[0].run.head.device
+    device = states[0].run.head.device
     total = sum(len(step.runs) for step in order.steps)
     stream = Stream(
         data.store,
@@ -74,38 +66,82 @@ def run_engine(
             waited_s = stream.wait_s
             batches = next(steps) if step.has_rows else []
             wait_s = (stream.wait_s - waited_s) / len(step.runs)
-            takers = [lives[run] for run in step.runs]
-            if any(live.awaits_evaluation for live in takers):
-                _evaluate(lives)
-            for live in takers:
-                if live.is_done:
+            takers = [states[run] for run in step.runs]
+            if any(state.awaits_evaluation for state in takers):
+                _evaluate(states)
+            for state in takers:
+                if state.is_done:
                     continue
-                line = live.take_step(batches, wait_s=wait_s)
+                line = state.take_step(batches, wait_s=wait_s)
                 if line is not None:
                     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                     progress.note = f"loss {line['loss']:.4f}, {speed}"
                 progress.update()
             batches = []  # given back before the next window's memory is taken
-            [stops] = sum_over_processes(stop.is_set, device=device)
-            if stops:
-                _stop(lives)
-            if all(live.is_done for live in lives):
+            is_stopped = stop.is_set() or any(state.error for state in states)
+            if sum_over_processes(is_stopped, device=device) != [0]:
+                _stop(states)
+            if all(state.is_done for state in states):
                 break
-        _evaluate(lives)
+        _evaluate(states)
 
 
-def _stop(lives: Sequence[RunState]) -> None:
-    _evaluate(lives)
-    for live in lives:
-        live.save()
-    steps = ", ".join(f"{live.progress.step} of {live.run.num_steps}" for live in lives)
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once.
+
+    Outside the main thread, which alone can catch signals, they act as before.
+    """
+    stop = threading.Event()
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.signal(number, notice) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def raise_callback_errors(states: Sequence[RunState]) -> None:
+    """Raise the first exception of a callback, if there is one."""
+    for state in states:
+        if state.error is not None:
+            raise state.error
+
+
+def _evaluate(states: Sequence[RunState]) -> None:
+    """Evaluate the runs that wait for it, those on the same samples in one pass."""
+    for group in _by_samples([state for state in states if state.awaits_evaluation]):
+        run = group[0].run
+        jobs = [state.run.eval_job(with_base=False, with_carryon=True) for state in group]
+        nlls = measure_nlls(run.store, run.sampled, jobs, stream=run.data.settings)
+        for state, nll in zip(group, nlls, strict=True):
+            state.record_evaluation(nll)
+
+
+def _by_samples(states: Sequence[RunState]) -> list[list[RunState]]:
+    groups: dict[int, list[RunState]] = {}
+    for state in states:
+        groups.setdefault(state.run.settings.run.evaluate_tokens, []).append(state)
+    return list(groups.values())
+
+
+def _stop(states: Sequence[RunState]) -> None:
+    _evaluate(states)
+    for state in states:
+        state.save()
+    raise_callback_errors(states)
+    steps = ", ".join(f"{state.progress.step} of {state.run.num_steps}" for state in states)
     raise KeyboardInterrupt(
-        f"stopped after step {steps}, a checkpoint is written: run the same command to go on"
+        f"stopped after step {steps}; a checkpoint is saved. Run the same command to resume"
     )
-
-
-def _taps(lives: Sequence[RunState]) -> list[str]:
-    return list(dict.fromkeys(tap for live in lives for tap in live.run.taps))
 
 
 def _check_memory(data: TrainData, order: JointOrder, taps: Sequence[str]) -> None:
@@ -114,5 +150,5 @@ def _check_memory(data: TrainData, order: JointOrder, taps: Sequence[str]) -> No
     if needed > limit * 1e9:
         raise InputError(
             f"host_memory_gb: expected {needed / 1e9:.2g} or more for these runs together, got "
-            f"{limit:g}: give that much, or fewer window_units"
+            f"{limit:g}. Fix: raise --host-memory-gb, or lower --window-units"
         )

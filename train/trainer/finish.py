@@ -1,4 +1,4 @@
-"""The end of runs: weights rounded as saved, evaluated, and written with card, plot and report."""
+"""Finish runs: round the weights as saved, evaluate, and write carry-on, card, plot and report."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from carryon.train.trainer.run_state import RunState
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainReport:
-    """The figures of a run; `RUN/result.json` holds them."""
+    """Summary of a finished run; `RUN/result.json` holds it."""
 
     out: str
     """The run folder."""
@@ -35,33 +35,33 @@ class TrainReport:
     num_steps: int
     """Steps taken."""
     num_tokens: int
-    """Tokens trained on, all epochs."""
+    """Tokens trained on, in all epochs."""
     num_targets: int
-    """Supervised tokens trained on, all epochs."""
+    """Targets trained on, in all epochs."""
     train_s: float
     """Seconds of steps, without evaluations and checkpoints."""
     tokens_per_second: float
     """num_tokens / train_s."""
     data_wait_ratio: float
-    """Part of train_s spent waiting for data."""
+    """Fraction of train_s spent waiting for data."""
     held_out_samples: int
-    """Samples kept for evaluation."""
+    """Held-out samples."""
     held_out_targets: int
-    """Their supervised tokens."""
+    """Targets in the held-out samples."""
     base_nll: float
-    """Of the held-out samples, in nats per supervised token."""
+    """Loss of the base on the held-out samples, in nats per target."""
     carryon_nll: float
-    """The same with the carry-on, weights rounded as saved."""
+    """Loss with the carry-on, its weights rounded as saved."""
     base_perplexity: float
     """exp(base_nll)."""
     carryon_perplexity: float
     """exp(carryon_nll)."""
     held_out_contamination: float
-    """Share of the held-out targets whose last 32 tokens stand in the training half too."""
+    """Fraction of the held-out targets whose last 32 tokens also occur in the training half."""
     finished_with_step: int
-    """Step whose weights the carry-on has: the last, or the one with the best held-out loss."""
+    """Step of the carry-on's weights: the last, or that of the best held-out loss."""
     base_nll_se: float | None = None
-    """Standard error of base_nll, clustered by sample (trainer/nll.py has the formula)."""
+    """Standard error of base_nll, clustered by sample; trainer/nll.py has the formula."""
     carryon_nll_se: float | None = None
     """Standard error of carryon_nll."""
     nll_difference_se: float | None = None
@@ -82,38 +82,38 @@ class TrainReport:
         )
 
 
-def finish_runs(lives: Sequence[RunState], processes: Processes) -> list[TrainReport]:
-    """Write the carry-ons of runs whose last step is taken; all evaluated in one pass.
+def finish_runs(states: Sequence[RunState], processes: Processes) -> list[TrainReport]:
+    """Write the carry-ons of runs without steps left, all evaluated in one pass.
 
-    A run is finished once its report is written, which comes last: after a kill before that the
-    same command finishes it from its last checkpoint.
+    The report is written last and marks a run as finished. After a kill before that, the same
+    command finishes the run from its last checkpoint.
     """
-    if not lives:
+    if not states:
         return []
     wait_for_all()  # the first process may still be writing the best checkpoint
-    steps = [_choose_weights(live) for live in lives]
-    for live in lives:
-        _round_(live.run)
-    data = lives[0].run.data
+    steps = [_load_final_weights(state) for state in states]
+    for state in states:
+        _round_(state.run)
+    data = states[0].run.data
     nlls = measure_nlls(
         data.store,
         data.split.held_out,
-        [live.run.eval_job(with_base=True, with_carryon=True) for live in lives],
+        [state.run.eval_job(with_base=True, with_carryon=True) for state in states],
         stream=data.settings,
     )
     reports = []
-    for live, nll, step in zip(lives, nlls, steps, strict=True):
-        live.record_result(nll)
-        reports.append(_report(live, nll, finished_with_step=step))
+    for state, nll, step in zip(states, nlls, steps, strict=True):
+        state.record_result(nll)
+        reports.append(_report(state, nll, finished_with_step=step))
         if processes.is_first:
-            _write(live.run, nll, reports[-1])
+            _write(state.run, nll, reports[-1])
     wait_for_all()
     return reports
 
 
-def _choose_weights(live: RunState) -> int:
-    """Put the weights that the carry-on is to have into place; returns their step."""
-    run, progress = live.run, live.progress
+def _load_final_weights(state: RunState) -> int:
+    """Load the weights that the carry-on ends with; returns their step."""
+    run, progress = state.run, state.progress
     best = best_checkpoint(run.folder.checkpoints, progress)
     if not run.settings.run.finishes_with_best or best is None:
         return progress.step
@@ -123,8 +123,9 @@ def _choose_weights(live: RunState) -> int:
 
 def _round_(run: Run) -> None:
     with torch.no_grad():
-        for weight in run.carryon.state_dict().values():  # what is saved; all else is the base's
-            weight.copy_(weight.to(_saved_dtype(run)))
+        for weight in run.carryon.state_dict().values():
+            if weight.is_floating_point():
+                weight.copy_(weight.to(_saved_dtype(run)))
 
 
 def _saved_dtype(run: Run) -> torch.dtype:
@@ -132,8 +133,7 @@ def _saved_dtype(run: Run) -> torch.dtype:
 
 
 def _write(run: Run, nll: Nll, report: TrainReport) -> None:
-    card = _card(run, nll, report)
-    save_carryon(run.folder.carryon, run.carryon, card, dtype=_saved_dtype(run))
+    save_carryon(run.folder.carryon, run.carryon, _card(run, nll, report), dtype=_saved_dtype(run))
     plot_curves(read_metrics(run.folder.metrics), run.folder.curves)
     write_json(run.folder.result, report.to_dict())
 
@@ -165,8 +165,8 @@ def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:
     )
 
 
-def _report(live: RunState, nll: Nll, *, finished_with_step: int) -> TrainReport:
-    run, progress = live.run, live.progress
+def _report(state: RunState, nll: Nll, *, finished_with_step: int) -> TrainReport:
+    run, progress = state.run, state.progress
     weights = run.carryon.state_dict().values()
     return TrainReport(
         out=str(run.folder.root),
@@ -183,11 +183,11 @@ def _report(live: RunState, nll: Nll, *, finished_with_step: int) -> TrainReport
         held_out_targets=nll.targets,
         base_nll=nll.base,
         carryon_nll=nll.carryon,
-        base_nll_se=null_if_nan(nll.base_se),
-        carryon_nll_se=null_if_nan(nll.carryon_se),
-        nll_difference_se=null_if_nan(nll.difference_se),
         base_perplexity=math.exp(nll.base),
         carryon_perplexity=math.exp(nll.carryon),
         held_out_contamination=round(run.contamination.share, 4),
         finished_with_step=finished_with_step,
+        base_nll_se=null_if_nan(nll.base_se),
+        carryon_nll_se=null_if_nan(nll.carryon_se),
+        nll_difference_se=null_if_nan(nll.difference_se),
     )

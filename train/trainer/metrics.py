@@ -1,7 +1,10 @@
-"""The metrics of a run: JSON lines, one for every few steps and one for each evaluation."""
+"""The metrics of a run: one line for every few steps and for each evaluation.
+
+A line is a JSON object in metrics.jsonl. A tracker and callbacks get the same lines.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,16 @@ from carryon.cache.optional import require
 from carryon.train.trainer.checkpoint import Progress
 from carryon.train.trainer.step import StepFigures
 
+Callback = Callable[[dict[str, Any]], object]
+"""Gets each line of metrics.jsonl."""
+
 
 class Meter:
     """Sums up the steps between two lines of metrics."""
 
-    def __init__(self, since: Progress) -> None:
-        """Begin after the steps that `since` counts."""
-        self._since = since
+    def __init__(self, start: Progress) -> None:
+        """Begin after the steps of `start`."""
+        self._start = start
         self._loss_sum = 0.0
         self._grad_norm = 0.0
 
@@ -26,91 +32,99 @@ class Meter:
         self._grad_norm = max(self._grad_norm, figures.grad_norm)
 
     def line(self, progress: Progress, *, learning_rate: float) -> dict[str, Any]:
-        """Return the metrics of the steps up to `progress`, then begin again there."""
-        since = self._since
-        elapsed_s = max(progress.elapsed_s - since.elapsed_s, 1e-9)
+        """Return the metrics of the steps up to `progress`, and begin again after them."""
+        start = self._start
+        elapsed_s = max(progress.elapsed_s - start.elapsed_s, 1e-9)
         line = {
             "step": progress.step,
             "epoch": progress.epoch,
-            "loss": self._loss_sum / max(1, progress.targets - since.targets),
+            "loss": self._loss_sum / max(1, progress.targets - start.targets),
             "learning_rate": learning_rate,
             "grad_norm": self._grad_norm,
             "tokens": progress.tokens,
             "targets": progress.targets,
-            "tokens_per_second": (progress.tokens - since.tokens) / elapsed_s,
-            "targets_per_second": (progress.targets - since.targets) / elapsed_s,
-            "data_wait_ratio": (progress.wait_s - since.wait_s) / elapsed_s,
+            "tokens_per_second": (progress.tokens - start.tokens) / elapsed_s,
+            "targets_per_second": (progress.targets - start.targets) / elapsed_s,
+            "data_wait_ratio": (progress.wait_s - start.wait_s) / elapsed_s,
             "elapsed_s": progress.elapsed_s,
         }
-        self._since, self._loss_sum, self._grad_norm = progress, 0.0, 0.0
+        self._start, self._loss_sum, self._grad_norm = progress, 0.0, 0.0
         return line
 
 
-def append_metrics(path: Path, line: dict[str, Any]) -> None:
-    """Append one line to `path`; a kill afterwards does not take it back."""
-    append_line(path, line)
+class MetricsLog:
+    """Writes lines of metrics to the file, the tracker and the callbacks of a run."""
+
+    def __init__(self, path: Path, *, tracker: Any, callbacks: Sequence[Callback]) -> None:  # noqa: ANN401
+        """Append to `path`.
+
+        Args:
+            path: of metrics.jsonl.
+            tracker: of accelerate, or None.
+            callbacks: called with each line. The first exception of one is kept in `error`, for
+                the trainer to raise once the run is saved; no callback is called after it.
+        """
+        self.error: Exception | None = None
+        self._path = path
+        self._tracker = tracker
+        self._callbacks = callbacks
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line; a kill afterwards does not lose it."""
+        append_line(self._path, line)
+        if self._tracker is not None:
+            ratios = line.get("tap_ratios", {})
+            values = line | {f"tap_ratio/{tap}": ratio for tap, ratio in ratios.items()}
+            numbers = {key: value for key, value in values.items() if _is_number(value)}
+            self._tracker.log(numbers, step=numbers.pop("step"))
+        for callback in self._callbacks if self.error is None else ():
+            try:
+                callback(dict(line))
+            except Exception as error:
+                self.error = error
+                return
+
+    def close(self) -> None:
+        """Finish the tracker's record."""
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def start_tracker(name: str, *, folder: Path, config: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Return a tracker of accelerate that records the run in `folder`; None for the name `none`.
+
+    Raises:
+        MissingExtraError: the tracker's package is not installed.
+    """
+    if name == "none":
+        return None
+    require(name, extra=name, purpose=f"the tracker {name}")
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's trackers ask it which process writes
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    place = {"logging_dir": folder} if kind.requires_logging_directory else {}
+    tracker = kind(name if place else folder.name, **place)
+    if hasattr(tracker, "start"):
+        tracker.start()
+    tracker.store_init_configuration(
+        {key: value if _is_number(value) else str(value) for key, value in config.items()}
+    )
+    return tracker
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of `path`; a last line that a kill cut short is left out."""
+    """Return the lines of a metrics.jsonl, without one cut off by a kill."""
     return read_lines(path)
 
 
 def rewind_metrics(path: Path, *, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run will write again."""
+    """Drop the lines after `step`, which a resumed run writes again."""
     if path.exists():
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        kept = [line for line in read_lines(path) if line["step"] <= step]
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("ascii"))
-
-
-MODULES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
-"""Tracker -> the module that it needs; each is an extra of its own name."""
-
-
-class Tracker:
-    """Passes lines of metrics on; the tracker `none` passes nothing."""
-
-    def __init__(self, name: str, *, folder: Path, config: Mapping[str, Any]) -> None:
-        """Begin a record of the run in `folder`.
-
-        Args:
-            name: as in RunSettings.
-            folder: of the run.
-            config: every setting, flat.
-
-        Raises:
-            MissingExtraError: the tracker's package is not installed.
-        """
-        self._tracker: Any = None
-        if name == "none":
-            return
-        require(MODULES[name], extra=name, purpose=f"the tracker {name}")
-        from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        PartialState()  # accelerate's trackers ask it which process writes
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        place = {"logging_dir": folder} if kind.requires_logging_directory else {}
-        self._tracker = kind(name if place else folder.name, **place)
-        if hasattr(self._tracker, "start"):
-            self._tracker.start()
-        self._tracker.store_init_configuration(
-            {
-                key: value if isinstance(value, (int, float)) else str(value)
-                for key, value in config.items()
-            }
-        )
-
-    def log(self, line: Mapping[str, Any]) -> None:
-        """Pass on the numbers of a line of `metrics.jsonl`."""
-        if self._tracker is None:
-            return
-        values = {key: value for key, value in line.items() if isinstance(value, (int, float))}
-        shares = line.get("tap_ratios", {})
-        values |= {f"tap_ratio/{tap}": share for tap, share in shares.items()}
-        self._tracker.log(values, step=values.pop("step"))
-
-    def close(self) -> None:
-        """End the record."""
-        if self._tracker is not None:
-            self._tracker.finish()

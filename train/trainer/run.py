@@ -1,64 +1,105 @@
-"""A prepared run: all that stays the same from its first step to its last."""
+"""A prepared run: everything that stays the same from its first step to its last."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.store.view import StoreLike
-from carryon.train.config import (
-    LossSettings,
-    TrainSettings,
-)
+from carryon.train.config import CarryOnSettings, LossSettings, TrainSettings
 from carryon.train.data.contamination import Contamination
 from carryon.train.data.datasets import TrainData
 from carryon.train.data.sampler import Window, count_steps
 from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_softmax import place_training_head
-from carryon.train.modules.carryon import CarryOn, build_carryon
+from carryon.train.modules.carryon import CarryOn, as_carryon, build_carryon, num_parameters
 from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
+from carryon.train.trainer.metrics import Callback
 from carryon.train.trainer.nll import EvalJob
-from carryon.train.trainer.run_dir import RunFolder
+from carryon.train.trainer.run_dir import RunFolder, run_identity
 from carryon.train.trainer.segment import Segment, cut_epochs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A run to train."""
+
+    out: str
+    """The run folder."""
+    settings: TrainSettings
+    segment: Segment | None = None
+    """Steps of the order of the data to take, and the state to start from. None: all, from a new
+    carry-on."""
+    module: nn.Module | None = None
+    """The module to train. None: one of the kind that the settings name."""
+    callbacks: Sequence[Callback] = ()
+
+    def resolved(self, data: TrainData) -> "Job":
+        """Return the job with settings that fit the data and the module; see TrainData.resolve."""
+        settings = self.settings
+        if self.module is not None:
+            shape = getattr(self.module, "settings", None)
+            if not isinstance(shape, CarryOnSettings) or shape.kind == "custom":
+                shape = replace(settings.carryon, kind="custom")
+            as_carryon(self.module, shape).settings = shape
+            settings = replace(settings, carryon=shape)
+        return replace(self, settings=data.resolve(settings))
+
+    def identity(self, data: TrainData) -> dict[str, Any]:
+        """Return what decides the result of a resolved job."""
+        config = self.settings.to_flat() | {"window_units": data.settings.window_units}
+        if self.segment is not None:
+            config |= self.segment.identity()
+        if self.module is not None:
+            name, size = type(self.module).__qualname__, num_parameters(self.module)
+            config["module"] = f"{name} of {size:,} trained values"
+        run = self.settings.run
+        return run_identity(
+            store_fingerprint=data.store.fingerprint,
+            config=config,
+            is_decided_by_evaluations=run.finishes_with_best or run.patience > 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What the steps of a run work with."""
+    """What the steps of a run use."""
 
     settings: TrainSettings
     folder: RunFolder
     identity: dict[str, Any]
-    """Store and settings that a resumed run must have too."""
+    """Store and settings that a resumed run must share."""
     data: TrainData
     contamination: Contamination
-    """Of the halves of the data."""
     epochs: list[list[Window]]
     """The order of every epoch."""
     carryon: CarryOn
     optimizer: torch.optim.Optimizer
     head: FrozenHead
     chunk: int
-    """Supervised positions whose logits exist at one time."""
+    """Positions whose logits exist at one time."""
     base: BaseStates | None
-    """The base's own states, where the loss compares with them."""
-    segment: Segment | None = None
-    """What it takes of the whole order, and from where. None: all, from the start."""
+    """The base's own states, if the loss compares with them."""
+    segment: Segment | None
+    callbacks: Sequence[Callback]
 
     @property
     def taps(self) -> list[str]:
-        """What must be read for a step."""
-        also = [] if self.base is None else [self.base.tap]
-        return list(dict.fromkeys([*stream_taps(self.settings.carryon), *also]))
+        """Taps to read for a step."""
+        base_taps = [] if self.base is None else [self.base.tap]
+        return list(dict.fromkeys([*stream_taps(self.settings.carryon), *base_taps]))
 
     @property
     def store(self) -> StoreLike:
-        """Where the data is."""
+        """The store, or several read as one."""
         return self.data.store
 
     @property
@@ -68,7 +109,7 @@ class Run:
 
     @property
     def windows(self) -> list[Window]:
-        """The whole run, from the first epoch to the last."""
+        """The order of the whole run."""
         return [window for windows in self.epochs for window in windows]
 
     @property
@@ -79,7 +120,7 @@ class Run:
         return held_out[: max(1, int((tokens <= self.settings.run.evaluate_tokens).sum()))]
 
     def eval_job(self, *, with_base: bool, with_carryon: bool) -> EvalJob:
-        """Return what an evaluation measures of this run."""
+        """Return what an evaluation of this run measures."""
         return EvalJob(
             carryon=self.carryon if with_carryon else None,
             head=self.head,
@@ -89,48 +130,48 @@ class Run:
 
 
 def prepare_run(
-    settings: TrainSettings,
+    job: Job,
     data: TrainData,
     *,
-    folder: RunFolder,
     identity: dict[str, Any],
     contamination: Contamination,
     heads: dict[LossSettings, FrozenHead],
-    segment: Segment | None = None,
 ) -> Run:
-    """Plan the order, build the untrained carry-on and load the head; nothing is written.
+    """Plan the order, build the untrained carry-on and load the LM head; nothing is written.
 
     Args:
-        settings: of the run, resolved by `TrainData.resolve`.
-        data: what it is trained on.
-        folder: of the run.
-        identity: see `run_identity`.
+        job: with resolved settings.
+        data: to train on.
+        identity: see `Job.identity`.
         contamination: of the halves of the data.
         heads: of runs prepared before, by their settings; this run's is added.
-        segment: what it takes of the whole order. None: all of it.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device does not exist.
     """
+    settings, segment = job.settings, job.segment
     optimization = settings.optimization
     device = pick_device(settings.run.device)
-    if settings.loss not in heads:  # first: it says what becomes of memory that is freed
+    if settings.loss not in heads:  # first: it sets what happens to memory that is freed
         heads[settings.loss] = place_training_head(data.store, settings.loss, device=device)
-    carryon = build_carryon(settings.carryon, data.store, seed=optimization.seed)
+    if job.module is None:
+        carryon = build_carryon(settings.carryon, data.store, seed=optimization.seed)
+    else:
+        carryon = as_carryon(job.module, settings.carryon)
     carryon = apply_memory_settings(carryon.to(device), settings.memory)
+    epochs = data.plan(optimization)
     return Run(
         settings=settings,
-        folder=folder,
+        folder=RunFolder(Path(job.out)),
         identity=identity,
         data=data,
         contamination=contamination,
-        epochs=cut_epochs(data.plan(optimization), segment.stop)
-        if segment
-        else data.plan(optimization),
-        segment=segment,
+        epochs=cut_epochs(epochs, segment.stop) if segment else epochs,
         carryon=carryon,
         optimizer=build_optimizer(carryon, optimization, settings.memory),
         head=heads[settings.loss],
         chunk=pick_chunk(settings.loss.chunk_tokens),
         base=get_base_states(data.store, device=device) if settings.loss.kl_weight else None,
+        segment=segment,
+        callbacks=job.callbacks,
     )

@@ -1,4 +1,4 @@
-"""A run while it is trained: its position, its steps, and what follows a step."""
+"""A run in progress: its position, its steps, and what follows a step."""
 
 import sys
 import time
@@ -24,7 +24,7 @@ from carryon.train.trainer.checkpoint import (
     save_checkpoint,
 )
 from carryon.train.trainer.distributed import Processes
-from carryon.train.trainer.metrics import Meter, Tracker, append_metrics, rewind_metrics
+from carryon.train.trainer.metrics import Meter, MetricsLog, rewind_metrics, start_tracker
 from carryon.train.trainer.nll import Nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import record_session
@@ -32,22 +32,21 @@ from carryon.train.trainer.segment import progress_at
 from carryon.train.trainer.step import NotFiniteError, take_step
 
 NAMED_SAMPLES = 5
-"""Samples that an error names, at most."""
+"""Maximum samples that an error names."""
 
 
 class RunState:
     """A run at its present step.
 
-    After a step that is followed by an evaluation `awaits_evaluation` is set, and the next step
-    must not be taken before `record_evaluation`: so that several runs can be evaluated together.
+    `awaits_evaluation` is set after a step that an evaluation follows. The next step must not be
+    taken before `record_evaluation`: several runs are evaluated together.
     """
 
     def __init__(self, run: Run, processes: Processes) -> None:
-        """Go on from the newest checkpoint, or stand at the start where there is none."""
+        """Resume from the newest checkpoint, or start if there is none."""
         self.run = run
         self.progress = START
         self.awaits_evaluation = False
-        self._writes = processes.is_first
         self._saved_step = -1
         newest = newest_checkpoint(run.folder.checkpoints)
         if newest is not None:
@@ -60,40 +59,39 @@ class RunState:
             if run.segment.start is not None:
                 load_state(run.segment.start, carryon=run.carryon, optimizer=run.optimizer)
         self.is_new = newest is None
-        """Whether the base is still to be measured."""
+        """Whether the base has not been measured yet."""
         self._meter = Meter(self.progress)
-        self._tracker = Tracker(
-            run.settings.run.tracker if self._writes else "none",
-            folder=run.folder.root,
-            config=run.settings.to_flat(),
-        )
-        if self._writes:
+        self._log: MetricsLog | None = None
+        if processes.is_first:
             rewind_metrics(run.folder.metrics, step=-1 if self.is_new else self.progress.step)
             record_session(run.folder, step=self.progress.step, processes=processes.size)
+            tracker = start_tracker(
+                run.settings.run.tracker, folder=run.folder.root, config=run.settings.to_flat()
+            )
+            self._log = MetricsLog(run.folder.metrics, tracker=tracker, callbacks=run.callbacks)
 
     @property
     def is_done(self) -> bool:
-        """Whether no step is left, or none is worth taking."""
+        """Whether no step is left, or patience has run out."""
         patience = self.run.settings.run.patience
-        has_lost_it = 0 < patience <= self.progress.evaluations_since_best
-        return not self.awaits_evaluation and (
-            has_lost_it or self.progress.step == self.run.num_steps
-        )
+        stops_early = 0 < patience <= self.progress.evaluations_since_best
+        is_last = self.progress.step == self.run.num_steps
+        return not self.awaits_evaluation and (stops_early or is_last)
 
-    def record_baseline(self, nll: Nll) -> None:
-        """Record the base's held-out loss, with which a run begins."""
-        self._note({"step": 0, "epoch": 0, **nll.to_line(of_base=True)})
-        self.is_new = False
+    @property
+    def error(self) -> Exception | None:
+        """The exception of a callback, if one has failed."""
+        return None if self._log is None else self._log.error
 
     def take_step(self, batches: Sequence[Batch], *, wait_s: float) -> dict[str, Any] | None:
         """Take one step; returns its line of metrics, if it has one.
 
         Args:
             batches: of the step.
-            wait_s: seconds that they were waited for.
+            wait_s: seconds spent waiting for them.
 
         Raises:
-            InputError: the loss is no longer finite; names samples.
+            InputError: the loss or gradient is not finite; names samples.
         """
         run, started_at = self.run, time.perf_counter()
         rate = self._rate(self.progress.step)
@@ -114,64 +112,69 @@ class RunState:
             raise self._not_finite(error) from error
         elapsed_s = time.perf_counter() - started_at
         before = self.progress
-        is_end_of_epoch = before.step_in_epoch + 1 == count_steps(run.epochs[before.epoch])
-        self.progress = Progress(
+        ends_epoch = before.step_in_epoch + 1 == count_steps(run.epochs[before.epoch])
+        self.progress = replace(
+            before,
             step=before.step + 1,
-            epoch=before.epoch + is_end_of_epoch,
-            step_in_epoch=0 if is_end_of_epoch else before.step_in_epoch + 1,
+            epoch=before.epoch + ends_epoch,
+            step_in_epoch=0 if ends_epoch else before.step_in_epoch + 1,
             tokens=before.tokens + figures.tokens,
             targets=before.targets + figures.targets,
             elapsed_s=before.elapsed_s + elapsed_s + wait_s,
             wait_s=before.wait_s + wait_s,
-            best_nll=before.best_nll,
-            best_step=before.best_step,
-            evaluations_since_best=before.evaluations_since_best,
         )
         self._meter.add(figures)
         return self._follow_up(batches, rate)
 
+    def record_baseline(self, nll: Nll) -> None:
+        """Record the base's held-out loss, with which a run begins."""
+        self._write({"step": 0, "epoch": 0, **nll.to_line(of_base=True)})
+        self.is_new = False
+
     def record_evaluation(self, nll: Nll) -> None:
         """Record the held-out loss at the present step, and save a checkpoint that holds it."""
-        progress = self.progress
         self.awaits_evaluation = False
-        self._note({"step": progress.step, "epoch": progress.epoch, **nll.to_line()})
-        self.progress = with_evaluation(progress, nll.carryon)
+        self._write({"step": self.progress.step, "epoch": self.progress.epoch, **nll.to_line()})
+        self.progress = with_evaluation(self.progress, nll.carryon)
         self.save()
 
+    def record_result(self, nll: Nll) -> None:
+        """Record the held-out loss of the finished carry-on, and close the log."""
+        self._write({"step": self.progress.step, "epoch": self.progress.epoch, **nll.to_line()})
+        if self._log is not None:
+            self._log.close()
+
     def save(self) -> None:
-        """Save a checkpoint of the present step, unless there is one."""
-        if self._writes and self._saved_step != self.progress.step:
+        """Save a checkpoint of the present step, unless it is saved."""
+        if self._log is not None and self._saved_step != self.progress.step:
+            run = self.run
+            keeps_all = run.segment is not None and run.segment.saves
             save_checkpoint(
-                self.run.folder.checkpoints,
-                carryon=self.run.carryon,
-                optimizer=self.run.optimizer,
+                run.folder.checkpoints,
+                carryon=run.carryon,
+                optimizer=run.optimizer,
                 progress=self.progress,
-                identity=self.run.identity,
-                keep=self._keep(),
+                identity=run.identity,
+                keep=sys.maxsize if keeps_all else run.settings.run.keep_checkpoints,
             )
         self._saved_step = self.progress.step
 
-    def record_result(self, nll: Nll) -> None:
-        """Record the held-out loss of the finished carry-on, and end the records."""
-        self._note({"step": self.progress.step, "epoch": self.progress.epoch, **nll.to_line()})
-        self._tracker.close()
-
     def _follow_up(self, batches: Sequence[Batch], rate: float) -> dict[str, Any] | None:
-        settings, progress = self.run.settings.run, self.progress
+        settings, progress, segment = self.run.settings.run, self.progress, self.run.segment
         is_last = progress.step == self.run.num_steps
-        # The end is evaluated as it is saved, rounded (finish.py), unless it competes for the best.
+        # finish.py evaluates the end as it is saved, rounded, unless it competes for the best.
         self.awaits_evaluation = (
-            settings.finishes_with_best if is_last else _is_turn(settings.evaluate_every, progress)
+            settings.finishes_with_best if is_last else _is_due(settings.evaluate_every, progress)
         )
         is_saved = (
             is_last
-            or _is_turn(settings.checkpoint_every, progress)
-            or (self.run.segment is not None and progress.step in self.run.segment.saves)
+            or _is_due(settings.checkpoint_every, progress)
+            or (segment is not None and progress.step in segment.saves)
         )
         line = None
         if is_saved or self.awaits_evaluation or progress.step % settings.log_every == 0:
             line = self._meter.line(progress, learning_rate=rate) | self._tap_ratios(batches)
-            self._note(line)
+            self._write(line)
         if is_saved and not self.awaits_evaluation:
             self.save()
         return line
@@ -182,23 +185,18 @@ class RunState:
             return {}
         batch = batches[0].to(self.run.head.device)
         with torch.no_grad():
-            shares = carryon.tap_ratios(batch.states).flatten(0, -2).float().mean(dim=0)
-        return {"tap_ratios": dict(zip(taps, shares.tolist(), strict=True))}
+            ratios = carryon.tap_ratios(batch.states).flatten(0, -2).float().mean(dim=0)
+        return {"tap_ratios": dict(zip(taps, ratios.tolist(), strict=True))}
 
-    def _keep(self) -> int:
-        segment = self.run.segment
-        return sys.maxsize if segment and segment.saves else self.run.settings.run.keep_checkpoints
-
-    def _note(self, line: dict[str, Any]) -> None:
-        if self._writes:
-            append_metrics(self.run.folder.metrics, line)
-            self._tracker.log(line)
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(line)
 
     def _rate(self, step: int) -> float:
-        run = self.run
+        run, settings = self.run, self.run.settings.optimization
         if run.segment is not None:
-            return run.segment.rate(step, run.settings.optimization)
-        return learning_rate(step, num_steps=run.num_steps, settings=run.settings.optimization)
+            return run.segment.rate(step, settings)
+        return learning_rate(step, num_steps=run.num_steps, settings=settings)
 
     def _not_finite(self, error: NotFiniteError) -> InputError:
         store, folder = self.run.store, self.run.folder
@@ -208,27 +206,26 @@ class RunState:
         return InputError(
             f"{folder.root}: step {self.progress.step + 1}: expected a finite loss and gradient, "
             f"got nan or infinity in the samples {', '.join(ids)}"
-            f"{f' and {more} more' if more else ''}: look at them, or begin again with a lower "
-            f"learning_rate in another --out; last good checkpoint: "
+            f"{f' and {more} more' if more else ''}. Fix: look at the samples, or start in another "
+            "--out with a lower --learning-rate. Last good checkpoint: "
             f"{newest.name if newest else 'none'}"
         )
 
 
 def with_evaluation(progress: Progress, nll: float) -> Progress:
-    """Return `progress` once its step was evaluated."""
-    is_best = progress.best_nll is None or nll < progress.best_nll
-    if is_best:
+    """Return `progress` with the held-out loss of its step."""
+    if progress.best_nll is None or nll < progress.best_nll:
         return replace(progress, best_nll=nll, best_step=progress.step, evaluations_since_best=0)
     return replace(progress, evaluations_since_best=progress.evaluations_since_best + 1)
 
 
-def _is_turn(every: int, progress: Progress) -> bool:
+def _is_due(every: int, progress: Progress) -> bool:
     return progress.step % every == 0 if every else progress.step_in_epoch == 0
 
 
 @contextmanager
 def _seeded(run: Run, step: int) -> Iterator[None]:
-    """Let whatever a step draws (dropout, rounding) depend on seed and step alone."""
+    """Seed torch so that dropout and rounding depend on the run's seed and the step alone."""
     words = np.random.SeedSequence([run.settings.optimization.seed, step]).generate_state(2)
     device = run.head.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,7 +1,7 @@
-"""A segment of a learning-rate path: a run that starts from another one's checkpoint.
+"""A segment of a learning-rate path: a run that starts from another run's checkpoint.
 
-The order of samples is that of the whole run over the same data; a segment takes the steps from
-`first` to `stop`. Two segments with the same start differ in nothing but their learning rates.
+It has the order of samples of a whole run over the same data, and takes its steps from `first` to
+`stop`. Segments with the same start differ only in their learning rates.
 """
 
 import hashlib
@@ -14,36 +14,36 @@ from carryon.cache.errors import InputError
 from carryon.train.config import OptimizationSettings
 from carryon.train.data.sampler import Window, count_steps
 from carryon.train.optim.lr_paths import Paradigm, path_rate
-from carryon.train.trainer.checkpoint import OPTIMIZER, WEIGHTS, Progress
+from carryon.train.trainer.checkpoint import OPTIMIZER, START, WEIGHTS, Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """Which steps a run takes, from which state, at which learning rates."""
+    """The steps that a run takes, the state it starts from, and its learning rates."""
 
     paradigm: Paradigm
-    """The path that it is a segment of."""
+    """Kind of the path."""
     version: int
-    """The version that the path leads to, counted from 1."""
+    """Version that the path leads to, counted from 1."""
     ends: tuple[int, ...]
-    """The step of the path at which each increment ends, up to this version's."""
+    """Step of the path at which each increment ends, up to this version's."""
     alpha: float
-    """Part of an increment's steps in which a branch falls."""
+    """Fraction of an increment's steps in which a branch decays."""
     first: int
-    """Step of the data's order to begin at."""
+    """First step, in the order of the data."""
     stop: int
-    """Step of it to end before."""
+    """Step to end before, in the order of the data."""
     offset: int
-    """Step of the path at which the data's order begins."""
+    """Step of the path at which the order of the data begins."""
     start: Path | None
-    """Step folder whose weights and optimizer state it begins with. None: a new carry-on."""
+    """Step folder with the weights and the optimizer state to start from. None: a new carry-on."""
     saves: tuple[int, ...] = ()
     """Steps after which a checkpoint is written and kept; they do not decide the result."""
     seen: tuple[str, ...] = ()
-    """Fingerprints of the data that `start` was trained on already, for the carry-on's card."""
+    """Fingerprints of the data that `start` was trained on, for the carry-on's card."""
 
     def rate(self, step: int, settings: OptimizationSettings) -> float:
-        """Return the learning rate of a step of the data's order."""
+        """Return the learning rate of a step, in the order of the data."""
         return path_rate(
             self.offset + step,
             paradigm=self.paradigm,
@@ -54,7 +54,7 @@ class Segment:
         )
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the segment's result: plain values, the start by its bytes."""
+        """Return what decides the segment's result as plain values, the start by its digest."""
         return {
             "paradigm": self.paradigm,
             "version": self.version,
@@ -66,7 +66,7 @@ class Segment:
 
 
 def digest_of_state(folder: Path) -> str:
-    """Return the SHA-256 of the weights and the optimizer's state in a step folder."""
+    """Return the SHA-256 of the weights and the optimizer state in a step folder."""
     digest = hashlib.sha256()
     for name in (WEIGHTS, OPTIMIZER):
         digest.update((folder / name).read_bytes())
@@ -74,38 +74,30 @@ def digest_of_state(folder: Path) -> str:
 
 
 def cut_epochs(epochs: Sequence[Sequence[Window]], stop: int) -> list[list[Window]]:
-    """Return the first `stop` steps of a run's order; windows that stay whole stay one object.
+    """Return the first `stop` steps of a run's order; whole windows stay the same objects.
 
     Raises:
-        InputError: there are fewer.
+        InputError: there are fewer steps.
     """
-    left, found = stop, []
+    left, cut = stop, []
     for windows in epochs:
         kept = []
         for window in windows:
             if left > 0:
-                whole = len(window.steps) <= left
-                kept.append(window if whole else replace(window, steps=window.steps[:left]))
+                is_whole = len(window.steps) <= left
+                kept.append(window if is_whole else replace(window, steps=window.steps[:left]))
             left -= len(window.steps)
         if kept:
-            found.append(kept)
+            cut.append(kept)
     if left > 0:
-        raise InputError(f"a segment of a run: expected {stop} steps or more, got {stop - left}")
-    return found
+        raise InputError(f"segment of a run: expected {stop} steps or more, got {stop - left}")
+    return cut
 
 
 def progress_at(first: int, epochs: Sequence[Sequence[Window]]) -> Progress:
-    """Return the position of a segment that has taken no step of its own."""
+    """Return the position of a segment before its first step."""
     epoch, left = 0, first
-    while epoch < len(epochs) and left >= count_steps(list(epochs[epoch])):
-        left -= count_steps(list(epochs[epoch]))
+    while epoch < len(epochs) and left >= count_steps(epochs[epoch]):
+        left -= count_steps(epochs[epoch])
         epoch += 1
-    return Progress(
-        step=first,
-        epoch=epoch,
-        step_in_epoch=left,
-        tokens=0,
-        targets=0,
-        elapsed_s=0.0,
-        wait_s=0.0,
-    )
+    return replace(START, step=first, epoch=epoch, step_in_epoch=left)

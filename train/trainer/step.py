@@ -1,4 +1,7 @@
-"""One step of training: gradients of a few batches, then one move of the optimizer."""
+"""One training step: gradients of a few batches, then one update by the optimizer.
+
+Letters: M supervised pairs of a batch, D base width.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,20 +22,18 @@ from carryon.train.trainer.distributed import gather_lists, sum_gradients_, sum_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepFigures:
-    """What a step measured."""
+    """Measurements of a step."""
 
     loss: float
-    """Mean cross-entropy of its supervised pairs, before the move."""
+    """Mean cross-entropy of its targets before the update, in nats."""
     grad_norm: float
-    """Norm of all gradients together, before clipping."""
+    """Norm of the whole gradient, before clipping."""
     tokens: int
-    """Tokens, pads not counted."""
     targets: int
-    """Supervised pairs."""
 
 
 class NotFiniteError(ArithmeticError):
-    """Loss or gradient of a step is not finite; the weights are those of the step before."""
+    """Loss or gradient of a step is not finite; the weights are those before the step."""
 
     def __init__(self, samples: list[int]) -> None:
         """Keep the indices of the samples to name."""
@@ -52,15 +53,22 @@ def take_step(
     kl_weight: float = 0.0,
     base: BaseStates | None = None,
 ) -> StepFigures:
-    """Move the weights of `carryon` down the gradient of the batches' mean loss.
+    """Update the weights of `carryon` by the gradient of the batches' mean loss.
 
-    `base` is needed with a `kl_weight` only.
+    `base` is needed only with a `kl_weight`.
 
     Raises:
-        NotFiniteError: the loss or a gradient is not finite; nothing was moved, but by an
-            optimizer that moves in the backward pass, where some gradients may have been finite.
+        NotFiniteError: the loss or a gradient is not finite. No weight is updated, except by an
+            optimizer that steps in the backward pass, where some gradients may be finite.
     """
-    num_targets, num_tokens = map(int, _counts(batches, head.device))
+    num_targets, num_tokens = map(
+        int,
+        sum_over_processes(
+            sum(batch.num_targets for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            device=head.device,
+        ),
+    )
     limit = grad_clip if grad_clip > 0 else float("inf")
     in_backward = (
         optimizer if isinstance(optimizer, CompositeOptimizer) and optimizer.in_backward else None
@@ -74,11 +82,10 @@ def take_step(
             carryon, batch.to(head.device), head=head, chunk=chunk, kl_weight=kl_weight, base=base
         )
         losses.append(batch_losses.detach())
-        is_moving = in_backward is not None and number == len(batches) - 1
-        if is_moving and not bool(torch.isfinite(objective.detach())):
-            raise NotFiniteError(_bad_samples(batches, losses))
         mean = objective / max(1, num_targets)
-        if in_backward is not None and is_moving:
+        if in_backward is not None and number == len(batches) - 1:
+            if not bool(torch.isfinite(objective.detach())):
+                raise NotFiniteError(_bad_samples(batches, losses))
             squares = in_backward.backward_and_move(mean, max_norm=limit)
         else:
             torch.autograd.backward(mean)
@@ -113,25 +120,15 @@ def _objective(
     kl_weight: float,
     base: BaseStates | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropies [M], and the sum that is trained on."""
-    states_MD = carryon.customize(
-        batch.states, batch.positions, pair_delta(carryon, batch, head=head), alpha=1.0
-    )
+    """Return the cross-entropies [M], and the sum to minimize."""
+    delta_MD = pair_delta(carryon, batch, head=head)
+    states_MD = carryon.customize(batch.states, batch.positions, delta_MD, alpha=1.0)
     rows = sampled_head(head, batch.targets)
     losses = token_losses(states_MD, batch.targets, head=rows, chunk=chunk)
     if kl_weight == 0 or base is None:
         return losses, losses.sum()
     drift = base_divergences(states_MD, base.at_pairs(batch, head), head=head, chunk=chunk)
     return losses, losses.sum() + kl_weight * drift.sum()
-
-
-def _counts(batches: Sequence[Batch], device: torch.device) -> list[float]:
-    """Return targets and tokens of a step, those of all processes together."""
-    return sum_over_processes(
-        sum(batch.num_targets for batch in batches),
-        sum(batch.num_tokens for batch in batches),
-        device=device,
-    )
 
 
 def pair_losses(
@@ -143,7 +140,7 @@ def pair_losses(
 
 
 def pair_delta(carryon: CarryOn, batch: Batch, *, head: FrozenHead) -> Tensor:
-    """Return what the carry-on says of each supervised pair, before alpha, [M, D]."""
+    """Return the carry-on's correction at each supervised pair, before alpha, [M, D]."""
     with head.autocast():
         return carryon.correct_packed(batch.states, batch.packing(), batch.positions)
 
@@ -151,18 +148,20 @@ def pair_delta(carryon: CarryOn, batch: Batch, *, head: FrozenHead) -> Tensor:
 def losses_of_delta(
     carryon: CarryOn, delta_MD: Tensor, batch: Batch, *, head: FrozenHead, chunk: int, alpha: float
 ) -> Tensor:
-    """Return the cross-entropy of each pair whose state is corrected by alpha * delta, [M]."""
+    """Return the cross-entropy at each pair with its state corrected by alpha * delta, [M]."""
     states_MD = carryon.customize(batch.states, batch.positions, delta_MD, alpha=alpha)
     return token_losses(states_MD, batch.targets, head=head, chunk=chunk)
 
 
 def _bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[int]:
-    """Return the samples with a loss that is not finite, or all if there is none, of all
-    processes: a sum that is not finite is so for each of them."""
-    samples = {
+    """Return the samples of all processes whose loss is not finite; all samples if none is.
+
+    Every process gets here together: a sum that is not finite is so in each of them.
+    """
+    bad = {
         int(batch.samples[row])
         for batch, part in zip(batches, losses, strict=True)
         for row in batch.rows_of_pairs()[~torch.isfinite(part).cpu()].tolist()
     }
-    everyone = {sample for batch in batches for sample in batch.samples.tolist()}
-    return gather_lists(sorted(samples)) or gather_lists(sorted(everyone))
+    everything = {sample for batch in batches for sample in batch.samples.tolist()}
+    return gather_lists(sorted(bad)) or gather_lists(sorted(everything))

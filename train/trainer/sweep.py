@@ -11,30 +11,32 @@ import yaml
 
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files import write_json
-from carryon.train.config import (
-    Changes,
-    StreamSettings,
-    TrainSettings,
-    parse_changes,
-)
+from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes
 from carryon.train.plots import plot_runs
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
+from carryon.train.trainer.run import Job
 from carryon.train.trainer.run_dir import RunFolder
-from carryon.train.trainer.trainer import Job, StorePaths, store_paths, train_jointly
+from carryon.train.trainer.trainer import StorePaths, store_paths, train_jointly
 
 SUMMARY = "sweep.json"
 CURVES = "curves.png"
+LIST_SEPARATOR = "+"
+"""Between the items of one value of a list setting: taps=final,final+layer.15."""
+Runs = Mapping[str, Changes] | str | Path | None
+"""Name of each run -> the settings in which it differs; or a YAML file that lists them."""
+Vary = Mapping[str, Sequence[Any]] | Sequence[str] | None
+"""Values of each setting of a grid; or a text NAME=VALUE,VALUE for each setting."""
 
 
 def sweep(
     store: StorePaths,
     *,
     out: str | Path,
-    runs: Mapping[str, Changes] | str | Path | None = None,
-    vary: Mapping[str, Sequence[Any]] | Sequence[str] | None = None,
+    runs: Runs = None,
+    vary: Vary = None,
     settings: TrainSettings | None = None,
-    **options: Any,  # noqa: ANN401 -- each setting has its own type
+    **options: Any,  # noqa: ANN401
 ) -> list[TrainReport]:
     """Train several runs side by side from one read of the store, each in `out`/NAME.
 
@@ -47,7 +49,7 @@ def sweep(
     Args:
         store: folder of the store, or of each store.
         out: folder of the sweep; made if missing.
-        runs: name of each run and the settings in which it differs; or a YAML file that lists them.
+        runs: the runs, by name.
         vary: instead of `runs`, the values of each setting, which make a grid.
         settings: common to the runs. None: the defaults.
         options: fields of TrainSettings' groups by name, changed in `settings`.
@@ -57,23 +59,20 @@ def sweep(
         KeyboardInterrupt: Ctrl-C; every run has a checkpoint, and the same call resumes.
     """
     runs = choose_runs(runs, vary)
-    jobs = plan_jobs(out, (settings or TrainSettings()).with_options(**options), runs)
-    reports = train_jointly(store_paths(store), jobs)
     root = Path(out)
+    jobs = plan_jobs(root, (settings or TrainSettings()).with_options(**options), runs)
+    reports = train_jointly(store_paths(store), jobs)
     rows = [
         {"run": name, "changes": changes, **report.to_dict()}
         for (name, changes), report in zip(runs.items(), reports, strict=True)
     ]
     write_json(root / SUMMARY, {"runs": rows})
-    metrics = {name: read_metrics(RunFolder(root=root / name).metrics) for name in runs}
+    metrics = {name: read_metrics(RunFolder(root / name).metrics) for name in runs}
     plot_runs(metrics, root / CURVES)
     return reports
 
 
-def choose_runs(
-    runs: Mapping[str, Changes] | str | Path | None,
-    vary: Mapping[str, Sequence[Any]] | Sequence[str] | None,
-) -> Mapping[str, Changes]:
+def choose_runs(runs: Runs, vary: Vary) -> dict[str, Changes]:
     """Return the runs that `sweep` is given, by name.
 
     Raises:
@@ -87,44 +86,34 @@ def choose_runs(
     return read_runs(runs) if isinstance(runs, (str, Path)) else dict(runs or {})
 
 
-def plan_jobs(out: str | Path, settings: TrainSettings, runs: Mapping[str, Changes]) -> list[Job]:
+def plan_jobs(root: Path, settings: TrainSettings, runs: Mapping[str, Changes]) -> list[Job]:
     """Return the runs of a sweep with all their settings; nothing is written.
 
     Raises:
         InputError: a setting is unknown, or must be the same in all runs.
     """
     jobs = [
-        Job(out=str(Path(out) / name), settings=settings.with_options(**changes))
+        Job(out=str(root / name), settings=settings.with_options(**changes))
         for name, changes in runs.items()
     ]
-    first = jobs[0].settings
+    shared = [item.name for item in fields(StreamSettings)] + ["device"]
+    first = jobs[0].settings.to_flat()
     for name, job in zip(runs, jobs, strict=True):
-        shared = {
-            item.name: (getattr(first.stream, item.name), getattr(job.settings.stream, item.name))
-            for item in fields(StreamSettings)
-        } | {"device": (first.run.device, job.settings.run.device)}
-        for key, (expected, got) in shared.items():
-            if expected != got:
+        flat = job.settings.to_flat()
+        for key in shared:
+            if flat[key] != first[key]:
                 raise InputError(
-                    f"{key}: expected one value for all runs, as they share one read of the "
-                    f"store, got {expected} and in {name} {got}: give each its own sweep"
+                    f"{key}: expected one value for all runs, which share one read of the store, "
+                    f"got {first[key]} and in {name} {flat[key]}. Fix: one sweep for each value"
                 )
     return jobs
 
 
-LIST_SEPARATOR = "+"
-"""Between the elements of one value of a list setting: taps=final,final+layer.15."""
-
-
 def grid(vary: Mapping[str, Sequence[Any]] | Sequence[str]) -> dict[str, Changes]:
-    """Return the runs of a grid, by name: each value of each setting with each of the others.
-
-    Args:
-        vary: the values of each setting; or `NAME=VALUE,VALUE` for each, in which the elements of
-            a list are joined by `+`.
+    """Return the runs of a grid by name: each value of each setting with each of the others.
 
     Raises:
-        InputError: a setting is unknown, or a value is not of its type.
+        InputError: a setting is unknown or given twice, or a value is not of its type.
     """
     pairs = list(vary.items()) if isinstance(vary, Mapping) else [_values_of(text) for text in vary]
     names = [name for name, _ in pairs]
@@ -137,37 +126,27 @@ def grid(vary: Mapping[str, Sequence[Any]] | Sequence[str]) -> dict[str, Changes
     return {name_of(changes): changes for changes in runs}
 
 
-def _values_of(text: str) -> tuple[str, list[Any]]:
-    name, equals, values = text.partition("=")
-    if not equals or not values:
-        raise InputError(f"vary: expected NAME=VALUE,VALUE, got {text!r}")
-    name, each = name.lstrip("-").replace("-", "_"), values.split(",")
-    is_list = isinstance(TrainSettings().to_flat().get(name), list)
-    return name, [value.split(LIST_SEPARATOR) for value in each] if is_list else each
-
-
 def read_runs(path: str | Path) -> dict[str, Changes]:
-    """Return the runs that a YAML file lists: changed settings, and a `name` if one is wanted.
+    """Return the runs that a YAML file lists: changed settings, and optionally a `name`.
 
     Raises:
         MissingError: there is no such file.
-        InputError: it is not a list of such, or two runs have one name.
+        InputError: it lists something else, or two runs have the same name.
     """
     try:
         listed = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise MissingError(f"{path}: expected a YAML list of runs, found no file") from error
+        raise MissingError(f"{path}: expected a YAML list of runs, got no file") from error
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise InputError(f"{path}: expected a list of runs, each `setting: value` lines")
     runs: dict[str, Changes] = {}
     for item in listed:
-        changes = {
-            str(key).replace("-", "_"): value for key, value in item.items() if key != "name"
-        }
-        changes = parse_changes(changes)
-        name = str(item.get("name") or name_of(changes))
+        options = {str(key).replace("-", "_"): value for key, value in item.items()}
+        name = options.pop("name", None)
+        changes = parse_changes(options)
+        name = str(name or name_of(changes))
         if name in runs or re.search(r"[/\\]|^\.", name):
-            raise InputError(f"{path}: expected another name for each run, got {name!r} again")
+            raise InputError(f"{path}: expected a new name for each run, got {name!r}")
         runs[name] = changes
     return runs
 
@@ -177,7 +156,16 @@ def name_of(changes: Changes) -> str:
     return ",".join(f"{key}={_shown(value)}" for key, value in changes.items()) or "unchanged"
 
 
-def _shown(value: Any) -> str:  # noqa: ANN401 -- each setting has its own type
+def _values_of(text: str) -> tuple[str, list[Any]]:
+    name, equals, values = text.partition("=")
+    if not equals or not values:
+        raise InputError(f"vary: expected NAME=VALUE,VALUE, got {text!r}")
+    name, each = name.lstrip("-").replace("-", "_"), values.split(",")
+    is_list = isinstance(TrainSettings().to_flat().get(name), list)
+    return name, [value.split(LIST_SEPARATOR) for value in each] if is_list else each
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
     if isinstance(value, list):
         return LIST_SEPARATOR.join(map(_shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

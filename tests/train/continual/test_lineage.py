@@ -26,8 +26,9 @@ from carryon.train.optim.lr_paths import path_rate
 from carryon.train.trainer import run_state as live_run
 from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.metrics import read_metrics
+from carryon.train.trainer.run import Job
 from carryon.train.trainer.segment import Segment, digest_of_state
-from carryon.train.trainer.trainer import Job, train_jointly
+from carryon.train.trainer.trainer import train_jointly
 
 SETTINGS = TINY.with_options(min_lr_ratio=0.1, log_every=1, dropout=0.2)
 

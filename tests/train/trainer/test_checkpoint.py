@@ -8,7 +8,12 @@ import torch
 from support.tiny_stores import states_at_kills
 
 from carryon.cache.errors import InputError
-from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
+from carryon.train.config import (
+    CarryOnSettings,
+    MemorySettings,
+    OptimizationSettings,
+    refuse_other_settings,
+)
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.optim.optimizer import build_optimizer
@@ -17,7 +22,6 @@ from carryon.train.trainer.checkpoint import (
     Progress,
     load_checkpoint,
     newest_checkpoint,
-    refuse_other_identity,
     save_checkpoint,
 )
 
@@ -138,10 +142,10 @@ def test_a_failed_write_leaves_the_folder_as_it_was(
 
 
 def test_a_run_begun_before_there_was_a_setting_goes_on_without_it() -> None:
-    refuse_other_identity({"width": 8}, {"width": 8, "sampled_softmax": 0}, name="run")
+    refuse_other_settings({"width": 8}, {"width": 8, "sampled_softmax": 0}, name="run")
 
     with pytest.raises(InputError, match="sampled_softmax is None there and 5 here"):
-        refuse_other_identity({"width": 8}, {"width": 8, "sampled_softmax": 5}, name="run")
+        refuse_other_settings({"width": 8}, {"width": 8, "sampled_softmax": 5}, name="run")
 
 
 def test_a_checkpoint_replaced_and_killed_before_any_change_can_be_resumed_from(

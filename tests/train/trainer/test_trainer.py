@@ -176,7 +176,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(live_run, "take_step", interrupted_step)
-        with pytest.raises(KeyboardInterrupt, match="after step 3 of .*run the same command"):
+        with pytest.raises(KeyboardInterrupt, match="after step 3 of .*Run the same command"):
             train_tiny(store, tmp_path / "run")
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert saved == ["step-00000003"]
@@ -233,7 +233,7 @@ def test_settings_that_do_not_decide_the_result_may_change(
 def test_a_folder_that_holds_something_else_is_left_alone(store: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
 
-    with pytest.raises(InputError, match="holds something that is not a run"):
+    with pytest.raises(InputError, match="expected an empty folder or a run"):
         train_tiny(store, tmp_path)
 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
