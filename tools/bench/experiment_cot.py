@@ -115,8 +115,8 @@ def _records(split: str, problems: Sequence["Problem"]) -> list[dict[str, Any]]:
 
 def _extract(base: str, folder: Path) -> CarryOnSettings:
     """Extract the corpus to FOLDER/store; return the shape to train from it."""
-    from carryon.cache import extract
     from carryon.cache.base.model import load_base
+    from carryon.cache.extraction.pipeline import extract
     from carryon.cache.settings import ForwardSettings
     from carryon.tools.compare.methods import same_size
 
@@ -127,7 +127,7 @@ def _extract(base: str, folder: Path) -> CarryOnSettings:
 
 
 def _train(folder: Path, settings: TrainSettings, seed: int) -> "TrainReport":
-    from carryon.train import train
+    from carryon.train.trainer.trainer import train
 
     return train(folder / "store", out=folder / f"seed-{seed}", settings=settings, seed=seed)
 

@@ -251,7 +251,7 @@ def _rates(
 
 
 def _table(results: Sequence[Row], schedule: str) -> str:
-    """Return the table of a schedule; empty if it has no paradigm of its own."""
+    """Return the table of a schedule; empty if no paradigm with results depends on it."""
     series = [one for kind in PARADIGMS for one in series_of(results, kind, schedule)]
     scratch = next((one for one in series if one.kind == "scratch"), None)
     if not any(one.kind not in ("trunk", "wsm") for one in series):

@@ -75,7 +75,7 @@ def run_comparison(
             "log_level": logging.getLevelName(logger.getEffectiveLevel()).lower(),
             **shape,
         }
-        # A process of its own, so that its memory can be measured.
+        # A separate process, so that its memory can be measured.
         words = [sys.executable, "-m", "carryon.tools.compare.row", json.dumps(request)]
         done = subprocess.run(words, check=False)
         if done.returncode != 0:

@@ -69,7 +69,7 @@ class Figure:
 
 
 def print_json(figure: Figure) -> None:
-    """Print one JSON line to stdout at once, so that a run cut short keeps what it has."""
+    """Print one JSON line to stdout and flush it, for a run that is killed later."""
     print(json.dumps(figure.to_dict()), flush=True)
 
 

@@ -11,20 +11,20 @@ _EVERY_S = 0.005
 
 @dataclass(kw_only=True, slots=True)
 class Peak:
-    """The most that was seen."""
+    """The largest value so far."""
 
     bytes: int
 
 
 def anonymous_bytes() -> int:
-    """Return the process's memory that no file stands behind, in use or swapped out. Linux only."""
+    """Return the anonymous memory of this process, resident or swapped out. Linux only."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
 
 
 @contextmanager
 def watched_peak() -> Iterator[Peak]:
-    """Watch the anonymous memory every few milliseconds while the block runs."""
+    """Sample the anonymous memory every few milliseconds while the block runs."""
     peak = Peak(bytes=anonymous_bytes())
     is_over = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What was in use at one time is seen, and nothing that a file backs."""
+"""The peak of anonymous memory, without pages that a file backs."""
 
 import mmap
 import time
@@ -13,7 +13,7 @@ _SLACK = 8 << 20
 
 
 def _take() -> mmap.mmap:
-    """Return memory fresh from the system: what was freed before may be given out again."""
+    """Return memory that is new to the process; an allocator may reuse freed memory."""
     memory = mmap.mmap(-1, _BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for page in range(0, _BYTES, mmap.PAGESIZE):
         memory[page] = 1
@@ -30,7 +30,7 @@ def test_memory_in_use_is_counted_until_it_is_freed() -> None:
     assert abs(anonymous_bytes() - before) < _SLACK
 
 
-def test_the_peak_is_of_what_was_freed_again() -> None:
+def test_the_peak_includes_memory_freed_within_the_block() -> None:
     before = anonymous_bytes()
     with watched_peak() as peak:
         held = _take()
@@ -40,7 +40,7 @@ def test_the_peak_is_of_what_was_freed_again() -> None:
     assert abs(peak.bytes - before - _BYTES) < _SLACK
 
 
-def test_what_still_stands_at_the_end_is_seen_however_short_the_block_was() -> None:
+def test_memory_in_use_at_the_end_is_seen_even_after_a_short_block() -> None:
     before = anonymous_bytes()
     with watched_peak() as peak:
         held = _take()
