@@ -25,8 +25,7 @@ import carryon.cache
 import carryon.train
 from carryon.tools.bench.__main__ import BENCH
 from carryon.tools.bench.registry import EXPERIMENTS, list_groups
-from carryon.tools.cli.main import main
-from carryon.tools.cli.subcommands import CARRYON
+from carryon.tools.cli.main import CARRYON, main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MOST_README_LINES = 200

@@ -1,9 +1,53 @@
-"""Entry point of the `carryon` command."""
+"""The `carryon` program: its commands, and which options their short help shows."""
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from carryon.tools.cli.subcommands import CARRYON
+from carryon.tools.cli.program import Program
+
+CARRYON = Program(
+    prog="carryon",
+    about=(
+        "Customize an LLM without training it: extract its hidden states from your text once,\n"
+        "train small carry-on modules from that store, and run them on top of the frozen base."
+    ),
+    closing="carryon COMMAND --help explains its options. New here? Run carryon demo.",
+    commands={
+        "demo": "carryon.tools.demo.command:demo",
+        "extract": "carryon.tools.commands.extract:extract",
+        "inspect": "carryon.tools.commands.inspect_store:inspect_store",
+        "verify": "carryon.tools.commands.verify:verify",
+        "repair": "carryon.tools.commands.repair:repair",
+        "train": "carryon.tools.commands.train:train",
+        "sweep": "carryon.tools.commands.sweep:sweep",
+        "update": "carryon.tools.commands.update:update",
+        "versions": "carryon.tools.commands.versions:versions",
+        "evaluate": "carryon.tools.commands.evaluate:evaluate",
+        "generate": "carryon.tools.commands.generate:generate",
+        "merge": "carryon.tools.commands.merge:merge",
+        "score": "carryon.tools.commands.score:score",
+        "compare": "carryon.tools.compare.command:compare",
+        "plan-memory": "carryon.tools.commands.plan_memory:plan_memory",
+    },
+    basic={
+        "extract": "base data out taps unit_tokens",
+        "repair": "store base",
+        "train": "store out learning_rate epochs kind taps config",
+        "sweep": "store out vary runs epochs",
+        "update": "lineage data base alpha epochs",
+        "evaluate": "store carryon samples alpha plot",
+        "generate": "carryon prompt base alpha compare max_new_tokens",
+        "score": "carryon tasks base num out",
+        "compare": "base data out methods seconds seeds",
+        "plan-memory": "base_width vocab_size limit tokens_per_step config",
+    },
+)
+
+
+def call_command(name: str, argv: Sequence[str]) -> Any:  # noqa: ANN401 -- each has its own
+    """Run `carryon NAME ARGV...` in this process and return what its function returns."""
+    return CARRYON.call(name, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,10 +12,16 @@ from carryon.cache.progress import is_main_process
 
 LEVELS = ("debug", "info", "warning", "error")
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
-def print_json(result: T) -> T:
-    """Print a result as one JSON line, from the main process only, and return it."""
+def print_result(result: T, summary: str = "") -> T:
+    """Log a summary, print the result as one JSON line, and return the result.
+
+    Of several processes only the main one prints.
+    """
+    if summary:
+        logger.info(summary)
     if is_main_process():
         print(json.dumps(result), flush=True)
     return result
@@ -40,20 +46,20 @@ def log_to_stderr(level: str) -> Iterator[None]:
 
     Progress bars of other libraries are shown only where ours are.
     """
-    logger = logging.getLogger("carryon")
-    if any(isinstance(handler, _Handler) for handler in logger.handlers):
+    root = logging.getLogger("carryon")
+    if any(isinstance(handler, _Handler) for handler in root.handlers):
         yield
         return
-    is_main, handler, level_before = is_main_process(), _Handler(), logger.level
+    is_main, handler, level_before = is_main_process(), _Handler(), root.level
     bars_before = os.environ.get("TQDM_DISABLE")
     if not (is_main and sys.stderr.isatty() and level in LEVELS[:2]):
         os.environ["TQDM_DISABLE"] = "1"
-    logger.addHandler(handler)
-    logger.setLevel(level.upper() if is_main else logging.ERROR)
+    root.addHandler(handler)
+    root.setLevel(level.upper() if is_main else logging.ERROR)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level_before)
+        root.removeHandler(handler)
+        root.setLevel(level_before)
         if bars_before is None:
             os.environ.pop("TQDM_DISABLE", None)

@@ -72,7 +72,11 @@ def parse_call(
     for name, value in given.items():
         values[name] = parse_value(options[name].flag, value, options[name].kind)
     if values["print_config"]:
-        _print_config({item.name: values[item.name] for item in own})
+        import yaml
+
+        known = {x.name: values[x.name] for x in own if values[x.name] is not REQUIRED}
+        print(yaml.safe_dump(known, sort_keys=False), end="")
+        raise SystemExit(0)
     if missing := [item.flag for item in own if values[item.name] is REQUIRED]:
         parser.error(f"expected {', '.join(missing)}, got nothing")
     try:
@@ -217,15 +221,3 @@ def _read_config(given: str, options: Mapping[str, Option]) -> dict[str, Any]:
         if name not in options:
             raise InputError(f"--config {given}: {_unknown_option(name, options)}")
     return values
-
-
-def _print_config(values: Mapping[str, Any]) -> NoReturn:
-    import yaml
-
-    plain = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-        if value is not REQUIRED
-    }
-    print(yaml.safe_dump(plain, sort_keys=False), end="")
-    raise SystemExit(0)

@@ -19,6 +19,7 @@ from typing import Any
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.tools.cli.output import log_to_stderr
 from carryon.tools.cli.parser import parse_call
+from carryon.tools.cli.table import format_table
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -78,13 +79,11 @@ class Program:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:
+            if error.errno not in (*DISK_FULL, *NOT_ALLOWED):
+                raise
             where = f" at {error.filename}" if error.filename else ""
-            if error.errno in DISK_FULL:
-                text = f"{prog}: error: the disk is full{where}: free some space and run again"
-                return _fail(text)
-            if error.errno in NOT_ALLOWED:
-                return _fail(f"{prog}: error: {error.strerror}{where}")
-            raise
+            fix = ". Fix: free some space and run again" if error.errno in DISK_FULL else ""
+            return _fail(f"{prog}: error: {error.strerror}{where}{fix}")
 
     def _run(self, words: list[str]) -> int:
         if not words or words[0] in ("-h", "--help"):
@@ -100,13 +99,11 @@ class Program:
 
     def overview(self) -> str:
         """Return the text of `--help`."""
-        width = max(map(len, self.commands))
-        lines = [
-            f"  {name:<{width}}  {(inspect.getdoc(self.find(name)) or '').partition(chr(10))[0]}"
-            for name in self.commands
-        ]
-        parts = [f"usage: {self.prog} COMMAND [options]", "", self.about, "", "commands:", *lines]
-        return "\n".join([*parts, "", self.closing])
+        docs = {name: inspect.getdoc(self.find(name)) or "" for name in self.commands}
+        rows = [(f"  {name}", text.partition("\n")[0]) for name, text in docs.items()]
+        usage = f"usage: {self.prog} COMMAND [options]"
+        table = f"commands:\n{format_table(rows)}"
+        return "\n\n".join([usage, self.about, table, self.closing])
 
 
 def _fail(text: str, *, code: int = 2) -> int:

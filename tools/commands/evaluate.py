@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carryon.cache.errors import InputError
-from carryon.tools.cli.output import print_json
+from carryon.tools.cli.output import print_result
 from carryon.train.config import LossSettings
 
 logger = logging.getLogger(__name__)
@@ -73,4 +73,4 @@ def evaluate(
     )
     if write_alpha:
         write_to_folder(carryon, report.alpha)
-    return print_json(report.to_dict())
+    return print_result(report.to_dict())

@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
-from carryon.tools.cli.output import print_json
+from carryon.tools.cli.output import print_result
 from carryon.tools.cli.sizes import parse_bytes
 from carryon.tools.cli.table import format_table
 
@@ -63,17 +63,16 @@ def extract(
         from carryon.cache.extraction.estimate import estimate
 
         expected = estimate(plan)
-        logger.info(_describe(expected))
-        return print_json(expected.to_dict())
+        return print_result(expected.to_dict(), _describe(expected))
     report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
     if not report.is_finished:
         logger.warning(f"stopped at --max-disk {max_disk}. Fix: raise it to resume")
-    logger.info(
+    return print_result(
+        report.to_dict(),
         f"{report.store}: {report.num_tokens:,} tokens in {report.num_units:,} units, "
         f"{report.computed_tokens:,} computed now in {report.elapsed_s:,.0f} s; "
-        f"{report.stored_bytes / 1e6:,.1f} MB of {report.raw_bytes / 1e6:,.1f} MB raw"
+        f"{report.stored_bytes / 1e6:,.1f} MB of {report.raw_bytes / 1e6:,.1f} MB raw",
     )
-    return print_json(report.to_dict())
 
 
 def _describe(expected: "Estimate") -> str:

@@ -100,54 +100,46 @@ def _measure_arrays(root: Path) -> dict[str, int]:
 
 def format_facts(facts: dict[str, Any]) -> str:
     """Return the facts of a store as text."""
-    base, forward = facts["base"], facts["forward"]
     is_finished = facts["units"] == facts["finished_units"]
     state = "finished" if is_finished else "UNFINISHED: run the same carryon extract again"
-    files = [("file", f"{file['name']}, {file['bytes']:,} bytes") for file in facts["files"]]
-    above = ("samples", "tokens", "supervised_tokens")  # in the first block
-    counts = {
-        name: f"{value:,}"
-        for name, value in facts["counts"].items()
-        if name not in above and (value or name in ("records", "truncated"))
-    }
-    corpus = [(name.replace("_", " "), x) for name, x in (facts["corpus"] | counts).items()]
-    template = base["chat_template_sha256"]
-    blocks: dict[str, list[tuple[str, Any]]] = {
-        "store": [
-            ("folder", facts["store"]),
-            ("fingerprint", facts["fingerprint"]),
-            ("units", f"{facts['finished_units']} of {facts['units']} ({state})"),
-            ("tokens in a unit", f"{facts['unit_tokens']:,}"),
-            ("samples", f"{facts['samples']:,}, {facts['held_out_samples']:,} of them held out"),
-            ("tokens", f"{facts['tokens']:,}, {facts['supervised_tokens']:,} of them supervised"),
-            ("order seed", facts["seed"]),
-        ],
-        "base": [
-            ("id", base["id"]),
-            ("revision", base["revision"] or "none (a local base)"),
-            ("architecture", f"{base['architecture']}, {base['num_layers']} blocks"),
-            ("width, vocabulary", f"{base['width']:,}, {base['vocab_size']:,}"),
-            ("weights", f"sha256 {base['weights_sha256']}"),
-            ("tokenizer", f"sha256 {base['tokenizer_sha256']}"),
-            ("chat template", f"sha256 {template}" if template else "none"),
-            ("computed in", f"{forward['compute_dtype']}, attention {forward['attention']}"),
-        ],
-        "taps": [
-            *((tap, _tap_meaning(tap)) for tap in facts["taps"]),
-            ("stored as", f"{facts['dtype']}, profile {facts['profile']}"),
-            *(
-                (f"error of {tap}", ", ".join(f"{name} {x:.3g}" for name, x in errors.items()))
-                for tap, errors in facts["profile_error"].items()
-            ),
-        ],
-        "corpus": files + corpus,
-        "bytes": [*_size_rows(facts), ("all", f"{facts['bytes']:,}")],
-        "made with": list(facts["versions"].items()),
+    errors = facts["profile_error"].items()
+    blocks: dict[str, dict[str, Any]] = {
+        "store": {
+            "folder": facts["store"],
+            "fingerprint": facts["fingerprint"],
+            "units": f"{facts['finished_units']} of {facts['units']} ({state})",
+            "tokens of a unit": facts["unit_tokens"],
+            "samples": f"{facts['samples']:,}, {facts['held_out_samples']:,} of them held out",
+            "tokens": f"{facts['tokens']:,}, {facts['supervised_tokens']:,} of them supervised",
+            "order seed": facts["seed"],
+        },
+        "base": facts["base"] | facts["forward"],
+        "taps": {
+            **{tap: _tap_meaning(tap) for tap in facts["taps"]},
+            "stored as": f"{facts['dtype']}, profile {facts['profile']}",
+            **{f"error of {tap}": _shown(values) for tap, values in errors},
+        },
+        "corpus": {
+            **{f"file {file['name']}": f"{file['bytes']:,} bytes" for file in facts["files"]},
+            **facts["corpus"],
+            **{name: value for name, value in facts["counts"].items() if value},
+        },
+        "bytes": _size_rows(facts) | {"all": facts["bytes"]},
+        "made with": facts["versions"],
     }
     return "\n\n".join(
-        f"{title}\n{format_table([(f'  {name}', str(value)) for name, value in rows])}"
+        f"{title}\n{format_table([(f'  {name}', _shown(value)) for name, value in rows.items()])}"
         for title, rows in blocks.items()
     )
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if is_count else str("none" if value is None else value)
 
 
 def _tap_meaning(tap: str) -> str:
@@ -158,14 +150,14 @@ def _tap_meaning(tap: str) -> str:
     return f"residual stream after block {tap.removeprefix('layer.')}, not normed"
 
 
-def _size_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _size_rows(facts: dict[str, Any]) -> dict[str, str]:
     totals: Counter[str] = Counter()
     for name, size in facts["array_bytes"].items():
         totals[_SMALL_ARRAYS.get(name.partition("/")[0], name)] += size
     scales = " with its scales" if facts["profile"] != "exact" else ""
-    rows = []
+    rows = {}
     for name, size in totals.items():
         ratio = facts["ratio_to_raw"].get(name.removeprefix("hidden/"))
         note = f", {ratio:.3f} of raw {facts['dtype']}{scales}" if ratio else ""
-        rows.append((name, f"{size:,}{note}"))
+        rows[name] = f"{size:,}{note}"
     return rows

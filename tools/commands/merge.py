@@ -1,11 +1,8 @@
 """`carryon merge`: base and carry-on as one checkpoint, or as a PEFT adapter."""
 
-import logging
 from typing import Any
 
-from carryon.tools.cli.output import print_json
-
-logger = logging.getLogger(__name__)
+from carryon.tools.cli.output import print_result
 
 
 def merge(
@@ -32,5 +29,4 @@ def merge(
 
     report = merge_carryon(carryon, out=out, base=base or None, adapter=adapter, device=device)
     kind = "PEFT adapter" if adapter else "checkpoint"
-    logger.info(f"{out}: {kind} of {report['bytes'] / 1e6:,.1f} MB")
-    return print_json(report)
+    return print_result(report, f"{out}: {kind} of {report['bytes'] / 1e6:,.1f} MB")

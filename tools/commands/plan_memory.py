@@ -1,15 +1,12 @@
 """`carryon plan-memory`: peak memory of training, estimated before a run."""
 
-import logging
 import sys
 from typing import Any
 
-from carryon.tools.cli.output import print_json
+from carryon.tools.cli.output import print_result
 from carryon.tools.cli.sizes import parse_bytes
 from carryon.tools.cli.table import format_table
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
-
-logger = logging.getLogger(__name__)
 
 
 def plan_memory(
@@ -67,10 +64,10 @@ def plan_memory(
     ]
     rows = [("settings", "GB"), *((x["settings"], f"{x['total'] / 1e9:.3f}") for x in tried)]
     sizes = [("part", "MB"), *((k, f"{v / 1e6:,.1f}") for k, v in tried[-1]["parts"].items())]
-    logger.info(f"{format_table(rows)}\n\n{format_table(sizes)}")
+    summary = f"{format_table(rows)}\n\n{format_table(sizes)}"
     fits = tried[-1]["total"] <= max_bytes
     if limit:
         answer = "fits" if fits else "does not fit with any settings. Fix: lower --tokens-per-step"
-        logger.info(f"--limit {limit}: {answer}")
+        summary += f"\n\n--limit {limit}: {answer}"
     document = {**tried[-1], "limit": max_bytes if limit else None, "fits": fits, "tried": tried}
-    return print_json(document)
+    return print_result(document, summary)

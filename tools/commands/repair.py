@@ -1,11 +1,7 @@
 """`carryon repair`: restore damaged or missing parts of a store."""
 
-import logging
-
 from carryon.cache.settings import ForwardSettings
-from carryon.tools.cli.output import print_json
-
-logger = logging.getLogger(__name__)
+from carryon.tools.cli.output import print_result
 
 
 def repair(store: str, /, *, base: str = "", forward: ForwardSettings) -> int:
@@ -26,10 +22,10 @@ def repair(store: str, /, *, base: str = "", forward: ForwardSettings) -> int:
     from carryon.cache.extraction.repair import repair as repair_store
 
     report = repair_store(store, base=base or None, forward=forward)
-    logger.info(
+    print_result(
+        report.to_dict(),
         f"{'OK' if report.is_complete else 'STILL DAMAGED'}: {store}: {len(report.problems)} "
         f"problems, {len(report.restored_files)} files restored, {len(report.computed_units)} "
-        "units computed"
+        "units computed",
     )
-    print_json(report.to_dict())
     return 0 if report.is_complete else 1

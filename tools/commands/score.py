@@ -7,7 +7,7 @@ from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
-from carryon.tools.cli.output import print_json
+from carryon.tools.cli.output import print_result
 from carryon.train.config import GenerateSettings
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def score(
         document["alpha"] = model.alpha if alpha is None else alpha
         for name, scores in (("base", before), ("customized", after)):
             document |= {f"{name}_exact": scores.exact, f"{name}_generous": scores.generous}
-        documents.append(print_json(document))
+        documents.append(print_result(document))
         logger.info(
             f"{task}: generous: base {before.generous:.1%}, customized {after.generous:.1%}; "
             f"exact: base {before.exact:.1%}, customized {after.exact:.1%}"

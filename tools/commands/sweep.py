@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from carryon.tools.cli.output import print_json
+from carryon.tools.cli.output import print_result
 from carryon.tools.cli.table import format_table
 from carryon.train.config import TrainSettings
 
@@ -44,7 +44,7 @@ def sweep(
     reports = train_sweep(store, out=out, settings=settings, runs=chosen)
     results = {name: report.to_dict() for name, report in zip(chosen, reports, strict=True)}
     for name, result in results.items():
-        print_json({"run": name, **result})
+        print_result({"run": name, **result})
     rows = [("run", "held-out NLL", "steps", "MB", "seconds", "tokens/s")]
     rows += [
         (

@@ -1,12 +1,9 @@
 """`carryon train`: a store in, a carry-on out."""
 
-import logging
 from typing import Any
 
-from carryon.tools.cli.output import print_json
+from carryon.tools.cli.output import print_result
 from carryon.train.config import TrainSettings
-
-logger = logging.getLogger(__name__)
 
 
 def train(*, store: list[str], out: str, settings: TrainSettings) -> dict[str, Any]:
@@ -29,5 +26,4 @@ def train(*, store: list[str], out: str, settings: TrainSettings) -> dict[str, A
     from carryon.train.trainer.trainer import train as train_carryon
 
     report = train_carryon(store, out=out, settings=settings)
-    logger.info(report.summary())
-    return print_json(report.to_dict())
+    return print_result(report.to_dict(), report.summary())

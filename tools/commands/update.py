@@ -1,13 +1,10 @@
 """`carryon update`: new data in, the next version of a carry-on out."""
 
-import logging
 from typing import Any
 
 from carryon.cache.errors import InputError
-from carryon.tools.cli.output import print_json
+from carryon.tools.cli.output import print_result
 from carryon.train.config import TrainSettings
-
-logger = logging.getLogger(__name__)
 
 
 def update(
@@ -66,11 +63,11 @@ def update(
         report = update_lineage(
             lineage, store=store, data=data, base=base, settings=settings, alpha=alpha
         )
-        logger.info(
+        return print_result(
+            report.to_dict(),
             f"{report.carryon}: held-out NLL on the new data {report.carryon_nll:.4f}, of the "
-            f"base {report.base_nll:.4f}"
+            f"base {report.base_nll:.4f}",
         )
-        return print_json(report.to_dict())
     if base or store or not old_lineage:
         raise InputError("--new-base: expected --old-lineage, and neither --base nor --store")
     from carryon.train.continual.rebase import rebase
@@ -91,5 +88,4 @@ def update(
         "from scratch": moved.from_scratch_nll,
     }
     shown = (f"{name} {nll:.4f}" for name, nll in losses.items() if nll is not None)
-    logger.info(f"{moved.carryon}: held-out NLL: {', '.join(shown)}")
-    return print_json(moved.to_dict())
+    return print_result(moved.to_dict(), f"{moved.carryon}: held-out NLL: {', '.join(shown)}")

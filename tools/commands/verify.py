@@ -4,7 +4,7 @@ import logging
 from typing import Literal
 
 from carryon.cache.errors import InputError
-from carryon.tools.cli.output import print_json
+from carryon.tools.cli.output import print_result
 
 logger = logging.getLogger(__name__)
 
@@ -45,5 +45,5 @@ def verify(store: str, /, *, quick: bool = False, full: bool = False) -> int:
     if report.is_complete:
         more = "" if full else " (--full checks every byte)"
         logger.info(f"OK: {store}: {report.num_files:,} files checked{more}")
-    print_json(report.to_dict())
+    print_result(report.to_dict())
     return 0 if report.is_complete else 1

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError
-from carryon.tools.cli.output import print_json
-from carryon.tools.cli.subcommands import call_subcommand
+from carryon.tools.cli.main import call_command
+from carryon.tools.cli.output import print_result
 from carryon.tools.cli.table import format_table
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,11 @@ def demo(*, out: str = "carryon-demo", samples: int = 200) -> dict[str, Any]:
         started_at = time.perf_counter()
         output = io.StringIO()
         with redirect_stdout(output):
-            results[argv[0]] = call_subcommand(argv[0], argv[1:])
+            results[argv[0]] = call_command(argv[0], argv[1:])
         if argv[0] in ("inspect", "generate"):  # the others print a JSON line
             logger.info(output.getvalue().rstrip())
         seconds[argv[0]] = time.perf_counter() - started_at
-    logger.info(f"\n{summary(root, results, seconds)}")
-    return print_json({"seconds": seconds, **results})
+    return print_result({"seconds": seconds, **results}, f"\n{summary(root, results, seconds)}")
 
 
 def commands(root: Path) -> list[list[str]]:

@@ -9,9 +9,8 @@ import sys
 import pytest
 
 from carryon.cache.errors import DiskFullError, InputError
-from carryon.tools.cli.main import main
+from carryon.tools.cli.main import CARRYON, main
 from carryon.tools.cli.options import options_of
-from carryon.tools.cli.subcommands import CARRYON
 from carryon.tools.commands import inspect_store as inspect_file
 
 NAMES = sorted(CARRYON.commands)
@@ -97,7 +96,7 @@ def test_a_missing_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> 
         (
             OSError(errno.ENOSPC, "No space left on device", "/a/b"),
             2,
-            "carryon inspect: error: the disk is full at /a/b: free some space and run again\n",
+            "carryon inspect: error: No space left on device at /a/b. Fix: free some space and run again\n",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/a/b"),

@@ -16,7 +16,7 @@ from support.tiny_runs import (
 from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError
-from carryon.tools.cli.subcommands import call_subcommand
+from carryon.tools.cli.main import call_command
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.trainer import finish
 from carryon.train.trainer import run_state as live_run
@@ -44,7 +44,7 @@ def test_the_config_of_a_run_repeats_it_to_the_bit(store: Path, tmp_path: Path) 
     train_tiny(store, tmp_path / "run", dropout=0.1, evaluate_every=3)
     config = str(tmp_path / "run" / "config.yaml")
 
-    call_subcommand("train", ["--config", config, "--out", str(tmp_path / "again")])
+    call_command("train", ["--config", config, "--out", str(tmp_path / "again")])
 
     assert_same_bits(tmp_path / "again", tmp_path / "run")
     assert metrics_without_times(tmp_path / "again") == metrics_without_times(tmp_path / "run")
