@@ -96,7 +96,7 @@ def test_a_missing_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> 
         (
             OSError(errno.ENOSPC, "No space left on device", "/a/b"),
             2,
-            "carryon inspect: error: No space left on device at /a/b. Fix: free some space and run again\n",
+            "carryon inspect: error: No space left on device at /a/b. Fix: free some space",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/a/b"),
