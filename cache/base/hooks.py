@@ -9,6 +9,7 @@ Letters: B rows, T positions, D width, V vocabulary.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -74,28 +75,16 @@ def watch_taps(
     """
     num_layers = len(architecture.blocks)
     layers = {tap: parse_tap(tap, num_layers=num_layers) for tap in taps}
-    with ExitStack() as hooks:
-        for tap, layer in layers.items():
-            hooks.enter_context(_watch(architecture, tap, layer, keep))
-        yield
-
-
-def _watch(
-    architecture: Architecture, tap: str, layer: int | None, keep: Callable[[str, Tensor], None]
-) -> torch.utils.hooks.RemovableHandle:
     thread = threading.get_ident()  # other threads may run the same base
 
-    def keep_output(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+    def record(tap: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         if threading.get_ident() == thread:
-            states = first_tensor(output)
+            states = first_tensor(args if tap == "prenorm" else output)
             assert states is not None  # get_architecture saw these modules return a tensor
             keep(tap, states)
 
-    def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if threading.get_ident() == thread:
-            keep(tap, args[0])
-
-    if tap == "prenorm":
-        return architecture.norm.register_forward_pre_hook(keep_input)
-    module = architecture.norm if layer is None else architecture.blocks[layer - 1]
-    return module.register_forward_hook(keep_output)
+    with ExitStack() as hooks:
+        for tap, layer in layers.items():
+            module = architecture.norm if layer is None else architecture.blocks[layer - 1]
+            hooks.enter_context(module.register_forward_hook(partial(record, tap)))
+        yield

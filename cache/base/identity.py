@@ -16,26 +16,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _NOT_COMPUTED_WITH = {
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "is_decoder",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "quantization_config",
-    "return_dict",
-    "sep_token_id",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
+    "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "is_decoder",
+    "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
+    "quantization_config", "return_dict", "sep_token_id", "tie_word_embeddings", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
 """Config entries about loading, generation and training, which change no hidden state. The same
 base as GGUF and as safetensors differs in some of them."""
 

@@ -30,8 +30,11 @@ class BaseSource:
     """Branch, tag or commit on the hub. None: the newest."""
     gguf_file: str | None = None
     """File in that folder, or None for a base in transformers' own format."""
-    is_local: bool = True
-    """Whether it is a folder or file of this machine."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder or file of this machine."""
+        return Path(self.name).is_absolute()
 
     @property
     def id(self) -> str:
@@ -72,7 +75,7 @@ def locate_base(source: str) -> BaseSource:
             "a .gguf file or the id of a model on the hub"
         )
     name, _, revision = source.partition("@")
-    return BaseSource(name=name, revision=revision or None, is_local=False)
+    return BaseSource(name=name, revision=revision or None)
 
 
 def read_tokenizer(source: BaseSource) -> Tokenizer:

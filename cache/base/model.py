@@ -61,17 +61,6 @@ class Base:
     """Attention backend in force: `eager` where `sdpa` was set for a base that has none."""
 
 
-def load_tokenizer(source: str) -> Tokenizer:
-    """Return the tokenizer of a base given as hub id, folder or .gguf file.
-
-    Raises:
-        MissingError: there is no such base.
-        InputError: it has no tokenizer that transformers can load.
-        MissingExtraError: a .gguf file without the package gguf.
-    """
-    return read_tokenizer(locate_base(source))
-
-
 def load_base(source: str, *, forward: ForwardSettings) -> Base:
     """Load a frozen base, ready to run.
 

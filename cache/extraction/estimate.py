@@ -4,9 +4,8 @@ Letters: R rows, D base width.
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,10 +51,6 @@ class Estimate:
     elapsed_s: float
     """Predicted seconds of the whole extraction."""
     profiles: dict[str, ProfileEstimate]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
 
 
 def estimate(plan: ExtractionPlan) -> Estimate:

@@ -7,9 +7,9 @@ Letters: R rows of a unit, D base width.
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,6 @@ from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
 from carryon.cache.format.zarr_metadata import (
-    ROW_ARRAYS,
-    receipt_path,
-    row_path,
     shard_path,
 )
 from carryon.cache.progress import Progress
@@ -61,10 +58,6 @@ class ExtractReport:
     is_finished: bool
     """False when the disk limit ended it."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
 
 def run_units(
     root: Path,
@@ -85,21 +78,24 @@ def run_units(
     bounds = np.searchsorted(starts, np.arange(manifest.num_units + 1) * manifest.unit_tokens)
     spans = [slice(bounds[unit], bounds[unit + 1]) for unit in todo]
     num_tokens = sum(int(lengths[span].sum()) for span in spans)
-    settings, is_finished = manifest.settings, True
-    keeps_bits = settings["profile"] == "exact" and settings["dtype"] == "bfloat16"
+    keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
+    is_finished = True
+    writing: list[Future[Receipt]] = []  # at most the last of them is still at work
     started_at = time.perf_counter()
     with (
         Progress(num_tokens, name="extract", unit="tokens") as progress,
         ThreadPoolExecutor(max_workers=1) as thread,
     ):
-        writer = _UnitWriter(thread, root, manifest, max_disk_bytes, progress)
         for unit, span in zip(todo, spans, strict=True):
             unit_input = read_unit_input(
                 root, manifest, unit, starts=starts[span], lengths=lengths[span]
             )
-            if not writer.has_room(unit_input.num_tokens):
-                is_finished = False
-                break
+            if max_disk_bytes is not None:
+                wait(writing)
+                largest = largest_unit_bytes(manifest, unit_input.num_tokens)
+                if _folder_bytes(root) + largest > max_disk_bytes:
+                    is_finished = False
+                    break
             unit_started_at = time.perf_counter()
             hidden = compute_states(
                 base,
@@ -109,22 +105,23 @@ def run_units(
                 batch_tokens=batch_tokens,
                 progress=progress,
             )
-            writer.submit(unit_input, hidden, elapsed_s=time.perf_counter() - unit_started_at)
-        writer.wait()
-    tokens = sum(receipt.num_tokens for receipt in writer.receipts)
+            elapsed_s = time.perf_counter() - unit_started_at
+            written = sum(_stored_bytes(manifest, each.result()) for each in writing)
+            progress.note = f"{written / 1e6:,.0f} MB written"
+            writing.append(
+                thread.submit(write_unit, root, manifest, unit_input, hidden, elapsed_s=elapsed_s)
+            )
+    receipts = [each.result() for each in writing]
+    tokens = sum(receipt.num_tokens for receipt in receipts)
     return ExtractReport(
         store=str(root),
         fingerprint=manifest.fingerprint,
         num_units=manifest.num_units,
         num_tokens=manifest.num_tokens,
-        computed_units=len(writer.receipts),
+        computed_units=len(receipts),
         computed_tokens=tokens,
         raw_bytes=raw_bytes(manifest, tokens),
-        stored_bytes=sum(
-            receipt.files[shard_path(tap, receipt.unit)].bytes
-            for receipt in writer.receipts
-            for tap in manifest.taps
-        ),
+        stored_bytes=sum(_stored_bytes(manifest, receipt) for receipt in receipts),
         elapsed_s=round(time.perf_counter() - started_at, 3),
         is_finished=is_finished,
     )
@@ -188,50 +185,10 @@ def largest_unit_bytes(manifest: Manifest, num_tokens: int) -> int:
     return raw + len(manifest.taps) * (scales + frames) + _RECEIPT_BYTES
 
 
-class _UnitWriter:
-    """Writes one unit at a time in a thread, within the disk limit."""
+def _stored_bytes(manifest: Manifest, receipt: Receipt) -> int:
+    """Return the bytes of a unit's hidden states in the store."""
+    return sum(receipt.files[shard_path(tap, receipt.unit)].bytes for tap in manifest.taps)
 
-    def __init__(
-        self,
-        thread: ThreadPoolExecutor,
-        root: Path,
-        manifest: Manifest,
-        max_disk_bytes: int | None,
-        progress: Progress,
-    ) -> None:
-        self.receipts: list[Receipt] = []
-        self._thread, self._root, self._manifest = thread, root, manifest
-        self._progress, self._limit = progress, max_disk_bytes
-        self._pending: Future[Receipt] | None = None
-        self._written_bytes = 0
-        files = () if max_disk_bytes is None else filter(Path.is_file, root.rglob("*"))
-        self._first_bytes = sum(path.stat().st_size for path in files)
 
-    def has_room(self, num_tokens: int) -> bool:
-        """Return whether a unit fits, however badly it compresses."""
-        if self._limit is None:
-            return True
-        self.wait()
-        used = self._first_bytes + self._written_bytes
-        return used + largest_unit_bytes(self._manifest, num_tokens) <= self._limit
-
-    def submit(
-        self, unit_input: UnitInput, hidden: dict[str, NDArray[Any]], *, elapsed_s: float
-    ) -> None:
-        """Write a unit as soon as the one before it is written."""
-        self.wait()
-        self._pending = self._thread.submit(
-            write_unit, self._root, self._manifest, unit_input, hidden, elapsed_s=elapsed_s
-        )
-
-    def wait(self) -> None:
-        """Wait for the pending unit; raises what its writing raised."""
-        if self._pending is None:
-            return
-        receipt, self._pending = self._pending.result(), None
-        rows = {row_path(name, receipt.unit) for name in ROW_ARRAYS}  # planning wrote them
-        size = (self._root / receipt_path(receipt.unit)).stat().st_size
-        size += sum(entry.bytes for path, entry in receipt.files.items() if path not in rows)
-        self.receipts.append(receipt)
-        self._written_bytes += size
-        self._progress.note = f"{self._written_bytes / 1e6:,.0f} MB written"
+def _folder_bytes(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())

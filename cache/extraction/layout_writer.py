@@ -8,7 +8,6 @@ Letters: S samples.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,56 +41,6 @@ _GROUPS = ("hidden", "samples", "head", "probe", "probe/states")
 _SCALE_GROUPS = ("scale", "scale/token", "scale/channel")  # of a lossy profile
 
 
-def write_plan(
-    root: Path,
-    manifest: Manifest,
-    samples: Sequence[Sample],
-    plan: UnitPlan,
-    *,
-    head: Head,
-    probe: Probe,
-    blocks: Mapping[str, bytes] | None = None,
-    max_bytes: int | None = None,
-) -> Manifest:
-    """Write a new store, without hidden states.
-
-    Args:
-        root: folder of the store.
-        manifest: without `files`.
-        samples: of the corpus.
-        plan: where each sample lies.
-        head: of the base.
-        probe: of the base on this corpus.
-        blocks: of the base, the files by path. None: without.
-        max_bytes: limit of the size of the store.
-
-    Returns:
-        The manifest as written, with the digest of each file but those of units.
-
-    Raises:
-        StoreError: there are receipts of a store whose manifest is gone; nothing was changed.
-        InputError: the plan is larger than `max_bytes`; nothing was written.
-        DiskFullError: there is no store yet; the same call can be made again.
-    """
-    if units_with_receipt(root):
-        raise StoreError(
-            f"{root}: expected a new store, got receipts of one whose manifest is gone: "
-            "run carryon repair, or choose another folder"
-        )
-    files = partial(plan_files, manifest, samples, plan, head=head, probe=probe, blocks=blocks)
-    if max_bytes is not None and (needed := plan_bytes(files())) > max_bytes:
-        raise InputError(
-            f"max_disk: expected more than {needed / 1e6:,.1f} MB, the size of the head and the "
-            f"plan of {root}, got {max_bytes / 1e6:,.1f} MB"
-        )
-    digests = _write(root, files())
-    _flush(root, digests)  # before the manifest that vouches for them
-    rows = {path for path in digests if path.partition("/c/")[0] in ROW_ARRAYS}
-    manifest = manifest.accepting({path: digests[path] for path in digests.keys() - rows})
-    write_manifest(root, manifest)
-    return manifest
-
-
 def plan_files(
     manifest: Manifest,
     samples: Sequence[Sample],
@@ -99,9 +48,18 @@ def plan_files(
     *,
     head: Head,
     probe: Probe,
-    blocks: Mapping[str, bytes] | None,
+    blocks: Mapping[str, bytes] | None = None,
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield (path, content) of all that `write_plan` writes but copies and the manifest."""
+    """Yield (path, content) of each file of a new store but its manifest and hidden states.
+
+    Args:
+        manifest: of the store.
+        samples: of the corpus.
+        plan: where each sample lies.
+        head: of the base.
+        probe: of the base on this corpus.
+        blocks: (path, content) of the base's last blocks.
+    """
     yield from _unit_rows(samples, plan, manifest=manifest)
     yield from encode_head(head)
     yield from (blocks or {}).items()
@@ -109,6 +67,29 @@ def plan_files(
         yield from encode_array(name, rows, rows_per_chunk=TABLE_ROWS)
     yield from encode_probe(probe)
     yield from _documents(manifest).items()
+
+
+def write_plan(root: Path, manifest: Manifest, files: Iterable[tuple[str, bytes]]) -> Manifest:
+    """Write a new store, without hidden states, from the files of its plan.
+
+    Returns:
+        The manifest as written, with the digest of each file but those of units.
+
+    Raises:
+        StoreError: there are receipts of a store whose manifest is gone; nothing was changed.
+        DiskFullError: there is no store yet; the same call can be made again.
+    """
+    if units_with_receipt(root):
+        raise StoreError(
+            f"{root}: expected a new store, got receipts of one whose manifest is gone: "
+            "run carryon repair, or choose another folder"
+        )
+    digests = _write(root, files)
+    _flush(root, digests)  # before the manifest that vouches for them
+    rows = {path for path in digests if path.partition("/c/")[0] in ROW_ARRAYS}
+    manifest = manifest.accepting({path: digests[path] for path in digests.keys() - rows})
+    write_manifest(root, manifest)
+    return manifest
 
 
 def plan_bytes(files: Iterable[tuple[str, bytes]]) -> int:

@@ -7,6 +7,7 @@ resumes: finished units are skipped, the others computed.
 import logging
 from collections.abc import Container, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from carryon.cache.base.model import Base
 from carryon.cache.corpus.files import Data
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.forward import ExtractReport, raw_bytes, run_units
-from carryon.cache.extraction.layout_writer import append_plan, write_plan
+from carryon.cache.extraction.layout_writer import append_plan, plan_bytes, plan_files, write_plan
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.extraction.resume import refuse_other_data, refuse_other_settings
@@ -142,16 +143,22 @@ def _begin(plan: ExtractionPlan, max_disk_bytes: int | None) -> Manifest:
     taps, profile = manifest.taps, manifest.settings["profile"]
     pilot = run_pilot(plan.base, taps, plan.samples, plan.units)
     errors = measure_profile(pilot, plan.head, taps=taps, profile=profile)
-    return write_plan(
-        plan.root,
-        replace(manifest, profile_error=errors),
+    manifest = replace(manifest, profile_error=errors)
+    files = partial(
+        plan_files,
+        manifest,
         plan.samples,
         plan.units,
         head=plan.head,
         probe=make_probe(pilot),
         blocks=block_files(plan.base, manifest.num_blocks),
-        max_bytes=max_disk_bytes,
     )
+    if max_disk_bytes is not None and (needed := plan_bytes(files())) > max_disk_bytes:
+        raise InputError(
+            f"max_disk: expected more than {needed / 1e6:,.1f} MB, the size of the head and the "
+            f"plan of {plan.root}, got {max_disk_bytes / 1e6:,.1f} MB"
+        )
+    return write_plan(plan.root, manifest, files())
 
 
 def _resume(plan: ExtractionPlan, *, append: bool) -> Manifest:

@@ -6,9 +6,8 @@ never needed.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from carryon.cache.base.model import Base, load_base, read_head
 from carryon.cache.errors import DamagedStoreError, StoreError
@@ -49,10 +48,6 @@ class RepairReport:
     """Units whose hidden states were computed again."""
     is_complete: bool
     """Whether a full verification afterwards reports no problem."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
 
 
 def repair(

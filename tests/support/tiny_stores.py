@@ -29,7 +29,7 @@ from carryon.cache.corpus.dataset import Sample
 from carryon.cache.errors import CarryOnError
 from carryon.cache.extraction import layout_writer as plan_writer
 from carryon.cache.extraction.forward import ExtractReport
-from carryon.cache.extraction.layout_writer import write_plan
+from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
 from carryon.cache.extraction.pilot import PilotSample, make_probe, measure_profile
 from carryon.cache.extraction.pipeline import run_extraction
@@ -185,7 +185,11 @@ def plan_given(root: Path, given: Given) -> Manifest:
         profile_error=measure_profile(given.pilot, given.head, taps=taps, profile=profile),
     )
     probe = make_probe(given.pilot)
-    return write_plan(root, manifest, given.samples, given.plan, head=given.head, probe=probe)
+    return write_plan(
+        root,
+        manifest,
+        plan_files(manifest, given.samples, given.plan, head=given.head, probe=probe),
+    )
 
 
 def write_units(root: Path, manifest: Manifest, given: Given, units: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import FinalNorm, Head, widen
 from carryon.cache.corpus.dataset import Sample
-from carryon.cache.extraction.layout_writer import write_plan
+from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import plan_units
 from carryon.cache.format.head_arrays import head_facts
 from carryon.cache.format.manifest import CorpusPart, Manifest
@@ -67,7 +67,9 @@ def make_store(
     )
     first = int(plan.order[0])
     probe = _probe(states[first], head, first_row=int(plan.start[0]))
-    manifest = write_plan(root, manifest, samples, plan, head=head, probe=probe)
+    manifest = write_plan(
+        root, manifest, plan_files(manifest, samples, plan, head=head, probe=probe)
+    )
     starts, lengths = read_sample_places(root, manifest)
     for unit in range(plan.num_units):
         inside = np.flatnonzero(plan.unit == unit)

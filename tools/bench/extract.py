@@ -14,7 +14,7 @@ import torch
 from carryon.cache.base.model import Base, read_head
 from carryon.cache.corpus.dataset import Corpus, Sample
 from carryon.cache.extraction.forward import run_units
-from carryon.cache.extraction.layout_writer import write_plan
+from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import plan_batches, plan_samples
 from carryon.cache.extraction.pilot import make_probe, run_pilot
 from carryon.cache.extraction.plan import describe
@@ -83,7 +83,7 @@ def _plan(root: Path, base: Base, samples: list[Sample], settings: StoreSettings
     head = read_head(base)
     manifest = describe(base, head, texts, plan, corpus=CorpusSettings(), store=settings)
     probe = make_probe(run_pilot(base, settings.taps, samples, plan))
-    return write_plan(root, manifest, samples, plan, head=head, probe=probe)
+    return write_plan(root, manifest, plan_files(manifest, samples, plan, head=head, probe=probe))
 
 
 def _read_inputs(root: Path, manifest: Manifest) -> list[UnitInput]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from carryon.cache.extraction.layout_writer import write_plan
+from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.format.probe import read_probe
 from carryon.cache.store.reader import Store
@@ -41,7 +41,8 @@ def recode_store(store: Store, root: Path, *, profile: str) -> Store:
         num_units=store.num_units,
     )
     probe = read_probe(store.root, store.manifest)
-    manifest = write_plan(root, manifest, samples, plan, head=store.head(), probe=probe)
+    files = plan_files(manifest, samples, plan, head=store.head(), probe=probe)
+    manifest = write_plan(root, manifest, files)
     for unit in store.iter_units():
         inside = slice(unit.samples.start, unit.samples.stop)
         unit_input = read_unit_input(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import FinalNorm, Head, widen
 from carryon.cache.corpus.dataset import Sample
-from carryon.cache.extraction.layout_writer import write_plan
+from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan, plan_units
 from carryon.cache.format.head_arrays import head_facts
 from carryon.cache.format.manifest import CorpusPart, Manifest, digest_of
@@ -78,7 +78,9 @@ def plan_scratch(
         ),
     )
     probe = _make_probe(first_states, head)
-    return write_plan(root, manifest, samples, plan, head=head, probe=probe), plan
+    return write_plan(
+        root, manifest, plan_files(manifest, samples, plan, head=head, probe=probe)
+    ), plan
 
 
 def write_scratch_unit(

@@ -1,6 +1,7 @@
 """`carryon extract`: corpus and base in, store out."""
 
 import logging
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
@@ -63,12 +64,12 @@ def extract(
         from carryon.cache.extraction.estimate import estimate
 
         expected = estimate(plan)
-        return print_result(expected.to_dict(), _describe(expected))
+        return print_result(asdict(expected), _describe(expected))
     report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
     if not report.is_finished:
         logger.warning(f"stopped at --max-disk {max_disk}. Fix: raise it to resume")
     return print_result(
-        report.to_dict(),
+        asdict(report),
         f"{report.store}: {report.num_tokens:,} tokens in {report.num_units:,} units, "
         f"{report.computed_tokens:,} computed now in {report.elapsed_s:,.0f} s; "
         f"{report.stored_bytes / 1e6:,.1f} MB of {report.raw_bytes / 1e6:,.1f} MB raw",

@@ -1,5 +1,7 @@
 """`carryon repair`: restore damaged or missing parts of a store."""
 
+from dataclasses import asdict
+
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.cli.output import print_result
 
@@ -23,7 +25,7 @@ def repair(store: str, /, *, base: str = "", forward: ForwardSettings) -> int:
 
     report = repair_store(store, base=base or None, forward=forward)
     print_result(
-        report.to_dict(),
+        asdict(report),
         f"{'OK' if report.is_complete else 'STILL DAMAGED'}: {store}: {len(report.problems)} "
         f"problems, {len(report.restored_files)} files restored, {len(report.computed_units)} "
         "units computed",

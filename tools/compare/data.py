@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.base.model import load_tokenizer
+from carryon.cache.base.loading import locate_base, read_tokenizer
 from carryon.cache.corpus.dataset import Sample, read_corpus
 from carryon.cache.corpus.files import Data, open_data
 from carryon.cache.corpus.records import Record, read_records
@@ -69,7 +69,7 @@ def prepare_material(
     Raises:
         InputError: a half is empty, or too little of the held-out half is clean.
     """
-    tokenizer = load_tokenizer(base)
+    tokenizer = read_tokenizer(locate_base(base))
     train_file, held_out_file, facts_file = (
         out / name for name in ("train.jsonl", "held-out.jsonl", "data.json")
     )

@@ -21,7 +21,8 @@ from carryon.cache.base.architecture import get_architecture, read_norm
 from carryon.cache.base.hooks import base_logits, capture
 from carryon.cache.base.identity import BaseIdentity, digest_tokenizer, digest_weights
 from carryon.cache.base.lm_head import widen
-from carryon.cache.base.model import Base, load_base, load_tokenizer, read_head
+from carryon.cache.base.loading import locate_base
+from carryon.cache.base.model import Base, load_base, read_head
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.settings import ForwardSettings
 
@@ -190,12 +191,12 @@ def test_incomplete_checkpoint_is_refused(tiny_base_folder: Path, tmp_path: Path
 def test_missing_bases_are_named(tmp_path: Path) -> None:
     for source in (str(tmp_path / "nothing"), "./nothing", "nothing.gguf", "a/b/c"):
         with pytest.raises(MissingError, match="no such folder or file"):
-            load_tokenizer(source)
+            locate_base(source)
     with pytest.raises(InputError, match=r"has no config\.json"):
-        load_tokenizer(str(tmp_path))
+        locate_base(str(tmp_path))
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"expected a folder or a \.gguf file"):
-        load_tokenizer(str(tmp_path / "weights.bin"))
+        locate_base(str(tmp_path / "weights.bin"))
 
 
 def test_folder_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
