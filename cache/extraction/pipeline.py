@@ -117,7 +117,7 @@ def merge_options(
 def run_extraction(
     plan: ExtractionPlan, *, append: bool = False, max_disk_bytes: int | None = None
 ) -> ExtractReport:
-    """Carry out a plan, or what is missing of it; arguments and errors as of `extract`."""
+    """Carry out a plan, or the missing rest of it; arguments and errors as of `extract`."""
     root = plan.root
     logger.info(_prediction(plan.manifest))
     with write_lock(root):

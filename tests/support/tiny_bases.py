@@ -1,6 +1,6 @@
 """Tiny random bases of many architectures, saved as transformers folders.
 
-Every weight is random, norms too, so that a wrong norm, scale or cap cannot go unnoticed.
+Every weight is random, norms too, so that a wrong norm, scale or cap is noticed.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Tiny stores: written from arrays, or extracted from a tiny base, perhaps by a killed process.
 
 Sizes: D 16, units of 64 rows, chunks of 16 rows, head chunks of 64 rows, table chunks of 8 rows,
-so that every kind of edge is crossed. Letters: T tokens, D width, V vocabulary, N rows.
+so every kind of boundary is crossed. Letters: T tokens, D width, V vocabulary, N rows.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from carryon.cache.base.lm_head import FinalNorm, Head, widen
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.corpus.dataset import Sample
 from carryon.cache.errors import CarryOnError
-from carryon.cache.extraction import layout_writer as plan_writer
+from carryon.cache.extraction import layout_writer
 from carryon.cache.extraction.forward import ExtractReport
 from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
@@ -35,8 +35,7 @@ from carryon.cache.extraction.pilot import PilotSample, make_probe, measure_prof
 from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.extraction.repair import RepairReport, repair
-from carryon.cache.format import head_arrays as head_files
-from carryon.cache.format import zarr_metadata as layout
+from carryon.cache.format import head_arrays, zarr_metadata
 from carryon.cache.format.head_arrays import head_facts
 from carryon.cache.format.manifest import CorpusPart, Manifest, digest_of
 from carryon.cache.format.quantization import STATE_TYPES, bfloat16_bits
@@ -53,11 +52,11 @@ SETTINGS = StoreSettings(taps=["final", "layer.1"], unit_tokens=UNIT_TOKENS)
 
 @contextmanager
 def small_pieces() -> Iterator[None]:
-    """Make chunks, head chunks and tables small, so that there are several of each."""
+    """Make chunks, head chunks and tables small: several of each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "CHUNK_BYTES", CHUNK_BYTES)
-        patch.setattr(head_files, "HEAD_CHUNK_BYTES", 64 * WIDTH * 2)
-        patch.setattr(plan_writer, "TABLE_ROWS", 8)
+        patch.setattr(zarr_metadata, "CHUNK_BYTES", CHUNK_BYTES)
+        patch.setattr(head_arrays, "HEAD_CHUNK_BYTES", 64 * WIDTH * 2)
+        patch.setattr(layout_writer, "TABLE_ROWS", 8)
         yield
 
 
@@ -66,7 +65,7 @@ def small_pieces() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a store is written from; change a part to write a store that lies."""
+    """The content of a store; change a part to write a store with false content."""
 
     settings: StoreSettings
     samples: list[Sample]
@@ -177,7 +176,7 @@ def plan_given(root: Path, given: Given) -> Manifest:
         settings=settings.to_dict(),
         parts=[part],
         width=WIDTH,
-        rows_per_chunk=layout.chunk_rows(
+        rows_per_chunk=zarr_metadata.chunk_rows(
             row_bytes=WIDTH * item_bytes, unit_tokens=settings.unit_tokens
         ),
         head=head_facts(given.head),
@@ -280,14 +279,14 @@ def one_thread() -> Iterator[None]:
 def start_extraction(
     base_folder: Path, data: Path, out: Path, *, append: bool = False, held_at: str = ""
 ) -> "Extraction":
-    """Start the same call in a process of its own.
+    """Start the same call in a separate process.
 
     Args:
         base_folder: of the base.
         data: file of the corpus.
         out: folder of the store.
         append: as in extract.
-        held_at: file of the store; before it appears, the process waits to be let go on.
+        held_at: file of the store; before it appears, the process waits until it is released.
     """
     context = _processes()
     ours, theirs = context.Pipe()
@@ -297,21 +296,21 @@ def start_extraction(
     process.start()
     theirs.close()
     extraction = Extraction(process=process, talk=ours)
-    extraction.wait_for("begun")
+    extraction.wait_for("started")
     return extraction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """An extraction in a process of its own; its base is loaded."""
+    """An extraction in a separate process; its base is loaded."""
 
     process: Any
     """As the standard library's Process."""
     talk: Connection
-    """It says `held` at `held_at` and goes on when anything is sent to it; `done` at its end."""
+    """It sends `held` at `held_at` and continues when anything is sent to it; `done` at its end."""
 
     def wait_for(self, word: str) -> None:
-        """Wait until the process says `word`."""
+        """Wait until the process sends `word`."""
         said = self.talk.recv()
         assert said == word, f"expected {word}, got {said}"
 
@@ -343,7 +342,7 @@ def _extract_in_child(
             talk.send("held")
             talk.recv()
 
-    talk.send("begun")
+    talk.send("started")
     with watch_changes(out, hold):
         extract_tiny(base, data, out, append=append)
     talk.send("done")
@@ -353,7 +352,7 @@ def _extract_in_child(
 
 
 def readable_content(root: Path) -> dict[str, Any]:
-    """Return everything that a reader can get out of a finished store, as plain values."""
+    """Return all content of a finished store, as plain values."""
     store = Store.open(root)
     content: dict[str, Any] = {
         "fingerprint": store.fingerprint,
@@ -381,7 +380,7 @@ def files_below(root: Path) -> dict[str, bytes]:
 
 
 def error_of(call: Callable[[], object]) -> str:
-    """Return kind and text of the user's error that `call` ends with; empty if it does not."""
+    """Return class and text of the CarryOnError that `call` raises; empty if it raises none."""
     try:
         call()
     except CarryOnError as error:
@@ -434,7 +433,7 @@ def _install_hook() -> None:
         if _listeners and event in _listeners[-1][1]:
             _listeners[-1][0](event, arguments)
 
-    sys.addaudithook(hook)  # stays for good; does nothing while nobody listens
+    sys.addaudithook(hook)  # cannot be removed; does nothing without a listener
 
 
 @contextmanager
@@ -469,7 +468,7 @@ def states_at_kills(
 ) -> list[Path]:
     """Run `run`, and copy what is below `root` before each chosen change.
 
-    What lies on the disk before a change is what a kill -9 between it and the one before leaves.
+    The disk before a change is in the state that a kill -9 since the change before it leaves.
 
     Returns:
         The copies, one for each instant; of a folder that does not exist yet there is none.

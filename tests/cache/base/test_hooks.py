@@ -1,4 +1,4 @@
-"""Taps of tiny bases of every family, against what the bases themselves say."""
+"""Hidden states at the taps of tiny bases of every family, compared with transformers' own."""
 
 from pathlib import Path
 
@@ -54,12 +54,12 @@ def test_padding_on_the_right_changes_nothing(base: Base) -> None:
     tokens = _tokens(2, 20)  # longer than the sliding window of the Gemma bases
     tokens[0, 11:] = 0
     taps = ["final", "layer.1"]
-    padded, alone = capture(base, taps, tokens), capture(base, taps, tokens[:1, :11])
+    padded, single = capture(base, taps, tokens), capture(base, taps, tokens[:1, :11])
     for tap in taps:
-        torch.testing.assert_close(padded[tap][:1, :11], alone[tap], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(padded[tap][:1, :11], single[tap], rtol=1e-4, atol=1e-5)
 
 
-def test_low_taps_alone_do_not_run_the_blocks_above(tiny_base: Base) -> None:
+def test_blocks_above_the_deepest_tap_are_not_run(tiny_base: Base) -> None:
     calls: list[str] = []
     hooks = [
         block.register_forward_hook(lambda *_, number=number: calls.append(f"block {number}"))
@@ -79,7 +79,7 @@ def test_low_taps_alone_do_not_run_the_blocks_above(tiny_base: Base) -> None:
     assert torch.equal(low["layer.1"], both["layer.1"])
 
 
-def test_hooks_are_gone_afterwards_and_after_an_error(tiny_base: Base) -> None:
+def test_hooks_are_removed_afterwards_and_after_an_error(tiny_base: Base) -> None:
     capture(tiny_base, ["final", "prenorm", "layer.1"], _tokens(1, 6))
     capture(tiny_base, ["layer.1"], _tokens(1, 6))
     with pytest.raises(IndexError):

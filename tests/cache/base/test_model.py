@@ -1,4 +1,4 @@
-"""Loading bases: who they are, where their parts are, what is refused."""
+"""Loading bases: their identity, their parts, and the bases that are refused."""
 
 import json
 import shutil

@@ -35,7 +35,7 @@ HI_YO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo
 TWO_TURNS = [*HI_YO, {"role": "user", "content": "x"}, {"role": "assistant", "content": "z"}]
 
 
-def test_of_messages_each_assistant_turn_with_its_end_is_a_target(tmp_path: Path) -> None:
+def test_each_assistant_turn_through_its_end_of_turn_token_is_a_target(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     sample = read_one(tmp_path, {"messages": HI_YO}, tokenizer)
     # <|start|> user\n hi <|end|> \n <|start|> assistant\n yo <|end|> \n, one token a character
@@ -69,7 +69,7 @@ CLOSED = [
     Closed("newline", TURN + "<|end|>\n{% endfor %}" + PROMPT, ["yo", "z"], "yo<|end|>z<|end|>"),
     Closed("nothing", TURN + "<|end|>{% endfor %}" + PROMPT, ["yo", "z"], "yo<|end|>z<|end|>"),
     Closed("blanks", TURN + " <|end|> \n\n{% endfor %}" + PROMPT, ["yo"], "yo <|end|>"),
-    Closed(  # as Phi-3: an end-of-text token behind a conversation that nobody is to continue
+    Closed(  # as Phi-3: an end-of-text token after a finished conversation
         "end of text too",
         TURN + "<|end|>\n{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}" + PROMPT,
         ["yo"],
@@ -83,7 +83,7 @@ CLOSED = [
 
 
 @pytest.mark.parametrize("case", CLOSED, ids=lambda case: case.id)
-def test_nothing_behind_the_end_of_turn_token_is_a_target(case: Closed, tmp_path: Path) -> None:
+def test_text_after_the_end_of_turn_token_is_no_target(case: Closed, tmp_path: Path) -> None:
     messages = [
         message
         for answer in case.answers
@@ -93,7 +93,7 @@ def test_nothing_behind_the_end_of_turn_token_is_a_target(case: Closed, tmp_path
     sample = read_one(tmp_path, {"messages": messages}, tokenizer)
     assert tokenizer.decode(sample.tokens[sample.loss_mask == 1]) == case.targets
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert tokenizer.decode(sample.tokens) == whole  # which stands in the store as it was
+    assert tokenizer.decode(sample.tokens) == whole  # the tokens are unchanged
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ MASKED = [
 
 
 @pytest.mark.parametrize("case", MASKED, ids=lambda case: case.id)
-def test_the_mask_setting_says_what_is_a_target(case: Masked, tmp_path: Path) -> None:
+def test_the_mask_setting_selects_the_targets(case: Masked, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     sample = read_one(tmp_path, case.record, tokenizer, CorpusSettings(mask=case.mask))
     targets = sample.tokens[sample.loss_mask == 1]
@@ -161,7 +161,7 @@ def test_a_mask_that_does_not_fit_a_record_is_refused(case: Misfit, tmp_path: Pa
         read_one(tmp_path, case.record, make_tokenizer(), CorpusSettings(mask=case.mask))
 
 
-def test_prompt_and_completion_are_what_generation_sees(tmp_path: Path) -> None:
+def test_prompt_and_completion_are_tokenized_as_in_generation(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     sample = read_one(tmp_path, {"prompt": "xa", "completion": "b a"}, tokenizer)
     prompt = tokenizer("xa")["input_ids"]
@@ -172,7 +172,7 @@ def test_prompt_and_completion_are_what_generation_sees(tmp_path: Path) -> None:
     assert sample.loss_mask.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_the_end_token_a_tokenizer_adds_itself_is_there_once(tmp_path: Path) -> None:
+def test_an_end_token_that_the_tokenizer_adds_is_not_doubled(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(frame="<s> <|start|> $A </s>")
     sample = read_one(tmp_path, {"text": "ab"}, tokenizer)
     assert spell(tokenizer, sample.tokens) == ["<s>", "<|start|>", "ab", "</s>"]
@@ -186,9 +186,9 @@ def test_without_a_start_token_the_first_token_of_a_text_is_no_target(tmp_path: 
     assert sample.loss_mask.tolist() == [0, 1, 1, 1]
 
 
-def test_every_piece_of_a_character_ends_where_the_character_ends(tmp_path: Path) -> None:
+def test_every_token_of_a_character_ends_where_the_character_ends(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
-    # 1, 2, 4, 3 and 1 bytes; the thumb has a skin tone of its own, 4 and 4 bytes
+    # 1, 2, 4, 3 and 1 bytes; the thumb and its skin tone are 4 and 4 bytes
     text = "a\u00e9\U0001f600\u65e5b\U0001f44d\U0001f3fd"
     sample = read_one(tmp_path, {"text": text}, tokenizer)
     assert sample.char_end.tolist() == [
@@ -197,7 +197,7 @@ def test_every_piece_of_a_character_ends_where_the_character_ends(tmp_path: Path
     ]
 
 
-def test_a_character_in_pieces_is_a_target_as_a_whole(tmp_path: Path) -> None:
+def test_all_tokens_of_one_character_are_targets(tmp_path: Path) -> None:
     messages = [HI_YO[0], {"role": "assistant", "content": "\U0001f600"}]
     sample = read_one(tmp_path, {"messages": messages}, make_tokenizer())
     assert sample.loss_mask.tolist() == [0] * 21 + [1] * 5 + [0]
@@ -227,7 +227,7 @@ def test_character_ends_are_those_of_the_text_where_the_tokenizer_trims_blanks(
     assert isinstance(tokenizer.backend_tokenizer.post_processor, processors.ByteLevel)
 
 
-def test_character_ends_never_fall_and_cover_the_text(tmp_path: Path) -> None:
+def test_character_ends_never_decrease_and_cover_the_text(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     letters = np.array(list("ab \n\t.\u00e9\u0301\u65e5\U0001f600\u200d\U0001f469"))
     texts = ["".join(rng.choice(letters, size=30)) for _ in range(50)]
@@ -243,7 +243,7 @@ def test_character_ends_never_fall_and_cover_the_text(tmp_path: Path) -> None:
                 assert row == len(sample.tokens) - 1 or seen == text[:end]
 
 
-def test_tokens_are_those_of_the_tokenizer_whatever_it_was_set_to(tmp_path: Path) -> None:
+def test_truncation_and_padding_set_on_the_tokenizer_have_no_effect(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer("hi yo", truncation=True, max_length=2)
     tokenizer(["a", "hi"], padding="max_length", max_length=9)
@@ -290,7 +290,7 @@ def test_long_samples_are_cut_and_counted(case: Long, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     path = write_lines(tmp_path / "data.jsonl", {"text": "xyz", "id": "long"}, {"text": "hi"})
     corpus = read([path], tokenizer, CorpusSettings(long=case.long), max_tokens=2)
-    found = [
+    samples = [
         (
             sample.id,
             tokenizer.decode(sample.tokens),
@@ -299,7 +299,7 @@ def test_long_samples_are_cut_and_counted(case: Long, tmp_path: Path) -> None:
         )
         for sample in corpus.samples
     ]
-    assert found == case.samples
+    assert samples == case.samples
     assert corpus.counts == {**NO_COUNTS, "records": 2, **case.counts}
 
 
@@ -311,7 +311,7 @@ def test_long_samples_are_skipped_and_counted(tmp_path: Path) -> None:
     assert corpus.counts == {**NO_COUNTS, **kept, "skipped_long": 1}
 
 
-def test_a_long_sample_is_refused_with_its_size_if_asked(tmp_path: Path) -> None:
+def test_a_long_sample_is_refused_with_its_size_by_long_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "data.jsonl", {"text": "hi"}, {"text": "xyz", "id": "mine"})
     text = r"data\.jsonl:2: sample 'mine': expected at most 4 tokens, got 5: "
     with pytest.raises(InputError, match=text):
@@ -407,13 +407,13 @@ def test_the_fingerprint_is_that_of_the_samples_in_order(tmp_path: Path) -> None
         [first, {**second, "split": "held-out"}],
         [first, {"prompt": "x", "completion": "b", "id": "2"}],
     ]
-    tokenizer, found = make_tokenizer(), []
+    tokenizer, fingerprints = make_tokenizer(), []
     for number, rows in enumerate(variants):
         path = write_lines(tmp_path / f"data{number}.jsonl", *rows)
-        found.append(read([path], tokenizer).fingerprint)
-        assert read([path], tokenizer).fingerprint == found[-1]
-    assert len(set(found)) == len(variants)
-    assert all(len(bytes.fromhex(fingerprint)) == 32 for fingerprint in found)
+        fingerprints.append(read([path], tokenizer).fingerprint)
+        assert read([path], tokenizer).fingerprint == fingerprints[-1]
+    assert len(set(fingerprints)) == len(variants)
+    assert all(len(bytes.fromhex(fingerprint)) == 32 for fingerprint in fingerprints)
 
 
 def test_files_are_described_in_order(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_files_are_described_in_order(tmp_path: Path) -> None:
 
 
 def test_more_than_one_batch_of_records_is_read_in_order(tmp_path: Path) -> None:
-    # 700 kB of a field that is passed over: two of these lines make a batch
+    # 700 kB of a field that is ignored: two of these lines make a batch
     rows = [{"text": letter, "note": " " * 700_000} for letter in "xyz"]
     corpus = read([write_lines(tmp_path / "data.jsonl", *rows)], make_tokenizer())
     assert [sample.id for sample in corpus.samples] == ["data-1", "data-2", "data-3"]
@@ -444,7 +444,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
         read_one(tmp_path, {"messages": TWO_TURNS}, tokenizer)
 
 
-def test_the_last_turn_of_a_template_that_rewrites_earlier_ones_can_be_learned(
+def test_the_last_turn_of_a_template_that_rewrites_earlier_ones_can_be_a_target(
     tmp_path: Path,
 ) -> None:
     tokenizer = make_tokenizer(template=REWRITING_TEMPLATE)

@@ -1,4 +1,4 @@
-"""Reading of the user's files into records."""
+"""Data as records: files, and rows in memory."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def test_each_line_of_a_json_file_is_a_record(tmp_path: Path) -> None:
     assert sum(record.num_bytes for record in records) == path.stat().st_size
 
 
-def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_read_over(tmp_path: Path) -> None:
+def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b"}')
     assert [(record.id, text_of(record)) for record in read_records(read_files([path]))] == [
@@ -64,7 +64,7 @@ def test_null_fields_count_as_absent(tmp_path: Path) -> None:
     assert (record.id, record.content) == ("data-1", "b")
 
 
-def test_messages_come_before_prompt_and_text(tmp_path: Path) -> None:
+def test_messages_have_priority_over_prompt_and_text(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
     both = {"prompt": "a", "completion": "b", "text": "c"}
     path = write_lines(tmp_path / "data.jsonl", {**both, "messages": messages}, both)
@@ -207,18 +207,18 @@ def test_ids_that_cannot_be_stored_are_refused(identifier: str, problem: str) ->
     assert error_of(lambda: check_id(identifier, where="x")) == expected
 
 
-def test_a_folder_means_its_files_at_any_depth_in_order_without_hidden_ones(
+def test_a_folder_is_its_files_at_any_depth_in_order_without_hidden_ones(
     tmp_path: Path,
 ) -> None:
     for name in ("b.txt", "a/z.txt", "a/c/d.txt", ".git/config", "a/.hidden"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    found = [path.relative_to(tmp_path).as_posix() for path in list_files([tmp_path])]
-    assert found == ["a/c/d.txt", "a/z.txt", "b.txt"]
+    names = [path.relative_to(tmp_path).as_posix() for path in list_files([tmp_path])]
+    assert names == ["a/c/d.txt", "a/z.txt", "b.txt"]
 
 
-def test_paths_that_mean_no_file_are_refused(tmp_path: Path) -> None:
+def test_paths_without_a_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"gone\.jsonl: no such file or folder"):
         list_files([tmp_path / "gone.jsonl"])
     with pytest.raises(InputError, match="expected a folder with files in it, found none"):

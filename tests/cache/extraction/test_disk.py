@@ -1,4 +1,4 @@
-"""Too little room: a full disk, and the limit that a user sets."""
+"""A full disk, and the disk limit that a user sets."""
 
 import os
 import subprocess
@@ -22,12 +22,12 @@ from carryon.cache.format.manifest import read_manifest
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
 
-PAGE = 4096  # what a small file takes on a tmpfs
+PAGE = 4096  # size of a small file on a tmpfs
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, in memory; see `resize`."""
+    """A separate file system in memory; see `resize`."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={1 << 20}", "tmpfs", str(folder)]
@@ -52,7 +52,7 @@ def pages_used(disk: Path) -> int:
     return status.f_blocks - status.f_bfree
 
 
-def test_a_full_disk_stops_cleanly_and_the_same_call_goes_on(
+def test_a_full_disk_stops_cleanly_and_the_same_call_resumes(
     small_disk: Path, tiny_base: Base, store_data: Path, store_original: Path
 ) -> None:
     expected = readable_content(store_original)
@@ -71,13 +71,13 @@ def test_a_full_disk_stops_cleanly_and_the_same_call_goes_on(
         assert not [path for path in files_below(root) if ".partial" in path]
         after = receipts_in(root)
         assert {name: after[name] for name in before} == before
-        is_readable_as_far_as_it_goes(root)
+        finished_units_are_readable(root)
     assert num_full >= 3
     assert readable_content(root) == expected
     assert verify(root, depth="full").is_complete
 
 
-def is_readable_as_far_as_it_goes(root: Path) -> None:
+def finished_units_are_readable(root: Path) -> None:
     error = error_of(lambda: read_manifest(root))
     if error:  # it became full before there was a manifest, or between it and its copy
         assert "no store here" in error or "its copy is there" in error
@@ -87,7 +87,7 @@ def is_readable_as_far_as_it_goes(root: Path) -> None:
     assert verify(root, depth="full").is_sound
 
 
-def test_a_disk_full_before_the_lock_is_named_too(
+def test_a_disk_that_is_full_before_the_lock_is_named_too(
     small_disk: Path, tiny_base: Base, store_data: Path
 ) -> None:
     (small_disk / "other").write_bytes(bytes(8 * PAGE))
@@ -96,7 +96,7 @@ def test_a_disk_full_before_the_lock_is_named_too(
         extract_tiny(tiny_base, store_data, small_disk / "store")
 
 
-def test_a_limit_stops_before_the_store_is_larger_and_more_room_goes_on(
+def test_a_limit_stops_before_the_store_is_larger_and_more_room_resumes(
     tiny_base: Base, store_data: Path, store_original: Path, store_tmp: Path
 ) -> None:
     expected = readable_content(store_original)

@@ -1,4 +1,4 @@
-"""Killed at any instant: the same call again gives what a call never killed gives."""
+"""Kills at any instant: the same call again ends with the result of an undisturbed call."""
 
 import random
 import shutil
@@ -26,7 +26,7 @@ SOME_INSTANTS = 8
 
 
 @pytest.mark.slow
-def test_extraction_killed_at_random_instants_ends_as_one_never_killed(
+def test_extraction_killed_at_random_instants_resumes_to_the_same_store(
     tiny_base_folder: Path,
     tiny_base: Base,
     store_data: Path,
@@ -44,7 +44,7 @@ def test_extraction_killed_at_random_instants_ends_as_one_never_killed(
         extraction = start_extraction(tiny_base_folder, store_data, root)
         delay_s = picks.uniform(0.0, longest_s)
         if extraction.talk.poll(delay_s):
-            longest_s = delay_s  # it was through before the kill: one more try
+            longest_s = delay_s  # it ended before the kill: one more try
         else:
             num_landed += 1
         extraction.kill()
@@ -68,7 +68,7 @@ def seconds_of_one(base_folder: Path, data: Path, root: Path) -> float:
 
 
 @pytest.mark.slow
-def test_extraction_killed_before_any_change_to_the_disk_ends_as_one_never_killed(
+def test_extraction_killed_before_any_change_to_the_disk_resumes_to_the_same_store(
     tiny_base: Base,
     store_data: Path,
     store_original: Path,
@@ -81,7 +81,7 @@ def test_extraction_killed_before_any_change_to_the_disk_ends_as_one_never_kille
     )
     for root in copies:
         before = receipts_in(root)
-        refuses_what_is_not_there(root)
+        is_refused_or_readable(root)
         extract_tiny(tiny_base, store_data, root)
         after = receipts_in(root)
         assert {name: after[name] for name in before} == before, f"{root.name}: computed twice"
@@ -90,7 +90,7 @@ def test_extraction_killed_before_any_change_to_the_disk_ends_as_one_never_kille
         assert verify(root, depth="full").is_complete, root.name
 
 
-def refuses_what_is_not_there(root: Path) -> None:
+def is_refused_or_readable(root: Path) -> None:
     """A reader sees no store, or an unfinished one whose finished units are right."""
     error = error_of(lambda: Store.open(root))
     is_between = "its copy is there" in error  # killed between the manifest and its copy
@@ -102,7 +102,7 @@ def refuses_what_is_not_there(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_append_killed_before_any_change_keeps_what_was_there_and_ends_as_one_never_killed(
+def test_append_killed_before_any_change_keeps_old_samples_and_resumes_to_the_same_store(
     tiny_base: Base,
     store_data: Path,
     store_more_data: Path,
@@ -139,7 +139,7 @@ def test_append_killed_before_any_change_keeps_what_was_there_and_ends_as_one_ne
 
 
 def old_part(root: Path) -> list[object]:
-    """What a reader gets of the samples that were there before the append."""
+    """Return the content that a reader gets of the samples before the append."""
     store = Store.open(root, allow_unfinished=True)
     units = range(store.manifest.parts[0].num_units)
     content: list[object] = []
@@ -153,16 +153,16 @@ def old_part(root: Path) -> list[object]:
 def copies_at_kills(
     folder: Path,
     request: pytest.FixtureRequest,
-    begun: Path | None,
+    first: Path | None,
     run: Callable[[Path], object],
 ) -> list[Path]:
-    """Return copies of a store as kills leave it, at every change or at some spread over the run.
+    """Return copies of a store as kills leave it, at every change or at some of them.
 
     Args:
         folder: where they are made.
-        request: says how many.
-        begun: the store that the run goes on with; None: it makes a new one.
-        run: what is killed.
+        request: has the option for their number.
+        first: the store that the run resumes; None: it makes a new one.
+        run: the call that is killed.
     """
     count = 0
 
@@ -172,16 +172,16 @@ def copies_at_kills(
         return False
 
     roots = folder / "counted", folder / "run"
-    if begun is not None:
+    if first is not None:
         for root in roots:
-            shutil.copytree(begun, root)
+            shutil.copytree(first, root)
     states_at_kills(roots[0], lambda: run(roots[0]), at=count_one, into=folder)
     is_full = request.config.getoption("--kill-rounds") >= ALL_INSTANTS
     chosen = set(range(count) if is_full else range(count // 16, count, count // SOME_INSTANTS))
     into = folder / "killed"
     into.mkdir()
     copies = states_at_kills(roots[1], lambda: run(roots[1]), at=chosen.__contains__, into=into)
-    assert len(copies) >= len(chosen) - 2  # of a folder that is not there yet there is no copy
+    assert len(copies) >= len(chosen) - 2  # a folder that does not exist yet has no copy
     print(f"killed before {len(copies)} of {count} changes to the disk")
     return copies
 

@@ -1,4 +1,4 @@
-"""Writing a plan: what is on the disk before the manifest vouches for it."""
+"""Writing a plan: every file is on the disk before the manifest names it."""
 
 import os
 from pathlib import Path

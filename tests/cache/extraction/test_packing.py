@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.packing import UnitPlan, plan_batches, plan_units
-from carryon.cache.format import zarr_metadata as layout
+from carryon.cache.format import zarr_metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.id)
-def test_every_sample_has_rows_of_its_own_within_one_unit(case: Sizes) -> None:
+def test_samples_have_disjoint_rows_within_one_unit(case: Sizes) -> None:
     lengths, held_out = case.arrays
     plan = case.plan()
     assert sorted(plan.order.tolist()) == list(range(len(lengths)))
@@ -61,7 +61,7 @@ def test_every_sample_has_rows_of_its_own_within_one_unit(case: Sizes) -> None:
 
 
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.id)
-def test_held_out_samples_come_last_in_units_of_their_own(case: Sizes) -> None:
+def test_held_out_samples_are_last_in_separate_units(case: Sizes) -> None:
     _, held_out = case.arrays
     plan = case.plan()
     flags = held_out[plan.order]
@@ -70,7 +70,7 @@ def test_held_out_samples_come_last_in_units_of_their_own(case: Sizes) -> None:
 
 
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.id)
-def test_within_a_unit_samples_lie_without_a_gap_from_its_first_row_on(case: Sizes) -> None:
+def test_samples_of_a_unit_have_no_gap_between_them(case: Sizes) -> None:
     lengths, _ = case.arrays
     plan = case.plan()
     for unit in range(plan.num_units):
@@ -80,7 +80,7 @@ def test_within_a_unit_samples_lie_without_a_gap_from_its_first_row_on(case: Siz
         assert within.tolist() == expected.tolist()
 
 
-def test_a_unit_is_left_only_for_a_sample_that_does_not_fit() -> None:
+def test_a_new_unit_begins_only_with_a_sample_that_does_not_fit() -> None:
     case = SIZES[-2]
     lengths, held_out = case.arrays
     plan = case.plan()
@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_plan_and_another_seed_another() -> None:
     assert one.order.tolist() != other.order.tolist()
 
 
-def test_planning_leaves_its_arguments_alone_and_shuffles() -> None:
+def test_planning_shuffles_and_does_not_change_its_arguments() -> None:
     case = SIZES[-2]
     lengths, held_out = case.arrays
     before = lengths.copy(), held_out.copy()
@@ -138,34 +138,34 @@ def test_batches_hold_every_sample_once_longest_first_within_the_limit(batch_tok
 @pytest.mark.parametrize("unit_tokens", [16, 64, 8192, 32768, 40000])
 @pytest.mark.parametrize("row_bytes", [32, 1152, 5120, 10240])
 def test_chunks_divide_the_unit_and_stay_below_the_limit(unit_tokens: int, row_bytes: int) -> None:
-    rows = layout.chunk_rows(row_bytes=row_bytes, unit_tokens=unit_tokens)
+    rows = zarr_metadata.chunk_rows(row_bytes=row_bytes, unit_tokens=unit_tokens)
     assert unit_tokens % rows == 0
-    assert rows == 1 or rows * row_bytes <= layout.CHUNK_BYTES
+    assert rows == 1 or rows * row_bytes <= zarr_metadata.CHUNK_BYTES
     larger = [more for more in range(rows + 1, unit_tokens + 1) if unit_tokens % more == 0]
-    assert not larger or larger[0] * row_bytes > layout.CHUNK_BYTES
+    assert not larger or larger[0] * row_bytes > zarr_metadata.CHUNK_BYTES
 
 
 def test_a_unit_that_only_tiny_chunks_divide_is_refused() -> None:
     with pytest.raises(InputError, match="got 32771, whose chunks would have 1 row"):
-        layout.chunk_rows(row_bytes=1152, unit_tokens=32771)  # a prime
+        zarr_metadata.chunk_rows(row_bytes=1152, unit_tokens=32771)  # a prime
 
 
-def test_files_of_a_unit_have_names_of_their_own() -> None:
+def test_files_of_units_have_distinct_names() -> None:
     names = [
         name
         for unit in range(12)
         for name in (
-            *layout.state_paths(["final", "layer.1", "layer.11"], unit, is_lossy=True),
-            *(layout.row_path(name, unit) for name in layout.ROW_ARRAYS),
-            layout.receipt_path(unit),
+            *zarr_metadata.state_paths(["final", "layer.1", "layer.11"], unit, is_lossy=True),
+            *(zarr_metadata.row_path(name, unit) for name in zarr_metadata.ROW_ARRAYS),
+            zarr_metadata.receipt_path(unit),
         )
     ]
     assert len(set(names)) == len(names) == 12 * (9 + 3 + 1)
-    assert not [name for name in names if layout.copy_path(name) in names]
+    assert not [name for name in names if zarr_metadata.copy_path(name) in names]
 
 
 def test_documents_are_plain_json_with_every_chunk_one_block() -> None:
-    document = layout.array_document(
+    document = zarr_metadata.array_document(
         shape=(256, 16), chunk=(16, 16), shard=(64, 16), dtype="uint16", attributes={"a": 1}
     )
     assert json.loads(json.dumps(document)) == document
@@ -179,4 +179,4 @@ def test_documents_are_plain_json_with_every_chunk_one_block() -> None:
 
 def test_all_but_the_heads_arrays_is_written_twice() -> None:
     paths = ["head/zarr.json", "head/lm_head/zarr.json", "head/norm_weight/c/0", "samples/id/c/0"]
-    assert [layout.is_mirrored(path) for path in paths] == [True, False, False, True]
+    assert [zarr_metadata.is_mirrored(path) for path in paths] == [True, False, False, True]

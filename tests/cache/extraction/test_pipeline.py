@@ -72,9 +72,7 @@ def test_the_same_rows_resume_and_others_are_refused(tiny_base: Base, store_tmp:
     assert store.num_samples == len(ROWS) + 1
 
 
-def test_settings_are_given_whole_or_by_the_names_of_their_fields(
-    tiny_base: Base, store_tmp: Path
-) -> None:
+def test_settings_are_given_as_objects_or_by_field_names(tiny_base: Base, store_tmp: Path) -> None:
     whole = extract(
         base=tiny_base,
         data=ROWS,

@@ -1,4 +1,4 @@
-"""Repair: what it mends, what it computes, and what it refuses."""
+"""Repair: files it restores, units it computes, stores it refuses."""
 
 import shutil
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def cut_off(path: Path) -> Path:
 @dataclass(frozen=True, kw_only=True)
 class Case:
     id: str
-    harm: Callable[[Path], object]
+    damage: Callable[[Path], object]
     computed: list[int]
     restored: list[str]
 
@@ -50,31 +50,31 @@ class Case:
 CASES = [
     Case(
         id="shard missing",
-        harm=lambda root: (root / shard_path("final", 2)).unlink(),
+        damage=lambda root: (root / shard_path("final", 2)).unlink(),
         computed=[2],
         restored=[],
     ),
     Case(
         id="shards of two units swapped",
-        harm=lambda root: swap(root / shard_path("final", 2), root / shard_path("final", 4)),
+        damage=lambda root: swap(root / shard_path("final", 2), root / shard_path("final", 4)),
         computed=[2, 4],
         restored=[],
     ),
     Case(
         id="receipt missing",
-        harm=lambda root: (root / receipt_path(3)).unlink(),
+        damage=lambda root: (root / receipt_path(3)).unlink(),
         computed=[3],
         restored=[],
     ),
     Case(
         id="receipt of another unit",
-        harm=lambda root: shutil.copy(root / receipt_path(1), root / receipt_path(3)),
+        damage=lambda root: shutil.copy(root / receipt_path(1), root / receipt_path(3)),
         computed=[3],
         restored=[],
     ),
     Case(
-        id="tokens cut off, and the shard made of them damaged",
-        harm=lambda root: middle_flipped(
+        id="tokens cut off, and their shard damaged",
+        damage=lambda root: middle_flipped(
             cut_off(root / row_path("tokens", 1)), root / shard_path("layer.1", 1)
         ),
         computed=[1],
@@ -82,25 +82,25 @@ CASES = [
     ),
     Case(
         id="receipt damaged, and the tokens of its unit",
-        harm=lambda root: middle_flipped(root / receipt_path(1), root / row_path("tokens", 1)),
+        damage=lambda root: middle_flipped(root / receipt_path(1), root / row_path("tokens", 1)),
         computed=[1],
         restored=["tokens/c/1"],
     ),
     Case(
         id="manifest missing",
-        harm=lambda root: (root / "zarr.json").unlink(),
+        damage=lambda root: (root / "zarr.json").unlink(),
         computed=[],
         restored=["zarr.json"],
     ),
     Case(
         id="copy of the manifest missing",
-        harm=lambda root: (root / copy_path("zarr.json")).unlink(),
+        damage=lambda root: (root / copy_path("zarr.json")).unlink(),
         computed=[],
         restored=["units/copy/zarr.json"],
     ),
     Case(
         id="all files of the head missing",
-        harm=lambda root: shutil.rmtree(root / "head"),
+        damage=lambda root: shutil.rmtree(root / "head"),
         computed=[],
         restored=[
             "head/zarr.json",
@@ -111,8 +111,8 @@ CASES = [
         ],
     ),
     Case(
-        id="left behind by a killed writer",
-        harm=lambda root: (root / ".zarr.json.4711.partial").write_text("{"),
+        id="partial file of a killed writer",
+        damage=lambda root: (root / ".zarr.json.4711.partial").write_text("{"),
         computed=[],
         restored=[],
     ),
@@ -126,12 +126,12 @@ def swap(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_repair_mends_what_is_wrong_and_touches_nothing_else(
+def test_repair_restores_damaged_files_and_changes_nothing_else(
     store_folder: Path, tiny_base: Base, case: Case
 ) -> None:
     expected, before = readable_content(store_folder), files_below(store_folder)
     receipts = receipts_in(store_folder)
-    case.harm(store_folder)
+    case.damage(store_folder)
     report = repair_tiny(store_folder, tiny_base)
     assert report.is_complete
     assert report.computed_units == case.computed
@@ -147,7 +147,7 @@ def test_repair_mends_what_is_wrong_and_touches_nothing_else(
     assert [now[name] for name in untouched] == [receipts[name] for name in untouched]
 
 
-def test_a_whole_store_is_left_alone_and_needs_NO_BASE(store_folder: Path) -> None:
+def test_a_sound_store_is_not_changed_and_needs_no_base(store_folder: Path) -> None:
     before = files_below(store_folder)
     report = repair_tiny(store_folder, NO_BASE)
     assert (report.problems, report.restored_files, report.computed_units) == ([], [], [])
@@ -169,7 +169,7 @@ def test_a_file_damaged_together_with_its_copy_is_named(store_folder: Path, path
     assert files_below(store_folder) == before
 
 
-def test_a_folder_without_a_store_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="no store here"):
         repair_tiny(tmp_path / "none", NO_BASE)
     assert list(tmp_path.iterdir()) == []
@@ -197,7 +197,7 @@ def test_another_base_is_refused_before_anything_is_computed(
     ],
     ids=["compute dtype", "attention"],
 )
-def test_the_same_base_that_computes_otherwise_is_refused(
+def test_the_same_base_with_other_forward_settings_is_refused(
     store_folder: Path, tiny_base_folder: Path, change: dict[str, str], text: str
 ) -> None:
     middle_flipped(store_folder / shard_path("final", 1))
@@ -209,7 +209,7 @@ def test_the_same_base_that_computes_otherwise_is_refused(
     assert files_below(store_folder) == before
 
 
-def test_a_store_whose_sound_files_mean_something_else_is_not_repaired(store_tmp: Path) -> None:
+def test_a_store_whose_files_contradict_each_other_is_not_repaired(store_tmp: Path) -> None:
     given, root = make_given(), store_tmp / "store"
     with small_pieces():
         manifest = plan_given(root, given)
@@ -221,7 +221,7 @@ def test_a_store_whose_sound_files_mean_something_else_is_not_repaired(store_tmp
     assert files_below(root) == before
 
 
-def test_repair_killed_before_any_change_goes_on_with_the_same_call(
+def test_repair_killed_before_any_change_is_resumed_by_the_same_call(
     store_folder: Path, tiny_base: Base, store_tmp: Path
 ) -> None:
     expected = readable_content(store_folder)

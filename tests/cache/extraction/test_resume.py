@@ -1,4 +1,4 @@
-"""Going on with a store: the same settings go on, any other is refused by name and values."""
+"""Resuming a store: other settings are refused with name and both values."""
 
 import shutil
 from collections.abc import Callable
@@ -52,7 +52,7 @@ CHANGES = [
     Changed(
         id="unit_tokens",
         store={"unit_tokens": 128},
-        corpus={"max_tokens": 64},  # its default is the unit, and would be named first
+        corpus={"max_tokens": 64},  # its default is the unit, which would be named first
         text="unit_tokens: expected 64, .* got 128",
     ),
     Changed(id="mask", corpus={"mask": "all"}, text="mask: expected auto, .* got all"),
@@ -142,7 +142,7 @@ def other_rope(folder: Path) -> None:
     ],
     ids=lambda case: case.id,
 )
-def test_another_base_is_refused_by_what_differs(
+def test_another_base_is_refused_by_the_digest_that_differs(
     tiny_base_folder: Path, store_data: Path, store_folder: Path, tmp_path: Path, case: OtherBase
 ) -> None:
     before = files_below(store_folder)
@@ -193,7 +193,7 @@ def test_only_units_without_a_receipt_are_computed(
     expected = readable_content(store_folder)
     for unit in (0, 2):
         (store_folder / receipt_path(unit)).unlink()
-    (store_folder / "hidden/final/c/2/0").write_bytes(b"left behind by a killed writer")
+    (store_folder / "hidden/final/c/2/0").write_bytes(b"leftover of a killed writer")
     kept = receipts_in(store_folder)
     report = extract_tiny(tiny_base, store_data, store_folder)
     assert report.computed_units == 2
@@ -202,7 +202,7 @@ def test_only_units_without_a_receipt_are_computed(
     assert readable_content(store_folder) == expected
 
 
-def test_a_damaged_receipt_is_none_and_its_unit_is_computed_again(
+def test_a_unit_with_a_damaged_receipt_is_computed_again(
     tiny_base: Base, store_data: Path, store_folder: Path
 ) -> None:
     expected = readable_content(store_folder)
@@ -211,7 +211,7 @@ def test_a_damaged_receipt_is_none_and_its_unit_is_computed_again(
     assert readable_content(store_folder) == expected
 
 
-def test_receipts_without_a_manifest_are_not_taken_into_a_new_store(
+def test_receipts_without_a_manifest_are_refused(
     tiny_base: Base, store_more_data: Path, store_folder: Path
 ) -> None:
     for path in ("zarr.json", copy_path("zarr.json")):
@@ -231,7 +231,7 @@ def appended(tiny_base: Base, store_more_data: Path, store_folder: Path) -> Path
     return store_folder
 
 
-def test_append_keeps_every_unit_receipt_and_sample_that_was_there(
+def test_append_keeps_every_existing_unit_receipt_and_sample(
     store_original: Path, appended: Path
 ) -> None:
     old, new = readable_content(store_original), readable_content(appended)
@@ -266,7 +266,7 @@ def test_a_second_append_of_the_same_data_changes_nothing(
     assert files_below(appended) == before
 
 
-def test_either_part_of_an_appended_store_can_be_gone_on_with(
+def test_either_part_of_an_appended_store_can_be_resumed(
     tiny_base: Base, store_data: Path, store_more_data: Path, appended: Path
 ) -> None:
     expected = readable_content(appended)
