@@ -54,7 +54,6 @@ def draw(
     *panels: Callable[[Axes], None],
     width: float = 8.0,
     height: float = 4.5,
-    title: str = "",
     shares_y: bool = False,
 ) -> bool:
     """Write a PNG of one or more panels, side by side; return whether it was written.
@@ -62,9 +61,8 @@ def draw(
     Args:
         path: the PNG, written atomically.
         panels: functions that call `lines` or `points` on the axes that they receive.
-        width: width of a panel, in inches.
-        height: height of the plot, in inches.
-        title: text above the panels.
+        width: of a panel, in inches.
+        height: in inches.
         shares_y: whether all panels have the same y axis.
     """
     try:
@@ -81,7 +79,6 @@ def draw(
         axes.grid(alpha=0.2)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize="small")
-    figure.suptitle(title)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
     return True
@@ -124,28 +121,27 @@ def points(
     """Draw points with their labels beside them; the x axis may be logarithmic."""
     for mark in marks:
         axes.scatter([mark.x], [mark.y], color=mark.color, marker=mark.marker)
-        place = {"xytext": (5, 3), "textcoords": "offset points"}
-        axes.annotate(mark.label, (mark.x, mark.y), fontsize=7, **place)
+        axes.annotate(
+            mark.label, (mark.x, mark.y), fontsize=7, xytext=(5, 3), textcoords="offset points"
+        )
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.margins(x=0.4, y=0.1)  # room for the labels
     if is_log_x:
-        from matplotlib import ticker
-
         axes.set_xscale("log")
-        axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+        axes.xaxis.get_minor_locator().set_params(subs=(2, 5))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
 
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     """Draw the losses and the learning rate of a run against its steps."""
-    steps, evaluations = _split(metrics)
+    evaluations = [line for line in metrics if "held_out_nll" in line]
     losses = [
-        _line(steps, "step", "loss", label="training loss", is_faint=True),
-        _line(evaluations, "step", "held_out_nll", label="held-out NLL"),
+        _line(metrics, "step", "loss", label="training loss", is_faint=True),
+        _line(metrics, "step", "held_out_nll", label="held-out NLL"),
     ]
     levels = {"base, held out": evaluations[0]["held_out_nll"]} if evaluations else {}
-    rate = _line(steps, "step", "learning_rate", color="gray", is_faint=True)
+    rate = _line(metrics, "step", "learning_rate", color="gray", is_faint=True)
 
     def panel(axes: Axes) -> None:
         lines(axes, losses, x_label="step", y_label=NLL_LABEL, levels=levels)
@@ -162,14 +158,14 @@ def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bo
     series = []
     for number, (name, run) in enumerate(metrics.items()):
         color = f"C{number % 10}"
-        steps, evaluations = _split(run)
-        seen = {0: 0} | {line["step"]: line["tokens"] for line in steps}
-        measured = [
-            line | {"tokens": seen[line["step"]]} for line in evaluations if line["step"] in seen
+        # Lines of evaluations have no tokens: those of the step are taken.
+        tokens = {0: 0} | {line["step"]: line["tokens"] for line in run if "tokens" in line}
+        known = [
+            {"tokens": tokens[line["step"]]} | line for line in run if line.get("step") in tokens
         ]
         series += [
-            _line(steps, "tokens", "loss", color=color, is_faint=True),
-            _line(measured, "tokens", "held_out_nll", label=name, color=color),
+            _line(known, "tokens", "loss", color=color, is_faint=True),
+            _line(known, "tokens", "held_out_nll", label=name, color=color),
         ]
     return draw(
         path, lambda axes: lines(axes, series, x_label="tokens", y_label=NLL_LABEL), height=6
@@ -185,11 +181,6 @@ def plot_paths(rates: Mapping[str, Sequence[float]], path: Path) -> bool:
     return draw(path, lambda axes: lines(axes, series, **style))
 
 
-def _split(metrics: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the lines of steps and the lines of evaluations."""
-    steps = [line for line in metrics if "loss" in line]
-    return steps, [line for line in metrics if "held_out_nll" in line]
-
-
 def _line(metrics: Sequence[dict[str, Any]], x: str, y: str, **style: Any) -> Line:  # noqa: ANN401
-    return Line(xs=[line[x] for line in metrics], ys=[line[y] for line in metrics], **style)
+    drawn = [line for line in metrics if y in line]
+    return Line(xs=[line[x] for line in drawn], ys=[line[y] for line in drawn], **style)

@@ -54,7 +54,7 @@ def test_panels_show_lines_and_points(tmp_path: Path) -> None:
         points(axes, marks, x_label="MB", y_label="loss", is_log_x=True)
 
     path = tmp_path / "new" / "plot.png"
-    assert draw(path, curves, sizes, title="two", width=3)
+    assert draw(path, curves, sizes, width=3)
     assert is_png(path)
     assert [entry.name for entry in path.parent.iterdir()] == ["plot.png"]
     left, right = seen

@@ -16,6 +16,7 @@ import json, sys, time
 from pathlib import Path
 import psutil
 from carryon.train.inference.adapters import CarryOnSet
+from carryon.train.modules.serialization import read_card, read_weights
 folders = sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir())
 loaded = CarryOnSet(json.loads(sys.argv[2]))
 # Not ru_maxrss: a child inherits the peak of its parent.
@@ -23,7 +24,7 @@ resident = psutil.Process().memory_info
 before = resident().rss
 started_at = time.perf_counter()
 for folder in folders:
-    loaded.add(folder.name, folder)
+    loaded.put(folder.name, read_weights(folder), read_card(folder))
 load_s = time.perf_counter() - started_at
 # Mapped files count once they are touched.
 sums = [float(w.float().sum()) for n in loaded.names for w in loaded.get(n).weights.values()]

@@ -1,6 +1,7 @@
 """`carryon evaluate`: held-out loss of base and carry-on, from a store."""
 
 import logging
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,9 @@ from carryon.tools.cli.output import print_result
 from carryon.train.config import LossSettings
 
 logger = logging.getLogger(__name__)
+
+MAX_ALPHAS = 1000
+"""Maximum number of strengths; more are a typing error."""
 
 
 def evaluate(
@@ -44,8 +48,8 @@ def evaluate(
         device: `auto` (an accelerator if there is one), `cpu`, `cuda`, `cuda:1`, ...
         loss: LM-head loss.
     """
-    from carryon.train.inference.alpha import parse_alphas, plot_alphas
     from carryon.train.inference.evaluate import evaluate as evaluate_carryon
+    from carryon.train.inference.evaluate import plot_alphas
     from carryon.train.modules.serialization import write_alpha as write_to_folder
     from carryon.train.trainer.nll import shown_nll
 
@@ -74,3 +78,29 @@ def evaluate(
     if write_alpha:
         write_to_folder(carryon, report.alpha)
     return print_result(report.to_dict())
+
+
+def parse_alphas(text: str) -> list[float]:
+    """Return the strengths that `text` names: one number, or FIRST:LAST:STEP, both ends included.
+
+    Example: `0:1.5:0.1` gives 0, 0.1, ..., 1.5; the empty text gives none.
+
+    Raises:
+        InputError: it is neither, or the steps do not lead from the first to the last.
+    """
+    wrong = InputError(
+        f"alpha: expected a number, or FIRST:LAST:STEP such as 0:1.5:0.1, got {text!r}"
+    )
+    try:
+        # Decimals are exact: 0.3, not 0.30000000000000004
+        numbers = [Decimal(part) for part in text.split(":")] if text else []
+    except InvalidOperation as error:
+        raise wrong from error
+    if not all(number.is_finite() for number in numbers) or len(numbers) not in (0, 1, 3):
+        raise wrong
+    if len(numbers) < 3:
+        return [float(number) for number in numbers]
+    first, last, step = numbers
+    if step <= 0 or last < first or (last - first) / step >= MAX_ALPHAS:
+        raise wrong
+    return [float(first + step * index) for index in range(int((last - first) / step) + 1)]

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.format.manifest import read_manifest
@@ -30,11 +30,10 @@ from carryon.train.continual.texts import extract_texts
 from carryon.train.data.datasets import open_data
 from carryon.train.data.sampler import count_steps
 from carryon.train.modules.taps import resolve_taps
-from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, Paradigm, branch_point
+from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, branch_point
 from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.run import Job
-from carryon.train.trainer.run_dir import RunFolder
 from carryon.train.trainer.segment import Segment
 from carryon.train.trainer.trainer import StorePaths, store_paths, train_jointly
 
@@ -174,13 +173,9 @@ def release_newest(lineage: Lineage, settings: TrainSettings) -> TrainReport:
     """Train the trunk up to the newest increment's branch point, and release its version."""
     version = len(lineage.increments)
     if version > 1:
-        last, steps = version - 1, lineage.increments[version - 2].steps
-        span = (lineage.branch_step(last), steps)
-        start = _branch_start(lineage, last)
-        _train(lineage, last, "trunk", span, start, settings=settings, out=lineage.tail(last).root)
-    if branch := lineage.branch_step(version):
-        start, out = _trunk_end(lineage, version - 1), lineage.head(version).root
-        _train(lineage, version, "trunk", (0, branch), start, settings=settings, out=out)
+        _train(lineage, version - 1, "tail", settings, lineage.tail(version - 1).root)
+    if lineage.branch_step(version):
+        _train(lineage, version, "head", settings, lineage.head(version).root)
     return release(lineage, version, settings=settings, out=lineage.version(version).root)
 
 
@@ -196,15 +191,12 @@ def release(
         raise MissingError(
             f"{lineage.root}: expected a version from 1 to {len(lineage.increments)}, got {version}"
         )
-    span = (lineage.branch_step(version), lineage.increments[version - 1].steps)
-    start = _branch_start(lineage, version)
-    return _train(lineage, version, "switch", span, start, settings=settings, out=out)
+    return _train(lineage, version, "branch", settings, out)
 
 
 def release_from_scratch(lineage: Lineage, settings: TrainSettings) -> TrainReport:
     """Train the first version's whole path from an untrained carry-on, in LINEAGE/from-scratch."""
-    span, out = (0, lineage.increments[0].steps), lineage.root / "from-scratch"
-    return _train(lineage, 1, "switch", span, None, settings=settings, out=out)
+    return _train(lineage, 1, "from scratch", settings, lineage.root / "from-scratch")
 
 
 def _unseen(lineage: Lineage, stores: Sequence[str]) -> list[str]:
@@ -225,46 +217,41 @@ def _unseen(lineage: Lineage, stores: Sequence[str]) -> list[str]:
 def _train(
     lineage: Lineage,
     version: int,
-    paradigm: Paradigm,
-    span: tuple[int, int],
-    start: Path | None,
-    *,
+    part: Literal["head", "tail", "branch", "from scratch"],
     settings: TrainSettings,
     out: str | Path,
 ) -> TrainReport:
-    """Train the steps from `span[0]` to `span[1]` of a version's increment, unless it is done."""
-    ends = lineage.ends[:version]
+    """Train a part of a version's path, or return the report of a finished one."""
+    ends, increment = lineage.ends[:version], lineage.increments[version - 1]
+    branch = lineage.branch_step(version)
+    first = branch if part in ("tail", "branch") else 0
     segment = Segment(
-        paradigm=paradigm,
+        paradigm="trunk" if part in ("head", "tail") else "switch",
         version=version,
         ends=tuple(ends),
         alpha=lineage.alpha,
-        first=span[0],
-        stop=span[1],
-        offset=ends[-1] - lineage.increments[version - 1].steps,
-        start=start,
+        first=first,
+        stop=branch if part == "head" else increment.steps,
+        offset=ends[-1] - increment.steps,
+        start=None if part == "from scratch" else _start(lineage, version, is_branch=first > 0),
         seen=tuple(
             each for past in lineage.increments[: version - 1] for each in past.fingerprints
         ),
     )
     job = Job(out=str(out), settings=settings, segment=segment)
-    [report] = train_jointly(lineage.increments[version - 1].stores, [job])
+    [report] = train_jointly(increment.stores, [job])
     return report
 
 
-def _branch_start(lineage: Lineage, version: int) -> Path | None:
-    if lineage.branch_step(version) == 0:
-        return _trunk_end(lineage, version - 1)
-    return _final_state(lineage.head(version))
+def _start(lineage: Lineage, version: int, *, is_branch: bool) -> Path | None:
+    """Return the checkpoint of the trunk at a version's branch point, or at its increment's start.
 
-
-def _trunk_end(lineage: Lineage, version: int) -> Path | None:
-    if version:
-        return _final_state(lineage.tail(version))
-    return newest_checkpoint(lineage.start) if lineage.predecessor else None
-
-
-def _final_state(run: RunFolder) -> Path:
+    Raises:
+        MissingError: the trunk is not trained up to there.
+    """
+    if version == 1 and not is_branch:
+        return newest_checkpoint(lineage.start) if lineage.predecessor else None
+    run = lineage.head(version) if is_branch else lineage.tail(version - 1)
     newest = newest_checkpoint(run.checkpoints) if run.result.exists() else None
     if newest is None:
         raise MissingError(f"{run.root}: expected a finished segment of the trunk, found none")

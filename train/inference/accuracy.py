@@ -1,8 +1,8 @@
-"""Exact match: how many problems with one right answer a model solves by generating.
+"""Exact match: the fraction of problems with one right answer that a model solves.
 
-An answer is judged twice. Strictly: it is the right answer and nothing else, as a carry-on that was
-trained on bare answers gives it. Generously: its last number, or its end, is the right answer, as a
-base deserves that nobody told how to answer.
+`exact`: the answer is the right one and nothing else, as a carry-on trained on bare answers gives
+it. `generous`: the answer's last number, or its end, is right; for a base, which is not told how to
+answer.
 """
 
 import json
@@ -30,32 +30,29 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """How a model did."""
+    """Fractions of problems that a model solved, and its answers."""
 
     exact: float
-    """Part of the problems whose answer is the right one and nothing else."""
     generous: float
-    """Part of the problems whose answer ends with the right one."""
     texts: list[str]
-    """All answers."""
 
 
 def make_problems(task: str, *, num: int, seed: int) -> list[Problem]:
     """Return problems of reasoning-gym.
 
     Args:
-        task: a data set's name, or with settings of it `chain_sum:min_terms=2,max_terms=2`.
-        num: how many.
-        seed: of its generator.
+        task: name of a data set, or with settings of it `chain_sum:min_terms=2,max_terms=2`.
+        num: number of problems.
+        seed: seed of their generator.
 
     Raises:
-        InputError: there is no such task, or not with these settings.
+        InputError: there is no such task, or it lacks one of the settings.
         MissingExtraError: the package reasoning-gym is not installed.
     """
     gym = require("reasoning_gym", extra="demo", purpose="a task of reasoning-gym")
     name, _, text = task.partition(":")
     try:
-        settings = dict(_setting(part) for part in text.split(",") if part)
+        settings = dict(_parse_setting(part) for part in text.split(",") if part)
         problems: Any = gym.create_dataset(name, size=num, seed=seed, **settings)
     except (ValueError, TypeError, AssertionError) as error:
         raise InputError(
@@ -73,14 +70,9 @@ def score(
     batch_rows: int,
     alpha: float | None = None,
 ) -> Score:
-    """Let `model` answer each question and judge the answers.
+    """Let `model` answer each question, and compare with the right answers.
 
-    Args:
-        model: the customized model.
-        problems: at least one.
-        settings: how answers are generated.
-        batch_rows: questions that are answered together, at most.
-        alpha: strength of the correction; 0 is the base alone. None: the carry-on's own.
+    The arguments are those of CarryOnForCausalLM.answer; alpha 0 scores the base.
     """
     questions = [problem.question for problem in problems]
     texts = model.answer(questions, settings=settings, batch_rows=batch_rows, alpha=alpha)
@@ -93,25 +85,24 @@ def score(
 
 
 def is_exact(text: str, right: str) -> bool:
-    """Return whether an answer is the right one, but for space around it."""
+    """Return whether an answer is the right one, apart from surrounding space."""
     return text.strip() == right.strip()
 
 
 def ends_right(text: str, right: str) -> bool:
-    """Return whether the last number of an answer is the right one; where that is no number,
-    whether the answer ends with it, but for case and a full stop."""
+    """Return whether an answer's last number is the right one.
+
+    If the right answer is not a number: whether the answer ends with it, ignoring case and a final
+    full stop.
+    """
     expected = _NUMBER.fullmatch(right.strip())
     if expected is None:
         return text.strip().rstrip(".").casefold().endswith(right.strip().rstrip(".").casefold())
-    numbers = _NUMBER.findall(text)
-    return bool(numbers) and _value(numbers[-1]) == _value(expected[0])
+    numbers = [Decimal(number.replace(",", "")) for number in _NUMBER.findall(text)]
+    return numbers[-1:] == [Decimal(expected[0].replace(",", ""))]
 
 
-def _value(number: str) -> Decimal:
-    return Decimal(number.replace(",", ""))
-
-
-def _setting(part: str) -> tuple[str, Any]:
+def _parse_setting(part: str) -> tuple[str, Any]:
     name, equals, value = part.partition("=")
     if not equals:
         raise ValueError(f"{part!r} is not NAME=VALUE")

@@ -8,7 +8,6 @@ a table; a running batch keeps what it started with.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings
-from carryon.train.kinds import get_kind
 from carryon.train.modules.bottleneck import Bottleneck
 from carryon.train.modules.carryon import CarryOn
-from carryon.train.modules.serialization import CarryOnCard, check_base, read_card, read_weights
+from carryon.train.modules.serialization import CarryOnCard, check_base
 from carryon.train.modules.stacked_weights import with_weights
 from carryon.train.modules.taps import check_alpha
 
@@ -62,44 +60,36 @@ class CarryOnSet:
         """Names of the loaded carry-ons, in the order they were added."""
         return list(self._names)
 
-    def add(self, name: str, folder: str | Path) -> None:
-        """Load the carry-on in `folder` under `name`, replacing one of that name.
+    def put(
+        self, name: str, weights: Mapping[str, Tensor], card: CarryOnCard, *, where: str = ""
+    ) -> None:
+        """Add a carry-on, replacing one of that name; its weights are shared, not copied.
 
-        Raises:
-            MissingError: there is no carry-on.
-            InputError: a file of it is not what `carryon train` writes.
-            SettingMismatchError: it was trained on another base or tokenizer.
-        """
-        card = read_card(folder)
-        check_base(card, self._base, where=folder)
-        try:
-            self.put(name, read_weights(folder), card)
-        except InputError as error:
-            raise InputError(f"{folder}: {error}") from error
-
-    def put(self, name: str, weights: Mapping[str, Tensor], card: CarryOnCard) -> None:
-        """Add a carry-on whose weights are in memory; they are shared, not copied.
+        Args:
+            name: any text.
+            weights: by name, on the CPU.
+            card: the card of the carry-on.
+            where: what errors name. Empty: the carry-on's name.
 
         Raises:
             InputError: the weights do not have the shapes that the card implies.
             SettingMismatchError: it was trained on another base or tokenizer.
         """
-        check_base(card, self._base, where=f"carry-on {name}")
+        where = where or f"carry-on {name}"
+        check_base(card, self._base, where=where)
         kind = card.settings.get("kind", "bottleneck")
-        if get_kind(kind).merges:
-            raise InputError(
-                f"a carry-on of the kind {kind} replaces the base's own states and cannot be "
-                "combined with others. Fix: make a checkpoint of it with carryon merge"
-            )
         if kind != "bottleneck":
-            raise InputError(f"kind: expected bottleneck to generate with, got {kind}")
+            raise InputError(
+                f"{where}: expected a bottleneck, got the kind {kind}. Fix: carryon merge makes a "
+                "checkpoint of a native or top"
+            )
         shape = self._shape_of(card)
         expected = {key: tuple(weight.shape) for key, weight in shape.state_dict().items()}
         given = {key: tuple(weight.shape) for key, weight in weights.items()}
         if given != expected:
             key = min(key for key, _ in given.items() ^ expected.items())
             raise InputError(
-                f"{name}: not a carry-on of the shape in its card: {key}: expected "
+                f"{where}: not a carry-on of the shape in its card: {key}: expected "
                 f"{expected.get(key, 'nothing')}, got {given.get(key, 'nothing')}"
             )
         slot, self._next = self._next, self._next + 1

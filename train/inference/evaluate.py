@@ -28,23 +28,22 @@ from carryon.train.modules.serialization import (
     locate_carryon,
 )
 from carryon.train.modules.taps import check_alpha, check_taps, stream_taps
-from carryon.train.trainer.nll import EvalJob, Nll, measure_nlls, null_if_nan, warn_if_few
+from carryon.train.plots import NLL_LABEL, Line, draw, lines
+from carryon.train.trainer.nll import EvalJob, measure_nlls, null_if_nan, warn_if_few
 
 Samples = Literal["auto", "held-out", "all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlphaChoice:
-    """Losses at several alphas on the samples that chose the best; none of them is reported."""
+    """Losses at each alpha on the samples that chose the best, with their standard errors."""
 
     num_samples: int
     num_targets: int
     base_nll: float
     alphas: list[float]
     nlls: list[float]
-    """Loss at each alpha."""
     nll_ses: list[float | None]
-    """Standard errors of `nlls`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +56,7 @@ class EvaluateReport:
     store: str
     carryon: str
     samples: str
-    """`held-out` or `all` samples of the store; the others of them if alpha was chosen."""
+    """`held-out` or `all`; if alpha was chosen, the half of them that did not choose it."""
     num_samples: int
     num_targets: int
     alpha: float
@@ -71,7 +70,7 @@ class EvaluateReport:
     base_perplexity: float
     carryon_perplexity: float
     choice: AlphaChoice | None
-    """How `alpha` was chosen. None: one alpha was given."""
+    """How alpha was chosen. None: only one was given."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -91,8 +90,7 @@ def evaluate(
 ) -> EvaluateReport:
     """Measure the held-out loss of base and carry-on on a store.
 
-    The base model itself is not loaded, and nothing is written. A warning is logged if the loss is
-    measured on few targets.
+    The base model itself is not loaded. A loss on few targets is logged with a warning.
 
     Args:
         store: folder of the store, or STORE#NUMBER for one part of it.
@@ -130,7 +128,15 @@ def evaluate(
                 f"alpha: expected 2 samples or more, to choose one of {len(jobs)} alphas and to "
                 "measure it on others, got 1. Fix: give one alpha, or samples all"
             )
-        choice = _choice(jobs, measure_nlls(opened, rows[::2], jobs, stream=stream))
+        nlls = measure_nlls(opened, rows[::2], jobs, stream=stream)
+        choice = AlphaChoice(
+            num_samples=nlls[0].samples,
+            num_targets=nlls[0].targets,
+            base_nll=nlls[0].base,
+            alphas=[job.alpha for job in jobs],
+            nlls=[nll.carryon for nll in nlls],
+            nll_ses=[null_if_nan(nll.carryon_se) for nll in nlls],
+        )
         rows, jobs = rows[1::2], [jobs[int(np.argmin(choice.nlls))]]
     [nll] = measure_nlls(opened, rows, jobs, stream=stream)
     warn_if_few(min(nll.targets, choice.num_targets) if choice else nll.targets)
@@ -152,15 +158,16 @@ def evaluate(
     )
 
 
-def _choice(jobs: Sequence[EvalJob], nlls: Sequence[Nll]) -> AlphaChoice:
-    return AlphaChoice(
-        num_samples=nlls[0].samples,
-        num_targets=nlls[0].targets,
-        base_nll=nlls[0].base,
-        alphas=[job.alpha for job in jobs],
-        nlls=[nll.carryon for nll in nlls],
-        nll_ses=[null_if_nan(nll.carryon_se) for nll in nlls],
-    )
+def plot_alphas(choice: AlphaChoice, path: Path) -> bool:
+    """Draw the loss against alpha, and the base's as a level; return whether it was drawn."""
+    best, alpha = min(zip(choice.nlls, choice.alphas, strict=True))
+    series = [
+        Line(xs=choice.alphas, ys=choice.nlls, label="base + alpha * carry-on"),
+        Line(xs=[alpha], ys=[best], label=f"best: {best:.4f} at alpha {alpha:g}"),
+    ]
+    levels = {f"base: {choice.base_nll:.4f}": choice.base_nll}
+    style: dict[str, Any] = {"x_label": "alpha", "y_label": NLL_LABEL, "levels": levels}
+    return draw(path, lambda axes: lines(axes, series, **style))
 
 
 def _pick_samples(
@@ -176,12 +183,9 @@ def _pick_samples(
             digest=store.samples_digest,
         )
         return split.held_out, "held-out"
-    manifest, name = store.manifest, str(store.root)
-    parts = [
-        number
-        for number in range(1, len(manifest.parts) + 1)
-        if manifest.of_part(number, name=name).fingerprint in trained_on
-    ]
+    name, numbers = str(store.root), range(1, len(store.manifest.parts) + 1)
+    prints = {n: store.manifest.of_part(n, name=name).fingerprint for n in numbers}
+    parts = [number for number in numbers if prints[number] in trained_on]
     if samples == "all" or (samples == "auto" and not parts):
         return np.arange(store.num_samples, dtype=np.int64), "all"
     if store.sample_held_out.any():

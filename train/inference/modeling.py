@@ -39,6 +39,7 @@ from carryon.train.modules.serialization import (
     CarryOnCard,
     locate_carryon,
     read_card,
+    read_weights,
     write_carryon_files,
 )
 
@@ -192,7 +193,9 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             MissingError: there is no carry-on.
             SettingMismatchError: it was trained on another base or tokenizer.
         """
-        self.carryons.add(name, locate_carryon(folder, **download))
+        place = locate_carryon(folder, **download)
+        card = read_card(place)
+        self.carryons.put(name, read_weights(place), card, where=str(place))
 
     def drop_carryon(self, name: str) -> None:
         """Unload the carry-on `name`; batches that use it are finished with it.

@@ -9,7 +9,9 @@ import torch
 from support.tiny_carryons import make_tiny_carryon
 
 from carryon.cache.base.model import Base
+from carryon.cache.errors import InputError
 from carryon.tools.cli.main import main
+from carryon.tools.commands.evaluate import parse_alphas
 from carryon.train.inference.accuracy import make_problems
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.serialization import read_card, save_carryon
@@ -24,6 +26,22 @@ def carryon(tiny_base: Base, tmp_path: Path) -> str:
 
 def _json_lines(captured: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in captured.splitlines() if line.startswith("{")]
+
+
+def test_a_range_includes_both_ends_and_has_round_numbers() -> None:
+    assert parse_alphas("0:1.5:0.1") == [number / 10 for number in range(16)]
+    assert parse_alphas("0.5:1:0.3") == [0.5, 0.8]
+    assert parse_alphas("0.8") == [0.8]
+    assert parse_alphas("") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x", "0:1", "0:1:0", "1:0:0.1", "0:1:-0.1", "0:1:1e-9", "nan", "0:inf:1", "::", "0:1:1:1"],
+)
+def test_text_that_is_neither_a_number_nor_a_range_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="alpha: expected a number, or FIRST:LAST:STEP"):
+        parse_alphas(text)
 
 
 def test_a_sweep_reports_the_best_alpha_draws_and_writes_it(

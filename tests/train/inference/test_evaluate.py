@@ -15,7 +15,7 @@ from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.store.reader import Store
 from carryon.train.config import CarryOnSettings, LossSettings, StreamSettings
 from carryon.train.inference import evaluate as evaluate_module
-from carryon.train.inference.evaluate import evaluate
+from carryon.train.inference.evaluate import AlphaChoice, evaluate, plot_alphas
 from carryon.train.losses.frozen_head import place_head
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.decoder import Decoder
@@ -237,3 +237,16 @@ def test_several_alphas_run_the_carryon_once_for_each_batch(store: Path, tmp_pat
 def test_an_alpha_out_of_range_is_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="alpha: expected 0 to 10, got 11"):
         evaluate(store=str(store), carryon=_save(tmp_path / "c", store), alphas=[1.0, 11.0])
+
+
+def test_the_plot_is_a_png(tmp_path: Path) -> None:
+    choice = AlphaChoice(
+        num_samples=3,
+        num_targets=9,
+        base_nll=1.2,
+        alphas=[0.0, 0.5, 1.0],
+        nlls=[1.2, 0.9, 1.0],
+        nll_ses=[0.1, 0.1, None],
+    )
+    assert plot_alphas(choice, tmp_path / "new" / "alpha.png")
+    assert (tmp_path / "new" / "alpha.png").read_bytes().startswith(b"\x89PNG")
