@@ -173,18 +173,20 @@ def refuse_changed_settings(lineage: Lineage, settings: TrainSettings, *, alpha:
         InputError: names each setting that changed, with both values.
     """
     expected = lineage.settings | {"alpha": lineage.alpha}
-    given = lasting_settings(settings) | {"alpha": alpha}
-    changed = [
-        f"{name} {expected.get(name)} -> {given.get(name)}"
-        for name in sorted(set(expected) | set(given))
-        if setting_of(expected, name) != setting_of(given, name)
-    ]
-    if changed:
+    if changed := changes(expected, lasting_settings(settings) | {"alpha": alpha}):
         raise InputError(
-            f"{lineage.root}: expected the settings of the first update, got "
-            f"{', '.join(changed)}. Fix: give --config {lineage.root / 'config.yaml'}, or start "
-            "another lineage"
+            f"{lineage.root}: expected the settings of the first update, got {changed}. Fix: give "
+            f"--config {lineage.root / 'config.yaml'}, or start another lineage"
         )
+
+
+def changes(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Return the settings that differ, each with both values; empty if none does."""
+    return ", ".join(
+        f"{name} {expected.get(name)} -> {given.get(name)}"
+        for name in sorted({*expected, *given})
+        if setting_of(expected, name) != setting_of(given, name)
+    )
 
 
 def refuse_changed_base(lineage: Lineage, base: Mapping[str, Any], *, name: str) -> None:

@@ -28,7 +28,13 @@ from carryon.train.continual.lineage import (
     release_newest,
     resolve_settings,
 )
-from carryon.train.continual.lineage_dir import Lineage, open_lineage, settings_of, write_lineage
+from carryon.train.continual.lineage_dir import (
+    Lineage,
+    changes,
+    open_lineage,
+    settings_of,
+    write_lineage,
+)
 from carryon.train.continual.texts import find_texts, remember_texts
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.kinds import get_kind
@@ -53,9 +59,8 @@ class RebaseReport:
     old_version: int
     """Version of the old lineage that it starts from."""
     kept_weights: int
-    """Values copied from that version."""
+    """Values copied from that version; the others, `new_weights`, have another shape."""
     new_weights: int
-    """Values whose shape differs on the new base."""
     steps: int
     base_nll: float
     """Loss of the new base alone."""
@@ -101,9 +106,17 @@ def rebase(
     old = open_lineage(old_lineage)
     if not old.released:
         raise MissingError(f"{old.root}: expected a released version, found none: carryon update")
-    settings = _without_own_tap(settings or settings_of(old))
+    settings = settings or settings_of(old)
+    free = {"dropout"}
+    if get_kind(settings.carryon.kind).own_tap:  # it depends on the depth of the base
+        settings, free = settings.with_options(taps=["final"]), {"dropout", "taps"}
+    shape = {name: v for name, v in settings.carryon.to_dict().items() if name not in free}
+    if changed := changes({name: old.settings.get(name) for name in shape}, shape):
+        raise InputError(
+            f"{old.root}: expected a carry-on of the old lineage's shape, got {changed}. Fix: give "
+            f"--config {old.root / 'config.yaml'}"
+        )
     alpha = old.alpha if alpha is None else alpha
-    _refuse_other_shape(old, settings)
     predecessor = {"lineage": str(old.root.resolve()), "version": old.released[-1]}
     new, settings = open_or_start(lineage, settings, alpha=alpha, predecessor=predecessor)
     if (new.predecessor or {}).get("lineage") != predecessor["lineage"]:
@@ -134,35 +147,10 @@ def rebase(
     )
 
 
-def _without_own_tap(settings: TrainSettings) -> TrainSettings:
-    """Return settings in which the kind's own tap is open, as the new base may be deeper."""
-    if not get_kind(settings.carryon.kind).own_tap:
-        return settings
-    return settings.with_options(taps=["final"])
-
-
-def _refuse_other_shape(old: Lineage, settings: TrainSettings) -> None:
-    free = {"dropout", "taps"} if get_kind(settings.carryon.kind).own_tap else {"dropout"}
-    changed = [
-        f"{name} {old.settings.get(name)} -> {value}"
-        for name, value in settings.carryon.to_dict().items()
-        if name not in free and old.settings.get(name) != value
-    ]
-    if changed:
-        raise InputError(
-            f"{old.root}: expected a carry-on of the old lineage's shape, got "
-            f"{', '.join(changed)}. Fix: give --config {old.root / 'config.yaml'}"
-        )
-
-
 def _extract_again(
     new: Lineage, old: Lineage, base: str, data: Sequence[str], settings: TrainSettings
 ) -> dict[str, Any]:
-    """Extract the texts of all increments into the new store, as one part.
-
-    Returns:
-        The identity of the new base.
-    """
+    """Extract the texts of all increments as one part; return the identity of the new base."""
     stores = [store for increment in old.increments for store in increment.stores]
     manifests = [Store.open(store).manifest for store in stores]
     first = manifests[0]
@@ -195,10 +183,7 @@ def _extract_again(
 
 
 def _held_out_ids(stores: Sequence[str], settings: TrainSettings) -> set[str]:
-    """Return the ids of all held-out samples; the new lineage holds out the same ones.
-
-    Otherwise it would be evaluated on samples that its weights were trained on.
-    """
+    """Return the ids of all held-out samples: the copied weights were not trained on them."""
     settings = replace(settings, stream=replace(settings.stream, store_weights=[]))
     ids = set()
     for store in stores:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from carryon.cache.corpus.files import describe_file, list_files
 from carryon.cache.errors import InputError
@@ -46,31 +47,24 @@ def extract_texts(
     if len(stores) != 1:
         raise InputError(f"store: expected one, to which --data is appended, got {len(stores)}")
     root = Path(stores[0])
-    is_append = manifest_path(root).exists()
-    forward = ForwardSettings(device=settings.run.device)
-    if is_append:
-        old = read_manifest(root)
-        facts = {name: old.forward[name] for name in ("compute_dtype", "attention")}
-        loaded = load_base(base, forward=ForwardSettings(device=settings.run.device, **facts))
-        store, corpus = StoreSettings.from_dict(old.settings), CorpusSettings.from_dict(old.corpus)
-    else:
-        loaded = load_base(base, forward=forward)
-        carryon = resolve_taps(settings.carryon, loaded.identity.num_layers)
-        num_blocks = carryon.blocks if get_kind(carryon.kind).needs_blocks else 0
-        store = StoreSettings(taps=stream_taps(carryon), with_blocks=num_blocks)
-        corpus = CorpusSettings()
+    old = read_manifest(root) if manifest_path(root).exists() else None
+    facts = {name: old.forward[name] for name in ("compute_dtype", "attention")} if old else {}
+    loaded = load_base(base, forward=ForwardSettings(device=settings.run.device, **facts))
     if lineage.increments:
         refuse_changed_base(lineage, loaded.identity.to_dict(), name=base)
+    given: dict[str, Any]
+    if old:
+        given = {
+            "store": StoreSettings.from_dict(old.settings),
+            "corpus": CorpusSettings.from_dict(old.corpus),
+        }
+    else:
+        carryon = resolve_taps(settings.carryon, loaded.identity.num_layers)
+        needs_blocks = get_kind(carryon.kind).needs_blocks
+        given = {"taps": stream_taps(carryon), "with_blocks": carryon.blocks * needs_blocks}
     remember_texts(lineage.root, data)
-    extract(
-        base=loaded,
-        data=data,
-        out=root,
-        corpus=corpus,
-        store=store,
-        forward=forward,
-        append=is_append,
-    )
+    forward = ForwardSettings(device=settings.run.device)
+    extract(base=loaded, data=data, out=root, append=old is not None, forward=forward, **given)
 
 
 def remember_texts(root: Path, data: Sequence[str]) -> None:
