@@ -94,7 +94,7 @@ def test_nothing_is_shown_unless_logging_is_configured(
     assert capfd.readouterr() == ("", "")
 
 
-def test_another_process_than_the_first_is_silent(
+def test_other_processes_than_the_first_are_silent(
     clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, logger="carryon")

@@ -31,22 +31,22 @@ CARRYON = Program(
         "plan-memory": "carryon.tools.commands.plan_memory:plan_memory",
     },
     basic={
-        "extract": "base data out taps unit_tokens",
+        "extract": "base data out taps append dry_run",
         "repair": "store base",
         "train": "store out learning_rate epochs kind taps config",
         "sweep": "store out vary runs epochs",
-        "update": "lineage data base alpha epochs",
+        "update": "lineage data base alpha config",
         "evaluate": "store carryon samples alpha plot",
         "generate": "carryon prompt base alpha compare max_new_tokens",
         "score": "carryon tasks base num out",
         "compare": "base data out methods seconds seeds",
-        "plan-memory": "base_width vocab_size limit tokens_per_step config",
+        "plan-memory": "base_width vocab_size tokens_per_step limit config",
     },
 )
 
 
 def call_command(name: str, argv: Sequence[str]) -> Any:  # noqa: ANN401 -- each has its own
-    """Run `carryon NAME ARGV...` in this process and return what its function returns."""
+    """Run `carryon NAME ARGV...` in this process and return its result."""
     return CARRYON.call(name, argv)
 
 

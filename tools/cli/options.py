@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 REQUIRED = inspect.Parameter.empty
@@ -49,8 +50,9 @@ class Option:
 
     @property
     def item_kind(self) -> Any:  # noqa: ANN401
-        """Type of one value."""
-        return typing.get_args(self.kind)[0] if self.is_list else self.kind
+        """Type of one value that is given."""
+        inner = typing.get_args(self.kind)
+        return inner[0] if self.is_list or NoneType in inner else self.kind
 
 
 def options_of(target: Callable[..., Any]) -> list[Option]:

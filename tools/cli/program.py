@@ -1,9 +1,8 @@
-"""A program of several commands: help, exit codes, and errors in one line.
+"""A program with commands: help, exit codes and one-line errors.
 
-torch and other large packages are imported by the commands' functions when they run, so help and
-mistakes in the command line are answered at once. Exit codes: 0 done, 1 a check that did not
-hold, 2 a user's mistake or a full disk (one line on stderr), 130 stopped with Ctrl-C. Anything
-else is a bug and keeps its traceback.
+Commands import torch and other large packages when they run, so help and wrong options are fast.
+Exit codes: 0 done; 1 a check has failed; 2 wrong input or a full disk, with one line on stderr;
+130 interrupted by Ctrl-C. Any other exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -27,24 +26,24 @@ NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """Commands, each a typed function that is imported when it is called."""
+    """Named commands, each a typed function imported on use."""
 
     prog: str
-    """The program as it is typed."""
+    """Name as typed."""
     about: str
-    """What it does, in one or two lines."""
+    """Its purpose, in one or two lines."""
     closing: str
     """Last line of its help."""
     commands: Mapping[str, str]
     """Name -> `module:function`."""
     basic: Mapping[str, str] = field(default_factory=dict)
-    """Name -> options on the page of --help; else those that are the function's own."""
+    """Name -> options that --help shows. Omitted: the parameters of the function."""
 
     def find(self, name: str) -> Callable[..., Any]:
         """Return the function of the command `name`.
 
         Raises:
-            InputError: there is none of that name.
+            InputError: there is no such command.
         """
         if name not in self.commands:
             near = difflib.get_close_matches(name, self.commands, n=1)
@@ -55,7 +54,7 @@ class Program:
         return function
 
     def call(self, name: str, argv: Sequence[str]) -> Any:  # noqa: ANN401 -- each has its own
-        """Run the command `name` in this process and return what its function returns."""
+        """Run the command `name` in this process and return its result."""
         function = self.find(name)
         basic = self.basic.get(name, "").split()
         call, level = parse_call(function, argv, prog=f"{self.prog} {name}", basic=basic)
@@ -73,9 +72,9 @@ class Program:
         except CarryOnError as error:
             return _fail(f"{prog}: error: {error}")
         except KeyboardInterrupt as error:
-            text = str(error) or "stopped; run the same command to resume"
+            text = str(error) or "interrupted. Fix: run the same command to resume"
             return _fail(f"{prog}: {text}", code=130)
-        except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        except BrokenPipeError:  # the reader of the output, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:

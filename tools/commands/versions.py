@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 def versions(
     *, lineage: str, rebuild: int = 0, out: str = "", device: str = "auto"
 ) -> list[dict[str, Any]]:
-    """Show the held-out loss of every version on every increment, and what the versions cost.
+    """Show held-out loss and cost of every version of a lineage.
 
-    The loss of the base is shown beside them, and the number of targets that it is measured on.
+    Each version is measured on every increment, beside the base, with the number of targets.
     Cost is in steps, tokens and seconds of training, beside the steps that training each version
     from scratch would take. LINEAGE/versions.png shows the losses, LINEAGE/paths.png the learning
     rates. stdout gets a JSON line for each version. With --rebuild a version is trained again

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def compare(
     *, base: str, data: list[str], out: str, settings: CompareSettings
 ) -> list[dict[str, Any]]:
-    """Train carry-ons and LoRA on your text in the same time, and say which to take.
+    """Compare carry-ons and LoRA on your text in the same time.
 
     Each run is a training in its own process: a method, a budget in seconds, a seed. The clock
     counts extraction and training. The held-out loss is measured on texts that do not stand in the

@@ -1,4 +1,4 @@
-"""The `carryon` command as a user meets it."""
+"""The `carryon` command: help, errors, exit codes."""
 
 import errno
 import os
@@ -16,17 +16,20 @@ from carryon.tools.commands import inspect_store as inspect_file
 NAMES = sorted(CARRYON.commands)
 
 
-def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     for name in NAMES:
         assert f"  {name} " in text
+    assert max(map(len, text.splitlines())) <= 86
     assert main([]) == 0
     assert capsys.readouterr().out == text
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_subcommand_teaches(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_each_command_has_an_example_and_sentences(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
     assert caught.value.code == 0
@@ -39,7 +42,7 @@ def test_each_subcommand_teaches(name: str, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_columns_of_the_help_hold(
+def test_help_texts_are_aligned(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -66,7 +69,7 @@ def test_help_is_instant(argv: list[str]) -> None:
     subprocess.run([sys.executable, "-c", program, *argv], check=True, timeout=20)
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "no/such/store"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -74,7 +77,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
     assert captured.err.count("\n") == 1
 
 
-def test_an_unknown_subcommand_is_answered_with_the_nearest(
+def test_an_unknown_command_suggests_the_nearest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["extrct"]) == 2
@@ -103,11 +106,15 @@ def test_a_missing_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> 
             2,
             "carryon inspect: error: Permission denied at /a/b\n",
         ),
-        (KeyboardInterrupt(), 130, "carryon inspect: stopped; run the same command to resume\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "carryon inspect: interrupted. Fix: run the same command to resume\n",
+        ),
     ],
     ids=["input", "disk full of ours", "disk full", "not allowed", "ctrl-c"],
 )
-def test_what_can_happen_to_a_user_is_told_in_one_line(
+def test_expected_failures_are_one_line(
     raised: BaseException,
     code: int,
     line: str,

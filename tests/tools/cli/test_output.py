@@ -1,4 +1,4 @@
-"""What the commands say while they work, and where."""
+"""Log messages and results of commands."""
 
 import json
 import logging
@@ -24,13 +24,13 @@ def test_a_message_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr() == ("", "done\nwarning: strange\n")
 
 
-def test_the_outer_level_is_in_force(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_nested_command_keeps_the_outer_level(capsys: pytest.CaptureFixture[str]) -> None:
     with log_to_stderr("warning"), log_to_stderr("info"):
         logger.info("not shown")
     assert capsys.readouterr().err == ""
 
 
-def test_only_the_main_process_speaks(
+def test_only_the_main_process_logs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -40,7 +40,7 @@ def test_only_the_main_process_speaks(
 
 
 @pytest.mark.parametrize("words", [["--quiet"], ["--log-level", "warning"]])
-def test_a_quiet_command_prints_its_result_alone(
+def test_a_quiet_command_prints_only_its_result(
     words: list[str], store_original: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(store_original), *words]) == 0

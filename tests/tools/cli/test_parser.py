@@ -1,4 +1,4 @@
-"""From a typed function and words of a command line to the arguments of a call."""
+"""Parsing a command line into the arguments of a typed function."""
 
 import json
 import re
@@ -143,7 +143,7 @@ def test_switches_have_both_forms() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_a_mistake_is_told_in_one_line(argv: tuple[str, ...], text: str) -> None:
+def test_an_error_is_one_line(argv: tuple[str, ...], text: str) -> None:
     message = refused(*argv)
     assert text in message
     assert "\n" not in message
@@ -173,7 +173,7 @@ def test_config_keys_are_the_options_without_groups(tmp_path: Path) -> None:
 
 
 def page(*argv: str, capsys: pytest.CaptureFixture[str], basic: tuple[str, ...] = ()) -> str:
-    """Return what a call of help prints."""
+    """Return the page that help prints."""
     with pytest.raises(SystemExit) as caught:
         parse_call(bake, argv, prog="carryon bake", basic=basic)
     assert caught.value.code == 0
@@ -204,11 +204,11 @@ def test_help_shows_the_basic_options_in_their_order(capsys: pytest.CaptureFixtu
     assert text.index("--minutes") < text.index("--help-all") < text.index("  --guests")
 
 
-def test_help_is_given_behind_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_works_after_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: " in page("pie", "--guests", "ann", "-h", capsys=capsys)
 
 
-def test_help_texts_of_the_settings_are_found() -> None:
+def test_help_texts_of_settings_are_read_from_the_source() -> None:
     def keep(*, store: StoreSettings) -> None:
         """Keep."""
 
@@ -219,7 +219,7 @@ def test_help_texts_of_the_settings_are_found() -> None:
 
 
 @pytest.mark.parametrize("words", [["--config", "large"], ["--config=large"]])
-def test_a_preset_is_found_by_its_name_and_its_settings_can_be_changed(words: list[str]) -> None:
+def test_a_preset_is_read_by_name_and_the_command_line_wins(words: list[str]) -> None:
     call, _ = parse_call(train, [*words, "--store", "s", "--out", "o", "--blocks", "3"], prog="t")
     carryon = call.arguments["settings"].carryon
     preset = read_preset("large")
@@ -230,7 +230,7 @@ def test_a_preset_is_found_by_its_name_and_its_settings_can_be_changed(words: li
     assert carryon.blocks == 3
 
 
-def test_a_file_goes_before_a_preset_of_its_name(
+def test_a_file_wins_over_a_preset_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "large").write_text("width: 32\n")

@@ -1,4 +1,4 @@
-"""The subcommands on a tiny base, as a user would type them."""
+"""The commands on a tiny base."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def last_json(captured: str) -> dict[str, Any]:
     return found
 
 
-def test_inspect_shows_text_for_people(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_text(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(work / "store")]) == 0
     text = capsys.readouterr().out
     for part in ("12, 3 of them held out", "of raw bfloat16", "LlamaForCausalLM"):
@@ -78,7 +78,7 @@ def test_inspect_shows_an_unfinished_store(
     assert "UNFINISHED" in capsys.readouterr().out
 
 
-def test_extract_again_does_nothing_and_says_so_in_json(
+def test_extract_again_computes_nothing(
     work: Path, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["extract", "--base", str(tiny_base_folder), "--data", str(work / "corpus.jsonl")]
@@ -99,7 +99,7 @@ def test_extract_with_another_setting_is_refused(
     assert capsys.readouterr().err.splitlines()[-1].startswith("carryon extract: error: ")
 
 
-def test_train_config_repeats_the_run(
+def test_the_config_of_a_run_repeats_it(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["train", "--config", str(work / "run" / "config.yaml"), "--out", str(tmp_path / "run")]
@@ -156,7 +156,7 @@ def test_generate_compares_base_and_customized_model(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
-def test_a_mistake_writes_nothing(
+def test_wrong_input_writes_nothing(
     argv: list[str],
     text: str,
     work: Path,
@@ -211,7 +211,7 @@ def test_versions_are_shown_as_a_table_and_as_json_lines(
         (["--old-lineage", "l", "--new-base", "b"], "l: expected a lineage, found none"),
     ],
 )
-def test_a_new_base_without_its_lineage_is_one_line(
+def test_a_new_base_needs_an_old_lineage(
     words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["update", "--lineage", str(tmp_path / "new"), *words]) == 2

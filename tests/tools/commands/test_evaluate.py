@@ -1,4 +1,4 @@
-"""`carryon evaluate` with many alphas, and `carryon score`, as a user would type them."""
+"""`carryon evaluate` with several alphas, and `carryon score`."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_a_sweep_reports_the_best_alpha_draws_and_writes_it(
     assert again["num_targets"] == report["num_targets"] + choice["num_targets"]
 
 
-def test_without_being_asked_nothing_is_written(
+def test_without_options_nothing_is_written(
     store_original: Path, carryon: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path.name: path.read_bytes() for path in Path(carryon).iterdir()}
@@ -85,7 +85,7 @@ def test_without_being_asked_nothing_is_written(
         (["--plot", "alpha.png"], "--plot: expected several strengths"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_wrong_options_are_one_line(
     options: list[str],
     text: str,
     store_original: Path,
@@ -138,7 +138,7 @@ def test_score_poses_questions_as_the_task_has_them(
         (["--tasks", "chain_sum", "--num", "1", "--max-new-tokens", "0"], "--max-new-tokens"),
     ],
 )
-def test_score_refuses_in_one_line(
+def test_score_refuses_wrong_options(
     options: list[str], text: str, carryon: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["score", "--carryon", carryon, "--device", "cpu", *options]) == 2

@@ -28,7 +28,7 @@ from carryon.tools.demo.corpus import (
 SAMPLES = 16
 
 
-def test_the_corpus_is_the_same_every_time_and_its_halves_differ() -> None:
+def test_the_corpus_is_reproducible_and_its_halves_differ() -> None:
     records = make_corpus(8)
     assert records == make_corpus(8)
     assert [record["split"] for record in records] == ["train"] * 8 + ["held-out"] * 8
@@ -60,9 +60,7 @@ def test_another_number_of_samples_is_refused(
     assert "expected 9 + 8 held-out problems, got 16" in capsys.readouterr().err
 
 
-def test_a_folder_of_something_else_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").touch()
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "with thesis.tex. Fix: give another --out" in capsys.readouterr().err
@@ -72,7 +70,7 @@ def test_a_folder_of_something_else_is_refused(
     assert not (tmp_path / "new").exists()
 
 
-def test_the_commands_read_what_the_ones_before_wrote(tmp_path: Path) -> None:
+def test_each_command_reads_files_of_those_before(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus.jsonl", 8)
     planned = commands(tmp_path)
     assert [argv[0] for argv in planned] == [
@@ -129,7 +127,7 @@ def test_the_real_store_is_small_and_opens_with_plain_zarr(demo_folder: Path) ->
 
 
 @pytest.mark.real
-def test_the_stored_states_and_head_make_the_real_bases_own_logits(demo_folder: Path) -> None:
+def test_stored_states_and_head_give_the_logits_of_the_real_base(demo_folder: Path) -> None:
     base = load_base(str(demo_folder / "base"), forward=ForwardSettings(device="cpu"))
     store = Store.open(demo_folder / "store")
     rows = store.read_sample(0, stop=64)
@@ -144,12 +142,12 @@ def test_the_stored_states_and_head_make_the_real_bases_own_logits(demo_folder: 
     # bfloat16 keeps 8 bits: each of 576 products is off by up to 1 part in 512, at random.
     assert float(error.mean()) < 2**-8 * float(expected.float().abs().mean())
     assert (made.argmax(axis=1) == expected.argmax(dim=1).numpy()).mean() > 0.95
-    # In a batch of another shape 30 blocks in bfloat16 come to other roundings.
+    # In a batch of another shape 30 blocks in bfloat16 round differently.
     assert channel_relative_error(stored, states) < 0.05
 
 
 @pytest.mark.real
-def test_training_needs_the_store_alone(
+def test_training_needs_only_the_store(
     demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hidden_base = demo_folder / "base.away"
@@ -164,7 +162,7 @@ def test_training_needs_the_store_alone(
 
 
 @pytest.mark.real
-def test_a_second_demo_goes_on_where_the_first_stopped(
+def test_a_second_demo_resumes_the_first(
     demo_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", "--out", str(demo_folder), "--samples", str(SAMPLES)]) == 0
