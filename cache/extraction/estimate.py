@@ -105,7 +105,12 @@ def _run_timed(plan: ExtractionPlan) -> tuple[dict[str, NDArray[np.float32]], fl
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int32)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     unit = UnitInput(
-        unit=0, starts=starts, lengths=lengths, tokens=np.concatenate(tokens), sha256=""
+        unit=0,
+        first_sample=0,
+        starts=starts,
+        lengths=lengths,
+        tokens=np.concatenate(tokens),
+        sha256="",
     )
     run = partial(
         compute_states,

@@ -29,8 +29,7 @@ from carryon.cache.format.zarr_metadata import (
 from carryon.cache.progress import Progress
 from carryon.cache.store.shard_writer import (
     UnitInput,
-    read_sample_places,
-    read_unit_input,
+    UnitInputs,
     write_unit,
 )
 
@@ -74,10 +73,8 @@ def run_units(
     lost.
     """
     todo = _units_to_do(root, manifest) if units is None else list(units)
-    starts, lengths = read_sample_places(root, manifest)
-    bounds = np.searchsorted(starts, np.arange(manifest.num_units + 1) * manifest.unit_tokens)
-    spans = [slice(bounds[unit], bounds[unit + 1]) for unit in todo]
-    num_tokens = sum(int(lengths[span].sum()) for span in spans)
+    inputs = UnitInputs(root, manifest)
+    num_tokens = sum(map(inputs.num_tokens, todo))
     keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
     is_finished = True
     writing: list[Future[Receipt]] = []  # at most the last of them is still at work
@@ -86,10 +83,8 @@ def run_units(
         Progress(num_tokens, name="extract", unit="tokens") as progress,
         ThreadPoolExecutor(max_workers=1) as thread,
     ):
-        for unit, span in zip(todo, spans, strict=True):
-            unit_input = read_unit_input(
-                root, manifest, unit, starts=starts[span], lengths=lengths[span]
-            )
+        for unit in todo:
+            unit_input = inputs.read(unit)
             if max_disk_bytes is not None:
                 wait(writing)
                 largest = largest_unit_bytes(manifest, unit_input.num_tokens)

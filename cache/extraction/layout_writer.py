@@ -30,9 +30,8 @@ from carryon.cache.format.zarr_metadata import (
     ROW_ARRAYS,
     TABLE_ROWS,
     array_document,
-    copy_path,
     group_document,
-    is_mirrored,
+    places,
     row_path,
 )
 
@@ -94,7 +93,7 @@ def write_plan(root: Path, manifest: Manifest, files: Iterable[tuple[str, bytes]
 
 def plan_bytes(files: Iterable[tuple[str, bytes]]) -> int:
     """Return the bytes of files of a plan, with their copies."""
-    return sum(len(content) * len(_places(path)) for path, content in files)
+    return sum(len(content) * len(places(path)) for path, content in files)
 
 
 def append_plan(
@@ -144,7 +143,7 @@ def _write(
     """Write files, and the copies from which repair restores them; return the SHA-256 of each."""
     digests = {}
     for path, content in files:
-        for each in _places(path):
+        for each in places(path):
             write_file(root / each, content, is_synced=is_synced)
         digests[path] = sha256_hex(content)
     return digests
@@ -152,11 +151,7 @@ def _write(
 
 def _flush(root: Path, paths: Iterable[str]) -> None:
     """Flush files that `_write` wrote, and their copies, to the disk."""
-    sync_below(root.parent, [root / each for path in paths for each in _places(path)])
-
-
-def _places(path: str) -> list[str]:
-    return [path, copy_path(path)] if is_mirrored(path) else [path]
+    sync_below(root.parent, [root / each for path in paths for each in places(path)])
 
 
 def _unit_rows(

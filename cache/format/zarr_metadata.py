@@ -129,6 +129,11 @@ def copy_path(path: str) -> str:
     return f"units/copy/{path}"
 
 
+def places(path: str) -> list[str]:
+    """Return where planning writes a file: at `path`, and at its copy if it is mirrored."""
+    return [path, copy_path(path)] if is_mirrored(path) else [path]
+
+
 def is_mirrored(path: str) -> bool:
     """Tell whether planning writes a file twice: all but what is large and in the base."""
     return not path.startswith(("head/", "blocks/")) or path == "head/zarr.json"

@@ -1,12 +1,12 @@
-"""Writing one unit: its input out of the store, its hidden states into it, its receipt last.
+"""Write one unit: read its input from the store, write its hidden states, and its receipt last.
 
-A unit is idempotent: whoever computes it, whenever, whatever a killed try left behind, the files
-are written whole under their names and the receipt after all of them. Letters: R rows of a unit,
-D base width, n samples of a unit.
+Writing a unit can be repeated: after a kill, by another process, at any time. Its files are
+written atomically, and the receipt after all of them. Letters: R rows of a unit, D base width,
+n samples of a unit.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,11 @@ States = NDArray[Any]  # float32, or uint16 bits of bfloat16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitInput:
-    """What is needed to compute a unit."""
+    """What a unit is computed from."""
 
     unit: int
+    first_sample: int
+    """Index of its first sample in the store."""
     starts: NDArray[np.int64]
     """[n] first row of each sample within the unit."""
     lengths: NDArray[np.int32]
@@ -54,46 +56,48 @@ class UnitInput:
         return int(self.lengths.sum())
 
 
-def read_unit_input(
-    root: Path,
-    manifest: Manifest,
-    unit: int,
-    *,
-    starts: NDArray[np.int64],
-    lengths: NDArray[np.int32],
-) -> UnitInput:
-    """Read a unit's tokens; masks and character ends are read too, and held to their checksums.
+class UnitInputs:
+    """Reader of the inputs of a planned store's units."""
 
-    Args:
-        root: of the store.
-        manifest: of the store.
-        unit: which one.
-        starts: [n] first row of each of its samples, on the token axis.
-        lengths: [n] their tokens.
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        """Read where each sample lies."""
+        self._root, self._manifest = root, manifest
+        stop, digests = manifest.num_samples, manifest.files
+        self._starts = read_array(root, "samples/start", stop=stop, digests=digests)
+        self._lengths = read_array(root, "samples/length", stop=stop, digests=digests)
+        first_rows = np.arange(manifest.num_units + 1) * manifest.unit_tokens
+        self._bounds = np.searchsorted(self._starts, first_rows).tolist()
 
-    Raises:
-        DamagedStoreError: a file is missing or does not match its checksum.
-    """
-    rows = {
-        name: read_chunk(root, row_path(name, unit), array_info(root, name), sha256=None)
-        for name in ROW_ARRAYS
-    }
-    within = starts - unit * manifest.unit_tokens
-    digest = hashlib.sha256(origin_of(manifest, unit).encode())
-    for values in (within, lengths, *rows.values()):
-        digest.update(np.ascontiguousarray(values).tobytes())
-    return UnitInput(
-        unit=unit, starts=within, lengths=lengths, tokens=rows["tokens"], sha256=digest.hexdigest()
-    )
+    def num_tokens(self, unit: int) -> int:
+        """Return the tokens of a unit's samples."""
+        return int(self._lengths[self._bounds[unit] : self._bounds[unit + 1]].sum())
 
+    def read(self, unit: int) -> UnitInput:
+        """Read the input of a unit; all its files are compared with their checksums.
 
-def read_sample_places(
-    root: Path, manifest: Manifest
-) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Return first row and length of every planned sample, [S] each."""
-    stop, digests = manifest.num_samples, manifest.files
-    starts = read_array(root, "samples/start", stop=stop, digests=digests)
-    return starts, read_array(root, "samples/length", stop=stop, digests=digests)
+        Raises:
+            DamagedStoreError: a file is missing or does not match its checksum.
+        """
+        rows = {
+            name: read_chunk(
+                self._root, row_path(name, unit), array_info(self._root, name), sha256=None
+            )
+            for name in ROW_ARRAYS
+        }
+        first, stop = self._bounds[unit : unit + 2]
+        starts = self._starts[first:stop] - unit * self._manifest.unit_tokens
+        lengths = self._lengths[first:stop]
+        digest = hashlib.sha256(origin_of(self._manifest, unit).encode())
+        for values in (starts, lengths, *rows.values()):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return UnitInput(
+            unit=unit,
+            first_sample=first,
+            starts=starts,
+            lengths=lengths,
+            tokens=rows["tokens"],
+            sha256=digest.hexdigest(),
+        )
 
 
 def write_unit(
@@ -115,8 +119,8 @@ def write_unit(
         elapsed_s: seconds its computation took.
 
     Raises:
-        InputError: taps or shapes do not fit, or a state is not finite in the type it is stored
-            in; names sample, token and tap. Nothing of the unit was written.
+        InputError: taps or shapes do not match the store, or a state is not finite in the stored
+            type; names sample, token and tap. Nothing of the unit was written.
         DiskFullError: no space left; the unit has no receipt and will be computed again.
     """
     _check_shapes(manifest, unit_input, hidden)
@@ -127,14 +131,13 @@ def write_unit(
         if rows is not hidden[tap]:
             _check_rows(root, manifest, unit_input, tap, rows)
     entries: dict[str, FileEntry] = {}
-    for name in ROW_ARRAYS:
-        path = row_path(name, unit)
+    for path in (row_path(name, unit) for name in ROW_ARRAYS):
         entries[path] = _entry((root / path).read_bytes())
+    num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
     for tap, rows in stored.items():
         for path, content in _encode_tap(manifest, tap, unit, rows):
             write_file(root / path, content)
-            chunks = _checksums(manifest, content) if path == shard_path(tap, unit) else []
-            entries[path] = _entry(content, chunks=chunks)
+            entries[path] = _entry(content, num_chunks if path == shard_path(tap, unit) else 0)
     receipt = Receipt(
         unit=unit,
         num_tokens=unit_input.num_tokens,
@@ -150,28 +153,25 @@ def write_unit(
 
 def _encode_tap(
     manifest: Manifest, tap: str, unit: int, rows: NDArray[Any]
-) -> list[tuple[str, bytes | bytearray]]:
-    profile = manifest.settings["profile"]
-    rows_per_chunk = manifest.rows_per_chunk
-    if profile not in STEPS:
-        return [(shard_path(tap, unit), encode_shard(rows, rows_per_chunk=rows_per_chunk))]
-    codes = to_codes(rows, step=STEPS[profile])
-    return [
-        (shard_path(tap, unit), encode_shard(codes.codes, rows_per_chunk=rows_per_chunk)),
-        (token_scale_path(tap, unit), encode_chunk(codes.token_scale)),
-        (channel_scale_path(tap, unit), encode_chunk(codes.channel_scale[None])),
-    ]
+) -> Iterator[tuple[str, bytes | bytearray]]:
+    if manifest.is_lossy:
+        codes = to_codes(rows, step=STEPS[manifest.settings["profile"]])
+        yield token_scale_path(tap, unit), encode_chunk(codes.token_scale)
+        yield channel_scale_path(tap, unit), encode_chunk(codes.channel_scale[None])
+        rows = codes.codes
+    yield shard_path(tap, unit), encode_shard(rows, rows_per_chunk=manifest.rows_per_chunk)
 
 
 def _stored(manifest: Manifest, states: States) -> NDArray[Any]:
-    """Return the states in the type that is stored, or float32 for a lossy profile."""
+    """Return the states in the stored type, or float32 for a lossy profile."""
     if manifest.is_lossy:
         return widen(states)
     if states.dtype == np.uint16:
         return states
-    dtype = manifest.settings["dtype"]
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
-        return bfloat16_bits(states) if dtype == "bfloat16" else states.astype(dtype)
+    if manifest.settings["dtype"] == "bfloat16":
+        return bfloat16_bits(states)
+    with np.errstate(over="ignore"):  # a value that is too large becomes infinite: refused below
+        return states.astype(manifest.states_dtype)
 
 
 def _check_shapes(manifest: Manifest, unit_input: UnitInput, hidden: Mapping[str, States]) -> None:
@@ -197,11 +197,14 @@ def _check_rows(
             f"unit {unit}, tap {tap}: expected 0 in the rows after the last sample's "
             f"{unit_input.num_tokens} tokens, got states: nothing of this unit was written"
         )
-    finite = _is_finite(rows)
-    if not finite.all():
-        row = int(np.argmin(finite))
+    is_bits = rows.dtype == np.uint16  # of bfloat16, not finite where its exponent is all ones
+    is_finite = ((rows & 0x7F80) != 0x7F80 if is_bits else np.isfinite(rows)).all(axis=1)
+    if not is_finite.all():
+        row = int(np.argmin(is_finite))
         within = int(np.searchsorted(unit_input.starts, row, side="right")) - 1
-        name = _sample_id(root, manifest, unit, within)
+        sample = unit_input.first_sample + within
+        ids = read_array(root, "samples/id", first=sample, stop=sample + 1, digests=manifest.files)
+        name = bytes(ids.tobytes()).rstrip(b"\0").decode()
         raise InputError(
             f"unit {unit}, tap {tap}: a state is not finite as {manifest.settings['dtype']}, in "
             f"sample {name!r} at token {row - int(unit_input.starts[within])}: nothing of this "
@@ -209,25 +212,9 @@ def _check_rows(
         )
 
 
-def _sample_id(root: Path, manifest: Manifest, unit: int, within: int) -> str:
-    """Return the id of the sample that is number `within` of a unit."""
-    starts, _ = read_sample_places(root, manifest)
-    sample = int(np.searchsorted(starts, unit * manifest.unit_tokens)) + within
-    ids = read_array(root, "samples/id", first=sample, stop=sample + 1, digests=manifest.files)
-    return bytes(ids.tobytes()).rstrip(b"\0").decode()
-
-
-def _is_finite(states: States) -> NDArray[np.bool_]:
-    """Return, for each row, whether all its values are finite; uint16 holds bfloat16 bits."""
-    if states.dtype == np.uint16:
-        return np.asarray(((states & 0x7F80) != 0x7F80).all(axis=1))
-    return np.asarray(np.isfinite(states).all(axis=1))
-
-
-def _checksums(manifest: Manifest, shard: bytes | bytearray) -> list[str]:
-    num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
-    return chunk_checksums(memoryview(shard), num_chunks=num_chunks, name="new shard")
-
-
-def _entry(content: bytes | bytearray, *, chunks: Sequence[str] = ()) -> FileEntry:
-    return FileEntry(bytes=len(content), sha256=sha256_hex(content), chunks=list(chunks))
+def _entry(content: bytes | bytearray, num_chunks: int = 0) -> FileEntry:
+    """Return the entry of a file in a receipt; of a shard, with the checksums of its chunks."""
+    chunks = []
+    if num_chunks:
+        chunks = chunk_checksums(memoryview(content), num_chunks=num_chunks, name="new shard")
+    return FileEntry(bytes=len(content), sha256=sha256_hex(content), chunks=chunks)

@@ -1,4 +1,4 @@
-"""A store against its own receipts: what is missing, what was changed, where.
+"""Verify a store against its own receipts: what is missing, what was changed, and where.
 
 Three depths. `quick` compares names and sizes, and reads documents, receipts and probe; `sample`
 also decodes random chunks; `full` reads every byte and compares SHA-256. Nothing is written.
@@ -26,7 +26,7 @@ from carryon.cache.format.receipt import FileEntry, Receipt, read_receipt, units
 from carryon.cache.format.zarr_metadata import (
     ROW_ARRAYS,
     copy_path,
-    is_mirrored,
+    places,
     receipt_path,
     row_path,
     shard_path,
@@ -34,7 +34,7 @@ from carryon.cache.format.zarr_metadata import (
 )
 from carryon.cache.progress import track
 from carryon.cache.store.reader import Store
-from carryon.cache.store.shard_writer import read_sample_places, read_unit_input
+from carryon.cache.store.shard_writer import UnitInputs
 
 Depth = Literal["quick", "sample", "full"]
 
@@ -95,22 +95,13 @@ def verify(path: str | Path, *, depth: Depth = "sample", seed: int = 0) -> Verif
         MissingError: there is no store.
     """
     root = Path(path)
+    walk = _Walk(root, depth)
     try:
         manifest = read_manifest(root)
     except DamagedStoreError as error:
-        problem = Problem(path=manifest_path(root).name, unit=None, text=str(error))
-        return VerifyReport(
-            store=str(root), depth=depth, problems=[problem], num_files=1, num_bytes=0
-        )
-    walk = _Walk(root, manifest, depth)
-    walk.check_plan()
-    done = units_with_receipt(root)
-    units = range(manifest.num_units)
-    for unit in track(units, total=len(units), name=f"verify {depth}", unit="units"):
-        walk.check_unit(unit, is_done=unit in done)
-    if depth == "sample":
-        walk.check_some_chunks(sorted(done & set(units)), seed=seed)
-    walk.check_meaning()
+        walk.note(manifest_path(root).name, None, str(error))
+    else:
+        walk.check(manifest, seed=seed)
     return VerifyReport(
         store=str(root),
         depth=depth,
@@ -123,49 +114,35 @@ def verify(path: str | Path, *, depth: Depth = "sample", seed: int = 0) -> Verif
 class _Walk:
     """One pass over the files of a store, gathering problems."""
 
-    def __init__(self, root: Path, manifest: Manifest, depth: Depth) -> None:
-        self.root, self.manifest, self.depth = root, manifest, depth
+    def __init__(self, root: Path, depth: Depth) -> None:
+        self.root, self.depth = root, depth
         self.problems: list[Problem] = []
         self.files = {manifest_path(root).name}
-        self.num_bytes = manifest_path(root).stat().st_size
+        self.num_bytes = 0
 
-    @property
-    def is_sound(self) -> bool:
-        """Whether nothing damaged was found so far."""
-        return all(problem.is_missing_unit for problem in self.problems)
-
-    def check_plan(self) -> None:
-        """Check the manifest's copy and every file that planning wrote."""
+    def check(self, manifest: Manifest, *, seed: int) -> None:
+        """Check all files of the store, then what they mean."""
+        self.manifest = manifest
+        self.num_bytes += manifest_path(self.root).stat().st_size
         self._check_manifest_copy()
-        for path, digests in self.manifest.files.items():
-            self._check_planned(path, digests)
-            if is_mirrored(path):
-                self._check_planned(copy_path(path), digests)
+        for path, digests in manifest.files.items():
+            for each in places(path):
+                self._check_planned(each, digests)
+        units = range(manifest.num_units)
+        done = units_with_receipt(self.root) & set(units)
+        for unit in track(units, total=len(units), name=f"verify {self.depth}", unit="units"):
+            self._check_unit(unit, is_done=unit in done)
+        if self.depth == "sample":
+            self._check_some_chunks(sorted(done), seed=seed)
+        # A damaged file would fail again here, with a text that says less.
+        if all(problem.is_missing_unit for problem in self.problems):
+            self._check_meaning(sorted(done))
 
-    def check_unit(self, unit: int, *, is_done: bool) -> None:
-        """Check the receipt of a unit and its files."""
-        path, receipt = receipt_path(unit), None
-        if is_done:
-            receipt = self._checked_receipt(unit)
-        else:
-            problem = Problem(
-                path=path, unit=unit, text="the unit is not extracted", is_missing_unit=True
-            )
+    def note(self, path: str, unit: int | None, text: str, *, is_missing: bool = False) -> None:
+        """Keep a problem."""
+        problem = Problem(path=path, unit=unit, text=text, is_missing_unit=is_missing)
+        if problem not in self.problems:
             self.problems.append(problem)
-        for name in ROW_ARRAYS:
-            for each in (row_path(name, unit), copy_path(row_path(name, unit))):
-                if receipt is not None:
-                    self._check_entry(each, receipt.files[row_path(name, unit)], receipt)
-                else:
-                    self._check_rows(name, each, unit)
-        if receipt is None:
-            return
-        for each in self._state_paths(unit):
-            self._check_entry(each, receipt.files[each], receipt)
-
-    def _state_paths(self, unit: int) -> list[str]:
-        is_lossy = self.manifest.is_lossy
-        return state_paths(self.manifest.taps, unit, is_lossy=is_lossy)
 
     def _check_manifest_copy(self) -> None:
         copy = copy_path(manifest_path(self.root).name)
@@ -173,12 +150,12 @@ class _Walk:
         if content is None:
             return
         try:
-            found = parse_manifest(content, name=copy, is_mirrored=True)
+            manifest = parse_manifest(content, name=copy, is_mirrored=True)
         except StoreError as error:
-            self._note(copy, None, str(error))
+            self.note(copy, None, str(error))
             return
-        if not found.is_stage_of(self.manifest):
-            self._note(copy, None, "it is the manifest of another store")
+        if not manifest.is_stage_of(self.manifest):
+            self.note(copy, None, "it is the manifest of another store")
 
     def _check_planned(self, path: str, digests: Collection[str]) -> None:
         if self.depth != "full" and path.startswith(_LARGE):
@@ -186,7 +163,24 @@ class _Walk:
             return
         content = self._content(path, unit=None)
         if content is not None and sha256_hex(content) not in digests:
-            self._note(path, None, "its SHA-256 is not the one that planning recorded")
+            self.note(path, None, "its SHA-256 is not the one that planning recorded")
+
+    def _check_unit(self, unit: int, *, is_done: bool) -> None:
+        """Check the receipt of a unit and its files."""
+        receipt = None
+        if is_done:
+            receipt = self._checked_receipt(unit)
+        else:
+            self.note(receipt_path(unit), unit, "the unit is not extracted", is_missing=True)
+        for path in (row_path(name, unit) for name in ROW_ARRAYS):
+            for each in places(path):
+                if receipt is not None:
+                    self._check_entry(each, receipt.files[path], receipt)
+                elif self._size(each, unit=unit) is not None and self.depth != "quick":
+                    self._check_decodes(each, path, unit)
+        if receipt is not None:
+            for path in self._state_paths(unit):
+                self._check_entry(path, receipt.files[path], receipt)
 
     def _checked_receipt(self, unit: int) -> Receipt | None:
         path = receipt_path(unit)
@@ -194,37 +188,38 @@ class _Walk:
         try:
             receipt = read_receipt(self.root, self.manifest, unit)
         except CarryOnError as error:
-            self._note(path, unit, str(error))
+            self.note(path, unit, str(error))
             return None
-        expected = {row_path(name, unit) for name in ROW_ARRAYS}
-        expected |= {*self._state_paths(unit)}
+        expected = {*(row_path(name, unit) for name in ROW_ARRAYS), *self._state_paths(unit)}
         if set(receipt.files) != expected:
-            self._note(path, unit, f"expected it to name {sorted(expected)}")
+            self.note(path, unit, f"expected it to name {sorted(expected)}")
             return None
         return receipt
 
+    def _state_paths(self, unit: int) -> list[str]:
+        return state_paths(self.manifest.taps, unit, is_lossy=self.manifest.is_lossy)
+
     def _check_entry(self, path: str, entry: FileEntry, receipt: Receipt) -> None:
-        """Check a file against what the receipt says of it."""
+        """Compare a file with what the receipt says of it."""
         size = self._size(path, unit=receipt.unit)
         if size is None:
             return
         if size != entry.bytes:
-            self._note(path, receipt.unit, f"expected {entry.bytes} bytes, got {size}")
+            self.note(path, receipt.unit, f"expected {entry.bytes} bytes, got {size}")
         elif self.depth == "full":
             content = self._content(path, unit=receipt.unit) or b""
             if sha256_hex(content) != entry.sha256:
-                self._note(path, receipt.unit, self._where(path, receipt, content))
+                self.note(path, receipt.unit, self._where(path, receipt.unit, content))
 
-    def _check_rows(self, name: str, path: str, unit: int) -> None:
-        """Check tokens, masks or character ends that no receipt speaks of yet."""
-        if self._size(path, unit=unit) is None or self.depth == "quick":
-            return
+    def _check_decodes(self, path: str, original: str, unit: int) -> None:
+        """Check tokens, masks or character ends that no receipt covers yet."""
         try:
+            name = original.partition("/")[0]
             read_chunk(self.root, path, array_info(self.root, name), sha256=None)
         except DamagedStoreError as error:
-            self._note(path, unit, str(error).partition(": run carryon")[0])
+            self.note(path, unit, _without_advice(error))
 
-    def check_some_chunks(self, units: list[int], *, seed: int) -> None:
+    def _check_some_chunks(self, units: list[int], *, seed: int) -> None:
         """Decode random chunks of the hidden states."""
         picks = random.Random(seed)
         per_unit = self.manifest.unit_tokens // self.manifest.rows_per_chunk
@@ -234,37 +229,27 @@ class _Walk:
             path = shard_path(tap, unit)
             content = self._content(path, unit=unit)
             if content is not None and (text := self._chunk_problem(tap, content, number)):
-                self._note(path, unit, text)
+                self.note(path, unit, text)
 
-    def check_meaning(self) -> None:
-        """Check the probe, and that receipts belong to this store's input.
-
-        Only of a store whose files are sound: a damaged one would fail here again, less clearly.
-        """
-        if not self.is_sound:
-            return
+    def _check_meaning(self, done: list[int]) -> None:
+        """Check the probe, and at depth `full` that receipts belong to this store's input."""
         try:
             Store.open(self.root, allow_unfinished=True)
         except CarryOnError as error:
-            self._note("probe", None, str(error))
+            self.note("probe", None, str(error))
             return
         if self.depth != "full":
             return
-        starts, lengths = read_sample_places(self.root, self.manifest)
-        size = self.manifest.unit_tokens
-        bounds = np.searchsorted(starts, np.arange(self.manifest.num_units + 1) * size)
-        for unit in sorted(units_with_receipt(self.root) & set(range(self.manifest.num_units))):
-            span = slice(bounds[unit], bounds[unit + 1])
-            found = read_unit_input(
-                self.root, self.manifest, unit, starts=starts[span], lengths=lengths[span]
-            )
-            if found.sha256 != read_receipt(self.root, self.manifest, unit).input_sha256:
-                self._note(receipt_path(unit), unit, "the receipt is for other tokens or samples")
+        inputs = UnitInputs(self.root, self.manifest)
+        for unit in done:
+            expected = read_receipt(self.root, self.manifest, unit).input_sha256
+            if inputs.read(unit).sha256 != expected:
+                self.note(receipt_path(unit), unit, "the receipt is for other tokens or samples")
 
-    def _where(self, path: str, receipt: Receipt, content: bytes) -> str:
+    def _where(self, path: str, unit: int, content: bytes) -> str:
         """Say which chunk of a changed file is damaged."""
         for tap in self.manifest.taps:
-            if path == shard_path(tap, receipt.unit):
+            if path == shard_path(tap, unit):
                 for number in range(self.manifest.unit_tokens // self.manifest.rows_per_chunk):
                     if text := self._chunk_problem(tap, content, number):
                         return text
@@ -272,18 +257,14 @@ class _Walk:
         return "its SHA-256 is not the receipt's"
 
     def _chunk_problem(self, tap: str, content: bytes, number: int) -> str | None:
-        manifest = self.manifest
+        manifest, stored = self.manifest, memoryview(content)
         num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
         rows = np.empty((manifest.rows_per_chunk, manifest.width), dtype=manifest.states_dtype)
-        stored = memoryview(content)
         try:
-            index = shard_index(stored, num_chunks=num_chunks, name=f"tap {tap}")
-            offset, num_bytes = index[number]
-            decode_chunk(
-                stored[offset : offset + num_bytes], rows, name=f"tap {tap} chunk {number}"
-            )
+            offset, size = shard_index(stored, num_chunks=num_chunks, name=f"tap {tap}")[number]
+            decode_chunk(stored[offset : offset + size], rows, name=f"tap {tap} chunk {number}")
         except DamagedStoreError as error:
-            return str(error).partition(": run carryon")[0]
+            return _without_advice(error)
         return None
 
     def _size(self, path: str, *, unit: int | None) -> int | None:
@@ -291,20 +272,16 @@ class _Walk:
         try:
             return (self.root / path).stat().st_size
         except FileNotFoundError:
-            self._note(path, unit, "the file is missing")
+            self.note(path, unit, "the file is missing")
             return None
 
     def _content(self, path: str, *, unit: int | None) -> bytes | None:
-        self.files.add(path)
-        try:
-            content = (self.root / path).read_bytes()
-        except FileNotFoundError:
-            self._note(path, unit, "the file is missing")
+        size = self._size(path, unit=unit)
+        if size is None:
             return None
-        self.num_bytes += len(content)
-        return content
+        self.num_bytes += size
+        return (self.root / path).read_bytes()
 
-    def _note(self, path: str, unit: int | None, text: str) -> None:
-        problem = Problem(path=path, unit=unit, text=text)
-        if problem not in self.problems:
-            self.problems.append(problem)
+
+def _without_advice(error: DamagedStoreError) -> str:
+    return str(error).partition(": run carryon")[0]

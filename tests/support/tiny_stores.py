@@ -41,7 +41,7 @@ from carryon.cache.format.manifest import CorpusPart, Manifest, digest_of
 from carryon.cache.format.quantization import STATE_TYPES, bfloat16_bits
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
-from carryon.cache.store.shard_writer import read_sample_places, read_unit_input, write_unit
+from carryon.cache.store.shard_writer import UnitInputs, write_unit
 
 WIDTH = 16
 UNIT_TOKENS = 64
@@ -193,15 +193,10 @@ def plan_given(root: Path, given: Given) -> Manifest:
 
 def write_units(root: Path, manifest: Manifest, given: Given, units: Sequence[int]) -> None:
     """Write units of a planned store."""
-    starts, lengths = read_sample_places(root, manifest)
-    size = manifest.unit_tokens
+    inputs, size = UnitInputs(root, manifest), manifest.unit_tokens
     for unit in units:
-        inside = slice(*np.searchsorted(starts, [unit * size, (unit + 1) * size]))
-        unit_input = read_unit_input(
-            root, manifest, unit, starts=starts[inside], lengths=lengths[inside]
-        )
         hidden = {tap: given.hidden[tap][unit * size : (unit + 1) * size] for tap in manifest.taps}
-        write_unit(root, manifest, unit_input, hidden, elapsed_s=0.0)
+        write_unit(root, manifest, inputs.read(unit), hidden, elapsed_s=0.0)
 
 
 def write_store(root: Path, given: Given) -> Manifest:

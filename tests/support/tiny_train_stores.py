@@ -16,7 +16,7 @@ from carryon.cache.format.probe import NUM_LOGITS, Probe
 from carryon.cache.format.quantization import STATE_TYPES, bfloat16_bits
 from carryon.cache.format.zarr_metadata import chunk_rows
 from carryon.cache.settings import StoreSettings
-from carryon.cache.store.shard_writer import read_sample_places, read_unit_input, write_unit
+from carryon.cache.store.shard_writer import UnitInputs, write_unit
 
 States = NDArray[np.float32] | NDArray[np.uint16]
 
@@ -70,12 +70,9 @@ def make_store(
     manifest = write_plan(
         root, manifest, plan_files(manifest, samples, plan, head=head, probe=probe)
     )
-    starts, lengths = read_sample_places(root, manifest)
+    inputs = UnitInputs(root, manifest)
     for unit in range(plan.num_units):
         inside = np.flatnonzero(plan.unit == unit)
-        given = read_unit_input(
-            root, manifest, unit, starts=starts[inside], lengths=lengths[inside]
-        )
         hidden = {}
         for tap in settings.taps:
             dtype = states[first][tap].dtype
@@ -85,7 +82,7 @@ def make_store(
                 index = int(plan.order[position])
                 rows[start : start + len(samples[index].tokens)] = states[index][tap]
             hidden[tap] = rows
-        write_unit(root, manifest, given, hidden, elapsed_s=0.0)
+        write_unit(root, manifest, inputs.read(unit), hidden, elapsed_s=0.0)
     return root
 
 

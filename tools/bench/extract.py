@@ -20,7 +20,7 @@ from carryon.cache.extraction.pilot import make_probe, run_pilot
 from carryon.cache.extraction.plan import describe
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
-from carryon.cache.store.shard_writer import UnitInput, read_sample_places, read_unit_input
+from carryon.cache.store.shard_writer import UnitInput, UnitInputs
 from carryon.tools.bench.job import Job, synchronize
 from carryon.tools.bench.states import samples_of
 
@@ -87,13 +87,8 @@ def _plan(root: Path, base: Base, samples: list[Sample], settings: StoreSettings
 
 
 def _read_inputs(root: Path, manifest: Manifest) -> list[UnitInput]:
-    starts, lengths = read_sample_places(root, manifest)
-    bounds = np.searchsorted(starts, np.arange(manifest.num_units + 1) * manifest.unit_tokens)
-    spans = [slice(bounds[unit], bounds[unit + 1]) for unit in range(manifest.num_units)]
-    return [
-        read_unit_input(root, manifest, unit, starts=starts[span], lengths=lengths[span])
-        for unit, span in enumerate(spans)
-    ]
+    inputs = UnitInputs(root, manifest)
+    return [inputs.read(unit) for unit in range(manifest.num_units)]
 
 
 def _times(work: Callable[[], None]) -> tuple[float, float]:

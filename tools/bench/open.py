@@ -9,6 +9,7 @@ from carryon.cache.corpus.dataset import Sample
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.settings import StoreSettings
+from carryon.cache.store.shard_writer import UnitInputs
 from carryon.tools.bench.job import Job, median_of, run_fresh
 from carryon.tools.bench.scratch import plan_scratch, write_scratch_unit
 
@@ -81,10 +82,10 @@ def make_large_store(root: Path, *, num_units: int, num_samples: int) -> Manifes
     states = bfloat16_bits(random.standard_normal((unit_tokens, _WIDTH), dtype=np.float32))
     settings = StoreSettings(unit_tokens=unit_tokens)
     manifest, plan = plan_scratch(root, samples, settings=settings, first_states={"final": states})
-    lengths = np.full(num_samples, _SAMPLE_TOKENS, dtype=np.int32)
+    inputs = UnitInputs(root, manifest)
     with ThreadPoolExecutor(_WRITERS) as pool:
         writes = [
-            pool.submit(write_scratch_unit, root, manifest, plan, lengths, unit, {"final": states})
+            pool.submit(write_scratch_unit, root, manifest, inputs, unit, {"final": states})
             for unit in range(plan.num_units)
         ]
         for write in writes:

@@ -12,7 +12,7 @@ from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.format.probe import read_probe
 from carryon.cache.store.reader import Store
-from carryon.cache.store.shard_writer import read_unit_input, write_unit
+from carryon.cache.store.shard_writer import UnitInputs, write_unit
 from carryon.tools.bench.scratch import profile_error
 from carryon.tools.bench.states import require_exact, samples_of
 
@@ -32,7 +32,7 @@ def recode_store(store: Store, root: Path, *, profile: str) -> Store:
         profile_error=profile_error({tap: bits[1:512] for tap, bits in first.items()}, profile),
         files={},
     )
-    samples, lengths = samples_of(store), store.sample_lengths
+    samples = samples_of(store)
     unit_tokens = manifest.unit_tokens
     plan = UnitPlan(
         order=np.arange(store.num_samples),
@@ -43,14 +43,7 @@ def recode_store(store: Store, root: Path, *, profile: str) -> Store:
     probe = read_probe(store.root, store.manifest)
     files = plan_files(manifest, samples, plan, head=store.head(), probe=probe)
     manifest = write_plan(root, manifest, files)
+    inputs = UnitInputs(root, manifest)
     for unit in store.iter_units():
-        inside = slice(unit.samples.start, unit.samples.stop)
-        unit_input = read_unit_input(
-            root,
-            manifest,
-            unit.unit,
-            starts=store.sample_starts[inside],
-            lengths=lengths[inside],
-        )
-        write_unit(root, manifest, unit_input, unit.hidden, elapsed_s=0.0)
+        write_unit(root, manifest, inputs.read(unit.unit), unit.hidden, elapsed_s=0.0)
     return Store.open(root)

@@ -27,7 +27,7 @@ from carryon.cache.format.quantization import (
 from carryon.cache.format.receipt import Receipt
 from carryon.cache.format.zarr_metadata import chunk_rows
 from carryon.cache.settings import CorpusSettings, StoreSettings
-from carryon.cache.store.shard_writer import UnitInput, read_unit_input, write_unit
+from carryon.cache.store.shard_writer import UnitInputs, write_unit
 from carryon.tools.bench.states import VOCABULARY, StateSet
 
 _PROBE_ROWS = 4
@@ -86,15 +86,12 @@ def plan_scratch(
 def write_scratch_unit(
     root: Path,
     manifest: Manifest,
-    plan: UnitPlan,
-    lengths: NDArray[np.int32],
+    inputs: UnitInputs,
     unit: int,
     hidden: Mapping[str, NDArray[np.uint16]],
 ) -> Receipt:
     """Write a unit of states [R, D], as an extraction does after the forward passes."""
-    return write_unit(
-        root, manifest, _unit_input(root, manifest, plan, lengths, unit), hidden, elapsed_s=0.0
-    )
+    return write_unit(root, manifest, inputs.read(unit), hidden, elapsed_s=0.0)
 
 
 def write_scratch_store(
@@ -116,11 +113,10 @@ def write_scratch_store(
         first_states={tap: rows[first] for tap, rows in states.hidden.items()},
         vocab_size=vocab_size,
     )
-    receipts = []
+    inputs, receipts = UnitInputs(root, manifest), []
     for unit in range(plan.num_units):
         hidden = unit_states(states, plan, unit, unit_tokens=settings.unit_tokens)
-        lengths = states.lengths[plan.order]
-        receipts.append(write_scratch_unit(root, manifest, plan, lengths, unit, hidden))
+        receipts.append(write_scratch_unit(root, manifest, inputs, unit, hidden))
     return manifest, receipts
 
 
@@ -152,14 +148,6 @@ def profile_error(
         lossy = widen(from_codes(to_codes(exact, step=STEPS[profile])))
         errors[tap] = {"channel_relative_error": channel_relative_error(lossy, exact)}
     return errors
-
-
-def _unit_input(
-    root: Path, manifest: Manifest, plan: UnitPlan, lengths: NDArray[np.int32], unit: int
-) -> UnitInput:
-    bounds = np.searchsorted(plan.unit, [unit, unit + 1])
-    inside = slice(int(bounds[0]), int(bounds[1]))
-    return read_unit_input(root, manifest, unit, starts=plan.start[inside], lengths=lengths[inside])
 
 
 def _part(samples: Sequence[Sample], lengths: NDArray[np.int32], plan: UnitPlan) -> CorpusPart:

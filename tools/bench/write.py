@@ -8,6 +8,7 @@ import numpy as np
 from carryon.cache.corpus.dataset import Sample
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.settings import StoreSettings
+from carryon.cache.store.shard_writer import UnitInputs
 from carryon.tools.bench.job import Job, in_turn
 from carryon.tools.bench.scratch import plan_scratch, unit_states, write_scratch_unit
 from carryon.tools.bench.states import StateSet, make_states
@@ -70,10 +71,10 @@ class _Growing:
             for number in range(num_units)
             for sample in samples
         ]
-        self._lengths = np.array([len(sample.tokens) for sample in many], dtype=np.int32)
         first = {tap: rows[:SAMPLE_TOKENS] for tap, rows in states.hidden.items()}
         settings = StoreSettings(taps=states.taps, unit_tokens=UNIT_TOKENS)
-        self._manifest, self._plan = plan_scratch(root, many, settings=settings, first_states=first)
+        self._manifest, _ = plan_scratch(root, many, settings=settings, first_states=first)
+        self._inputs = UnitInputs(root, self._manifest)
         one = UnitPlan(
             order=np.arange(len(samples)),
             unit=np.zeros(len(samples), dtype=np.int64),
@@ -88,8 +89,6 @@ class _Growing:
     def write_next(self) -> float:
         """Write the next unit and return the seconds it took."""
         started_at = time.perf_counter()
-        write_scratch_unit(
-            self._root, self._manifest, self._plan, self._lengths, self._next, self._hidden
-        )
+        write_scratch_unit(self._root, self._manifest, self._inputs, self._next, self._hidden)
         self._next += 1
         return time.perf_counter() - started_at

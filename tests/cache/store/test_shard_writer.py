@@ -26,8 +26,7 @@ from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_writer import (
     UnitInput,
-    read_sample_places,
-    read_unit_input,
+    UnitInputs,
     write_unit,
 )
 
@@ -39,12 +38,7 @@ class Planned:
     given: Given
 
     def input_of(self, unit: int) -> UnitInput:
-        starts, lengths = read_sample_places(self.root, self.manifest)
-        bounds = np.searchsorted(starts, [unit * UNIT_TOKENS, (unit + 1) * UNIT_TOKENS])
-        span = slice(*bounds)
-        return read_unit_input(
-            self.root, self.manifest, unit, starts=starts[span], lengths=lengths[span]
-        )
+        return UnitInputs(self.root, self.manifest).read(unit)
 
     def hidden_of(self, unit: int) -> dict[str, NDArray[Any]]:
         rows = slice(unit * UNIT_TOKENS, (unit + 1) * UNIT_TOKENS)
