@@ -116,7 +116,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        return f"{action.metavar} ..." if action.nargs == "+" else f"{action.metavar}"
+        return str(action.metavar)
 
 
 def _build_parser(
@@ -128,7 +128,11 @@ def _build_parser(
     about: str,
 ) -> argparse.ArgumentParser:
     """Return a parser that keeps values as texts and leaves out what is not given."""
-    required = [_usage(item) for item in options.values() if item.default is REQUIRED]
+    required = [
+        _metavar(item) if item.is_positional else f"{item.flag} {_metavar(item)}"
+        for item in options.values()
+        if item.default is REQUIRED
+    ]
     parser = _Parser(
         prog=prog,
         usage=" ".join([prog, *required, "[options]"]),
@@ -183,14 +187,9 @@ def _shown(value: Any) -> str:  # noqa: ANN401
 
 
 def _metavar(item: Option) -> str:
-    if typing.get_origin(item.item_kind) is typing.Literal:
-        return "CHOICE"
-    return {int: "N", float: "X"}.get(item.item_kind, item.name.rpartition("_")[2].upper())
-
-
-def _usage(item: Option) -> str:
-    name = "" if item.is_positional else f"{item.flag} "
-    return f"{name}{_metavar(item)}{' ...' if item.is_list else ''}"
+    name = {int: "N", float: "X"}.get(item.item_kind, item.name.rpartition("_")[2].upper())
+    is_choice = typing.get_origin(item.item_kind) is typing.Literal
+    return ("CHOICE" if is_choice else name) + (" ..." if item.is_list else "")
 
 
 def _unknown_option(word: str, options: Mapping[str, Option]) -> str:

@@ -41,7 +41,7 @@ def demo(*, out: str = "carryon-demo", samples: int = 200) -> dict[str, Any]:
         samples: Training problems. More take longer and teach more; 1000 is the full run.
     """
     from carryon.tools.demo.base_model import fetch_base
-    from carryon.tools.demo.corpus import check_corpus, count_held_out, write_corpus
+    from carryon.tools.demo.corpus import count_held_out, prepare_corpus
 
     if samples < 8:
         raise InputError(f"--samples: expected 8 or more problems, got {samples}")
@@ -50,9 +50,7 @@ def demo(*, out: str = "carryon-demo", samples: int = 200) -> dict[str, Any]:
     corpus, base = root / "corpus.jsonl", root / "base"
     seconds: dict[str, float] = {}
     started_at = time.perf_counter()
-    if not corpus.exists():
-        write_corpus(corpus, samples)
-    check_corpus(corpus, samples)
+    prepare_corpus(corpus, samples)
     logger.info(f"{corpus}: {samples} problems to train on, {count_held_out(samples)} held out")
     seconds["corpus"] = time.perf_counter() - started_at
     started_at = time.perf_counter()

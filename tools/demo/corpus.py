@@ -35,46 +35,35 @@ def make_corpus(num_samples: int) -> list[dict[str, Any]]:
         MissingExtraError: the package reasoning-gym is not installed.
     """
     num_held_out = count_held_out(num_samples)
-    train = list(_make_problems(TRAINING_SEED, num_samples))
+    train = list(_make_records("train", TRAINING_SEED, num_samples))
     # The generator has 100 templates: a few problems are equal however far apart the seeds are.
-    questions = {question["content"] for question, _ in train}
-    spare = _make_problems(HELD_OUT_SEED, 2 * num_held_out)
-    held_out = list(
-        islice((each for each in spare if each[0]["content"] not in questions), num_held_out)
-    )
-    halves = [
-        [
-            {"id": f"{split}-{index}", "messages": messages, "split": split}
-            for index, messages in enumerate(problems)
-        ]
-        for split, problems in (("train", train), ("held-out", held_out))
-    ]
-    refuse_shared_texts(*halves)
-    return [*halves[0], *halves[1]]
+    questions = {record["messages"][0]["content"] for record in train}
+    spare = _make_records("held-out", HELD_OUT_SEED, 2 * num_held_out)
+    others = (record for record in spare if record["messages"][0]["content"] not in questions)
+    held_out = list(islice(others, num_held_out))
+    refuse_shared_texts(train, held_out)
+    return train + held_out
 
 
-def _make_problems(seed: int, size: int) -> Iterator[list[dict[str, str]]]:
-    """Yield problems as messages: the question, the worked answer."""
+def _make_records(split: str, seed: int, size: int) -> Iterator[dict[str, Any]]:
     gym = require("reasoning_gym", extra="demo", purpose="the demo's corpus")
-    for problem in gym.create_dataset("gsm_symbolic", size=size, seed=seed):
-        yield [
+    for index, problem in enumerate(gym.create_dataset("gsm_symbolic", size=size, seed=seed)):
+        messages = [
             {"role": "user", "content": problem["question"].removesuffix(REQUEST)},
             {"role": "assistant", "content": problem["metadata"]["answer_cot"]},
         ]
+        yield {"id": f"{split}-{index}", "messages": messages, "split": split}
 
 
-def write_corpus(path: Path, num_samples: int) -> None:
-    """Write the corpus to `path` as JSON lines."""
-    lines = [json.dumps(record) + "\n" for record in make_corpus(num_samples)]
-    write_file(path, "".join(lines).encode())
-
-
-def check_corpus(path: Path, num_samples: int) -> None:
-    """Check that the corpus at `path` has `num_samples` training problems.
+def prepare_corpus(path: Path, num_samples: int) -> None:
+    """Write the corpus to `path` as JSON lines, unless it is there.
 
     Raises:
-        InputError: it has another number of problems.
+        InputError: the existing corpus has another number of problems.
     """
+    if not path.exists():
+        lines = [json.dumps(record) + "\n" for record in make_corpus(num_samples)]
+        write_file(path, "".join(lines).encode())
     num_held_out = count_held_out(num_samples)
     with path.open("rb") as file:
         num_problems = sum(1 for _ in file)

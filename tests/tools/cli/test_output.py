@@ -67,3 +67,18 @@ def test_a_log_file_is_readable(
     assert "\r" not in text
     assert "it/s" not in text
     assert json.loads(text.splitlines()[-1])["is_finished"]
+
+
+def test_the_library_prints_nothing_by_itself(
+    tiny_base_folder: Path, store_data: Path, store_tmp: Path
+) -> None:
+    program = (
+        "import sys\n"
+        "from carryon.cache import extract, verify\n"
+        "extract(base=sys.argv[1], data=sys.argv[2], out=sys.argv[3], device='cpu')\n"
+        "assert verify(sys.argv[3]).is_complete\n"
+    )
+    places = [str(tiny_base_folder), str(store_data), str(store_tmp / "store")]
+    command = [sys.executable, "-c", program, *places]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -19,10 +19,9 @@ from carryon.tools.demo.command import commands
 from carryon.tools.demo.corpus import (
     HELD_OUT_SEED,
     TRAINING_SEED,
-    check_corpus,
     count_held_out,
     make_corpus,
-    write_corpus,
+    prepare_corpus,
 )
 
 SAMPLES = 16
@@ -54,8 +53,8 @@ def test_the_number_of_held_out_problems(samples: int, held_out: int) -> None:
 def test_another_number_of_samples_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_corpus(tmp_path / "corpus.jsonl", 8)
-    check_corpus(tmp_path / "corpus.jsonl", 8)
+    prepare_corpus(tmp_path / "corpus.jsonl", 8)
+    prepare_corpus(tmp_path / "corpus.jsonl", 8)
     assert main(["demo", "--out", str(tmp_path), "--samples", "9"]) == 2
     assert "expected 9 + 8 held-out problems, got 16" in capsys.readouterr().err
 
@@ -71,7 +70,7 @@ def test_a_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_each_command_reads_files_of_those_before(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "corpus.jsonl", 8)
+    prepare_corpus(tmp_path / "corpus.jsonl", 8)
     planned = commands(tmp_path)
     assert [argv[0] for argv in planned] == [
         "extract",
