@@ -8,6 +8,12 @@ WHEEL, BASE = Path(sys.argv[1]).resolve(), sys.argv[2]
 TEXTS = [{"text": f"the thing in the {number}th line " * 4} for number in range(40)]
 
 
+def forget_the_checkout() -> None:
+    """Remove an editable install from the path; it would supply files that the wheel lacks."""
+    sys.meta_path[:] = [each for each in sys.meta_path if "Editable" not in repr(each)]
+    sys.path[:] = [each for each in sys.path if "__editable__" not in each]
+
+
 def check_files() -> None:
     """Check that the package comes from the wheel, which holds no benchmarks."""
     import carryon.tools.cli.main
@@ -51,6 +57,7 @@ def check_api() -> None:
 
 
 if __name__ == "__main__":
+    forget_the_checkout()
     check_files()
     check_imports()
     check_api()
