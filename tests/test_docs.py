@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ import carryon.train
 from carryon.tools.bench.__main__ import BENCH
 from carryon.tools.bench.registry import EXPERIMENTS, list_groups
 from carryon.tools.cli.main import CARRYON, main
+from carryon.train.kinds import KINDS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MOST_README_LINES = 200
@@ -64,7 +65,17 @@ def page_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_page_base(tmp_path_factory.mktemp("bases") / "thirty-blocks")
 
 
+@pytest.fixture
+def _own_kinds() -> Iterator[None]:
+    """Take back the kinds that a page registers."""
+    before = dict(KINDS)
+    yield
+    KINDS.clear()
+    KINDS.update(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_own_kinds")
 @each_page
 def test_every_block_runs(
     page: Path, page_base: Path, store_tmp: Path, monkeypatch: pytest.MonkeyPatch

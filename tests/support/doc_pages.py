@@ -129,7 +129,7 @@ def _chat(number: int) -> dict[str, Any]:
     question = f"What is the sum of {number} and {number + 3}?"
     answer = f"{number} and {number + 3} make {2 * number + 3} in all."
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages}
+    return {"messages": messages, "split": "train" if number % 6 else "held-out"}
 
 
 def options_of_page(text: str) -> set[str]:
