@@ -1,4 +1,4 @@
-"""Every error a user can cause, each also the matching built-in.
+"""Every error that a user can cause, each also the matching built-in.
 
     CarryOnError
     |- InputError (ValueError)             a value or file given by the user is wrong
@@ -41,6 +41,11 @@ class StoreError(CarryOnError, ValueError):
 
 class DamagedStoreError(StoreError):
     """Stored bytes differ from what was written."""
+
+    def __init__(self, problem: str, *, fix: str = "carryon verify, then carryon repair") -> None:
+        """Say what is damaged, and what to do."""
+        super().__init__(f"{problem}. Fix: {fix}")
+        self.problem = problem
 
 
 class UnfinishedStoreError(StoreError):

@@ -34,6 +34,8 @@ from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.top_blocks import block_files
 from carryon.cache.store.verify import Problem, verify
 
+_AGAIN = "extract into another folder"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepairReport:
@@ -80,7 +82,7 @@ def repair(
         problems = verify(root, depth="full").problems
         for problem in problems:
             if problem.path == "probe":  # all files are as written, yet they contradict each other
-                raise DamagedStoreError(problem.text)
+                raise DamagedStoreError(problem.text, fix=_AGAIN)
         lost = {problem.unit for problem in problems if _is_of_states(problem)}
         units = sorted(unit for unit in lost if unit is not None)
         restored += _restore_mirrored(root, problems)
@@ -127,7 +129,7 @@ def _restore_manifest(root: Path) -> list[str]:
             parse_manifest(content, name=str(copy), is_mirrored=True)
         except StoreError:
             raise DamagedStoreError(
-                f"{root}: the manifest and its copy are both damaged: {error}"
+                f"{root}: the manifest and its copy are both damaged", fix=_AGAIN
             ) from error
         write_file(path, content)
         return [path.name]
@@ -150,9 +152,7 @@ def _restore_mirrored(root: Path, problems: Sequence[Problem]) -> list[str]:
         original = path.removeprefix(copy_path(""))
         twins[path] = copy_path(path) if path == original else original
         if twins[path] in wrong:
-            raise DamagedStoreError(
-                f"{root}: {original} and its copy are both damaged: extract into another folder"
-            )
+            raise DamagedStoreError(f"{root}: {original} and its copy are both damaged", fix=_AGAIN)
     for path, twin in twins.items():
         write_file(root / path, (root / twin).read_bytes())
     return paths
@@ -169,8 +169,9 @@ def _restore_head(root: Path, manifest: Manifest, base: Base, paths: list[str]) 
             continue
         if sha256_hex(content) not in manifest.files[path]:
             raise DamagedStoreError(
-                f"{root / path}: the base's head does not encode to what was written: "
-                "another version of numcodecs? extract into another folder"
+                f"{root / path}: the base's head does not encode to what was written: another "
+                "version of numcodecs?",
+                fix=_AGAIN,
             )
         write_file(root / path, content)
         restored.append(path)

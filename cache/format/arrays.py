@@ -1,10 +1,9 @@
-"""Small and middle-sized arrays of a store: sample tables, head, probe, tokens.
+"""Read and encode the plain arrays of a store: sample tables, head, probe, tokens.
 
-Plain Zarr arrays, chunked along the first axis, one file a chunk. Sharded arrays (the hidden
-states) are written and read by unit_writer.py and unit_reader.py.
+They are chunked along the first axis, one file a chunk. The sharded arrays, the hidden states, are
+in shard_writer.py and shard_reader.py.
 """
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.files import json_bytes
 from carryon.cache.format.codec import decode_chunk, encode_chunk
+from carryon.cache.format.manifest import sha256_hex
 from carryon.cache.format.zarr_metadata import array_document
 
 
@@ -43,7 +43,7 @@ def encode_array(
         name: path of the array in the store.
         values: all rows of the array; the last chunk is filled up with zeros.
         rows_per_chunk: rows in a file.
-        first_row: rows before it stand already; chunks that end before it are left out.
+        first_row: first row that is new; chunks that end before it are left out.
         attributes: user attributes of the array.
     """
     chunk = (rows_per_chunk, *values.shape[1:])
@@ -69,7 +69,7 @@ def array_info(root: Path, name: str) -> ArrayInfo:
             dtype=np.dtype(document["data_type"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedStoreError(f"{path}: missing or damaged: run carryon verify") from error
+        raise DamagedStoreError(f"{path}: missing or damaged") from error
 
 
 Digests = Mapping[str, Collection[str]]
@@ -85,15 +85,13 @@ def read_array(
         DamagedStoreError: a chunk is missing or is not the one that was written; names it.
     """
     info = array_info(root, name)
-    rows, rows_per_chunk = info.shape[0], info.chunk[0]
-    stop = rows if stop is None else stop
+    size = info.chunk[0]
+    stop = info.shape[0] if stop is None else stop
     out = np.empty((stop - first, *info.shape[1:]), dtype=info.dtype)
-    for number in range(first // rows_per_chunk, -(-stop // rows_per_chunk)):
-        path = _chunk_path(name, number, len(info.shape))
-        chunk = read_chunk(root, path, info, sha256=digests.get(path, ()))
-        chunk_first = number * rows_per_chunk
-        low, high = max(first, chunk_first), min(stop, chunk_first + rows_per_chunk)
-        out[low - first : high - first] = chunk[low - chunk_first : high - chunk_first]
+    for number in range(first // size, -(-stop // size)):
+        chunk = _read_numbered(root, name, info, number, digests)
+        low, high = max(first, number * size), min(stop, (number + 1) * size)
+        out[low - first : high - first] = chunk[low - number * size : high - number * size]
     return out
 
 
@@ -105,11 +103,17 @@ def read_rows(
     out = np.empty((len(rows), *info.shape[1:]), dtype=info.dtype)
     numbers = rows // info.chunk[0]
     for number in np.unique(numbers).tolist():
-        path = _chunk_path(name, number, len(info.shape))
-        chunk = read_chunk(root, path, info, sha256=digests.get(path, ()))
-        here = np.flatnonzero(numbers == number)
-        out[here] = chunk[rows[here] - number * info.chunk[0]]
+        inside = np.flatnonzero(numbers == number)
+        chunk = _read_numbered(root, name, info, number, digests)
+        out[inside] = chunk[rows[inside] - number * info.chunk[0]]
     return out
+
+
+def _read_numbered(
+    root: Path, name: str, info: ArrayInfo, number: int, digests: Digests
+) -> NDArray[Any]:
+    path = _chunk_path(name, number, len(info.shape))
+    return read_chunk(root, path, info, sha256=digests.get(path, ()))
 
 
 def read_chunk(
@@ -121,8 +125,8 @@ def read_chunk(
         root: of the store.
         path: of the file.
         info: of the array.
-        sha256: digests, hex, one of which the file must have, so that a sound file from elsewhere
-            is not taken for it. None: nothing says which it should have; its checksum must do.
+        sha256: digests, hex, one of which the file must have: a valid file from elsewhere is
+            refused. None: only the chunk's own checksum is compared.
 
     Raises:
         DamagedStoreError: the file is missing or is not the one that was written.
@@ -130,15 +134,13 @@ def read_chunk(
     try:
         stored = (root / path).read_bytes()
     except FileNotFoundError as error:
-        raise DamagedStoreError(
-            f"{root / path}: missing: run carryon verify, then repair"
-        ) from error
+        raise DamagedStoreError(f"{root / path}: the file is missing") from error
     out = np.empty(info.chunk, dtype=info.dtype)
     decode_chunk(memoryview(stored), out, name=str(root / path))
-    if sha256 is not None and hashlib.sha256(stored).hexdigest() not in sha256:
+    if sha256 is not None and sha256_hex(stored) not in sha256:
         raise DamagedStoreError(
-            f"{root / path}: sound, but not the file that was written there: "
-            "run carryon verify, then repair"
+            f"{root / path}: the checksum is valid but the SHA-256 differs from the one that was "
+            "recorded: the file was replaced"
         )
     return out
 

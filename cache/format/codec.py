@@ -35,12 +35,10 @@ def decode_chunk(stored: memoryview, out: NDArray[Any], *, name: str) -> None:
     """
     packed = stored[:-_CRC_BYTES]
     if len(stored) <= _CRC_BYTES or _crc(packed) != bytes(stored[-_CRC_BYTES:]):
-        raise DamagedStoreError(f"{name}: checksum does not match: run carryon verify, then repair")
+        raise DamagedStoreError(f"{name}: checksum does not match")
     num_bytes, _, _ = blosc._cbuffer_sizes(packed)
     if num_bytes != out.nbytes:
-        raise DamagedStoreError(
-            f"{name}: expected {out.nbytes} bytes, got {num_bytes}: run carryon verify, then repair"
-        )
+        raise DamagedStoreError(f"{name}: expected {out.nbytes} bytes, got {num_bytes}")
     blosc.decompress(packed, out)
 
 
@@ -75,7 +73,7 @@ def shard_index(stored: memoryview, *, num_chunks: int, name: str) -> list[tuple
     size = index_bytes(num_chunks)
     entries = stored[len(stored) - size : len(stored) - _CRC_BYTES]
     if len(stored) < size or _crc(entries) != bytes(stored[-_CRC_BYTES:]):
-        raise DamagedStoreError(f"{name}: index is damaged: run carryon verify, then repair")
+        raise DamagedStoreError(f"{name}: index is damaged")
     pairs = np.frombuffer(entries, dtype="<u8").reshape(num_chunks, 2).tolist()
     return [(int(offset), int(num_bytes)) for offset, num_bytes in pairs]
 

@@ -173,9 +173,7 @@ class Manifest:
         values = dict(document)
         digest = values.pop("sha256", None)
         if digest_of(values) != digest:
-            raise DamagedStoreError(
-                f"{name}: the manifest does not match its own digest: run carryon repair"
-            )
+            raise DamagedStoreError(f"{name}: the manifest does not match its own digest")
         kind, version = values.pop("format", None), values.pop("format_version", None)
         if kind != FORMAT:
             raise StoreError(f"{name}: expected a {FORMAT}, got format {kind!r}")
@@ -249,7 +247,7 @@ def read_manifest(root: Path) -> Manifest:
     if path.is_file():
         return parse_manifest(path.read_bytes(), name=str(path), is_mirrored=copy.is_file())
     if copy.is_file():
-        raise DamagedStoreError(f"{path}: missing, but its copy is there: run carryon repair")
+        raise DamagedStoreError(f"{path}: missing, but its copy is there")
     raise MissingError(f"{root}: no store here (no zarr.json): make one with carryon extract")
 
 
@@ -270,15 +268,13 @@ def parse_manifest(content: bytes, *, name: str, is_mirrored: bool) -> Manifest:
         attributes = json.loads(content)["attributes"]
         described = attributes.get("carryon")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedStoreError(
-            f"{name}: not the zarr.json of a group: run carryon repair"
-        ) from error
+        raise DamagedStoreError(f"{name}: not the zarr.json of a group") from error
     if not isinstance(described, dict):
         kind = DamagedStoreError if is_mirrored else StoreError
         raise kind(f"{name}: a Zarr group, but not a store of carryon (no manifest)")
     manifest = Manifest.from_dict(described, name=name)
     if json_bytes(group_document({"carryon": described})) != content:
-        raise DamagedStoreError(f"{name}: not in the form it was written in: run carryon repair")
+        raise DamagedStoreError(f"{name}: not in the form it was written in")
     return manifest
 
 

@@ -83,7 +83,8 @@ def check_head(probe: Probe, head: Head, *, name: str) -> None:
         raise DamagedStoreError(
             f"{name}: the head does not make the base's logits of the probe's states: expected a "
             f"relative error up to {_HEAD_TOLERANCE}, got {error:.3f}: head or logit scale is "
-            "another base's"
+            "another base's",
+            fix="extract into another folder",
         )
     if "prenorm" in probe.states:
         normed = head.norm.apply(probe.states["prenorm"])
@@ -128,7 +129,8 @@ def _compare(
         raise DamagedStoreError(
             f"{what} does not hold what the base gave at the probe's positions: expected a "
             f"relative error up to {tolerance:.3f}, got {error:.3f}: the states were taken "
-            "elsewhere (another layer, or the other side of a norm)"
+            "elsewhere (another layer, or the other side of a norm)",
+            fix="extract into another folder",
         )
 
 

@@ -89,14 +89,13 @@ def read_receipt(root: Path, manifest: Manifest, unit: int) -> Receipt:
         document = json.loads(content)
         receipt = _from_document(document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedStoreError(f"{path}: the receipt is damaged: run carryon repair") from error
+        raise DamagedStoreError(f"{path}: the receipt is damaged") from error
     if json_bytes(document) != content:
-        raise DamagedStoreError(f"{path}: the receipt was changed: run carryon repair")
+        raise DamagedStoreError(f"{path}: the receipt was changed")
     if (receipt.unit, receipt.origin_sha256) != (unit, origin_of(manifest, unit)):
         raise DamagedStoreError(
             f"{path}: expected the receipt of unit {unit} of this store, got one of unit "
-            f"{receipt.unit} that was made with another base, corpus or setting: "
-            "run carryon repair"
+            f"{receipt.unit} that was made with another base, corpus or setting"
         )
     return receipt
 

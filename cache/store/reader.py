@@ -310,5 +310,5 @@ def _check_documents(root: Path, manifest: Manifest) -> None:
             if found not in digests:
                 raise DamagedStoreError(
                     f"{root / path}: not as it was written: expected SHA-256 {digests[0]}, "
-                    f"got {found}: run carryon repair"
+                    f"got {found}"
                 )

@@ -1,6 +1,6 @@
-"""The files of one unit, as arrays.
+"""Read the files of one unit as arrays.
 
-Every file is held against the size in the unit's receipt, every chunk against its checksum.
+Every file is compared with the size in the unit's receipt, every chunk with its checksum.
 Letters: R rows of a unit, D base width.
 """
 
@@ -10,7 +10,6 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.buffers import BufferPool
@@ -19,7 +18,7 @@ from carryon.cache.format.arrays import ArrayInfo, array_info, read_chunk
 from carryon.cache.format.codec import chunk_checksum, decode_chunk, index_bytes, shard_index
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import Codes, from_codes
-from carryon.cache.format.receipt import Receipt
+from carryon.cache.format.receipt import FileEntry, Receipt
 from carryon.cache.format.zarr_metadata import (
     channel_scale_path,
     row_path,
@@ -27,50 +26,44 @@ from carryon.cache.format.zarr_metadata import (
     token_scale_path,
 )
 
-MOST_FREE = 32
-"""Arrays whose memory is kept for later: those of a few units with a few taps."""
-
-
+MAX_FREE = 32
+"""Arrays whose memory is kept for reuse: those of a few units with a few taps."""
 _BLOSC_BYTES = 64
+"""Blosc adds a few bytes to what it cannot make smaller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyRange:
-    """Consecutive rows of a unit, and where they are wanted."""
+    """Consecutive rows of a unit, and where to write them."""
 
     first: int
     """First row, counted within the unit."""
     stop: int
     """Row after the last one."""
     to: NDArray[Any]
-    """[stop - first, D], C-contiguous, of the store's type: where they are written."""
+    """[stop - first, D], C-contiguous, of the store's type."""
 
 
 class UnitFiles:
-    """Reader of unit files; remembers the array documents, and memory to read into."""
+    """Reader of unit files; keeps the array documents, and memory to read into."""
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         """Read nothing yet."""
-        self._root = root
-        self._manifest = manifest
+        self._root, self._manifest = root, manifest
         self._dtype = manifest.states_dtype
-        self._is_lossy = manifest.is_lossy
-        self._chunk_bytes = manifest.rows_per_chunk * manifest.width * self._dtype.itemsize
         self._infos: dict[str, ArrayInfo] = {}
-        self._memory = BufferPool(max_free=MOST_FREE)
+        self._memory = BufferPool(max_free=MAX_FREE)
 
     def rows(self, name: str, unit: int, receipt: Receipt) -> NDArray[Any]:
         """Return a unit's `tokens`, `loss_mask` or `char_end`, [R]."""
-        path = row_path(name, unit)
-        self._check_size(path, receipt)
-        return read_chunk(self._root, path, self._info(name), sha256=[receipt.files[path].sha256])
+        return self._chunk_file(name, row_path(name, unit), receipt)
 
     def states(self, tap: str, unit: int, rows: slice, receipt: Receipt) -> NDArray[Any]:
         """Return `rows` of a unit's states at a tap; only the chunks they lie in are read.
 
         Returns:
-            [rows, D] uint16 bits of bfloat16, float16 or float32. Once nobody holds the array,
-            its memory is used for another one.
+            [rows, D] uint16 bits of bfloat16, float16 or float32. Its memory is reused when
+            nobody holds the array or a view of it.
 
         Raises:
             DamagedStoreError: a file or chunk is not what was written; names unit, tap and chunk.
@@ -84,121 +77,113 @@ class UnitFiles:
     ) -> None:
         """Decode rows of a unit's states at a tap straight to where they are wanted.
 
-        One chunk at a time goes through memory that stays in a core's cache; chunks of which no
-        row is wanted are not read.
-
-        Args:
-            tap: of the store.
-            unit: a finished one.
-            moves: which rows go where.
-            receipt: of the unit.
+        One chunk at a time goes through memory that stays in a core's cache. Chunks without a
+        wanted row are not read.
 
         Raises:
-            DamagedStoreError: as `states`; what was written till then is of no use.
+            DamagedStoreError: as `states`; the arrays then hold anything.
         """
         per_chunk = self._manifest.rows_per_chunk
-        wanted = _moves_by_chunk(moves, per_chunk)
+        wanted = _split_at_chunks(moves, per_chunk)
         name = f"{self._root} unit {unit} tap {tap}"
-        grid = self._grid(tap, unit, receipt) if wanted and self._is_lossy else None
+        scales = self._scales(tap, unit, receipt) if wanted and self._manifest.is_lossy else None
         scratch = self._take(per_chunk)
         for chunk, stored in self._stored_chunks(tap, unit, sorted(wanted), receipt, name=name):
             inside, where = wanted[chunk], f"{name} chunk {chunk}"
-            whole = grid is None and inside[0].stop - inside[0].first == per_chunk
-            rows = inside[0].to if whole else scratch
+            is_direct = scales is None and inside[0].stop - inside[0].first == per_chunk
+            rows = inside[0].to if is_direct else scratch
             decode_chunk(stored, rows, name=where)
             if chunk_checksum(stored) != receipt.files[shard_path(tap, unit)].chunks[chunk]:
                 raise DamagedStoreError(
-                    f"{where}: sound, but not the one that was written there: "
-                    "run carryon verify, then repair"
+                    f"{where}: the checksum is valid but differs from the receipt: the chunk was "
+                    "replaced"
                 )
-            for move in inside[1:] if whole else inside:  # a sample may be wanted twice
-                found = rows[move.first - chunk * per_chunk : move.stop - chunk * per_chunk]
-                if grid is None:
-                    move.to[:] = found
+            for move in inside[1:] if is_direct else inside:  # a sample may be wanted twice
+                part = rows[move.first - chunk * per_chunk : move.stop - chunk * per_chunk]
+                if scales is None:
+                    move.to[:] = part
                 else:
-                    token, channel = grid
-                    scales = token[move.first : move.stop]
-                    codes = Codes(codes=found, token_scale=scales, channel_scale=channel)
-                    from_codes(codes, out=move.to)
+                    token, channel = scales
+                    from_codes(
+                        Codes(
+                            codes=part,
+                            token_scale=token[move.first : move.stop],
+                            channel_scale=channel[0],
+                        ),
+                        out=move.to,
+                    )
 
     def _stored_chunks(
         self, tap: str, unit: int, chunks: Sequence[int], receipt: Receipt, *, name: str
     ) -> Iterator[tuple[int, memoryview]]:
-        """Yield chunks of a shard and their stored bytes, which hold until the next is asked for.
+        """Yield chunks of a shard and their stored bytes, which are valid until the next one.
 
-        Each is read on its own: 0.7 of a chunk fits a core's cache, a whole shard does not.
+        Each is read separately: a compressed chunk fits a core's cache, a whole shard does not.
         """
         path = shard_path(tap, unit)
-        self._check_size(path, receipt)
+        end = self._entry(path, receipt).bytes
         num_chunks = self._manifest.unit_tokens // self._manifest.rows_per_chunk
-        end = receipt.files[path].bytes
         size = index_bytes(num_chunks)
         with (self._root / path).open("rb", buffering=0) as file:
             part = _read(file, end - size, memoryview(bytearray(size)))
             index = shard_index(part, num_chunks=num_chunks, name=name)
+            # One size for all shards, so that its memory is reused.
             largest = max((index[chunk][1] for chunk in chunks), default=0)
-            # Of one size for all shards: Blosc adds a few bytes to what it cannot make smaller.
-            memory = self._memory.take(max(largest, self._chunk_bytes + _BLOSC_BYTES)).data
+            raw = self._manifest.rows_per_chunk * self._manifest.width * self._dtype.itemsize
+            memory = self._memory.take(max(largest, raw + _BLOSC_BYTES)).data
             for chunk in chunks:
                 offset, num_bytes = index[chunk]
                 yield chunk, _read(file, offset, memory[:num_bytes])
 
-    def _grid(
-        self, tap: str, unit: int, receipt: Receipt
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the scales of each token [R] and of each channel [D] of a lossy profile."""
-        token_path, channel_path = token_scale_path(tap, unit), channel_scale_path(tap, unit)
-        self._check_size(token_path, receipt)
-        self._check_size(channel_path, receipt)
-        token, channel = (
-            read_chunk(self._root, path, self._info(name), sha256=[receipt.files[path].sha256])
-            for path, name in (
-                (token_path, f"scale/token/{tap}"),
-                (channel_path, f"scale/channel/{tap}"),
-            )
+    def _scales(self, tap: str, unit: int, receipt: Receipt) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the scales of tokens [R] and of channels [1, D] of a lossy profile."""
+        return (
+            self._chunk_file(f"scale/token/{tap}", token_scale_path(tap, unit), receipt),
+            self._chunk_file(f"scale/channel/{tap}", channel_scale_path(tap, unit), receipt),
         )
-        return token, channel[0]
+
+    def _chunk_file(self, name: str, path: str, receipt: Receipt) -> NDArray[Any]:
+        """Return the only chunk that a unit has of the array `name`."""
+        entry = self._entry(path, receipt)
+        if name not in self._infos:
+            self._infos[name] = array_info(self._root, name)
+        return read_chunk(self._root, path, self._infos[name], sha256=[entry.sha256])
 
     def _take(self, num_rows: int) -> NDArray[Any]:
         """Return memory for stored rows [num_rows, D]."""
-        memory = self._memory.take(num_rows * self._manifest.width * self._dtype.itemsize)
-        return memory.view(self._dtype).reshape(num_rows, self._manifest.width)
+        width = self._manifest.width
+        memory = self._memory.take(num_rows * width * self._dtype.itemsize)
+        return memory.view(self._dtype).reshape(num_rows, width)
 
-    def _info(self, name: str) -> ArrayInfo:
-        if name not in self._infos:
-            self._infos[name] = array_info(self._root, name)
-        return self._infos[name]
-
-    def _check_size(self, path: str, receipt: Receipt) -> None:
-        expected = receipt.files[path].bytes if path in receipt.files else None
+    def _entry(self, path: str, receipt: Receipt) -> FileEntry:
+        """Return what the receipt says of a file, after comparing its size."""
+        entry = receipt.files.get(path)
         try:
-            found = (self._root / path).stat().st_size
+            size = (self._root / path).stat().st_size
         except FileNotFoundError:
-            found = None
-        if expected is None or found != expected:
+            size = None
+        if entry is None or size != entry.bytes:
             raise DamagedStoreError(
-                f"{self._root / path}: expected {expected} bytes as the receipt says, got "
-                f"{'no file' if found is None else found}: run carryon verify, then repair"
+                f"{self._root / path}: expected {entry and entry.bytes} bytes as the receipt says, "
+                f"got {'no file' if size is None else size}"
             )
+        return entry
 
 
-def _moves_by_chunk(moves: Sequence[CopyRange], per_chunk: int) -> dict[int, list[CopyRange]]:
+def _split_at_chunks(moves: Sequence[CopyRange], per_chunk: int) -> dict[int, list[CopyRange]]:
     """Return moves cut at the borders of chunks, by chunk."""
-    found: dict[int, list[CopyRange]] = {}
+    parts: dict[int, list[CopyRange]] = {}
     for move in moves:
         for chunk in range(move.first // per_chunk, -(-move.stop // per_chunk)):
             first = max(move.first, chunk * per_chunk)
             stop = min(move.stop, (chunk + 1) * per_chunk)
-            cut = CopyRange(
-                first=first, stop=stop, to=move.to[first - move.first : stop - move.first]
-            )
-            found.setdefault(chunk, []).append(cut)
-    return found
+            to = move.to[first - move.first : stop - move.first]
+            parts.setdefault(chunk, []).append(CopyRange(first=first, stop=stop, to=to))
+    return parts
 
 
 def _read(file: FileIO, first: int, memory: memoryview) -> memoryview:
-    """Return bytes of a file from `first` on, in `memory`; fewer where it ends early, which no
-    checksum will fit."""
+    """Read bytes from `first` on into `memory`; fewer, which no checksum matches, at the end."""
     file.seek(first)
     got = 0
     while got < len(memory) and (more := file.readinto(memory[got:])):

@@ -160,7 +160,7 @@ def load_blocks(root: Path, manifest: Manifest) -> Blocks:
         except FileNotFoundError:
             content = b""
         if sha256_hex(content) not in manifest.files.get(path, []):
-            raise DamagedStoreError(f"{root / path}: not as it was written: run carryon repair")
+            raise DamagedStoreError(f"{root / path}: not as it was written")
         return content
 
     facts = json.loads(read(CONFIG_PATH))

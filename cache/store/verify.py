@@ -99,7 +99,7 @@ def verify(path: str | Path, *, depth: Depth = "sample", seed: int = 0) -> Verif
     try:
         manifest = read_manifest(root)
     except DamagedStoreError as error:
-        walk.note(manifest_path(root).name, None, str(error))
+        walk.note(manifest_path(root).name, None, error)
     else:
         walk.check(manifest, seed=seed)
     return VerifyReport(
@@ -138,8 +138,11 @@ class _Walk:
         if all(problem.is_missing_unit for problem in self.problems):
             self._check_meaning(sorted(done))
 
-    def note(self, path: str, unit: int | None, text: str, *, is_missing: bool = False) -> None:
+    def note(
+        self, path: str, unit: int | None, what: str | CarryOnError, *, is_missing: bool = False
+    ) -> None:
         """Keep a problem."""
+        text = what.problem if isinstance(what, DamagedStoreError) else str(what)
         problem = Problem(path=path, unit=unit, text=text, is_missing_unit=is_missing)
         if problem not in self.problems:
             self.problems.append(problem)
@@ -152,7 +155,7 @@ class _Walk:
         try:
             manifest = parse_manifest(content, name=copy, is_mirrored=True)
         except StoreError as error:
-            self.note(copy, None, str(error))
+            self.note(copy, None, error)
             return
         if not manifest.is_stage_of(self.manifest):
             self.note(copy, None, "it is the manifest of another store")
@@ -188,7 +191,7 @@ class _Walk:
         try:
             receipt = read_receipt(self.root, self.manifest, unit)
         except CarryOnError as error:
-            self.note(path, unit, str(error))
+            self.note(path, unit, error)
             return None
         expected = {*(row_path(name, unit) for name in ROW_ARRAYS), *self._state_paths(unit)}
         if set(receipt.files) != expected:
@@ -217,7 +220,7 @@ class _Walk:
             name = original.partition("/")[0]
             read_chunk(self.root, path, array_info(self.root, name), sha256=None)
         except DamagedStoreError as error:
-            self.note(path, unit, _without_advice(error))
+            self.note(path, unit, error)
 
     def _check_some_chunks(self, units: list[int], *, seed: int) -> None:
         """Decode random chunks of the hidden states."""
@@ -236,7 +239,7 @@ class _Walk:
         try:
             Store.open(self.root, allow_unfinished=True)
         except CarryOnError as error:
-            self.note("probe", None, str(error))
+            self.note("probe", None, error)
             return
         if self.depth != "full":
             return
@@ -264,7 +267,7 @@ class _Walk:
             offset, size = shard_index(stored, num_chunks=num_chunks, name=f"tap {tap}")[number]
             decode_chunk(stored[offset : offset + size], rows, name=f"tap {tap} chunk {number}")
         except DamagedStoreError as error:
-            return _without_advice(error)
+            return error.problem
         return None
 
     def _size(self, path: str, *, unit: int | None) -> int | None:
@@ -281,7 +284,3 @@ class _Walk:
             return None
         self.num_bytes += size
         return (self.root / path).read_bytes()
-
-
-def _without_advice(error: DamagedStoreError) -> str:
-    return str(error).partition(": run carryon")[0]

@@ -157,7 +157,7 @@ def test_a_changed_byte_of_a_shard_is_named_by_unit_tap_and_chunk(store_folder: 
         (problem,) = verify(store_folder, depth="full").problems
         assert (problem.path, problem.unit) == (path, 2)
         assert re.fullmatch(f"tap layer.1:? {what}", problem.text), problem.text
-        with pytest.raises(DamagedStoreError, match=f"unit 2 tap layer.1:? {what}: run carryon"):
+        with pytest.raises(DamagedStoreError, match=f"unit 2 tap layer.1:? {what}. Fix: "):
             Store.open(store_folder).read_unit(2)
         (store_folder / path).write_bytes(shard)
 

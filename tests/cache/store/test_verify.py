@@ -166,10 +166,10 @@ def test_swapped_shards_of_equal_size_are_named_and_not_read(store_tmp: Path, ev
     assert_text(report, "tap layer.1: its SHA-256 is not the receipt's, though every chunk decod")
     store = Store.open(root)
     for unit in (3, 4):
-        with pytest.raises(DamagedStoreError, match="chunk 0: sound, but not the one that was wr"):
+        with pytest.raises(DamagedStoreError, match="chunk 0: the checksum is valid but differs"):
             store.read_unit(unit)
         sample = store.unit_samples(unit).start
-        with pytest.raises(DamagedStoreError, match="chunk 1: sound, but not the one that was wr"):
+        with pytest.raises(DamagedStoreError, match="chunk 1: the checksum is valid but differs"):
             store.read_sample(sample, start=20, stop=30)
 
 
@@ -180,7 +180,7 @@ def test_swapped_tokens_of_equal_size_are_named_and_not_read(store_tmp: Path, ev
     one, other = next((a, b) for a in units for b in units if 0 < a < b and sizes[a] == sizes[b])
     swap(root / row_path("tokens", one), root / row_path("tokens", other))
     assert named(verify(root, depth="full")) == {row_path("tokens", u) for u in (one, other)}
-    with pytest.raises(DamagedStoreError, match=f"tokens/c/{one}: sound, but not the file that"):
+    with pytest.raises(DamagedStoreError, match=f"tokens/c/{one}: the checksum is valid"):
         Store.open(root).read_unit(one)
 
 
@@ -189,7 +189,7 @@ def test_swapped_tables_are_named_and_not_read(store_tmp: Path) -> None:
     write_store(root, make_given())
     swap(root / "samples/length/c/0", root / "samples/length/c/1")
     assert named(verify(root, depth="full")) == {"samples/length/c/0", "samples/length/c/1"}
-    with pytest.raises(DamagedStoreError, match="samples/length/c/0: sound, but not the file"):
+    with pytest.raises(DamagedStoreError, match="samples/length/c/0: the checksum is valid"):
         Store.open(root).read_unit(1)
 
 
@@ -198,7 +198,7 @@ def test_swapped_chunks_of_the_head_are_named_and_not_read(store_tmp: Path) -> N
     write_store(root, make_given())
     swap(root / "head/lm_head/c/1/0", root / "head/lm_head/c/2/0")
     assert named(verify(root, depth="full")) == {"head/lm_head/c/1/0", "head/lm_head/c/2/0"}
-    with pytest.raises(DamagedStoreError, match="head/lm_head/c/[12]/0: sound, but not the file"):
+    with pytest.raises(DamagedStoreError, match="head/lm_head/c/[12]/0: the checksum is valid"):
         Store.open(root).head()
 
 
