@@ -1,9 +1,8 @@
 """The manifest: what made a store, kept in the attributes of its root group.
 
-Two parts. What determines the content (base, corpus, taps, settings, versions) is hashed into the
+Everything that determines the content (base, corpus, taps, settings, versions) is hashed into the
 store's fingerprint, which everything downstream records. The rest lists the files that planning
-wrote, with the digests that each may have. Both are covered by a digest of their own, so that no
-byte of the document can change unnoticed.
+wrote, with the digests that each may have. A digest over both detects any change of the document.
 """
 
 import hashlib
@@ -23,12 +22,12 @@ from carryon.cache.format.zarr_metadata import copy_path, group_document
 FORMAT = "carryon-store"
 FORMAT_VERSION = 1
 
-_WHEREABOUTS = ("id", "revision")  # where a base was found; its digests say which one it is
+_LOCATION = ("id", "revision")  # of a base: its digests identify it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusPart:
-    """One extraction's share of a store: the first one, or one that was appended."""
+    """Samples of one extraction into a store: the first, or one that was appended."""
 
     fingerprint: str
     """SHA-256 over the samples: ids, tokens, masks, character ends, held-out marks."""
@@ -122,10 +121,10 @@ class Manifest:
 
     @property
     def samples_digest(self) -> str:
-        """SHA-256 of which samples there are and where they lie, whatever is kept of each token.
+        """SHA-256 of which samples there are and where they lie.
 
-        What is drawn at random for a store is drawn from this: so stores of one corpus are split
-        alike and read in one order, whatever their taps and their precision.
+        Random choices for a store are seeded with it: stores of one corpus are split alike and
+        read in one order, whatever their taps and their precision.
         """
         parts = [asdict(part) for part in self.parts]
         for part in parts:
@@ -135,52 +134,42 @@ class Manifest:
     @property
     def base_content(self) -> dict[str, Any]:
         """Identity of the base, without where it was found."""
-        return {name: value for name, value in self.base.items() if name not in _WHEREABOUTS}
+        return {name: value for name, value in self.base.items() if name not in _LOCATION}
 
     def _content(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "base": self.base_content,
-            "forward": self.forward,
-            "corpus": self.corpus,
-            "settings": self.settings,
-            "parts": [asdict(part) for part in self.parts],
-            "width": self.width,
-            "rows_per_chunk": self.rows_per_chunk,
-            "head": self.head,
-            "versions": self.versions,
-        }
+        names = ("forward", "corpus", "settings", "width", "rows_per_chunk", "head", "versions")
+        content = {name: getattr(self, name) for name in names}
+        content |= {"format": FORMAT, "format_version": FORMAT_VERSION, "base": self.base_content}
+        return content | {"parts": [asdict(part) for part in self.parts]}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document, with its digests."""
-        document = self._content()
-        document["base"] = self.base
-        document["profile_error"] = self.profile_error
-        document["files"] = self.files
-        document["fingerprint"] = self.fingerprint
-        document["sha256"] = digest_of(document)
-        return document
+        document = self._content() | {
+            "base": self.base,
+            "profile_error": self.profile_error,
+            "files": self.files,
+            "fingerprint": self.fingerprint,
+        }
+        return document | {"sha256": digest_of(document)}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], *, name: str) -> "Manifest":
         """Check and build.
 
         Raises:
-            StoreError: not a store of ours, or of a format this version does not read.
+            StoreError: not a carryon store, or of a format that this version does not read.
             DamagedStoreError: the digest does not match.
         """
         values = dict(document)
-        digest = values.pop("sha256", None)
-        if digest_of(values) != digest:
+        if values.pop("sha256", None) != digest_of(values):
             raise DamagedStoreError(f"{name}: the manifest does not match its own digest")
         kind, version = values.pop("format", None), values.pop("format_version", None)
         if kind != FORMAT:
             raise StoreError(f"{name}: expected a {FORMAT}, got format {kind!r}")
         if version != FORMAT_VERSION:
             raise StoreError(
-                f"{name}: expected format version {FORMAT_VERSION}, got {version}: "
-                "install a version of gpt-carry-on that reads it"
+                f"{name}: expected format version {FORMAT_VERSION}, got {version}. Fix: install a "
+                "version of gpt-carry-on that reads it"
             )
         fingerprint = values.pop("fingerprint", None)
         try:
@@ -229,7 +218,7 @@ def manifest_path(root: Path) -> Path:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write the manifest and its copy; from here on the store exists, with its plan."""
+    """Write the manifest and its copy; from then on the store exists, with its plan."""
     document = group_document({"carryon": manifest.to_dict()})
     write_json(root / copy_path("zarr.json"), document)
     write_json(manifest_path(root), document)
@@ -257,16 +246,15 @@ def parse_manifest(content: bytes, *, name: str, is_mirrored: bool) -> Manifest:
     Args:
         content: of the file.
         name: of the file, for errors.
-        is_mirrored: whether a copy of a manifest lies in the store: then it is one of ours, and a
-            document that says otherwise is damaged.
+        is_mirrored: whether a copy of a manifest lies in the store: then a document of something
+            else is damaged.
 
     Raises:
         StoreError: there is something else, or another format.
         DamagedStoreError: the document has been changed.
     """
     try:
-        attributes = json.loads(content)["attributes"]
-        described = attributes.get("carryon")
+        described = json.loads(content)["attributes"].get("carryon")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStoreError(f"{name}: not the zarr.json of a group") from error
     if not isinstance(described, dict):

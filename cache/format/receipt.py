@@ -1,14 +1,12 @@
-"""Receipts: the proof that a unit is finished.
+"""Receipts: a unit exists once its receipt does.
 
-A unit without a receipt does not exist. The receipt is written last, after every file of the unit
-has reached the disk, and holds the size and SHA-256 of each, and the checksum of each chunk. It
-carries a digest of itself, of its unit's input and of what the unit was made with, so that it can
-neither be changed nor come from elsewhere, nor can a file that it names.
-Receipts lie in the folder of the array `units` (tokens in each unit).
+A receipt is written last, after every file of its unit has reached the disk. It holds size and
+SHA-256 of each file and the checksum of each chunk, and digests of itself, of the unit's input and
+of what made the unit: a receipt or file that was changed, or that belongs elsewhere, is refused.
+Receipts are in the folder of the array `units` (tokens in each unit).
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,8 @@ class FileEntry:
     bytes: int
     sha256: str
     chunks: list[str]
-    """crc32c of each chunk of a shard, hex, as it stands at the chunk's end: a read compares
-    them, so that a whole shard from elsewhere is not taken for this one. Empty for small files,
-    which are compared by SHA-256."""
+    """crc32c, hex, of each chunk of a shard: a valid shard from elsewhere is refused when it is
+    read. Empty for small files, whose SHA-256 is compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +44,7 @@ class Receipt:
     elapsed_s: float
     """Seconds of the unit's forward passes and writing."""
     versions: dict[str, str]
-    """Of the libraries that computed it: an extraction may go on under others than it began."""
+    """Of the libraries that computed it; an extraction may be resumed under other versions."""
 
 
 def write_receipt(root: Path, receipt: Receipt) -> None:
@@ -76,22 +73,19 @@ def read_receipt(root: Path, manifest: Manifest, unit: int) -> Receipt:
 
     Raises:
         UnfinishedStoreError: the unit has no receipt.
-        DamagedStoreError: the receipt was changed, or is of another unit or store.
+        DamagedStoreError: the receipt was changed, or is another unit's or store's.
     """
     path = root / receipt_path(unit)
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise UnfinishedStoreError(
-            f"{root}: unit {unit} is not extracted: run carryon extract again, or carryon repair"
+            f"{root}: unit {unit} is not extracted. Fix: carryon extract again, or carryon repair"
         ) from error
     try:
-        document = json.loads(content)
-        receipt = _from_document(document)
+        receipt = _parse(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStoreError(f"{path}: the receipt is damaged") from error
-    if json_bytes(document) != content:
-        raise DamagedStoreError(f"{path}: the receipt was changed")
     if (receipt.unit, receipt.origin_sha256) != (unit, origin_of(manifest, unit)):
         raise DamagedStoreError(
             f"{path}: expected the receipt of unit {unit} of this store, got one of unit "
@@ -102,17 +96,15 @@ def read_receipt(root: Path, manifest: Manifest, unit: int) -> Receipt:
 
 def units_with_receipt(root: Path) -> set[int]:
     """Return the units that have a receipt, from one listing of a folder."""
-    folder = root / "units"
-    if not folder.is_dir():
-        return set()
-    names = (path.stem for path in folder.iterdir() if path.suffix == ".json")
+    names = {path.stem for path in (root / "units").glob("*.json")}
     return {int(name) for name in names if name.isdecimal()}
 
 
-def _from_document(document: Mapping[str, Any]) -> Receipt:
-    values = dict(document)
+def _parse(content: bytes) -> Receipt:
+    values: dict[str, Any] = json.loads(content)
+    is_canonical = json_bytes(values) == content
     digest = values.pop("sha256")
-    if digest_of(values) != digest:
-        raise ValueError("digest does not match")
+    if not is_canonical or digest_of(values) != digest:
+        raise ValueError("not in the form it was written in, or the digest does not match")
     files = {path: FileEntry(**entry) for path, entry in values.pop("files").items()}
     return Receipt(files=files, **values)
