@@ -281,7 +281,9 @@ def test_a_store_of_a_later_format_says_what_to_install(root: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "FORMAT_VERSION", 2)
         write_store(root.parent / "later", make_given(settings=SETTINGS))
-    with pytest.raises(StoreError, match="expected format version 1, got 2. Fix: install") as caught:
+    with pytest.raises(
+        StoreError, match="expected format version 1, got 2. Fix: install"
+    ) as caught:
         Store.open(root.parent / "later")
     assert not isinstance(caught.value, DamagedStoreError)
 
