@@ -5,7 +5,7 @@ Example:
     taps: list[str] = bounded(["final"], min_items=1, is_unique=True)
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from types import MappingProxyType, NoneType
@@ -141,6 +141,11 @@ def choices_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401
     return {str(choice): choice for choice in get_args(kind) if get_origin(kind) is Literal}
 
 
+def _listed(choices: Iterable[str]) -> str:
+    *others, last = choices
+    return f"{', '.join(others)} or {last}"
+
+
 def parse_value(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401
     """Return a value in the type `kind`; texts are parsed, as YAML reads 1e-3 as a text.
 
@@ -154,7 +159,7 @@ def parse_value(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401
         return origin(parse_value(name, item, inner[0]) for item in value)
     if NoneType in inner:
         return None if value is None else parse_value(name, value, inner[0])
-    expected = _TYPE_NAMES.get(kind) or " or ".join(choices_of(kind))
+    expected = _TYPE_NAMES.get(kind) or _listed(choices_of(kind))
     if value is None or isinstance(value, (list, tuple, dict)):
         raise InputError(f"{name}: expected {expected}, got {value!r}")
     try:
@@ -192,8 +197,7 @@ def _wrong_fields(settings: Settings) -> Iterator[str]:
     for item in items:
         value, choices = getattr(settings, item.name), get_args(item.type)
         if get_origin(item.type) is Literal and value not in choices:
-            *others, last = map(str, choices)
-            yield f"{item.name}: expected {', '.join(others)} or {last}, got {value}"
+            yield f"{item.name}: expected {_listed(map(str, choices))}, got {value}"
         if problem := item.metadata.get("bounds", Bounds()).problem(value):
             yield f"{item.name}: {problem}"
 

@@ -63,8 +63,9 @@ def parse_call(
     # Names are typed with dashes or underscores; underscores in values stay.
     words = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
     namespace, unknown = parser.parse_known_args(words)
-    if unknown:
-        parser.error(_unknown_option(unknown[0], options))
+    for word in unknown[:1]:
+        is_option = word.startswith("-")
+        parser.error(_unknown_option(word, options) if is_option else f"unexpected word {word!r}")
     given = vars(namespace)
     if "config" in given:
         given = _read_config(given["config"], options) | given

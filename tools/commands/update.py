@@ -13,7 +13,7 @@ def update(
     data: list[str] = [],  # noqa: B006 -- shown in the help, never changed
     base: str = "",
     store: list[str] = [],  # noqa: B006 -- shown in the help, never changed
-    alpha: float = 0.6,
+    alpha: float | None = None,
     new_base: str = "",
     old_lineage: str = "",
     also_from_scratch: bool = False,
@@ -35,11 +35,12 @@ def update(
     starts a new store and lineage. --also-from-scratch trains an untrained carry-on over the
     same steps, to compare.
 
+    Without training options, later updates take those of the first one.
+
     Example:
         carryon update --lineage lineage --data march.jsonl --base base
-        carryon update --lineage lineage --data april.jsonl --base base --config lineage/config.yaml
-        carryon update --lineage lineage-2 --old-lineage lineage --new-base base-2 \\
-            --also-from-scratch --config lineage/config.yaml
+        carryon update --lineage lineage --data april.jsonl --base base
+        carryon update --lineage lineage-2 --old-lineage lineage --new-base base-2
 
     Args:
         lineage: Folder of the lineage, created if missing.
@@ -47,12 +48,14 @@ def update(
             --new-base: the texts of the old lineage, if they have moved.
         base: The base that extracts --data: hub id, folder or .gguf file.
         store: Folder of a store with the new data, or of several. Omitted: LINEAGE/store.
-        alpha: Fraction of the new data's steps in which the branch decays.
+        alpha: Fraction of the new data's steps in which the branch decays. Omitted: as in the
+            first update of the lineage, and there 0.6.
         new_base: A new base to start a lineage on: hub id, folder or .gguf file.
         old_lineage: The lineage that --new-base starts from.
         also_from_scratch: With --new-base, also train an untrained carry-on, to compare.
         settings: The same in every update of a lineage.
     """
+    given = settings if settings != TrainSettings() else None  # None: those of the lineage
     if not new_base:
         if old_lineage or also_from_scratch:
             raise InputError(
@@ -61,7 +64,7 @@ def update(
         from carryon.train.continual.lineage import update as update_lineage
 
         report = update_lineage(
-            lineage, store=store, data=data, base=base, settings=settings, alpha=alpha
+            lineage, store=store, data=data, base=base, settings=given, alpha=alpha
         )
         return print_result(
             report.to_dict(),
@@ -76,7 +79,7 @@ def update(
         lineage,
         old_lineage=old_lineage,
         base=new_base,
-        settings=settings,
+        settings=given,
         data=data,
         alpha=alpha,
         also_from_scratch=also_from_scratch,
