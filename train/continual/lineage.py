@@ -11,7 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from carryon.cache.errors import InputError, MissingError
+from carryon.cache.files import write_file
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.store.reader import split_name
 from carryon.train.config import TrainSettings
@@ -23,7 +26,6 @@ from carryon.train.continual.lineage_dir import (
     refuse_changed_base,
     refuse_changed_settings,
     settings_of,
-    write_config,
     write_lineage,
 )
 from carryon.train.continual.texts import extract_texts
@@ -165,7 +167,8 @@ def add_increment(lineage: Lineage, parts: Sequence[str], settings: TrainSetting
         f"{lineage.root}: increment {len(lineage.increments)}, {' '.join(parts)}: {steps} steps"
     )
     write_lineage(lineage)
-    write_config(lineage, settings)
+    config = yaml.safe_dump(settings.to_flat() | {"alpha": lineage.alpha}, sort_keys=False)
+    write_file(lineage.root / "config.yaml", config.encode())
     return lineage
 
 

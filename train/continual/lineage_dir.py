@@ -20,10 +20,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files import write_file, write_json
+from carryon.cache.files import write_json
 from carryon.train.config import TrainSettings, setting_of, with_current_names
 from carryon.train.optim.lr_paths import branch_point
 from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
@@ -147,12 +145,6 @@ def write_lineage(lineage: Lineage) -> None:
     document |= {name: getattr(lineage, name) for name in names}
     document["increments"] = [asdict(each) for each in lineage.increments]
     write_json(lineage.root / "lineage.json", document)
-
-
-def write_config(lineage: Lineage, settings: TrainSettings) -> None:
-    """Write config.yaml, for --config of the next update."""
-    config = yaml.safe_dump(settings.to_flat() | {"alpha": lineage.alpha}, sort_keys=False)
-    write_file(lineage.root / "config.yaml", config.encode())
 
 
 def lasting_settings(settings: TrainSettings) -> dict[str, Any]:

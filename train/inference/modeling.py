@@ -61,8 +61,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Written as config.json, by which a hub counts downloads. Setting it also keeps the mixin from
-    # copying the arguments of __init__, the base among them.
+    # A hub counts downloads of this config.json. Without it the mixin would copy the base into it.
     _hub_mixin_config = {"model_type": "carryon"}  # noqa: RUF012
 
     def __init__(
@@ -93,7 +92,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         self._is_stateful = base.model._is_stateful
         self._architecture = base.architecture
         self._compute_dtype = base.compute_dtype
-        self._dropped = {"position_ids", "logits_to_keep"} - set(accepted)
+        self._optional = {"position_ids", "logits_to_keep"} & set(accepted)
         self.training = False
 
     @classmethod
@@ -135,8 +134,8 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             base: a loaded base, or its hub id, folder or .gguf file. None: where it was at
                 extraction.
             forward: how to load and run the base. None: the defaults.
-            options: fields of `forward` by name, such as `device="cpu"`; else options of
-                huggingface_hub for the carry-on: revision, token, cache_dir, ...
+            options: fields of `forward` by name, such as `device="cpu"`, or options of
+                huggingface_hub: revision, token, cache_dir, ...
 
         Raises:
             MissingError: there is no carry-on, or its base is not found.
@@ -166,9 +165,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
     def push_to_hub(self, repo_id: str, **settings: Any) -> str:  # type: ignore[override]  # noqa: ANN401
         """Upload the default carry-on, without paths of this machine; return the commit's URL.
 
-        Args:
-            repo_id: `name/repo`; created if it does not exist.
-            settings: private, token, branch, commit_message, ...: of huggingface_hub's mixin.
+        Arguments are those of huggingface_hub's mixin: private, token, branch, ...
         """
         own = self.carryons.get(DEFAULT)
         shared = copy.copy(self)
@@ -182,12 +179,12 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         return self.carryons.get(DEFAULT).card.alpha if DEFAULT in self.carryons.names else 0.0
 
     def add_carryon(self, name: str, folder: str | Path, **download: Any) -> None:  # noqa: ANN401
-        """Load a carry-on under `name`, replacing one of that name.
+        """Load a carry-on under `name`, replacing one of that name; `default` serves unnamed rows.
 
         Args:
-            name: any text; rows that name none use the one called `default`.
+            name: any text.
             folder: a carry-on, or its id on the hub.
-            download: as in `from_pretrained`.
+            download: options of huggingface_hub, as in `from_pretrained`.
 
         Raises:
             MissingError: there is no carry-on.
@@ -258,16 +255,14 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         alpha: Alpha = None,
         **settings: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401 -- token ids, or an output class of transformers
-        """Generate token ids, as `generate` of transformers.
+        """Generate token ids, as `generate` of transformers, whose other arguments it takes.
 
         Args:
             inputs: [B, T] int64 token ids; or as `input_ids`.
-            args: as in transformers.
             carryons: for each row the name of its carry-on, or None for the base alone. None:
                 `default` for every row.
             alpha: strength of the correction, one for all rows or one for each. None: each
                 carry-on's own.
-            settings: as in transformers.
 
         Raises:
             InputError: not one name or alpha for each row, an unknown name, alpha out of range,
@@ -305,30 +300,19 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
     ) -> Any:  # noqa: ANN401 -- the output class of the base's architecture
         """Return the output of the base's forward pass, with corrected logits.
 
-        Args:
-            input_ids: [B, T] int64, padded on either side.
-            attention_mask: [B, T_all] 1 for real tokens, cached ones included.
-            position_ids: [B, T] int64.
-            past_key_values: the cache of an earlier call; it is extended.
-            inputs_embeds: [B, T, D], instead of input_ids.
-            logits_to_keep: as in transformers.
-            carryons: as in `generate`.
-            alpha: as in `generate`.
-            inputs: other arguments of the base's forward pass.
+        The arguments are those of the base, and `carryons` and `alpha` of `generate`. Rows are
+        [B, T], padded on either side; the mask is [B, T_all], 1 for real tokens, cached ones
+        included; the cache is extended.
 
         Raises:
             InputError: as in `generate`, or a mask or cache that carry-ons cannot use.
         """
         named = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        inputs |= {key: value for key, value in named.items() if key not in self._dropped}
-        inputs |= {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "return_dict": True,
-        }
+        inputs |= {name: named[name] for name in self._optional}
+        inputs |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
         if inputs_embeds is not None:
             inputs["inputs_embeds"] = inputs_embeds
+        inputs |= {"input_ids": input_ids, "return_dict": True}
         given = input_ids if input_ids is not None else inputs_embeds
         assert given is not None
         correction = get_correction(
