@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from carryon.cache.base.model import load_base
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError, MissingError
@@ -39,7 +37,7 @@ from carryon.train.continual.texts import find_texts, remember_texts
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.kinds import get_kind
 from carryon.train.losses.frozen_head import place_head
-from carryon.train.modules.carryon import CarryOn, build_carryon
+from carryon.train.modules.carryon import build_carryon
 from carryon.train.modules.serialization import load_carryon
 from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
@@ -201,7 +199,13 @@ def _start_from_old(
     old_store = Store.open(old.increments[version - 1].stores[0])
     before, _ = load_carryon(folder, blocks=old_store.blocks)
     carryon = build_carryon(settings.carryon, data.store, seed=settings.optimization.seed)
-    kept, fresh = _copy_fitting_(carryon, before)
+    old_weights, weights = before.state_dict(), carryon.state_dict()
+    kept = 0
+    for name, weight in weights.items():
+        if name in old_weights and old_weights[name].shape == weight.shape:
+            weight.copy_(old_weights[name])  # state_dict shares memory, without gradients
+            kept += weight.numel()
+    fresh = sum(weight.numel() for weight in weights.values()) - kept
     if not kept:
         raise InputError(
             f"{folder}: expected weights that fit a carry-on on a base of width "
@@ -238,14 +242,3 @@ def _start_from_old(
         "base_nll": nll.base,
         "start_nll": nll.carryon,
     }
-
-
-def _copy_fitting_(carryon: CarryOn, before: CarryOn) -> tuple[int, int]:
-    """Copy weights of equal name and shape; return how many values were copied, and were not."""
-    old, own = before.state_dict(), dict(carryon.state_dict())
-    fitting = {name for name in own if name in old and old[name].shape == own[name].shape}
-    with torch.no_grad():
-        for name in fitting:
-            own[name].copy_(old[name])
-    kept = sum(own[name].numel() for name in fitting)
-    return kept, sum(weight.numel() for weight in own.values()) - kept
