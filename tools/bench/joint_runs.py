@@ -12,13 +12,7 @@ from carryon.tools.bench.epoch import ChargedStore
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import make_states
-from carryon.train.config import (
-    CarryOnSettings,
-    OptimizationSettings,
-    RunSettings,
-    StreamSettings,
-    TrainSettings,
-)
+from carryon.train.config import TrainSettings
 from carryon.train.trainer.run import Job as TrainJob
 from carryon.train.trainer.trainer import train_jointly
 
@@ -46,9 +40,11 @@ def measure_sweep(
         seed=0,
     )
     root = job.work / "store"
-    settings = StoreSettings(taps=states.taps, unit_tokens=2048)
-    write_scratch_store(root, states, settings=settings)
-    chosen = [_settings(1e-3 * (number + 1), states.taps) for number in range(runs)]
+    write_scratch_store(root, states, settings=StoreSettings(taps=states.taps, unit_tokens=2048))
+    settings = TrainSettings.from_options(
+        taps=states.taps, epochs=1, window_units=2, checkpoint_every=0
+    )
+    chosen = [settings.with_options(learning_rate=1e-3 * (1 + number)) for number in range(runs)]
     together = _Measured(mb_per_second)
     together.train(root, job.work / "together", chosen)
     alone = [_Measured(mb_per_second) for _ in chosen]
@@ -102,12 +98,3 @@ class _Measured:
     def _charge(self, num_bytes: int) -> None:
         self.num_bytes += num_bytes
         self._disk.charge(num_bytes)
-
-
-def _settings(learning_rate: float, taps: list[str]) -> TrainSettings:
-    return TrainSettings(
-        carryon=CarryOnSettings(taps=taps),
-        optimization=OptimizationSettings(learning_rate=learning_rate, epochs=1),
-        stream=StreamSettings(window_units=2),
-        run=RunSettings(checkpoint_every=0),
-    )

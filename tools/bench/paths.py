@@ -21,13 +21,7 @@ from carryon.tools.bench.path_runs import PathRuns
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import make_states
 from carryon.tools.compare.figure import Figure
-from carryon.train.config import (
-    CarryOnSettings,
-    OptimizationSettings,
-    RunSettings,
-    StreamSettings,
-    TrainSettings,
-)
+from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage import update
 from carryon.train.continual.lineage_dir import Lineage, open_lineage
 from carryon.train.trainer.checkpoint import newest_checkpoint
@@ -87,17 +81,20 @@ def write_stores(root: Path) -> list[str]:
 
 def measure(root: Path, stores: Sequence[str], schedule: str) -> Iterator[Figure]:
     """Train a lineage, a trunk without branches and the other ways; yield the figures."""
-    settings = TrainSettings(
-        carryon=CarryOnSettings(width=16, blocks=1, heads=2, intermediate_size=16, dropout=0.1),
-        optimization=OptimizationSettings(
-            epochs=1,
-            tokens_per_step=2 * _SAMPLE_TOKENS,
-            schedule=schedule,  # type: ignore[arg-type]
-            min_lr_ratio=0.1,
-            warmup_ratio=0.2,
-        ),
-        stream=StreamSettings(held_out_ratio=0.09),
-        run=RunSettings(device="cpu", log_every=1),
+    settings = TrainSettings.from_options(
+        width=16,
+        blocks=1,
+        heads=2,
+        intermediate_size=16,
+        dropout=0.1,
+        epochs=1,
+        tokens_per_step=2 * _SAMPLE_TOKENS,
+        schedule=schedule,
+        min_lr_ratio=0.1,
+        warmup_ratio=0.2,
+        held_out_ratio=0.09,
+        device="cpu",
+        log_every=1,
     ).resolved()
     for store in stores:
         update(lineage=str(root / "lineage"), store=[store], settings=settings, alpha=ALPHA)
