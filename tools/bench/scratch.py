@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from carryon.cache.base.lm_head import FinalNorm, Head, widen
 from carryon.cache.corpus.dataset import Sample
 from carryon.cache.extraction.layout_writer import plan_files, write_plan
-from carryon.cache.extraction.packing import UnitPlan, plan_units
+from carryon.cache.extraction.packing import UnitPlan, plan_samples
 from carryon.cache.format.head_arrays import head_facts
 from carryon.cache.format.manifest import CorpusPart, Manifest, digest_of
 from carryon.cache.format.probe import Probe, channel_relative_error
@@ -56,8 +56,7 @@ def plan_scratch(
         The manifest, and the position of each sample.
     """
     lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int32)
-    held_out = np.array([sample.is_held_out for sample in samples], dtype=np.bool_)
-    plan = plan_units(lengths, held_out, unit_tokens=settings.unit_tokens, seed=settings.seed)
+    plan = plan_samples(samples, unit_tokens=settings.unit_tokens, seed=settings.seed)
     width = int(first_states["final"].shape[1])
     head = _random_head(width, vocab_size)
     manifest = Manifest(
@@ -99,12 +98,7 @@ def write_scratch_store(
 ) -> tuple[Manifest, list[Receipt]]:
     """Write a complete store of a set of states."""
     samples = states.samples()
-    plan = plan_units(
-        states.lengths,
-        np.zeros(len(samples), dtype=np.bool_),
-        unit_tokens=settings.unit_tokens,
-        seed=settings.seed,
-    )
+    plan = plan_samples(samples, unit_tokens=settings.unit_tokens, seed=settings.seed)
     first = states.rows_of(int(plan.order[0]))
     manifest, plan = plan_scratch(
         root,

@@ -101,14 +101,7 @@ def make_states(
 ) -> StateSet:
     """Generate samples of log-normal length, with Gaussian states whose channels differ in size.
 
-    Args:
-        name: of the set.
-        num_samples: S.
-        width: D.
-        num_taps: taps; the last is `final`.
-        mean_tokens: mean length before clipping, in tokens.
-        max_tokens: longest sample.
-        seed: of lengths, tokens and states.
+    Lengths are clipped to 8 to `max_tokens`; the last tap is `final`.
     """
     random = np.random.default_rng(seed)
     spread = 0.8
