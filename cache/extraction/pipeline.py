@@ -5,7 +5,7 @@ resumes: finished units are skipped, the others computed.
 """
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,7 @@ from carryon.cache.extraction.resume import refuse_other_data, refuse_other_sett
 from carryon.cache.files import sweep_partials
 from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
 from carryon.cache.lock import write_lock
-from carryon.cache.settings import (
-    CorpusSettings,
-    ForwardSettings,
-    Settings,
-    StoreSettings,
-    apply_options,
-)
+from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings, apply_options
 from carryon.cache.store.reader import Store
 from carryon.cache.store.top_blocks import block_files
 
@@ -78,8 +72,18 @@ def extract(
         StoreBusyError: another process writes to the store.
         DiskFullError: finished units are kept; the same call resumes.
     """
-    corpus, store, forward = merge_options(
-        options, {CorpusSettings: corpus, StoreSettings: store, ForwardSettings: forward}
+    for given in (corpus, store, forward):
+        names = [item.name for item in fields(given)] if given is not None else []
+        if both := [name for name in options if name in names]:
+            raise InputError(
+                f"{both[0]}: expected it once, got it as an option and in "
+                f"{type(given).__name__}. Fix: leave one of them out"
+            )
+    corpus, store, forward = apply_options(
+        options,
+        corpus or CorpusSettings(),
+        store or StoreSettings(),
+        forward or ForwardSettings(),
     )
     plan = plan_extraction(
         base=base,
@@ -94,24 +98,6 @@ def extract(
     if not report.is_finished:
         logger.warning("%s: stopped at max_disk_bytes=%s, unfinished", out, max_disk_bytes)
     return Store.open(out, allow_unfinished=not report.is_finished)
-
-
-def merge_options(
-    options: Mapping[str, Any], given: Mapping[type[Settings], Settings | None]
-) -> list[Any]:
-    """Return settings of each type in `given`, None replaced by defaults, with options applied.
-
-    Raises:
-        InputError: an option is no field of them, or is a field of settings that are given too.
-    """
-    for kind, settings in given.items():
-        names = {field.name for field in fields(kind)}  # type: ignore[arg-type]  # of a dataclass
-        if settings is not None and (both := sorted(names & set(options))):
-            raise InputError(
-                f"{both[0]}: expected it once, got it as an option and in {kind.__name__}. "
-                "Fix: leave one of them out"
-            )
-    return apply_options(options, *(settings or kind() for kind, settings in given.items()))
 
 
 def run_extraction(

@@ -88,7 +88,10 @@ def repair(
         restored += _restore_mirrored(root, problems)
         head_paths = [problem.path for problem in problems if not is_mirrored(problem.path)]
         if head_paths or units:
-            loaded = _load_base(manifest, base or manifest.base["id"], forward)
+            base = base or manifest.base["id"]
+            facts = {name: manifest.forward[name] for name in ("compute_dtype", "attention")}
+            settings = replace(forward, **facts)
+            loaded = base if isinstance(base, Base) else load_base(str(base), forward=settings)
             refuse_other_base(manifest, loaded, name=str(root))
             restored += _restore_head(root, manifest, loaded, head_paths)
             for unit in units:
@@ -109,13 +112,6 @@ def repair(
         computed_units=units,
         is_complete=after.is_complete,
     )
-
-
-def _load_base(manifest: Manifest, base: str | Base, forward: ForwardSettings) -> Base:
-    if isinstance(base, Base):
-        return base
-    facts = {name: manifest.forward[name] for name in ("compute_dtype", "attention")}
-    return load_base(str(base), forward=replace(forward, **facts))
 
 
 def _restore_manifest(root: Path) -> list[str]:

@@ -1,4 +1,7 @@
-"""Whether an extraction may resume an existing store: pure comparison of manifests."""
+"""Whether an extraction may resume a store: pure comparisons of manifests.
+
+Each raises SettingMismatchError, which names the first setting that differs and both values.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,30 +25,19 @@ def refuse_other_settings(old: Manifest, new: Manifest, *, name: str) -> None:
 
     Library versions are not compared: another version computes the same to rounding. Nor is the
     path or hub id of the base; its digests are.
-
-    Raises:
-        SettingMismatchError: names the first setting that differs, and both values.
     """
     _compare(_settings(old), _settings(new), name=name, fix="use this setting, or another --out")
 
 
 def refuse_other_base(manifest: Manifest, base: Base, *, name: str) -> None:
-    """Check that a loaded base is the one of the store, and computes as it did then.
-
-    Raises:
-        SettingMismatchError: names the first digest or setting that differs, and both values.
-    """
+    """Check that a loaded base is that of the store, and computes as it did."""
     expected = _base_facts(manifest.base) | manifest.forward
     got = _base_facts(base.identity.to_dict()) | forward_facts(base)
     _compare(expected, got, name=name, fix="give the base of the store, loaded with its settings")
 
 
 def refuse_other_data(old: Manifest, new: Manifest, *, name: str) -> None:
-    """Check that the corpus of `new` is one that the store was planned for.
-
-    Raises:
-        SettingMismatchError: it is not.
-    """
+    """Check that the corpus of `new` is one that the store was planned for."""
     known = [part.fingerprint for part in old.parts]
     fingerprint = new.parts[-1].fingerprint
     if fingerprint not in known:
