@@ -70,14 +70,14 @@ def evaluate(
         )
         if plot:
             plot_alphas(choice, Path(plot))
-    logger.info(
-        f"{report.num_targets:,} targets of {report.num_samples:,} samples ({report.samples}): NLL "
-        f"of the base {shown_nll(report.base_nll, report.base_nll_se)}, with the carry-on "
-        f"{shown_nll(report.carryon_nll, report.carryon_nll_se)} (alpha {report.alpha:g})"
-    )
     if write_alpha:
         write_to_folder(carryon, report.alpha)
-    return print_result(report.to_dict())
+    return print_result(
+        report.to_dict(),
+        f"{report.num_targets:,} targets of {report.num_samples:,} samples ({report.samples}): NLL "
+        f"of the base {shown_nll(report.base_nll, report.base_nll_se)}, with the carry-on "
+        f"{shown_nll(report.carryon_nll, report.carryon_nll_se)} (alpha {report.alpha:g})",
+    )
 
 
 def parse_alphas(text: str) -> list[float]:

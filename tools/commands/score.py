@@ -1,7 +1,6 @@
 """`carryon score`: exact match of base and customized model on generated answers."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,6 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.cli.output import print_result
 from carryon.train.config import GenerateSettings
-
-logger = logging.getLogger(__name__)
 
 
 def score(
@@ -68,11 +65,11 @@ def score(
         document["alpha"] = model.alpha if alpha is None else alpha
         for name, scores in (("base", before), ("customized", after)):
             document |= {f"{name}_exact": scores.exact, f"{name}_generous": scores.generous}
-        documents.append(print_result(document))
-        logger.info(
+        summary = (
             f"{task}: generous: base {before.generous:.1%}, customized {after.generous:.1%}; "
             f"exact: base {before.exact:.1%}, customized {after.exact:.1%}"
         )
+        documents.append(print_result(document, summary))
         for problem, old, new in zip(problems, before.texts, after.texts, strict=True):
             line = {"task": task, "question": problem.question, "right": problem.answer}
             lines.append(json.dumps({**line, "base": old, "customized": new}) + "\n")
