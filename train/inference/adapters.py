@@ -65,11 +65,7 @@ class CarryOnSet:
     ) -> None:
         """Add a carry-on, replacing one of that name; its weights are shared, not copied.
 
-        Args:
-            name: any text.
-            weights: by name, on the CPU.
-            card: the card of the carry-on.
-            where: what errors name. Empty: the carry-on's name.
+        Errors begin with `where`, or with the name.
 
         Raises:
             InputError: the weights do not have the shapes that the card implies.

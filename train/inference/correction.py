@@ -51,11 +51,8 @@ class Correction:
     ) -> Tensor:
         """Return the customized states, [B, T, D] in the type of `final`.
 
-        Args:
-            states: [B, T, D] at `final` and at each of the lower taps.
-            position_ids: [B, T], as in Bottleneck.forward.
-            attention_mask: [B, T], as in Bottleneck.forward.
-            cache: the base's; the carry-ons' layers are appended to its own.
+        `states` are [B, T, D] at `final` and at each lower tap; the rest is as in
+        Bottleneck.forward. Layers of the carry-ons are appended to the base's `cache`.
         """
         final = states["final"]
         layers = [] if cache is None else self._layers(cache)
@@ -97,16 +94,7 @@ def get_correction(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Correction | None:
-    """Return what corrects a batch; None if no row is corrected.
-
-    Args:
-        carryons: the loaded ones.
-        names: carry-ons of the rows.
-        alpha: strengths of the rows.
-        cache: the cache that the batch continues.
-        num_rows: B.
-        device: where the base runs.
-        dtype: compute dtype of the base.
+    """Return what corrects a batch of B rows that continues `cache`; None if no row is corrected.
 
     Raises:
         InputError: not one for each row, an unknown name, alpha out of range, or a cache that is

@@ -27,11 +27,7 @@ def answer_batch(
 ) -> list[str]:
     """Return the answer to each prompt, without special tokens, all generated in one batch.
 
-    Args:
-        model: the customized model.
-        prompts: texts, none of them empty.
-        settings: length, sampling, chat template.
-        generation: carryons, alpha and streamer, as in CarryOnForCausalLM.generate.
+    `generation` is passed on to CarryOnForCausalLM.generate.
 
     Raises:
         InputError: an empty prompt, or one too long for the base.
