@@ -1,4 +1,4 @@
-"""Releases that leave the trunk as it is, and can be made again."""
+"""Lineages: releases leave the trunk unchanged, resume, and can be rebuilt with the same bits."""
 
 import json
 import random
@@ -58,12 +58,12 @@ def _update_all(root: str, stores: list[str]) -> None:
 def grown(stores: list[str], tmp_path_factory: pytest.TempPathFactory) -> Lineage:
     root = tmp_path_factory.mktemp("grown") / "lineage"
     _update_all(str(root), stores)
-    found = read_lineage(root)
-    assert found is not None
-    return found
+    lineage = read_lineage(root)
+    assert lineage is not None
+    return lineage
 
 
-def test_the_trunk_ends_as_one_that_never_branched(
+def test_the_trunk_has_the_bits_of_one_that_never_branched(
     grown: Lineage, stores: list[str], tmp_path: Path
 ) -> None:
     start = None
@@ -109,14 +109,14 @@ def test_every_version_took_the_learning_rates_of_its_path(grown: Lineage) -> No
         assert rates[-1] == 0.02 * 0.1
 
 
-def test_a_version_made_again_has_the_same_bits(grown: Lineage, tmp_path: Path) -> None:
+def test_a_rebuilt_version_has_the_same_bits(grown: Lineage, tmp_path: Path) -> None:
     release(grown, 2, settings=SETTINGS, out=tmp_path / "again")
 
     assert_same_bits(tmp_path / "again", grown.version(2).root)
 
 
 @pytest.mark.parametrize("last_step", [1, 9, 14, 19])
-def test_an_interrupted_update_goes_on_to_the_same_bits(
+def test_an_interrupted_update_resumes_to_the_same_bits(
     grown: Lineage,
     stores: list[str],
     tmp_path: Path,
@@ -138,11 +138,11 @@ def test_an_interrupted_update_goes_on_to_the_same_bits(
         patch.setattr(live_run, "take_step", stop_after)
         with pytest.raises(KeyboardInterrupt):
             _update_all(root, stores[:2])
-    found = read_lineage(root)
-    assert found is not None
-    _update_all(root, stores[len(found.increments) - 1 : 2])
+    lineage = read_lineage(root)
+    assert lineage is not None
+    _update_all(root, stores[len(lineage.increments) - 1 : 2])
 
-    assert_same_bits(found.version(2).root, grown.version(2).root)
+    assert_same_bits(lineage.version(2).root, grown.version(2).root)
 
 
 def test_an_update_without_new_data_is_refused(grown: Lineage, stores: list[str]) -> None:
@@ -152,7 +152,7 @@ def test_an_update_without_new_data_is_refused(grown: Lineage, stores: list[str]
         update(lineage=str(grown.root), store=[stores[1]], settings=SETTINGS)
 
 
-def test_a_schedule_changed_in_mid_lineage_is_refused(grown: Lineage, tmp_path: Path) -> None:
+def test_a_changed_schedule_is_refused(grown: Lineage, tmp_path: Path) -> None:
     store = make_tiny_store(tmp_path / "store", samples_seed=9)
 
     with pytest.raises(InputError, match="first update, got schedule cosine -> knee"):
@@ -174,7 +174,7 @@ def test_a_store_of_another_base_is_refused(
         update(lineage=str(grown.root), store=[str(store)], settings=SETTINGS)
 
 
-def test_fewer_steps_than_alpha_allows_leave_no_lineage(stores: list[str], tmp_path: Path) -> None:
+def test_too_few_steps_for_alpha_leave_no_lineage(stores: list[str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="alpha: expected 0.05 of the increment's"):
         update(lineage=str(tmp_path / "new"), store=[stores[0]], settings=SETTINGS, alpha=0.05)
 
@@ -232,23 +232,23 @@ def growing(
     return [*copies[:2], root]
 
 
-def test_every_update_is_a_part_of_one_store_and_its_version_can_be_made_again(
+def test_every_update_is_a_part_of_one_store_and_its_version_can_be_rebuilt(
     growing: list[Path], tmp_path: Path
 ) -> None:
-    found = open_lineage(growing[2])
+    lineage = open_lineage(growing[2])
 
-    assert [each.stores for each in found.increments] == [
+    assert [each.stores for each in lineage.increments] == [
         [f"{growing[2] / 'store'}#{number}"] for number in (1, 2, 3)
     ]
     for version in (1, 2):
-        release(found, version, settings=SETTINGS, out=tmp_path / str(version))
-        assert_same_bits(tmp_path / str(version), found.version(version).root)
+        release(lineage, version, settings=SETTINGS, out=tmp_path / str(version))
+        assert_same_bits(tmp_path / str(version), lineage.version(version).root)
 
 
-def test_an_appended_store_is_as_stores_of_their_own(
+def test_an_appended_store_gives_the_bits_of_separate_stores(
     growing: list[Path], texts: list[Path], tiny_base_folder: Path, tmp_path: Path
 ) -> None:
-    found = open_lineage(growing[1])
+    lineage = open_lineage(growing[1])
     stores = [str(tmp_path / "1"), str(tmp_path / "2")]
     for path, store in zip(texts, stores, strict=False):
         extract(
@@ -264,9 +264,9 @@ def test_an_appended_store_is_as_stores_of_their_own(
 
     again = open_lineage(root)
     assert [each.fingerprints for each in again.increments] == [
-        each.fingerprints for each in found.increments
+        each.fingerprints for each in lineage.increments
     ]
-    assert_same_bits(again.version(2).root, found.version(2).root)
+    assert_same_bits(again.version(2).root, lineage.version(2).root)
 
 
 def test_parts_that_were_appended_elsewhere_are_the_new_data(
@@ -283,7 +283,7 @@ def test_parts_that_were_appended_elsewhere_are_the_new_data(
     ]
 
 
-def test_a_version_is_evaluated_on_what_the_parts_it_has_seen_hold_out(
+def test_a_version_is_evaluated_on_the_held_out_samples_of_its_parts(
     growing: list[Path],
 ) -> None:
     carryon = str(growing[2] / "versions" / "0002" / "carryon")
@@ -330,7 +330,7 @@ def test_an_update_killed_in_any_stage_ends_with_the_same_bits(
     assert_same_bits(open_lineage(root).version(2).root, growing[1] / "versions" / "0002")
 
 
-def test_texts_that_the_store_has_are_no_new_data(
+def test_texts_that_are_already_in_the_store_are_refused(
     growing: list[Path], texts: list[Path], tiny_base_folder: Path
 ) -> None:
     with pytest.raises(InputError, match="expected new data, got only what the lineage has seen"):
@@ -366,7 +366,7 @@ def test_texts_for_another_base_are_refused_before_anything_is_extracted(
         ({"data": ["a.jsonl"], "base": "b", "store": ["c", "d"]}, "expected one, to which --data"),
     ],
 )
-def test_an_update_that_says_too_little_is_refused(
+def test_an_update_without_data_or_base_is_refused(
     given: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=expected):

@@ -1,4 +1,4 @@
-"""Judging answers, and what is counted."""
+"""Exact and generous scoring of generated answers."""
 
 import pytest
 from support.tiny_carryons import make_tiny_carryon
@@ -12,7 +12,7 @@ from carryon.train.inference.modeling import CarryOnForCausalLM
 SHORT = GenerateSettings(max_new_tokens=5)
 
 
-def test_a_strict_judge_wants_the_answer_and_nothing_else() -> None:
+def test_an_exact_answer_is_the_right_one_and_nothing_else() -> None:
     assert is_exact(" 42\n", "42")
     assert not is_exact("It is 42", "42")
     assert not is_exact("42.", "42")
@@ -31,7 +31,7 @@ def test_a_strict_judge_wants_the_answer_and_nothing_else() -> None:
         ("blue or red", "blue", False),
     ],
 )
-def test_a_generous_judge_reads_the_end(text: str, right: str, verdict: bool) -> None:
+def test_generous_scoring_reads_the_end(text: str, right: str, verdict: bool) -> None:
     assert ends_right(text, right) is verdict
 
 
@@ -45,7 +45,7 @@ def test_problems_repeat_with_their_seed_and_take_settings() -> None:
 
 
 @pytest.mark.parametrize("task", ["no_such_task", "chain_sum:terms=2", "chain_sum:min_terms"])
-def test_what_is_no_task_is_refused(task: str) -> None:
+def test_an_unknown_task_or_setting_is_refused(task: str) -> None:
     with pytest.raises(InputError, match="task .*: expected a task of reasoning-gym"):
         make_problems(task, num=1, seed=0)
 
@@ -59,7 +59,7 @@ def test_right_answers_are_counted(tiny_base: Base) -> None:
         Problem(question=question, answer=right)
         for question, right in zip(questions, rights, strict=True)
     ]
-    found = score(model, problems, settings=SHORT, batch_rows=2)
-    assert found.texts == texts
-    assert found.exact == pytest.approx(2 / 3)
+    scored = score(model, problems, settings=SHORT, batch_rows=2)
+    assert scored.texts == texts
+    assert scored.exact == pytest.approx(2 / 3)
     assert score(model, problems, settings=SHORT, batch_rows=2, alpha=0.0).texts != texts
