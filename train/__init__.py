@@ -10,16 +10,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from carryon.train.config import TrainSettings
     from carryon.train.continual.lineage import update
+    from carryon.train.data.store_dataset import StoreDataset
     from carryon.train.inference.evaluate import evaluate
     from carryon.train.inference.merge import merge
     from carryon.train.inference.modeling import CarryOnForCausalLM
     from carryon.train.trainer.sweep import sweep
     from carryon.train.trainer.trainer import train
 
-__all__ = ["CarryOnForCausalLM", "TrainSettings", "evaluate", "merge", "sweep", "train", "update"]
+__all__ = [
+    "CarryOnForCausalLM",
+    "StoreDataset",
+    "TrainSettings",
+    "evaluate",
+    "merge",
+    "sweep",
+    "train",
+    "update",
+]
 
 _MODULES = {
     "CarryOnForCausalLM": "inference.modeling",
+    "StoreDataset": "data.store_dataset",
     "TrainSettings": "config",
     "evaluate": "inference.evaluate",
     "merge": "inference.merge",

@@ -53,7 +53,6 @@ def refuse_other_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, n
     Raises:
         InputError: names each setting with both values.
     """
-    saved = with_current_names(saved)
     differences = [
         f"{key} is {saved.get(key)!r} there and {now.get(key)!r} here"
         for key in sorted(set(saved) | set(now))

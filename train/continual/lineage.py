@@ -29,7 +29,7 @@ from carryon.train.continual.lineage_dir import (
     write_lineage,
 )
 from carryon.train.continual.texts import extract_texts
-from carryon.train.data.datasets import open_data
+from carryon.train.data.datasets import StorePaths, open_data, store_paths
 from carryon.train.data.sampler import count_steps
 from carryon.train.modules.taps import resolve_taps
 from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, branch_point
@@ -37,7 +37,7 @@ from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.run import Job
 from carryon.train.trainer.segment import Segment
-from carryon.train.trainer.trainer import StorePaths, store_paths, train_jointly
+from carryon.train.trainer.trainer import train_jointly
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,18 @@
-"""What is trained on: stores, their halves, and the order of every epoch.
+"""The data of training runs: one store or several, their halves, and the order of every epoch.
 
-Runs on the same data share one, and with it the planned windows of equal settings.
+Runs on the same data share one TrainData, and with it the planned windows of equal settings.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from carryon.cache.errors import InputError
+from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import OptimizationSettings, StreamSettings, TrainSettings
 from carryon.train.data.mixture import MixedStore, open_stores
@@ -15,28 +21,31 @@ from carryon.train.data.split import Split, sample_units, split_samples
 from carryon.train.modules.taps import check_taps, resolve_taps, stream_taps
 
 ROOM = 1.25
-"""Memory that a window takes, in parts of its states: batches take as much as the longest."""
+"""Memory of a window as a multiple of its states: a batch takes as much as the longest."""
+StorePaths = str | Path | Store | Sequence[str | Path | Store]
+"""The folder of a store, an open store, or several of them."""
+
+
+def store_paths(store: StorePaths) -> list[str]:
+    """Return the folders that a call names."""
+    stores = [store] if isinstance(store, (str, Path, Store)) else store
+    return [each.name if isinstance(each, Store) else str(each) for each in stores]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainData:
-    """A store, or several as one, and how it is split."""
+    """A store, or several read as one, and its halves."""
 
     store: StoreLike
     split: Split
     settings: StreamSettings
-    """As given, but for `window_units`, which the memory may lower."""
+    """As given, except `window_units`, which the memory may lower."""
     planned: dict[tuple[int, ...], list[Window]] = field(default_factory=dict)
-    """Epochs planned so far, by what they depend on."""
-
-    @property
-    def seed(self) -> tuple[int, int]:
-        """What the order of units is drawn from."""
-        return self.settings.data_seed, int(self.store.samples_digest[:16], 16)
+    """Epochs planned so far, by the settings that decide them."""
 
     @property
     def fingerprints(self) -> list[str]:
-        """Of each store."""
+        """Fingerprint of each store."""
         stores = self.store.stores if isinstance(self.store, MixedStore) else [self.store]
         return [store.fingerprint for store in stores]
 
@@ -51,30 +60,24 @@ class TrainData:
         return replace(settings, carryon=carryon).resolved()
 
     def plan(self, optimization: OptimizationSettings) -> list[list[Window]]:
-        """Return the windows of every epoch; equal ones are one object, whoever asks."""
-        return [self._plan_epoch(optimization, epoch) for epoch in range(optimization.epochs)]
-
-    def _plan_epoch(self, optimization: OptimizationSettings, epoch: int) -> list[Window]:
+        """Return the windows of every epoch; equal settings get the same objects."""
         budget, micro = optimization.tokens_per_step, optimization.micro_batch_tokens
-        key = (optimization.seed, budget, micro, epoch)
-        if key not in self.planned:
-            store, samples = self.store, self.split.train
-            is_mixed = isinstance(store, MixedStore)
-            if isinstance(store, MixedStore):
-                samples = store.epoch_samples(samples, seed=self.seed, epoch=epoch)
-            self.planned[key] = plan_epoch(
-                samples,
-                lengths=store.sample_lengths,
-                units=sample_units(store),
-                seed=self.seed,
-                epoch=epoch,
-                tokens_per_step=budget,
-                micro_batch_tokens=micro,
-                window_units=self.settings.window_units,
-                shuffle_seed=optimization.seed,
-                kinds=store.sample_kinds if is_mixed else None,  # type: ignore[attr-defined]
-            )
-        return self.planned[key]
+        epochs = []
+        for epoch in range(optimization.epochs):
+            key = (optimization.seed, budget, micro, epoch)
+            if key not in self.planned:
+                self.planned[key] = plan_store_epoch(
+                    self.store,
+                    self.split.train,
+                    seed=self.settings.data_seed,
+                    epoch=epoch,
+                    tokens_per_step=budget,
+                    micro_batch_tokens=micro,
+                    window_units=self.settings.window_units,
+                    shuffle_seed=optimization.seed,
+                )
+            epochs.append(self.planned[key])
+        return epochs
 
 
 def open_data(
@@ -96,32 +99,71 @@ def open_data(
     if taps is None:
         taps = stream_taps(resolve_taps(settings.carryon, store.base.get("num_layers", 0)))
     check_taps(store, taps)
-    share, seed = stream.held_out_ratio, stream.data_seed
-    if isinstance(store, MixedStore):
-        split = store.split(share=share, seed=seed)
-    else:
-        split = split_samples(
-            store.sample_held_out, share=share, seed=seed, digest=store.samples_digest
-        )
+    units = window_units(store, stream, taps=taps)
     return TrainData(
         store=store,
-        split=split,
-        settings=replace(stream, window_units=window_units(store, stream, taps=taps)),
+        split=split_store(store, stream),
+        settings=replace(stream, window_units=units),
+    )
+
+
+def split_store(store: StoreLike, settings: StreamSettings) -> Split:
+    """Return the training and the held-out samples of a store or a mix.
+
+    Raises:
+        InputError: one of the halves would be empty.
+    """
+    share, seed = settings.held_out_ratio, settings.data_seed
+    if isinstance(store, MixedStore):
+        return store.split(share=share, seed=seed)
+    return split_samples(store.sample_held_out, share=share, seed=seed, digest=store.samples_digest)
+
+
+def plan_store_epoch(
+    store: StoreLike,
+    samples: NDArray[np.int64],
+    *,
+    seed: int,
+    epoch: int,
+    **options: Any,  # noqa: ANN401
+) -> list[Window]:
+    """Return the windows of an epoch over samples of a store, or over a mix by its weights.
+
+    Args:
+        store: the store or the mix.
+        samples: indices, in stored order.
+        seed: of the order of units.
+        epoch: counted from 0.
+        options: as in `plan_epoch`.
+    """
+    seeds = (seed, int(store.samples_digest[:16], 16))
+    kinds = None
+    if isinstance(store, MixedStore):
+        samples = store.epoch_samples(samples, seed=seeds, epoch=epoch)
+        kinds = store.sample_kinds
+    return plan_epoch(
+        samples,
+        lengths=store.sample_lengths,
+        units=sample_units(store),
+        seed=seeds,
+        epoch=epoch,
+        kinds=kinds,
+        **options,
     )
 
 
 def window_units(store: StoreLike, settings: StreamSettings, *, taps: Sequence[str]) -> int:
-    """Return the units of a window: as many as asked for, or as the memory holds.
+    """Return the units of a window: those of the settings, or as many as fit into the memory.
 
     Raises:
-        InputError: it does not hold one.
+        InputError: not even one fits.
     """
     row_bytes = store.width * store.states_dtype.itemsize * len(taps)
     two_units = int(2 * store.unit_tokens * row_bytes * ROOM)
-    fitting = int(settings.host_memory_gb * 1e9) // two_units
+    fitting = int(settings.host_memory_gb * 1e9) // max(1, two_units)
     if fitting < 1:
         raise InputError(
             f"host_memory_gb: expected {two_units / 1e9:.2g} or more, for two units of "
-            f"{store.root}, got {settings.host_memory_gb:g}"
+            f"{store.name}, got {settings.host_memory_gb:g}"
         )
     return min(settings.window_units, fitting)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from carryon.cache.errors import InputError
 from carryon.cache.files import recover_folders, whole_folder, write_json
-from carryon.train.config import refuse_other_settings
+from carryon.train.config import refuse_other_settings, with_current_names
 from carryon.train.modules.carryon import CarryOn
 
 FORMAT_VERSION = 1
@@ -136,7 +136,7 @@ def load_checkpoint(
         raise InputError(
             f"{path}: expected checkpoint format {FORMAT_VERSION}, got {state['format_version']}"
         )
-    refuse_other_settings(state["identity"], identity, name=str(path))
+    refuse_other_settings(with_current_names(state["identity"]), identity, name=str(path))
     load_state(path, carryon=carryon, optimizer=optimizer)
     return Progress(**state["progress"])
 

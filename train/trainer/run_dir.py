@@ -23,7 +23,7 @@ import yaml
 
 from carryon.cache.errors import InputError
 from carryon.cache.files import append_line, read_lines, write_file, write_json
-from carryon.train.config import refuse_other_settings
+from carryon.train.config import refuse_other_settings, with_current_names
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ def open_run_folder(
         got = {key: document.get(key) for key in FORMAT}
         if got != FORMAT:
             raise InputError(f"{folder.identity}: expected {FORMAT}, got {got}")
-        refuse_other_settings(document["identity"], identity, name=str(root))
+        saved = with_current_names(document["identity"])
+        refuse_other_settings(saved, identity, name=str(root))
     elif folder.root.exists() and any(folder.root.iterdir()):
         raise InputError(f"{root}: expected an empty folder or a run, got other files")
     else:

@@ -12,12 +12,13 @@ import yaml
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files import write_json
 from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes
+from carryon.train.data.datasets import StorePaths, store_paths
 from carryon.train.plots import plot_runs
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.run import Job
 from carryon.train.trainer.run_dir import RunFolder
-from carryon.train.trainer.trainer import StorePaths, store_paths, train_jointly
+from carryon.train.trainer.trainer import train_jointly
 
 SUMMARY = "sweep.json"
 CURVES = "curves.png"
@@ -47,7 +48,7 @@ def sweep(
         reports = sweep("store", out="sweep", vary={"learning_rate": [1e-3, 3e-3]}, epochs=5)
 
     Args:
-        store: folder of the store, or of each store.
+        store: folder of the store or an open store, or several of them.
         out: folder of the sweep; made if missing.
         runs: the runs, by name.
         vary: instead of `runs`, the values of each setting, which make a grid.

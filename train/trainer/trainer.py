@@ -20,7 +20,7 @@ from carryon.cache.files import write_json
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings, TrainSettings, rate_warning
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, Contamination, measure_contamination
-from carryon.train.data.datasets import TrainData, open_data
+from carryon.train.data.datasets import StorePaths, TrainData, open_data, store_paths
 from carryon.train.data.loader import stream_bytes
 from carryon.train.data.split import sample_units
 from carryon.train.losses.frozen_head import FrozenHead
@@ -42,9 +42,6 @@ from carryon.train.trainer.run_state import RunState
 
 logger = logging.getLogger(__name__)
 
-StorePaths = str | Path | Sequence[str | Path]
-"""The folder of a store, or the folders of several."""
-
 
 def train(
     store: StorePaths,
@@ -64,7 +61,7 @@ def train(
         report = train("store", out="run", learning_rate=1e-3, epochs=5)
 
     Args:
-        store: folder of the store, or of each store.
+        store: folder of the store or an open store, or several of them.
         out: the run folder (run_dir.py lists its files); made if missing.
         settings: of the run. None: the defaults.
         module: your own module to train in place; None: one of the settings' kind. It needs the
@@ -86,11 +83,6 @@ def train(
     job = Job(out=str(out), settings=settings, module=module, callbacks=callbacks)
     [report] = train_jointly(store_paths(store), [job])
     return report
-
-
-def store_paths(store: StorePaths) -> list[str]:
-    """Return the folders that a call names."""
-    return [str(store)] if isinstance(store, (str, Path)) else [str(path) for path in store]
 
 
 def train_jointly(
