@@ -392,6 +392,13 @@ def test_the_large_store_has_the_requested_units_and_samples(store_tmp: Path) ->
     assert len(store.read_sample(99).hidden["final"]) == 4
 
 
+def test_the_dataset_is_measured_against_the_stream(store_tmp: Path) -> None:
+    sizes = {"samples": 8, "width": 16, "unit_tokens": 2048, "rounds": 1}
+    figures = measure("store.dataset", store_tmp, sizes=sizes)
+    assert names_of(figures) == ["dataset.speed"]
+    assert figures[0].target == 0.98
+
+
 def test_opening_is_measured_in_a_fresh_process(store_tmp: Path) -> None:
     figures = measure("store.open", store_tmp, sizes={"units": 3, "samples": 30})
     assert names_of(figures) == ["open.seconds", "open.memory"]

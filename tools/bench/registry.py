@@ -59,6 +59,11 @@ BENCHMARKS = {
         about="time and memory to open a very large store",
         quick={"units": 20, "samples": 2000, "rounds": 1},
     ),
+    "store.dataset": Benchmark(
+        place="dataset:measure_dataset",
+        about="tokens/s of StoreDataset against the stream that training reads",
+        quick={"samples": 8, "width": 64, "unit_tokens": 2048, "rounds": 1},
+    ),
     "train.loss": Benchmark(
         place="loss:measure_loss",
         about="loss and gradient against their two matrix products, exact and filtered",

@@ -44,10 +44,10 @@ class Batch:
         """M, supervised pairs."""
         return len(self.targets)
 
-    def rows_of_pairs(self) -> Tensor:
-        """Return the row of `samples` that each supervised pair belongs to, [M] int64."""
-        ends = torch.from_numpy(np.cumsum(self.lengths)).to(self.positions.device)
-        return torch.searchsorted(ends, self.positions, right=True)
+    def rows_of_pairs(self) -> NDArray[np.int64]:
+        """Return the row of `samples` that each supervised pair belongs to, [M]."""
+        positions = self.positions.cpu().numpy()
+        return np.searchsorted(np.cumsum(self.lengths), positions, side="right")
 
     def packing(self) -> Packing:
         """Return where each token belongs, on the batch's device."""

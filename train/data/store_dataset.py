@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
@@ -112,10 +113,12 @@ class StoreDataset(IterableDataset[dict[str, Any]]):
         self._batch_tokens, self._shuffle, self._seed = batch_tokens, shuffle, seed
         self._split, self._padded = split, padded
         self._rank, self._world_size = _place(rank, world_size)
+        self.samples: NDArray[np.int64]
+        """Indices of the samples, in stored order."""
         if split == "all":
-            self._samples = np.arange(self.store.num_samples)
+            self.samples = np.arange(self.store.num_samples)
         elif split in ("train", "held_out"):
-            self._samples = getattr(split_store(self.store, stream), split)
+            self.samples = getattr(split_store(self.store, stream), split)
         else:
             raise InputError(f"split: expected all, train or held_out, got {split}")
         if batch_tokens < 1:
@@ -219,14 +222,14 @@ class StoreDataset(IterableDataset[dict[str, Any]]):
     def _plan_epoch(self) -> list[Window]:
         if not self._shuffle:
             return plan_pass(
-                self._samples,
+                self.samples,
                 lengths=self.store.sample_lengths,
                 units=sample_units(self.store),
                 tokens_per_step=self._batch_tokens,
             )
         return plan_store_epoch(
             self.store,
-            self._samples,
+            self.samples,
             seed=self._seed,
             epoch=self._epoch,
             tokens_per_step=self._batch_tokens,
@@ -261,17 +264,18 @@ def _every(windows: list[Window], *, first: int, stride: int) -> list[Window]:
 
 
 def _flatten(batch: Batch) -> dict[str, Any]:
-    input_ids, lengths = batch.tokens.long(), torch.from_numpy(batch.lengths)
-    ends = lengths.cumsum(0)
-    labels = torch.full_like(input_ids, NO_TARGET)
-    labels[batch.positions + 1] = batch.targets
-    starts = torch.repeat_interleave(ends - lengths, lengths)
+    # In numpy: torch would start its threads for each of these small operations.
+    input_ids = batch.tokens.numpy().astype(np.int64)
+    labels = np.full_like(input_ids, NO_TARGET)
+    labels[batch.positions.numpy() + 1] = batch.targets.numpy()
+    bounds = np.concatenate([[0], np.cumsum(batch.lengths)])
+    positions = np.arange(len(input_ids)) - np.repeat(bounds[:-1], batch.lengths)
     return {
-        "input_ids": input_ids,
-        "labels": labels,
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
         "hidden": batch.states,
-        "position_ids": torch.arange(len(input_ids)) - starts,
-        "cu_seqlens": torch.cat([ends.new_zeros(1), ends]).int(),
+        "position_ids": torch.from_numpy(positions),
+        "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
         "sample_ids": torch.from_numpy(batch.samples),
     }
 

@@ -117,12 +117,12 @@ class _Losses:
     by_sample: list[NDArray[np.float64]] = field(default_factory=list)
     """[B] for each batch."""
 
-    def add(self, losses_M: Tensor, rows_M: Tensor, num_samples: int) -> None:
+    def add(self, losses_M: Tensor, rows_M: NDArray[np.int64], num_samples: int) -> None:
         """Count the losses of a batch; `rows_M` says which of its samples each belongs to."""
         losses_M = losses_M.double()
         self.total += float(losses_M.sum())
-        sums = torch.zeros(num_samples, dtype=torch.float64, device=losses_M.device)
-        self.by_sample.append(sums.index_add_(0, rows_M, losses_M).cpu().numpy())
+        sums = np.bincount(rows_M, weights=losses_M.cpu().numpy(), minlength=num_samples)
+        self.by_sample.append(sums.astype(np.float64))
 
 
 def measure_nlls(
@@ -164,7 +164,7 @@ def measure_nlls(
         for batches in track(steps, total=count_steps(windows), name="evaluate", unit="batch"):
             for batch in (each.to(device) for each in batches):
                 rows, size = batch.rows_of_pairs(), len(batch.samples)
-                targets.add(torch.ones_like(rows), rows, size)
+                targets.add(torch.ones(len(rows)), rows, size)
                 for (key, head), sums in zip(heads.items(), base_losses.values(), strict=True):
                     assert base is not None
                     states = base.at_pairs(batch, head)

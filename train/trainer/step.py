@@ -161,7 +161,7 @@ def _bad_samples(batches: Sequence[Batch], losses: Sequence[Tensor]) -> list[int
     bad = {
         int(batch.samples[row])
         for batch, part in zip(batches, losses, strict=True)
-        for row in batch.rows_of_pairs()[~torch.isfinite(part).cpu()].tolist()
+        for row in batch.rows_of_pairs()[~torch.isfinite(part).cpu().numpy()].tolist()
     }
     everything = {sample for batch in batches for sample in batch.samples.tolist()}
     return gather_lists(sorted(bad)) or gather_lists(sorted(everything))
