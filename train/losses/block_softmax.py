@@ -1,13 +1,12 @@
 """Softmax over some rows of the frozen head: its log-sum-exp and the mean of the rows under it.
 
-The gradient of a log-sum-exp of logits is the mean of the head's rows, weighed by the softmax:
-attention with the states as queries and the head as keys and as values. So where a CPU is to
-multiply a head without a soft cap, its attention kernel does all in one: both products and the
-softmax between them in the cache, logits in float32, nothing of size [C, rows] written. Elsewhere
-the logits of the block are made; so they are of a wide head in float32, as then the two products
-take nearly all of the time and their sum goes straight to where it is wanted.
+The gradient of a log-sum-exp of logits is the mean of the head's rows, weighted by the softmax:
+attention with the states as queries and the head as keys and values. So on a CPU, for a head
+without a soft cap, torch's attention kernel does both products and the softmax in cache, with
+logits in float32, and writes nothing of size [C, rows]. Elsewhere the logits of the block are
+computed; so they are for a wide head in float32, where the products take nearly all of the time.
 
-Results of two blocks are joined by their log-sum-exps, so the whole vocabulary needs one pass.
+Results of two blocks are joined by their log-sum-exps, so one pass covers the whole vocabulary.
 Letters: C positions, D base width.
 """
 
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from carryon.train.losses.frozen_head import FrozenHead, HeadBlock
 
+_ROWS_AT_ONCE = 256  # positions of a mean that are widened at one time
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockSoftmax:
@@ -26,8 +27,8 @@ class BlockSoftmax:
     log_sum: Tensor
     """[C] float32: log of the sum of exp(logit)."""
     mean: Tensor | None
-    """[C, D]: sum of softmax * slope * row, the gradient of `log_sum` to the states but for the
-    logit scale; None where it was not asked for, or is still to be made of `weights`."""
+    """[C, D]: sum of softmax * slope * row, the gradient of `log_sum` to the states up to the
+    logit scale. None if not needed, or still to be computed from `weights`."""
     weights: Tensor | None = None
     """[C, rows] float32: softmax * slope."""
 
@@ -35,8 +36,8 @@ class BlockSoftmax:
 def block_softmax(
     states: Tensor, block: HeadBlock, head: FrozenHead, *, with_mean: bool
 ) -> BlockSoftmax:
-    """Return the softmax of `states` [C, D], of the head's type, over the rows of `block`."""
-    # Its second product is of no use without the mean; in bfloat16 its logits are the better ones.
+    """Return the softmax of `states` [C, D], of the head's dtype, over the rows of `block`."""
+    # Without the mean the kernel's second product is wasted, but in bfloat16 its logits are better.
     if has_kernel(head) and (with_mean or head.dtype != torch.float32):
         return _by_attention(states, block, head)
     logits, slopes = block_logits(states, block, head, with_slopes=with_mean)
@@ -52,7 +53,7 @@ def block_softmax(
 
 
 def has_kernel(head: FrozenHead) -> bool:
-    """Return whether the attention kernel does it all for this head."""
+    """Return whether torch's attention kernel for CPUs can multiply this head."""
     return (
         head.device.type == "cpu"
         and head.softcap is None
@@ -99,7 +100,7 @@ def cap_(
 def join_(log_sum: Tensor, mean: Tensor | None, part: BlockSoftmax, block: HeadBlock) -> None:
     """Join the softmax over the rows of `block` to `log_sum` [C] and `mean` [C, D], both float32.
 
-    What stands in them before the first block is written over.
+    The first block overwrites them.
     """
     part_sum = part.log_sum + block.log_weight if block.log_weight else part.log_sum
     if block.first == 0:
@@ -110,9 +111,11 @@ def join_(log_sum: Tensor, mean: Tensor | None, part: BlockSoftmax, block: HeadB
             torch.mm(part.weights, block.weight, out=mean)
         return
     if mean is not None:
-        share = torch.sigmoid(part_sum - log_sum).unsqueeze(1)
+        ratio = torch.sigmoid(part_sum - log_sum).unsqueeze(1)
         if part.mean is not None:
-            mean.lerp_(part.mean.float(), share)
+            parts = (torch.split(x, _ROWS_AT_ONCE) for x in (mean, part.mean, ratio))
+            for total, new, weight in zip(*parts, strict=True):
+                total.lerp_(new.float(), weight)
         elif part.weights is not None:
-            mean.mul_(1 - share).addmm_(part.weights.mul_(share), block.weight)
+            mean.mul_(1 - ratio).addmm_(part.weights.mul_(ratio), block.weight)
     torch.logaddexp(log_sum, part_sum, out=log_sum)

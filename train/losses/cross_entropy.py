@@ -1,10 +1,10 @@
 """Exact cross-entropy over the full vocabulary against a frozen head, in chunks.
 
-Since the head is frozen, the gradient to the hidden states is made in the forward pass, and
+Since the head is frozen, the gradient to the hidden states is computed in the forward pass, and
 nothing of size [M, V] ever exists. One pass over the head, in blocks of rows (frozen_head.py), and
-for each block over the positions, in chunks. With the head on an accelerator a block is all of it
-and chunks run over positions alone; with the head in host memory or in a file, blocks are what is
-fetched at one time. Sums and losses are float32 whatever the matrix products are computed in.
+for each block over the positions, in chunks. On an accelerator a block is the whole head and only
+positions are chunked; with the head in host memory or in a file, a block is one transfer.
+Losses and sums are float32 whatever the dtype of the matrix products.
 
 Letters: M supervised positions, D base width, V vocabulary, C positions of a chunk.
 """
@@ -25,20 +25,21 @@ _ROWS_AT_ONCE = 256  # positions whose targets' rows are in float32 at one time
 def token_losses(states_MD: Tensor, targets_M: Tensor, *, head: FrozenHead, chunk: int) -> Tensor:
     """Return the cross-entropy of each position, [M] float32, differentiable in the states.
 
-    With gradients enabled the gradient to the states is computed here and kept (one more
-    [M, D] float32); without them only the losses are.
+    With gradients enabled the gradient to the states is computed here and kept: one more
+    [M, D] float32.
 
     Args:
-        states_MD: [M, D], any float type; cast to the head's type for the products.
+        states_MD: [M, D], any float type; cast to the head's dtype for the products.
         targets_M: [M] int64, token ids.
         head: the frozen head.
         chunk: positions whose logits exist at one time.
     """
-    if torch.is_grad_enabled() and states_MD.requires_grad:
-        losses: Tensor = _CrossEntropy.apply(states_MD, targets_M, head, chunk)  # type: ignore[no-untyped-call]
-        return losses
+    needs_gradient = torch.is_grad_enabled() and states_MD.requires_grad
     with torch.no_grad():
-        return _cross_entropy(states_MD, targets_M, head, chunk, with_gradient=False)[0]
+        losses, gradient = _cross_entropy(
+            states_MD, targets_M, head, chunk, with_gradient=needs_gradient
+        )
+    return losses if gradient is None else _differentiable(losses, states_MD, gradient)
 
 
 def base_divergences(states_MD: Tensor, base_MD: Tensor, *, head: FrozenHead, chunk: int) -> Tensor:
@@ -46,45 +47,31 @@ def base_divergences(states_MD: Tensor, base_MD: Tensor, *, head: FrozenHead, ch
 
     Differentiable in `states_MD`, as `token_losses` is; not in `base_MD`.
     """
-    if torch.is_grad_enabled() and states_MD.requires_grad:
-        found: Tensor = _Divergence.apply(states_MD, base_MD, head, chunk)  # type: ignore[no-untyped-call]
-        return found
     with torch.no_grad():
-        return _divergence(states_MD, base_MD, head, chunk)[0]
+        divergences, gradient = _divergence(states_MD, base_MD, head, chunk)
+    if not (torch.is_grad_enabled() and states_MD.requires_grad):
+        return divergences
+    return _differentiable(divergences, states_MD, gradient)
 
 
-class _CrossEntropy(torch.autograd.Function):
+def _differentiable(values: Tensor, states: Tensor, gradient: Tensor) -> Tensor:
+    """Return `values` [M] as a function of `states` [M, D] with this gradient."""
+    out: Tensor = _KnownGradient.apply(states, values, gradient)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _KnownGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, head: FrozenHead, chunk: int) -> Tensor:  # noqa: ANN401
-        losses, gradient = _cross_entropy(states, targets, head, chunk, with_gradient=True)
-        return _keep(ctx, states, losses, gradient)
+    def forward(ctx: Any, states: Tensor, values: Tensor, gradient: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(gradient)
+        ctx.states_dtype = states.dtype
+        return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        return _scaled_gradient(ctx, grad_outputs[0])
-
-
-class _Divergence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, base: Tensor, head: FrozenHead, chunk: int) -> Tensor:  # noqa: ANN401
-        found, gradient = _divergence(states, base, head, chunk)
-        return _keep(ctx, states, found, gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        return _scaled_gradient(ctx, grad_outputs[0])
-
-
-def _keep(ctx: Any, states: Tensor, values: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ANN401
-    ctx.save_for_backward(gradient)
-    ctx.states_dtype = states.dtype
-    return values
-
-
-def _scaled_gradient(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    (gradient,) = ctx.saved_tensors
-    # In place: a second backward pass would be wrong, and torch refuses it.
-    return gradient.mul_(grad_values.unsqueeze(1)).to(ctx.states_dtype), None, None, None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        (gradient,) = ctx.saved_tensors
+        # In place: a second backward pass would be wrong, and torch refuses it.
+        return gradient.mul_(grads[0].unsqueeze(1)).to(ctx.states_dtype), None, None
 
 
 def _cross_entropy(
@@ -103,11 +90,10 @@ def _cross_entropy(
             if is_filtered:
                 if block.first > 0:
                     torch.maximum(floors[part], log_sums[part], out=floors[part])
-                found = filtered_softmax(states[part], block, head, floors=floors[part])
+                softmax = filtered_softmax(states[part], block, head, floors=floors[part])
             else:
-                found = block_softmax(states[part], block, head, with_mean=with_gradient)
-            mean = None if means is None else means[part]
-            join_(log_sums[part], mean, found, block)
+                softmax = block_softmax(states[part], block, head, with_mean=with_gradient)
+            join_(log_sums[part], None if means is None else means[part], softmax, block)
     for part in _slices(len(states), _ROWS_AT_ONCE):
         rows = head.rows(targets[part]).float()
         logits, slopes = _target_logits(states[part], rows, targets[part], head)
@@ -119,12 +105,12 @@ def _cross_entropy(
 
 
 def _least_log_sums(states: Tensor, targets: Tensor, head: FrozenHead) -> Tensor:
-    """Return what each log-sum-exp is at least, whatever the other logits are: the target's."""
-    found = torch.empty(len(states), dtype=torch.float32, device=states.device)
+    """Return a lower bound of each log-sum-exp, the target's logit, [M] float32."""
+    floors = torch.empty(len(states), dtype=torch.float32, device=states.device)
     for part in _slices(len(states), _ROWS_AT_ONCE):
         rows = head.rows(targets[part]).float()
-        found[part], _ = _target_logits(states[part], rows, targets[part], head)
-    return found
+        floors[part], _ = _target_logits(states[part], rows, targets[part], head)
+    return floors
 
 
 def _target_logits(
@@ -143,10 +129,10 @@ def _divergence(
 ) -> tuple[Tensor, Tensor]:
     """Return sum of p_base (z_base - z) + log-sum-exp(z) - log-sum-exp(z_base), and its gradient.
 
-    z are logits. The sum is of small differences, so it is made of the logits themselves.
+    z are logits. The sum consists of small differences, hence from the logits themselves.
     """
     states, base = states.to(head.dtype), base.to(head.dtype)
-    log_sums, base_log_sums = _log_sums_of_nothing(states), _log_sums_of_nothing(states)
+    log_sums, base_log_sums = _empty_log_sums(states), _empty_log_sums(states)
     shifts = torch.zeros_like(log_sums)  # sum of p_base (z_base - z)
     means = torch.zeros_like(states, dtype=torch.float32)
     base_means = torch.zeros_like(means)  # sum of p_base * slope of z * row
@@ -164,9 +150,9 @@ def _divergence(
                 (log_sums, means, log_sum, p),
                 (base_log_sums, base_means, base_log_sum, base_p),
             ):
-                share = torch.sigmoid(new - total[part]).unsqueeze(1)
+                ratio = torch.sigmoid(new - total[part]).unsqueeze(1)
                 mean = torch.mm(weights.to(head.dtype), block.weight)
-                total_mean[part].lerp_(mean.float(), share)
+                total_mean[part].lerp_(mean.float(), ratio)
             shifts[part].lerp_(shift, torch.sigmoid(base_log_sum - base_log_sums[part]))
             log_sums[part] = torch.logaddexp(log_sums[part], log_sum)
             base_log_sums[part] = torch.logaddexp(base_log_sums[part], base_log_sum)
@@ -174,7 +160,7 @@ def _divergence(
     return shifts + log_sums - base_log_sums, gradient
 
 
-def _log_sums_of_nothing(states: Tensor) -> Tensor:
+def _empty_log_sums(states: Tensor) -> Tensor:
     return torch.full((len(states),), -torch.inf, dtype=torch.float32, device=states.device)
 
 

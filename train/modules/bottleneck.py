@@ -1,12 +1,11 @@
-"""The carry-on: a small causal module that corrects the base's last hidden state.
+"""The kind `bottleneck`: a small causal module that corrects the base's last hidden state.
 
     u     = blocks(bridge(norm(x)))           decoder blocks of width d (decoder.py)
     delta = sigmoid(A u + b) * (B u)          B starts at zero: an untrained carry-on is the base
-    logits = W (x + alpha * delta)            W is the base's head, frozen; not part of this module
+    logits = W (x + alpha * delta)            W is the base's frozen head, not part of this module
 
-Several taps each have their own norm and bridge; a learned gate, a softmax over taps for each
-token, weighs them. The state that is corrected is always that of the tap `final`, which feeds the
-head.
+Each tap has its own norm and bridge; with several, a learned softmax over taps weighs them for
+each token. The corrected state is always that of the tap `final`, which feeds the head.
 
 Letters: B rows, T positions, N tokens of a flat batch, D base width, d carry-on width, K taps, M
 chosen positions.
@@ -21,15 +20,15 @@ from torch import Tensor, nn
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.decoder import NORM_EPS, Decoder
-from carryon.train.modules.linear import Product, gated_product, product
+from carryon.train.modules.linear import Product, gated_product, product, recomputed
 from carryon.train.modules.packed_attention import Packing
 
 
 class Bottleneck(CarryOn):
-    """A carry-on of the kind `bottleneck`."""
+    """Decoder blocks of a small width between a bridge and an output map."""
 
     def __init__(self, settings: CarryOnSettings, *, base_width: int) -> None:
-        """Build with weights drawn from torch's global generator; the output map is zero."""
+        """Draw the weights from torch's global generator; the output map is zero."""
         super().__init__()
         self.settings = settings
         self.base_width = base_width
@@ -48,12 +47,10 @@ class Bottleneck(CarryOn):
         self.up = Product(width, base_width, bias=False)
         self.dropout = nn.Dropout(settings.dropout)
         nn.init.zeros_(self.up.weight)
-        if self.mixer is not None:
-            nn.init.zeros_(self.mixer.weight)
-            nn.init.zeros_(self.mixer.bias)
-        if self.gate is not None:
-            nn.init.zeros_(self.gate.weight)
-            nn.init.zeros_(self.gate.bias)
+        for layer in (self.mixer, self.gate):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -67,10 +64,10 @@ class Bottleneck(CarryOn):
 
         Args:
             states: [B, T, D] for each tap of the settings.
-            position_ids: [B, T] or [1, T] int64, for the rotary embedding; None: counted on from
-                the cache.
+            position_ids: [B, T] or [1, T] int64, for the rotary embedding. None: they follow those
+                in the cache.
             attention_mask: [B, T_all] 1 where a token is real, for rows padded on the left.
-            past_key_values: a cache of as many layers as blocks, or that grows; it is extended.
+            past_key_values: a cache with a layer for each block, or one that grows; it is extended.
 
         Returns:
             [B, T, D] in the type of the weights.
@@ -90,9 +87,7 @@ class Bottleneck(CarryOn):
         """Return delta at chosen tokens, [M, D]; see CarryOn."""
         entrance_Nd = self.dropout(self._enter(states)[0])
         u_Nd = self.body(
-            inputs_embeds=entrance_Nd[None],
-            position_ids=packing.position_ids,
-            packing=packing,
+            inputs_embeds=entrance_Nd[None], position_ids=packing.position_ids, packing=packing
         )[0]
         return self._leave(u_Nd[positions_M])
 
@@ -101,28 +96,37 @@ class Bottleneck(CarryOn):
         if self.gate is None:
             delta: Tensor = self.up(u)
             return delta
-        return gated_product(u, self.gate, self.up, "sigmoid")
+        if not (self.body.recompute and torch.is_grad_enabled()):
+            return self._gated(u)
+        # Kept for the backward pass, gate and values of [M, D] would stay through the whole loss.
+        return recomputed(self._gated, u)
+
+    def _gated(self, u: Tensor) -> Tensor:
+        assert self.gate is not None
+        # A view, as autocast would cast a leaf once for both, and sum its gradient in bfloat16.
+        return gated_product(u.view_as(u), self.gate, self.up, "sigmoid")
 
     def tap_ratios(self, states: Mapping[str, Tensor]) -> Tensor:
-        """Return each tap's gate for each token, [B, T, K]; they add up to 1."""
+        """Return each tap's weight for each token, [B, T, K]; they add up to 1."""
         return self._enter(states)[1]
 
     def _enter(self, states: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        bridged = []
-        for tap, norm, bridge in zip(self.settings.taps, self.norms, self.bridges, strict=True):
-            bridged.append(_bridge(states[tap], norm, bridge))
+        bridged = [
+            _bridge(states[tap], norm, bridge)
+            for tap, norm, bridge in zip(self.settings.taps, self.norms, self.bridges, strict=True)
+        ]
         if self.mixer is None:
             return bridged[0], torch.ones_like(bridged[0][..., :1])
-        shares_BTK = torch.softmax(self.mixer(torch.cat(bridged, dim=-1)), dim=-1)
+        ratios_BTK = torch.softmax(self.mixer(torch.cat(bridged, dim=-1)), dim=-1)
         stacked_BTKd = torch.stack(bridged, dim=-2)
-        return (shares_BTK.unsqueeze(-1) * stacked_BTKd).sum(dim=-2), shares_BTK
+        return (ratios_BTK.unsqueeze(-1) * stacked_BTKd).sum(dim=-2), ratios_BTK
 
 
-def _bridge(x_BTD: Tensor, norm: Any, bridge: Any) -> Tensor:  # noqa: ANN401 -- or of rows.py
-    """Return bridge(norm(x)) without a normed copy of x, whose width is a few times d.
+def _bridge(x_BTD: Tensor, norm: Any, bridge: Any) -> Tensor:  # noqa: ANN401 -- or of stacked_weights
+    """Return bridge(norm(x)) without a normed copy of x, which is a few times as wide as d.
 
-    RMS norm is a factor for each token, applied behind the bridge, and a weight for each channel,
-    which training folds into the bridge, so that its gradient takes no pass over [B, T, D] either.
+    RMS norm is a factor for each token, applied after the bridge, and a weight for each channel,
+    which training folds into the bridge; its gradient needs no pass over [B, T, D] either.
     """
     weight: Tensor = bridge.weight
     if not torch.is_autocast_enabled(x_BTD.device.type):
@@ -138,7 +142,7 @@ def _bridge(x_BTD: Tensor, norm: Any, bridge: Any) -> Tensor:  # noqa: ANN401 --
 
 
 def build_bottleneck(settings: CarryOnSettings, *, base_width: int, seed: int) -> Bottleneck:
-    """Return an untrained carry-on; equal arguments give equal bits.
+    """Return an untrained bottleneck; equal arguments give equal bits.
 
     torch's global generator is left as it was.
     """

@@ -24,7 +24,8 @@ class CompositeOptimizer(PlainOptimizer):
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer], *, in_backward: bool) -> None:
         """Join `parts`: they share one state from here on."""
-        super().__init__([group for part in parts for group in part.param_groups], {})
+        super().__init__([], {})
+        self.param_groups = [group for part in parts for group in part.param_groups]
         self.parts = list(parts)
         self.in_backward = in_backward
         self._max_norm: float | None = None  # None: gradients stay where they are
