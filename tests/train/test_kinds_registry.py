@@ -92,7 +92,7 @@ def test_an_unknown_kind_is_refused_with_the_near_one() -> None:
 def test_a_module_without_both_methods_is_refused() -> None:
     with pytest.raises(InputError, match="got Linear without correct_packed"):
         as_carryon(nn.Linear(2, 2), CarryOnSettings())
-    with pytest.raises(InputError, match=r"its module is passed to train\(module=...\)"):
+    with pytest.raises(InputError, match=r"expected its module in train\(module=...\)"):
         make_carryon(CarryOnSettings(kind="custom"), base_width=4, blocks=lambda: None)  # type: ignore[arg-type, return-value]
 
 

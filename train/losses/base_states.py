@@ -1,8 +1,8 @@
-"""The base's own last states at the supervised pairs of a batch, from whichever tap a store has.
+"""The base's `final` states at the supervised positions of a batch, from any tap that a store has.
 
-The tap `final` holds them. From `prenorm` they are one norm away, from `layer.K` the blocks above
-it, which a store with those blocks holds beside the head: as a `top` before its first step.
-Letters: M supervised pairs, D base width.
+The tap `final` holds them. `prenorm` is one norm away, `layer.K` the blocks above it, which a store
+with those blocks holds beside the head: an untrained `top`.
+Letters: M supervised positions, D base width.
 """
 
 from dataclasses import dataclass
@@ -21,18 +21,15 @@ from carryon.train.modules.carryon import CarryOn, build_carryon
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseStates:
-    """Where the base's `final` states come from."""
+    """Source of the base's `final` states: a tap, and at most one of norm and blocks after it."""
 
     tap: str
-    """The tap that is read."""
     norm: FinalNorm | None = None
-    """What leads from it to `final`, or None."""
     blocks: CarryOn | None = None
-    """What leads from it to `final`, or None."""
 
     @torch.no_grad()
     def at_pairs(self, batch: Batch, head: FrozenHead) -> Tensor:
-        """Return the `final` states of the supervised pairs, [M, D]."""
+        """Return the `final` states of the supervised positions, [M, D]."""
         if self.blocks is not None:
             with head.autocast():
                 return self.blocks.correct_packed(batch.states, batch.packing(), batch.positions)
@@ -44,7 +41,7 @@ class BaseStates:
 
 
 def get_base_states(store: StoreLike, *, device: torch.device) -> BaseStates:
-    """Return the cheapest way to the base's states that a store offers.
+    """Return the cheapest source of the base's states that a store offers.
 
     Raises:
         InputError: it offers none.
@@ -61,7 +58,7 @@ def get_base_states(store: StoreLike, *, device: torch.device) -> BaseStates:
             blocks = build_carryon(settings, store, seed=0).to(device).requires_grad_(False).eval()
             return BaseStates(tap=tap, blocks=blocks)
     raise InputError(
-        f"{store.root}: expected the tap final or prenorm, or a lower one with the blocks above "
-        f"it, to measure the base; it has {', '.join(store.taps)}: extract again with --taps "
+        f"{store.root}: expected the tap final or prenorm, or layer.K with the blocks above it, to "
+        f"measure the base, got {', '.join(store.taps)}. Fix: extract again with --taps "
         f"{' '.join(['final', *store.taps])}"
     )

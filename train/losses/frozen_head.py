@@ -17,16 +17,16 @@ from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings
 
 CPU_BLOCK_ROWS = 4096
-"""Rows that a CPU multiplies at one time; 2,048 to 12,288 are alike at width 576, at 49,152 it
-takes a quarter longer, as its copies of the rows no longer stay in the cache."""
+"""Rows that a CPU multiplies at one time. 2,048 to 12,288 are equal at width 576; 49,152 take a
+quarter longer, as the kernel's copies of the rows no longer fit the cache."""
 WIDE = 1536
-"""Width from which on a CPU multiplies in float32 by plain products, not by its attention kernel:
-as fast (at 5,120: 58 against 54 GFLOP/s), and without a second [M, D]."""
+"""Width from which a CPU multiplies in float32 by plain products instead of its attention kernel:
+as fast (54 against 58 GFLOP/s at 5,120), and without a second [M, D]."""
 WIDE_BLOCK_ROWS = 1024
-"""Rows of such a head that are multiplied at one time; 512 to 2,048 are alike."""
+"""Rows of such a head that are multiplied at one time; 512 to 2,048 are equal."""
 STREAMED_BLOCK_BYTES = 24 << 20
-"""Bytes of rows that are fetched and multiplied at one time where the head is not on the device;
-a CPU's kernel makes two rearranged copies of them."""
+"""Bytes of rows in one block where the head is not on the device; a CPU's kernel makes two
+rearranged copies of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,32 +34,27 @@ class HeadBlock:
     """Some rows of the head, ready to be multiplied."""
 
     first: int
-    """Number of its first row among all that are multiplied."""
+    """Index of its first row among all that are multiplied."""
     weight: Tensor
-    """[rows, D], on the device, in the type of the products."""
+    """[rows, D], on the device, in the dtype of the products."""
     bias: Tensor | None
     """[rows] float32, on the device, or None."""
     log_weight: float = 0.0
-    """Log of how many rows of the vocabulary each of them stands for."""
+    """Log of the number of vocabulary rows that each of them stands for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrequentRows:
-    """What every step of a sampled softmax multiplies, and what it draws from."""
+    """The rows in every step of a sampled softmax, and those it samples from."""
 
     blocks: tuple[HeadBlock, ...]
     """The rows of every step."""
-    is_one: Tensor
+    is_frequent: Tensor
     """[V] bool, on the host: whether a token is among them."""
     others: Tensor
     """[V - rows] int64, on the host: all other tokens."""
-    number: int
-    """How many of the others are drawn for a step."""
-
-    @property
-    def num_rows(self) -> int:
-        """Of every step."""
-        return sum(len(block.weight) for block in self.blocks)
+    num_sampled: int
+    """How many of the others are sampled for a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +62,7 @@ class FrozenHead:
     """logits = cap(scale * (W x + bias)), with cap(z) = softcap * tanh(z / softcap)."""
 
     weight: Tensor
-    """W, [V, D], wherever it lies, in whatever type it has there."""
+    """W, [V, D], where it is stored and in the dtype it has there."""
     bias: Tensor | None
     """[V] float32, on the device, or None."""
     logit_scale: float
@@ -83,9 +78,9 @@ class FrozenHead:
     gradient_filter: float = 0.0
     """Probability below which a row is left out of the gradient (gradient_filter.py). 0: none."""
     mean_row: Tensor | None = None
-    """[D] float32, on the device: the mean of all rows, where there is a gradient filter."""
+    """[D] float32, on the device: the mean of all rows, if there is a gradient filter."""
     frequent: FrequentRows | None = None
-    """What steps of training are to draw from. None: they multiply all rows."""
+    """What training steps sample from. None: they multiply all rows."""
     parts: tuple[HeadBlock, ...] | None = None
     """Rows that stand for all. None: all of them."""
 
@@ -100,16 +95,13 @@ class FrozenHead:
         return _is_wide(self.weight.shape[1], self.device, self.dtype)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context in which modules multiply matrices in the type that the head's are.
-
-        Their weights stay as they are.
-        """
+        """Return the context in which modules multiply matrices in the head's dtype."""
         if self.dtype != torch.bfloat16:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def blocks(self) -> Iterator[HeadBlock]:
-        """Yield all rows in order, block by block; one that was fetched is not kept."""
+        """Yield all rows in order, block by block; transferred blocks are not kept."""
         if self.parts is not None:
             yield from self.parts
             return
@@ -122,19 +114,23 @@ class FrozenHead:
             )
 
     def rows(self, token_ids: Tensor) -> Tensor:
-        """Return the rows of tokens [M], [M, D] on the device, rounded as those of the blocks."""
+        """Return the rows of tokens [M], [M, D] on the device, rounded as in the blocks."""
         picked = self.weight[token_ids.to(self.weight.device)]
         return picked.to(self.device, self.dtype)
 
 
 def place_head(store: StoreLike, settings: LossSettings, *, device: torch.device) -> FrozenHead:
-    """Return a store's head where `settings` want it."""
+    """Return a store's head placed as `settings` say.
+
+    Raises:
+        InputError: a gradient filter with bfloat16 on a CPU.
+    """
     head = store.head(is_mapped=settings.head_place == "mapped")
     dtype = pick_head_dtype(settings.head_dtype, device)
     if settings.gradient_filter > 0 and device.type == "cpu" and dtype != torch.float32:
         raise InputError(
             "gradient_filter: expected products in float32, as a CPU would round the loss with it, "
-            "got bfloat16: add --head-dtype float32"
+            "got bfloat16. Fix: add --head-dtype float32"
         )
     placed = frozen_head(
         head,
@@ -147,7 +143,7 @@ def place_head(store: StoreLike, settings: LossSettings, *, device: torch.device
 
 
 def with_gradient_filter(head: FrozenHead, least: float) -> FrozenHead:
-    """Return `head` with a filter that leaves out probabilities below `least`; 0: as it is."""
+    """Return `head` with a filter that leaves out probabilities below `least`; 0: unchanged."""
     if least == 0:
         return head
     sums = [block.weight.float().sum(dim=0) for block in head.blocks()]
@@ -169,8 +165,8 @@ def frozen_head(
         head: of the store.
         device: where it is multiplied.
         dtype: of the products.
-        is_resident: put all of it on `device` in `dtype`; else it stays as and where it is.
-        block_rows: rows that are multiplied at one time; 0 takes what suits.
+        is_resident: copy all of it to `device` in `dtype`; else it stays as and where it is.
+        block_rows: rows that are multiplied at one time. 0: chosen for the device.
     """
     if device.type == "cpu":
         (reuse_freed_memory if is_resident else return_freed_memory)()

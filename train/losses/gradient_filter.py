@@ -1,14 +1,14 @@
-"""Softmax over rows of the frozen head whose mean leaves out what weighs next to nothing.
+"""Softmax over rows of the frozen head whose mean leaves out rows of negligible probability.
 
-Once a carry-on has learned a little, all but a few of a position's probabilities are negligible.
-The log-sum-exp is of every row, exact. The mean of the rows, which is the gradient, multiplies only
-those of which the probability reaches a threshold, some hundred for each position: a sparse sum
-instead of the second matrix product. What is left out stands at the mean row of the whole head. For
-a constant added to all rows changes no gradient (the softmax less the target adds up to 0), so that
-rows may be seen from their mean, and what is left out then counts by its distance from there.
+Once a carry-on has learned a little, all but a few probabilities of a position are negligible. The
+log-sum-exp covers every row, exactly. The mean of the rows, which is the gradient, multiplies only
+rows whose probability reaches a threshold, some hundred for each position: a sparse sum instead of
+the second matrix product. The mean row of the whole head stands in for what is left out: adding a
+constant to all rows changes no gradient (softmax minus target sums to 0), so the error counts from
+the mean row.
 
-The bound: the gradient of a position is off by at most `FrozenHead.logit_scale` times the
-probability left out times `farthest_from_mean`. Letters: C positions, R rows of a block, D width.
+The bound: a position's gradient is off by at most `FrozenHead.logit_scale` times the probability
+left out times `farthest_from_mean`. Letters: C positions, R rows of a block, D width.
 """
 
 import math
@@ -23,7 +23,7 @@ from carryon.train.losses.frozen_head import FrozenHead, HeadBlock
 POSITIONS_AT_ONCE = 512
 """Positions whose logits, a few MB, stay in a CPU's cache from one pass to the next."""
 _MOST_SPARSE = 0.1
-"""Share of weights from which on the matrix product takes less time than the sparse sum."""
+"""Fraction of weights above which the matrix product is faster than the sparse sum."""
 
 
 def filtered_softmax(
@@ -32,10 +32,10 @@ def filtered_softmax(
     """Return the softmax of `states` [C, D] over the rows of `block`, small weights left out.
 
     Args:
-        states: of the head's type.
+        states: of the head's dtype.
         block: the rows.
         head: with a `gradient_filter`, and the mean row.
-        floors: [C] float32, what the log-sum-exp over all rows of the head is at least.
+        floors: [C] float32, a lower bound of the log-sum-exp over all rows of the head.
     """
     logits, slopes = block_logits(states, block, head, with_slopes=head.softcap is not None)
     top = logits.amax(dim=1)
@@ -67,8 +67,7 @@ def filtered_softmax(
 def farthest_from_mean(head: FrozenHead) -> float:
     """Return the largest distance of a row from the mean row.
 
-    With a soft cap a row counts less than whole, so it may be any point from 0 to the row: then
-    the distance of 0 is one of them.
+    A soft cap scales a row by 0 to 1, so that the distance of 0 counts as well.
     """
     assert head.mean_row is not None
     far = max(
@@ -78,7 +77,7 @@ def farthest_from_mean(head: FrozenHead) -> float:
 
 
 def _places(is_kept: Tensor) -> Tensor:
-    """Return where `is_kept` [C, R] is true, counted row after row, int64."""
-    if is_kept.device.type == "cpu":  # four times as fast as torch's own
+    """Return the flat indices where `is_kept` [C, R] is true, int64."""
+    if is_kept.device.type == "cpu":  # four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(is_kept.numpy()))
     return torch.nonzero(is_kept.flatten()).squeeze(1)

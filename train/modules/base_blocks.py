@@ -1,12 +1,11 @@
-"""Carry-ons that merge: the base's own kind of blocks, before the base's own frozen final norm.
+"""The kinds `native` and `top`, which merge: blocks of the base's own class and its frozen norm.
 
-    native: final' = norm(new blocks(prenorm))           output projections start at zero
-    top:    final' = norm(copies of the last k(layer.(L-k)))    trained whole, or by LoRA
+    native: final' = norm(new blocks(prenorm))                output projections start at zero
+    top:    final' = norm(copies of the last k(layer.(L-k)))  all weights trained, or by LoRA
 
-They return what the head reads, no correction to it, so their strength is 1 or 0, and they train
-from a store of their own tap alone. A decoder of the
-base's class runs them (cache/blocks.py), with the attention for samples that lie one after another.
-Letters: N tokens of a flat batch, D base width, M chosen positions.
+They return what the head reads, not a correction, so alpha is 1 or 0, and training needs a store of
+their own tap only. A decoder of the base's class runs them (cache/store/top_blocks.py), with the
+attention for packed samples. Letters: N tokens of a flat batch, D base width, M chosen positions.
 """
 
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.optional import require
 from carryon.cache.store.top_blocks import Blocks, build_decoder
 from carryon.train.config import CarryOnSettings
+from carryon.train.kinds import get_kind
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.packed_attention import (
     PACKED_ATTENTION,
@@ -29,7 +29,7 @@ from carryon.train.modules.packed_attention import (
 )
 
 _OUTPUTS = ("o_proj", "out_proj", "dense", "down_proj", "fc2", "c_proj", "dense_4h_to_h", "w2")
-"""What architectures call the last projection of attention and of an MLP."""
+"""Names that architectures give to the last projection of attention and of an MLP."""
 
 
 class BlocksCarryOn(CarryOn):
@@ -39,25 +39,25 @@ class BlocksCarryOn(CarryOn):
         """Build from the base's blocks; a `native` draws from torch's global generator.
 
         Raises:
-            InputError: there are not as many blocks, or new ones cannot begin as the base.
+            InputError: too few blocks, or new ones cannot start as the identity of the base.
         """
-        nn.Module.__init__(self)
-        is_top = settings.kind == "top"
-        if is_top and settings.blocks > len(blocks.blocks):
+        super().__init__()
+        is_copy = get_kind(settings.kind).merges == "replace"
+        if is_copy and settings.blocks > len(blocks.blocks):
             raise InputError(
-                f"blocks: expected at most the {len(blocks.blocks)} blocks that are there, got "
-                f"{settings.blocks}: extract with --with-blocks {settings.blocks}"
+                f"blocks: expected at most the {len(blocks.blocks)} blocks of the store, got "
+                f"{settings.blocks}. Fix: extract with --with-blocks {settings.blocks}"
             )
         self.settings = settings
         self.base_width = int(blocks.config["hidden_size"])
         self.names = blocks.names
         register_packed_attention()
         self.body: Any = build_decoder(
-            blocks, settings.blocks, with_weights=is_top, attention=PACKED_ATTENTION
+            blocks, settings.blocks, with_weights=is_copy, attention=PACKED_ATTENTION
         )
         getattr(self.body, blocks.names["norm"]).requires_grad_(False)
-        if not is_top:
-            _begin_as_base(self.body, blocks)
+        if not is_copy:
+            self._start_as_base_(blocks)
         if settings.lora_rank:
             add_lora_(self.body, settings)
 
@@ -67,38 +67,41 @@ class BlocksCarryOn(CarryOn):
         """Return the customized `final` states at chosen tokens, [M, D]; see CarryOn."""
         [tap] = self.settings.taps
         x_ND = states[tap].to(next(self.body.parameters()).dtype)
-        found: Tensor = self.body(
+        return self._run(x_ND, packing)[positions_M]
+
+    def _run(self, x_ND: Tensor, packing: Packing) -> Tensor:
+        final: Tensor = self.body(
             inputs_embeds=x_ND[None],
             position_ids=packing.position_ids,
             attention_mask=unused_mask(x_ND),
             use_cache=False,
             packing=packing,
         ).last_hidden_state[0]
-        return found[positions_M]
+        return final
 
     def customize(
         self, states: Mapping[str, Tensor], positions_M: Tensor, delta_MD: Tensor, *, alpha: float
     ) -> Tensor:
-        """Return what was said, float32: it takes the place of the base's states.
+        """Return the result of `correct_packed` in float32: it replaces the base's states.
 
         Raises:
-            InputError: alpha is not 1; at 0 there is nothing but the base.
+            InputError: alpha is not 1; at 0 the result is the base.
         """
         if alpha != 1:
             raise InputError(
-                f"alpha: expected 0 or 1 for a carry-on of the kind {self.settings.kind}, which "
-                f"takes the place of the base's states, got {alpha:g}"
+                f"alpha: expected 0 or 1 for the kind {self.settings.kind}, which replaces the "
+                f"base's states, got {alpha:g}"
             )
         return delta_MD.float()
 
     def state_dict(self, *args: Any, **settings: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
-        """Return what is trained; all else is the base's."""
+        """Return the trained weights; all others are the base's."""
         trained = {name for name, weight in self.named_parameters() if weight.requires_grad}
-        found = super().state_dict(*args, **settings)
-        return {name: weight for name, weight in found.items() if name in trained}
+        weights = super().state_dict(*args, **settings)
+        return {name: weight for name, weight in weights.items() if name in trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **settings: Any) -> Any:  # noqa: ANN401
-        """Take what `state_dict` gave.
+        """Load the result of `state_dict`.
 
         Raises:
             RuntimeError: other names or shapes.
@@ -108,7 +111,7 @@ class BlocksCarryOn(CarryOn):
         return super().load_state_dict(state_dict, strict=False)
 
     def block_weights(self) -> list[dict[str, Tensor]]:
-        """Return the plain weights of each block, LoRA added to what it is on."""
+        """Return the plain weights of each block, LoRA added to its matrices."""
         plain = []
         for block in getattr(self.body, self.names["blocks"]):
             weights = {
@@ -123,9 +126,24 @@ class BlocksCarryOn(CarryOn):
             plain.append(weights)
         return plain
 
+    @torch.no_grad()
+    def _start_as_base_(self, blocks: Blocks) -> None:
+        for name, module in self.body.named_modules():
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _OUTPUTS:
+                for weight in module.parameters():
+                    weight.zero_()
+        states = torch.randn(4, self.base_width, generator=torch.Generator().manual_seed(0))
+        final = self._run(states, pack(torch.tensor([4])))
+        if not torch.equal(final, getattr(self.body, blocks.names["norm"])(states)):
+            raise InputError(
+                f"kind native: expected new blocks of {blocks.config['model_type']} that start as "
+                "the identity, but this architecture adds more than projections to its states. "
+                "Fix: train a top"
+            )
+
 
 def lora_targets(body: nn.Module) -> list[str]:
-    """Return what the architecture calls the matrices of its blocks."""
+    """Return the names that the architecture gives to the matrices of its blocks."""
     names = [
         name.rpartition(".")[2]
         for name, module in body.named_modules()
@@ -135,33 +153,10 @@ def lora_targets(body: nn.Module) -> list[str]:
 
 
 def add_lora_(body: nn.Module, settings: CarryOnSettings) -> None:
-    """Freeze `body` and lay PEFT's LoRA on every matrix of its blocks."""
+    """Freeze `body` and add PEFT's LoRA to every matrix of its blocks."""
     peft: Any = require("peft", extra="lora", purpose="a carry-on trained by LoRA")
     body.requires_grad_(False)
     config = peft.LoraConfig(
         r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=lora_targets(body)
     )
     peft.inject_adapter_in_model(config, body)
-
-
-@torch.no_grad()
-def _begin_as_base(body: Any, blocks: Blocks) -> None:  # noqa: ANN401 -- any architecture
-    for name, module in body.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _OUTPUTS:
-            for weight in module.parameters():
-                weight.zero_()
-    width = int(blocks.config["hidden_size"])
-    states = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
-    packing = pack(torch.tensor([4]))
-    found = body(
-        inputs_embeds=states,
-        position_ids=packing.position_ids,
-        attention_mask=unused_mask(states[0]),
-        use_cache=False,
-        packing=packing,
-    ).last_hidden_state
-    if not torch.equal(found, getattr(body, blocks.names["norm"])(states)):
-        raise InputError(
-            f"kind native: expected new blocks of {blocks.config['model_type']} that begin as the "
-            "base; this architecture adds more than projections to its states: train a top"
-        )

@@ -113,7 +113,7 @@ def refuse_custom(settings: CarryOnSettings, **facts: Any) -> CarryOn:  # noqa: 
         InputError: always.
     """
     raise InputError(
-        "kind custom: its module is passed to train(module=...); to load it by name, add its "
+        "kind custom: expected its module in train(module=...), got none. Fix: pass it, or add its "
         "kind with register_kind before training"
     )
 
@@ -121,8 +121,8 @@ def refuse_custom(settings: CarryOnSettings, **facts: Any) -> CarryOn:  # noqa: 
 def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
     """Return x + alpha * delta, float32: the states that the base's head reads.
 
-    Where alpha or delta is zero the result is x, so that an untrained carry-on is the base; but in
-    training bit for bit, negative zeros included. Differentiable in delta.
+    Differentiable in delta. Where alpha or delta is zero the result is x, so an untrained carry-on
+    is the base; without gradients bit for bit, negative zeros included.
 
     Args:
         final: [..., D], the base's `final` states.
@@ -132,17 +132,17 @@ def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
     if alpha == 0:
         return final.float()
     corrected = delta.to(torch.float32, copy=True) if alpha == 1 else alpha * delta.float()
-    # A part at a time: of a wide base each float32 copy of all is 42 MB for 2,048 tokens. What is
-    # added is constant, so the gradient need not know of it.
+    # In slices: a float32 copy of all is 42 MB for 2,048 tokens of a wide base. The states are
+    # constant, so they are added outside of autograd.
     parts = (torch.split(x, _ROWS_AT_ONCE) for x in (corrected.detach(), final, delta.detach()))
-    for sum_, state, said in zip(*parts, strict=True):
+    for sum_, state, change in zip(*parts, strict=True):
         exact = state.float()
         sum_.add_(exact)
-        if not torch.is_grad_enabled():  # -0.0 + 0.0 is +0.0: another bit, though the same number
-            sum_.copy_(torch.where(said == 0, exact, sum_))
+        if not torch.is_grad_enabled():  # -0.0 + 0.0 is +0.0: another bit
+            sum_.copy_(torch.where(change == 0, exact, sum_))
     return corrected
 
 
 def num_parameters(carryon: nn.Module) -> int:
-    """Return the number of trained values."""
+    """Return the number of trainable values."""
     return sum(weight.numel() for weight in carryon.parameters() if weight.requires_grad)

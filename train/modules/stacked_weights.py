@@ -1,8 +1,8 @@
-"""A carry-on module of which each row of a batch has weights of its own.
+"""A carry-on that computes each row of a batch with its own weights.
 
-The module is the one that was trained; only its matrices and norms are exchanged for ones that
-take a weight for each row. So rows of different carry-ons of one shape go through one forward
-pass, and a row without a carry-on, whose weights are all zero, gets a delta of exactly 0.
+The module is a copy of a trained one; its matrices and norms are replaced by ones with a weight
+for each row. So rows of different carry-ons of one shape share a forward pass. A row without a
+carry-on has zero weights and gets a delta of exactly 0.
 Letters: B rows, T positions, I and O widths of a matrix, D of a norm.
 """
 
@@ -58,10 +58,13 @@ def with_weights(
 
     Args:
         shape: any carry-on of that shape.
-        rows: for each row the weights by name, or None for a row without a carry-on. One row alone
+        rows: for each row its weights by name, or None for a row without a carry-on. A single row
             serves a batch of any size.
-        device: where it is to run.
-        dtype: of its weights; buffers, such as rotary frequencies, keep theirs.
+        device: of the result.
+        dtype: of its weights; buffers keep theirs.
+
+    Raises:
+        InputError: the module has weights besides matrices and norms.
     """
     module = copy.deepcopy(shape).requires_grad_(False).eval().to(device)
     if len(rows) == 1 and rows[0] is not None:
@@ -69,36 +72,27 @@ def with_weights(
             parameter.data = rows[0][name].to(device, dtype)
         return module
     for path, child in list(module.named_modules()):
-        own = dict(child.named_parameters(recurse=False))
-        if own:
-            stacked = {
-                name: _stack(f"{path}.{name}", weight, rows).to(device, dtype)
-                for name, weight in own.items()
-            }
-            _exchange_(module, path, child, stacked)
+        stacked = {
+            name: _stack(f"{path}.{name}", weight, rows).to(device, dtype)
+            for name, weight in child.named_parameters(recurse=False)
+        }
+        if isinstance(child, nn.Linear):
+            module.set_submodule(path, RowLinear(stacked["weight"], stacked.get("bias")))
+        elif isinstance(child, nn.RMSNorm):
+            module.set_submodule(path, RowNorm(stacked["weight"], child.eps))
+        elif set(stacked) == {"weight"} and stacked["weight"].ndim == 2:
+            # decoder.Norm: it multiplies by its weight, which [B, 1, D] broadcasts to rows.
+            child.weight = nn.Parameter(stacked["weight"].unsqueeze(1), requires_grad=False)
+        elif stacked:
+            raise InputError(
+                f"{path}: expected matrices and norms, got {type(child).__name__}. Fix: use "
+                "carry-ons of this kind one at a time"
+            )
     return module
 
 
 def _stack(name: str, like: Tensor, rows: Sequence[Mapping[str, Tensor] | None]) -> Tensor:
-    """Return the weights `name` of all rows, [B, ...], in the type they are kept in."""
+    """Return the weights `name` of all rows, [B, ...], in the dtype they are kept in."""
     kept = next((row[name].dtype for row in rows if row is not None), like.dtype)
-    stacked = torch.zeros(len(rows), *like.shape, dtype=kept)
-    for number, row in enumerate(rows):
-        if row is not None:
-            stacked[number] = row[name]
-    return stacked
-
-
-def _exchange_(root: nn.Module, path: str, child: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    if isinstance(child, nn.Linear):
-        root.set_submodule(path, RowLinear(weights["weight"], weights.get("bias")))
-    elif isinstance(child, nn.RMSNorm):
-        root.set_submodule(path, RowNorm(weights["weight"], child.eps))
-    elif set(weights) == {"weight"} and weights["weight"].ndim == 2:
-        # A norm of transformers: it multiplies by its weight, which [B, 1, D] spreads to rows.
-        child.weight = nn.Parameter(weights["weight"].unsqueeze(1), requires_grad=False)
-    else:
-        raise InputError(
-            f"{path}: expected matrices and norms, got {type(child).__name__}; carry-ons of this "
-            "kind cannot be mixed in one batch"
-        )
+    zeros = torch.zeros(like.shape, dtype=kept)
+    return torch.stack([zeros if row is None else row[name] for row in rows])

@@ -49,30 +49,30 @@ def check_taps(store: StoreLike, taps: Sequence[str]) -> None:
     """Refuse a store that lacks one of `taps`.
 
     Raises:
-        InputError: names the taps that are missing and those that are there.
+        InputError: names the missing taps and those of the store.
     """
     missing = [tap for tap in taps if tap not in store.taps]
     if missing:
         words = ["--taps", *store.taps, *missing]
-        if "final" not in taps:  # a kind that merges, which needs the base's blocks as well
+        if "final" not in taps:  # a kind that merges, which needs the base's blocks too
             num_layers = int(store.base["num_layers"])
             layers = [parse_tap(tap, num_layers=num_layers) or num_layers - 1 for tap in taps]
             words += ["--with-blocks", str(num_layers - min(layers))]
         raise InputError(
-            f"{store.root}: expected the taps {', '.join(taps)}, it has "
-            f"{', '.join(store.taps)}: extract again with {' '.join(words)}"
+            f"{store.root}: expected the taps {', '.join(taps)}, got {', '.join(store.taps)}. "
+            f"Fix: extract again with {' '.join(words)}"
         )
 
 
 MAX_ALPHA = 10.0
-"""Largest strength of a correction; far beyond what is of use."""
+"""Largest strength of a correction, far beyond any useful one."""
 
 
 def check_alpha(alpha: float) -> float:
     """Return `alpha`.
 
     Raises:
-        InputError: it is no number from 0 to MAX_ALPHA.
+        InputError: it is not a number from 0 to MAX_ALPHA.
     """
     if not 0 <= alpha <= MAX_ALPHA:
         raise InputError(f"alpha: expected 0 to {MAX_ALPHA:g}, got {alpha}")

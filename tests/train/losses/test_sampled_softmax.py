@@ -156,8 +156,8 @@ def test_only_so_many_tokens_are_frequent_the_most_frequent_ones(
     head = with_sampled_softmax(make_head(), counts, NUMBER)
 
     assert head.frequent is not None
-    assert head.frequent.num_rows == 10
-    assert torch.nonzero(head.frequent.is_one)[:, 0].tolist() == list(
+    assert int(head.frequent.is_frequent.sum()) == 10
+    assert torch.nonzero(head.frequent.is_frequent)[:, 0].tolist() == list(
         range(VOCABULARY - 10, VOCABULARY)
     )
     assert head.frequent.others.tolist() == list(range(VOCABULARY - 10))
@@ -183,7 +183,7 @@ def test_what_is_counted_is_what_stands_in_the_store(tmp_path: Path) -> None:
     assert found.tolist() == [tokens.count(token) for token in range(whole.vocab_size)]
     head = place_training_head(store, LossSettings(sampled_softmax=3), device=cpu)
     assert head.frequent is not None
-    assert head.frequent.num_rows == len(set(tokens))
+    assert int(head.frequent.is_frequent.sum()) == len(set(tokens))
     assert set(head.frequent.others.tolist()) == set(range(whole.vocab_size)) - set(tokens)
 
 
