@@ -133,7 +133,7 @@ def test_zarr_python_reads_every_array_as_we_do(store_tmp: Path, kind: Kind) -> 
             if kind.profile == "exact":
                 np.testing.assert_array_equal(raw[rows], unit.hidden[tap])
                 continue
-            # The formula of precision.py, with nothing of ours.
+            # The formula of quantization.py, computed here.
             scaled = (raw[rows].astype(np.float32) - 0x8080) * group[f"scale/token/{tap}"][rows][
                 :, None
             ]
@@ -172,7 +172,7 @@ assert not [name for name in sys.modules if name.startswith("carryon")]
 """
 
 
-def test_a_process_with_nothing_of_ours_reads_a_store_without_a_warning(store_tmp: Path) -> None:
+def test_a_process_without_this_package_reads_a_store_without_a_warning(store_tmp: Path) -> None:
     write_store(store_tmp / "store", make_given())
     done = subprocess.run(
         [sys.executable, "-c", PLAIN_ZARR, str(store_tmp / "store")],
