@@ -1,9 +1,8 @@
-"""Memory that is used again once nobody holds what was in it.
+"""A pool of large buffers that are reused once nobody holds them.
 
-Large arrays come from the system as pages that it must clear first, which takes longer than
-decoding a unit into them. Here a block goes back on a list when the last view of it is gone, and
-the next array of that size takes it from there. More blocks than were in use at one time never
-exist.
+New memory comes from the system as pages that it must clear first, which takes longer than
+decoding a unit into them. A block returns to the pool when the last view of it is gone, and the
+next array of that size takes it. There are never more blocks than were in use at one time.
 """
 
 import weakref
@@ -16,20 +15,20 @@ class BufferPool:
     """Lists of free blocks, safe to use from several threads."""
 
     def __init__(self, *, max_free: int) -> None:
-        """Hold nothing yet.
+        """Begin without blocks.
 
         Args:
-            max_free: blocks of a size that are kept for later; more go back to the system.
+            max_free: free blocks of one size that are kept; more go back to the system.
         """
         self.made_bytes = 0
-        """Of all blocks that were taken from the system."""
+        """Bytes of all blocks that were allocated."""
         self._most_free = max_free
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
 
     def take(self, num_bytes: int) -> NDArray[np.uint8]:
-        """Return an array [num_bytes] with anything in it.
+        """Return an uninitialized array [num_bytes].
 
-        Its memory is free again when the array is gone, and every view of it: slices, reshaped or
+        Its memory is free again when the array and every view of it are gone: slices, reshaped or
         retyped arrays, tensors made of them.
         """
         try:

@@ -1,7 +1,6 @@
-"""Where a run computes, and in which type the head is multiplied there.
+"""Choice of device and of matrix product dtype, and hints to the C allocator.
 
-Decided from what the hardware says of itself, never from a timing: the same machine always decides
-the same, so that runs can be repeated.
+Choices depend on the reported hardware, never on a timing: equal machines give equal runs.
 """
 
 import ctypes
@@ -20,19 +19,19 @@ def pick_device(name: str) -> torch.device:
     """Return the device called `name`; `auto` takes an accelerator where there is one.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: this machine has no such device.
     """
     if name == "auto":
         from accelerate import PartialState
 
-        found: torch.device = PartialState().device
-        return found
+        default: torch.device = PartialState().device
+        return default
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"device: expected one that is here, got {name!r}: {reason}") from error
+        raise InputError(f"device: expected one of this machine, got {name!r}: {reason}") from error
     return device
 
 
@@ -44,7 +43,7 @@ def pick_head_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def pick_chunk(chunk_tokens: int) -> int:
-    """Return the positions of a chunk of the loss; 0 takes what suits."""
+    """Return the positions of a chunk of the loss; 0: DEFAULT_CHUNK."""
     return chunk_tokens or DEFAULT_CHUNK
 
 
@@ -59,27 +58,23 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def reuse_freed_memory() -> None:
-    """Let the C library keep up to 64 MB of freed memory instead of handing it back at once.
+    """Let glibc keep up to 64 MB of freed memory instead of returning it at once.
 
-    What is handed back comes back as fresh pages: 27,000 page faults, a fifth of the time, in one
-    call of the loss. glibc raises its thresholds by itself when a block that it had mapped is
-    freed; they stop at 32 MB. Other C libraries do as they please.
+    Returned memory costs page faults when it is needed again: 27,000 of them, a fifth of the time,
+    in one call of the loss. glibc raises its thresholds, up to 32 MB, when it frees a mapped block.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def return_freed_memory() -> None:
-    """Let the C library hand back at once whatever is freed of 1 MB or more.
-
-    By itself it keeps freed blocks of up to 32 MB, between others that are in use.
-    """
+    """Let glibc return freed blocks of 1 MB or more at once; by default it keeps up to 32 MB."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def return_small_memory() -> None:
-    """Let the C library hand back what is free between small blocks: 50 MB after a step."""
+    """Let glibc return free memory between small blocks: 50 MB after a step."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""One writer a store: a lock that the operating system drops with the process."""
+"""One writer per store: a file lock that the operating system drops with the process."""
 
 import errno
 import fcntl
@@ -15,14 +15,14 @@ LOCK_PATH = "units/.lock"
 
 
 def refuse_busy(root: Path) -> None:
-    """Check, before any other work, that nobody writes to `root`; nothing is made or changed.
+    """Check, before other work, that no process writes to `root`; nothing is changed.
 
     Raises:
         StoreBusyError: another process holds the lock.
     """
     try:
         handle = os.open(root / LOCK_PATH, os.O_RDWR)
-    except OSError:  # no store yet, or one that cannot be written to: the lock itself will tell
+    except OSError:  # no store yet, or a read-only one: `write_lock` raises
         return
     try:
         _take(handle, root)
@@ -61,5 +61,5 @@ def _take(handle: int, root: Path) -> None:
             raise
         holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
         raise StoreBusyError(
-            f"{root}: process {holder} is writing to this store: wait for it, or stop it"
+            f"{root}: process {holder} is writing to this store. Fix: wait for it, or stop it"
         ) from error

@@ -33,7 +33,7 @@ def encode_head(head: Head) -> Iterator[tuple[str, bytes]]:
 
 
 def head_facts(head: Head) -> dict[str, Any]:
-    """Return what the manifest says of the head: everything but its arrays."""
+    """Return what the manifest says about the head: everything but its arrays."""
     return {
         "vocab_size": head.vocab_size,
         "logit_scale": head.logit_scale,
@@ -85,12 +85,12 @@ def read_head(root: Path, manifest: Manifest, *, tokens: NDArray[np.int32] | Non
 
 
 def map_head(root: Path, manifest: Manifest) -> Head:
-    """Return the head of the store at `root` with its rows in an unnamed temporary file, mapped.
+    """Return the head of the store at `root` with its rows memory-mapped from a temporary file.
 
-    Its pages are the file's: the system fetches them when they are read and drops them when it
-    needs the memory. Reading the chunks of the store each time instead would cost a decoding of
-    the whole head for every step. The file lies in the folder for temporary files (TMPDIR), which
-    should be on a disk, and goes with the process.
+    The system fetches pages when they are read and drops them when it needs the memory. Reading
+    chunks of the store instead would decode the whole head in every step. The file has no name,
+    lies in the folder for temporary files (TMPDIR), which should be on a disk, and goes with the
+    process.
 
     Raises:
         DamagedStoreError: a chunk is missing or is not the one that was written.

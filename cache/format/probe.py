@@ -1,9 +1,9 @@
-"""The probe: proof that hidden states, norm and head of a store belong together.
+"""The probe: a check that hidden states, norm and head of a store belong together.
 
-At planning time the base itself runs over the beginnings of a few samples. Kept are a few
-positions: their states at every tap, and the base's own top logits. Whoever opens the store can
-then check, with numpy alone, that head and norm make those logits of those states, and that the
-stored rows are those states. A wrong norm, layer or head is caught; it would train quietly.
+When a store is planned, the base runs over the beginnings of a few samples. Stored are a few
+positions: their states at every tap, and the base's own top logits. Opening the store checks with
+numpy that head and norm turn these states into these logits, and that the stored rows are these
+states. A wrong norm, layer or head would otherwise train without an error.
 Letters: P probe positions, D width, K logits kept of each.
 """
 
@@ -66,7 +66,7 @@ def read_probe(root: Path, manifest: Manifest) -> Probe:
 
 
 def check_head(probe: Probe, head: Head, *, name: str) -> None:
-    """Check that head and norm make the base's logits of the probe's states.
+    """Check that head and norm turn the probe's states into the base's logits.
 
     Args:
         probe: of the store.
@@ -74,15 +74,15 @@ def check_head(probe: Probe, head: Head, *, name: str) -> None:
         name: of the store, for errors.
 
     Raises:
-        DamagedStoreError: they do not; says by how much.
+        DamagedStoreError: they do not; names the error.
     """
     rows = np.arange(probe.top_ids.size, dtype=np.int32).reshape(probe.top_ids.shape)
     made = head.logits(probe.states["final"], rows)
     error = _rms(made - probe.top_logits) / max(_rms(probe.top_logits), 1e-6)
     if not error <= _HEAD_TOLERANCE:  # also when it is not a number
         raise DamagedStoreError(
-            f"{name}: the head does not make the base's logits of the probe's states: expected a "
-            f"relative error up to {_HEAD_TOLERANCE}, got {error:.3f}: head or logit scale is "
+            f"{name}: the head does not turn the probe's states into the base's logits: expected "
+            f"a relative error up to {_HEAD_TOLERANCE}, got {error:.3f}: head or logit scale is "
             "another base's",
             fix="extract into another folder",
         )
@@ -104,7 +104,7 @@ def check_states(
         name: of the store, for errors.
 
     Raises:
-        DamagedStoreError: they are other states, such as another layer's or those before a norm.
+        DamagedStoreError: they are not, but another layer's or those before a norm.
     """
     tolerance = _STATE_TOLERANCE + 2 * profile_error
     _compare(stored, probe.states[tap], tolerance=tolerance, what=f"{name}: tap {tap}")
@@ -113,8 +113,8 @@ def check_states(
 def channel_relative_error(made: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Return the RMS of (made - expected), each channel in units of its own RMS; [P, D] both.
 
-    Residual streams have channels a hundred times larger than the rest; unweighted they would
-    hide that everything else is wrong.
+    Some channels of a residual stream are a hundred times larger than the rest: unweighted, they
+    would hide errors in all others.
     """
     channel = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=0))
     channel = np.maximum(channel, channel.max() * 1e-4)
@@ -127,9 +127,9 @@ def _compare(
     error = channel_relative_error(made, expected)
     if not error <= tolerance:
         raise DamagedStoreError(
-            f"{what} does not hold what the base gave at the probe's positions: expected a "
-            f"relative error up to {tolerance:.3f}, got {error:.3f}: the states were taken "
-            "elsewhere (another layer, or the other side of a norm)",
+            f"{what} does not hold the base's states at the probe's positions: expected a relative "
+            f"error up to {tolerance:.3f}, got {error:.3f}: the states were taken elsewhere "
+            "(another layer, or the other side of a norm)",
             fix="extract into another folder",
         )
 

@@ -1,6 +1,6 @@
-"""Numbers in fewer bits: bfloat16 as raw bits, and the lossy profiles.
+"""Quantization: bfloat16 as raw bits, and the grids of the lossy profiles.
 
-A lossy profile stores each state on a uniform grid (scheme B of the measurements in the README):
+A lossy profile stores each state on a uniform grid:
 
     u = x / channel          channel = sqrt of the channel's RMS over the unit's ordinary tokens
     q = round(u / token)     token = step * RMS of the token's u
@@ -33,12 +33,12 @@ CODE_OFFSET = 0x8080
 """Code of q = 0: q in [-128, 127] keeps the high byte at 0x80."""
 _LARGEST_Q = 0x7F7F
 _BLOCK_VALUES = 1 << 16
-"""Values decoded at a time: 256 kB of float32, which a core's own cache holds through every
-pass. Over whole units the passes wait for memory: 0.35 GB/s of bfloat16 instead of 1."""
+"""Values decoded at a time: 256 kB of float32 stay in a core's cache through all passes. Over
+whole units the passes wait for memory: 0.35 GB/s of bfloat16 instead of 1."""
 _HIGH_HALF = 1 if sys.byteorder == "little" else 0
 _OUTLIER = 10.0
-"""A token whose norm is above this multiple of the unit's median (an attention sink) is left out
-of the channel statistics, which it would ruin."""
+"""Tokens whose norm is above this multiple of the unit's median (attention sinks) are left out of
+the channel statistics."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,13 +1,13 @@
-"""The base's last blocks in a store: from which kinds that merge are trained without the base.
+"""The base's last blocks in a store: `native` and `top` are trained from them without the base.
 
-`blocks/` holds the base's config, its final norm, and one safetensors file a block. They are
-rebuilt by transformers' own classes, as a decoder of the same class that has only these blocks and
-reads hidden states. Before anything is stored that decoder is run on a few tokens beside the base;
-an architecture whose blocks cannot be cut out like this is refused.
+`blocks/` holds the base's config, its final norm, and one safetensors file per block. transformers
+rebuilds them as a decoder of the base's class that has only these blocks and reads hidden states.
+Before they are stored, that decoder is compared with the base on a few tokens: an architecture
+whose blocks do not run alone is refused.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # the trainer reads blocks and loads no base
     from carryon.cache.base.model import Base
 
 CONFIG_PATH = "blocks/config.json"
-_PROOF_TOKENS = 12
-_PROOF_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+_COMPARED_TOKENS = 12
+_MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class Blocks:
     config: dict[str, Any]
     """The base's own config (of its text part), as transformers writes it."""
     names: dict[str, str]
-    """How the decoder calls its list of `blocks` and its final `norm`."""
+    """Attributes of the decoder that hold its list of `blocks` and its final `norm`."""
     norm: dict[str, Tensor]
     """Weights of the final norm."""
     blocks: list[dict[str, Tensor]]
@@ -50,7 +50,7 @@ class Blocks:
 
 
 def read_blocks(base: "Base", number: int) -> Blocks:
-    """Return the last `number` blocks of a loaded base, proved to do what the base does.
+    """Return the last `number` blocks of a loaded base, after comparing them with the base.
 
     Raises:
         InputError: it has fewer blocks, or they cannot be run alone.
@@ -62,7 +62,7 @@ def read_blocks(base: "Base", number: int) -> Blocks:
             f"got {number}"
         )
     architecture, dtype = base.architecture, _stored_dtype(base)
-    found = Blocks(
+    blocks = Blocks(
         config=json.loads(base.model.config.get_text_config().to_json_string(use_diff=False)),
         names={
             name: next(
@@ -73,8 +73,8 @@ def read_blocks(base: "Base", number: int) -> Blocks:
         norm=_weights(architecture.norm, dtype),
         blocks=[_weights(block, dtype) for block in list(architecture.blocks)[-number:]],
     )
-    _prove(base, found)
-    return found
+    _compare_with_base(base, blocks)
+    return blocks
 
 
 def build_decoder(
@@ -85,8 +85,8 @@ def build_decoder(
     Args:
         blocks: of the base.
         number: of blocks to build.
-        with_weights: give them the weights of the base's last blocks; else they are as
-            transformers begins them. The final norm is always the base's.
+        with_weights: give them the weights of the base's last blocks, else transformers' random
+            ones. The final norm is always the base's.
         attention: backend.
     """
     from transformers import AutoModel
@@ -125,32 +125,30 @@ def repeat_last(kinds: list[str], number: int) -> list[str]:
 
 
 def block_files(base: "Base", number: int) -> dict[str, bytes]:
-    """Return (path, content) of each file that keeps a base's last `number` blocks; 0: none.
+    """Return path and content of each file that stores a base's last `number` blocks; 0: none.
 
     Raises:
         InputError: as `read_blocks`.
     """
-    return dict(_encode(read_blocks(base, number))) if number else {}
-
-
-def _encode(blocks: Blocks) -> Iterator[tuple[str, bytes]]:
+    if not number:
+        return {}
+    blocks = read_blocks(base, number)
     facts = {"config": blocks.config, "names": blocks.names, "blocks": len(blocks.blocks)}
-    yield CONFIG_PATH, json_bytes(facts)
-    yield "blocks/norm.safetensors", save(blocks.norm)
-    for index, weights in enumerate(blocks.blocks):
-        yield f"blocks/{index}.safetensors", save(weights)
+    files = {CONFIG_PATH: json_bytes(facts), "blocks/norm.safetensors": save(blocks.norm)}
+    weights = enumerate(blocks.blocks)
+    return files | {f"blocks/{index}.safetensors": save(block) for index, block in weights}
 
 
 def load_blocks(root: Path, manifest: Manifest) -> Blocks:
     """Return the blocks of the store at `root`.
 
     Raises:
-        InputError: it was made without any.
+        InputError: the store was made without blocks.
         DamagedStoreError: a file is missing or is not the one that was written.
     """
     if not manifest.num_blocks:
         raise InputError(
-            f"{root}: expected a store with the base's last blocks, it has none: extract with "
+            f"{root}: expected a store with the base's last blocks, got none. Fix: extract with "
             "--with-blocks K, or train a bottleneck"
         )
 
@@ -173,8 +171,10 @@ def load_blocks(root: Path, manifest: Manifest) -> Blocks:
 
 
 def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    found = module.state_dict()
-    return {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in found.items()}
+    return {
+        name: weight.detach().to("cpu", dtype).contiguous()
+        for name, weight in module.state_dict().items()
+    }
 
 
 def _stored_dtype(base: "Base") -> torch.dtype:
@@ -183,31 +183,31 @@ def _stored_dtype(base: "Base") -> torch.dtype:
     return base.checkpoint_dtype if is_widened else base.compute_dtype
 
 
-def _prove(base: "Base", blocks: Blocks) -> None:
+def _compare_with_base(base: "Base", blocks: Blocks) -> None:
     from carryon.cache.base.hooks import capture
 
     number = len(blocks.blocks)
     tap = f"layer.{base.identity.num_layers - number}"
-    tokens = torch.arange(_PROOF_TOKENS)[None] % base.identity.vocab_size
+    tokens = torch.arange(_COMPARED_TOKENS)[None] % base.identity.vocab_size
     states = capture(base, [tap, "final"], tokens)
     try:
         decoder: Any = build_decoder(blocks, number, with_weights=True, attention=base.attention)
         decoder.eval()
         with torch.inference_mode():
-            found = decoder(
+            alone = decoder(
                 inputs_embeds=states[tap].float().cpu(), use_cache=False
             ).last_hidden_state
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise _refusal(base, f"they do not run alone: {reason}") from error
     expected = states["final"].float().cpu()
-    error_size = float((found - expected).norm() / expected.norm())
-    if not error_size <= _PROOF_ERROR[base.compute_dtype]:
-        raise _refusal(base, f"run alone they are {error_size:.2g} off what the base computes")
+    relative_error = float((alone - expected).norm() / expected.norm())
+    if not relative_error <= _MAX_ERROR[base.compute_dtype]:
+        raise _refusal(base, f"their relative error without the base is {relative_error:.2g}")
 
 
 def _refusal(base: "Base", reason: str) -> InputError:
     return InputError(
-        f"{base.identity.architecture}: expected blocks that can be cut out of the base, but "
-        f"{reason}: leave out --with-blocks"
+        f"{base.identity.architecture}: expected blocks that run without the base, but {reason}. "
+        "Fix: leave out --with-blocks"
     )

@@ -25,7 +25,7 @@ def test_a_second_writer_is_refused_at_once_and_the_first_is_unharmed(
     first = start_extraction(tiny_base_folder, store_data, root, held_at=receipt_path(2))
     first.wait_for("held")
     before = files_below(root)
-    busy = f"process {first.process.pid} is writing to this store: wait for it, or stop it"
+    busy = f"process {first.process.pid} is writing to this store. Fix: wait for it, or stop it"
     started_at = time.perf_counter()
     with pytest.raises(StoreBusyError, match=busy):
         extract_tiny(tiny_base, store_data, root)

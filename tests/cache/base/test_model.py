@@ -223,7 +223,9 @@ def test_gguf_file_is_a_base(tmp_path: Path) -> None:
 
 def test_unknown_device_is_refused(tiny_base_folder: Path) -> None:
     for device in ("gpu9", "cuda:99"):
-        with pytest.raises(InputError, match=f"device: expected one that is here, got '{device}'"):
+        with pytest.raises(
+            InputError, match=f"device: expected one of this machine, got '{device}'"
+        ):
             load_base(str(tiny_base_folder), forward=ForwardSettings(device=device))
 
 

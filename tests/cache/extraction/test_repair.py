@@ -216,7 +216,7 @@ def test_a_store_whose_files_contradict_each_other_is_not_repaired(store_tmp: Pa
     given.hidden["layer.1"][:] = given.hidden["final"]
     write_units(root, manifest, given, range(manifest.num_units))
     before = files_below(root)
-    with pytest.raises(DamagedStoreError, match="tap layer.1 does not hold what the base gave"):
+    with pytest.raises(DamagedStoreError, match="tap layer.1 does not hold the base.s states"):
         repair_tiny(root, NO_BASE)
     assert files_below(root) == before
 

@@ -20,7 +20,7 @@ from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
 
 TAPS = ["final", "prenorm", "layer.1", "layer.2"]
-HEAD = "the head does not make the base's logits"
+HEAD = "the head does not turn the probe's states into"
 
 
 @dataclass(frozen=True, kw_only=True)

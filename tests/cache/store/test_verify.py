@@ -258,7 +258,7 @@ def test_the_meaning_of_an_unfinished_store_is_checked_too(store_tmp: Path) -> N
     write_units(root, manifest, given, [0])
     problems = [each for each in verify(root, depth="quick").problems if not each.is_missing_unit]
     assert [problem.path for problem in problems] == ["probe"]
-    assert "tap layer.1 does not hold what the base gave" in problems[0].text
+    assert "tap layer.1 does not hold the base's states" in problems[0].text
 
 
 def test_a_folder_without_a_store_is_an_error(tmp_path: Path) -> None:
