@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Self, TypeVar
 
 LINE_S, LINE_RATIO, MIN_LINE_S = 10.0, 0.1, 1.0
-_LINE = "{desc}: {percentage:.0f}% ({n_fmt} of {total_fmt}), {rate_fmt}, {remaining} left"
+_LINE = "{desc}: {percentage:.0f}% ({n_fmt} of {total_fmt}), {rate_noinv_fmt}, {remaining} left"
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Progress:
         self._total = total
         self._count: float = 0
         self._line_count: float = 0
-        self._style = {"unit": f" {unit}", "unit_scale": unit in ("B", "tokens")}
+        self._style = {"unit": unit, "unit_scale": unit in ("B", "tokens")}
         self._name = name
         self._bar: Any = None
         self._is_on = logger.isEnabledFor(logging.INFO) and is_main_process() and total > 0
@@ -75,9 +75,10 @@ class Progress:
         from tqdm import tqdm
 
         self._line_at, self._line_count = now, self._count
-        counts, elapsed_s = (self._count, self._total), now - self._started_at
         style = {**self._style, "prefix": self._name, "bar_format": _LINE}
-        line = " ".join(tqdm.format_meter(*counts, elapsed_s, **style).split())
+        style["unit"] = f" {style['unit']}"
+        meter = tqdm.format_meter(self._count, self._total, now - self._started_at, **style)
+        line = " ".join(meter.split())
         logger.info(f"{line}, {self.note}" if self.note else line)
 
 

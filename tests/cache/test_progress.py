@@ -66,6 +66,7 @@ def test_a_slow_loop_gets_a_line_every_ten_seconds(
     caplog.set_level(logging.INFO, logger="carryon")
     run_loop(clock, steps=1000, step_s=5.0)
     assert len(caplog.messages) == 500
+    assert caplog.messages[0] == "work: 0% (2 of 1000), 0.20 steps/s, 1:23:10 left, loss 1"
 
 
 def test_a_fast_loop_gets_one_line_a_second_at_most(
