@@ -186,7 +186,7 @@ def test_a_bottleneck_needs_the_tap_that_it_corrects(tmp_path: Path) -> None:
     """The error says how to extract it."""
     place = make_place(tmp_path, taps=["layer.1"])
     with pytest.raises(
-        InputError, match=r"it has layer.1: extract again with --taps layer.1 final$"
+        InputError, match=r"got layer.1. Fix: extract again with --taps layer.1 final$"
     ):
         fit(place, tmp_path / "run", taps=["layer.1"])
 
@@ -279,7 +279,7 @@ def test_a_store_of_more_blocks_serves_fewer(tmp_path: Path) -> None:
         ({"kind": "top", "blocks": 2}, "--taps layer.2 layer.1 --with-blocks 2"),
         ({"kind": "native"}, "--taps layer.2 prenorm --with-blocks 1"),
     ):
-        with pytest.raises(InputError, match=f"it has layer.2: extract again with {words}$"):
+        with pytest.raises(InputError, match=f"got layer.2. Fix: extract again with {words}$"):
             fit(place, tmp_path / "other", **shape)  # type: ignore[arg-type]
 
 
