@@ -34,11 +34,10 @@ class Progress:
     def __init__(self, total: float, *, name: str, unit: str) -> None:
         self.note = ""
         """Shown after the counts, such as the newest loss."""
-        self._total = total
+        self._name, self._total = name, total
         self._count: float = 0
         self._line_count: float = 0
         self._style = {"unit": unit, "unit_scale": unit in ("B", "tokens")}
-        self._name = name
         self._bar: Any = None
         self._is_on = logger.isEnabledFor(logging.INFO) and is_main_process() and total > 0
         self._started_at = self._line_at = time.monotonic()
