@@ -29,7 +29,7 @@ from carryon.cache.format.zarr_metadata import (
 MAX_FREE = 32
 """Arrays whose memory is kept for reuse: those of a few units with a few taps."""
 _BLOSC_BYTES = 64
-"""Blosc adds a few bytes to what it cannot make smaller."""
+"""Blosc adds a few bytes to data that it cannot compress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,7 @@ _MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
-    """The last blocks of a base, and what is needed to run them."""
+    """The last blocks of a base, with config and norm to run them."""
 
     config: dict[str, Any]
     """The base's own config (of its text part), as transformers writes it."""
@@ -100,7 +100,7 @@ def build_decoder(
         own = getattr(model, blocks.names["blocks"])
         for block, weights in zip(own, blocks.blocks[-number:], strict=True):
             block.load_state_dict(weights)
-    model.set_input_embeddings(nn.Identity())  # states stand in
+    model.set_input_embeddings(nn.Identity())  # it reads hidden states
     return model
 
 
@@ -199,7 +199,7 @@ def _compare_with_base(base: "Base", blocks: Blocks) -> None:
             ).last_hidden_state
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _refusal(base, f"they do not run alone: {reason}") from error
+        raise _refusal(base, f"they do not run without it: {reason}") from error
     expected = states["final"].float().cpu()
     relative_error = float((alone - expected).norm() / expected.norm())
     if not relative_error <= _MAX_ERROR[base.compute_dtype]:

@@ -13,7 +13,7 @@ def address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def test_memory_is_used_again_when_its_array_is_gone() -> None:
+def test_memory_is_reused_when_its_array_is_gone() -> None:
     pool = BufferPool(max_free=8)
     array = pool.take(1000)
     first = address(array)
@@ -21,7 +21,7 @@ def test_memory_is_used_again_when_its_array_is_gone() -> None:
     assert address(pool.take(1000)) == first
 
 
-def test_memory_is_not_used_again_while_any_view_of_it_is_held() -> None:
+def test_memory_is_not_reused_while_a_view_of_it_is_held() -> None:
     pool = BufferPool(max_free=8)
     array = pool.take(1000)
     first = address(array)
@@ -40,7 +40,7 @@ def test_memory_is_not_used_again_while_any_view_of_it_is_held() -> None:
     assert first in {address(array) for array in several}
 
 
-def test_another_size_takes_other_memory() -> None:
+def test_arrays_of_another_size_share_no_memory() -> None:
     pool = BufferPool(max_free=8)
     array = pool.take(1600)
     first = address(array)
@@ -51,7 +51,7 @@ def test_another_size_takes_other_memory() -> None:
     assert pool.made_bytes == 2600
 
 
-def test_no_more_blocks_are_kept_than_asked_for() -> None:
+def test_no_more_than_max_free_blocks_are_kept() -> None:
     pool = BufferPool(max_free=2)
     arrays = [pool.take(1000) for _ in range(4)]
     arrays.clear()
@@ -61,7 +61,7 @@ def test_no_more_blocks_are_kept_than_asked_for() -> None:
     assert pool.made_bytes == 6000
 
 
-def test_nothing_at_all_can_be_taken() -> None:
+def test_an_empty_array_can_be_taken() -> None:
     assert BufferPool(max_free=8).take(0).shape == (0,)
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes of files and folders."""
 
 import errno
 import os
@@ -86,12 +86,12 @@ def test_no_space_left_names_the_file(tmp_path: Path, number: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def test_another_error_of_the_disk_stays_what_it_is(tmp_path: Path) -> None:
+def test_other_disk_errors_are_unchanged(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), disk_full_named(tmp_path):
         raise PermissionError(errno.EACCES, "not yours")
 
 
-def test_json_has_one_form(tmp_path: Path) -> None:
+def test_json_has_one_canonical_form(tmp_path: Path) -> None:
     content = write_json(tmp_path / "a.json", {"b": 1, "a": {"d": [1.5, None], "c": "\u00e9"}})
     assert content == json_bytes({"a": {"c": "\u00e9", "d": [1.5, None]}, "b": 1})
     assert (tmp_path / "a.json").read_bytes() == content

@@ -1,4 +1,4 @@
-"""A mapped head is the stored one, in pages that a file stands behind."""
+"""A memory-mapped head equals the stored one."""
 
 import tempfile
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def _store(root: Path, *, bias: bool = False, **head: Any) -> tuple[Path, Manife
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("softcap", "logit_scale"), [(None, 1.0), (5.0, 0.5)])
-def test_a_mapped_head_is_the_stored_one(
+def test_a_mapped_head_equals_the_stored_one(
     tmp_path: Path, bias: bool, softcap: float | None, logit_scale: float
 ) -> None:
     root, manifest = _store(tmp_path, bias=bias, softcap=softcap, logit_scale=logit_scale)
@@ -81,7 +81,7 @@ def test_a_damaged_head_is_not_mapped(tmp_path: Path) -> None:
         map_head(root, manifest)
 
 
-def test_no_space_for_a_mapped_head_is_said(
+def test_a_full_disk_is_named_when_a_head_is_mapped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, manifest = _store(tmp_path)

@@ -27,12 +27,12 @@ def manifest(root: Path) -> Manifest:
     return read_manifest(root)
 
 
-def test_what_is_read_is_what_was_written(manifest: Manifest) -> None:
+def test_reading_returns_the_written_values(manifest: Manifest) -> None:
     document = group_document({"carryon": manifest.to_dict()})
     assert parse_manifest(json_bytes(document), name="x", is_mirrored=False) == manifest
 
 
-def test_a_changed_byte_anywhere_is_noticed(root: Path) -> None:
+def test_a_changed_byte_anywhere_is_detected(root: Path) -> None:
     path = root / "zarr.json"
     content = path.read_bytes()
     for offset in range(0, len(content), 23):
@@ -42,7 +42,7 @@ def test_a_changed_byte_anywhere_is_noticed(root: Path) -> None:
         path.write_bytes(content)
 
 
-def test_a_manifest_edited_by_hand_is_noticed(root: Path) -> None:
+def test_a_manifest_edited_by_hand_is_detected(root: Path) -> None:
     path = root / "zarr.json"
     document = json.loads(path.read_bytes())
     document["attributes"]["carryon"]["settings"]["seed"] = 5
@@ -51,7 +51,7 @@ def test_a_manifest_edited_by_hand_is_noticed(root: Path) -> None:
         read_manifest(root)
 
 
-def test_the_same_values_in_another_form_are_noticed(root: Path) -> None:
+def test_the_same_values_in_another_form_are_detected(root: Path) -> None:
     path = root / "zarr.json"
     document = json.loads(path.read_bytes())
     path.write_text(json.dumps(document))
@@ -72,7 +72,7 @@ def test_the_same_values_in_another_form_are_noticed(root: Path) -> None:
     ],
     ids=["unknown key", "another width", "another fingerprint"],
 )
-def test_a_right_digest_over_wrong_values_does_not_help(
+def test_a_recomputed_digest_does_not_hide_changed_values(
     manifest: Manifest, change: dict[str, Any]
 ) -> None:
     values = manifest.to_dict() | change
@@ -82,7 +82,7 @@ def test_a_right_digest_over_wrong_values_does_not_help(
         Manifest.from_dict(values, name="x")
 
 
-def test_another_group_is_not_damaged_unless_a_copy_says_that_it_is_ours() -> None:
+def test_another_group_counts_as_damaged_only_beside_a_copy_of_a_manifest() -> None:
     content = json_bytes(group_document({"theirs": 1}))
     with pytest.raises(StoreError, match="not a store of carryon") as caught:
         parse_manifest(content, name="x", is_mirrored=False)
@@ -110,7 +110,7 @@ def test_the_fingerprint_changes_with_the_content(
     assert replace(manifest, **change).fingerprint != manifest.fingerprint
 
 
-def test_the_fingerprint_does_not_change_with_where_the_base_was_found(
+def test_the_fingerprint_does_not_depend_on_the_location_of_the_base(
     manifest: Manifest,
 ) -> None:
     moved = replace(manifest, base=manifest.base | {"id": "elsewhere", "revision": "abc"})
@@ -119,7 +119,7 @@ def test_the_fingerprint_does_not_change_with_where_the_base_was_found(
     assert origin_of(moved, 0) == origin_of(manifest, 0)
 
 
-def test_the_origin_of_a_unit_is_its_own_and_survives_an_append(manifest: Manifest) -> None:
+def test_the_origin_differs_per_unit_and_survives_an_append(manifest: Manifest) -> None:
     assert origin_of(manifest, 0) != origin_of(manifest, 1)
     more = replace(
         manifest.parts[0],

@@ -85,10 +85,12 @@ LIES = [
 
 @pytest.mark.parametrize("profile", ["exact", "compact"])
 @pytest.mark.parametrize("case", LIES, ids=lambda case: case.id)
-def test_a_store_that_lies_is_refused_on_opening(store_tmp: Path, case: Lie, profile: str) -> None:
+def test_inconsistent_states_head_or_norm_are_refused_on_opening(
+    store_tmp: Path, case: Lie, profile: str
+) -> None:
     settings = StoreSettings.from_dict(SETTINGS.to_dict() | {"taps": TAPS, "profile": profile})
     honest = make_given(settings=settings, **(case.head or {}))
-    # What the base really gave is in the pilot; what is stored is told otherwise.
+    # The pilot holds the base's true states; the stored facts differ from them.
     write_store(store_tmp / "store", case.tell(honest))
     with pytest.raises(DamagedStoreError, match=f"store: ?{case.text}"):
         Store.open(store_tmp / "store")
@@ -98,13 +100,13 @@ def test_a_store_that_lies_is_refused_on_opening(store_tmp: Path, case: Lie, pro
 
 @pytest.mark.parametrize("profile", ["exact", "compact"])
 @pytest.mark.parametrize("head", [{}, {"softcap": 4.0}, {"logit_scale": 0.25}], ids=str)
-def test_an_honest_store_is_not(store_tmp: Path, profile: str, head: dict[str, Any]) -> None:
+def test_a_consistent_store_opens(store_tmp: Path, profile: str, head: dict[str, Any]) -> None:
     settings = StoreSettings.from_dict(SETTINGS.to_dict() | {"taps": TAPS, "profile": profile})
     write_store(store_tmp / "store", make_given(settings=settings, **head))
     assert Store.open(store_tmp / "store").taps == TAPS
 
 
-def test_states_computed_in_other_batches_are_not_a_lie(store_tmp: Path) -> None:
+def test_states_computed_in_other_batches_are_accepted(store_tmp: Path) -> None:
     given = make_given(settings=StoreSettings.from_dict(SETTINGS.to_dict() | {"taps": TAPS}))
     random = np.random.default_rng(0)
     noisy = {
@@ -115,7 +117,7 @@ def test_states_computed_in_other_batches_are_not_a_lie(store_tmp: Path) -> None
     assert Store.open(store_tmp / "store").taps == TAPS
 
 
-def test_logits_that_are_no_numbers_are_refused(store_tmp: Path) -> None:
+def test_nan_logits_are_refused(store_tmp: Path) -> None:
     weight = np.full((256, 16), np.nan, dtype=np.float32)
     given = with_head(weight=bfloat16_bits(weight))(make_given())
     write_store(store_tmp / "store", given)

@@ -1,4 +1,4 @@
-"""Bytes changed anywhere in a store: noticed, named, never read as numbers, put right."""
+"""Bytes changed anywhere in a store are detected, named, never returned as data, and repaired."""
 
 import random
 import re
@@ -69,7 +69,7 @@ def test_a_changed_byte_in_any_kind_of_file_is_named(store_folder: Path) -> None
     assert verify(store_folder, depth="full").is_complete
 
 
-def test_a_changed_byte_in_any_kind_of_file_is_never_read_as_numbers(store_folder: Path) -> None:
+def test_a_changed_byte_in_any_kind_of_file_is_never_returned_as_data(store_folder: Path) -> None:
     expected = readable_content(store_folder)
     picks = random.Random(1)
     for kind, path in one_of_each_kind(store_folder).items():
@@ -86,7 +86,7 @@ NOT_READ = {"units/c/N"}
 
 
 @pytest.mark.slow
-def test_bytes_changed_at_random_are_noticed_named_and_put_right(
+def test_bytes_changed_at_random_are_detected_named_and_repaired(
     store_folder: Path, tiny_base: Base, request: pytest.FixtureRequest
 ) -> None:
     rounds = request.config.getoption("--corruption-rounds")
@@ -175,7 +175,7 @@ def test_a_part_of_a_shard_is_read_while_another_part_is_damaged(store_folder: P
 
 
 @pytest.mark.parametrize("profile", ["near", "compact"])
-def test_scales_of_a_lossy_store_are_guarded_as_well(store_tmp: Path, profile: str) -> None:
+def test_damaged_scales_of_a_lossy_store_are_detected(store_tmp: Path, profile: str) -> None:
     settings = StoreSettings.from_dict(SETTINGS.to_dict() | {"profile": profile})
     root = store_tmp / "store"
     write_store(root, make_given(settings=settings))
@@ -191,9 +191,7 @@ def test_scales_of_a_lossy_store_are_guarded_as_well(store_tmp: Path, profile: s
         (root / path).write_bytes(original)
 
 
-def test_one_file_of_every_kind_damaged_at_once_is_put_right(
-    store_folder: Path, tiny_base: Base
-) -> None:
+def test_one_damaged_file_of_every_kind_is_repaired(store_folder: Path, tiny_base: Base) -> None:
     original = files_below(store_folder)
     kinds = {
         kind: path
@@ -209,7 +207,7 @@ def test_one_file_of_every_kind_damaged_at_once_is_put_right(
     assert report.computed_units == [last_unit]
 
 
-def test_every_copy_damaged_at_once_is_put_right_without_the_base(store_folder: Path) -> None:
+def test_all_copies_damaged_at_once_are_repaired_without_the_base(store_folder: Path) -> None:
     original = files_below(store_folder)
     copies = [path for path in original if path.startswith("units/copy/")]
     for path in copies:
@@ -224,7 +222,7 @@ def test_every_copy_damaged_at_once_is_put_right_without_the_base(store_folder: 
     assert files_below(store_folder) == original
 
 
-def test_damage_within_an_unfinished_store_is_noticed_and_put_right(
+def test_damage_within_an_unfinished_store_is_detected_and_repaired(
     tiny_base: Base, store_data: Path, store_original: Path, store_tmp: Path
 ) -> None:
     root = store_tmp / "store"

@@ -25,7 +25,7 @@ def grown(
     return root
 
 
-def test_each_part_reads_as_a_store_of_its_own(
+def test_each_part_reads_as_a_store_with_only_its_samples(
     grown: Path, store_original: Path, store_more_data: Path, tiny_base: Base, tmp_path: Path
 ) -> None:
     extract_tiny(tiny_base, store_more_data, tmp_path / "alone")
@@ -72,7 +72,7 @@ def test_a_sample_of_another_part_is_refused(grown: Path) -> None:
             part.read_unit(-1)
 
 
-def test_a_part_that_is_not_there_is_named(grown: Path) -> None:
+def test_a_missing_part_is_named(grown: Path) -> None:
     with pytest.raises(InputError, match="expected a part from 1 to 2, got 3"):
         Store.open(f"{grown}#3")
     assert Store.open(str(grown)).fingerprint == Store.open(grown).fingerprint

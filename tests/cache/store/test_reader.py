@@ -71,7 +71,7 @@ def rows_of(given: Given, tap: str, unit: int) -> np.ndarray[Any, Any]:
 
 
 @named(EXACT)
-def test_what_is_read_is_what_was_written(store_tmp: Path, kind: Kind) -> None:
+def test_reading_returns_the_written_values(store_tmp: Path, kind: Kind) -> None:
     given = make_given(settings=kind.settings)
     write_store(store_tmp / "store", given)
     store = Store.open(store_tmp / "store")
@@ -209,7 +209,7 @@ def test_the_reader_reads_what_zarr_python_wrote(store_tmp: Path, kind: Kind) ->
             np.testing.assert_array_equal(unit.hidden[tap], expected.hidden[tap])
 
 
-def test_a_chunk_of_zeros_that_zarr_python_left_out_is_not_taken_for_zeros(
+def test_a_chunk_of_zeros_that_zarr_python_left_out_is_reported_as_missing(
     store_tmp: Path,
 ) -> None:
     # Its default: then "lost" and "zero" look alike.
@@ -298,7 +298,7 @@ def test_units_cover_every_sample_once_and_in_order(store: Store) -> None:
     assert store.num_tokens == int(store.sample_lengths.sum())
 
 
-def test_held_out_samples_have_units_of_their_own(store: Store) -> None:
+def test_held_out_samples_share_no_unit_with_others(store: Store) -> None:
     kinds = [
         {int(store.sample_held_out[sample]) for sample in store.unit_samples(unit)}
         for unit in range(store.num_units)
@@ -321,7 +321,7 @@ def test_rows_after_the_last_sample_of_a_unit_are_zero(store: Store) -> None:
     assert num_unused > 0
 
 
-def test_a_unit_may_be_read_with_no_tap_at_all(store: Store) -> None:
+def test_a_unit_can_be_read_without_taps(store: Store) -> None:
     assert store.read_unit(0, taps=[]).hidden == {}
 
 
@@ -352,7 +352,7 @@ class Refused:
     ],
     ids=lambda case: case.id,
 )
-def test_what_is_not_there_is_refused_by_name(store: Store, case: Refused) -> None:
+def test_missing_samples_tokens_and_taps_are_refused_by_name(store: Store, case: Refused) -> None:
     with pytest.raises(InputError, match=case.text):
         store.read_sample(**case.arguments)
 
@@ -370,7 +370,7 @@ def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unfinished_store_is_refused_unless_asked_for(store: Store) -> None:
+def test_an_unfinished_store_is_refused_unless_allowed(store: Store) -> None:
     missing = store.num_units - 1
     (store.root / receipt_path(missing)).unlink()
     with pytest.raises(UnfinishedStoreError, match=f"1 of {store.num_units} units are not extr"):
@@ -405,7 +405,7 @@ def opened_by_opening(root: Path) -> tuple[int, list[str]]:
     return store.num_units, opened
 
 
-def test_arrays_in_use_keep_their_numbers_while_others_are_read(store: Store) -> None:
+def test_arrays_in_use_keep_their_values_while_others_are_read(store: Store) -> None:
     # Memory is used again once nobody holds an array: a view of any kind must hold it.
     held: list[tuple[torch.Tensor, bytes]] = []
     for unit in range(store.num_units):
@@ -464,7 +464,7 @@ def test_iterating_over_an_unfinished_store_yields_what_is_finished(store: Store
         part[missing[0]]
 
 
-def test_a_store_says_what_it_is(store: Store) -> None:
+def test_repr_names_path_size_states_and_base(store: Store) -> None:
     assert repr(store) == (
         f"<Store {str(store.root)!r}: 20 samples, {store.num_tokens} tokens in {store.num_units} "
         "units; taps final layer.1, 16 x bfloat16; base tiny>"

@@ -1,4 +1,4 @@
-"""Writing a unit: what is refused, before anything of it is written."""
+"""Inputs that writing a unit refuses, before it writes a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_not_finite_bits_of_bfloat16_are_refused_too(planned: Planned) -> None:
     planned.refuses(hidden, "tap final: a state is not finite as bfloat16, in sample .* at token 0")
 
 
-def test_every_pattern_of_a_number_that_is_none_is_refused(planned: Planned) -> None:
+def test_every_bit_pattern_of_nan_and_infinity_is_refused(planned: Planned) -> None:
     # Rounding all ones to bfloat16 carries out of the word: it would be stored as 0.
     for bits in (0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001):
         hidden = planned.hidden_of(1)
@@ -116,7 +116,7 @@ def test_states_of_other_taps_are_refused(planned: Planned) -> None:
 @pytest.mark.parametrize(
     "shape", [(UNIT_TOKENS - 1, WIDTH), (UNIT_TOKENS + 1, WIDTH), (UNIT_TOKENS, WIDTH - 1)]
 )
-def test_states_that_are_not_one_row_a_token_are_refused(
+def test_states_without_one_row_per_row_of_the_unit_are_refused(
     planned: Planned, shape: tuple[int, int]
 ) -> None:
     hidden = planned.hidden_of(1)
@@ -133,7 +133,7 @@ def test_states_in_rows_of_no_sample_are_refused(planned: Planned) -> None:
     planned.refuses(hidden, f"tap final: expected 0 in the rows after the last .*{num_tokens} tok")
 
 
-def test_a_unit_may_be_written_twice(planned: Planned) -> None:
+def test_a_unit_can_be_written_twice(planned: Planned) -> None:
     units = range(planned.manifest.num_units)
     write_units(planned.root, planned.manifest, planned.given, units)
     before = files_below(planned.root)

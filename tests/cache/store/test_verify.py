@@ -235,10 +235,10 @@ def assert_foreign(root: Path) -> None:
         Store.open(root).read_unit(1)
 
 
-# Unfinished stores, and what is no store
+# Unfinished stores, and folders that are not stores
 
 
-def test_missing_units_are_said_to_be_missing_not_damaged(store_tmp: Path) -> None:
+def test_missing_units_are_reported_as_missing_not_as_damaged(store_tmp: Path) -> None:
     given, root = make_given(), store_tmp / "store"
     with small_pieces():
         manifest = plan_given(root, given)
@@ -250,7 +250,7 @@ def test_missing_units_are_said_to_be_missing_not_damaged(store_tmp: Path) -> No
     assert all(problem.is_missing_unit for problem in report.problems)
 
 
-def test_the_meaning_of_an_unfinished_store_is_checked_too(store_tmp: Path) -> None:
+def test_the_probe_of_an_unfinished_store_is_checked(store_tmp: Path) -> None:
     given, root = make_given(), store_tmp / "store"
     with small_pieces():
         manifest = plan_given(root, given)
@@ -267,7 +267,7 @@ def test_a_folder_without_a_store_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_zarr_group_of_someone_else_is_no_store(tmp_path: Path) -> None:
+def test_another_zarr_group_is_not_a_store(tmp_path: Path) -> None:
     group = zarr.open_group(tmp_path / "theirs", mode="w")
     group.create_array("numbers", shape=(UNIT_TOKENS, WIDTH), dtype="float32")
     with pytest.raises(StoreError, match="a Zarr group, but not a store of carryon") as caught:

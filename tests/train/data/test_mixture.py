@@ -122,7 +122,7 @@ def test_what_is_not_in_a_mix_is_refused_by_name(folders: tuple[Path, Path]) -> 
         mixed.read_unit(99)
 
 
-def test_a_mix_says_what_it_is_and_shares_the_head(folders: tuple[Path, Path]) -> None:
+def test_repr_of_a_mix_names_its_stores_and_the_head_is_shared(folders: tuple[Path, Path]) -> None:
     mixed, first = _mix(folders, 1, 1), Store.open(folders[0])
     assert repr(mixed) == (
         f"<MixedStore '{folders[0]} + {folders[1]}': 64 samples, {mixed.num_tokens:,} tokens in "
@@ -218,11 +218,13 @@ def test_stores_that_do_not_fit_are_refused_with_both_values(
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_are_as_many_as_stores(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_number_of_weights_must_equal_the_number_of_stores(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="store_weights: expected 2 as there are stores, got 3"):
         train_tiny(folders, tmp_path / "run", store_weights=[1.0, 1.0, 1.0])
 
 
-def test_the_same_store_twice_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_store_given_twice_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected each folder once"):
         train_tiny([folders[0], folders[0]], tmp_path / "run")
