@@ -1,4 +1,4 @@
-"""The manifest: no byte of it changes unnoticed, and its fingerprint says what the content is."""
+"""The manifest detects every changed byte; its fingerprint depends on the content only."""
 
 import json
 from dataclasses import replace

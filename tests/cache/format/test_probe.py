@@ -1,6 +1,6 @@
-"""Stores that lie: every checksum right, and yet states, norm or head are not the base's.
+"""Stores with valid checksums whose states, norm or head are not the base's are refused.
 
-Each is written through the ordinary writers from wrong inputs, and refused on opening.
+Each is written from wrong inputs through the ordinary writers.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Stores written and read: by us, in parts, and by plain zarr-python."""
+"""Stores written and read by this package and by zarr-python, whole and in parts."""
 
 import shutil
 import subprocess

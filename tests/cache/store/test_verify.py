@@ -1,4 +1,4 @@
-"""What verify says of stores that are missing, unfinished, mixed up or not stores at all."""
+"""Reports of verify on stores that are missing, unfinished, mixed up or not stores."""
 
 import shutil
 from collections.abc import Callable
