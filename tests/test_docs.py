@@ -32,7 +32,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MOST_README_LINES = 200
 OF_OTHER_PROGRAMS = {"--nproc-per-node"}
 """Options in the text that are neither ours nor pytest's."""
-PENDING = {"python-api"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -80,8 +79,6 @@ def _own_kinds() -> Iterator[None]:
 def test_every_block_runs(
     page: Path, page_base: Path, store_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if page.stem in PENDING:
-        pytest.xfail("the public API is on its way")
     make_page_folder(store_tmp, page_base)
     monkeypatch.chdir(store_tmp)
     run_page(page)
