@@ -1,12 +1,12 @@
-"""A batch: samples of one store one after another, without pads, with their supervised pairs.
+"""A batch: samples of one store laid end to end, without pads, with their supervised pairs.
 
-A supervised pair is the state of one token and the id of the next, where that next token is a
-training target of the same sample. Letters: N tokens of the batch, B samples, D base width, M
-supervised pairs.
+A supervised pair is the state of one token and the id of the next token, where that is a training
+target of the same sample. Letters: N tokens of the batch, B samples, D base width, M supervised
+pairs.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,14 @@ from carryon.train.modules.packed_attention import Packing, pack
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """What a step of training or evaluation needs of a few samples."""
+    """Input of a step of training or evaluation."""
 
     samples: NDArray[np.int64]
     """[B] indices of the samples in their store."""
     lengths: NDArray[np.int64]
     """[B] tokens of each sample."""
     states: dict[str, Tensor]
-    """[N, D] for each tap, in the store's type."""
+    """[N, D] for each tap, in the store's dtype."""
     tokens: Tensor
     """[N] int32."""
     positions: Tensor
@@ -57,13 +57,19 @@ class Batch:
         """Return the batch on `device`; copies from pinned memory do not wait."""
         if device.type == "cpu":
             return self
-        return Batch(
-            samples=self.samples,
-            lengths=self.lengths,
-            states={tap: x.to(device, non_blocking=True) for tap, x in self.states.items()},
-            tokens=self.tokens.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """Return the batch in pinned memory, from which an accelerator copies by itself."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(
+            self,
+            states={tap: move(states) for tap, states in self.states.items()},
+            tokens=move(self.tokens),
+            positions=move(self.positions),
+            targets=move(self.targets),
         )
 
 
@@ -76,16 +82,16 @@ def make_batch(
     states: Mapping[str, NDArray[Any]],
     is_pinned: bool,
 ) -> Batch:
-    """Return a batch of samples that lie one after another; states are views, nothing is copied.
+    """Return a batch of samples that lie end to end; states are views, nothing is copied.
 
     Args:
         samples: [B] sample indices, at least one.
         lengths: [B] tokens of each.
         tokens: [N].
-        loss_mask: [N] 1 where the token is a training target; a sample's first token never is,
-            as nothing comes before it.
-        states: [N, D] for each tap, as a store gives them.
-        is_pinned: copy the tensors to where an accelerator can fetch them by itself.
+        loss_mask: [N] 1 where the token is a training target. A sample's first token never is, as
+            no state comes before it.
+        states: [N, D] for each tap, in the store's array type.
+        is_pinned: copy the tensors into pinned memory.
     """
     is_target = loss_mask == 1
     is_target[np.cumsum(lengths) - lengths] = False
@@ -98,20 +104,9 @@ def make_batch(
         positions=torch.from_numpy(targets_at - 1),
         targets=torch.from_numpy(tokens[targets_at].astype(np.int64)),
     )
-    return _pinned(batch) if is_pinned else batch
+    return batch.pinned() if is_pinned else batch
 
 
 def _as_tensor(rows: NDArray[Any]) -> Tensor:
     states = torch.from_numpy(rows)
     return states.view(torch.bfloat16) if states.dtype == torch.uint16 else states
-
-
-def _pinned(batch: Batch) -> Batch:
-    return Batch(
-        samples=batch.samples,
-        lengths=batch.lengths,
-        states={tap: x.pin_memory() for tap, x in batch.states.items()},
-        tokens=batch.tokens.pin_memory(),
-        positions=batch.positions.pin_memory(),
-        targets=batch.targets.pin_memory(),
-    )

@@ -1,31 +1,31 @@
-"""Steps of batches from a store, read and decoded in background threads ahead of use.
+"""Stream steps of batches from a store, decoded by background threads ahead of use.
 
-The order is given (order.py); the stream only performs it. While the steps of one window are in
-use the next one is decoded: two windows are in memory, no more. It holds no lock and no shared
-memory: closing it, or the end of the process, leaves nothing behind.
+The sampler plans the order, the stream reads it. While the steps of one window are in use the next
+window is decoded: at most two are in memory. Rows are decoded straight into the memory of their
+batch, which is reused once nobody holds the batch. Letters: B samples of a batch, N its tokens,
+D base width.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from carryon.cache.buffers import BufferPool
+from carryon.cache.store.shard_reader import CopyRange
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import StreamSettings
-from carryon.train.data.batch import Batch
+from carryon.train.data.batch import Batch, make_batch
 from carryon.train.data.sampler import Window
-from carryon.train.data.window import (
-    WindowData,
-    fill_tasks,
-    memory_rows,
-    ordinary_tokens,
-    take_window,
-)
 
 
 class Stream:
-    """An iterator over the steps of `windows`; use it in a `with` block."""
+    """An iterator over the steps of `windows`, and a context manager that ends its threads."""
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class Stream:
         settings: StreamSettings,
         is_pinned: bool,
     ) -> None:
-        """Begin to read.
+        """Start to read.
 
         Args:
-            store: where the units are.
-            windows: which units, and the steps made of them, in order.
-            taps: whose states are wanted.
-            settings: with how many threads.
-            is_pinned: put batches where an accelerator can fetch them by itself.
+            store: to read.
+            windows: units to read and the steps made of them, in order.
+            taps: whose states are read.
+            settings: number of threads.
+            is_pinned: put batches into pinned memory.
         """
         self.wait_s = 0.0
         """Seconds that the consumer has waited for data."""
@@ -51,67 +51,73 @@ class Stream:
         self._windows = list(windows)
         self._taps = list(taps)
         self._is_pinned = is_pinned
-        self._memory = BufferPool(max_free=2 * len(self._taps) * _most_batches(self._windows))
-        self._ordinary_tokens = ordinary_tokens(store, self._windows)
+        most_batches = max((sum(map(len, window.steps)) for window in windows), default=0)
+        self._memory = BufferPool(max_free=2 * len(self._taps) * most_batches)
+        self._max_tokens = _max_ordinary_tokens(store, self._windows)
         self._pool = ThreadPoolExecutor(settings.reader_threads, "carryon-reader")
-        self._filling: list[tuple[WindowData, list[Future[None]]]] = []
+        self._decoding: list[tuple[list[list[_BatchRows]], list[Future[None]]]] = []
         for _ in range(2):
-            self._fill_next()
+            self._decode_next()
 
-    def __enter__(self) -> "Stream":
+    def __enter__(self) -> Self:
         """Return the stream."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop reading and end the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     @property
     def made_bytes(self) -> int:
-        """Bytes of hidden states that were taken from the system, to be used again and again."""
+        """Bytes of hidden states allocated so far; later batches reuse them."""
         return self._memory.made_bytes
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        """Yield the batches of each step; errors of the reader are raised here."""
-        while self._filling:
-            data, tasks = self._filling.pop(0)
+        """Yield the batches of each step; errors of the threads are raised here."""
+        while self._decoding:
+            steps, tasks = self._decoding.pop(0)
             started_at = time.perf_counter()
             for task in tasks:
                 task.result()
             self.wait_s += time.perf_counter() - started_at
-            yield from data.take_steps(is_pinned=self._is_pinned)
-            self._fill_next()
+            steps.reverse()
+            while steps:  # each step is let go of as it is yielded
+                yield [rows.to_batch(is_pinned=self._is_pinned) for rows in steps.pop()]
+            self._decode_next()
 
-    def _fill_next(self) -> None:
-        """Give the threads the next window to decode."""
-        if not self._windows:
-            return
-        window = self._windows.pop(0)
-        data = take_window(
-            self._store,
-            window,
-            taps=self._taps,
-            memory=self._memory,
-            max_tokens=self._ordinary_tokens,
+    def _decode_next(self) -> None:
+        """Give the threads the next window."""
+        if self._windows:
+            window = self._windows.pop(0)
+            steps = [[self._allocate(samples) for samples in step] for step in window.steps]
+            tasks = _tasks(self._store, window.units, steps)
+            self._decoding.append((steps, [self._pool.submit(task) for task in tasks]))
+
+    def _allocate(self, samples: NDArray[np.int64]) -> "_BatchRows":
+        """Return memory for a batch, with anything in it."""
+        store = self._store
+        lengths = store.sample_lengths[samples].astype(np.int64)
+        num_rows, dtype = int(lengths.sum()), store.states_dtype
+        room = _allocated_rows(num_rows, self._max_tokens)
+        states = {}
+        for tap in self._taps:
+            taken = self._memory.take(room * store.width * dtype.itemsize)
+            states[tap] = taken.view(dtype).reshape(room, store.width)[:num_rows]
+        return _BatchRows(
+            samples=samples,
+            lengths=lengths,
+            tokens=np.empty(num_rows, dtype=np.int32),
+            loss_mask=np.empty(num_rows, dtype=np.uint8),
+            states=states,
         )
-        tasks = fill_tasks(self._store, data)
-        self._filling.append((data, [self._pool.submit(task) for task in tasks]))
 
 
 def stream_bytes(store: StoreLike, windows: Sequence[Window], *, taps: Sequence[str]) -> int:
-    """Return the most bytes of hidden states in memory at one time.
-
-    Those of two windows, and of the batch in use.
-    """
-    max_tokens = ordinary_tokens(store, windows)
+    """Return the maximum bytes of hidden states in memory: of two windows and a batch in use."""
+    max_tokens = _max_ordinary_tokens(store, windows)
     sizes = [
         [
-            memory_rows(int(store.sample_lengths[samples].sum()), max_tokens)
+            _allocated_rows(int(store.sample_lengths[samples].sum()), max_tokens)
             for step in window.steps
             for samples in step
         ]
@@ -121,5 +127,87 @@ def stream_bytes(store: StoreLike, windows: Sequence[Window], *, taps: Sequence[
     return rows * store.width * store.states_dtype.itemsize * len(taps)
 
 
-def _most_batches(windows: Sequence[Window]) -> int:
-    return max((sum(map(len, window.steps)) for window in windows), default=0)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _BatchRows:
+    """Memory of one batch."""
+
+    samples: NDArray[np.int64]
+    """[B]"""
+    lengths: NDArray[np.int64]
+    """[B]"""
+    tokens: NDArray[np.int32]
+    """[N]"""
+    loss_mask: NDArray[np.uint8]
+    """[N]"""
+    states: dict[str, NDArray[Any]]
+    """[N, D] for each tap, in the store's array type."""
+
+    def to_batch(self, *, is_pinned: bool) -> Batch:
+        """Return the batch, once its rows are decoded."""
+        return make_batch(
+            self.samples,
+            self.lengths,
+            tokens=self.tokens,
+            loss_mask=self.loss_mask,
+            states=self.states,
+            is_pinned=is_pinned,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """Where a sample lies in its unit and in its batch."""
+
+    first: int
+    stop: int
+    batch: _BatchRows
+    rows: slice
+
+
+def _max_ordinary_tokens(store: StoreLike, windows: Sequence[Window]) -> int:
+    """Return the tokens of the largest batch, except single samples, which may be far longer."""
+    lengths = store.sample_lengths
+    batches = [samples for window in windows for step in window.steps for samples in step]
+    several = [samples for samples in batches if len(samples) > 1] or batches
+    return max((int(lengths[samples].sum()) for samples in several), default=1)
+
+
+def _allocated_rows(num_rows: int, max_tokens: int) -> int:
+    """Return the rows to allocate for a batch: the same for similar sizes, so they are reusable."""
+    return -(-num_rows // max_tokens) * max_tokens
+
+
+def _tasks(
+    store: StoreLike, units: Sequence[int], steps: Sequence[Sequence[_BatchRows]]
+) -> list[Callable[[], None]]:
+    """Return what decodes the batches: for each unit its tokens, and its states at each tap."""
+    by_unit: dict[int, list[_Place]] = {unit: [] for unit in units}
+    for batch in (batch for step in steps for batch in step):
+        to = 0
+        starts = store.sample_starts[batch.samples].tolist()
+        for start, length in zip(starts, batch.lengths.tolist(), strict=True):
+            unit, first = divmod(start, store.unit_tokens)
+            rows = slice(to, to + length)
+            by_unit[unit].append(_Place(first=first, stop=first + length, batch=batch, rows=rows))
+            to += length
+    tasks: list[Callable[[], None]] = []
+    for unit, places in by_unit.items():
+        places.sort(key=lambda place: place.first)
+        if places:
+            tasks.append(partial(_copy_tokens, store, unit, places))
+        for tap in places[0].batch.states if places else ():
+            moves = [
+                CopyRange(
+                    first=place.first, stop=place.stop, to=place.batch.states[tap][place.rows]
+                )
+                for place in places
+            ]
+            tasks.append(partial(store.copy_states, unit, tap, moves))
+    return tasks
+
+
+def _copy_tokens(store: StoreLike, unit: int, places: Sequence[_Place]) -> None:
+    rows = store.read_unit(unit, taps=[])
+    for place in places:
+        place.batch.tokens[place.rows] = rows.tokens[place.first : place.stop]
+        place.batch.loss_mask[place.rows] = rows.loss_mask[place.first : place.stop]

@@ -1,21 +1,21 @@
 """The order of an epoch: a pure function of sample lengths, units, seeds and epoch.
 
 Units are read in a seeded random order, a few at a time: a window. Within a window the samples are
-shuffled and cut into steps of so many tokens. Which units make a window depends on one seed, their
-samples' order on another, so that runs of several seeds and batch sizes can share one read of the
-store (joint_order.py). Batches are flat (batch.py), so neighbours need not be of one length:
-grouping by length would also group by kind. Nothing depends on how many processes share the work:
-each takes samples of every batch (`rank_rows`).
+shuffled and cut into steps of a number of tokens. One seed decides which units make a window,
+another the order of their samples: runs of several seeds and batch sizes share one read of the
+store (joint_sampler.py). Batches have no padding, so samples are not grouped by length, which would
+also group them by kind. The order does not depend on the number of processes: each takes samples of
+every batch (`rank_rows`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 _SHUFFLE = 1
-"""Keeps the numbers drawn for the order within windows apart from those for the units'."""
+"""Makes the random numbers of the order within windows differ from those of the units' order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,6 @@ class Window:
     """Units that are in memory together, and the steps made of their samples."""
 
     units: tuple[int, ...]
-    """Units to read."""
     steps: tuple[tuple[NDArray[np.int64], ...], ...]
     """Steps; each is one or more batches of sample indices, computed one after another."""
 
@@ -41,39 +40,34 @@ def plan_epoch(
     shuffle_seed: int = 0,
     kinds: NDArray[np.int64] | None = None,
 ) -> list[Window]:
-    """Return the windows of an epoch, in order; each of `samples` stands in exactly one step.
+    """Return the windows of an epoch, in order; each of `samples` is in exactly one step.
 
     Args:
-        samples: [n] indices of the samples to train on.
+        samples: [n] indices of the samples.
         lengths: [S] tokens of every sample of the store.
         units: [S] unit of every sample of the store.
         seed: of the order of units.
         epoch: counted from 0.
-        tokens_per_step: tokens of a step; a longer sample still makes a step.
-        micro_batch_tokens: tokens of a batch within a step; 0: the whole step is one batch.
+        tokens_per_step: maximum tokens of a step; a longer sample is a step.
+        micro_batch_tokens: maximum tokens of a batch within a step. 0: the step is one batch.
         window_units: units in a window.
         shuffle_seed: of the order within a window.
-        kinds: [S] kind of every sample, the same throughout a unit; the units of each kind are
-            spread evenly over the epoch. None: all are of one kind.
+        kinds: [S] kind of every sample, the same within a unit; the units of each kind are spread
+            evenly over the epoch. None: all are of one kind.
     """
     unit_order = _order_units(samples, units, kinds, np.random.default_rng([*seed, epoch]))
     random = np.random.default_rng([*seed, epoch, shuffle_seed, _SHUFFLE])
     windows = []
     by_unit = _samples_by_unit(samples, units)
     for first in range(0, len(unit_order), window_units):
-        chosen = unit_order[first : first + window_units]
-        inside = np.sort(np.concatenate([by_unit[unit] for unit in chosen.tolist()]))
+        chosen = tuple(unit_order[first : first + window_units].tolist())
+        inside = np.sort(np.concatenate([by_unit[unit] for unit in chosen]))
         shuffled = inside[random.permutation(len(inside))]
-        steps = _cut_evenly(shuffled, lengths, budget=tokens_per_step)
-        windows.append(
-            Window(
-                units=tuple(chosen.tolist()),
-                steps=tuple(
-                    tuple(_cut(step, lengths, budget=micro_batch_tokens or tokens_per_step))
-                    for step in steps
-                ),
-            )
+        steps = tuple(
+            tuple(_cut(step, lengths, budget=micro_batch_tokens or tokens_per_step))
+            for step in _cut_evenly(shuffled, lengths, budget=tokens_per_step)
         )
+        windows.append(Window(units=chosen, steps=steps))
     return windows
 
 
@@ -84,7 +78,7 @@ def plan_pass(
     units: NDArray[np.int64],
     tokens_per_step: int,
 ) -> list[Window]:
-    """Return one pass over `samples` in store order, a unit at a time: for evaluation."""
+    """Return one pass over `samples` in stored order, a unit at a time."""
     windows = []
     for unit, inside in sorted(_samples_by_unit(samples, units).items()):
         batches = _cut(inside, lengths, budget=tokens_per_step)
@@ -92,14 +86,18 @@ def plan_pass(
     return windows
 
 
-def seek(windows: Sequence[Window], step: int) -> list[Window]:
-    """Return the windows that are left once `step` steps are done; nothing is read to get there."""
-    left = []
+def take_steps(windows: Sequence[Window], *, first: int, stride: int = 1) -> list[Window]:
+    """Return every `stride`-th step from step `first` on; windows without any are left out.
+
+    With a stride of 1 it is a seek: nothing is read to get to `first`.
+    """
+    taken, start = [], 0
     for window in windows:
-        if step < len(window.steps):
-            left.append(Window(units=window.units, steps=window.steps[step:]))
-        step = max(0, step - len(window.steps))
-    return left
+        offset = first - start if first > start else (first - start) % stride
+        if steps := window.steps[offset::stride]:
+            taken.append(replace(window, steps=steps))
+        start += len(window.steps)
+    return taken
 
 
 def count_steps(windows: Sequence[Window]) -> int:
@@ -115,8 +113,8 @@ def rank_rows(batch: NDArray[np.int64], *, rank: int, world_size: int) -> NDArra
 def _cut_evenly(
     samples: NDArray[np.int64], lengths: NDArray[np.int32], *, budget: int
 ) -> list[NDArray[np.int64]]:
-    # A plain cut leaves one stub of a step. The smallest budget that needs no more steps than
-    # the full one spreads it over the others.
+    # A plain cut leaves a short last step. The smallest budget that needs no more steps than the
+    # full one spreads it over the others.
     num_steps = len(_cut(samples, lengths, budget=budget))
     low, high = min(budget, int(lengths[samples].max())), budget
     while low < high:
@@ -148,22 +146,22 @@ def _order_units(
     kinds: NDArray[np.int64] | None,
     random: np.random.Generator,
 ) -> NDArray[np.int64]:
-    found, first = np.unique(units[samples], return_index=True)
+    distinct, first = np.unique(units[samples], return_index=True)
     if kinds is None:
-        return random.permutation(found)
+        return random.permutation(distinct)
     kind_of_unit = kinds[samples[first]]
-    places = np.empty(len(found))
+    places = np.empty(len(distinct))
     for kind in np.unique(kind_of_unit).tolist():
         inside = np.flatnonzero(kind_of_unit == kind)
         # One unit in each n-th part of the epoch, somewhere within it.
         places[random.permutation(inside)] = np.arange(len(inside)) + random.random(len(inside))
         places[inside] /= len(inside)
-    return found[np.argsort(places, kind="stable")]
+    return distinct[np.argsort(places, kind="stable")]
 
 
 def _samples_by_unit(
     samples: NDArray[np.int64], units: NDArray[np.int64]
 ) -> dict[int, NDArray[np.int64]]:
     by_unit = samples[np.argsort(units[samples], kind="stable")]
-    found, first = np.unique(units[by_unit], return_index=True)
-    return dict(zip(found.tolist(), np.split(by_unit, first[1:]), strict=True))
+    distinct, first = np.unique(units[by_unit], return_index=True)
+    return dict(zip(distinct.tolist(), np.split(by_unit, first[1:]), strict=True))

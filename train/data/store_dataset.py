@@ -30,7 +30,7 @@ from carryon.train.data.datasets import (
 )
 from carryon.train.data.loader import Stream
 from carryon.train.data.mixture import open_stores
-from carryon.train.data.sampler import Window, count_steps, plan_pass
+from carryon.train.data.sampler import Window, count_steps, plan_pass, take_steps
 from carryon.train.data.split import sample_units
 
 NO_TARGET = -100
@@ -152,7 +152,7 @@ class StoreDataset(IterableDataset[dict[str, Any]]):
         number, stride = worker or (0, 1)
         first += 0 if owner else number
         self._worker = worker
-        windows = _every(
+        windows = take_steps(
             self._plan(),
             first=first * self._world_size + self._rank,
             stride=stride * self._world_size,
@@ -249,18 +249,6 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if not 0 <= rank < world_size:
         raise InputError(f"rank: expected 0 to world_size - 1, got {rank} of {world_size}")
     return rank, world_size
-
-
-def _every(windows: list[Window], *, first: int, stride: int) -> list[Window]:
-    """Return every `stride`-th step from `first` on, in windows without the others."""
-    chosen, start = [], 0
-    for window in windows:
-        stop = start + len(window.steps)
-        offset = first if first > start else start + (first - start) % stride
-        if steps := window.steps[offset - start :: stride]:
-            chosen.append(replace(window, steps=steps))
-        start = stop
-    return chosen
 
 
 def _flatten(batch: Batch) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from carryon.train.data.joint_sampler import JointOrder, join_orders
-from carryon.train.data.sampler import Window, plan_epoch, seek
+from carryon.train.data.sampler import Window, plan_epoch, take_steps
 
 NUM_SAMPLES = 300
 LENGTHS = np.random.default_rng(1).integers(10, 90, NUM_SAMPLES).astype(np.int32)
@@ -44,9 +44,9 @@ def test_one_run_is_what_is_left_of_its_order() -> None:
 
     for done in (0, 1, 17, len(_flat(windows))):
         order = _join([windows], [done])
-        assert _taken(order, 0) == _flat(seek(windows, done))
+        assert _taken(order, 0) == _flat(take_steps(windows, first=done))
         assert [window.units for window in order.windows] == [
-            window.units for window in seek(windows, done)
+            window.units for window in take_steps(windows, first=done)
         ]
 
 

@@ -16,7 +16,7 @@ from carryon.cache.store.shard_reader import CopyRange
 from carryon.train.config import StreamSettings
 from carryon.train.data.batch import Batch
 from carryon.train.data.loader import Stream, stream_bytes
-from carryon.train.data.sampler import Window, plan_epoch, seek
+from carryon.train.data.sampler import Window, plan_epoch, take_steps
 from carryon.train.data.split import sample_units
 
 SETTINGS = StreamSettings(window_units=2, reader_threads=1)
@@ -120,7 +120,7 @@ def test_a_stream_from_a_position_gives_the_same_next_batches(store: Store) -> N
     windows = _windows(store)
     whole = _read(store, windows, SETTINGS)
 
-    resumed = _read(store, seek(windows, 3), SETTINGS)
+    resumed = _read(store, take_steps(windows, first=3), SETTINGS)
 
     assert len(resumed) == len(whole) - 3
     for (found,), (expected,) in zip(resumed, whole[3:], strict=True):

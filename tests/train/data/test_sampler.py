@@ -10,7 +10,7 @@ from carryon.train.data.sampler import (
     plan_epoch,
     plan_pass,
     rank_rows,
-    seek,
+    take_steps,
 )
 
 # 600 samples of 100 to 440 tokens in 12 units: three windows of four units.
@@ -125,7 +125,7 @@ def test_seeking_leaves_exactly_the_steps_that_follow(step: int) -> None:
     windows = _plan()
     steps = [each for window in windows for each in window.steps]
 
-    left = [each for window in seek(windows, step) for each in window.steps]
+    left = [each for window in take_steps(windows, first=step) for each in window.steps]
 
     assert len(left) == len(steps) - step
     for found, expected in zip(left, steps[step:], strict=True):
@@ -133,7 +133,7 @@ def test_seeking_leaves_exactly_the_steps_that_follow(step: int) -> None:
 
 
 def test_seeking_to_the_end_leaves_nothing_to_read() -> None:
-    assert seek(_plan(), count_steps(_plan())) == []
+    assert take_steps(_plan(), first=count_steps(_plan())) == []
 
 
 def test_an_evaluation_passes_each_sample_once_in_store_order_of_units() -> None:

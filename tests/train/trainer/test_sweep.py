@@ -174,7 +174,7 @@ def test_a_grid_has_every_combination() -> None:
     [
         ("width", "expected NAME=VALUE,VALUE, got 'width'"),
         ("width=wide", "width: expected a whole number, got 'wide'"),
-        ("gate=open", "gate: expected channel or token or none, got 'open'"),
+        ("gate=open", "gate: expected channel, token or none, got 'open'"),
         ("colour=red", "no setting colour"),
     ],
 )
