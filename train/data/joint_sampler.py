@@ -1,7 +1,7 @@
-"""The order of several runs at once: which steps to make of each window, and which runs take them.
+"""The joint order of several runs: the steps to make of each window, and the runs that take them.
 
-Runs that read the same windows share them, and runs with equal steps share those too. One run is
-the case of one. Pure: nothing is read, and a position is sought, not replayed.
+Runs that read the same windows share them, and runs with equal steps share those too. Pure:
+nothing is read, and a position is reached by a seek.
 """
 
 from collections.abc import Sequence
@@ -15,31 +15,31 @@ class JointStep:
     """One step of a joint order."""
 
     runs: tuple[int, ...]
-    """Those that take it, counted from 0."""
+    """Runs that take it, counted from 0."""
     has_rows: bool
     """Whether this process has samples in it; if not, the stream has no batches for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JointOrder:
-    """What is left to do for several runs."""
+    """The steps that are left for several runs."""
 
     windows: list[Window]
-    """To be read, in order; their steps are those of `steps` that have rows."""
+    """To read, in order; they hold the steps of `steps` that have rows."""
     steps: list[JointStep]
 
 
 def join_orders(
     orders: Sequence[Sequence[Window]], done: Sequence[int], *, rank: int, world_size: int
 ) -> JointOrder:
-    """Return what is left of several runs.
+    """Return the steps that are left for several runs.
 
     Args:
-        orders: the windows of each run, from its first epoch to its last. All runs have the same
-            units in a window; where two runs have the same steps in it, it is one object.
+        orders: windows of each run, from its first epoch to its last. All runs have the same units
+            in a window; runs with the same steps in it share one object.
         done: steps that each run has done.
         rank: of this process.
-        world_size: processes, which share the samples of every batch.
+        world_size: number of processes, which share the samples of every batch.
     """
     before = [0] * len(orders)
     windows: list[Window] = []
@@ -49,7 +49,7 @@ def join_orders(
         for run, order in enumerate(orders):
             if number < len(order):
                 runs_of.setdefault(id(order[number]), []).append(run)
-        wanted = []
+        left = []
         for group, runs in enumerate(runs_of.values()):
             window = orders[runs[0]][number]
             for index, batches in enumerate(window.steps):
@@ -57,17 +57,17 @@ def join_orders(
                 if takers:
                     # All groups end together, each with its steps spread evenly before.
                     place = (index + 1) / len(window.steps)
-                    wanted.append((place, group, takers, batches))
+                    left.append((place, group, takers, batches))
             for run in runs:
                 before[run] += len(window.steps)
-        made = []
-        for _, _, takers, batches in sorted(wanted, key=lambda item: item[:2]):
+        own_steps = []
+        for _, _, takers, batches in sorted(left, key=lambda item: item[:2]):
             parts = (rank_rows(batch, rank=rank, world_size=world_size) for batch in batches)
-            mine = tuple(part for part in parts if len(part))
-            steps.append(JointStep(runs=takers, has_rows=bool(mine)))
-            if mine:
-                made.append(mine)
-        if made:
+            own = tuple(part for part in parts if len(part))
+            steps.append(JointStep(runs=takers, has_rows=bool(own)))
+            if own:
+                own_steps.append(own)
+        if own_steps:
             units = orders[next(iter(runs_of.values()))[0]][number].units
-            windows.append(Window(units=units, steps=tuple(made)))
+            windows.append(Window(units=units, steps=tuple(own_steps)))
     return JointOrder(windows=windows, steps=steps)

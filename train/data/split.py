@@ -1,4 +1,4 @@
-"""Which samples are trained on and which are held out: a pure function, by sample."""
+"""Split samples into a training and a held-out half: a pure function."""
 
 from dataclasses import dataclass
 
@@ -16,17 +16,17 @@ class Split:
     train: NDArray[np.int64]
     """Indices of the samples to train on."""
     held_out: NDArray[np.int64]
-    """Indices of the samples kept for evaluation."""
+    """Indices of the samples to evaluate on."""
 
 
 def split_samples(marked: NDArray[np.uint8], *, share: float, seed: int, digest: str) -> Split:
-    """Return the split that the store marks, or a seeded one where it marks none.
+    """Return the split that the store marks, or a seeded one if it marks none.
 
     Args:
         marked: [S] 1 where the store marks a sample as held out.
-        share: part of the samples to hold out where none is marked; at least one is.
+        share: fraction of samples to hold out if none is marked; at least one sample is.
         seed: of the choice.
-        digest: of the samples, so that stores of equal size are split differently.
+        digest: of the samples; stores of equal size are then split differently.
 
     Raises:
         InputError: one of the halves would be empty.

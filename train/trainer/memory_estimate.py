@@ -1,8 +1,8 @@
-"""What a run will take up in memory, by part, before anything is run. Pure arithmetic.
+"""Estimate the peak memory of a run by part, without running it. Pure arithmetic.
 
-Bytes of the process beyond an interpreter that has imported torch; on an accelerator those of its
-own memory, but for the imports. Letters: N tokens of a micro-batch, M of them supervised, D base
-width, V vocabulary.
+Counted are the bytes of the process beyond an interpreter that has imported torch. On an
+accelerator they are those of its own memory, except the imports. Letters: N tokens of a
+micro-batch, M of them supervised, D base width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,17 +23,17 @@ from carryon.train.modules.bottleneck import Bottleneck
 from carryon.train.optim.lowbit_adamw import WORKING_BYTES
 
 IMPORT_BYTES = 10_000_000
-"""What the trainer of a `bottleneck` takes up once it is imported."""
+"""Imports of the trainer of a `bottleneck`."""
 COMPILER_BYTES = 70_000_000
-"""What torch's own optimizers import on top of that."""
+"""Further imports of torch's own optimizers."""
 TRANSFORMERS_BYTES = 130_000_000
-"""What the kinds made of the base's own blocks import."""
-_ROOM = 1.25  # of the memory of batches: they are used again for others, and take the longest's
+"""Further imports of the kinds made of the base's own blocks."""
+_ROOM = 1.25  # a batch takes the memory of the longest, so that its memory can be reused
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryCase:
-    """What a run is made of, as far as memory goes."""
+    """The properties of a run that decide its memory."""
 
     base_width: int
     vocab_size: int
@@ -43,14 +43,14 @@ class MemoryCase:
     window_tokens: int
     """Tokens of a window of units; two windows are in memory."""
     head_bytes: int
-    """Of each number of the products: 2 or 4."""
+    """Bytes of each number in the products with the LM head: 2 or 4."""
     carryon: CarryOnSettings
     loss: LossSettings
     memory: MemorySettings
 
     @property
     def is_wide(self) -> bool:
-        """Whether the head is multiplied by plain products, as FrozenHead.is_wide has it."""
+        """Whether plain products multiply the head, as in FrozenHead.is_wide."""
         return self.head_bytes == 4 and self.base_width >= WIDE
 
 
@@ -67,9 +67,8 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
     state_bytes = 2 + 8 / 256 if case.memory.optimizer_bits == 8 else 8
     moved = largest if case.memory.step_in_backward else num_weights
     positions = int(case.micro_batch_tokens * case.supervised_ratio)
-    # The states that the head reads in float32 and in the head's type, their gradient, and a mean
-    # of rows for each block, beside what the backward pass makes of the gradient. Of a wide head
-    # states and gradient alone.
+    # States in float32 and in the head's type, their gradient, a mean of rows for each block, and
+    # the gradient in the backward pass. For a wide head only states and gradient.
     a_channel = 8 if case.is_wide else 4 + case.head_bytes + 4 + case.head_bytes + 8
     states = positions * case.base_width * a_channel
     logits = _logits(case, positions)
@@ -91,9 +90,9 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
 
 
 def leaner_settings(case: MemoryCase, *, limit: int) -> Iterator[tuple[str, MemoryCase]]:
-    """Yield the case and what it becomes as settings are added that save most for least time.
+    """Yield the case, then with one more memory setting each, those first that cost little time.
 
-    Ends with the first that fits `limit` bytes, or when there is nothing left to add.
+    The last case fits `limit` bytes, or has all of the settings.
     """
     yield "as given", case
     changes: dict[str, Callable[[MemoryCase], MemoryCase]] = {
@@ -136,23 +135,23 @@ def _rows(case: MemoryCase) -> int:
 def _logits(case: MemoryCase, positions: int) -> int:
     chunk = min(case.loss.chunk_tokens or DEFAULT_CHUNK, positions)
     if case.is_wide:
-        return chunk * _rows(case) * 8  # and once more while their exponentials are added
-    return chunk * 512 * 4  # the kernel has 512 columns at a time, in float32
+        return chunk * _rows(case) * 8  # logits and their exponentials
+    return chunk * 512 * 4  # the kernel computes 512 columns at a time, in float32
 
 
 def _activations(case: MemoryCase, positions: int, *, item: int, loss_bytes: int) -> int:
     shape = case.carryon
-    # Kept of a block for its backward pass: two norms, queries, keys, values, what attention
-    # gives and its spread copies, the MLP's two halves, their activation and product.
+    # Kept for the backward pass of a block: two norms, queries, keys, values, the output of
+    # attention and its copies, the MLP's two halves, their activation and product.
     a_channel = case.micro_batch_tokens * item
     attention, mlp = 14 * shape.width * a_channel, 4 * shape.intermediate_size * a_channel
     entrance = 3 * case.base_width * len(shape.taps) * a_channel
     gates = {"channel": case.base_width, "token": 1, "none": 0}[shape.gate]
     exit_ = (case.base_width + 3 * gates) * positions * item
-    if item == 2 and case.head_bytes == 4:  # products.py widens a part at a time, and keeps none
+    if item == 2 and case.head_bytes == 4:  # linear.py widens a part at a time, and keeps none
         entrance, exit_ = 0, shape.width * positions * item
     if case.memory.recompute:
         kept = (2 * shape.blocks + 2) * shape.width * a_channel
-        # Half a block at a time is computed again, when what the loss needed is free once more.
+        # Half a block at a time is recomputed, after the memory of the loss is freed.
         return kept + max(0, max(attention, mlp) - loss_bytes) + entrance + exit_
     return shape.blocks * (attention + mlp) + entrance + exit_

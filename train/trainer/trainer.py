@@ -22,7 +22,6 @@ from carryon.train.config import LossSettings, TrainSettings, rate_warning
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, Contamination, measure_contamination
 from carryon.train.data.datasets import StorePaths, TrainData, open_data, store_paths
 from carryon.train.data.loader import stream_bytes
-from carryon.train.data.split import sample_units
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import read_weights
@@ -184,7 +183,7 @@ def _contamination(data: TrainData, jobs: Sequence[Job]) -> Contamination:
         path = RunFolder(job.out).contamination
         if path.exists():
             return Contamination(**json.loads(path.read_text(encoding="ascii")))
-    measured = measure_contamination(data.store, data.split, units=sample_units(data.store))
+    measured = measure_contamination(data.store, data.split)
     halves = {"train on": measured.train_targets, "hold out": measured.held_out_targets}
     for half, targets in halves.items():
         if not targets:

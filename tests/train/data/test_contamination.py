@@ -14,7 +14,7 @@ from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.train.data.contamination import NGRAM, hash_ngrams, measure_contamination
-from carryon.train.data.split import sample_units, split_samples
+from carryon.train.data.split import split_samples
 from carryon.train.modules.serialization import load_carryon
 from carryon.train.trainer import finish
 
@@ -49,7 +49,7 @@ def _store(root: Path, texts: list[tuple[NDArray[np.int32], int, bool]]) -> Stor
 
 def _share(store: Store) -> float:
     split = split_samples(store.sample_held_out, share=0.1, seed=0, digest=store.samples_digest)
-    return measure_contamination(store, split, units=sample_units(store)).share
+    return measure_contamination(store, split).share
 
 
 def test_equal_runs_have_equal_hashes_and_others_do_not() -> None:
