@@ -1,4 +1,4 @@
-"""Tiny carry-ons for tiny bases, with random weights: as if trained, but not by anybody."""
+"""Tiny carry-ons for tiny bases, with random weights in place of trained ones."""
 
 from collections.abc import Sequence
 from typing import Literal

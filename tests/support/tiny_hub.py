@@ -1,7 +1,7 @@
 """A hub on this machine: enough of the HTTP interface to push a small repository and to fetch it.
 
-Files are kept in memory. What is spoken: creating a repository, asking how files are to be
-uploaded, a commit with its files inline, the list of a revision's files, and fetching one.
+Files are kept in memory. Supported: creating a repository, asking for the upload mode of
+files, a commit with inline files, the list of files of a revision, and downloading one.
 """
 
 import base64
@@ -18,7 +18,7 @@ COMMIT = "c" * 40
 
 @dataclass
 class TinyHub:
-    """What has been pushed, and what was asked for."""
+    """Repositories that were pushed, and the requests received."""
 
     url: str = ""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)

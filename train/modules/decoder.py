@@ -1,9 +1,8 @@
-"""The carry-on's body: a few decoder blocks, weights named and laid out as transformers' Llama.
+"""The decoder blocks of a bottleneck, with the weight names and layout of transformers' Llama.
 
-Written out here because importing transformers' models takes 130 MB and seven seconds, for a few
-lines that a run needs: RMS norms, rotary positions, causal attention, a gated MLP. Rows are either
-padded, [B, T, d], with a KV cache where they are generated, or samples one after another, [1, N,
-d], with a packing. Letters: B rows, T positions, N tokens, d width, H heads, K head width.
+Written here because importing transformers' models takes 130 MB and seven seconds. Inputs are
+padded rows [B, T, d], with a KV cache in generation, or packed samples [1, N, d] with a packing.
+Letters: B rows, T positions, N tokens, d width, H heads, K head width.
 """
 
 from collections.abc import Callable
@@ -25,12 +24,12 @@ class Norm(nn.Module):
     """RMS norm, computed in float32."""
 
     def __init__(self, width: int) -> None:
-        """Begin with a weight of one for each channel."""
+        """Start with a weight of one for each channel."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [..., d] in the type of `x`."""
+        """Return [..., d] in the dtype of `x`."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
         return self.weight * wide.to(x.dtype)
@@ -74,7 +73,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """A decoder block: attention, then an MLP, each behind a norm and added to what came in."""
+    """A decoder block: attention, then an MLP, each after a norm and with a residual."""
 
     def __init__(self, width: int, heads: int, intermediate_size: int) -> None:
         """Draw the weights from torch's global generator."""
@@ -96,15 +95,15 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The blocks and a last norm."""
+    """The blocks and a final norm."""
 
     def __init__(self, *, width: int, blocks: int, heads: int, intermediate_size: int) -> None:
         """Draw the weights from torch's global generator."""
         super().__init__()
         self.head_width = width // heads
         self.recompute = False
-        """Keep only what goes into attention and MLP for the backward pass."""
-        embedding = nn.Embedding(1, width)  # draws as Llama's does: a seed's weights are the same
+        """Keep only the inputs of attention and MLP for the backward pass."""
+        embedding = nn.Embedding(1, width)  # draws as Llama does: a seed gives the same weights
         self.layers = nn.ModuleList(Layer(width, heads, intermediate_size) for _ in range(blocks))
         self.norm = Norm(width)
         nn.init.normal_(embedding.weight)
@@ -121,7 +120,7 @@ class Decoder(nn.Module):
         past_key_values: Any = None,  # noqa: ANN401 -- transformers' Cache, which is not imported
         packing: Packing | None = None,
     ) -> Tensor:
-        """Return [B, T, d]; arguments as in CarryOn.forward and CarryOn.correct_packed."""
+        """Return [B, T, d]; arguments as in Bottleneck.forward and CarryOn.correct_packed."""
         x = inputs_embeds
         num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
@@ -130,14 +129,14 @@ class Decoder(nn.Module):
         if packing is None:
             mask = _mask(x.shape[1], num_seen, attention_mask, device=x.device)
         angles = self._rotary(position_ids)
-        is_lean = self.recompute and torch.is_grad_enabled()
+        recomputes = self.recompute and torch.is_grad_enabled()
 
         def turn(heads: Tensor) -> Tensor:
             return _turned(heads, *angles)
 
         def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if packing is not None:
-                return attend_packed(q, k, v, packing, turn=turn, is_lean=is_lean)
+                return attend_packed(q, k, v, packing, turn=turn, recomputes=recomputes)
             q, k = turn(q), turn(k)
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, number)
@@ -149,20 +148,20 @@ class Decoder(nn.Module):
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             first = partial(layer.attention, attend=partial(attend, number))
-            x = recomputed(layer, recomputed(first, x)) if is_lean else layer(first(x))
-        out: Tensor = recomputed(self.norm, x) if is_lean else self.norm(x)
+            x = recomputed(layer, recomputed(first, x)) if recomputes else layer(first(x))
+        out: Tensor = recomputed(self.norm, x) if recomputes else self.norm(x)
         return out
 
     def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, [B or 1, 1, T, K] float32."""
-        shares = torch.arange(0, self.head_width, 2, device=position_ids.device).float()
-        angles = position_ids[..., None].float() * _ROTARY_BASE ** (-shares / self.head_width)
+        channels = torch.arange(0, self.head_width, 2, device=position_ids.device).float()
+        angles = position_ids[..., None].float() * _ROTARY_BASE ** (-channels / self.head_width)
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return angles.cos(), angles.sin()
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return [B, H, T, K] turned by the angle of each position."""
+    """Return [B, H, T, K] rotated by the angle of each position."""
     first, second = heads.chunk(2, dim=-1)
     cos, sin = cos.to(heads.dtype), sin.to(heads.dtype)
     return heads * cos + torch.cat((-second, first), dim=-1) * sin
@@ -171,7 +170,7 @@ def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _mask(
     num_new: int, num_seen: int, attention_mask: Tensor | None, *, device: torch.device
 ) -> Tensor | None:
-    """Return who sees whom, [B or 1, 1, T, T_all]; None where the kernel's own rule does."""
+    """Return the attention mask, [B or 1, 1, T, T_all]; None if causal attention is enough."""
     if attention_mask is None and (num_seen == 0 or num_new == 1):
         return None
     at = torch.arange(num_seen + num_new, device=device)

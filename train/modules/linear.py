@@ -1,9 +1,9 @@
-"""Products of matrices of weights, in little memory where the weights are in few bits.
+"""Linear layers that need little memory when their weights are bfloat16.
 
-A CPU without units for bfloat16 multiplies it six times slower than float32. There products are
-made in float32, from widened copies of a part of the tokens or of a part of the weights at a time:
-never of all. Sums over tokens, gradients of weights among them, stay in float32 until they are
-complete. Letters: N tokens, I and O widths of a matrix.
+A CPU without bfloat16 units multiplies it six times slower than float32. There the products are
+computed in float32, from widened copies of some tokens or some weights at a time. Sums over tokens,
+such as gradients of weights, stay in float32 until complete. Letters: N tokens, I and O widths of a
+matrix.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ _CHANNELS = 512
 
 
 class Product(nn.Linear):
-    """A linear map that can be told to multiply in another type than its weights'."""
+    """A linear layer that can multiply in another dtype than that of its weights."""
 
     wide: torch.dtype | None = None
-    """Of the products; None: that of the weights, by torch's own."""
+    """Of the products. None: that of the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [..., O] of [..., I], in the type of `x`."""
+        """Return [..., O] for [..., I], in the dtype of `x`."""
         if self.wide is None:
             return super().forward(x)
         out = product(x, self.weight, self.wide)
@@ -35,9 +35,9 @@ class Product(nn.Linear):
 def product(
     x: Tensor, weight: Tensor, wide: torch.dtype | None, *, scale: Tensor | None = None
 ) -> Tensor:
-    """Return x [..., I] * scale [I] times weight [O, I]; the scale goes into the weights.
+    """Return x [..., I] * scale [I] times weight [O, I]; the scale is folded into the weights.
 
-    Multiplied in `wide`, where no scaled copy of the weights is kept; None: in their own type.
+    Multiplied in `wide`, which keeps no scaled copy of the weights. None: in their own dtype.
     """
     if wide is None:
         return nn.functional.linear(x, weight if scale is None else weight * scale)
@@ -48,7 +48,7 @@ def product(
 def gated_product(
     x: Tensor, gate: nn.Module, value: nn.Module, kind: Literal["silu", "sigmoid"]
 ) -> Tensor:
-    """Return kind(gate(x)) * value(x), of which a lean backward pass keeps `x` alone."""
+    """Return kind(gate(x)) * value(x); where `wide` is set, backward keeps only `x`."""
     if (
         isinstance(gate, Product)
         and isinstance(value, Product)
@@ -60,18 +60,18 @@ def gated_product(
         )
         return out.view(*x.shape[:-1], -1)
     act = nn.functional.silu if kind == "silu" else torch.sigmoid
-    found: Tensor = act(gate(x)) * value(x)
-    return found
+    gated: Tensor = act(gate(x)) * value(x)
+    return gated
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Return function(*inputs), keeping for the backward pass the inputs alone.
+    """Return function(*inputs), keeping only the inputs for the backward pass.
 
-    torch's own checkpoints import its compiler, 70 MB. Weights that `function` uses get their
-    gradients at once when it is computed again, so each must be used in one such call alone.
+    torch's checkpoints import its compiler, 70 MB. The weights of `function` get their gradients
+    during recomputation, so each weight may be used in one such call only.
     """
-    found: Tensor = _Recomputed.apply(function, *inputs)  # type: ignore[no-untyped-call]
-    return found
+    out: Tensor = _Recomputed.apply(function, *inputs)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Recomputed(torch.autograd.Function):
@@ -88,14 +88,14 @@ class _Recomputed(torch.autograd.Function):
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             out = ctx.function(*inputs)
-            # Given the gradient itself, torch imports sympy to compare shapes: 30 MB.
+            # If backward is given the gradient, torch imports sympy to compare shapes: 30 MB.
             slope: Tensor = _Slope.apply(out, grads[0])  # type: ignore[no-untyped-call]
         torch.autograd.backward(slope)
         return None, *(x.grad for x in inputs)
 
 
 class _Slope(torch.autograd.Function):
-    """A number whose gradient to `out` is `grad`."""
+    """A scalar whose gradient to `out` is `grad`."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, grad: Tensor) -> Tensor:  # noqa: ANN401
@@ -142,7 +142,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """Some rows of both matrices at a time, so that nothing of [N, O] is ever in float32."""
+    """Some rows of both matrices at a time, so that no [N, O] is ever in float32."""
 
     @staticmethod
     def forward(
@@ -176,12 +176,12 @@ class _Gated(torch.autograd.Function):
         grad_bias = None if bias is None else torch.empty_like(bias)
         for part in _parts(len(value), _CHANNELS):
             a, grad = _gates(wide_x, gate, bias, part), grads[0][:, part].to(wide)
-            share = torch.sigmoid(a)
-            act = a * share if ctx.kind == "silu" else share
+            sigmoid = torch.sigmoid(a)
+            act = a * sigmoid if ctx.kind == "silu" else sigmoid
             grad_v = grad * act
             grad.mul_(wide_x @ value[part].to(wide).t())  # of the activation
-            slope = 1 - share if ctx.kind == "sigmoid" else a.mul_(1 - share).add_(1)
-            grad_a = grad.mul_(slope.mul_(share))
+            slope = 1 - sigmoid if ctx.kind == "sigmoid" else a.mul_(1 - sigmoid).add_(1)
+            grad_a = grad.mul_(slope.mul_(sigmoid))
             grad_value[part] = grad_v.t() @ wide_x
             grad_gate[part] = grad_a.t() @ wide_x
             if grad_bias is not None:

@@ -1,9 +1,9 @@
-"""Attention over samples laid one after another, for the carry-on's body.
+"""Attention over packed samples: a flat batch without padding.
 
-A batch of random samples padded to its longest would be a third pads; sorted by length it has few,
-but then every batch holds one kind of text, which cost 0.26 nats of held-out loss after an epoch
-of worked problems. So batches are flat, [1, N, ...], without pads: norms, bridges and matrices see
-tokens only, and here alone, where it is cheap, heads are spread to [B, T] rows for the kernel.
+A third of a batch of random samples padded to the longest would be padding. Sorting by length
+avoids that, but each batch then holds one kind of text, which cost 0.26 nats of held-out loss after
+an epoch of worked problems. So batches are flat, [1, N, ...], and only here, where it is cheap, are
+heads spread to [B, T] rows for the kernel.
 Letters: N tokens of a batch, B samples, T longest sample, H heads, K head width.
 """
 
@@ -20,12 +20,12 @@ from carryon.train.modules.linear import recomputed
 PACKED_ATTENTION = "carryon_packed"
 """Name of this attention in transformers' table."""
 _GROUPS = 4
-"""Groups of heads that are attended one after another where memory is short."""
+"""Groups of heads that are computed one after another when recomputing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packing:
-    """Where each token of a flat batch belongs."""
+    """The sample and position of each token of a flat batch."""
 
     place: Tensor
     """[N] int64: b * T + t of each token."""
@@ -52,7 +52,7 @@ def pack(lengths: Tensor) -> Packing:
 
 
 def register_packed_attention() -> None:
-    """Make PACKED_ATTENTION known to transformers; calling it again changes nothing."""
+    """Register PACKED_ATTENTION with transformers; idempotent."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -72,7 +72,7 @@ def attend_packed(
     packing: Packing,
     *,
     turn: Callable[[Tensor], Tensor],
-    is_lean: bool,
+    recomputes: bool,
 ) -> Tensor:
     """Attend within each sample, causally; returns [1, N, H, K].
 
@@ -81,8 +81,8 @@ def attend_packed(
         key: of as many heads.
         value: of as many heads.
         packing: which token belongs to which sample.
-        turn: turns queries and keys by their positions.
-        is_lean: take some heads at a time, and compute them again in the backward pass.
+        turn: rotates queries and keys by their positions.
+        recomputes: compute some heads at a time, and again in the backward pass.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def attend_packed(
             q, k, v = q.float(), k.float(), v.float()
         return _within_samples(turn(q), turn(k), v, packing).to(query.dtype)
 
-    if not is_lean:
+    if not recomputes:
         return attend(query, key, value)
     size = -(-query.shape[1] // _GROUPS)
     groups = zip(*(torch.split(x, size, dim=1) for x in (query, key, value)), strict=True)
@@ -124,14 +124,14 @@ def _within_samples(
     packing: Packing,
     **kwargs: Any,  # noqa: ANN401 -- of transformers' attention
 ) -> Tensor:
-    # Pads stand at the end of a row, where causal attention never looks from a real token.
+    # Padding is at the end of a row, which causal attention never reads from a real token.
     groups = query.shape[1] // key.shape[1]  # heads of the query that share one of the keys
     window = kwargs.get("sliding_window")
     band = None
     if window is not None and window < packing.longest:
         band = _seen(window, packing, query)
     if kwargs.get("s_aux") is not None:
-        raise InputError("attention sinks: not known to training from a store; train a bottleneck")
+        raise InputError("attention sinks: not supported from a store. Fix: train a bottleneck")
     q_BHTK = _spread(query, packing)
     k_BHTK = _spread(key, packing).repeat_interleave(groups, dim=1)
     v_BHTK = _spread(value, packing).repeat_interleave(groups, dim=1)
@@ -147,7 +147,7 @@ def _within_samples(
                 scale=scale,
                 dropout_p=kwargs.get("dropout", 0.0),
             )
-        else:  # no kernel of torch limits scores
+        else:  # no kernel of torch caps scores
             scores = softcap * torch.tanh(q_BHTK @ k_BHTK.mT * (scale or 1.0) / softcap)
             seen = _seen(packing.longest, packing, query) if band is None else band
             scores = scores.masked_fill(~seen, float("-inf"))
@@ -157,14 +157,14 @@ def _within_samples(
 
 
 def _seen(window: int, packing: Packing, like: Tensor) -> Tensor:
-    """Return who sees whom, [T, T]: the last `window` tokens, itself among them."""
+    """Return a causal mask, [T, T], over the last `window` tokens including the own one."""
     at = torch.arange(packing.longest, device=like.device)
     distance = at[:, None] - at
     return (distance >= 0) & (distance < window)
 
 
 def _spread(heads: Tensor, packing: Packing) -> Tensor:
-    """Return [B, H, T, K] of heads [1, H, N, K]; pads are 0."""
+    """Return [B, H, T, K] of heads [1, H, N, K]; padding is 0."""
     tokens = heads[0].transpose(0, 1)  # [N, H, K]
     rows = tokens.new_zeros(packing.num_rows * packing.longest, *tokens.shape[1:])
     rows = rows.index_copy(0, packing.place, tokens)

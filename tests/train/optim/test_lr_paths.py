@@ -72,7 +72,7 @@ def test_staying_low_keeps_the_minimum_after_the_first_version() -> None:
     assert path[100:] == [TOP * 0.1] * 200
 
 
-def test_wsd_s_goes_on_from_the_fallen_branch() -> None:
+def test_wsd_s_starts_from_the_decayed_branch() -> None:
     path = _path("wsd-s", 2)
 
     assert path[:100] == _path("switch", 1)

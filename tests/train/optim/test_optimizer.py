@@ -1,4 +1,4 @@
-"""Lean weights and state move as full ones do, and resume to the bit."""
+"""Low-precision weights and state follow AdamW, and resume bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ LEAN = MemorySettings(
     weights_dtype="bfloat16", optimizer_bits=8, step_in_backward=True, recompute=True
 )
 GROUP: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1}
-SIZE = FEWEST_CODED + 100  # coded, and no whole number of blocks
+SIZE = FEWEST_CODED + 100  # 8-bit state, and not a multiple of the block
 
 
 def _gradient(step: int) -> Tensor:
@@ -58,7 +58,7 @@ def test_with_eight_bits_moves_stay_near() -> None:
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-def test_a_state_that_is_loaded_goes_on_to_the_same_bits(bits: int) -> None:
+def test_a_loaded_state_resumes_to_the_same_bits(bits: int) -> None:
     assert torch.equal(_moved(bits, restart_at=7), _moved(bits))
 
 
@@ -85,7 +85,7 @@ def _carryon() -> CarryOn:
     return build_bottleneck(settings, base_width=16, seed=0)
 
 
-def test_parts_move_as_one_optimizer_does() -> None:
+def test_moving_in_the_backward_pass_gives_the_weights_of_one_optimizer() -> None:
     weights = []
     for in_backward in (False, True):
         carryon = _carryon()
@@ -103,7 +103,7 @@ def test_parts_move_as_one_optimizer_does() -> None:
     torch.testing.assert_close(weights[1], weights[0])
 
 
-def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
+def test_muon_moves_only_the_matrices_of_the_blocks() -> None:
     carryon = _carryon()
 
     optimizer = build_optimizer(carryon, OptimizationSettings(optimizer="muon"), MemorySettings())
@@ -118,7 +118,7 @@ def test_muon_in_few_bits_is_refused() -> None:
         build_optimizer(_carryon(), OptimizationSettings(optimizer="muon"), LEAN)
 
 
-def test_lean_weights_are_bfloat16_and_frequencies_are_not() -> None:
+def test_low_precision_weights_are_bfloat16() -> None:
     carryon = apply_memory_settings(_carryon(), LEAN)
 
     assert {weight.dtype for weight in carryon.parameters()} == {torch.bfloat16}
