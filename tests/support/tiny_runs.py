@@ -1,4 +1,4 @@
-"""Tiny settings of training runs, and what tests ask of the run folders they leave."""
+"""Tiny training runs: settings, kills, and what their folders hold."""
 
 import json
 import multiprocessing
@@ -24,8 +24,7 @@ from carryon.train.config import (
     TrainSettings,
 )
 from carryon.train.continual.lineage import update
-from carryon.train.trainer import finish
-from carryon.train.trainer import run_state as live_run
+from carryon.train.trainer import finish, run_state
 from carryon.train.trainer import sweep as sweep_module
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
@@ -65,7 +64,7 @@ class Killed(Exception):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the next training end before a step, without a word."""
+    """Make the next training raise Killed before a step."""
     calls = iter(range(1000))
 
     def killed_step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -73,7 +72,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise Killed
         return take_step(*args, **kwargs)
 
-    monkeypatch.setattr(live_run, "take_step", killed_step)
+    monkeypatch.setattr(run_state, "take_step", killed_step)
 
 
 def saved_weights(out: Path) -> dict[str, torch.Tensor]:
@@ -81,9 +80,9 @@ def saved_weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "carryon" / "carryon.safetensors")
 
 
-def assert_same_bits(found: Path, expected: Path) -> None:
+def assert_same_bits(actual: Path, expected: Path) -> None:
     """Check that two runs ended with the same carry-on."""
-    ours, theirs = saved_weights(found), saved_weights(expected)
+    ours, theirs = saved_weights(actual), saved_weights(expected)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         assert torch.equal(weight, theirs[name]), name
@@ -98,14 +97,14 @@ def metrics_without_times(out: Path) -> list[dict[str, Any]]:
 
 
 def without(report: TrainReport, *, out: str) -> TrainReport:
-    """Return a report as a run in another folder would give it, times left out."""
+    """Return a report as of a run in another folder, without times."""
     return replace(
         report, out=out, carryon="", train_s=0.0, tokens_per_second=0.0, data_wait_ratio=0.0
     )
 
 
 def write_texts(path: Path) -> Path:
-    """Write a corpus of 12 short texts, with ids of their own; none is marked as held out."""
+    """Write a corpus of 12 short texts with ids; none is marked as held out."""
     lines = [
         {
             "id": f"{path.stem}-{index}",
@@ -126,7 +125,7 @@ def without_plots() -> Iterator[None]:
 
 
 def begin_update(lineage: Path, data: Path, base: Path, settings: TrainSettings) -> Any:  # noqa: ANN401
-    """Start an update of a lineage in a process of its own; returns once it has begun."""
+    """Start an update of a lineage in a child process; returns once it runs."""
     ours, theirs = _processes().Pipe()
     process = _processes().Process(
         target=_update_in_child, args=(lineage, data, base, settings, theirs)
@@ -138,7 +137,7 @@ def begin_update(lineage: Path, data: Path, base: Path, settings: TrainSettings)
 
 
 def begin(store: Path, out: Path, *, is_sweep: bool) -> Any:  # noqa: ANN401 -- a Process
-    """Start the training in a process of its own; returns once it trains."""
+    """Start the training in a child process; returns once it trains."""
     ours, theirs = _processes().Pipe()
     process = _processes().Process(target=_train_in_child, args=(store, out, is_sweep, theirs))
     process.start()
@@ -149,7 +148,7 @@ def begin(store: Path, out: Path, *, is_sweep: bool) -> Any:  # noqa: ANN401 -- 
 
 @cache
 def _processes() -> Any:  # noqa: ANN401 -- a context has no public type
-    """Children of a process that has imported the trainer once: each would take seconds."""
+    """Return processes forked from one that has imported the trainer, which takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["carryon.train.continual.lineage", "transformers.models.llama.modeling_llama"]

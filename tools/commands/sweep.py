@@ -37,6 +37,7 @@ def sweep(
             optionally a name.
         settings: Settings that all runs share.
     """
+    from carryon.train.trainer.nll import shown_nll
     from carryon.train.trainer.sweep import choose_runs
     from carryon.train.trainer.sweep import sweep as train_sweep
 
@@ -49,7 +50,7 @@ def sweep(
     rows += [
         (
             name,
-            f"{result['carryon_nll']:.4f}",
+            shown_nll(result["carryon_nll"], result["carryon_nll_se"]),
             f"{result['num_steps']:,}",
             f"{result['carryon_bytes'] / 1e6:.2f}",
             f"{result['train_s']:.0f}",
@@ -57,6 +58,8 @@ def sweep(
         )
         for name, result in sorted(results.items(), key=lambda item: item[1]["carryon_nll"])
     ]
-    rows.append(("base", f"{reports[0].base_nll:.4f}", "", "", "", ""))
+    base = reports[0]
+    rows.append(("base", shown_nll(base.base_nll, base.base_nll_se), "", "", "", ""))
+    logger.info(f"held-out NLL on {base.held_out_targets:,} targets, +- its standard error:")
     logger.info(format_table(rows))
     return list(results.values())

@@ -68,8 +68,7 @@ def update(
         )
         return print_result(
             report.to_dict(),
-            f"{report.carryon}: held-out NLL on the new data {report.carryon_nll:.4f}, of the "
-            f"base {report.base_nll:.4f}",
+            f"{report.carryon}: on the new data, {report.losses()}",
         )
     if base or store or not old_lineage:
         raise InputError("--new-base: expected --old-lineage, and neither --base nor --store")

@@ -71,14 +71,19 @@ class TrainReport:
         """Return plain JSON values."""
         return asdict(self)
 
+    def losses(self) -> str:
+        """Return the held-out losses with their standard errors, for people."""
+        return (
+            f"held-out NLL of the base {shown_nll(self.base_nll, self.base_nll_se)}, with the "
+            f"carry-on {shown_nll(self.carryon_nll, self.carryon_nll_se)} on "
+            f"{self.held_out_targets:,} targets"
+        )
+
     def summary(self) -> str:
         """Return one line for people."""
         return (
             f"{self.carryon}: {self.carryon_bytes / 1e6:.2f} MB, trained in {self.train_s:,.0f} s "
-            f"({self.tokens_per_second:,.0f} tokens/s); held-out NLL of the base "
-            f"{shown_nll(self.base_nll, self.base_nll_se)}, with the carry-on "
-            f"{shown_nll(self.carryon_nll, self.carryon_nll_se)} on {self.held_out_targets:,} "
-            "targets"
+            f"({self.tokens_per_second:,.0f} tokens/s); {self.losses()}"
         )
 
 

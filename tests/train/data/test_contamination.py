@@ -1,4 +1,4 @@
-"""What stands in both halves is found, and nothing else."""
+"""Text in both halves counts as contamination, and nothing else."""
 
 from pathlib import Path
 

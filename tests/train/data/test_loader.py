@@ -72,7 +72,7 @@ def test_a_batch_holds_the_states_and_tokens_of_its_samples(store: Store) -> Non
 def test_a_supervised_pair_is_a_state_and_the_next_token_of_the_same_sample(store: Store) -> None:
     [[batch]] = _read(store, _windows(store), SETTINGS)[:1]
 
-    found = []
+    actual = []
     for pair, (position, target) in enumerate(
         zip(batch.positions.tolist(), batch.targets.tolist(), strict=True)
     ):
@@ -80,7 +80,7 @@ def test_a_supervised_pair_is_a_state_and_the_next_token_of_the_same_sample(stor
         row = int(np.searchsorted(starts, position, side="right")) - 1
         column = position - int(starts[row])
         assert int(batch.rows_of_pairs()[pair]) == row
-        found.append((int(batch.samples[row]), column, target))
+        actual.append((int(batch.samples[row]), column, target))
     expected = [
         (sample, token - 1, int(rows.tokens[token]))
         for sample in batch.samples.tolist()
@@ -88,7 +88,7 @@ def test_a_supervised_pair_is_a_state_and_the_next_token_of_the_same_sample(stor
         for token in range(1, len(rows.tokens))
         if rows.loss_mask[token] == 1
     ]
-    assert found == expected
+    assert actual == expected
 
 
 @pytest.mark.parametrize("profile", ["near", "compact"])
@@ -123,9 +123,9 @@ def test_a_stream_from_a_position_gives_the_same_next_batches(store: Store) -> N
     resumed = _read(store, take_steps(windows, first=3), SETTINGS)
 
     assert len(resumed) == len(whole) - 3
-    for (found,), (expected,) in zip(resumed, whole[3:], strict=True):
-        assert torch.equal(found.states["final"], expected.states["final"])
-        assert torch.equal(found.targets, expected.targets)
+    for (actual,), (expected,) in zip(resumed, whole[3:], strict=True):
+        assert torch.equal(actual.states["final"], expected.states["final"])
+        assert torch.equal(actual.targets, expected.targets)
 
 
 def test_more_threads_give_the_same_batches(store: Store) -> None:
@@ -134,8 +134,8 @@ def test_more_threads_give_the_same_batches(store: Store) -> None:
 
     one, three = _read(store, windows, SETTINGS), _read(store, windows, settings)
 
-    for (found,), (expected,) in zip(three, one, strict=True):
-        assert torch.equal(found.states["final"], expected.states["final"])
+    for (actual,), (expected,) in zip(three, one, strict=True):
+        assert torch.equal(actual.states["final"], expected.states["final"])
 
 
 class _CountingStore(Store):

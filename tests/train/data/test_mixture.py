@@ -61,8 +61,8 @@ def test_a_batch_of_a_mix_holds_the_rows_of_its_stores(folders: tuple[Path, Path
             for sample, length, end in zip(batch.samples, batch.lengths, ends, strict=True):
                 folder, _, name = mixed.sample_id(int(sample)).rpartition(":")
                 rows = plain[folder].read_sample(name)
-                found = batch.tokens[end - length : end].numpy()
-                np.testing.assert_array_equal(found, rows.tokens)
+                actual = batch.tokens[end - length : end].numpy()
+                np.testing.assert_array_equal(actual, rows.tokens)
                 bits = batch.states["final"][end - length : end].view(dtype=_int16()).numpy()
                 np.testing.assert_array_equal(bits, rows.hidden["final"].view(np.int16))
                 seen += 1
@@ -129,8 +129,8 @@ def test_repr_of_a_mix_names_its_stores_and_the_head_is_shared(folders: tuple[Pa
         f"{mixed.num_units} units; taps final, 16 x bfloat16; base {first.base['id']}>"
     )
     for is_mapped in (False, True):
-        found = mixed.head(is_mapped=is_mapped).weight
-        np.testing.assert_array_equal(found, first.head().weight)
+        actual = mixed.head(is_mapped=is_mapped).weight
+        np.testing.assert_array_equal(actual, first.head().weight)
     with pytest.raises(InputError, match="expected a store with the base's last blocks"):
         mixed.blocks()
     assert not isinstance(mixed, Store)  # nothing of a single store is inherited
@@ -188,8 +188,8 @@ def test_a_carryon_of_a_mix_is_trained_and_knows_both_held_out_halves(
     assert_same_bits(tmp_path / "again", tmp_path / "run")
     assert again.carryon_nll == report.carryon_nll
     for folder, number in zip(folders, (4, 2), strict=True):
-        found = evaluate(store=str(folder), carryon=report.carryon, device="cpu")
-        assert (found.samples, found.num_samples) == ("held-out", number)
+        actual = evaluate(store=str(folder), carryon=report.carryon, device="cpu")
+        assert (actual.samples, actual.num_samples) == ("held-out", number)
 
 
 def test_other_weights_are_another_run(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def _flat(windows: list[Window]) -> NDArray[np.int64]:
     return np.concatenate(batches)
 
 
-def test_each_sample_stands_in_exactly_one_step() -> None:
+def test_each_sample_is_in_exactly_one_step() -> None:
     assert sorted(_flat(_plan()).tolist()) == TRAIN.tolist()
 
 
@@ -128,8 +128,8 @@ def test_seeking_leaves_exactly_the_steps_that_follow(step: int) -> None:
     left = [each for window in take_steps(windows, first=step) for each in window.steps]
 
     assert len(left) == len(steps) - step
-    for found, expected in zip(left, steps[step:], strict=True):
-        np.testing.assert_array_equal(found[0], expected[0])
+    for actual, expected in zip(left, steps[step:], strict=True):
+        np.testing.assert_array_equal(actual[0], expected[0])
 
 
 def test_seeking_to_the_end_leaves_nothing_to_read() -> None:

@@ -77,7 +77,7 @@ def test_steps_after_loading_are_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(weight, carryon.state_dict()[name]), name
 
 
-def test_the_newest_whole_folder_is_found(tmp_path: Path) -> None:
+def test_the_newest_whole_folder_is_the_newest_checkpoint(tmp_path: Path) -> None:
     carryon, optimizer = _pair()
     assert newest_checkpoint(tmp_path / "none yet") is None
     _save(tmp_path, carryon, optimizer, step=9)
@@ -141,7 +141,7 @@ def test_a_failed_write_leaves_the_folder_as_it_was(
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
 
 
-def test_a_run_begun_before_there_was_a_setting_goes_on_without_it() -> None:
+def test_a_run_older_than_a_setting_resumes_without_it() -> None:
     refuse_other_settings({"width": 8}, {"width": 8, "sampled_softmax": 0}, name="run")
 
     with pytest.raises(InputError, match="sampled_softmax is None there and 5 here"):

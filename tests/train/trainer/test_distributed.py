@@ -22,7 +22,7 @@ OPTIONS = [
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_either_goes_on_for_the_other(
+def test_two_processes_train_as_one_and_one_resumes_the_run_of_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finish, "plot_curves", lambda metrics, path: False)
@@ -40,7 +40,7 @@ def test_two_processes_train_as_one_and_either_goes_on_for_the_other(
     assert_close(tmp_path / "two", tmp_path / "one")
     assert lines[-1]["held_out_nll"] == pytest.approx(alone.carryon_nll, rel=1e-3)
 
-    go_back(tmp_path / "two", tmp_path / "one", to="step-00000008")
+    rewind_to(tmp_path / "two", tmp_path / "one", to="step-00000008")
     train_tiny(store, tmp_path / "two", saved_dtype="float32", head_dtype="float32")
 
     assert_close(tmp_path / "two", tmp_path / "one")
@@ -63,7 +63,7 @@ def launch(store: Path, out: Path) -> None:
     )
 
 
-def go_back(out: Path, other: Path, *, to: str) -> None:
+def rewind_to(out: Path, other: Path, *, to: str) -> None:
     """Make a finished run one that was killed after a checkpoint."""
     import shutil
 
@@ -75,8 +75,8 @@ def go_back(out: Path, other: Path, *, to: str) -> None:
     assert (out / "checkpoints" / to).exists()
 
 
-def assert_close(found: Path, expected: Path) -> None:
-    for name, weight in saved_weights(found).items():
+def assert_close(actual: Path, expected: Path) -> None:
+    for name, weight in saved_weights(actual).items():
         torch.testing.assert_close(
             weight, saved_weights(expected)[name], rtol=1e-2, atol=1e-3, msg=name
         )

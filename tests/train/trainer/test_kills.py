@@ -45,10 +45,10 @@ def survive_kills(folder: Path, request: pytest.FixtureRequest, *, is_sweep: boo
         assert last.exitcode == 0
         for name in RUNS if is_sweep else ("",):
             assert_same_bits(out / name, folder / "whole" / name)
-            found, expected = (
+            actual, expected = (
                 metrics_without_times(root / name) for root in (out, folder / "whole")
             )
-            assert found == expected
+            assert actual == expected
         assert not list(out.rglob("*.partial"))
         shutil.rmtree(out)
     print(f"{num_landed} of {rounds} kills while the training ran were survived")

@@ -126,8 +126,8 @@ def test_an_untrained_kind_says_what_the_base_computed(
     states = {tap: torch.from_numpy(rows[:num]) for tap, rows in unit.hidden.items()}
     packing = pack(torch.from_numpy(unit.lengths).long())
     with torch.no_grad():
-        found = module.correct_packed(states, packing, torch.arange(num))
-    torch.testing.assert_close(found, states["final"], rtol=2e-4, atol=2e-4)
+        actual = module.correct_packed(states, packing, torch.arange(num))
+    torch.testing.assert_close(actual, states["final"], rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -175,9 +175,9 @@ def test_a_store_of_a_kinds_own_tap_is_enough(
             assert from_lean.base_nll == pytest.approx(from_whole.base_nll, abs=2e-4)
             assert from_lean.carryon_nll == pytest.approx(from_whole.carryon_nll, abs=2e-4)
             assert (from_lean.carryon_nll == from_lean.base_nll) == (alpha == 0)
-        begun = read_metrics(out / "metrics.jsonl")[0]["held_out_nll"]
+        before = read_metrics(out / "metrics.jsonl")[0]["held_out_nll"]
         held_out = evaluate(store=str(lean.store), carryon=carryon, device="cpu")
-        assert held_out.base_nll == pytest.approx(begun, abs=1e-6)
+        assert held_out.base_nll == pytest.approx(before, abs=1e-6)
         nlls[kl_weight] = from_lean.carryon_nll
     assert nlls[0.0] < nlls[100.0] - 0.01 < from_lean.base_nll
 
@@ -216,11 +216,11 @@ def test_a_merged_model_generates_what_its_logits_say(tmp_path: Path, llama: Pla
     """With a cache, block by block the same as without."""
     carryon = fit(llama, tmp_path / "run", kind="native")
     model = CarryOnForCausalLM.from_pretrained(carryon, base=str(llama.base), forward=FORWARD)
-    found = model.generate(TOKENS, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    actual = model.generate(TOKENS, max_new_tokens=5, do_sample=False, eos_token_id=None)
     tokens = TOKENS
     for _ in range(5):
         tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    assert found.tolist() == tokens.tolist()
+    assert actual.tolist() == tokens.tolist()
 
 
 def test_a_merge_killed_before_any_change_leaves_nothing_or_all_and_can_be_made_again(
@@ -285,7 +285,7 @@ def test_a_store_of_more_blocks_serves_fewer(tmp_path: Path) -> None:
 
 def test_blocks_are_counted_before_they_are_written(tmp_path: Path, llama: Place) -> None:
     """By a dry run."""
-    found = [
+    actual = [
         estimate(
             plan_extraction(
                 base=str(llama.base),
@@ -299,15 +299,17 @@ def test_blocks_are_counted_before_they_are_written(tmp_path: Path, llama: Place
         for number in (0, 1)
     ]
     files = [path.stat().st_size for path in (llama.store / "blocks").iterdir()]
-    sizes = [each.profiles["exact"].store_bytes for each in found]
+    sizes = [each.profiles["exact"].store_bytes for each in actual]
     assert sizes[1] - sizes[0] == pytest.approx(sum(files), rel=0.01)
 
 
-@pytest.mark.parametrize(("begun", "now"), [(0, 1), (1, 0), (2, 1)])
-def test_a_store_goes_on_with_as_many_blocks_only(tmp_path: Path, begun: int, now: int) -> None:
+@pytest.mark.parametrize(("before", "now"), [(0, 1), (1, 0), (2, 1)])
+def test_a_store_is_resumed_only_with_the_same_number_of_blocks(
+    tmp_path: Path, before: int, now: int
+) -> None:
     """The error names both numbers."""
-    make_place(tmp_path, "llama-untied", blocks=begun)
-    text = f"with_blocks: expected {begun}, .* got {now}"
+    make_place(tmp_path, "llama-untied", blocks=before)
+    text = f"with_blocks: expected {before}, .* got {now}"
     with pytest.raises(SettingMismatchError, match=text):
         make_place(tmp_path, "llama-untied", blocks=now)
 

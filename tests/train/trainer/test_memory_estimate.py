@@ -31,10 +31,10 @@ LARGE = replace(
 
 
 def test_weights_are_counted_as_the_module_has_them() -> None:
-    found = plan_memory(CASE)
+    parts = plan_memory(CASE)
     count = num_parameters(build_bottleneck(SMALL, base_width=64, seed=0))
-    assert (found["weights"], found["gradients"]) == (4 * count, 4 * count)
-    assert found["optimizer"] == 8 * count
+    assert (parts["weights"], parts["gradients"]) == (4 * count, 4 * count)
+    assert parts["optimizer"] == 8 * count
 
 
 def test_a_block_computed_again_takes_no_room_beside_the_loss() -> None:

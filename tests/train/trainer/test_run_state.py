@@ -18,8 +18,7 @@ from support.tiny_train_stores import make_tiny_store
 from carryon.cache.errors import InputError
 from carryon.tools.cli.main import call_command
 from carryon.train.modules.bottleneck import build_bottleneck
-from carryon.train.trainer import finish
-from carryon.train.trainer import run_state as live_run
+from carryon.train.trainer import finish, run_state
 from carryon.train.trainer.checkpoint import START, Progress, load_weights
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.run_state import with_evaluation
@@ -74,7 +73,7 @@ def test_a_killed_run_with_dropout_resumes_to_the_same_bits(
         return take_step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(live_run, "take_step", killed_step)
+        patch.setattr(run_state, "take_step", killed_step)
         with pytest.raises(SystemError, match="killed"):
             train_tiny(store, tmp_path / "run", dropout=0.4)
     torch.manual_seed(5)  # whatever state the process is in
@@ -156,7 +155,7 @@ def test_each_beginning_is_recorded_and_another_version_said(
         raise SystemError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(live_run, "take_step", stop)
+        patch.setattr(run_state, "take_step", stop)
         with pytest.raises(SystemError):
             train_tiny(store, tmp_path / "run")
     monkeypatch.setattr(

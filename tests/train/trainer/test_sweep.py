@@ -11,8 +11,7 @@ from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.store.reader import Store
-from carryon.train.trainer import finish
-from carryon.train.trainer import run_state as live_run
+from carryon.train.trainer import finish, run_state
 from carryon.train.trainer import sweep as sweep_module
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.step import take_step
@@ -113,7 +112,7 @@ def test_a_killed_sweep_resumes_to_the_same_bits(
         return take_step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(live_run, "take_step", killed_step)
+        patch.setattr(run_state, "take_step", killed_step)
         with pytest.raises(SystemError, match="killed"):
             _sweep(store, tmp_path / "sweep")
 
@@ -121,10 +120,10 @@ def test_a_killed_sweep_resumes_to_the_same_bits(
 
     for name in RUNS:
         assert_same_bits(tmp_path / "sweep" / name, finished[0] / name)
-        found, expected = (
+        actual, expected = (
             metrics_without_times(root / name) for root in (tmp_path / "sweep", finished[0])
         )
-        assert found == expected
+        assert actual == expected
 
 
 def test_the_summary_has_every_run_and_what_it_changed(
@@ -176,6 +175,7 @@ def test_a_grid_has_every_combination() -> None:
         ("width=wide", "width: expected a whole number, got 'wide'"),
         ("gate=open", "gate: expected channel, token or none, got 'open'"),
         ("colour=red", "no setting colour"),
+        ("lr=1e-3", r"no setting lr: did you mean learning_rate\?"),
     ],
 )
 def test_a_wrong_axis_is_refused(vary: str, text: str) -> None:

@@ -28,11 +28,11 @@ def test_tensorboard_gets_every_number_of_the_metrics(tmp_path: Path) -> None:
     train_tiny(store, tmp_path / "run", tracker="tensorboard")
 
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    found = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     for key in ("loss", "learning_rate", "held_out_nll", "tokens_per_second"):
         written = {line["step"]: line[key] for line in lines if key in line}
-        shown = {event.step: event.value for event in found.Scalars(key)}
-        assert shown == pytest.approx(written, rel=1e-5)
+        logged = {event.step: event.value for event in events.Scalars(key)}
+        assert logged == pytest.approx(written, rel=1e-5)
 
 
 def test_a_tracker_that_is_not_installed_names_its_extra(

@@ -6,7 +6,8 @@ steps fall into the middle of epochs.
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from support.tiny_runs import TINY, Killed, assert_same_bits, kill_at, train_tin
 from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError, MissingError
+from carryon.cache.store.reader import Store
+from carryon.train import StoreDataset, sweep, train
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.modules.serialization import load_carryon
-from carryon.train.trainer import finish
-from carryon.train.trainer import run_state as live_run
+from carryon.train.trainer import finish, run_state
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.step import take_step
@@ -62,7 +64,7 @@ def test_a_run_lowers_the_held_out_nll(finished: tuple[Path, TrainReport]) -> No
     assert 0 <= report.data_wait_ratio <= 1
 
 
-def test_a_run_leaves_what_it_says(finished: tuple[Path, TrainReport]) -> None:
+def test_a_run_writes_the_files_of_its_folder(finished: tuple[Path, TrainReport]) -> None:
     out, report = finished
 
     assert sorted(path.name for path in out.iterdir()) == [
@@ -124,11 +126,11 @@ def test_evaluating_the_carryon_gives_the_figures_of_the_run(
 ) -> None:
     _, report = finished
 
-    found = evaluate(store=str(store), carryon=report.carryon, device="cpu")
+    measured = evaluate(store=str(store), carryon=report.carryon, device="cpu")
 
-    assert found.samples == "held-out"
-    assert found.base_nll == report.base_nll
-    assert found.carryon_nll == report.carryon_nll
+    assert measured.samples == "held-out"
+    assert measured.base_nll == report.base_nll
+    assert measured.carryon_nll == report.carryon_nll
 
 
 def test_the_same_command_in_another_folder_gives_the_same_bits(
@@ -161,7 +163,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert steps == [line["step"] for line in read_metrics(finished[0] / "metrics.jsonl")]
 
 
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(
     store: Path,
     finished: tuple[Path, TrainReport],
     tmp_path: Path,
@@ -175,7 +177,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
         return take_step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(live_run, "take_step", interrupted_step)
+        patch.setattr(run_state, "take_step", interrupted_step)
         with pytest.raises(KeyboardInterrupt, match="after step 3 of .*Run the same command"):
             train_tiny(store, tmp_path / "run")
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
@@ -196,7 +198,7 @@ def test_smaller_batches_within_a_step_train_the_same_to_rounding(
     assert abs(report.carryon_nll - finished[1].carryon_nll) < 1.0
 
 
-def test_a_finished_run_returns_its_report_again(
+def test_a_finished_run_returns_its_measured(
     store: Path, finished: tuple[Path, TrainReport], caplog: pytest.LogCaptureFixture
 ) -> None:
     out, report = finished
@@ -239,6 +241,27 @@ def test_a_folder_that_holds_something_else_is_left_alone(store: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        partial(train, []),
+        partial(sweep, [], vary=["seed=0,1"]),
+        lambda out: StoreDataset([]),
+    ],
+)
+def test_a_call_without_a_store_is_refused(call: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="store: expected one folder or more, got none"):
+        call(out=tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_open_store_is_trained_on(store: Path, tmp_path: Path) -> None:
+    report = train(Store.open(store), out=tmp_path / "run", settings=TINY)
+
+    assert report == train_tiny(store, tmp_path / "run")
+
+
 def test_a_store_that_cannot_be_split_leaves_no_folder(tmp_path: Path) -> None:
     one = make_tiny_store(tmp_path / "one", num_samples=1, num_held_out=0)
 
@@ -256,7 +279,7 @@ def test_a_missing_store_is_named(tmp_path: Path) -> None:
 
 
 def test_a_tap_that_was_not_stored_is_refused(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected the taps final, layer.3, it has final"):
+    with pytest.raises(InputError, match=r"expected the taps final, layer.3, got final"):
         train_tiny(store, tmp_path / "run", taps=["layer.3"])
 
     assert not (tmp_path / "run").exists()
