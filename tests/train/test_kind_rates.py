@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import pytest
 import yaml
 from support.tiny_runs import TINY, without_plots
@@ -15,6 +14,7 @@ from support.tiny_stores import write_corpus
 from carryon.cache import extract
 from carryon.cache.errors import InputError
 from carryon.tools.bench.experiment_paths import experiment_paths
+from carryon.tools.cli.options import options_of
 from carryon.tools.compare.settings import CompareSettings, get_methods
 from carryon.train import sweep, train, update
 from carryon.train.config import CarryOnSettings, OptimizationSettings, rate_warning
@@ -74,8 +74,9 @@ def test_each_kind_has_a_default_rate_and_a_given_one_wins(name: str) -> None:
 
 
 def test_the_help_tells_the_rate_of_each_kind() -> None:
-    fields = docstring_parser.parse_from_object(OptimizationSettings).params
-    [text] = [item.description or "" for item in fields if item.arg_name == "learning_rate"]
+    [text] = [
+        item.help for item in options_of(OptimizationSettings) if item.name == "learning_rate"
+    ]
     text = " ".join(text.split())
     for name, (default, *_) in RATES.items():
         kind, *more = name.split(" ", 1)

@@ -15,6 +15,8 @@ from carryon.train.trainer.step import StepFigures
 
 Callback = Callable[[dict[str, Any]], object]
 """Gets each line of metrics.jsonl."""
+RESULT = "is_result"
+"""Marks the line with the loss of the finished carry-on."""
 
 
 class Meter:
@@ -124,7 +126,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind_metrics(path: Path, *, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again."""
+    """Drop the lines after `step` and that of the result, which a resumed run writes again."""
     if path.exists():
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+        lines = read_lines(path)
+        kept = [line for line in lines if line["step"] <= step and RESULT not in line]
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("ascii"))

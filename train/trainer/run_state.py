@@ -24,7 +24,13 @@ from carryon.train.trainer.checkpoint import (
     save_checkpoint,
 )
 from carryon.train.trainer.distributed import Processes
-from carryon.train.trainer.metrics import Meter, MetricsLog, rewind_metrics, start_tracker
+from carryon.train.trainer.metrics import (
+    RESULT,
+    Meter,
+    MetricsLog,
+    rewind_metrics,
+    start_tracker,
+)
 from carryon.train.trainer.nll import Nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import record_session
@@ -140,7 +146,8 @@ class RunState:
 
     def record_result(self, nll: Nll) -> None:
         """Record the held-out loss of the finished carry-on, and close the log."""
-        self._write({"step": self.progress.step, "epoch": self.progress.epoch, **nll.to_line()})
+        progress = self.progress
+        self._write({"step": progress.step, "epoch": progress.epoch, **nll.to_line(), RESULT: True})
         if self._log is not None:
             self._log.close()
 

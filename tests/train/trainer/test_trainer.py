@@ -121,6 +121,22 @@ def test_metrics_begin_with_the_base_and_end_with_the_carryon(
     assert {"learning_rate", "grad_norm", "tokens_per_second", "data_wait_ratio"} <= set(steps[0])
 
 
+def test_a_run_killed_before_its_result_is_written_records_the_result_once(
+    store: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(store, out=out, settings=TINY)
+    lines = read_metrics(out / "metrics.jsonl")
+    (out / "result.json").unlink()  # as a kill between the last line and this file leaves it
+
+    train(store, out=out, settings=TINY)
+
+    again = read_metrics(out / "metrics.jsonl")
+    assert [line.get("held_out_nll") for line in again] == [
+        line.get("held_out_nll") for line in lines
+    ]
+
+
 def test_evaluating_the_carryon_gives_the_figures_of_the_run(
     store: Path, finished: tuple[Path, TrainReport]
 ) -> None:
