@@ -2,10 +2,12 @@
 
 Both run as processes of the command line, each with its own source first on the import path. The
 bits of a run depend on processor and libraries, so both are made here, never compared with stored
-digests.
+digests. The run `low_memory` differs from FIRST_LAYOUT: its rounding noise was seeded by Python's
+`hash` of a tuple, and is seeded by a SeedSequence since.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import statistics
@@ -125,6 +127,11 @@ def _sources(commit: str) -> Iterator[tuple[Source, Source]]:
                 for name in ("cache", "train", "tools"):
                     (place / "carryon" / name).symlink_to(root / name)
             is_flat = (old / "tools/main.py").exists()
+            if is_flat and importlib.util.find_spec("jsonargparse") is None:
+                raise InputError(
+                    f"{commit}: expected jsonargparse, which its command line imports, got none. "
+                    'Fix: pip install "jsonargparse[signatures]==4.53.0" docstring-parser'
+                )
             module = "carryon.tools.main" if is_flat else "carryon.tools.cli.main"
             yield (
                 Source(path=folder, module=module, is_old=is_flat),
