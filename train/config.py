@@ -61,7 +61,7 @@ def refuse_other_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, n
     if differences:
         raise InputError(
             f"{name}: started with other settings: {'; '.join(differences)}. Fix: give the same "
-            "settings, or start another"
+            "settings, or another --out"
         )
 
 

@@ -237,7 +237,9 @@ def read_manifest(root: Path) -> Manifest:
         return parse_manifest(path.read_bytes(), name=str(path), is_mirrored=copy.is_file())
     if copy.is_file():
         raise DamagedStoreError(f"{path}: missing, but its copy is there")
-    raise MissingError(f"{root}: no store here (no zarr.json): make one with carryon extract")
+    raise MissingError(
+        f"{root}: expected a store (zarr.json), found none. Fix: carryon extract makes one"
+    )
 
 
 def parse_manifest(content: bytes, *, name: str, is_mirrored: bool) -> Manifest:

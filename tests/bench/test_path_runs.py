@@ -1,7 +1,7 @@
 """Paradigms compared, with what they share trained once."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,6 @@ OPTIMIZATION = OptimizationSettings(
     epochs=1, learning_rate=3e-3, min_lr_ratio=0.1, warmup_ratio=0.0
 )
 LENGTHS = {0: Lengths(alone=(10, 10, 10, 10), so_far=(10, 20, 30, 40))}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny products on several threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

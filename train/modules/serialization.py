@@ -178,9 +178,12 @@ def read_card(folder: str | Path) -> CarryOnCard:
     root = Path(folder)
     recover_folder(root)
     if not (root / CARD).is_file() or not (root / WEIGHTS).is_file():
+        inner = root / "carryon"
+        fix = "run carryon train, which writes one to RUN/carryon"
+        if (inner / CARD).is_file():  # the run was given
+            fix = f"give {inner}"
         raise MissingError(
-            f"{root}: expected a carry-on ({CARD} and {WEIGHTS}), found none. Fix: run carryon "
-            "train, which writes one to RUN/carryon"
+            f"{root}: expected a carry-on ({CARD} and {WEIGHTS}), found none. Fix: {fix}"
         )
     try:
         return CarryOnCard.from_dict(json.loads((root / CARD).read_text(encoding="utf-8")))

@@ -170,7 +170,7 @@ def test_a_file_damaged_together_with_its_copy_is_named(store_folder: Path, path
 
 
 def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="no store here"):
+    with pytest.raises(MissingError, match="expected a store"):
         repair_tiny(tmp_path / "none", NO_BASE)
     assert list(tmp_path.iterdir()) == []
 

@@ -365,7 +365,7 @@ def test_units_and_ids_that_do_not_exist_are_refused(store: Store) -> None:
 
 
 def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="no store here.*carryon extract"):
+    with pytest.raises(MissingError, match="expected a store.*carryon extract"):
         Store.open(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

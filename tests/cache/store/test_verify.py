@@ -262,7 +262,7 @@ def test_the_probe_of_an_unfinished_store_is_checked(store_tmp: Path) -> None:
 
 
 def test_a_folder_without_a_store_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="no store here"):
+    with pytest.raises(MissingError, match="expected a store"):
         verify(tmp_path, depth="quick")
     assert list(tmp_path.iterdir()) == []
 

@@ -145,7 +145,7 @@ def test_generate_compares_base_and_customized_model(
     [
         (["evaluate", "--store", "STORE", "--carryon", "none"], "none: expected a carry-on"),
         (["train", "--store", "STORE", "--out", "RUN", "--taps", "layer.2"], "layer.2"),
-        (["train", "--store", "none", "--out", "RUN"], "none: no store here"),
+        (["train", "--store", "none", "--out", "RUN"], "none: expected a store"),
         (["train", "--store", "STORE", "--out", "RUN", "--epochs", "0"], "epochs: expected 1"),
         (["generate", "--carryon", "none", "--prompt", "x"], "none: expected a carry-on"),
         (["extract", "--base", "./none", "--data", "x", "--out", "RUN"], "'./none'"),

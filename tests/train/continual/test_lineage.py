@@ -3,15 +3,13 @@
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.tiny_bases import make_tiny_base
-from support.tiny_runs import TINY, assert_same_bits, begin_update, without_plots, write_texts
+from support.tiny_runs import TINY, assert_same_bits, begin_update, write_texts
 from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError
@@ -31,16 +29,6 @@ from carryon.train.trainer.segment import Segment, digest_of_state
 from carryon.train.trainer.trainer import train_jointly
 
 SETTINGS = TINY.with_options(min_lr_ratio=0.1, log_every=1, dropout=0.2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny products on several threads mostly wait for each other; plots take longer than they."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with without_plots():
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Shape, causality, and an untrained carry-on that is the base."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,15 +12,6 @@ from carryon.train.modules.carryon import CarryOn, customized_states, num_parame
 from carryon.train.modules.packed_attention import pack
 
 WIDTH, ROWS, POSITIONS = 16, 3, 7
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny products on several threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _settings(**values: object) -> CarryOnSettings:

@@ -125,6 +125,13 @@ def test_a_carryon_of_another_tokenizer_is_refused() -> None:
         check_base(card, {**card.base, "tokenizer_sha256": "34" * 32}, where="store")
 
 
+def test_a_run_given_for_its_carryon_is_told_where_that_is(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
+
+    with pytest.raises(MissingError, match=f"found none. Fix: give {tmp_path / 'carryon'}"):
+        load_carryon(tmp_path)
+
+
 def test_a_carryon_of_the_same_weights_elsewhere_is_accepted() -> None:
     check_base(_card(), {**_card().base, "id": "/copy"}, where="store")
     check_base(replace(_card(), alpha=0.0), _card().base, where="store")

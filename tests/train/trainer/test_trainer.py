@@ -6,13 +6,12 @@ steps fall into the middle of epochs.
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from support.tiny_runs import TINY, Killed, assert_same_bits, kill_at, train_tiny
 from support.tiny_train_stores import make_tiny_store
@@ -26,15 +25,6 @@ from carryon.train.trainer import finish, run_state
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.step import take_step
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny products on several threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
