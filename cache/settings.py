@@ -204,17 +204,46 @@ def _wrong_fields(settings: Settings) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusSettings(Settings):
-    """How text becomes samples."""
+    """How records become samples: recorded in the store, the same for all that it holds."""
 
     mask: Literal["auto", "assistant", "completion", "all"] = "auto"
     """Which tokens are training targets: `assistant` turns of `messages`, the `completion` of
-    `prompt` + `completion`, or `all` tokens. `auto` takes what fits each record: assistant turns,
-    completions, and everything of a plain `text`."""
+    `prompt` + `completion` (of messages, the last turn), or `all` tokens. `auto` takes what fits
+    each record: assistant turns, completions, and everything of a plain `text`."""
     max_tokens: int = bounded(0, at_least=0)
     """Longest sample, in tokens. 0: the base's context or the unit, whichever is smaller."""
-    long: Literal["truncate", "split", "skip", "error"] = "truncate"
+    long: Literal["auto", "truncate", "split", "skip", "error"] = "auto"
     """What becomes of a longer sample: cut off, split into pieces, left out, or an error.
-    Counted and recorded."""
+    `auto` splits plain text and cuts off all else. Counted and recorded."""
+    turns: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation are learned."""
+    chat_template: str = ""
+    """File with a Jinja chat template, used in place of the base's own. Empty: the base's own."""
+    chat_template_kwargs: list[str] = bounded([])
+    """Variables for the chat template, each NAME=VALUE with a JSON value or a text, such as
+    enable_thinking=false. A record's own `chat_template_kwargs` come before them."""
+    template_date: str = ""
+    """Date, YYYY-MM-DD, that a chat template prints as today. Empty: the store's, or today."""
+    start_pieces: bool = True
+    """Begin each piece of a split text with the tokenizer's start tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSettings(Settings):
+    """How data are read; the samples' fingerprint covers the result."""
+
+    column: list[str] = bounded([])
+    """Columns to read under another name, each FIELD=COLUMN, such as text=body."""
+    data_config: str = ""
+    """Configuration (subset) of data on the hub."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What becomes of a row that is no record: an error, or left out and listed in the store's
+    skipped.jsonl."""
+    drop_unfit: bool = False
+    """Leave out, and count, a conversation whose text the chat template drops or refuses, in place
+    of an error."""
+    workers: int = bounded(0, at_least=0)
+    """Processes that tokenize. 0: one a core."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
