@@ -1,25 +1,68 @@
 """Records: rows with checked fields, before any tokenizer sees them.
 
-A record has `messages`, or `prompt` and `completion`, or `text`; of several, the first in this
-order is read. Optional fields: `id` (a string or whole number) and `split` (`train`, the default,
-or `held-out`). A null field counts as absent; other fields are ignored.
+    kind                    fields
+    messages                `messages` or `conversations`, `tools`, `chat_template_kwargs`
+    preference pair         `chosen`, `rejected`, and `prompt` unless both begin with it
+    prompt and completion   `prompt`, and `completion` or `response`
+    text                    `text`
+
+Of several kinds in a row, the first in this order is read. Optional fields: `id` (a string or
+number) and `split` (`train`, the default, or `held-out`). A null field counts as absent; other
+fields are ignored.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from carryon.cache.corpus.files import Row
+from carryon.cache.corpus.rows import Row
 from carryon.cache.errors import InputError
 
 MAX_ID_BYTES = 255
 """Longest sample id, in UTF-8 bytes."""
 
 
-Content = list[dict[str, Any]] | tuple[str, str] | str
-"""Messages, each with the strings `role` and `content` and what else the chat template reads; or
-prompt and completion; or a text."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chat:
+    """A conversation, in the form that chat templates read (OpenAI's)."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """Each with the string `role`; with `content`, a string, absent where the data have none
+    beside `tool_calls`; and with the other keys of the data. Arguments of tool calls are dicts."""
+    is_trained: Sequence[bool]
+    """For each message whether it may be a target: an assistant turn whose weight is not 0; of
+    `prompt` and `completion`, one of the completion."""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """The record's own variables for the chat template."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """A prompt and what follows it, without a chat template."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """A document."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """A preference pair: two answers to one prompt."""
+
+    chosen: Chat | Completion
+    rejected: Chat | Completion
+
+
+Content = Chat | Completion | Text | Pair
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,40 +70,35 @@ class Record:
     """One record of the data."""
 
     id: str
-    """Unique among all records; made from file stem and line where the record has none."""
+    """Given, shortened if it is long; else `Row.made_id`."""
     where: str
     """File and line or row, for error texts."""
     content: Content
     is_held_out: bool
     num_bytes: int
-    """Size in the file, for progress; of a Parquet row the average."""
+    """Size in the file, for progress; of a table's row the average."""
 
 
-def read_records(rows: Iterable[Row]) -> Iterator[Record]:
-    """Yield the records of `rows`, in order.
+def read_record(row: Row) -> Record:
+    """Return the record of a row.
 
     Raises:
-        InputError: a row is not a record, or two records have one id; the text names the origin
-            of the row.
+        InputError: the row is no record, or is of another kind than `row.expected`; one line that
+            begins with `row.where`.
     """
-    taken: dict[str, str] = {}  # id -> origin of its first row
-    for row in rows:
-        identifier = _given_id(row)
-        if identifier is None:
-            identifier = _made_id(row.stem, row.number, taken)
-        elif identifier in taken:
-            raise InputError(
-                f"{row.where}: id: expected a different one for each record, got {identifier!r}, "
-                f"which is also that of {taken[identifier]}. Fix: change it, or leave out all ids"
-            )
-        taken[identifier] = row.where
-        yield Record(
-            id=identifier,
-            where=row.where,
-            content=_content(row),
-            is_held_out=_is_held_out(row),
-            num_bytes=row.num_bytes,
-        )
+    raise NotImplementedError
+
+
+def kind_of(fields: Mapping[str, Any]) -> str:
+    """Return the kind of record that the names of non-null fields tell; empty for none. Pure."""
+    names = {name for name, value in fields.items() if value is not None}
+    if names & {"messages", "conversations", "conversation"}:
+        return "messages"
+    if {"chosen", "rejected"} <= names:
+        return "preference pair"
+    if "prompt" in names and names & {"completion", "response"}:
+        return "prompt and completion"
+    return "text" if "text" in names else ""
 
 
 def refuse_shared_texts(
@@ -86,64 +124,6 @@ def _text_key(record: Mapping[str, Any]) -> str:
     return json.dumps(fields, sort_keys=True)
 
 
-def _content(row: Row) -> Content:
-    names = [name for name, value in row.fields.items() if value is not None]
-    if "messages" in names:
-        return _messages(row)
-    if "prompt" in names and "completion" in names:
-        return _string(row, "prompt"), _string(row, "completion")
-    if "text" in names:
-        return _string(row, "text")
-    raise InputError(
-        f"{row.where}: expected messages, prompt and completion, or text, "
-        f"got {', '.join(names) or 'nothing'}"
-    )
-
-
-def _string(row: Row, name: str) -> str:
-    value = row.fields[name]
-    if not isinstance(value, str):
-        raise InputError(f"{row.where}: {name}: expected a string, got {type(value).__name__}")
-    return value
-
-
-def _messages(row: Row) -> list[dict[str, Any]]:
-    values = row.fields["messages"]
-    if not isinstance(values, list) or not values:
-        got = "an empty list" if values == [] else type(values).__name__
-        raise InputError(f"{row.where}: messages: expected a list of messages, got {got}")
-    messages = []
-    for index, value in enumerate(values):
-        name = f"{row.where}: messages[{index}]"
-        if not isinstance(value, dict):
-            raise InputError(f"{name}: expected role and content, got {type(value).__name__}")
-        for key in ("role", "content"):
-            if not isinstance(value.get(key), str):
-                got = type(value[key]).__name__ if key in value else "none"
-                raise InputError(f"{name}: {key}: expected a string, got {got}")
-        # Parquet fills in every key that any row has
-        messages.append({key: item for key, item in value.items() if item is not None})
-    return messages
-
-
-def _is_held_out(row: Row) -> bool:
-    split = row.fields.get("split")
-    if split not in (None, "train", "held-out"):
-        raise InputError(f"{row.where}: split: expected 'train' or 'held-out', got {split!r}")
-    return split == "held-out"
-
-
-def _given_id(row: Row) -> str | None:
-    value = row.fields.get("id")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise InputError(
-            f"{row.where}: id: expected a string or whole number, got {type(value).__name__}"
-        )
-    return check_id(str(value), where=f"{row.where}: id")
-
-
 def check_id(identifier: str, *, where: str) -> str:
     """Return a sample id that can be stored.
 
@@ -159,14 +139,3 @@ def check_id(identifier: str, *, where: str) -> str:
     if "\0" in identifier:
         raise InputError(f"{where}: expected no NUL character, got {identifier!a}")
     return identifier
-
-
-def _made_id(stem: str, number: int | None, taken: Mapping[str, str]) -> str:
-    # stem, stem-7, and for a second file of that name stem~2, stem-7~2
-    short = stem.encode(errors="replace")[: MAX_ID_BYTES - 40].decode(errors="ignore")
-    name = short if number is None else f"{short}-{number}"
-    made, attempt = name, 1
-    while made in taken:
-        attempt += 1
-        made = f"{name}~{attempt}"
-    return made

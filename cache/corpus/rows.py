@@ -70,6 +70,8 @@ class Row:
     """Whether its source is."""
     expected: str
     """As in `Source`."""
+    has_filled_nulls: bool = False
+    """Whether nulls say nothing: a table fills in every key that any of its rows has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
