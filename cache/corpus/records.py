@@ -1,68 +1,53 @@
 """Records: rows with checked fields, before any tokenizer sees them.
 
-    kind                    fields
-    messages                `messages` or `conversations`, `tools`, `chat_template_kwargs`
-    preference pair         `chosen`, `rejected`, and `prompt` unless both begin with it
-    prompt and completion   `prompt`, and `completion` or `response`
-    text                    `text`
-
-Of several kinds in a row, the first in this order is read. Optional fields: `id` (a string or
-number) and `split` (`train`, the default, or `held-out`). A null field counts as absent; other
-fields are ignored.
+What a record holds is the matter of `contents`: of several kinds of fields in a row, the first in
+the order messages, preference pair, prompt and completion, text is read. Optional fields: `id` (a
+string or number) and `split` (`train`, the default, or `held-out`, `test`, `validation`, which are
+held out). A null field counts as absent; other fields are ignored.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
+from carryon.cache.corpus.contents import (
+    Chat,
+    Completion,
+    Content,
+    Pair,
+    Text,
+    kind_of,
+    read_content,
+)
+from carryon.cache.corpus.json_values import check_text, quote, show_name
 from carryon.cache.corpus.rows import Row
 from carryon.cache.errors import InputError
 
+__all__ = [
+    "MAX_ID_BYTES",
+    "Chat",
+    "Completion",
+    "Content",
+    "Pair",
+    "Record",
+    "Text",
+    "check_id",
+    "kind_of",
+    "read_record",
+    "refuse_shared_texts",
+]
+
 MAX_ID_BYTES = 255
 """Longest sample id, in UTF-8 bytes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chat:
-    """A conversation, in the form that chat templates read (OpenAI's)."""
-
-    messages: Sequence[Mapping[str, Any]]
-    """Each with the string `role`; with `content`, a string, absent where the data have none
-    beside `tool_calls`; and with the other keys of the data. Arguments of tool calls are dicts."""
-    is_trained: Sequence[bool]
-    """For each message whether it may be a target: an assistant turn whose weight is not 0; of
-    `prompt` and `completion`, one of the completion."""
-    tools: Sequence[Mapping[str, Any]] | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """The record's own variables for the chat template."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """A prompt and what follows it, without a chat template."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Text:
-    """A document."""
-
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
-    """A preference pair: two answers to one prompt."""
-
-    chosen: Chat | Completion
-    rejected: Chat | Completion
-
-
-Content = Chat | Completion | Text | Pair
+_MAX_GIVEN_BYTES = MAX_ID_BYTES - 32
+"""Longest id of a record: a sample's may end in more, such as the number of a piece."""
+_DIGEST_CHARS = 16
+_LARGE_ID = 10**200
+_MAX_NAMES = 20
+"""Most columns that an error lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,19 +71,63 @@ def read_record(row: Row) -> Record:
         InputError: the row is no record, or is of another kind than `row.expected`; one line that
             begins with `row.where`.
     """
-    raise NotImplementedError
+    kind = kind_of(row.fields)
+    if not kind:
+        names = [show_name(name) for name, value in row.fields.items() if value is not None]
+        got = ", ".join(names[:_MAX_NAMES]) + ", ..." * (len(names) > _MAX_NAMES) or "nothing"
+        raise InputError(
+            f"{row.where}: expected messages, conversations, chosen and rejected, prompt and "
+            f"completion, or text, got {got}. Fix: --column text=NAME"
+        )
+    if row.expected and kind != row.expected:
+        raise InputError(
+            f"{row.where}: expected {row.expected}, as in the rows before, got {kind}. "
+            "Fix: one kind of record a file"
+        )
+    return Record(
+        id=_read_id(row),
+        where=row.where,
+        content=read_content(row, kind),
+        is_held_out=row.is_held_out or _is_held_out(row),
+        num_bytes=row.num_bytes,
+    )
 
 
-def kind_of(fields: Mapping[str, Any]) -> str:
-    """Return the kind of record that the names of non-null fields tell; empty for none. Pure."""
-    names = {name for name, value in fields.items() if value is not None}
-    if names & {"messages", "conversations", "conversation"}:
-        return "messages"
-    if {"chosen", "rejected"} <= names:
-        return "preference pair"
-    if "prompt" in names and names & {"completion", "response"}:
-        return "prompt and completion"
-    return "text" if "text" in names else ""
+def _is_held_out(row: Row) -> bool:
+    split = row.fields.get("split")
+    if split is None or split == "train":
+        return False
+    if split in ("held-out", "test", "validation"):
+        return True
+    raise InputError(
+        f"{row.where}: split: expected train, held-out, test or validation, got {quote(split)}. "
+        "Fix: --column split=NAME reads another column"
+    )
+
+
+def _read_id(row: Row) -> str:
+    value = row.fields.get("id")
+    if value is None:
+        return row.made_id
+    name = f"{row.where}: id"
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value) if abs(value) < _LARGE_ID else value
+    elif isinstance(value, float) and isfinite(value):
+        value = str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    if not isinstance(value, str):
+        raise InputError(f"{name}: expected a string or number, got {quote(value)}")
+    check_text(value, name)
+    return check_id(_shorten_id(value), where=name)
+
+
+def _shorten_id(identifier: str) -> str:
+    """Return an id that fits: of a longer one the beginning and a digest of the whole."""
+    encoded = identifier.encode()
+    if len(encoded) <= _MAX_GIVEN_BYTES:
+        return identifier
+    digest = hashlib.sha256(encoded).hexdigest()[:_DIGEST_CHARS]
+    head = encoded[: _MAX_GIVEN_BYTES - _DIGEST_CHARS - 1].decode(errors="ignore")
+    return f"{head}~{digest}"
 
 
 def refuse_shared_texts(
