@@ -1,160 +1,149 @@
-"""Records as text, with the characters that are training targets.
+"""A chat template as inference engines render it.
 
-    record               tokenized texts        `mask`: the targets
-    messages             the rendered chat      `assistant`: each assistant turn, from the end of
-                         template               the generation prompt through its end-of-turn
-                                                token; `completion`: the last such turn; `all`:
-                                                everything
-    prompt + completion  prompt, completion     `completion`: the completion; `all`: everything
-    text                 text                   `all`: everything
-
-`auto` is the first mask in the record's row.
+transformers compiles the template in its sandbox; today's date is the one that is given here.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from datetime import date
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from carryon.cache.corpus.records import Record
+from carryon.cache.corpus.records import Chat
 from carryon.cache.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Mask = Literal["auto", "assistant", "completion", "all"]
-
-_KINDS: dict[type, tuple[str, tuple[str, ...]]] = {
-    list: ("messages", ("assistant", "completion", "all")),
-    tuple: ("prompt and completion", ("completion", "all")),
-    str: ("text", ("all",)),
-}
-"""Name and masks of each kind of record."""
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_REASONING = ("reasoning_content", "thinking")
+"""Names under which templates read a message's reasoning; records have the first."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """A text that is tokenized separately: no token reaches across its ends."""
-
-    text: str
-    targets: list[tuple[int, int]] | None
-    """(start, stop) of the target characters in `text`; None: all of them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rendering:
-    """A record's parts, in order."""
-
-    parts: list[Part]
-    is_framed: bool
-    """Whether to add the tokenizer's start tokens and the end-of-text token. A chat template
-    already contains them."""
+class UnfitError(InputError):
+    """A conversation that the chat template refuses, or does not write in full."""
 
 
 class ChatTemplate:
-    """A tokenizer's chat template."""
+    """Renders conversations to text."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Find the tokens that may end a turn."""
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        variables: Mapping[str, Any],
+        today: str,
+        end_tokens: Collection[int],
+    ) -> None:
+        """Read the template and the tokens that may end a turn.
+
+        Args:
+            tokenizer: of the base.
+            variables: for the template; a record's own come before them.
+            today: date, YYYY-MM-DD, that the template prints as today; empty: none is printed.
+            end_tokens: ids at which generation with the base stops.
+        """
         self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special} | {tokenizer.eos_token or ""}
-        names = sorted(filter(None, special), key=len, reverse=True)
-        any_special = "|".join(map(re.escape, names)) or "(?!)"
-        self._closing = re.compile(rf"({any_special})(?:{any_special}|\s)*\Z")
+        self._variables = dict(variables)
+        self._today = date.fromisoformat(today) if today else None
+        added = tokenizer.added_tokens_decoder
+        special = {token.content for token in added.values() if token.special}
+        ends = {str(tokenizer.convert_ids_to_tokens(token)) for token in end_tokens}
+        self.stop_names = frozenset(ends)
+        """Tokens at which generation with the base stops, as they are written."""
+        self.end_names = self.stop_names or frozenset({tokenizer.eos_token or ""})
+        """The same; the tokenizer's end-of-text token where no others are known."""
+        self.sound_structures: set[Any] = set()
+        """Structures of conversations that the template is known to write in full."""
+        names = special | self.end_names | {tokenizer.eos_token or ""}
+        ordered = sorted(filter(None, names), key=len, reverse=True)
+        self.special = "|".join(map(re.escape, ordered)) or "(?!)"
+        """Regular expression of a special token."""
 
-    def render(self, record: Record, *, mask: Mask) -> Rendering:
-        """Return the texts of a record and their targets.
+    @property
+    def name(self) -> str:
+        """Return the template as errors name it."""
+        return f"the chat template of {self._tokenizer.name_or_path or 'the tokenizer'}"
+
+    def has_marks(self, chat: Chat) -> bool:
+        """Tell whether the template marks what the model generates."""
+        return bool(_MARKS.search(self._source(chat)))
+
+    def render(
+        self, chat: Chat, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    ) -> str:
+        """Return the text of messages, with the tools and variables of `chat`.
 
         Raises:
-            InputError: `mask` does not fit the record, the chat template is missing or refuses
-                the record, or the record is not valid Unicode.
+            UnfitError: the template refuses them.
         """
-        content = record.content
-        kind, masks = _KINDS[type(content)]
-        if mask not in ("auto", *masks):
-            raise InputError(
-                f"{record.where}: mask {mask!r} does not fit {kind}: "
-                f"expected auto or {' or '.join(masks)}"
-            )
-        chosen = masks[0] if mask == "auto" else mask
-        if isinstance(content, str):
-            parts = [Part(text=content, targets=None)]
-        elif isinstance(content, tuple):
-            prompt, completion = content
-            parts = [
-                Part(text=prompt, targets=None if chosen == "all" else []),
-                Part(text=completion, targets=None),
-            ]
-        else:
-            parts = [self._render_messages(record.where, content, mask=chosen)]
-        for part in parts:
-            _refuse_surrogates(part.text, record.where)
-        return Rendering(parts=parts, is_framed=not isinstance(content, list))
+        return self._run(chat, messages, None, add_generation_prompt=add_generation_prompt)
 
-    def _render_messages(
-        self, where: str, messages: Sequence[dict[str, Any]], *, mask: str
-    ) -> Part:
+    def marks(self, chat: Chat, messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+        """Return (start, stop), in characters, of what the template marks in the text of messages.
+
+        Raises:
+            UnfitError: the template refuses them.
+        """
+        spans: list[tuple[int, int]] = []
+        self._run(chat, messages, spans, add_generation_prompt=False)
+        return spans
+
+    def _source(self, chat: Chat) -> str:
         if not self._tokenizer.chat_template:
             raise InputError(
-                f"{where}: has messages, but the tokenizer {self._tokenizer.name_or_path!r} has "
-                "no chat template: give records with prompt and completion"
+                f"the tokenizer {self._tokenizer.name_or_path!r} has no chat template, which "
+                "messages need. Fix: --chat-template FILE, or records of prompt and completion"
             )
-        whole = self._apply(where, messages)
-        if mask == "all":
-            return Part(text=whole, targets=None)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if mask == "completion":
-            turns = turns[-1:]
-        if turns and turns[0] == 0:
-            raise InputError(
-                f"{where}: messages[0]: expected a system or user message before the first "
-                "assistant turn that is a target: add one, or set mask to all"
-            )
-        targets = []
-        for turn in turns:
-            opened = self._apply(where, messages[:turn], add_generation_prompt=True)
-            closed = self._apply(where, messages[: turn + 1])
-            if not (whole.startswith(closed) and closed.startswith(opened)):
-                advice = "completion (the last turn only) or all" if mask == "assistant" else "all"
-                raise InputError(
-                    f"{where}: messages[{turn}]: the chat template rewrites earlier turns when "
-                    f"later ones follow, so the position of this turn is unknown: set mask to "
-                    f"{advice}, or give prompt and completion"
-                )
-            targets.append((len(opened), self._end_of_turn(closed, len(opened))))
-        return Part(text=whole, targets=targets)
-
-    def _end_of_turn(self, text: str, start: int) -> int:
-        """Return the end of the end-of-turn token of the turn at `text[start:]`.
-
-        Generation stops there: a newline or an end-of-text token that the template writes behind
-        it is never generated. A template without an end-of-turn token keeps all of the turn.
-        """
-        closing = self._closing.search(text, start)
-        return closing.end(1) if closing else len(text)
-
-    def _apply(
-        self, where: str, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
-    ) -> str:
+        tools = list(map(dict, chat.tools)) if chat.tools else None
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, TypeError, ValueError) as error:  # raised by templates
-            raise InputError(f"{where}: the chat template refuses the messages: {error}") from error
-        assert isinstance(text, str)
-        return text
+            return self._tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            raise InputError(f"{self.name}: {error}. Fix: --chat-template FILE") from error
+
+    def _run(
+        self,
+        chat: Chat,
+        messages: Sequence[Mapping[str, Any]],
+        spans: list[tuple[int, int]] | None,
+        *,
+        add_generation_prompt: bool,
+    ) -> str:
+        # The compiled template: apply_chat_template copies all messages at each of many calls
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        variables: dict[str, Any] = {
+            **self._tokenizer.special_tokens_map,
+            "strftime_now": self._strftime_now,
+            **self._variables,
+            **chat.template_kwargs,
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": list(chat.tools) if chat.tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        source = self._source(chat)
+        try:
+            template: Any = _compile_jinja_template(source)  # type: ignore[no-untyped-call]
+            if spans is None:
+                return str(template.render(**variables))
+            blocks: list[str] = []
+            with template.environment.activate_tracker(blocks, spans):
+                blocks.extend(template.generate(**variables))
+            return "".join(blocks)
+        except Exception as error:  # a template is a program, which may raise anything
+            raise UnfitError(f"{self.name} refuses the messages: {error}") from error
+
+    def _strftime_now(self, form: str) -> str:
+        if self._today is None:
+            raise ValueError("it prints today's date. Fix: --template-date YYYY-MM-DD")
+        return self._today.strftime(form)
 
 
-def _refuse_surrogates(text: str, where: str) -> None:
-    # JSON can spell half of a surrogate pair, which no tokenizer accepts
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: expected valid Unicode, got half a surrogate pair {text[error.start]!a} "
-            f"at character {error.start}: remove it"
-        ) from error
+def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Tell whether a chat template of the tokenizer asks for today's date."""
+    return "strftime_now" in str(tokenizer.chat_template or "")
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    return message if reasoning is None else {**dict.fromkeys(_REASONING, reasoning), **message}

@@ -1,66 +1,73 @@
 """A corpus: the user's data as samples of limited length, counted and fingerprinted.
 
-files.py reads rows, records.py checks them, chat_template.py marks target characters, tokenize.py
-makes tokens. Here long records are cut, and records without a target are left out.
-Letters: T tokens of a sample.
+Sources are cut into shards, which processes convert to Arrow files of samples. Memory is flat in
+the size of the data. The files are kept in a cache under a digest of everything that determines
+them, so that a second run over the same data finds its samples.
 """
 
 import hashlib
-import struct
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from carryon.cache.corpus.chat_template import ChatTemplate
-from carryon.cache.corpus.files import Data, open_data
-from carryon.cache.corpus.records import Record, check_id, read_records
-from carryon.cache.corpus.tokenize import TokenRows, encode, make_encoder
-from carryon.cache.errors import InputError
+from carryon.cache.corpus.chat_template import prints_date
+from carryon.cache.corpus.conversion import Converter, ShardResult
+from carryon.cache.corpus.files import plan_shards
+from carryon.cache.corpus.report import Report, Tally
+from carryon.cache.corpus.rows import Data, Shard, Source
+from carryon.cache.corpus.samples import Sample, SampleTable
+from carryon.cache.corpus.sources import open_sources
+from carryon.cache.errors import DiskFullError, InputError
 from carryon.cache.progress import Progress
-from carryon.cache.settings import CorpusSettings
+from carryon.cache.settings import CorpusSettings, DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LongPolicy = Literal["truncate", "split", "skip", "error"]
+__all__ = ["Corpus", "Sample", "SampleTable", "cache_folder", "read_corpus", "resolve_settings"]
+logger = logging.getLogger(__name__)
 
-_BATCH_BYTES = 1 << 20  # of records that are tokenized in one (threaded) call
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Sample:
-    """One document or conversation, or a piece of one."""
-
-    id: str
-    """Unique; of a piece, the record's id with #0, #1, ..."""
-    tokens: NDArray[np.int32]
-    """[T] int32."""
-    loss_mask: NDArray[np.uint8]
-    """[T] uint8: 1 where the token is a training target."""
-    char_end: NDArray[np.int32]
-    """[T] int32: end of the token in the record's text, in characters (code points). Never
-    decreases; a token that is only some bytes of a character ends where the character ends. The
-    text is the rendered conversation, or prompt + completion, or the text."""
-    is_held_out: bool
+_FORMAT = 1
+"""Of the cache: raised when the same data would give other samples."""
+_SUMMARY = "summary.json"
+_MAX_TEMPLATE_BYTES = 1 << 20
+_CODE = ("carryon.cache.corpus", "tokenizers", "transformers", "jinja2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Corpus:
     """All samples, in the order of the data."""
 
-    samples: list[Sample]
+    samples: SampleTable
     fingerprint: str
-    """SHA-256, hex, over ids, tokens, masks, character ends and held-out flags, in order."""
+    """SHA-256, hex, over everything in the samples, in order."""
     files: list[dict[str, Any]]
-    """`name` (without folder), `bytes` and `sha256` of each file; empty for rows in memory."""
+    """`name` (without folder), `bytes` and `sha256` of each source."""
     counts: dict[str, int]
-    """`records` read; `samples`, `tokens` and `supervised_tokens` kept; records `truncated` and
-    the `truncated_tokens` they lost; records `split`; records left out as too long
-    (`skipped_long`); samples and pieces left out without a target (`skipped_unsupervised`)."""
+    """`records` read; `samples`, `tokens` and `supervised_tokens` kept."""
+    kinds: dict[str, int]
+    """Samples of each kind of record."""
+    report: Report
+    skipped: list[dict[str, str]]
+    """`where` and `problem` of each row that was left out."""
 
 
 def read_corpus(
@@ -69,151 +76,303 @@ def read_corpus(
     *,
     settings: CorpusSettings,
     max_tokens: int,
-    held_out: Container[str] = (),
+    data_settings: DataSettings | None = None,
+    held_out: Collection[str] = (),
+    end_tokens: Sequence[int] = (),
+    vocab_size: int | None = None,
+    folder: Path | None = None,
 ) -> Corpus:
     """Read data into samples of at most `max_tokens` tokens.
 
     Args:
-        data: files and folders, or rows: dicts as in a JSON line.
-        tokenizer: of the base.
-        settings: of the corpus.
+        data: files, folders, data sets on the hub, or rows: dicts as in a JSON line.
+        tokenizer: of the base, with the chat template to use.
+        settings: of the corpus; see `resolve_settings`.
         max_tokens: of a sample.
-        held_out: ids of samples to hold out, besides those marked in the data.
+        data_settings: how the data are read. None: defaults.
+        held_out: ids of records or samples to hold out, besides those marked in the data.
+        end_tokens: ids at which generation with the base stops. Empty: the tokenizer's
+            end-of-text token.
+        vocab_size: rows of the base's embedding. None: the tokenizer's length.
+        folder: where rows in memory, tables and samples are kept. None: `cache_folder()`.
 
     Raises:
         MissingError: a path does not exist.
         InputError: a record is wrong, or a setting does not fit it (the text names the record),
             or no sample is left.
-        MissingExtraError: a Parquet file, and pyarrow is not installed.
+        DiskFullError: the cache cannot be written.
     """
     if max_tokens < 2:
         raise InputError(f"max_tokens: expected 2 or more tokens, got {max_tokens}")
-    encoder, template = make_encoder(tokenizer), ChatTemplate(tokenizer)
-    files, rows = open_data(data)
-    counts: Counter[str] = Counter()
-    samples: list[Sample] = []
-    num_bytes = sum(file["bytes"] for file in files)
-    with Progress(num_bytes, name="tokenize", unit="B") as progress:
-        for records in _batches(read_records(rows)):
-            renderings = [template.render(record, mask=settings.mask) for record in records]
-            for record, tokens in zip(records, encode(encoder, renderings), strict=True):
-                kept, tally = _cut(
-                    record, tokens, long=settings.long, max_tokens=max_tokens, held_out=held_out
-                )
-                samples.extend(kept)
-                counts.update(tally)
-            progress.update(sum(record.num_bytes for record in records))
-    if not samples:
-        raise _empty(counts, [file["name"] for file in files])
-    _refuse_equal_ids(samples)
-    return Corpus(
-        samples=samples,
-        fingerprint=_fingerprint(samples),
-        files=files,
-        counts=dict(counts),
+    data_settings, folder = data_settings or DataSettings(), folder or cache_folder()
+    sources = open_sources(data, data_settings, folder=folder)
+    converter = partial(
+        Converter,
+        tokenizer,
+        settings=settings,
+        data_settings=data_settings,
+        max_tokens=max_tokens,
+        held_out=frozenset(held_out),
+        end_tokens=list(end_tokens),
+        vocab_size=vocab_size,
     )
-
-
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    num_bytes = 0
-    for record in records:
-        batch.append(record)
-        num_bytes += record.num_bytes
-        if num_bytes >= _BATCH_BYTES:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _cut(
-    record: Record,
-    rows: TokenRows,
-    *,
-    long: LongPolicy,
-    max_tokens: int,
-    held_out: Container[str],
-) -> tuple[list[Sample], dict[str, int]]:
-    """Return the samples of a record, and their counts."""
-    num_tokens = len(rows.tokens)
-    is_long = num_tokens > max_tokens
-    if is_long and long == "error":
-        raise InputError(
-            f"{record.where}: sample {record.id!r}: expected at most {max_tokens} tokens, got "
-            f"{num_tokens}: shorten it, raise max_tokens, or set long to truncate, split or skip"
-        )
-    ranges = cut_ranges(num_tokens, max_tokens=max_tokens, long=long)
-    kept = []
-    for index, piece in enumerate(ranges):
-        loss_mask = rows.loss_mask[piece.start : piece.stop].copy()
-        loss_mask[:1] = 0  # no token before it could predict it
-        if not loss_mask.any():
-            continue
-        name = record.id
-        if len(ranges) > 1:
-            where = f"{record.where}: id of piece {index} of a split sample"
-            name = check_id(f"{record.id}#{index}", where=where)
-        kept.append(
-            Sample(
-                id=name,
-                tokens=rows.tokens[piece.start : piece.stop].copy(),
-                loss_mask=loss_mask,
-                char_end=rows.char_end[piece.start : piece.stop].copy(),
-                is_held_out=record.is_held_out or name in held_out,
-            )
-        )
-    num_cut = num_tokens - max_tokens if is_long and long == "truncate" else 0
-    return kept, {
-        "records": 1,
-        "samples": len(kept),
-        "tokens": sum(len(sample.tokens) for sample in kept),
-        "supervised_tokens": sum(int(sample.loss_mask.sum()) for sample in kept),
-        "truncated": int(num_cut > 0),
-        "truncated_tokens": num_cut,
-        "split": int(len(ranges) > 1),
-        "skipped_long": int(not ranges),
-        "skipped_unsupervised": len(ranges) - len(kept),
+    facts = {
+        "sources": [_content(source) for source in sources],
+        "settings": settings.to_dict(),
+        "rows": [data_settings.bad_rows, data_settings.drop_unfit],
+        "numbers": [max_tokens, vocab_size, *end_tokens],
+        "held_out": sorted(held_out),
+        "tokenizer": _tokenizer_rules(tokenizer),
     }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    place = folder / "samples" / digest[:32]
+    if not _is_whole(place):
+        _convert_all(sources, converter, place, num_workers=data_settings.workers)
+    return _open(place, sources)
 
 
-def cut_ranges(num_tokens: int, *, max_tokens: int, long: LongPolicy) -> list[range]:
-    """Return the range of tokens of each piece of a sample; none if it is left out. Pure."""
-    if num_tokens <= max_tokens:
-        return [range(num_tokens)]
-    if long == "split":
-        starts = range(0, num_tokens, max_tokens)
-        return [range(start, min(start + max_tokens, num_tokens)) for start in starts]
-    return [range(max_tokens)] if long == "truncate" else []
+def resolve_settings(
+    settings: CorpusSettings, tokenizer: "PreTrainedTokenizerBase", *, stored_date: str = ""
+) -> "tuple[CorpusSettings, PreTrainedTokenizerBase]":
+    """Return settings with the chat template's text and date, and a tokenizer that uses them.
+
+    Args:
+        settings: as given; `chat_template` is a file or the text of a template.
+        tokenizer: of the base; it is not changed.
+        stored_date: the `template_date` of a store that is resumed or appended to.
+
+    Raises:
+        InputError: the file cannot be read, or the date is none.
+    """
+    if settings.chat_template:
+        import copy
+
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = _read_template(settings.chat_template)
+        settings = replace(settings, chat_template=tokenizer.chat_template)
+    day = settings.template_date or stored_date
+    if day:
+        try:
+            date.fromisoformat(day)
+        except ValueError as error:
+            raise InputError(
+                f"template_date: expected YYYY-MM-DD, got {day!r}. Fix: --template-date 2026-01-31"
+            ) from error
+    elif prints_date(tokenizer):
+        day = date.today().isoformat()
+        logger.info(f"the chat template prints the date: {day}, which the store keeps")
+    return replace(settings, template_date=day), tokenizer
 
 
-def _empty(counts: Counter[str], names: Sequence[str]) -> InputError:
-    where = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    if not counts["records"]:
-        return InputError(f"data: expected at least one record, got none in {where or 'no file'}")
-    return InputError(
-        f"{where or 'data'}: expected records with training targets, but of {counts['records']} "
-        f"{counts['skipped_long']} are too long and {counts['skipped_unsupervised']} have no "
-        "target. Fix: check mask, max_tokens and the records"
+def cache_folder() -> Path:
+    """Return where samples are kept: CARRYON_CACHE, or `carryon` in the home of the hub's cache."""
+    if given := os.environ.get("CARRYON_CACHE"):
+        return Path(given)
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "carryon"
+
+
+def _read_template(value: str) -> str:
+    if "{" in value:
+        return value
+    path = Path(value)
+    try:
+        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
+            raise InputError(f"{path}: expected a chat template of at most 1 MB, got more")
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise InputError(
+            f"chat_template: {path}: expected a readable file: {reason}. Fix: --chat-template FILE"
+        ) from error
+    if "{" not in text:
+        raise InputError(f"{path}: expected a Jinja template, got a text without any {{")
+    return text
+
+
+def _content(source: Source) -> list[Any]:
+    """Return what determines the samples of a source: its content, and its name in their ids."""
+    names = (source.name, source.kind, source.is_held_out, source.expected)
+    return [source.sha256, *names, sorted(source.columns.items())]
+
+
+def _tokenizer_rules(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = hashlib.sha256((backend.to_str() if backend else "").encode()).hexdigest()
+    letter = tokenizer("a").input_ids
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    versions = [version(name) for name in _CODE[1:]]
+    return [rules, letter, special, tokenizer.chat_template, versions, _FORMAT]
+
+
+def _convert_all(
+    sources: Sequence[Source],
+    make_converter: Callable[[], Converter],
+    place: Path,
+    *,
+    num_workers: int,  # noqa: ANN401
+) -> None:
+    """Convert all shards into files in a folder beside `place`, which then gets its name."""
+    shards = plan_shards(sources)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial_place = Path(tempfile.mkdtemp(prefix=f"{place.name}.partial-", dir=place.parent))
+    try:
+        results = _run(shards, make_converter(), partial_place, num_workers=num_workers)
+        tally, counts, kinds = Tally(), Counter[str](), Counter[str]()
+        skipped: list[dict[str, str]] = []
+        num_bytes = sum(source.num_bytes for source in sources)
+        with Progress(num_bytes, name="tokenize", unit="B") as progress:
+            for shard, result in zip(shards, results, strict=True):
+                tally.merge(result.tally)
+                counts.update(result.counts)
+                kinds.update(result.kinds)
+                skipped.extend(result.skipped)
+                progress.update(_shard_bytes(shard))
+        report = tally.report()
+        if not counts["samples"]:
+            raise _empty(report, [source.name for source in sources])
+        table = SampleTable.open(_shard_path(partial_place, n) for n in range(len(shards)))
+        _refuse_equal_ids(table)
+        summary = {
+            "fingerprint": table.digest(),
+            "counts": {"records": tally.records, **counts},
+            "kinds": dict(kinds),
+            "report": report.to_dict(),
+            "skipped": skipped,
+            "sizes": [_shard_path(partial_place, n).stat().st_size for n in range(len(shards))],
+        }
+        (partial_place / _SUMMARY).write_text(json.dumps(summary))
+        if _is_whole(place):
+            return  # made by another process in the meantime
+        shutil.rmtree(place, ignore_errors=True)  # damaged
+        partial_place.rename(place)
+    except OSError as error:
+        raise DiskFullError(
+            f"{place.parent}: the samples cannot be written: {error.strerror}. Fix: make room, or "
+            "set CARRYON_CACHE to another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial_place, ignore_errors=True)
+
+
+def _run(
+    shards: Sequence[Shard], converter: Converter, folder: Path, *, num_workers: int
+) -> Iterator[ShardResult]:
+    """Yield the result of each shard, in order, as several processes convert them."""
+    num_workers = min(num_workers or os.cpu_count() or 1, len(shards))
+    paths = [_shard_path(folder, number) for number in range(len(shards))]
+    if num_workers <= 1 or sys.platform != "linux" or "fork" not in get_all_start_methods():
+        # a spawned process would run the user's script again
+        yield from map(converter.convert, shards, paths)
+        return
+    global _converter
+    _converter = converter  # the processes inherit it
+    with (
+        _forking(),
+        ProcessPoolExecutor(
+            num_workers, mp_context=get_context("fork"), initializer=_begin_worker
+        ) as pool,
+    ):
+        try:
+            yield from pool.map(_convert, shards, paths)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            _converter = None
+
+
+_converter: Converter | None = None
+
+
+def _convert(shard: Shard, path: Path) -> ShardResult:
+    assert _converter is not None
+    return _converter.convert(shard, path)
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the pool
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has a core
+
+
+@contextmanager
+def _forking() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads that a fork leaves behind; the workers use none of theirs
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.arrow"
+
+
+def _shard_bytes(shard: Shard) -> int:
+    source = shard.source
+    if source.kind == "json lines" and not source.packing:
+        return shard.stop - shard.start
+    return source.num_bytes // max(shard.of, 1)
+
+
+def _is_whole(place: Path) -> bool:
+    """Tell whether a folder of the cache holds all its files, of the sizes they were written in."""
+    try:
+        sizes = json.loads((place / _SUMMARY).read_text())["sizes"]
+        found = [_shard_path(place, number).stat().st_size for number in range(len(sizes))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(sizes == found)
+
+
+def _open(place: Path, sources: Sequence[Source]) -> Corpus:
+    summary: Mapping[str, Any] = json.loads((place / _SUMMARY).read_text())
+    os.utime(place)  # when it was last used
+    numbers = range(len(summary["sizes"]))
+    return Corpus(
+        samples=SampleTable.open(_shard_path(place, number) for number in numbers),
+        fingerprint=summary["fingerprint"],
+        files=[source.facts for source in sources],
+        counts=summary["counts"],
+        kinds=summary["kinds"],
+        report=Report.from_dict(summary["report"]),
+        skipped=summary["skipped"],
     )
 
 
-def _refuse_equal_ids(samples: Sequence[Sample]) -> None:
-    # records have unique ids, but "a#1" may be a record and a piece of record "a"
-    identifier, count = Counter(sample.id for sample in samples).most_common(1)[0]
-    if count > 1:
-        raise InputError(
-            f"sample {identifier!r}: id of a record and of a piece of a split record: rename one"
-        )
+def _empty(report: Report, names: Sequence[str]) -> InputError:
+    where = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    if not report.records:
+        return InputError(f"data: expected at least one record, got none in {where or 'no file'}")
+    losses = "; ".join(f"{loss.reason}: {loss.records:,}" for loss in report.losses)
+    first = report.losses[0] if report.losses else None
+    fix = f". Fix: {first.fix}" if first else ""
+    return InputError(
+        f"{where or 'data'}: expected records with training targets, got none in "
+        f"{report.records:,} records ({losses}){fix}"
+    )
 
 
-def _fingerprint(samples: Sequence[Sample]) -> str:
-    digest = hashlib.sha256()
-    for sample in samples:
-        name = sample.id.encode()
-        digest.update(struct.pack("<HQ?", len(name), len(sample.tokens), sample.is_held_out))
-        digest.update(name)
-        digest.update(sample.tokens.astype("<i4", copy=False).tobytes())
-        digest.update(sample.loss_mask.tobytes())
-        digest.update(sample.char_end.astype("<i4", copy=False).tobytes())
-    return digest.hexdigest()
+def _refuse_equal_ids(table: SampleTable) -> None:
+    """Refuse samples of one id; 8 bytes a sample are in memory."""
+    hashes = np.fromiter(
+        (_hash(name) for names in table.iter_ids() for name in names), np.uint64, len(table)
+    )
+    ordered = np.sort(hashes)
+    twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not twice:
+        return
+    known: set[str] = set()
+    for names in table.iter_ids():
+        for name in names:
+            if name in known:
+                raise InputError(
+                    f"id {name!r}: expected a different one for each record, got it twice. Fix: "
+                    "change one, or leave out all ids"
+                )
+            if _hash(name) in twice:
+                known.add(name)
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

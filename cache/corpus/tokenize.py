@@ -1,128 +1,242 @@
-"""Texts as tokens, each with its end in the text and its loss mask.
+"""Texts as tokens, each with its end in the text.
 
-A rendered conversation is tokenized without special tokens. Prompt and completion are tokenized
-separately, as generation does it, after the tokenizer's own start tokens and before an
-end-of-text token, which is a target; likewise a text. Start tokens are never targets; any other
-token is one if it overlaps a target character.
+No token reaches over the place where generation begins: what stands before it is tokenized as the
+prompt of an engine, and what follows as a continuation, without the blank that some tokenizers put
+before any text. Long texts are tokenized window by window, with the same tokens as in one piece.
 
-Letters: T tokens of a record.
+Letters: T tokens of a text.
 """
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.corpus.chat_template import Rendering
 from carryon.cache.errors import InputError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoder:
-    """A tokenizer that adds no special tokens, and those that the original adds."""
-
-    backend: "Tokenizer"
-    start: list[int]
-    """The tokens before a text, such as a begin-of-text token."""
-    end: int | None
-    """The end-of-text token, None where the tokenizer has none."""
+WINDOW_CHARS = 1 << 18
+"""Characters of a long text that are tokenized at once."""
+_MARGIN_CHARS = 4096
+"""Characters at the end of a window whose tokens depend on what follows."""
+_CACHED_CHARS, _CACHED_TEXTS = 200, 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TokenRows:
-    """All tokens of one record."""
+class Tokens:
+    """Tokens of a text."""
 
-    tokens: NDArray[np.int32]
+    ids: NDArray[np.int32]
     """[T] int32."""
-    loss_mask: NDArray[np.uint8]
-    """[T] uint8: 1 where the token is a training target."""
-    char_end: NDArray[np.int32]
-    """[T] int32: as in `Sample`, over the record's parts joined; start tokens end at 0, the
-    end-of-text token at the end of the text."""
+    starts: NDArray[np.int32]
+    """[T] int32: first character of the token in the text."""
+    ends: NDArray[np.int32]
+    """[T] int32: end of the token in the text. Never decreases."""
+
+    def shifted(self, num_chars: int) -> "Tokens":
+        """Return the same tokens, `num_chars` characters further on."""
+        starts, ends = self.starts + np.int32(num_chars), self.ends + np.int32(num_chars)
+        return Tokens(ids=self.ids, starts=starts, ends=ends)
 
 
-def make_encoder(tokenizer: "PreTrainedTokenizerBase") -> Encoder:
-    """Return the encoder of a tokenizer, which is not changed.
+class Encoder:
+    """A tokenizer that adds no special tokens, and knows those that the original adds."""
 
-    Raises:
-        InputError: not a fast tokenizer, so it gives no offsets of tokens in the text.
-    """
-    original = getattr(tokenizer, "backend_tokenizer", None)
-    if original is None:
-        raise InputError(
-            f"tokenizer {tokenizer.name_or_path!r}: expected a fast tokenizer, which gives the "
-            f"offset of each token in the text, got {type(tokenizer).__name__}"
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Copy a tokenizer.
+
+        Raises:
+            InputError: not a fast tokenizer, so it gives no offsets of tokens in the text.
+        """
+        original = getattr(tokenizer, "backend_tokenizer", None)
+        if original is None:
+            raise InputError(
+                f"tokenizer {tokenizer.name_or_path!r}: expected a fast tokenizer, which gives the "
+                f"offset of each token in the text, got {type(tokenizer).__name__}"
+            )
+        # A copy, 0.1 s at V = 49,152: without the post-processor, which may trim blanks off the
+        # offsets (GPT-NeoX's does), and without truncation and padding, which may be switched on
+        self._first: Tokenizer = type(original).from_str(original.to_str())
+        self._first.post_processor = None
+        self._first.no_truncation()
+        self._first.no_padding()
+        rules = json.loads(self._first.to_str())
+        self._has_prefix = _drop_prefix(rules)
+        self._next: Tokenizer = (
+            type(original).from_str(json.dumps(rules)) if self._has_prefix else self._first
         )
-    # A copy, 0.1 s at V = 49,152: without the post-processor, which may trim blanks off the
-    # offsets (GPT-NeoX's does), and without truncation and padding, which may be switched on
-    backend: Tokenizer = type(original).from_str(original.to_str())
-    backend.post_processor = None
-    backend.no_truncation()
-    backend.no_padding()
-    # The tokens that the original puts before any text, read off a text of one letter
-    letter = tokenizer("a", return_special_tokens_mask=True)
-    num_start = [*letter["special_tokens_mask"], 0].index(0)
-    start = list(letter["input_ids"][:num_start])
-    return Encoder(backend=backend, start=start, end=tokenizer.eos_token_id)
+        added = self._first.get_added_tokens_decoder()
+        self.special = np.array(sorted(added), dtype=np.int32)
+        """Ids of added tokens."""
+        names = sorted((token.content for token in added.values()), key=len, reverse=True)
+        self._any_added = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        # The tokens that the original puts before any text, read off a text of one letter
+        letter = tokenizer("a", return_special_tokens_mask=True)
+        num_start = [*letter["special_tokens_mask"], 0].index(0)
+        self.start = np.array(letter["input_ids"][:num_start], dtype=np.int32)
+        """Tokens before a text, such as a begin-of-text token."""
+        self.end: int | None = tokenizer.eos_token_id
+        """The end-of-text token, None where the tokenizer has none."""
+        self._cache: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> Tokens:
+        """Return the tokens of a text."""
+        return _tokens(self._first.encode(text, add_special_tokens=False))
+
+    def encode_next(self, text: str) -> Tokens:
+        """Return the tokens of a text that continues another."""
+        if not self._has_prefix:
+            return self.encode(text)
+        # behind an added token a blank is put as in any text
+        added = self._any_added.search(text)
+        length = added.start() if added else len(text)
+        first = _tokens(self._next.encode(text[:length], add_special_tokens=False))
+        return join([first, self.encode(text[length:]).shifted(length)]) if added else first
+
+    def encode_split(self, text: str, cuts: Sequence[int]) -> Tokens:
+        """Return the tokens of a text, none of which reaches over a character in `cuts`."""
+        bounds = [0, *sorted({cut for cut in cuts if 0 < cut < len(text)}), len(text)]
+        parts = [
+            (self.encode_next if start else self.encode)(text[start:stop]).shifted(start)
+            for start, stop in zip(bounds, bounds[1:], strict=False)
+        ]
+        return join(parts)
+
+    def ends_a_prompt(self, text: str, tokens: Tokens, cut: int, *, since: int) -> bool:
+        """Tell whether the tokens of a whole text begin as those of the prompt `text[:cut]`.
+
+        What follows may change the last tokens of a prompt: "\\n\\n" is one token at its end, and
+        two before a letter. Only the last of them are compared, from an added token or `since` on.
+
+        Args:
+            text: the whole text.
+            tokens: of the whole text.
+            cut: end of the prompt.
+            since: a character where a token is known to begin whatever follows.
+        """
+        stop = int(np.searchsorted(tokens.starts, cut))
+        first = int(np.searchsorted(tokens.starts, since))
+        if stop and tokens.ends[stop - 1] > cut:
+            return False
+        added = np.flatnonzero(np.isin(tokens.ids[first:stop], self.special))
+        if len(added):  # encoded with the added token: the text behind it depends on it
+            first += int(added[-1])
+            since = int(tokens.starts[first])
+        is_next = since > 0 and not len(added)
+        expected = self._cached_ids(text[since:cut], is_next=is_next)
+        return expected == tokens.ids[first:stop].tolist()
+
+    def _cached_ids(self, text: str, *, is_next: bool) -> list[int]:
+        key = f"{is_next:d}{text}"
+        if key not in self._cache:
+            ids = (self.encode_next if is_next else self.encode)(text).ids.tolist()
+            if len(text) > _CACHED_CHARS or len(self._cache) >= _CACHED_TEXTS:
+                return ids
+            self._cache[key] = ids
+        return self._cache[key]
+
+    def iter_encode(self, text: str) -> Iterator[Tokens]:
+        """Yield the tokens of a text, a window at a time; the same as of `encode`."""
+        first, size = 0, WINDOW_CHARS
+        while True:
+            window = text[first : first + size]
+            backend = self._next if first else self._first
+            encoding = backend.encode(window, add_special_tokens=False)
+            tokens = _tokens(encoding)
+            if first + size >= len(text):
+                yield tokens.shifted(first)
+                return
+            kept = _last_boundary(tokens, encoding.word_ids, window)
+            if not kept:  # one long word: look further
+                size *= 2
+                continue
+            yield Tokens(
+                ids=tokens.ids[:kept], starts=tokens.starts[:kept], ends=tokens.ends[:kept]
+            ).shifted(first)
+            first, size = first + int(tokens.starts[kept]), WINDOW_CHARS
 
 
-def encode(encoder: Encoder, renderings: Sequence[Rendering]) -> list[TokenRows]:
-    """Return the tokens of each rendering; one threaded call for all of them.
-
-    Raises:
-        InputError: a text needs the end-of-text token, and the tokenizer has none.
-    """
-    if encoder.end is None and any(rendering.is_framed for rendering in renderings):
-        raise InputError(
-            "the tokenizer has no end-of-text token, with which prompt + completion and text "
-            "records end: set its eos_token, or give messages"
-        )
-    texts = [part.text for rendering in renderings for part in rendering.parts]
-    encodings = iter(encoder.backend.encode_batch(texts, add_special_tokens=False))
-    return [
-        _join(rendering, [next(encodings) for _ in rendering.parts], encoder)
-        for rendering in renderings
-    ]
+def join(parts: Sequence[Tokens]) -> Tokens:
+    """Return the tokens of consecutive parts of a text."""
+    ids, starts, ends = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("ids", "starts", "ends")
+    )
+    return Tokens(ids=ids, starts=starts, ends=np.maximum.accumulate(ends))
 
 
-def _join(rendering: Rendering, encodings: Sequence["Encoding"], encoder: Encoder) -> TokenRows:
-    start = encoder.start if rendering.is_framed else []
-    end = [encoder.end] if rendering.is_framed else []
-    tokens = list(start)
-    loss_mask: list[NDArray[Any]] = [np.zeros(len(start))]
-    char_end: list[NDArray[Any]] = [np.zeros(len(start))]
-    num_chars = 0
-    for part, encoding in zip(rendering.parts, encodings, strict=True):
-        tokens += encoding.ids
-        offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
-        loss_mask.append(_mark(offsets, part.targets))
-        char_end.append(num_chars + offsets[:, 1])
-        num_chars += len(part.text)
-    return TokenRows(
-        tokens=np.array([*tokens, *end], dtype=np.int32),
-        loss_mask=np.concatenate([*loss_mask, np.ones(len(end))]).astype(np.uint8),
+def mark(tokens: Tokens, targets: Sequence[tuple[int, int]] | None) -> NDArray[np.uint8]:
+    """Return, [T] uint8, 1 for tokens that overlap one of the target characters (None: all)."""
+    if targets is None:
+        return np.ones(len(tokens.ids), dtype=np.uint8)
+    # a token of no width, such as a blank that a normalizer adds, goes with the one before it
+    first, end = np.minimum(tokens.starts, tokens.ends - 1), tokens.ends
+    change = np.zeros(len(first) + 1, dtype=np.int32)
+    for start, stop in targets:
+        # both ascend: the tokens of a target are consecutive
+        begin, finish = np.searchsorted(end, start, side="right"), np.searchsorted(first, stop)
+        if begin < finish:
+            change[begin] += 1
+            change[finish] -= 1
+    return (np.cumsum(change[:-1]) > 0).astype(np.uint8)
+
+
+def _tokens(encoding: Any) -> Tokens:  # noqa: ANN401 -- of the library tokenizers
+    offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
+    return Tokens(
+        ids=np.array(encoding.ids, dtype=np.int32),
+        starts=offsets[:, 0],
         # never decreases, even where a normalizer has reordered characters
-        char_end=np.maximum.accumulate(
-            np.concatenate([*char_end, np.full(len(end), num_chars)]).astype(np.int32)
-        ),
+        ends=np.maximum.accumulate(offsets[:, 1]) if len(offsets) else offsets[:, 1],
     )
 
 
-def _mark(
-    offsets: NDArray[np.int32], targets: Sequence[tuple[int, int]] | None
-) -> NDArray[np.bool_]:
-    """Return, [T] bool for offsets [T, 2], which tokens overlap one of the target characters."""
-    if targets is None:
-        return np.ones(len(offsets), dtype=np.bool_)
-    # a token of no width, such as a blank that a normalizer adds, goes with the one before it
-    first, end = np.minimum(offsets[:, 0], offsets[:, 1] - 1), offsets[:, 1]
-    is_target = np.zeros(len(offsets), dtype=np.bool_)
-    for start, stop in targets:
-        is_target |= (first < stop) & (end > start)
-    return is_target
+def _last_boundary(tokens: Tokens, words: Sequence[int | None], window: str) -> int:
+    """Return the number of tokens before the last word that begins well within a window.
+
+    A word begins with a blank behind a letter, and where the tokenizer splits text into words.
+    0: there is none.
+    """
+    has_words = len(set(words)) > 1
+    last = int(np.searchsorted(tokens.starts, len(window) - _MARGIN_CHARS))
+    for index in range(min(last, len(words) - 1), 0, -1):
+        start = int(tokens.starts[index])
+        is_word = words[index] != words[index - 1] or not has_words
+        is_blank = window[start].isspace() and not window[start - 1].isspace()
+        if is_word and is_blank and tokens.ends[index - 1] <= start:
+            return index
+    return 0
+
+
+def _drop_prefix(rules: dict[str, Any]) -> bool:
+    """Take out of a tokenizer's rules the blank before any text; tell whether there was one."""
+    had_prefix = False
+    for name in ("normalizer", "pre_tokenizer"):
+        steps = rules.get(name)
+        for step in _steps(steps):
+            if step.get("type") == "Prepend":
+                step.update({"type": "Replace", "pattern": {"String": "\0"}, "content": "\0"})
+                step.pop("prepend", None)
+                had_prefix = True
+            elif step.get("prepend_scheme", "never") != "never":
+                step["prepend_scheme"] = "never"
+                had_prefix = True
+            elif step.get("add_prefix_space"):
+                step["add_prefix_space"] = False
+                had_prefix = True
+    return had_prefix
+
+
+def _steps(rules: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 -- JSON of any tokenizer
+    if isinstance(rules, dict):
+        yield rules
+        for key in ("normalizers", "pretokenizers"):
+            for step in rules.get(key) or ():
+                yield from _steps(step)

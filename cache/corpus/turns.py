@@ -1,0 +1,382 @@
+"""The targets of a conversation: what the model has to produce at each assistant turn.
+
+A turn is rendered as an engine sees it: the messages before it with the generation prompt, then
+all through the turn. What the second has behind their common beginning, through the stop token, is
+the target. Where the rendering of the whole conversation holds every turn like this, the
+conversation is one sample; where the template rewrites earlier turns, each turn is one.
+
+    stop token                              example
+    special token behind the text           ChatML's <|im_end|>; a newline behind it is no target
+    first token of what follows the turn    GLM's <|user|>; appended where nothing follows
+    none                                    the turn as it is; counted
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from carryon.cache.corpus.chat_template import ChatTemplate, UnfitError
+from carryon.cache.corpus.fidelity import (
+    refuse_lost_texts,
+    refuse_lost_tools,
+    refuse_unread_fields,
+    structure_of,
+)
+from carryon.cache.corpus.records import Chat
+
+Message = Mapping[str, Any]
+_HEAD_ROLES = ("system", "developer")
+_MOST_EXACT = 32
+"""Messages of a conversation of which each turn is rendered from the beginning; a longer one is
+rendered in windows, so that time stays linear."""
+_WINDOW_TURNS = 8
+_PROBES = ({"role": "tool", "content": "x"}, {"role": "user", "content": "x"})
+_FAR = 64
+"""Messages behind the beginning of a window at which any user message begins the next."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendering:
+    """A text and the characters of it that are targets."""
+
+    text: str
+    targets: Sequence[tuple[int, int]] | None
+    """(start, stop) of each; None: everything."""
+    prompts: Sequence[int]
+    """Where generation begins in `text`: no token may reach over these."""
+    turn: int | None
+    """Message that is learned, of one turn; None for a whole conversation."""
+    notes: Sequence[str]
+    """Reasons to be counted, as in report.NOTES."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """An assistant turn, behind the messages before it."""
+
+    closed: str
+    """All through the turn, with its stop token."""
+    start: int
+    stop: int
+    """The target in `closed`; what stands behind it is never generated."""
+    length: int
+    """Characters of `closed` that the template wrote; a stop token may be appended."""
+    is_prompt_kept: bool
+    """Whether `closed` begins with the whole prompt."""
+
+
+class Conversation:
+    """A conversation and its template; finds targets."""
+
+    def __init__(self, chat: Chat, template: ChatTemplate, *, only_last: bool) -> None:
+        """Choose the turns that are learned.
+
+        Args:
+            chat: the conversation.
+            template: of the base.
+            only_last: learn the last of its assistant turns only.
+        """
+        self._chat, self._template = chat, template
+        self._messages = messages = self._readable(chat.messages)
+        self.notes: list[str] = []
+        """Reasons to be counted, as in report.NOTES."""
+        trained = []
+        for index, message in enumerate(messages):
+            if not chat.is_trained[index]:
+                continue
+            if _says_nothing(message):
+                self.notes.append("empty assistant text, not learned")
+            elif index == 0:
+                self.notes.append("assistant speaks first, turn not learned")
+            else:
+                trained.append(index)
+        self.trained = trained[-1:] if only_last else trained
+        """Messages that are learned."""
+
+    @cached_property
+    def whole(self) -> str:
+        """Return the rendering of all messages."""
+        return self._render(self._messages)
+
+    def render_all(self) -> Rendering:
+        """Return the whole conversation with everything as target.
+
+        Raises:
+            UnfitError: the template refuses it, or drops some of it.
+        """
+        self._refuse_losses(self.whole, range(len(self._messages)), len(self._messages))
+        return Rendering(text=self.whole, targets=None, prompts=(), turn=None, notes=())
+
+    def render_shared(self) -> Rendering | None:
+        """Return the conversation as one sample, or None where the template rewrites turns.
+
+        Raises:
+            UnfitError: the template refuses it, or drops some of it.
+        """
+        turns = self._place_turns()
+        if turns is None:
+            return None
+        learned = set(self.trained)
+        said = [i for i, message in enumerate(self._messages) if not _is_answer(message)]
+        self._refuse_losses(self.whole, sorted({*said, *learned}), len(self._messages))
+        last = turns[-1]
+        is_last = self.trained[-1] == len(self._messages) - 1
+        text = self.whole + last.closed[last.length :] if is_last else self.whole
+        marks = self._marks(self._messages)
+        return Rendering(
+            text=text,
+            targets=[span for turn in turns for span in self._targets(turn, marks, text)],
+            prompts=[turn.start for turn in turns if turn.is_prompt_kept],
+            turn=None,
+            notes=_notes(turns),
+        )
+
+    def render_turns(self) -> Iterator[Rendering]:
+        """Yield each turn that is learned as a sample, rendered as generation would see it.
+
+        Raises:
+            UnfitError: the template refuses it, or drops some of it.
+        """
+        for index in self.trained:
+            turn = self._read_turn(self._messages, index)
+            said = [i for i in range(index) if not _is_answer(self._messages[i])]
+            self._refuse_losses(turn.closed, [*said, index], index + 1)
+            marks = self._marks(self._messages[: index + 1])
+            yield Rendering(
+                text=turn.closed[: turn.stop],
+                targets=self._targets(turn, marks, turn.closed),
+                prompts=[turn.start] if turn.is_prompt_kept else [],
+                turn=index,
+                notes=_notes([turn]),
+            )
+
+    def _readable(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages in a form that the template writes.
+
+        A content of None and arguments of tool calls as dicts are the usual form. Some templates
+        write "None" and the dict as Python does, or refuse them, and want "" and JSON texts.
+        """
+        is_odd = any(
+            message["content"] is None or message.get("tool_calls") for message in messages
+        )
+        if not is_odd:
+            return messages
+        for form in (messages, *_other_forms(messages)):
+            try:
+                text = self._render(form)
+            except UnfitError:
+                continue
+            if not _shows_python(text, form):
+                return form
+        return messages
+
+    def _place_turns(self) -> list[Turn] | None:
+        """Return the learned turns with their places in `whole`; None if one is not in it."""
+        if len(self._messages) > _MOST_EXACT:
+            try:
+                return self._place_in_windows()
+            except UnfitError:
+                pass  # a window alone may be refused
+        turns = [self._read_turn(self._messages, index) for index in self.trained]
+        return turns if all(map(self._stands_in_whole, turns)) else None
+
+    def _stands_in_whole(self, turn: Turn) -> bool:
+        if len(self.whole) == turn.length:  # the last message: a stop token may be appended to it
+            return self.whole == turn.closed[: turn.length]
+        return self.whole.startswith(turn.closed[: turn.stop])
+
+    def _place_in_windows(self) -> list[Turn] | None:
+        """Find the turns of a long conversation from renderings of a few messages.
+
+        Each window begins with a turn whose place is known and ends some turns behind it; they
+        must stand in `whole` as in the window. Turns at the half, the quarter, ... and the end
+        are rendered from the beginning too: a template that rewrites earlier turns differs there.
+        """
+        messages, trained = self._messages, self.trained
+        checked = {trained[len(trained) >> shift] for shift in range(1, len(trained).bit_length())}
+        for index in (*sorted(checked), trained[-1]):
+            if not self._stands_in_whole(self._read_turn(messages, index)):
+                return None
+        roles = [message["role"] not in _HEAD_ROLES for message in messages]
+        head = roles.index(True)
+        turns: list[Turn] = []
+        while len(turns) < len(trained):
+            known = len(turns)
+            first = self._window_start(trained[known - 1], head) if known else head
+            chosen = trained[max(known - 1, 0) : known + _WINDOW_TURNS]
+            window = [*messages[:head], *messages[first : chosen[-1] + 1]]
+            read = [self._read_turn(window, index - first + head) for index in chosen]
+            place = read.pop(0).stop if known else 0
+            shift = turns[-1].stop - place if known else 0
+            for turn in read:
+                written = turn.closed[place : turn.stop]
+                text = self.whole + turn.closed[turn.length :]
+                if not text.startswith(written, place + shift):
+                    return None
+                turns.append(replace(turn, start=turn.start + shift, stop=turn.stop + shift))
+        return turns
+
+    def _window_start(self, index: int, head: int) -> int:
+        """Return the user message that begins the turn `index`, an even number behind the head.
+
+        Templates check that roles alternate by the parity of their position.
+        """
+        for is_even in (True, False):
+            for first in range(index, max(head, index - _FAR) - 1, -1):
+                is_user = self._messages[first]["role"] == "user"
+                if is_user and (not is_even or (first - head) % 2 == 0):
+                    return first
+        return head
+
+    def _read_turn(self, messages: Sequence[Message], index: int) -> Turn:
+        """Return an assistant turn of messages."""
+        prompt = self._render(messages[:index], add_generation_prompt=True)
+        is_whole = messages is self._messages and index == len(messages) - 1
+        closed = self.whole if is_whole else self._render(messages[: index + 1])
+        start = _common_length(prompt, closed)
+        if start < len(prompt):
+            # the generation prompt may open the turn in another way; all before it must be equal
+            if start < _common_length(prompt, self._render(messages[:index])):
+                raise UnfitError(
+                    f"messages[{index}]: {self._template.name} writes the messages before this "
+                    "turn in another way once the turn is there. Fix: --chat-template FILE, or "
+                    "--drop-unfit to leave such records out"
+                )
+            for token in re.finditer(self._template.special, closed):
+                if token.start() < start < token.end():
+                    start = token.start()
+        stop, appended = self._find_stop(closed, start, messages, index)
+        return Turn(
+            closed=closed + appended if stop > len(closed) else closed,
+            start=start,
+            stop=stop,
+            length=len(closed),
+            is_prompt_kept=start == len(prompt),
+        )
+
+    def _find_stop(
+        self, closed: str, start: int, messages: Sequence[Message], index: int
+    ) -> tuple[int, str]:
+        """Return the end of the stop token of the turn at `closed[start:]`, and text to append."""
+        special = self._template.special
+        run = re.compile(rf"(?:{special})(?:{special}|\s)*\Z").search(closed, start)
+        if run:
+            tokens = list(re.finditer(special, run.group()))
+            ends = [token for token in tokens if token.group() in self._template.stop_names]
+            return run.start() + (ends or tokens)[0].end(), ""
+        probes = messages[index + 1 : index + 2] or _PROBES[not messages[index].get("tool_calls") :]
+        for following in probes:
+            with suppress(UnfitError):
+                followed = self._render([*messages[: index + 1], following])
+                token = re.compile(rf"\s*({special})").match(followed, len(closed))
+                is_stop = token is not None and token.group(1) in self._template.end_names
+                if token and is_stop and followed.startswith(closed):
+                    return token.end(), token.group()
+        return len(closed), ""
+
+    def _marks(self, messages: Sequence[Message]) -> list[tuple[int, int]] | None:
+        if not self._template.has_marks(self._chat):
+            return None
+        return self._template.marks(self._chat, messages)
+
+    def _targets(
+        self, turn: Turn, marks: Sequence[tuple[int, int]] | None, text: str
+    ) -> list[tuple[int, int]]:
+        """Return the targets of a turn in `text`: what the template marks, with the stop token."""
+        if marks is None:
+            return [(turn.start, turn.stop)]
+        spans = [
+            (max(start, turn.start), min(stop, turn.stop))
+            for start, stop in marks
+            if start < turn.stop and stop > turn.start
+        ]
+        if spans and re.fullmatch(
+            rf"\s*(?:{self._template.special})", text[spans[-1][1] : turn.stop]
+        ):
+            spans[-1] = (spans[-1][0], turn.stop)
+        return spans
+
+    def _refuse_losses(self, text: str, indices: Sequence[int], count: int) -> None:
+        name = self._template.name
+        refuse_lost_texts(text, self._messages, indices, template=name)
+        if self._chat.tools:
+            refuse_lost_tools(text, self._chat.tools, template=name)
+        messages = self._messages[:count]
+        key = (structure_of(messages), tuple(indices[:32]), bool(self._chat.tools))
+        if key not in (known := self._template.sound_structures):
+            refuse_unread_fields(self._render, messages, indices, template=name)
+            known.add(key)
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return self._template.render(
+            self._chat, messages, add_generation_prompt=add_generation_prompt
+        )
+
+
+def _says_nothing(message: Message) -> bool:
+    fields = ("content", "reasoning_content")
+    texts = [value for field in fields if isinstance(value := message.get(field), str)]
+    return not message.get("tool_calls") and not "".join(texts).strip()
+
+
+def _is_answer(message: Message) -> bool:
+    return message["role"] in ("assistant", "model")
+
+
+def _notes(turns: Sequence[Turn]) -> list[str]:
+    note = "turn whose prompt is not the beginning of the finished turn"
+    return [note for turn in turns if not turn.is_prompt_kept]
+
+
+def _other_forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+    """Yield the messages with "" for a content of None, with arguments as JSON texts, with both."""
+    filled = [{**message, "content": message["content"] or ""} for message in messages]
+    yield filled
+    for form in (messages, filled):
+        yield [
+            {**message, "tool_calls": [_with_json_arguments(call) for call in calls]}
+            if (calls := message.get("tool_calls"))
+            else message
+            for message in form
+        ]
+
+
+def _with_json_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        return call
+    arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _shows_python(text: str, messages: Sequence[Message]) -> bool:
+    """Tell whether a rendering shows None or a dict as Python writes them."""
+    said = [str(message["content"] or "") for message in messages]
+    is_missing = any(message["content"] is None for message in messages)
+    if is_missing and text.count("None") > sum(each.count("None") for each in said):
+        return True
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    arguments = [call.get("function", call).get("arguments") for call in calls]
+    return any(
+        value and str(value) != json.dumps(value, ensure_ascii=False) and str(value) in text
+        for value in arguments
+        if isinstance(value, Mapping)
+    )
+
+
+def _common_length(first: str, second: str) -> int:
+    """Return the length of the common beginning of two texts."""
+    if second.startswith(first):
+        return len(first)
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[:middle] == second[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
