@@ -6,14 +6,21 @@ Errors of transformers become one line.
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from carryon.cache.errors import InputError, MissingError
@@ -126,13 +133,28 @@ def read_model(
     return loaded
 
 
+def read_config(source: BaseSource) -> PreTrainedConfig:
+    """Return the base's config; of a .gguf file, from its metadata. Raises as `read_model`."""
+    with _loading(source, "config"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.name, **source.arguments())
+    return config
+
+
+def read_generation_config(source: BaseSource, config: PreTrainedConfig) -> GenerationConfig:
+    """Return the base's generation config; where it has none, what its config says of it."""
+    with _loading(source, "generation config"):
+        if source.gguf_file is None:
+            with suppress(OSError):  # no such file
+                return GenerationConfig.from_pretrained(source.name, **source.arguments())
+        return GenerationConfig.from_model_config(config)
+
+
 def read_checkpoint_dtype(source: BaseSource) -> torch.dtype | str:
     """Return the dtype of the checkpoint; `auto` where only its tensors tell."""
     if source.gguf_file is not None:
         return torch.bfloat16  # packed weights have no dtype
-    with _loading(source, "config"):
-        config = AutoConfig.from_pretrained(source.name, **source.arguments())
-    return config.dtype if isinstance(config.dtype, torch.dtype) else "auto"
+    dtype = read_config(source).dtype
+    return dtype if isinstance(dtype, torch.dtype) else "auto"
 
 
 @contextmanager

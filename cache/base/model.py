@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from carryon.cache.base.architecture import Architecture, get_architecture, read_norm
+from carryon.cache.base.facts import get_context_tokens
 from carryon.cache.base.identity import (
     BaseIdentity,
     digest_chat_template,
@@ -31,10 +32,6 @@ from carryon.cache.base.loading import (
 )
 from carryon.cache.device import multiplies_bfloat16, pick_device
 from carryon.cache.settings import ForwardSettings
-
-NO_CONTEXT_LIMIT = 1 << 30
-"""`context_tokens` of a base whose config names no limit."""
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +97,7 @@ def load_base(source: str, *, forward: ForwardSettings) -> Base:
         num_layers=len(architecture.blocks),
         width=architecture.head.in_features,
         vocab_size=architecture.head.out_features,
-        context_tokens=_get_context_tokens(config, tokenizer),
+        context_tokens=get_context_tokens(config, tokenizer),
         config_sha256=digest_config(model.config),
         weights_sha256=weights_sha256,
         tokenizer_sha256=digest_tokenizer(tokenizer),
@@ -153,11 +150,3 @@ def _pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return dtype
     is_native = device.type not in ("cpu", "cuda") or multiplies_bfloat16(device)
     return torch.bfloat16 if is_native else torch.float32
-
-
-def _get_context_tokens(config: Any, tokenizer: Tokenizer) -> int:  # noqa: ANN401 -- any config
-    values = [getattr(config, name, None) for name in _CONTEXT_NAMES]
-    stated = [value for value in values if isinstance(value, int)]
-    if not stated and tokenizer.model_max_length < NO_CONTEXT_LIMIT:
-        stated = [int(tokenizer.model_max_length)]
-    return stated[0] if stated and stated[0] > 0 else NO_CONTEXT_LIMIT

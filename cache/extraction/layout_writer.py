@@ -6,6 +6,7 @@ overwrites the leftovers of a killed one.
 Letters: S samples.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import Head
-from carryon.cache.corpus.dataset import Sample
-from carryon.cache.errors import InputError, StoreError
+from carryon.cache.corpus.samples import SampleTable
+from carryon.cache.errors import StoreError
 from carryon.cache.extraction.packing import UnitPlan
+from carryon.cache.extraction.sample_tables import encode_tables, refuse_known_ids
 from carryon.cache.files import json_bytes, sync_below, write_file
-from carryon.cache.format.arrays import encode_array, read_array
+from carryon.cache.format.arrays import read_file
 from carryon.cache.format.codec import encode_chunk
 from carryon.cache.format.head_arrays import encode_head
 from carryon.cache.format.manifest import Manifest, sha256_hex, write_manifest
@@ -28,26 +29,26 @@ from carryon.cache.format.probe import Probe, encode_probe
 from carryon.cache.format.receipt import units_with_receipt
 from carryon.cache.format.zarr_metadata import (
     ROW_ARRAYS,
-    TABLE_ROWS,
+    SKIPPED_PATH,
     array_document,
     group_document,
     places,
     row_path,
 )
 
-_MIN_ID_BYTES = 64
 _GROUPS = ("hidden", "samples", "head", "probe", "probe/states")
 _SCALE_GROUPS = ("scale", "scale/token", "scale/channel")  # of a lossy profile
 
 
 def plan_files(
     manifest: Manifest,
-    samples: Sequence[Sample],
+    samples: SampleTable,
     plan: UnitPlan,
     *,
     head: Head,
     probe: Probe,
     blocks: Mapping[str, bytes] | None = None,
+    skipped: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[tuple[str, bytes]]:
     """Yield (path, content) of each file of a new store but its manifest and hidden states.
 
@@ -58,12 +59,14 @@ def plan_files(
         head: of the base.
         probe: of the base on this corpus.
         blocks: (path, content) of the base's last blocks.
+        skipped: place and problem of each row that was left out.
     """
     yield from _unit_rows(samples, plan, manifest=manifest)
     yield from encode_head(head)
     yield from (blocks or {}).items()
-    for name, rows in _tables(samples, plan, manifest=manifest).items():
-        yield from encode_array(name, rows, rows_per_chunk=TABLE_ROWS)
+    yield from encode_tables(samples, plan, manifest=manifest)
+    if skipped:
+        yield SKIPPED_PATH, _json_lines(skipped)
     yield from encode_probe(probe)
     yield from _documents(manifest).items()
 
@@ -97,7 +100,13 @@ def plan_bytes(files: Iterable[tuple[str, bytes]]) -> int:
 
 
 def append_plan(
-    root: Path, old: Manifest, new: Manifest, samples: Sequence[Sample], plan: UnitPlan
+    root: Path,
+    old: Manifest,
+    new: Manifest,
+    samples: SampleTable,
+    plan: UnitPlan,
+    *,
+    skipped: Sequence[Mapping[str, Any]] = (),
 ) -> Manifest:
     """Add the last part of `new` to the store planned as `old`; no existing unit is changed.
 
@@ -110,23 +119,21 @@ def append_plan(
             changed.
         DiskFullError: the store is as it was; the same call can be made again.
     """
-    part = new.parts[-1]
-    files = dict(_documents(new))
-    for name, values in _tables(samples, plan, manifest=new).items():
-        first = part.first_unit if name == "units" else part.first_sample
-        before = read_array(root, name, stop=first, digests=old.files)
-        if name == "samples/id":
-            values = _fit_ids(values, before)
-        rows = np.concatenate([before, values])
-        files |= encode_array(name, rows, rows_per_chunk=TABLE_ROWS, first_row=first)
-    digests = {path: sha256_hex(content) for path, content in files.items()}
-    added = [item for item in files.items() if item[0] not in old.files]
-    written = _write(root, chain(_unit_rows(samples, plan, manifest=new), added))
-    changed = {
-        path: content
-        for path, content in files.items()
-        if old.files.get(path, [digests[path]]) != [digests[path]]
-    }
+    refuse_known_ids(root, old, samples)
+    changed: dict[str, bytes] = {}  # files that the store has, in their new form
+    digests: dict[str, str] = {}
+
+    def added() -> Iterator[tuple[str, bytes]]:
+        tables = encode_tables(samples, plan, manifest=new, root=root)
+        lines = _append_lines(root, old, skipped)
+        for path, content in chain(_documents(new).items(), tables, lines):
+            digests[path] = sha256_hex(content)
+            if path not in old.files:
+                yield path, content
+            elif old.files[path] != [digests[path]]:
+                changed[path] = content
+
+    written = _write(root, chain(_unit_rows(samples, plan, manifest=new), added()))
     write_manifest(root, old.accepting({path: digests[path] for path in changed}))
     # Synced one by one: a power cut must leave the old or the new form of each.
     _write(root, changed.items(), is_synced=True)
@@ -135,6 +142,20 @@ def append_plan(
     new = replace(new, files=unchanged).accepting(digests)
     write_manifest(root, new)
     return new
+
+
+def _append_lines(
+    root: Path, old: Manifest, skipped: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of the file of skipped rows with more lines, if there are any."""
+    if skipped:
+        known = SKIPPED_PATH in old.files
+        before = read_file(root, SKIPPED_PATH, digests=old.files) if known else b""
+        yield SKIPPED_PATH, before + _json_lines(skipped)
+
+
+def _json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(dict(row)) + "\n" for row in rows).encode("ascii")
 
 
 def _write(
@@ -155,64 +176,22 @@ def _flush(root: Path, paths: Iterable[str]) -> None:
 
 
 def _unit_rows(
-    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest
+    samples: SampleTable, plan: UnitPlan, *, manifest: Manifest
 ) -> Iterator[tuple[str, bytes]]:
     """Yield (path, content) of tokens, masks and character ends of each unit of the last part."""
     size, first_unit = manifest.unit_tokens, manifest.parts[-1].first_unit
-    bounds = np.searchsorted(plan.unit, np.arange(plan.num_units + 1))
+    bounds = np.searchsorted(plan.unit, np.arange(plan.num_units + 1)).tolist()
+    lengths = samples.lengths
     for unit in range(plan.num_units):
-        rows = {name: np.zeros(size, dtype=dtype) for name, dtype in ROW_ARRAYS.items()}
-        for position in range(bounds[unit], bounds[unit + 1]):
-            sample = samples[int(plan.order[position])]
-            start = int(plan.start[position]) - unit * size
-            for name, values in rows.items():
-                values[start : start + len(sample.tokens)] = getattr(sample, name)
-        for name, values in rows.items():
-            yield row_path(name, first_unit + unit), encode_chunk(values)
-
-
-def _tables(
-    samples: Sequence[Sample], plan: UnitPlan, *, manifest: Manifest
-) -> dict[str, NDArray[Any]]:
-    """Return the rows that the last part of `manifest` adds to each table, by array name."""
-    planned = [samples[index] for index in plan.order.tolist()]
-    ids = [sample.id.encode() for sample in planned]
-    longest = max(map(len, ids), default=0)
-    id_bytes = max(_MIN_ID_BYTES, -(-longest // 16) * 16)
-    id_rows = np.array(ids, dtype=f"S{id_bytes}").view(np.uint8).reshape(-1, id_bytes)
-    first_row = manifest.parts[-1].first_unit * manifest.unit_tokens
-    lengths = np.array([len(sample.tokens) for sample in planned], dtype=np.int32)
-    unit_tokens = np.bincount(plan.unit, weights=lengths, minlength=plan.num_units)
-    return {
-        "samples/start": plan.start + first_row,
-        "samples/length": lengths,
-        "samples/held_out": np.array([each.is_held_out for each in planned], dtype=np.uint8),
-        "samples/id": id_rows,
-        "units": unit_tokens.astype(np.int32),
-    }
-
-
-def _fit_ids(added: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the id rows `added`, [S, bytes], as wide as the existing ones.
-
-    Raises:
-        InputError: an id is too long, or exists already.
-    """
-    width = before.shape[1]
-    if added.shape[1] > width:
-        raise InputError(
-            f"sample ids: this store keeps {width} bytes for an id, "
-            f"got one that needs {added.shape[1]}: use shorter ids"
-        )
-    added = np.pad(added, ((0, 0), (0, width - added.shape[1])))
-    names, known = (rows.view(f"S{width}")[:, 0] for rows in (added, before))
-    twice = names[np.isin(names, known)]
-    if len(twice):
-        raise InputError(
-            f"sample {twice[0].decode()!r}: a sample with this id is in the store already: "
-            "give every sample a different id"
-        )
-    return added
+        span = slice(bounds[unit], bounds[unit + 1])
+        indices, starts = plan.order[span], plan.start[span] - unit * size
+        stops = starts + lengths[indices]
+        places = list(zip(indices.tolist(), starts.tolist(), stops.tolist(), strict=True))
+        for name, dtype in ROW_ARRAYS.items():
+            rows = np.zeros(size, dtype=dtype)
+            for index, start, stop in places:
+                samples.copy_rows(name, index, rows[start:stop])
+            yield row_path(name, first_unit + unit), encode_chunk(rows)
 
 
 def _documents(manifest: Manifest) -> dict[str, bytes]:

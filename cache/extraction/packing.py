@@ -6,13 +6,12 @@ last, in separate units: evaluation reads nothing else. Reading units in sequenc
 mixed.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.corpus.dataset import Sample
+from carryon.cache.corpus.samples import SampleTable
 from carryon.cache.errors import InputError
 
 
@@ -30,11 +29,9 @@ class UnitPlan:
     """Units of this plan."""
 
 
-def plan_samples(samples: Sequence[Sample], *, unit_tokens: int, seed: int) -> UnitPlan:
+def plan_samples(samples: SampleTable, *, unit_tokens: int, seed: int) -> UnitPlan:
     """Lay samples out in units of `unit_tokens` rows; see `plan_units`."""
-    lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int32)
-    held_out = np.array([sample.is_held_out for sample in samples], dtype=np.bool_)
-    return plan_units(lengths, held_out, unit_tokens=unit_tokens, seed=seed)
+    return plan_units(samples.lengths, samples.held_out, unit_tokens=unit_tokens, seed=seed)
 
 
 def plan_units(
@@ -60,18 +57,29 @@ def plan_units(
     is_held_out = held_out[shuffled]
     order = np.concatenate([shuffled[~is_held_out], shuffled[is_held_out]]).astype(np.int64)
     num_train = int((~is_held_out).sum())
+    halves = np.split(lengths[order], [num_train])
+    parts = [_fill_units(half, unit_tokens=unit_tokens) for half in halves if len(half)]
+    unit, start = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    num_units = 0
+    for own_unit, own_start in parts:
+        unit = np.concatenate([unit, own_unit + num_units])
+        start = np.concatenate([start, own_start + num_units * unit_tokens])
+        num_units = int(unit[-1]) + 1
+    return UnitPlan(order=order, unit=unit, start=start, num_units=num_units)
 
-    unit = np.zeros(len(order), dtype=np.int64)
-    start = np.zeros(len(order), dtype=np.int64)
-    current, used = 0, 0
-    for position, length in enumerate(lengths[order].tolist()):
-        opens_held_out = position == num_train and used > 0
-        if used + length > unit_tokens or opens_held_out:
-            current, used = current + 1, 0
-        unit[position] = current
-        start[position] = current * unit_tokens + used
-        used += length
-    return UnitPlan(order=order, unit=unit, start=start, num_units=current + 1 if len(order) else 0)
+
+def _fill_units(
+    lengths: NDArray[np.int32], *, unit_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return unit and first row of each of S consecutive samples, [S] and [S]; S is 1 or more."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    firsts = [0]  # first sample of each unit: a step a unit, as samples may be many millions
+    while firsts[-1] < len(ends):
+        before = int(ends[firsts[-1] - 1]) if firsts[-1] else 0
+        firsts.append(int(np.searchsorted(ends, before + unit_tokens, side="right")))
+    unit = np.repeat(np.arange(len(firsts) - 1), np.diff(firsts)).astype(np.int64)
+    starts = ends - lengths
+    return unit, starts - starts[firsts[:-1]][unit] + unit * unit_tokens
 
 
 def plan_batches(lengths: NDArray[np.int32], *, batch_tokens: int) -> list[NDArray[np.int64]]:

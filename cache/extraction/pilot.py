@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from carryon.cache.base.hooks import base_logits, capture
 from carryon.cache.base.lm_head import Head, widen
 from carryon.cache.base.model import Base
-from carryon.cache.corpus.dataset import Sample
+from carryon.cache.corpus.samples import Sample
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.format.probe import NUM_LOGITS, Probe, channel_relative_error
 from carryon.cache.format.quantization import STEPS, from_codes, to_codes

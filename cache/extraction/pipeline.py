@@ -12,17 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.base.model import Base
-from carryon.cache.corpus.files import Data
+from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.forward import ExtractReport, raw_bytes, run_units
 from carryon.cache.extraction.layout_writer import append_plan, plan_bytes, plan_files, write_plan
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
-from carryon.cache.extraction.resume import refuse_other_data, refuse_other_settings
+from carryon.cache.extraction.resume import (
+    refuse_known_files,
+    refuse_other_data,
+    refuse_other_settings,
+)
 from carryon.cache.files import sweep_partials
 from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
 from carryon.cache.lock import write_lock
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings, apply_options
+from carryon.cache.settings import (
+    CorpusSettings,
+    DataSettings,
+    ForwardSettings,
+    StoreSettings,
+    apply_options,
+)
 from carryon.cache.store.reader import Store
 from carryon.cache.store.top_blocks import block_files
 
@@ -40,6 +50,7 @@ def extract(
     corpus: CorpusSettings | None = None,
     store: StoreSettings | None = None,
     forward: ForwardSettings | None = None,
+    data_settings: DataSettings | None = None,
     append: bool = False,
     max_disk_bytes: int | None = None,
     held_out: Container[str] = (),
@@ -54,17 +65,19 @@ def extract(
 
     Args:
         base: hub id, folder or .gguf file; or a loaded base.
-        data: a file or folder, several of them, or rows: any iterable of dicts with `messages`,
-            `prompt` and `completion`, or `text`, and perhaps `id` and `split`.
+        data: a file, a folder or a hub id (`name:split`, `name@revision`), several of them, or
+            rows: any iterable of dicts with `messages`, `prompt` and `completion`, `chosen` and
+            `rejected`, or `text`, and perhaps `id` and `split`.
         out: folder of the store; made if missing.
         corpus: how text becomes samples. None: defaults.
         store: what the store holds. None: defaults.
         forward: how the base is run. None: defaults.
+        data_settings: how the data are read. None: defaults.
         append: add the samples of `data` to an existing store.
         max_disk_bytes: stop before the store would grow beyond it. The store is then opened
             unfinished; the same call with more room resumes it.
         held_out: ids of samples to hold out, besides those marked in the data.
-        options: fields of the three settings by name, such as `taps` or `unit_tokens`.
+        options: fields of the four settings by name, such as `taps` or `unit_tokens`.
 
     Raises:
         InputError: data, tap or setting cannot be used; nothing was written.
@@ -72,18 +85,19 @@ def extract(
         StoreBusyError: another process writes to the store.
         DiskFullError: finished units are kept; the same call resumes.
     """
-    for given in (corpus, store, forward):
+    for given in (corpus, store, forward, data_settings):
         names = [item.name for item in fields(given)] if given is not None else []
         if both := [name for name in options if name in names]:
             raise InputError(
                 f"{both[0]}: expected it once, got it as an option and in "
                 f"{type(given).__name__}. Fix: leave one of them out"
             )
-    corpus, store, forward = apply_options(
+    corpus, store, forward, data_settings = apply_options(
         options,
         corpus or CorpusSettings(),
         store or StoreSettings(),
         forward or ForwardSettings(),
+        data_settings or DataSettings(),
     )
     plan = plan_extraction(
         base=base,
@@ -92,6 +106,7 @@ def extract(
         corpus=corpus,
         store=store,
         forward=forward,
+        data_settings=data_settings,
         held_out=held_out,
     )
     report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
@@ -138,6 +153,7 @@ def _begin(plan: ExtractionPlan, max_disk_bytes: int | None) -> Manifest:
         head=plan.head,
         probe=make_probe(pilot),
         blocks=block_files(plan.base, manifest.num_blocks),
+        skipped=plan.skipped,
     )
     if max_disk_bytes is not None and (needed := plan_bytes(files())) > max_disk_bytes:
         raise InputError(
@@ -155,9 +171,10 @@ def _resume(plan: ExtractionPlan, *, append: bool) -> Manifest:
     if not append or part.fingerprint in [known.fingerprint for known in old.parts]:
         refuse_other_data(old, new, name=str(root))
         return old
+    refuse_known_files(old, new, name=str(root))
     part = replace(part, first_unit=old.num_units, first_sample=old.num_samples)
     new = replace(old, parts=[*old.parts, part])
-    return append_plan(root, old, new, plan.samples, plan.units)
+    return append_plan(root, old, new, plan.samples, plan.units, skipped=plan.skipped)
 
 
 def _prediction(manifest: Manifest) -> str:

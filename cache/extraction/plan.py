@@ -1,13 +1,24 @@
-"""The plan of an extraction: base, samples, units and manifest. Nothing is written."""
+"""The plan of an extraction: base, samples, units and manifest. Nothing is written.
 
+Everything that can be wrong with the data is found before the base is loaded.
+"""
+
+import logging
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
+from carryon.cache.base.identity import digest_chat_template
 from carryon.cache.base.lm_head import Head
 from carryon.cache.base.model import Base, load_base, read_head
-from carryon.cache.corpus.dataset import Corpus, Sample, read_corpus
-from carryon.cache.corpus.files import Data
+from carryon.cache.corpus.dataset import Corpus, read_corpus, resolve_settings
+from carryon.cache.corpus.report import format_report, warnings
+from carryon.cache.corpus.rows import Data
+from carryon.cache.corpus.samples import SampleTable
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
 from carryon.cache.format.head_arrays import head_facts
@@ -15,8 +26,16 @@ from carryon.cache.format.manifest import CorpusPart, Manifest, manifest_path, r
 from carryon.cache.format.quantization import STATE_TYPES
 from carryon.cache.format.zarr_metadata import chunk_rows
 from carryon.cache.lock import LOCK_PATH, refuse_busy
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings, parse_tap
+from carryon.cache.settings import (
+    CorpusSettings,
+    DataSettings,
+    ForwardSettings,
+    StoreSettings,
+    parse_tap,
+)
 from carryon.cache.versions import library_versions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +49,10 @@ class ExtractionPlan:
     """Of the base."""
     batch_tokens: int
     """Tokens in one forward pass."""
-    samples: list[Sample]
+    samples: SampleTable
     units: UnitPlan
+    skipped: list[dict[str, Any]]
+    """Place and problem of each row that was left out."""
     manifest: Manifest
     """Of a new store with these samples."""
 
@@ -44,9 +65,10 @@ def plan_extraction(
     corpus: CorpusSettings,
     store: StoreSettings,
     forward: ForwardSettings,
+    data_settings: DataSettings,
     held_out: Container[str] = (),
 ) -> ExtractionPlan:
-    """Check the folder of the store, load base and data, and pack the samples into units.
+    """Check the folder of the store, read the data, load the base, and pack samples into units.
 
     The arguments are those of `extract`.
 
@@ -55,37 +77,80 @@ def plan_extraction(
             more than the base or a unit can hold, or the data cannot be read.
         StoreBusyError: another process writes to the store.
     """
-    _refuse_foreign_folder(Path(out))
-    refuse_busy(Path(out))
-    loaded = base if isinstance(base, Base) else load_base(str(base), forward=forward)
-    for tap in store.taps:
-        parse_tap(tap, num_layers=loaded.identity.num_layers)
-    context_tokens = loaded.identity.context_tokens
-    limit = min(context_tokens, store.unit_tokens)
+    root = Path(out)
+    _refuse_foreign_folder(root)
+    refuse_busy(root)
+    facts = facts_of(base) if isinstance(base, Base) else read_facts(str(base))
+    _check_sizes(facts, store)
+    limit = min(facts.context_tokens, store.unit_tokens)
     if corpus.max_tokens > limit:
         raise InputError(
-            f"max_tokens: expected at most {limit} (the base's context is {context_tokens}, a unit "
-            f"{store.unit_tokens} tokens), got {corpus.max_tokens}"
+            f"max_tokens: expected at most {limit} (the base's context is {facts.context_tokens}, "
+            f"a unit {store.unit_tokens} tokens), got {corpus.max_tokens}"
         )
     corpus = replace(corpus, max_tokens=corpus.max_tokens or limit)
+    corpus, tokenizer = resolve_settings(corpus, facts.tokenizer, stored_date=_stored_date(root))
     texts = read_corpus(
         data,
-        loaded.tokenizer,
+        tokenizer,
         settings=corpus,
         max_tokens=corpus.max_tokens,
+        data_settings=data_settings,
         held_out=held_out,
+        end_tokens=facts.end_tokens,
+        vocab_size=facts.vocab_size,
     )
+    log_report(texts)
     units = plan_samples(texts.samples, unit_tokens=store.unit_tokens, seed=store.seed)
+    loaded = base if isinstance(base, Base) else load_base(str(base), forward=forward)
+    loaded = _with_tokenizer(loaded, tokenizer)
+    _check_sizes(facts_of(loaded), store)
     head = read_head(loaded)
     return ExtractionPlan(
-        root=Path(out),
+        root=root,
         base=loaded,
         head=head,
         batch_tokens=forward.batch_tokens,
         samples=texts.samples,
         units=units,
+        skipped=texts.skipped,
         manifest=describe(loaded, head, texts, units, corpus=corpus, store=store),
     )
+
+
+def log_report(texts: Corpus) -> None:
+    """Log what was read, kept and lost, and a warning for each loss that matters."""
+    logger.info(format_report(texts.report))
+    for line in warnings(texts.report):
+        logger.warning(line)
+
+
+def _check_sizes(facts: BaseFacts, store: StoreSettings) -> None:
+    """Check taps and the size of a unit, as far as the base's sizes are known."""
+    if facts.num_layers is not None:
+        for tap in store.taps:
+            parse_tap(tap, num_layers=facts.num_layers)
+    if facts.width is not None:
+        chunk_rows(row_bytes=_row_bytes(facts.width, store), unit_tokens=store.unit_tokens)
+
+
+def _row_bytes(width: int, store: StoreSettings) -> int:
+    return width * STATE_TYPES[store.dtype].itemsize
+
+
+def _stored_date(root: Path) -> str | None:
+    """Return the date that the chat template of an existing store printed; None without a store."""
+    if not manifest_path(root).exists():
+        return None
+    return str(read_manifest(root).corpus.get("template_date", ""))
+
+
+def _with_tokenizer(base: Base, tokenizer: Tokenizer) -> Base:
+    """Return the base with the tokenizer that the texts were read with: its chat template differs
+    where `chat_template` gives another."""
+    digest = digest_chat_template(tokenizer)
+    identity = replace(base.identity, chat_template_sha256=digest)
+    return replace(base, tokenizer=tokenizer, identity=identity)
 
 
 def describe(
@@ -98,7 +163,7 @@ def describe(
     store: StoreSettings,
 ) -> Manifest:
     """Return the manifest of a new store with these samples."""
-    row_bytes = base.identity.width * STATE_TYPES[store.dtype].itemsize
+    row_bytes = _row_bytes(base.identity.width, store)
     part = CorpusPart(
         fingerprint=texts.fingerprint,
         files=texts.files,
@@ -107,6 +172,8 @@ def describe(
         num_units=units.num_units,
         first_sample=0,
         num_samples=len(units.order),
+        report=texts.report.to_dict(),
+        kinds=texts.kinds,
     )
     return Manifest(
         base=base.identity.to_dict(),

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from carryon.cache.base.model import Base
-from carryon.cache.errors import SettingMismatchError
+from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.extraction.plan import forward_facts
 from carryon.cache.format.manifest import Manifest
+from carryon.cache.settings import CorpusSettings
 
 _BASE_FACTS = (
     "architecture",
@@ -32,6 +33,8 @@ def refuse_other_settings(old: Manifest, new: Manifest, *, name: str) -> None:
 def refuse_other_base(manifest: Manifest, base: Base, *, name: str) -> None:
     """Check that a loaded base is that of the store, and computes as it did."""
     expected = _base_facts(manifest.base) | manifest.forward
+    if manifest.corpus.get("chat_template"):  # the store's texts had another than the base
+        del expected["base.chat_template_sha256"]
     got = _base_facts(base.identity.to_dict()) | forward_facts(base)
     _compare(expected, got, name=name, fix="give the base of the store, loaded with its settings")
 
@@ -48,10 +51,31 @@ def refuse_other_data(old: Manifest, new: Manifest, *, name: str) -> None:
         )
 
 
+def refuse_known_files(old: Manifest, new: Manifest, *, name: str) -> None:
+    """Check that no file to be appended is in the store already.
+
+    Raises:
+        InputError: one is; names it and the part that has it.
+    """
+    known = {
+        file["sha256"]: f"{file['name']} of part {number}"
+        for number, part in enumerate(old.parts, start=1)
+        for file in part.files
+    }
+    for file in new.parts[-1].files:
+        if file["sha256"] in known:
+            raise InputError(
+                f"{name}: {file['name']}: expected data that the store does not hold yet, got a "
+                f"file equal to {known[file['sha256']]}. Fix: leave it out"
+            )
+
+
 def _settings(manifest: Manifest) -> dict[str, Any]:
     return {
         **_base_facts(manifest.base),
         **manifest.forward,
+        # Those that a store from before does not name had the effect of their defaults.
+        **CorpusSettings().to_dict(),
         **manifest.corpus,
         **manifest.settings,
         "with_blocks": manifest.num_blocks,

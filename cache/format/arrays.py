@@ -5,7 +5,7 @@ in shard_writer.py and shard_reader.py.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,46 @@ def encode_array(
         first_row: first row that is new; chunks that end before it are left out.
         attributes: user attributes of the array.
     """
-    chunk = (rows_per_chunk, *values.shape[1:])
-    for number in range(first_row // rows_per_chunk, -(-len(values) // rows_per_chunk)):
-        rows = np.zeros(chunk, dtype=values.dtype)
-        part = values[number * rows_per_chunk : (number + 1) * rows_per_chunk]
-        rows[: len(part)] = part
-        yield _chunk_path(name, number, values.ndim), encode_chunk(rows)
-    document = array_document(
-        shape=values.shape, chunk=chunk, dtype=values.dtype.name, attributes=attributes
+    first_chunk = first_row // rows_per_chunk
+    starts = range(first_chunk * rows_per_chunk, len(values), rows_per_chunk)
+    yield from encode_chunks(
+        name,
+        (values[start : start + rows_per_chunk] for start in starts),
+        shape=values.shape,
+        dtype=values.dtype,
+        rows_per_chunk=rows_per_chunk,
+        first_chunk=first_chunk,
+        attributes=attributes,
     )
+
+
+def encode_chunks(
+    name: str,
+    chunks: Iterable[NDArray[Any]],
+    *,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    rows_per_chunk: int,
+    first_chunk: int = 0,
+    attributes: dict[str, Any] | None = None,
+) -> Iterator[tuple[str, bytes]]:
+    """Yield what `encode_array` does, from the rows of one chunk after another.
+
+    Args:
+        name: path of the array in the store.
+        chunks: rows of each chunk, from `first_chunk` on; fewer in the last one.
+        shape: of the whole array.
+        dtype: of the array.
+        rows_per_chunk: rows in a file.
+        first_chunk: number of the first of `chunks`.
+        attributes: user attributes of the array.
+    """
+    chunk = (rows_per_chunk, *shape[1:])
+    for number, part in enumerate(chunks, start=first_chunk):
+        rows = np.zeros(chunk, dtype=dtype)
+        rows[: len(part)] = part
+        yield _chunk_path(name, number, len(shape)), encode_chunk(rows)
+    document = array_document(shape=shape, chunk=chunk, dtype=dtype.name, attributes=attributes)
     yield f"{name}/zarr.json", json_bytes(document)
 
 
@@ -74,6 +105,21 @@ def array_info(root: Path, name: str) -> ArrayInfo:
 
 Digests = Mapping[str, Collection[str]]
 """SHA-256, hex, that each file of a plan may have: `files` of the manifest."""
+
+
+def read_file(root: Path, path: str, *, digests: Digests) -> bytes:
+    """Return a file of the plan that is no array.
+
+    Raises:
+        DamagedStoreError: it is missing or is not the one that was written.
+    """
+    try:
+        content = (root / path).read_bytes()
+    except FileNotFoundError as error:
+        raise DamagedStoreError(f"{root / path}: the file is missing") from error
+    if sha256_hex(content) not in digests.get(path, ()):
+        raise DamagedStoreError(f"{root / path}: not as it was written: its SHA-256 differs")
+    return content
 
 
 def read_array(

@@ -8,7 +8,7 @@ wrote, with the digests that each may have. A digest over both detects any chang
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ FORMAT = "carryon-store"
 FORMAT_VERSION = 1
 
 _LOCATION = ("id", "revision")  # of a base: its digests identify it
+_READING = ("report", "kinds")  # of a part: how its data were read, which decides no content
+_PART_TYPES = {"fingerprint": str, "files": list, "counts": dict, "report": dict, "kinds": dict}
+_MAX_REPORT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,11 +37,38 @@ class CorpusPart:
     files: list[dict[str, Any]]
     """Name, bytes and SHA-256 of each input file."""
     counts: dict[str, int]
-    """Records, samples, tokens, supervised tokens, truncations and what was skipped."""
+    """Records read; samples, tokens and supervised tokens kept."""
     first_unit: int
     num_units: int
     first_sample: int
     num_samples: int
+    report: dict[str, Any] = field(default_factory=dict)
+    """Records and tokens that were lost, and why: `Report.to_dict`. Empty in old stores."""
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Samples of each kind of record. Empty in old stores."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; without `report` and `kinds` where they are empty."""
+        values = asdict(self)
+        return {name: values[name] for name in values if values[name] or name not in _READING}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CorpusPart":
+        """Check and build.
+
+        Raises:
+            TypeError: a value is missing, unknown, too large or of another type.
+        """
+        part = cls(**values)
+        for item in fields(cls):
+            value, kind = getattr(part, item.name), _PART_TYPES.get(item.name, int)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{item.name}: expected {kind.__name__}, got {value!r:.80}")
+        if not all(type(count) is int for count in (*part.counts.values(), *part.kinds.values())):
+            raise TypeError("counts and kinds: expected whole numbers")
+        if (size := len(json_bytes(part.report))) > _MAX_REPORT_BYTES:
+            raise TypeError(f"report: expected at most {_MAX_REPORT_BYTES} bytes, got {size}")
+        return part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +80,7 @@ class Manifest:
     forward: dict[str, Any]
     """compute_dtype and attention backend that the states were computed with."""
     corpus: dict[str, Any]
-    """CorpusSettings, with max_tokens resolved."""
+    """CorpusSettings, with max_tokens, date and the text of a chat template resolved."""
     settings: dict[str, Any]
     """StoreSettings: taps, profile, dtype, unit_tokens, seed."""
     parts: list[CorpusPart]
@@ -117,7 +147,8 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that determines the content."""
-        return digest_of(self._content())
+        parts = [replace(part, report={}, kinds={}).to_dict() for part in self.parts]
+        return digest_of(self._content() | {"parts": parts})
 
     @property
     def samples_digest(self) -> str:
@@ -126,9 +157,11 @@ class Manifest:
         Random choices for a store are seeded with it: stores of one corpus are split alike and
         read in one order, whatever their taps and their precision.
         """
-        parts = [asdict(part) for part in self.parts]
-        for part in parts:
-            del part["files"]
+        left_out = ("files", *_READING)
+        parts = [
+            {name: value for name, value in asdict(part).items() if name not in left_out}
+            for part in self.parts
+        ]
         return digest_of({"parts": parts, "unit_tokens": self.unit_tokens})
 
     @property
@@ -140,7 +173,7 @@ class Manifest:
         names = ("forward", "corpus", "settings", "width", "rows_per_chunk", "head", "versions")
         content = {name: getattr(self, name) for name in names}
         content |= {"format": FORMAT, "format_version": FORMAT_VERSION, "base": self.base_content}
-        return content | {"parts": [asdict(part) for part in self.parts]}
+        return content | {"parts": [part.to_dict() for part in self.parts]}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document, with its digests."""
@@ -173,7 +206,7 @@ class Manifest:
             )
         fingerprint = values.pop("fingerprint", None)
         try:
-            values["parts"] = [CorpusPart(**part) for part in values["parts"]]
+            values["parts"] = [CorpusPart.from_dict(part) for part in values["parts"]]
             manifest = cls(**values)
         except (TypeError, KeyError) as error:
             raise DamagedStoreError(f"{name}: the manifest is damaged: {error}") from error

@@ -23,6 +23,8 @@ HEAD_CHUNK_BYTES = 1 << 20
 """Size of a chunk of the head, raw: opening reads a few rows of it, training all."""
 ROW_ARRAYS = {"tokens": "int32", "loss_mask": "uint8", "char_end": "int32"}
 """Arrays [N] that planning writes, and their types."""
+SKIPPED_PATH = "skipped.jsonl"
+"""File of the rows that were left out (`--bad-rows skip`), a JSON line each; only if any were."""
 
 
 def chunk_rows(*, row_bytes: int, unit_tokens: int) -> int:

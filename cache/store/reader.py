@@ -137,6 +137,20 @@ class Store(StoreLike):
         """[S] 1 where the corpus keeps the sample from training."""
         return self._read_table("samples/held_out")
 
+    @cached_property
+    def sample_groups(self) -> NDArray[np.uint64]:
+        """[S] equal for all samples of one record; all different in stores that keep none."""
+        if not self._has_array("samples/group"):
+            return np.arange(self.num_samples, dtype=np.uint64)
+        return self._read_table("samples/group")
+
+    @cached_property
+    def sample_roles(self) -> NDArray[np.uint8]:
+        """[S] 0, or 1 and 2 for the chosen and the rejected answer of a preference pair."""
+        if not self._has_array("samples/role"):
+            return np.zeros(self.num_samples, dtype=np.uint8)
+        return self._read_table("samples/role")
+
     def sample_id(self, sample: int) -> str:
         """Return the id of a sample."""
         self._check_sample(sample)
@@ -241,6 +255,10 @@ class Store(StoreLike):
         import zarr
 
         return zarr.open_group(self.root, mode="r")
+
+    def _has_array(self, name: str) -> bool:
+        """Return whether the store keeps this array; stores from before it was added do not."""
+        return f"{name}/zarr.json" in self._whole.files
 
     def _read_table(self, name: str, *, first: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows `first` to `stop` (default: all) of a table of samples."""

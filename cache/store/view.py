@@ -66,6 +66,14 @@ class StoreLike(Protocol):
     def sample_held_out(self) -> NDArray[np.uint8]:
         """[S] 1 where the corpus keeps the sample from training."""
 
+    @property
+    def sample_groups(self) -> NDArray[np.uint64]:
+        """[S] equal for all samples of one record: turns, pieces, both answers of a pair."""
+
+    @property
+    def sample_roles(self) -> NDArray[np.uint8]:
+        """[S] 0, or 1 and 2 for the chosen and the rejected answer of a preference pair."""
+
     def sample_id(self, sample: int) -> str:
         """Return the id of a sample."""
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import FinalNorm, Head, widen
 from carryon.cache.base.model import Base, load_base
-from carryon.cache.corpus.dataset import Sample
+from carryon.cache.corpus.rows import Data
+from carryon.cache.corpus.samples import Sample, SampleTable
 from carryon.cache.errors import CarryOnError
-from carryon.cache.extraction import layout_writer
+from carryon.cache.extraction import sample_tables
 from carryon.cache.extraction.forward import ExtractReport
 from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
@@ -37,9 +38,16 @@ from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.extraction.repair import RepairReport, repair
 from carryon.cache.format import head_arrays, zarr_metadata
 from carryon.cache.format.head_arrays import head_facts
-from carryon.cache.format.manifest import CorpusPart, Manifest, digest_of
+from carryon.cache.format.manifest import (
+    CorpusPart,
+    Manifest,
+    digest_of,
+    read_manifest,
+    write_manifest,
+)
 from carryon.cache.format.quantization import STATE_TYPES, bfloat16_bits
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
+from carryon.cache.format.zarr_metadata import places
+from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_writer import UnitInputs, write_unit
 
@@ -47,6 +55,7 @@ WIDTH = 16
 UNIT_TOKENS = 64
 CHUNK_BYTES = 16 * WIDTH * 2  # 16 rows of bfloat16: four chunks a unit
 FORWARD = ForwardSettings(device="cpu", compute_dtype="float32", batch_tokens=256)
+READING = DataSettings(workers=1)
 SETTINGS = StoreSettings(taps=["final", "layer.1"], unit_tokens=UNIT_TOKENS)
 
 
@@ -56,7 +65,7 @@ def small_pieces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zarr_metadata, "CHUNK_BYTES", CHUNK_BYTES)
         patch.setattr(head_arrays, "HEAD_CHUNK_BYTES", 64 * WIDTH * 2)
-        patch.setattr(layout_writer, "TABLE_ROWS", 8)
+        patch.setattr(sample_tables, "TABLE_ROWS", 8)
         yield
 
 
@@ -108,7 +117,8 @@ def make_given(
             is_held_out=index % 5 == 4,
         )
         samples.append(sample)
-    plan = plan_samples(samples, unit_tokens=settings.unit_tokens, seed=settings.seed)
+    table = SampleTable.of(samples)
+    plan = plan_samples(table, unit_tokens=settings.unit_tokens, seed=settings.seed)
     head = _make_head(random, softcap=softcap, logit_scale=logit_scale)
     prenorm = random.normal(size=(plan.num_units * settings.unit_tokens, WIDTH))
     prenorm *= np.exp(random.normal(size=WIDTH))  # channels of unequal size
@@ -187,7 +197,9 @@ def plan_given(root: Path, given: Given) -> Manifest:
     return write_plan(
         root,
         manifest,
-        plan_files(manifest, given.samples, given.plan, head=given.head, probe=probe),
+        plan_files(
+            manifest, SampleTable.of(given.samples), given.plan, head=given.head, probe=probe
+        ),
     )
 
 
@@ -220,6 +232,19 @@ def write_corpus(path: Path, *, num_samples: int, first: int = 0) -> Path:
     return path
 
 
+def drop_groups(root: Path) -> None:
+    """Make a store one from before samples had groups and roles."""
+    manifest = read_manifest(root)
+    dropped = [
+        path for path in manifest.files if path.startswith(("samples/group", "samples/role"))
+    ]
+    for path in dropped:
+        for each in places(path):
+            (root / each).unlink()
+    kept = {path: known for path, known in manifest.files.items() if path not in dropped}
+    write_manifest(root, replace(manifest, files=kept))
+
+
 def repair_tiny(root: Path, base: Base | str) -> RepairReport:
     """Repair a store of small chunks."""
     with small_pieces(), one_thread():
@@ -228,12 +253,13 @@ def repair_tiny(root: Path, base: Base | str) -> RepairReport:
 
 def extract_tiny(
     base: Base | str,
-    data: Path,
+    data: Data,
     out: Path,
     *,
     corpus: CorpusSettings | None = None,
     store: StoreSettings = SETTINGS,
     forward: ForwardSettings = FORWARD,
+    data_settings: DataSettings = READING,
     append: bool = False,
     max_disk_bytes: int | None = None,
 ) -> ExtractReport:
@@ -246,6 +272,7 @@ def extract_tiny(
             corpus=corpus or CorpusSettings(),
             store=store,
             forward=forward,
+            data_settings=data_settings,
         )
         return run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
 
@@ -354,6 +381,7 @@ def readable_content(root: Path) -> dict[str, Any]:
         "ids": [store.sample_id(sample) for sample in range(store.num_samples)],
         "places": [store.sample_starts.tolist(), store.sample_lengths.tolist()],
         "held_out": store.sample_held_out.tolist(),
+        "groups": [store.sample_groups.tolist(), store.sample_roles.tolist()],
         "head": store.head().weight.tobytes(),
         "norm": store.head().norm.weight.tobytes(),
     }

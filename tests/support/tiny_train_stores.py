@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import FinalNorm, Head, widen
-from carryon.cache.corpus.dataset import Sample
+from carryon.cache.corpus.samples import Sample, SampleTable
 from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import plan_units
 from carryon.cache.format.head_arrays import head_facts
@@ -68,7 +68,7 @@ def make_store(
     first = int(plan.order[0])
     probe = _probe(states[first], head, first_row=int(plan.start[0]))
     manifest = write_plan(
-        root, manifest, plan_files(manifest, samples, plan, head=head, probe=probe)
+        root, manifest, plan_files(manifest, SampleTable.of(samples), plan, head=head, probe=probe)
     )
     inputs = UnitInputs(root, manifest)
     for unit in range(plan.num_units):

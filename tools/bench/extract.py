@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from carryon.cache.base.model import Base, read_head
-from carryon.cache.corpus.dataset import Corpus, Sample
+from carryon.cache.corpus.dataset import Corpus
+from carryon.cache.corpus.report import Report
+from carryon.cache.corpus.samples import Sample, SampleTable
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import plan_batches, plan_samples
@@ -78,12 +80,21 @@ def _plan(root: Path, base: Base, samples: list[Sample], settings: StoreSettings
         "tokens": sum(len(sample.tokens) for sample in samples),
         "supervised_tokens": sum(int(sample.loss_mask.sum()) for sample in samples),
     }
-    texts = Corpus(samples=samples, fingerprint="0" * 64, files=[], counts=counts)
-    plan = plan_samples(samples, unit_tokens=settings.unit_tokens, seed=settings.seed)
+    table = SampleTable.of(samples)
+    texts = Corpus(
+        samples=table,
+        fingerprint="0" * 64,
+        files=[],
+        counts=counts,
+        report=Report(records=len(table), kept=len(table), tokens=counts["tokens"]),
+        kinds={},
+        skipped=[],
+    )
+    plan = plan_samples(table, unit_tokens=settings.unit_tokens, seed=settings.seed)
     head = read_head(base)
     manifest = describe(base, head, texts, plan, corpus=CorpusSettings(), store=settings)
-    probe = make_probe(run_pilot(base, settings.taps, samples, plan))
-    return write_plan(root, manifest, plan_files(manifest, samples, plan, head=head, probe=probe))
+    probe = make_probe(run_pilot(base, settings.taps, table, plan))
+    return write_plan(root, manifest, plan_files(manifest, table, plan, head=head, probe=probe))
 
 
 def _read_inputs(root: Path, manifest: Manifest) -> list[UnitInput]:

@@ -178,6 +178,7 @@ def plain_base_nll(store: Store) -> float:
         share=settings.held_out_ratio,
         seed=0,
         digest=store.samples_digest,
+        groups=store.sample_groups,
     )
     weight = torch.from_numpy(store.head().weight).view(torch.bfloat16)
     losses = []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from carryon.cache.corpus.dataset import Sample
+from carryon.cache.corpus.samples import Sample
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.settings import StoreSettings

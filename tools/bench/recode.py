@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from carryon.cache.corpus.samples import SampleTable
 from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.format.probe import read_probe
@@ -32,7 +33,7 @@ def recode_store(store: Store, root: Path, *, profile: str) -> Store:
         profile_error=profile_error({tap: bits[1:512] for tap, bits in first.items()}, profile),
         files={},
     )
-    samples = samples_of(store)
+    samples = SampleTable.of(samples_of(store))
     unit_tokens = manifest.unit_tokens
     plan = UnitPlan(
         order=np.arange(store.num_samples),

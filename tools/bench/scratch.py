@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import FinalNorm, Head, widen
-from carryon.cache.corpus.dataset import Sample
+from carryon.cache.corpus.samples import Sample, SampleTable
 from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
 from carryon.cache.format.head_arrays import head_facts
@@ -55,8 +55,8 @@ def plan_scratch(
     Returns:
         The manifest, and the position of each sample.
     """
-    lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int32)
-    plan = plan_samples(samples, unit_tokens=settings.unit_tokens, seed=settings.seed)
+    table = SampleTable.of(samples)
+    plan = plan_samples(table, unit_tokens=settings.unit_tokens, seed=settings.seed)
     width = int(first_states["final"].shape[1])
     head = _random_head(width, vocab_size)
     manifest = Manifest(
@@ -64,7 +64,7 @@ def plan_scratch(
         forward={},
         corpus=CorpusSettings().to_dict(),
         settings=settings.to_dict(),
-        parts=[_part(samples, lengths, plan)],
+        parts=[_part(samples, table.lengths, plan)],
         width=width,
         rows_per_chunk=chunk_rows(
             row_bytes=width * STATE_TYPES[settings.dtype].itemsize,
@@ -78,7 +78,7 @@ def plan_scratch(
     )
     probe = _make_probe(first_states, head)
     return write_plan(
-        root, manifest, plan_files(manifest, samples, plan, head=head, probe=probe)
+        root, manifest, plan_files(manifest, table, plan, head=head, probe=probe)
     ), plan
 
 
@@ -98,7 +98,9 @@ def write_scratch_store(
 ) -> tuple[Manifest, list[Receipt]]:
     """Write a complete store of a set of states."""
     samples = states.samples()
-    plan = plan_samples(samples, unit_tokens=settings.unit_tokens, seed=settings.seed)
+    plan = plan_samples(
+        SampleTable.of(samples), unit_tokens=settings.unit_tokens, seed=settings.seed
+    )
     first = states.rows_of(int(plan.order[0]))
     manifest, plan = plan_scratch(
         root,

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carryon.cache.corpus.dataset import Sample
+from carryon.cache.corpus.samples import Sample
 from carryon.cache.errors import InputError
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.store.reader import Store
@@ -140,6 +140,8 @@ def samples_of(store: Store, *, max_tokens: int | None = None) -> list[Sample]:
                     loss_mask=unit.loss_mask[rows],
                     char_end=unit.char_end[rows],
                     is_held_out=bool(store.sample_held_out[index]),
+                    group=int(store.sample_groups[index]),
+                    role=int(store.sample_roles[index]),
                 )
             )
     return samples

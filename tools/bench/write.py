@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from carryon.cache.corpus.dataset import Sample
+from carryon.cache.corpus.samples import Sample
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.shard_writer import UnitInputs

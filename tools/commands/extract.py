@@ -4,7 +4,7 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
+from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.tools.cli.output import print_result
 from carryon.tools.cli.sizes import parse_bytes
 from carryon.tools.cli.table import format_table
@@ -26,23 +26,27 @@ def extract(
     corpus: CorpusSettings,
     store: StoreSettings,
     forward: ForwardSettings,
+    data_settings: DataSettings,
 ) -> dict[str, Any]:
     """Run a frozen base over a corpus once and keep its hidden states.
 
     Training, evaluation and merging then need the store, not the corpus. The store is written
-    unit by unit; after an interruption the same command resumes. The predicted size is logged
-    first. The last line on stdout is a JSON line with the figures.
+    unit by unit; after an interruption the same command resumes. First, before the base is
+    loaded, a table lists records read, kept and lost, by reason; then comes the predicted size.
+    The last line on stdout is a JSON line with the figures.
 
-    Data are JSON lines (.jsonl) or Parquet files with records of `messages`, of `prompt` and
-    `completion`, or of `text`; or plain text files. A record may have an `id` and a `split`,
-    which is `train` or `held-out`.
+    Data are files, also compressed: JSON lines or arrays, CSV, Parquet, Arrow or plain text;
+    folders of them; or ids on the Hugging Face hub, NAME/REPO:SPLIT or NAME/REPO@REVISION.
+    Records are chats (`messages` or `conversations`), `prompt` and `completion`, preference
+    pairs (`chosen` and `rejected`; stored, not trained on), or `text`. A record may have an `id`
+    and a `split`, which is `train` or `held-out`.
 
     Example:
         carryon extract --base HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl --out store
 
     Args:
         base: The base: hub id (NAME/REPO or NAME/REPO@REVISION), folder or .gguf file.
-        data: Files of the corpus, or folders of such files.
+        data: Files of the corpus, folders of such files, or hub ids.
         out: Folder of the store, created if missing. An existing store is resumed.
         append: Add the samples of --data to a finished store; its units stay as they are.
         max_disk: Stop before the store exceeds this size, such as 500MB or 20GB; with a higher
@@ -52,19 +56,27 @@ def extract(
         corpus: How text becomes samples.
         store: What the store holds.
         forward: How the base is run.
+        data_settings: How the data are read.
     """
     max_disk_bytes = parse_bytes("--max-disk", max_disk) if max_disk else None
     from carryon.cache.extraction.pipeline import run_extraction
     from carryon.cache.extraction.plan import plan_extraction
 
     plan = plan_extraction(
-        base=base, data=data, out=out, corpus=corpus, store=store, forward=forward
+        base=base,
+        data=data,
+        out=out,
+        corpus=corpus,
+        store=store,
+        forward=forward,
+        data_settings=data_settings,
     )
     if dry_run:
         from carryon.cache.extraction.estimate import estimate
 
         expected = estimate(plan)
-        return print_result(asdict(expected), _describe(expected))
+        facts = asdict(expected) | {"report": plan.manifest.parts[-1].report}
+        return print_result(facts, _describe(expected))
     report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
     if not report.is_finished:
         logger.warning(f"stopped at --max-disk {max_disk}. Fix: raise it to resume")

@@ -3,11 +3,14 @@
 import json as json_format
 from collections import Counter
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
+from carryon.cache.corpus.report import Report, format_report, merge_reports
 from carryon.tools.cli.table import format_table
 
 if TYPE_CHECKING:
+    from carryon.cache.format.manifest import Manifest
     from carryon.cache.store.reader import Store
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -45,8 +48,10 @@ def describe_store(store: "Store") -> dict[str, Any]:
     """Return provenance, counts and bytes on disk of a store as plain JSON values."""
     manifest, is_finished = store.manifest, len(store.finished_units) == store.num_units
     counts: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     for part in manifest.parts:
         counts.update(part.counts)
+        kinds.update(part.kinds)
     sizes = _measure_arrays(store.root)
     finished = (store.receipt(unit).num_tokens for unit in store.finished_units)
     num_tokens = store.num_tokens if is_finished else sum(finished)
@@ -77,6 +82,8 @@ def describe_store(store: "Store") -> dict[str, Any]:
         "supervised_tokens": manifest.num_supervised,
         "corpus": manifest.corpus,
         "counts": dict(counts),
+        "kinds": dict(kinds),
+        "report": _report(manifest),
         "files": [file for part in manifest.parts for file in part.files],
         "bytes": sum(sizes.values()),
         "array_bytes": sizes,
@@ -84,6 +91,12 @@ def describe_store(store: "Store") -> dict[str, Any]:
         "ratio_to_raw": ratios,
         "versions": manifest.versions,
     }
+
+
+def _report(manifest: "Manifest") -> dict[str, Any]:
+    """Return what became of the records of all parts; empty if no part says."""
+    reports = [Report.from_dict(part.report) for part in manifest.parts if part.report]
+    return merge_reports(reports).to_dict() if reports else {}
 
 
 def _measure_arrays(root: Path) -> dict[str, int]:
@@ -121,16 +134,21 @@ def format_facts(facts: dict[str, Any]) -> str:
         },
         "corpus": {
             **{f"file {file['name']}": f"{file['bytes']:,} bytes" for file in facts["files"]},
-            **facts["corpus"],
+            **_shown_settings(facts["corpus"]),
+            **{f"samples of {name}": value for name, value in facts["kinds"].items()},
             **{name: value for name, value in facts["counts"].items() if value},
         },
         "bytes": _size_rows(facts) | {"all": facts["bytes"]},
         "made with": facts["versions"],
     }
-    return "\n\n".join(
-        f"{title}\n{format_table([(f'  {name}', _shown(value)) for name, value in rows.items()])}"
+    texts = {
+        title: format_table([(f"  {name}", _shown(value)) for name, value in rows.items()])
         for title, rows in blocks.items()
-    )
+    }
+    if facts["report"]:
+        table = format_report(Report.from_dict(facts["report"]))
+        texts["corpus"] += "\n\nrecords\n" + indent(table, "  ")
+    return "\n\n".join(f"{title}\n{text}" for title, text in texts.items())
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401
@@ -140,6 +158,16 @@ def _shown(value: Any) -> str:  # noqa: ANN401
         return f"{value:.3g}"
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return f"{value:,}" if is_count else str("none" if value is None else value)
+
+
+def _shown_settings(corpus: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a corpus that are not empty; of a chat template only its size."""
+    shown = {name: value for name, value in corpus.items() if value not in ("", [])}
+    if "chat_template" in shown:
+        shown["chat_template"] = f"given, {len(shown['chat_template']):,} characters"
+    for name, value in shown.items():
+        shown[name] = " ".join(map(str, value)) if isinstance(value, list) else value
+    return shown
 
 
 def _tap_meaning(tap: str) -> str:

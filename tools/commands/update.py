@@ -3,6 +3,7 @@
 from typing import Any
 
 from carryon.cache.errors import InputError
+from carryon.cache.settings import DataSettings
 from carryon.tools.cli.output import print_result
 from carryon.train.config import TrainSettings
 
@@ -18,6 +19,7 @@ def update(
     old_lineage: str = "",
     also_from_scratch: bool = False,
     settings: TrainSettings,
+    data_settings: DataSettings,
 ) -> dict[str, Any]:
     """Release the next version of a carry-on from new data alone.
 
@@ -44,8 +46,8 @@ def update(
 
     Args:
         lineage: Folder of the lineage, created if missing.
-        data: Files of new texts, or folders of such files, as for carryon extract. With
-            --new-base: the texts of the old lineage, if they have moved.
+        data: Files of new texts, folders of such files, or hub ids, as for carryon extract.
+            With --new-base: the texts of the old lineage, if they have moved.
         base: The base that extracts --data: hub id, folder or .gguf file.
         store: Folder of a store with the new data, or of several. Omitted: LINEAGE/store.
         alpha: Fraction of the new data's steps in which the branch decays. Omitted: as in the
@@ -54,6 +56,7 @@ def update(
         old_lineage: The lineage that --new-base starts from.
         also_from_scratch: With --new-base, also train an untrained carry-on, to compare.
         settings: The same in every update of a lineage.
+        data_settings: How --data is read.
     """
     given = settings if settings != TrainSettings() else None  # None: those of the lineage
     if not new_base:
@@ -64,7 +67,13 @@ def update(
         from carryon.train.continual.lineage import update as update_lineage
 
         report = update_lineage(
-            lineage, store=store, data=data, base=base, settings=given, alpha=alpha
+            lineage,
+            store=store,
+            data=data,
+            base=base,
+            settings=given,
+            alpha=alpha,
+            data_settings=data_settings,
         )
         return print_result(
             report.to_dict(),
@@ -80,6 +89,7 @@ def update(
         base=new_base,
         settings=given,
         data=data,
+        data_settings=data_settings,
         alpha=alpha,
         also_from_scratch=also_from_scratch,
     )

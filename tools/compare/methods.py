@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from carryon.cache.base.model import load_base, read_head
-from carryon.cache.corpus.dataset import Sample
+from carryon.cache.corpus.samples import Sample
 from carryon.cache.device import DEFAULT_CHUNK, multiplies_bfloat16, pick_device
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store

@@ -23,7 +23,7 @@ from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.files import write_file, write_json
 from carryon.cache.progress import Progress
-from carryon.cache.settings import ForwardSettings, StoreSettings
+from carryon.cache.settings import DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.output import log_to_stderr
 from carryon.tools.compare.data import Material, corpus_settings, iter_steps, prepare_material
@@ -94,6 +94,7 @@ class Setup:
                 with_blocks={"native": 1, "top": shape.blocks}.get(shape.kind, 0),
             ),
             forward=ForwardSettings(),
+            data_settings=DataSettings(),
         )
         return run_extraction(plan, append=append).elapsed_s
 

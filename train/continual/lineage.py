@@ -7,7 +7,7 @@ unchanged, and training it again gives the same bits. lineage_dir.py lists the f
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import yaml
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files import write_file
 from carryon.cache.format.manifest import read_manifest
+from carryon.cache.settings import DataSettings, apply_options
 from carryon.cache.store.reader import split_name
 from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage_dir import (
@@ -53,6 +54,7 @@ def update(
     base: str | Path = "",
     alpha: float | None = None,
     settings: TrainSettings | None = None,
+    data_settings: DataSettings | None = None,
     **options: Any,  # noqa: ANN401 -- each setting has its own type
 ) -> TrainReport:
     """Train on new data and release the next version of a lineage.
@@ -63,14 +65,15 @@ def update(
         lineage: folder of the lineage; created if missing.
         store: folder of a store, or several. Its parts that the lineage has not seen are the new
             data. None given: LINEAGE/store.
-        data: files of new texts, or folders of such files. They are first extracted into the
-            store, of which there is then one.
+        data: files of new texts, folders of such files, or hub ids. They are first extracted
+            into the store, of which there is then one.
         base: hub id, folder or .gguf file of the base that extracts `data`.
         alpha: fraction of an increment's steps in which a branch decays. None: the lineage's, and
             0.6 for a new one.
         settings: settings of all runs, the same in each update. None: the lineage's, and the
             defaults for a new one.
-        options: fields of `settings` by name, such as `learning_rate=1e-3`.
+        data_settings: how `data` are read. None: defaults.
+        options: fields of both settings by name, such as `learning_rate=1e-3`.
 
     Raises:
         InputError: no new data, another base, other settings, or too few steps for alpha.
@@ -81,11 +84,22 @@ def update(
         settings = settings_of(known) if known else TrainSettings()
     if alpha is None:
         alpha = known.alpha if known else DEFAULT_ALPHA
+    reading = {
+        item.name: options.pop(item.name) for item in fields(DataSettings) if item.name in options
+    }
+    [data_settings] = apply_options(reading, data_settings or DataSettings())
     settings = settings.with_options(**options)
     grown, settings = open_or_start(lineage, settings, alpha=alpha)
     stores, texts = store_paths(store) or [str(grown.store)], store_paths(data)
     if texts:
-        extract_texts(grown, texts, base=str(base), stores=stores, settings=settings)
+        extract_texts(
+            grown,
+            texts,
+            base=str(base),
+            stores=stores,
+            settings=settings,
+            data_settings=data_settings,
+        )
     elif not store and not grown.store.exists():
         raise InputError(f"{lineage}: expected --data or --store with the new data, got neither")
     report = None

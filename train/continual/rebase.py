@@ -16,7 +16,7 @@ from carryon.cache.base.model import load_base
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.extraction.pipeline import extract
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
+from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage import (
@@ -81,6 +81,7 @@ def rebase(
     base: str | Path,
     settings: TrainSettings | None = None,
     data: Sequence[str] = (),
+    data_settings: DataSettings | None = None,
     alpha: float | None = None,
     also_from_scratch: bool = False,
 ) -> RebaseReport:
@@ -93,7 +94,8 @@ def rebase(
         old_lineage: folder of the old one, whose stores still exist; it is not changed.
         base: the new base: hub id, folder or .gguf file.
         settings: settings of the new lineage, with the old carry-on's shape. None: the old ones.
-        data: the texts of the old lineage. None given: the files that its updates extracted.
+        data: the texts of the old lineage. None given: the data that its updates extracted.
+        data_settings: how the texts are read. None: defaults.
         alpha: fraction of an increment's steps in which a branch decays. None: the old one.
         also_from_scratch: also train an untrained carry-on over the same steps, to compare.
 
@@ -123,7 +125,9 @@ def rebase(
             "got another lineage"
         )
     if not new.increments:
-        settings = resolve_settings(settings, _extract_again(new, old, str(base), data, settings))
+        reading = data_settings or DataSettings()
+        identity = _extract_again(new, old, str(base), data, settings, reading)
+        settings = resolve_settings(settings, identity)
         part = f"{new.store.resolve()}#1"
         first_data = open_data([part], settings)
         new = replace(new, predecessor=_start_from_old(new, old, first_data, settings))
@@ -146,7 +150,12 @@ def rebase(
 
 
 def _extract_again(
-    new: Lineage, old: Lineage, base: str, data: Sequence[str], settings: TrainSettings
+    new: Lineage,
+    old: Lineage,
+    base: str,
+    data: Sequence[str],
+    settings: TrainSettings,
+    data_settings: DataSettings,
 ) -> dict[str, Any]:
     """Extract the texts of all increments as one part; return the identity of the new base."""
     stores = [store for increment in old.increments for store in increment.stores]
@@ -160,8 +169,10 @@ def _extract_again(
             f"{base}: expected another base than that of {old.root}, got the same weights. Fix: "
             "give new texts with --data and --base instead"
         )
-    texts = list(data) or find_texts(old.root, [part for each in manifests for part in each.parts])
-    remember_texts(new.root, texts)
+    texts = list(data) or find_texts(
+        old.root, [part for each in manifests for part in each.parts], data_settings
+    )
+    remember_texts(new.root, texts, data_settings)
     # The old limit of tokens, unless it is more than the new base's context.
     corpus = CorpusSettings.from_dict(first.corpus)
     limit = min(corpus.max_tokens, loaded.identity.context_tokens, first.unit_tokens)
@@ -175,6 +186,7 @@ def _extract_again(
             taps=stream_taps(resolve_settings(settings, identity).carryon),
         ),
         forward=forward,
+        data_settings=data_settings,
         held_out=_held_out_ids(stores, settings),
     )
     return identity

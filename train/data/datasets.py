@@ -17,7 +17,7 @@ from carryon.cache.store.view import StoreLike
 from carryon.train.config import OptimizationSettings, StreamSettings, TrainSettings
 from carryon.train.data.mixture import MixedStore, open_stores
 from carryon.train.data.sampler import Window, plan_epoch
-from carryon.train.data.split import Split, sample_units, split_samples
+from carryon.train.data.split import Split, refuse_pairs, sample_units, split_samples
 from carryon.train.modules.taps import check_taps, resolve_taps, stream_taps
 
 ROOM = 1.25
@@ -91,11 +91,12 @@ def open_data(
         taps: taps to read. None: those that the carry-on reads.
 
     Raises:
-        InputError: the stores do not fit together or lack a tap, one half would be empty, or one
-            unit does not fit into the memory.
+        InputError: the stores do not fit together, lack a tap or hold preference pairs, one half
+            would be empty, or one unit does not fit into the memory.
     """
     stream = settings.stream
     store = open_stores(paths, stream.store_weights)
+    refuse_pairs(store)
     if taps is None:
         taps = stream_taps(resolve_taps(settings.carryon, store.base.get("num_layers", 0)))
     check_taps(store, taps)
@@ -116,7 +117,13 @@ def split_store(store: StoreLike, settings: StreamSettings) -> Split:
     share, seed = settings.held_out_ratio, settings.data_seed
     if isinstance(store, MixedStore):
         return store.split(share=share, seed=seed)
-    return split_samples(store.sample_held_out, share=share, seed=seed, digest=store.samples_digest)
+    return split_samples(
+        store.sample_held_out,
+        share=share,
+        seed=seed,
+        digest=store.samples_digest,
+        groups=store.sample_groups,
+    )
 
 
 def plan_store_epoch(

@@ -93,6 +93,16 @@ class MixedStore(StoreLike):
         return np.concatenate([place.store.sample_held_out for place in self._places])
 
     @cached_property
+    def sample_groups(self) -> NDArray[np.uint64]:
+        """[S] equal for samples of one record; a repeat's are those of its first appearance."""
+        return np.concatenate([place.store.sample_groups for place in self._places])
+
+    @cached_property
+    def sample_roles(self) -> NDArray[np.uint8]:
+        """[S] 0, or 1 and 2 for the chosen and the rejected answer of a preference pair."""
+        return np.concatenate([place.store.sample_roles for place in self._places])
+
+    @cached_property
     def sample_kinds(self) -> NDArray[np.int64]:
         """[S] the appearance that each sample belongs to."""
         sizes = [place.store.num_samples for place in self._places]
@@ -152,6 +162,7 @@ class MixedStore(StoreLike):
                 share=share,
                 seed=seed,
                 digest=place.store.samples_digest,
+                groups=place.store.sample_groups,
             )
             train.append(own.train + place.first_sample)
             if not place.is_repeat:

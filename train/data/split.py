@@ -19,29 +19,91 @@ class Split:
     """Indices of the samples to evaluate on."""
 
 
-def split_samples(marked: NDArray[np.uint8], *, share: float, seed: int, digest: str) -> Split:
+def split_samples(
+    marked: NDArray[np.uint8],
+    *,
+    share: float,
+    seed: int,
+    digest: str,
+    groups: NDArray[np.uint64] | None = None,
+) -> Split:
     """Return the split that the store marks, or a seeded one if it marks none.
+
+    Samples of one group are of one record and share text, so they are in one half. Of a store
+    with a single group, such as one long text in pieces, each sample is a group.
 
     Args:
         marked: [S] 1 where the store marks a sample as held out.
-        share: fraction of samples to hold out if none is marked; at least one sample is.
+        share: fraction of samples to hold out if none is marked; at least one group is.
         seed: of the choice.
         digest: of the samples; stores of equal size are then split differently.
+        groups: [S] equal for samples of one group. None: each sample is a group.
 
     Raises:
         InputError: one of the halves would be empty.
     """
     is_held_out = marked.astype(bool)
-    if not is_held_out.any() and len(marked) > 1:
-        random = np.random.default_rng([seed, int(digest[:16], 16)])
-        number = min(len(marked) - 1, max(1, round(share * len(marked))))
-        is_held_out[random.permutation(len(marked))[:number]] = True
+    if len(marked) > 1:
+        numbers, sizes = _number_groups(groups, len(marked))
+        if is_held_out.any():
+            is_held_out = np.bincount(numbers, weights=is_held_out, minlength=len(sizes)) > 0
+        else:
+            random = np.random.default_rng([seed, int(digest[:16], 16)])
+            chosen = _choose_groups(sizes, share=share, random=random)
+            is_held_out = np.zeros(len(sizes), dtype=bool)
+            is_held_out[chosen] = True
+        is_held_out = is_held_out[numbers]
     if is_held_out.all() or not is_held_out.any():
         raise InputError(
             f"the store has {len(marked)} samples, {int(is_held_out.sum())} of them held out: "
             "expected at least one to train on and one to evaluate on"
         )
     return Split(train=np.flatnonzero(~is_held_out), held_out=np.flatnonzero(is_held_out))
+
+
+def _number_groups(
+    groups: NDArray[np.uint64] | None, num_samples: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the number of each sample's group [S], by first appearance, and each group's size."""
+    if groups is None or (groups == groups[0]).all():
+        return np.arange(num_samples), np.ones(num_samples, dtype=np.int64)
+    _, firsts, inverse, sizes = np.unique(
+        groups, return_index=True, return_inverse=True, return_counts=True
+    )
+    by_appearance = np.argsort(firsts)
+    numbers = np.empty(len(firsts), dtype=np.int64)
+    numbers[by_appearance] = np.arange(len(firsts))
+    return numbers[inverse], sizes[by_appearance]
+
+
+def _choose_groups(
+    sizes: NDArray[np.int64], *, share: float, random: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return random groups with `share` of all samples, or as many as fit within it.
+
+    A group that is larger than this by itself is left for training, unless all are: then the
+    smallest is chosen.
+    """
+    num_samples = int(sizes.sum())
+    wanted = min(num_samples - 1, max(1, round(share * num_samples)))
+    order = random.permutation(len(sizes))
+    fitting = order[sizes[order] <= wanted]
+    if not len(fitting):
+        return order[np.argmin(sizes[order])][None]
+    return fitting[: int(np.searchsorted(np.cumsum(sizes[fitting]), wanted, side="right"))]
+
+
+def refuse_pairs(store: StoreLike) -> None:
+    """Check that a store holds samples to train on, not preference pairs.
+
+    Raises:
+        InputError: it holds preference pairs.
+    """
+    if num_halves := int(np.count_nonzero(store.sample_roles)):
+        raise InputError(
+            f"{store.name}: expected samples to train on, got {num_halves:,} halves of preference "
+            "pairs. Fix: use another --store; pairs can be stored and read, not trained on"
+        )
 
 
 def sample_units(store: StoreLike) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import apply_options
 from carryon.cache.store.reader import Store
 from carryon.train.config import LossSettings, StreamSettings
-from carryon.train.data.split import split_samples
+from carryon.train.data.split import refuse_pairs, split_samples
 from carryon.train.losses.frozen_head import place_head
 from carryon.train.modules.serialization import (
     CarryOnCard,
@@ -106,10 +106,12 @@ def evaluate(
 
     Raises:
         SettingMismatchError: the carry-on belongs to another base.
-        InputError: an alpha is out of range, the store lacks a tap, or the samples are too few.
+        InputError: an alpha is out of range, the store lacks a tap or holds preference pairs, or
+            the samples are too few.
     """
     stream, loss = apply_options(options, stream or StreamSettings(), loss or LossSettings())
     opened = Store.open(store)
+    refuse_pairs(opened)
     module, card = load_carryon(locate_carryon(carryon), blocks=opened.blocks)
     check_base(card, opened.manifest.base, where=store)
     check_taps(opened, stream_taps(module.settings))
@@ -181,6 +183,7 @@ def _pick_samples(
             share=card.split["held_out_ratio"],
             seed=card.split["seed"],
             digest=store.samples_digest,
+            groups=store.sample_groups,
         )
         return split.held_out, "held-out"
     name, numbers = str(store.root), range(1, len(store.manifest.parts) + 1)

@@ -46,6 +46,30 @@ SIZES = [
 ]  # fmt: skip
 
 
+def laid_out_one_by_one(case: Sizes, order: list[int]) -> list[int]:
+    """Return the start of each sample by the rule itself, a step a sample."""
+    lengths, held_out = case.arrays
+    starts, unit, used = [], 0, 0
+    num_train = int((~held_out).sum())
+    for position, index in enumerate(order):
+        opens_held_out = position == num_train and used > 0
+        if used + lengths[index] > case.unit_tokens or opens_held_out:
+            unit, used = unit + 1, 0
+        starts.append(unit * case.unit_tokens + used)
+        used += int(lengths[index])
+    return starts
+
+
+@pytest.mark.parametrize("case", SIZES, ids=lambda case: case.id)
+def test_samples_lie_where_laying_them_out_one_by_one_puts_them(case: Sizes) -> None:
+    plan = case.plan(seed=3)
+    assert plan.start.tolist() == laid_out_one_by_one(case, plan.order.tolist())
+
+
+def test_no_samples_make_no_unit() -> None:
+    assert Sizes(id="none", lengths=[], unit_tokens=16).plan().num_units == 0
+
+
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.id)
 def test_samples_have_disjoint_rows_within_one_unit(case: Sizes) -> None:
     lengths, held_out = case.arrays

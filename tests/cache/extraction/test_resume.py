@@ -57,7 +57,7 @@ CHANGES = [
     ),
     Changed(id="mask", corpus={"mask": "all"}, text="mask: expected auto, .* got all"),
     Changed(id="max_tokens", corpus={"max_tokens": 63}, text="max_tokens: expected 64, .* got 63"),
-    Changed(id="long", corpus={"long": "split"}, text="long: expected truncate, .* got split"),
+    Changed(id="long", corpus={"long": "split"}, text="long: expected auto, .* got split"),
     Changed(
         id="compute_dtype",
         forward={"compute_dtype": "bfloat16"},

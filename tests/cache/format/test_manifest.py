@@ -137,3 +137,47 @@ def test_the_origin_differs_per_unit_and_survives_an_append(manifest: Manifest) 
         2 * manifest.num_units,
         2 * manifest.num_tokens,
     )
+
+
+def with_part(manifest: Manifest, **values: Any) -> Manifest:  # noqa: ANN401
+    return replace(manifest, parts=[replace(manifest.parts[0], **values)])
+
+
+REPORT = {"records": 3, "kept": 2, "tokens": 9, "losses": [], "notes": []}
+
+
+def test_a_report_that_is_empty_leaves_the_document_as_it_was(manifest: Manifest) -> None:
+    [part] = manifest.to_dict()["parts"]
+    assert set(part) == {
+        "fingerprint", "files", "counts", "first_unit", "num_units", "first_sample", "num_samples",
+    }  # fmt: skip
+
+
+def test_a_report_is_kept_but_decides_neither_fingerprint_nor_order(manifest: Manifest) -> None:
+    """Its places are paths: the same data in another folder are the same store."""
+    told = with_part(manifest, report=REPORT, kinds={"text": 20})
+    again = Manifest.from_dict(
+        {key: value for key, value in json.loads(json.dumps(told.to_dict())).items()}, name="x"
+    )
+    assert again == told
+    assert told.fingerprint == manifest.fingerprint
+    assert told.samples_digest == manifest.samples_digest
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"report": [1]}, "report: expected dict"),
+        ({"report": {"first": "x" * (1 << 20)}}, "report: expected at most"),
+        ({"kinds": {"text": "many"}}, "counts and kinds: expected whole numbers"),
+        ({"counts": {"tokens": 1.5}}, "counts and kinds: expected whole numbers"),
+        ({"num_units": "3"}, "num_units: expected int"),
+        ({"fingerprint": 3}, "fingerprint: expected str"),
+    ],
+)
+def test_a_part_with_values_of_another_type_is_damaged(
+    manifest: Manifest, values: dict[str, Any], problem: str
+) -> None:
+    document = with_part(manifest, **values).to_dict()
+    with pytest.raises(DamagedStoreError, match=problem):
+        Manifest.from_dict(document, name="x")

@@ -183,7 +183,7 @@ def test_a_process_without_this_package_reads_a_store_without_a_warning(store_tm
     names, total = done.stdout.splitlines()
     assert set(names.split()) == {
         *("tokens", "loss_mask", "char_end", "units", "hidden/final", "hidden/layer.1"),
-        *(f"samples/{name}" for name in ("start", "length", "held_out", "id")),
+        *(f"samples/{name}" for name in ("start", "length", "held_out", "id", "group", "role")),
         *("head/lm_head", "head/norm_weight", "probe/rows", "probe/top_ids", "probe/top_logits"),
         *(f"probe/states/{tap}" for tap in ("final", "layer.1", "prenorm")),
     }

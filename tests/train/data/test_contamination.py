@@ -9,7 +9,7 @@ from support.tiny_runs import train_tiny
 from support.tiny_train_stores import make_store
 
 from carryon.cache.base.lm_head import FinalNorm, Head
-from carryon.cache.corpus.dataset import Sample
+from carryon.cache.corpus.samples import Sample
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store

@@ -36,3 +36,61 @@ def test_without_marks_a_seeded_share_is_held_out() -> None:
 def test_an_empty_half_is_refused(marks: list[int]) -> None:
     with pytest.raises(InputError, match="expected at least one to train on and one to evaluate"):
         split_samples(np.array(marks, dtype=np.uint8), share=0.5, seed=0, digest=DIGEST)
+
+
+def halves(groups: list[int], *, share: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
+    split = split_samples(
+        np.zeros(len(groups), dtype=np.uint8),
+        share=share,
+        seed=seed,
+        digest=DIGEST,
+        groups=np.array(groups, dtype=np.uint64),
+    )
+    return split.train.tolist(), split.held_out.tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_that_all_differ_are_split_as_samples_without_groups(seed: int) -> None:
+    groups = np.random.default_rng(9).permutation(200).tolist()
+    marked = np.zeros(200, dtype=np.uint8)
+    before = split_samples(marked, share=0.05, seed=seed, digest=DIGEST)
+    assert halves(groups, share=0.05, seed=seed)[1] == before.held_out.tolist()
+    # The choice of a version without groups: the same runs give the same bits.
+    random = np.random.default_rng([seed, int(DIGEST[:16], 16)])
+    assert before.held_out.tolist() == sorted(random.permutation(200)[:10].tolist())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_group_is_in_both_halves(seed: int) -> None:
+    groups = np.random.default_rng(seed).integers(0, 30, 100).tolist()
+    train, held_out = halves(groups, seed=seed)
+    assert sorted([*train, *held_out]) == list(range(100))
+    assert not {groups[index] for index in train} & {groups[index] for index in held_out}
+    assert 12 <= len(held_out) <= 20, "about a fifth of the samples, not of the groups"
+
+
+def test_a_group_larger_than_the_held_out_half_is_trained_on() -> None:
+    groups = [0] * 90 + list(range(1, 11))
+    for seed in range(8):
+        _, held_out = halves(groups, seed=seed)
+        assert held_out == list(range(90, 100))
+
+
+def test_where_every_group_is_larger_than_the_held_out_half_the_smallest_is_held_out() -> None:
+    groups = [1] * 40 + [2] * 30 + [3] * 50
+    assert halves(groups, share=0.05)[1] == list(range(40, 70))
+
+
+def test_pieces_of_a_single_text_are_split_one_by_one() -> None:
+    assert len(halves([7] * 50)[1]) == 10
+
+
+def test_a_mark_holds_out_the_whole_group() -> None:
+    split = split_samples(
+        np.array([0, 1, 0, 0], dtype=np.uint8),
+        share=0.5,
+        seed=0,
+        digest=DIGEST,
+        groups=np.array([5, 5, 6, 6], dtype=np.uint64),
+    )
+    assert split.held_out.tolist() == [0, 1]

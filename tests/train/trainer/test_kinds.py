@@ -17,7 +17,7 @@ from carryon.cache.extraction.pipeline import extract
 from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.extraction.repair import repair
 from carryon.cache.files import recover_folder
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
+from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
 from carryon.train.config import (
@@ -294,6 +294,7 @@ def test_blocks_are_counted_before_they_are_written(tmp_path: Path, llama: Place
                 corpus=CORPUS,
                 store=StoreSettings(unit_tokens=64, with_blocks=number),
                 forward=FORWARD,
+                data_settings=DataSettings(workers=1),
             )
         )
         for number in (0, 1)
