@@ -1,179 +1,200 @@
-"""Read data as rows of plain fields: files, told apart by suffix, or rows in memory.
-
-    .jsonl .json .ndjson   one JSON object a line; blank lines are skipped
-    .parquet               one record a row (the extra `parquet`)
-    anything else          UTF-8 text, the whole file one document; an empty file holds none
-
-Files are streamed: one line, or 1,024 rows of a Parquet file, are in memory at a time.
-"""
+"""Sources as shards, and shards as rows of plain fields."""
 
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.errors import InputError, MissingError
-from carryon.cache.optional import require
+from carryon.cache.corpus.file_kinds import stem_of
+from carryon.cache.corpus.json_rows import iter_values, parse_line
+from carryon.cache.corpus.packing import open_file
+from carryon.cache.corpus.rows import BadRow, Row, Shard, Source
+from carryon.cache.corpus.tables import read_rows
+from carryon.cache.errors import InputError
 
-Data = str | Path | Iterable[str | Path] | Iterable[Mapping[str, Any]]
-"""A file or folder, several of them, or rows: dicts with the fields of a JSON line."""
-FIELDS = ("messages", "prompt", "completion", "text", "id", "split")
-"""The fields of a row that are read; a row may have more."""
-_JSON_SUFFIXES = frozenset({".jsonl", ".json", ".ndjson"})
+SHARD_BYTES = 4 << 20
+_BLOCK_BYTES = 1 << 20
+_BLOCK_ROWS = 64
+"""Rows of a file without marks that lie together in one of its shards."""
+_MAX_PACKED_SHARDS = 8
+_MAX_ARRAY_SHARDS = 4
+"""Each of these reads through the whole file, so that more would cost more than they help: an
+array is parsed all over, at a tenth of the time that tokenizing takes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """Plain fields and their origin."""
+class FileScan:
+    """A file's digest and where its shards begin."""
 
-    fields: Mapping[str, Any]
-    where: str
-    """File and line or row, for error texts."""
-    stem: str
-    """Name of the file without its suffix; `row` in memory."""
-    number: int | None
-    """Line or row, counted from 1; None for a whole file."""
+    sha256: str
     num_bytes: int
-    """Size in the file; of a Parquet row the average."""
+    marks: tuple[tuple[int, int], ...]
+    """As in `Source`."""
 
 
-def open_data(data: Data) -> tuple[list[dict[str, Any]], Iterator[Row]]:
-    """Return the description of each file in `data`, and all rows, read on demand.
-
-    Raises:
-        MissingError: a path does not exist.
-        InputError: a folder without files, a file given twice, or a mapping instead of rows.
-    """
-    if isinstance(data, Mapping):
-        raise InputError(
-            "data: expected paths or an iterable of rows, got one mapping. Fix: give one of its "
-            f"splits ({', '.join(map(str, data))}), or a list with one row"
-        )
-    items: Iterator[Any] = iter([data] if isinstance(data, str | Path) else data)
-    first = next(items, None)
-    if isinstance(first, Mapping):
-        return [], _read_memory(chain([first], items))
-    files = list_files([] if first is None else [first, *items])
-    return [describe_file(path) for path in files], read_files(files)
-
-
-def list_files(paths: Iterable[str | Path]) -> list[Path]:
-    """Return the files in `paths`, in order; of a folder all files in it, at any depth.
-
-    Files of a folder are sorted by path; hidden ones (a name in the path begins with a dot) are
-    left out.
+def scan_file(path: Path, *, has_lines: bool, shard_bytes: int = SHARD_BYTES) -> FileScan:
+    """Return digest, size and, where it `has_lines`, marks of a file, reading it once.
 
     Raises:
-        MissingError: a path does not exist.
-        InputError: a folder without files, or a file given twice.
+        InputError: it cannot be read.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise MissingError(f"{path}: no such file or folder")
-        inside = _files_below(path) if path.is_dir() else [path]
-        if not inside:
-            raise InputError(f"{path}: expected a folder with files in it, found none")
-        files.extend(inside)
-    for path, count in Counter(file.resolve() for file in files).items():
-        if count > 1:
-            raise InputError(f"{path}: given more than once, expected each file once")
-    return files
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return `name` (without its folder), `bytes` and `sha256` of a file, reading it once."""
+    digest, num_bytes, num_lines = hashlib.sha256(), 0, 0
+    marks = [(0, 1)]
     try:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            return {"name": path.name, "bytes": stream.tell(), "sha256": digest}
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+                at = 0
+                while has_lines:
+                    at = max(at, marks[-1][0] + shard_bytes - 1 - num_bytes)
+                    at = block.find(b"\n", at) + 1
+                    if not at:
+                        break
+                    line = num_lines + block.count(b"\n", 0, at) + 1
+                    marks.append((num_bytes + at, line))
+                num_bytes += len(block)
+                num_lines += block.count(b"\n") if has_lines else 0
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if marks[-1][0] < num_bytes:
+        marks.append((num_bytes, num_lines + 1))
+    return FileScan(digest.hexdigest(), num_bytes, tuple(marks) if has_lines else ())
 
 
-def read_files(files: Iterable[Path]) -> Iterator[Row]:
-    """Yield the rows of all files, read on demand.
+def plan_shards(sources: Iterable[Source]) -> list[Shard]:
+    """Return the shards of all sources, in order: the same for any number of processes. Pure."""
+    return [shard for source in sources for shard in _shards_of(source)]
+
+
+def _shards_of(source: Source) -> list[Shard]:
+    if source.marks:
+        # One shard goes to another process without the marks of all others.
+        lean = replace(source, marks=source.marks[-1:])
+        return [
+            Shard(source=lean, start=start, stop=stop, first_number=number)
+            for (start, number), (stop, _) in pairwise(source.marks)
+        ]
+    of = -(-source.num_bytes // SHARD_BYTES) or 1
+    if source.kind == "text":
+        of = 1
+    else:
+        of = min(of, _MAX_PACKED_SHARDS if source.kind == "json lines" else _MAX_ARRAY_SHARDS)
+    return [Shard(source=source, start=at, stop=at + 1, first_number=1, of=of) for at in range(of)]
+
+
+def read_shard(shard: Shard) -> Iterator[Row | BadRow]:
+    """Yield the rows of a shard in order; one line, element or batch is in memory at a time.
 
     Raises:
-        InputError: a line is not a JSON object, or the file is not what its suffix says; the text
-            names the file and the line.
-        MissingExtraError: a Parquet file, and pyarrow is not installed.
+        InputError: the file cannot be read on from some place, which the text names: it is cut
+            off or damaged, or an array holds malformed JSON.
     """
-    for path in files:
-        suffix = path.suffix.lower()
-        if suffix in _JSON_SUFFIXES:
-            yield from _read_json_lines(path)
-        else:
-            yield from _read_parquet(path) if suffix == ".parquet" else _read_text(path)
+    source = shard.source
+    if source.kind == "table":
+        return _read_table(shard)
+    if source.kind == "text":
+        return _read_text(source)
+    return _read_array(shard) if source.kind == "json array" else _read_lines(shard)
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def rename_fields(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return `fields` with each of `columns` (field -> column) under the field's name."""
+    if not columns:
+        return fields
+    taken = set(columns.values()) | set(columns)
+    kept = {name: value for name, value in fields.items() if name not in taken}
+    return kept | {field: fields[name] for field, name in columns.items() if name in fields}
 
 
-def _read_memory(rows: Iterable[Any]) -> Iterator[Row]:
-    for number, fields in enumerate(rows, start=1):
-        where = f"row {number}"
-        if not isinstance(fields, Mapping):
-            raise InputError(f"{where}: expected a dict, got {type(fields).__name__}")
-        yield Row(fields, where, "row", number, len(repr(fields)))
+def _read_lines(shard: Shard) -> Iterator[Row | BadRow]:
+    source, is_packed = shard.source, bool(shard.source.packing)
+    with open_file(source.path, source.packing, name=source.name) as (stream, position):
+        if not is_packed:
+            stream.seek(shard.start)
+        at, number, before = shard.start, shard.first_number, 0
+        for line in stream:  # bytes: only \n ends a line, and a bad byte has a line number
+            if not is_packed and at >= shard.stop:
+                break
+            at += len(line)
+            num_bytes = len(line)
+            if is_packed:
+                num_bytes, before = position() - before, position()
+            if line.strip() and _is_mine(number, shard):
+                try:
+                    fields = parse_line(line)
+                except ValueError as error:
+                    yield BadRow(
+                        where=_where(source, number), problem=str(error), num_bytes=num_bytes
+                    )
+                else:
+                    yield _row(source, fields, number, _where(source, number), num_bytes)
+            number += 1
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    with path.open("rb") as stream:  # bytes: only \n ends a line, and a bad byte has a line number
-        for number, line in enumerate(stream, start=1):
-            where = f"{path}:{number}"
-            if not line.strip():
+def _read_array(shard: Shard) -> Iterator[Row | BadRow]:
+    source = shard.source
+    with open_file(source.path, source.packing, name=source.name) as (stream, position):
+        before = 0
+        for number, (value, line) in enumerate(iter_values(stream, source.name), start=1):
+            num_bytes, before = position() - before, position()
+            if not _is_mine(number, shard):
                 continue
-            try:
-                fields = json.loads(line.rstrip().decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                reason = str(error)
-                if isinstance(error, json.JSONDecodeError):  # its "line 1" is not the file's
-                    reason = f"{error.msg} at column {error.colno}"
-                raise InputError(
-                    f"{where}: expected one JSON object a line, got malformed JSON: {reason}"
-                ) from error
-            if not isinstance(fields, dict):
-                raise InputError(
-                    f"{where}: expected one JSON object a line, got {type(fields).__name__}"
-                )
-            yield Row(fields, where, path.stem, number, len(line))
+            where = f"{source.name} row {number} (line {line})"
+            if isinstance(value, str):
+                yield BadRow(where=where, problem=value, num_bytes=num_bytes)
+            else:
+                yield _row(source, value, number, where, num_bytes)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    pyarrow = require("pyarrow", extra="parquet", purpose=f"reading {path.name}")
-    parquet = require("pyarrow.parquet", extra="parquet", purpose=f"reading {path.name}")
+def _read_table(shard: Shard) -> Iterator[Row]:
+    source = shard.source
+    num_rows = source.marks[-1][0]
+    rows = read_rows(source.path, shard.start, shard.stop, name=source.name)
+    for number, fields in enumerate(rows, start=shard.first_number):
+        where = f"{source.name} row {number}"
+        yield _row(source, fields, number, where, source.num_bytes // max(num_rows, 1))
+
+
+def _read_text(source: Source) -> Iterator[Row | BadRow]:
+    with open_file(source.path, source.packing, name=source.name) as (stream, _):
+        data = stream.read()
     try:
-        with parquet.ParquetFile(path) as file:
-            num_bytes = path.stat().st_size // max(file.metadata.num_rows, 1)
-            known = [name for name in file.schema_arrow.names if name in FIELDS]
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=known or None):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(fields, f"{path} row {number}", path.stem, number, num_bytes)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: expected a Parquet file: {error}") from error
-
-
-def _read_text(path: Path) -> Iterator[Row]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
+        text = str(memoryview(data)[3 * data.startswith(b"\xef\xbb\xbf") :], "utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: expected .jsonl, .parquet or UTF-8 text, got bytes that are not text "
-            f"at {error.start}: convert or unpack it first"
-        ) from error
+        problem = (
+            f"expected UTF-8 text, got the byte 0x{error.object[error.start]:02x} at "
+            f"{error.start}. Fix: convert or unpack it first"
+        )
+        yield BadRow(where=source.name, problem=problem, num_bytes=source.num_bytes)
+        return
+    del data  # a long text is in memory once while its row is at work
     if text:
-        yield Row({"text": text}, str(path), path.stem, None, len(data))
+        yield _row(source, {"text": text}, None, source.name, source.num_bytes)
+
+
+def _is_mine(number: int, shard: Shard) -> bool:
+    return shard.of == 1 or (number - 1) // _BLOCK_ROWS % shard.of == shard.start
+
+
+def _where(source: Source, number: int) -> str:
+    if source.name == str(source.path):
+        return f"{source.name}:{number}"
+    _, _, split = source.name.partition(":")  # rows in memory
+    return f"row {number} of {split}" if split else f"row {number}"
+
+
+def _row(
+    source: Source, fields: Mapping[str, Any], number: int | None, where: str, num_bytes: int
+) -> Row:
+    stem = stem_of(source.name).encode("utf-8", "replace").decode()
+    made_id = f"{stem}-{source.sha256[:8]}"
+    return Row(
+        fields=rename_fields(fields, source.columns),
+        where=where,
+        made_id=made_id if number is None else f"{made_id}-{number}",
+        num_bytes=num_bytes,
+        is_held_out=source.is_held_out,
+        expected=source.expected,
+    )

@@ -31,6 +31,9 @@ class Source:
     """Field of the record -> column that it is read from (`--column text=body`)."""
     expected: str
     """Kind of record of its first good row, which all others must have; empty until known."""
+    marks: tuple[tuple[int, int], ...] = ()
+    """Where shards begin, about every 4 MB, and the end: (byte, number of the line that begins
+    there) in JSON lines, (row before, row number) in a table. None where no shard can begin."""
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.corpus.files import describe_file, list_files
+from carryon.cache.corpus.sources import describe_file, list_files
 from carryon.cache.errors import InputError
 from carryon.cache.files import write_json
 from carryon.cache.format.manifest import CorpusPart, manifest_path, read_manifest
