@@ -19,6 +19,7 @@ _BASE_FACTS = (
     "tokenizer_sha256",
     "chat_template_sha256",
 )
+_LONG = 100  # characters of a value that an error shows in full
 
 
 def refuse_other_settings(old: Manifest, new: Manifest, *, name: str) -> None:
@@ -72,6 +73,7 @@ def refuse_known_files(old: Manifest, new: Manifest, *, name: str) -> None:
 
 def _settings(manifest: Manifest) -> dict[str, Any]:
     return {
+        "chat_template": "",  # compared first: its digest in the base says less
         **_base_facts(manifest.base),
         **manifest.forward,
         # Those that a store from before does not name had the effect of their defaults.
@@ -99,4 +101,6 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str, fi
 
 def _short(value: object) -> str:
     text = str(value)
-    return text[:12] if len(text) == 64 else text  # a digest
+    if len(text) > _LONG:
+        return f"{' '.join(text[:40].split())}... ({len(text):,} characters)"
+    return (text[:12] if len(text) == 64 else text) or "none"  # 64: a digest

@@ -329,3 +329,29 @@ def test_a_store_that_is_open_stays_readable_while_samples_are_appended(
     assert [store.sample_id(sample) for sample in range(store.num_samples)] == expected["ids"]
     assert store.sample_starts.tolist() == expected["places"][0]
     assert [unit.unit for unit in store.iter_units()] == sorted(store.finished_units)
+
+
+def test_a_file_that_the_store_holds_is_refused_by_name_and_changes_nothing(
+    tiny_base: Base, store_folder: Path, store_data: Path, store_tmp: Path
+) -> None:
+    same = Path(shutil.copy(store_data, store_tmp / "april.jsonl"))
+    more = write_corpus(store_tmp / "more.jsonl", num_samples=3, first=12)
+    before = files_below(store_folder)
+    with pytest.raises(
+        InputError,
+        match=r"april.jsonl: expected data that the store does not hold yet, got a file equal to "
+        r"texts.jsonl of part 1. Fix: leave it out$",
+    ):
+        extract_tiny(tiny_base, [more, same], store_folder, append=True)
+    assert files_below(store_folder) == before
+    extract_tiny(tiny_base, more, store_folder, append=True)
+    data = write_corpus(store_tmp / "last.jsonl", num_samples=3, first=15)
+    with pytest.raises(InputError, match="got a file equal to more.jsonl of part 2"):
+        extract_tiny(tiny_base, [data, more], store_folder, append=True)
+
+
+def test_a_corpus_that_the_store_holds_as_a_whole_resumes(
+    tiny_base: Base, store_folder: Path, store_data: Path, store_tmp: Path
+) -> None:
+    same = Path(shutil.copy(store_data, store_tmp / "texts.jsonl"))
+    assert extract_tiny(tiny_base, same, store_folder, append=True).computed_units == 0
