@@ -58,6 +58,9 @@ class ChatTemplate:
         ordered = sorted(filter(None, names), key=len, reverse=True)
         self.special = "|".join(map(re.escape, ordered)) or "(?!)"
         """Regular expression of a special token."""
+        every = sorted((token.content for token in added.values()), key=len, reverse=True)
+        self.added = re.compile("|".join(map(re.escape, every)) or "(?!)")
+        """Regular expression of an added token, special or not: it is never cut."""
 
     @property
     def name(self) -> str:

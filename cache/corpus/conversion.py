@@ -209,16 +209,16 @@ class Converter:
             count("no target")
             return
         shared = conversation.render_shared()
-        shared_tokens = self._encode_shared(shared) if shared else None
-        if shared and shared_tokens:
-            yield self._marked(shared, shared_tokens, count)
-            return
         num_turns = len(conversation.trained)
+        if shared:
+            encode = self._encode_turn if num_turns == 1 else self._encode_whole
+            if shared_tokens := encode(shared):
+                yield self._marked(shared, shared_tokens, count)
+                return
         if num_turns > 1:
             count("one sample per turn, as the chat template rewrites earlier turns")
         for number, rendering in enumerate(conversation.render_turns()):
-            tokens = self._encoder.encode_split(rendering.text, rendering.prompts)
-            piece = self._marked(rendering, tokens, count)
+            piece = self._marked(rendering, self._encode_turn(rendering), count)
             if self._is_beyond(piece):  # so are the longer prompts of all later turns
                 count("prompt longer than a sample", records=num_turns - number)
                 return
@@ -229,24 +229,24 @@ class Converter:
         is_cut = self._settings.long in ("auto", "truncate")
         return is_cut and piece.loss_mask.any() and not piece.loss_mask[: self._max_tokens].any()
 
-    def _encode_shared(self, rendering: Rendering) -> Tokens | None:
-        """Return the tokens of a conversation, None if a prompt alone would have others."""
-        targets = rendering.targets or ()
-        if len(targets) < 2:
-            return self._encoder.encode_split(rendering.text, rendering.prompts)
-        tokens = self._encoder.encode(rendering.text)
+    def _encode_whole(self, rendering: Rendering) -> Tokens | None:
+        """Return the tokens of a text, None if a prompt alone would have others."""
+        text, encoder = rendering.text, self._encoder
+        tokens = encoder.encode(text)
         since = 0
-        prompts = set(rendering.prompts)
-        for start, stop in targets:
-            if start in prompts and not self._encoder.ends_a_prompt(
-                rendering.text, tokens, start, since=since
-            ):
+        for start, stop in rendering.targets or ():
+            is_prompt = start in rendering.prompts
+            if is_prompt and not encoder.ends_a_prompt(text, tokens, start, since=since):
                 return None
-            last = int(np.searchsorted(tokens.starts, stop)) - 1
-            if last >= 0 and tokens.ends[last] > stop:
+            if not encoder.ends_a_prompt(text, tokens, stop, since=start if is_prompt else since):
                 return None
             since = stop
         return tokens
+
+    def _encode_turn(self, rendering: Rendering) -> Tokens:
+        """Return the tokens of a text with one target."""
+        tokens = self._encode_whole(rendering)
+        return tokens or self._encoder.encode_split(rendering.text, rendering.prompts)
 
     def _marked(self, rendering: Rendering, tokens: Tokens, count: Any) -> _Piece:  # noqa: ANN401
         for note in rendering.notes:

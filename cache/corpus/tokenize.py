@@ -73,8 +73,7 @@ class Encoder:
             type(original).from_str(json.dumps(rules)) if self._has_prefix else self._first
         )
         added = self._first.get_added_tokens_decoder()
-        self.special = np.array(sorted(added), dtype=np.int32)
-        """Ids of added tokens."""
+        self._added = frozenset(added)
         names = sorted((token.content for token in added.values()), key=len, reverse=True)
         self._any_added = re.compile("|".join(map(re.escape, names)) or "(?!)")
         # The tokens that the original puts before any text, read off a text of one letter
@@ -123,13 +122,16 @@ class Encoder:
         """
         stop = int(np.searchsorted(tokens.starts, cut))
         first = int(np.searchsorted(tokens.starts, since))
+        if stop and tokens.ids[stop - 1] in self._added:
+            return True  # whatever follows; it may take in the blanks behind it
         if stop and tokens.ends[stop - 1] > cut:
             return False
-        added = np.flatnonzero(np.isin(tokens.ids[first:stop], self.special))
-        if len(added):  # encoded with the added token: the text behind it depends on it
-            first += int(added[-1])
-            since = int(tokens.starts[first])
-        is_next = since > 0 and not len(added)
+        is_next = since > 0
+        for number in range(stop - 1, first - 1, -1):
+            if int(tokens.ids[number]) in self._added:
+                # encoded with the added token: the text behind it depends on it
+                first, since, is_next = number, int(tokens.starts[number]), False
+                break
         expected = self._cached_ids(text[since:cut], is_next=is_next)
         return expected == tokens.ids[first:stop].tolist()
 

@@ -34,6 +34,7 @@ _MOST_EXACT = 32
 """Messages of a conversation of which each turn is rendered from the beginning; a longer one is
 rendered in windows, so that time stays linear."""
 _WINDOW_TURNS = 8
+_OPENED_CHARS = 32
 _PROBES = ({"role": "tool", "content": "x"}, {"role": "user", "content": "x"})
 _FAR = 64
 """Messages behind the beginning of a window at which any user message begins the next."""
@@ -58,6 +59,8 @@ class Rendering:
 class Turn:
     """An assistant turn, behind the messages before it."""
 
+    index: int
+    """Of its message in the conversation."""
     closed: str
     """All through the turn, with its stop token."""
     start: int
@@ -108,7 +111,19 @@ class Conversation:
         Raises:
             UnfitError: the template refuses it, or drops some of it.
         """
-        self._refuse_losses(self.whole, range(len(self._messages)), len(self._messages))
+        everything = [
+            Turn(
+                index=i,
+                closed=self.whole,
+                start=0,
+                stop=len(self.whole),
+                length=0,
+                is_prompt_kept=True,
+            )
+            for i in range(len(self._messages))
+            if _is_answer(self._messages[i])
+        ]
+        self._refuse_losses(self.whole, everything, len(self._messages))
         return Rendering(text=self.whole, targets=None, prompts=(), turn=None, notes=())
 
     def render_shared(self) -> Rendering | None:
@@ -120,9 +135,7 @@ class Conversation:
         turns = self._place_turns()
         if turns is None:
             return None
-        learned = set(self.trained)
-        said = [i for i, message in enumerate(self._messages) if not _is_answer(message)]
-        self._refuse_losses(self.whole, sorted({*said, *learned}), len(self._messages))
+        self._refuse_losses(self.whole, turns, len(self._messages))
         last = turns[-1]
         is_last = self.trained[-1] == len(self._messages) - 1
         text = self.whole + last.closed[last.length :] if is_last else self.whole
@@ -143,8 +156,7 @@ class Conversation:
         """
         for index in self.trained:
             turn = self._read_turn(self._messages, index)
-            said = [i for i in range(index) if not _is_answer(self._messages[i])]
-            self._refuse_losses(turn.closed, [*said, index], index + 1)
+            self._refuse_losses(turn.closed, [turn], index + 1)
             marks = self._marks(self._messages[: index + 1])
             yield Rendering(
                 text=turn.closed[: turn.stop],
@@ -217,7 +229,14 @@ class Conversation:
                 text = self.whole + turn.closed[turn.length :]
                 if not text.startswith(written, place + shift):
                     return None
-                turns.append(replace(turn, start=turn.start + shift, stop=turn.stop + shift))
+                turns.append(
+                    replace(
+                        turn,
+                        index=turn.index + first - head,
+                        start=turn.start + shift,
+                        stop=turn.stop + shift,
+                    )
+                )
         return turns
 
     def _window_start(self, index: int, head: int) -> int:
@@ -246,11 +265,13 @@ class Conversation:
                     "turn in another way once the turn is there. Fix: --chat-template FILE, or "
                     "--drop-unfit to leave such records out"
                 )
-            for token in re.finditer(self._template.special, closed):
-                if token.start() < start < token.end():
-                    start = token.start()
+            for text in (prompt, closed):
+                for token in self._template.added.finditer(text):
+                    if token.start() < start < token.end():
+                        start = token.start()
         stop, appended = self._find_stop(closed, start, messages, index)
         return Turn(
+            index=index,
             closed=closed + appended if stop > len(closed) else closed,
             start=start,
             stop=stop,
@@ -262,20 +283,23 @@ class Conversation:
         self, closed: str, start: int, messages: Sequence[Message], index: int
     ) -> tuple[int, str]:
         """Return the end of the stop token of the turn at `closed[start:]`, and text to append."""
-        special = self._template.special
-        run = re.compile(rf"(?:{special})(?:{special}|\s)*\Z").search(closed, start)
-        if run:
-            tokens = list(re.finditer(special, run.group()))
-            ends = [token for token in tokens if token.group() in self._template.stop_names]
+        special, template = self._template.special, self._template
+        begin = _end_of_text(messages[index], closed, start)
+        run = re.compile(rf"(?:{special})(?:{special}|\s)*\Z").search(closed, begin)
+        tokens = list(re.finditer(special, run.group())) if run else []
+        ends = [token for token in tokens if token.group() in template.stop_names]
+        if run and (ends or not template.stop_names):
             return run.start() + (ends or tokens)[0].end(), ""
         probes = messages[index + 1 : index + 2] or _PROBES[not messages[index].get("tool_calls") :]
         for following in probes:
             with suppress(UnfitError):
                 followed = self._render([*messages[: index + 1], following])
                 token = re.compile(rf"\s*({special})").match(followed, len(closed))
-                is_stop = token is not None and token.group(1) in self._template.end_names
+                is_stop = token is not None and token.group(1) in template.end_names
                 if token and is_stop and followed.startswith(closed):
                     return token.end(), token.group()
+        if run:
+            return run.start() + tokens[0].end(), ""
         return len(closed), ""
 
     def _marks(self, messages: Sequence[Message]) -> list[tuple[int, int]] | None:
@@ -300,12 +324,21 @@ class Conversation:
             spans[-1] = (spans[-1][0], turn.stop)
         return spans
 
-    def _refuse_losses(self, text: str, indices: Sequence[int], count: int) -> None:
-        name = self._template.name
-        refuse_lost_texts(text, self._messages, indices, template=name)
+    def _refuse_losses(self, text: str, turns: Sequence[Turn], count: int) -> None:
+        """Check that a rendering holds all that is said in the first `count` messages.
+
+        Of assistant turns only those that are learned: others a template may shorten.
+        """
+        name, messages = self._template.name, self._messages[:count]
+        said = [i for i, message in enumerate(messages) if not _is_answer(message)]
+        refuse_lost_texts(text, messages, said, template=name)
+        for turn in turns:
+            # the prompt may have opened the turn with its first few characters
+            reply = text[max(0, turn.start - _OPENED_CHARS) : turn.stop]
+            refuse_lost_texts(reply, messages, [turn.index], template=name)
         if self._chat.tools:
             refuse_lost_tools(text, self._chat.tools, template=name)
-        messages = self._messages[:count]
+        indices = sorted({*said, *(turn.index for turn in turns)})
         key = (structure_of(messages), tuple(indices[:32]), bool(self._chat.tools))
         if key not in (known := self._template.sound_structures):
             refuse_unread_fields(self._render, messages, indices, template=name)
@@ -325,6 +358,14 @@ def _says_nothing(message: Message) -> bool:
 
 def _is_answer(message: Message) -> bool:
     return message["role"] in ("assistant", "model")
+
+
+def _end_of_text(message: Message, closed: str, start: int) -> int:
+    """Return where the message's own text ends in `closed`, which may hold special tokens too."""
+    texts = [message.get(field) for field in ("reasoning_content", "content")]
+    own = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    places = [(closed.rfind(text, start), len(text)) for text in own]
+    return max([start, *(place + length for place, length in places if place >= 0)])
 
 
 def _notes(turns: Sequence[Turn]) -> list[str]:
