@@ -28,6 +28,8 @@ class EngineTurn:
     """What the model has to produce, stop token included."""
     prompt_tokens: list[int]
     reply_tokens: list[int]
+    is_ended: bool
+    """Whether the reply ends with a stop token: its last tokens depend on nothing behind it."""
 
 
 def engine_turns(
@@ -80,7 +82,7 @@ def engine_turns(
             behind = render([*messages[: index + 1], following])[len(finished) :]
             reply += next((stop for stop in stops if behind.startswith(stop)), "")
             end = len(reply)
-        turns.append(_tokenize(tokenizer, index, kept, reply[:end]))
+        turns.append(_tokenize(tokenizer, index, kept, reply[:end], stops))
     return turns[-1:] if only_last else turns
 
 
@@ -136,13 +138,13 @@ def _stop(reply: str, says: Sequence[str], stops: Sequence[str]) -> int | None:
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerFast, index: int, prompt: str, reply: str
+    tokenizer: PreTrainedTokenizerFast, index: int, prompt: str, reply: str, stops: Sequence[str]
 ) -> EngineTurn:
     first = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     both = tokenizer(prompt + reply, add_special_tokens=False)["input_ids"]
     is_kept = both[: len(first)] == first
     rest = both[len(first) :] if is_kept else _continue(tokenizer, reply)
-    return EngineTurn(index, prompt, reply, list(first), list(rest))
+    return EngineTurn(index, prompt, reply, list(first), list(rest), reply.endswith(tuple(stops)))
 
 
 def _continue(tokenizer: PreTrainedTokenizerFast, reply: str) -> list[int]:

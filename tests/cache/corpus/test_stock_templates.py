@@ -1,0 +1,97 @@
+"""Targets of stock chat templates: what is learned is what the model has to produce.
+
+Every case of every template has hand-written targets, and a reference that builds the conversation
+as an inference engine does has the same tokens.
+"""
+
+import pytest
+from support.chat_tokenizers import KINDS, Kind, spell
+from support.stock_templates import CASES, STOCK, TEMPLATES, Refused, StockTemplate, record_of
+from support.template_scores import (
+    engine_of,
+    read_rows,
+    score_cell,
+    score_templates,
+    tokenizer_of,
+)
+
+
+@pytest.mark.parametrize("template", STOCK, ids=lambda template: template.name)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_case_has_its_targets_or_a_true_refusal(kind: Kind, template: StockTemplate) -> None:
+    scores = [score_cell(template, case, kind) for case in CASES]
+    faults = {score.case: score.detail for score in scores if score.outcome != "right"}
+    assert not faults
+
+
+@pytest.mark.parametrize("template", STOCK, ids=lambda template: template.name)
+def test_the_hand_written_targets_are_what_an_engine_produces(template: StockTemplate) -> None:
+    tokenizer = tokenizer_of(template, "bytes")
+    for case in CASES:
+        expected = template.expected(case)
+        if isinstance(expected, Refused):
+            continue
+        turns = engine_of(template, case, tokenizer)
+        assert [turn.reply for turn in turns] == expected, case
+        assert [spell(tokenizer, turn.reply_tokens) for turn in turns] == expected, case
+
+
+def test_every_template_file_is_in_the_table() -> None:
+    files = {path.stem for path in TEMPLATES.glob("*.jinja")}
+    assert files == {template.file or template.name for template in STOCK}
+
+
+def test_no_stock_template_refuses_a_plain_chat_or_is_learned_wrongly_in_silence() -> None:
+    score = score_templates("bytes")
+    assert score["templates"] >= 28
+    assert score["plain_refused"] == 0
+    assert score["wrong"] == 0
+    assert score["right_share"] >= 0.95
+
+
+REWRITING = ("qwen3", "gpt_oss", "qwq", "mistral_nemo")
+
+
+@pytest.mark.parametrize("template", STOCK, ids=lambda template: template.name)
+def test_a_sample_of_one_turn_has_one_target_and_its_record_s_group(
+    template: StockTemplate,
+) -> None:
+    case = "two" if isinstance(template.expected("think"), Refused) else "think"
+    case = "system" if template.name == "mistral_nemo" else case
+    tokenizer = tokenizer_of(template, "bytes")
+    corpus = read_rows(template, [record_of(case), record_of("one")], tokenizer)
+    samples = list(corpus.samples)
+    if template.name in REWRITING:
+        assert len(samples) == 3
+    assert len({sample.id for sample in samples}) == len(samples)
+    assert len({sample.group for sample in samples[:-1]}) == 1
+    assert samples[-1].group != samples[0].group
+    assert all(sample.role == 0 for sample in samples)
+
+
+@pytest.mark.parametrize("name", ["falcon", "minicpm", "no_end"])
+def test_targets_without_an_end_token_are_counted(name: str) -> None:
+    template = stock(name)
+    corpus = read_rows(template, [record_of("two")], tokenizer_of(template, "bytes"))
+    assert "target without an end token" in [note.reason for note in corpus.report.notes]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "glm4", "gpt_oss", "eos_once", "llama3", "phi3"])
+def test_targets_with_an_end_token_are_not(name: str) -> None:
+    template = stock(name)
+    corpus = read_rows(template, [record_of("two")], tokenizer_of(template, "bytes"))
+    assert "target without an end token" not in [note.reason for note in corpus.report.notes]
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1", "qwq"])
+def test_a_prompt_that_the_finished_turn_does_not_begin_with_is_counted(name: str) -> None:
+    template = stock(name)
+    corpus = read_rows(template, [record_of("one")], tokenizer_of(template, "bytes"))
+    reasons = [note.reason for note in corpus.report.notes]
+    assert "turn whose prompt is not the beginning of the finished turn" in reasons
+
+
+def stock(name: str) -> StockTemplate:
+    """Return a template by name."""
+    [template] = [template for template in STOCK if template.name == name]
+    return template
