@@ -34,13 +34,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 THREADS = torch.get_num_threads()
 
 
+CACHE = tempfile.TemporaryDirectory(prefix="carryon-tests-")
+
+
 def pytest_configure() -> None:
     """One thread for tiny tensors, which mostly wait on several; in fixtures and processes too.
 
-    How many threads there are decides the last bits of a sum.
+    How many threads there are decides the last bits of a sum. Samples are cached in a new folder.
     """
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["CARRYON_CACHE"] = CACHE.name
+
+
+def pytest_unconfigure() -> None:
+    """Remove the cached samples."""
+    CACHE.cleanup()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ resumes: finished units are skipped, the others computed.
 """
 
 import logging
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ def extract(
     data_settings: DataSettings | None = None,
     append: bool = False,
     max_disk_bytes: int | None = None,
-    held_out: Container[str] = (),
+    held_out: Collection[str] = (),
     **options: Any,  # noqa: ANN401
 ) -> Store:
     """Extract the hidden states of a corpus into the store at `out`, and open it.
@@ -76,7 +76,7 @@ def extract(
         append: add the samples of `data` to an existing store.
         max_disk_bytes: stop before the store would grow beyond it. The store is then opened
             unfinished; the same call with more room resumes it.
-        held_out: ids of samples to hold out, besides those marked in the data.
+        held_out: ids of records or samples to hold out, besides those marked in the data.
         options: fields of the four settings by name, such as `taps` or `unit_tokens`.
 
     Raises:

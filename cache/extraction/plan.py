@@ -4,7 +4,7 @@ Everything that can be wrong with the data is found before the base is loaded.
 """
 
 import logging
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def plan_extraction(
     store: StoreSettings,
     forward: ForwardSettings,
     data_settings: DataSettings,
-    held_out: Container[str] = (),
+    held_out: Collection[str] = (),
 ) -> ExtractionPlan:
     """Check the folder of the store, read the data, load the base, and pack samples into units.
 
@@ -138,10 +138,10 @@ def _row_bytes(width: int, store: StoreSettings) -> int:
     return width * STATE_TYPES[store.dtype].itemsize
 
 
-def _stored_date(root: Path) -> str | None:
-    """Return the date that the chat template of an existing store printed; None without a store."""
+def _stored_date(root: Path) -> str:
+    """Return the date that the chat template of an existing store printed; empty for none."""
     if not manifest_path(root).exists():
-        return None
+        return ""
     return str(read_manifest(root).corpus.get("template_date", ""))
 
 

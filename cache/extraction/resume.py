@@ -28,7 +28,10 @@ def refuse_other_settings(old: Manifest, new: Manifest, *, name: str) -> None:
     Library versions are not compared: another version computes the same to rounding. Nor is the
     path or hub id of the base; its digests are.
     """
-    _compare(_settings(old), _settings(new), name=name, fix="use this setting, or another --out")
+    before = _settings(old)
+    if "template_date" not in old.corpus:
+        del before["template_date"]  # a store from before kept none: any day's is as good
+    _compare(before, _settings(new), name=name, fix="use this setting, or another --out")
 
 
 def refuse_other_base(manifest: Manifest, base: Base, *, name: str) -> None:

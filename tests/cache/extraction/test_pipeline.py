@@ -2,9 +2,11 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.tiny_stores import FORWARD, SETTINGS, error_of, extract_tiny, files_below, receipts_in
 
@@ -34,16 +36,17 @@ def test_rows_in_memory_become_an_open_store(tiny_base_folder: Path, store_tmp: 
     assert store.num_samples == len(ROWS)
     assert store.taps == ["final"]
     assert store.sample_held_out.sum() == 3
-    assert store.index_of("row-3") >= 0
+    assert all(re.fullmatch(r"rows?-[0-9a-f]{8}-\d+", store.sample_id(row)) for row in range(12))
+    assert len(np.unique(store.sample_groups)) == len(ROWS)
     assert verify(str(store_tmp / "store")).is_complete
 
 
 def test_rows_make_the_store_that_the_same_json_lines_make(
     tiny_base: Base, store_tmp: Path
 ) -> None:
-    path = store_tmp / "row.jsonl"  # whose ids are row-1, row-2, ...
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    for name, data in (("file", path), ("rows", iter(ROWS))):
+    path, named = store_tmp / "row.jsonl", [row | {"id": n} for n, row in enumerate(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in named))
+    for name, data in (("file", path), ("rows", iter(named))):
         extract(base=tiny_base, data=data, out=store_tmp / name, store=SETTINGS, forward=FORWARD)
     files, rows = (files_below(store_tmp / name) for name in ("file", "rows"))
     arrays = [path for path in files if path.startswith(("hidden", "tokens", "loss_mask", "samp"))]
@@ -120,7 +123,7 @@ def test_a_row_that_is_no_record_is_named_and_nothing_is_written(
     tiny_base: Base, tmp_path: Path
 ) -> None:
     rows = [*ROWS, {"question": "a"}]
-    with pytest.raises(InputError, match="^row 13: expected messages, .* got question$"):
+    with pytest.raises(InputError, match="^row 13: expected messages, .* got question"):
         extract(base=tiny_base, data=rows, out=tmp_path / "store", **OPTIONS)
     assert not (tmp_path / "store").exists()
 
