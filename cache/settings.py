@@ -138,7 +138,11 @@ def choices_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return how each value of a Literal or a bool is written; of another type none."""
     if kind is bool:
         return {"true": True, "yes": True, "false": False, "no": False}
-    return {str(choice): choice for choice in get_args(kind) if get_origin(kind) is Literal}
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    return {
+        str(choice).lower() if isinstance(choice, bool) else str(choice): choice
+        for choice in choices
+    }
 
 
 def _listed(choices: Iterable[str]) -> str:
@@ -164,7 +168,8 @@ def parse_value(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401
         raise InputError(f"{name}: expected {expected}, got {value!r}")
     try:
         if choices := choices_of(kind):
-            return choices[str(value).lower() if kind is bool else str(value)]
+            is_bool = kind is bool or isinstance(value, bool)
+            return choices[str(value).lower() if is_bool else str(value)]
         return kind(str(value))
     except (KeyError, ValueError) as error:
         raise InputError(f"{name}: expected {expected}, got {value!r}") from error
@@ -197,7 +202,7 @@ def _wrong_fields(settings: Settings) -> Iterator[str]:
     for item in items:
         value, choices = getattr(settings, item.name), get_args(item.type)
         if get_origin(item.type) is Literal and value not in choices:
-            yield f"{item.name}: expected {_listed(map(str, choices))}, got {value}"
+            yield f"{item.name}: expected {_listed(choices_of(item.type))}, got {value}"
         if problem := item.metadata.get("bounds", Bounds()).problem(value):
             yield f"{item.name}: {problem}"
 

@@ -286,6 +286,9 @@ class RunSettings(Settings):
         return self.finish_with == "best" or (self.finish_with == "auto" and self.patience > 0)
 
 
+ChatChoice = Literal["auto", True, False]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateSettings(Settings):
     """Generation."""
@@ -298,9 +301,9 @@ class GenerateSettings(Settings):
     """Nucleus sampling: sample from the most probable tokens up to this sum of probabilities."""
     seed: int = bounded(0, at_least=0)
     """Seed of sampling."""
-    chat: bool = True
-    """Put the prompt into the base's chat template, as a user turn. A base without a template gets
-    the plain prompt."""
+    chat: ChatChoice = "auto"
+    """Whether the prompt goes into the chat template, as a user turn, or stands as it is. `auto`:
+    as the carry-on's training texts did; if that is not known, where the base has a template."""
 
 
 def rates_of(carryon: CarryOnSettings) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import Head
 from carryon.cache.errors import InputError
+from carryon.cache.format.framing import Framing, framing_of
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.store.samples import StoredSample, Unit
 from carryon.cache.store.shard_reader import CopyRange
@@ -34,6 +35,8 @@ class StoreLike(Protocol):
     """SHA-256 of which samples there are and where they lie; seeds what is drawn at random."""
     base: dict[str, Any]
     """Identity of the base: id, architecture, sizes, digests."""
+    framing: Framing
+    """How its texts stood before the base."""
     num_blocks: int
     """Last blocks of the base that are stored."""
     taps: list[str]
@@ -199,6 +202,7 @@ class StoreLike(Protocol):
         self.name, self.root = str(root), root
         self.fingerprint, self.samples_digest = manifest.fingerprint, manifest.samples_digest
         self.base, self.num_blocks = manifest.base, manifest.num_blocks
+        self.framing = framing_of(manifest)
         self.taps, self.width = manifest.taps, manifest.width
         self.dtype, self.states_dtype = manifest.settings["dtype"], manifest.states_dtype
         self.unit_tokens = manifest.unit_tokens

@@ -12,6 +12,7 @@ from carryon.cache.settings import (
     Settings,
     StoreSettings,
     bounded,
+    parse_value,
 )
 
 
@@ -24,6 +25,7 @@ class Cake(Settings):
     slices: list[int] = bounded([8], above=0)
     guests: list[str] = bounded(["ann"], min_items=1, is_unique=True, choices=("ann", "bob"))
     icing: Literal["none", "lemon"] = "none"
+    is_cut: Literal["auto", True, False] = "auto"
 
     def problems(self) -> list[tuple[bool, str]]:
         return [(self.sugar * self.layers > 2, "sugar: expected 2 at most over all layers")]
@@ -42,6 +44,7 @@ class Cake(Settings):
         ({"guests": ["ann", "ann"]}, "guests: expected each once, got ann ann"),
         ({"guests": ["cat"]}, "guests: expected some of ann bob, got cat"),
         ({"icing": "lime"}, "icing: expected none or lemon, got lime"),
+        ({"is_cut": "yes"}, "is_cut: expected auto, true or false, got yes"),
         ({"sugar": 1.0}, "sugar: expected 2 at most over all layers"),
         (
             {"layers": 0, "salt": -1.0},
@@ -56,6 +59,15 @@ def test_a_wrong_setting_is_refused_with_its_name_and_bounds(
     with pytest.raises(InputError) as error:
         Cake(**values)
     assert str(error.value) == text
+
+
+def test_a_choice_may_be_a_truth_value() -> None:
+    kind = Literal["auto", True, False]
+    for value in ("auto", True, False):
+        assert parse_value("--is-cut", value, kind) is value
+        assert parse_value("--is-cut", str(value).lower(), kind) is value
+    with pytest.raises(InputError, match=r"--is-cut: expected auto, true or false, got 'no'"):
+        parse_value("--is-cut", "no", kind)
 
 
 def test_settings_within_their_bounds_are_taken() -> None:

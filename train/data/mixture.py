@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import Head
 from carryon.cache.errors import InputError
+from carryon.cache.format.framing import merge_framings
 from carryon.cache.format.manifest import digest_of
 from carryon.cache.store.reader import Store
 from carryon.cache.store.samples import StoredSample, Unit
@@ -60,6 +61,7 @@ class MixedStore(StoreLike):
         self._places = _lay_out(stores, weights)
         self._describe(stores[0].root, stores[0].manifest)
         self.name = " + ".join(store.name for store in stores)
+        self.framing = merge_framings([store.framing for store in stores])
         self.fingerprint = digest_of(
             {"stores": [store.fingerprint for store in stores], "weights": weights}
         )

@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from carryon.cache.errors import InputError
-from carryon.train.config import GenerateSettings
+from carryon.train.config import ChatChoice, GenerateSettings
+from carryon.train.inference.prompts import encode_prompts
 
 if TYPE_CHECKING:
     from carryon.train.inference.modeling import CarryOnForCausalLM
@@ -32,7 +33,7 @@ def answer_batch(
     Raises:
         InputError: an empty prompt, or one too long for the base.
     """
-    rows = [_encode(model, prompt, is_chat=settings.chat) for prompt in prompts]
+    rows = _encode(model, prompts, chat=settings.chat, carryons=generation.get("carryons"))
     longest = max(len(row) for row in rows)
     room = model.identity.context_tokens - settings.max_new_tokens
     if longest > room:
@@ -81,15 +82,19 @@ def _generation_config(model: "CarryOnForCausalLM", settings: GenerateSettings) 
     )
 
 
-def _encode(model: "CarryOnForCausalLM", prompt: str, *, is_chat: bool) -> list[int]:
-    """Return the token ids of a prompt."""
-    tokenizer = model.tokenizer
-    if is_chat and tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    else:
-        ids = tokenizer(prompt).input_ids
-    if not prompt or not ids:
-        raise InputError("prompt: expected some text, got none")
-    return ids
+def _encode(
+    model: "CarryOnForCausalLM",
+    prompts: Sequence[str],
+    *,
+    chat: ChatChoice,
+    carryons: Sequence[str | None] | None,
+) -> list[list[int]]:
+    """Return the token ids of prompts, each framed as the texts of its carry-on were."""
+    framings = model.framings(carryons, num_rows=len(prompts))
+    rows: dict[int, list[int]] = {}
+    for framing in {id(each): each for each in framings}.values():
+        indices = [index for index, each in enumerate(framings) if each is framing]
+        texts = [prompts[index] for index in indices]
+        encoded = encode_prompts(model.tokenizer, texts, framing=framing, chat=chat)
+        rows |= zip(indices, encoded, strict=True)
+    return [rows[index] for index in range(len(prompts))]

@@ -12,9 +12,11 @@ Letters: B rows, T positions, D base width.
 
 import copy
 import inspect
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,14 @@ from carryon.cache.base.architecture import get_architecture
 from carryon.cache.base.hooks import watch_taps
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import InputError
+from carryon.cache.format.framing import Framing
 from carryon.cache.settings import ForwardSettings, apply_options
 from carryon.train.config import GenerateSettings
 from carryon.train.inference.adapters import DEFAULT, Alpha, CarryOnSet, Names
 from carryon.train.inference.correction import get_correction
 from carryon.train.inference.generate import answer_batch
 from carryon.train.inference.merge import load_for_base, load_own_base, merge_into
+from carryon.train.inference.prompts import framing_warnings
 from carryon.train.kinds import get_kind
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import (
@@ -42,6 +46,8 @@ from carryon.train.modules.serialization import (
     read_weights,
     write_carryon_files,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -92,6 +98,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         self._is_stateful = base.model._is_stateful
         self._architecture = base.architecture
         self._compute_dtype = base.compute_dtype
+        self._framing = Framing()
         self._optional = {"position_ids", "logits_to_keep"} & set(accepted)
         self.training = False
 
@@ -152,7 +159,9 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             if loaded is base:  # others may use it
                 model = copy.deepcopy(loaded.model)
                 loaded = replace(loaded, model=model, architecture=get_architecture(model))
-            return cls(merge_into(loaded, module))
+            merged = cls(merge_into(loaded, module))
+            merged._framing = Framing.from_dict(card.framing)
+            return merged
         customized = cls(loaded)
         customized.add_carryon(DEFAULT, place)
         return customized
@@ -219,7 +228,8 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
 
         Args:
             prompts: one text, or several; none of them empty.
-            settings: length, sampling, chat template. None: the defaults.
+            settings: length, sampling, chat template. None: the defaults, prompts framed as the
+                training texts of the carry-on.
             alpha: as in `generate`.
             carryons: as in `generate`.
             batch_rows: maximum number of prompts in a batch.
@@ -231,6 +241,10 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         """
         [settings] = apply_options(options, settings or GenerateSettings())
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        framings = self.framings(carryons, num_rows=len(texts))
+        lines = (framing_warnings(self.tokenizer, each, settings.chat) for each in framings)
+        for line in dict.fromkeys(chain.from_iterable(lines)):
+            logger.warning(line)
         answers = [""] * len(texts)
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # less padding
         for first in range(0, len(order), batch_rows):
@@ -246,6 +260,19 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             for row, text in zip(rows, batch, strict=True):
                 answers[row] = text
         return answers[0] if isinstance(prompts, str) else answers
+
+    def framings(self, carryons: Sequence[str | None] | None, *, num_rows: int) -> list[Framing]:
+        """Return for each row how the training texts of its carry-on were framed.
+
+        A row of the base alone is framed as those of the default carry-on.
+        """
+        slots, _ = self.carryons.resolve(carryons, None, num_rows=num_rows)
+        known = {
+            self.carryons.slot(name): Framing.from_dict(self.carryons.get(name).card.framing)
+            for name in self.carryons.names
+        }
+        own = known.get(self.carryons.slot(DEFAULT)) if DEFAULT in self.carryons.names else None
+        return [known.get(slot) or own or self._framing for slot in slots]
 
     def generate(
         self,

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from carryon.cache.format.framing import Framing
 from carryon.train.config import CarryOnSettings
 from carryon.train.kinds import get_kind
 
@@ -26,6 +27,7 @@ The weights of the base model are not included.
 | base tokenizer (SHA-256) | {tokenizer_sha256} |
 | size | {size} |
 | alpha | {alpha:g} |
+| prompt format | {framing} |
 | trained with | {versions} |
 
 ## How to use
@@ -93,7 +95,19 @@ def model_card(card: Mapping[str, Any], *, num_bytes: int) -> str:
         tokenizer_sha256=str(base.get("tokenizer_sha256"))[:12],
         size=f"{num_bytes / 1e6:.2f} MB",
         alpha=card["alpha"],
+        framing=_prompt_format(Framing.from_dict(card["framing"])),
         versions=", ".join(f"{key} {value}" for key, value in card["versions"].items()),
         store=card["store_fingerprint"][:12],
         figures="\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures),
     )
+
+
+def _prompt_format(framing: Framing) -> str:
+    """Return how prompts should stand before the model, as training texts did."""
+    if framing.is_chat is None:
+        return "not recorded"
+    if not framing.is_chat:
+        return "plain text, without a chat template"
+    if framing.chat_template:
+        return "a chat template of its own, in carryon.json"
+    return "the chat template of the base"

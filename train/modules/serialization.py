@@ -6,7 +6,7 @@ digests, not by a path.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from carryon.cache.files import (
     write_file,
     write_json,
 )
+from carryon.cache.format.framing import Framing
 from carryon.cache.store.top_blocks import Blocks
 from carryon.train.config import CarryOnSettings, with_current_names
 from carryon.train.modules.carryon import CarryOn, make_carryon
@@ -54,6 +55,8 @@ class CarryOnCard:
     """Held-out NLL and other measurements of the run."""
     versions: dict[str, str]
     """Versions of the libraries that trained it."""
+    framing: dict[str, Any] = field(default_factory=dict)
+    """How the training texts stood before the base, as `Framing.to_dict`. Empty: not known."""
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,8 +74,9 @@ class CarryOnCard:
         if version != FORMAT_VERSION:
             raise InputError(f"format version: expected {FORMAT_VERSION}, got {version}")
         expected = {item.name for item in fields(cls)}
-        if set(values) != expected:
+        if set(values) | {"framing"} != expected:
             raise InputError(f"expected the keys {sorted(expected)}, got {sorted(values)}")
+        Framing.from_dict(values.get("framing", {}))
         renamed = {key: with_current_names(values[key]) for key in ("settings", "split")}
         return cls(**(dict(values) | renamed))
 

@@ -167,6 +167,7 @@ def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:
         alpha=1.0,
         figures=figures,
         versions=library_versions(),
+        framing=run.store.framing.to_dict(),
     )
 
 

@@ -1,6 +1,8 @@
 """Answers of a customized model to prompts."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,65 @@ def test_prompt_goes_through_the_chat_template(model: CarryOnForCausalLM) -> Non
 def test_a_prompt_is_not_changed_without_chat(model: CarryOnForCausalLM) -> None:
     settings = GenerateSettings(max_new_tokens=6, chat=False)
     assert model.answer("the an", settings=settings) == _continue(model, "the an", alpha=1.0)
+
+
+def _framed(model: CarryOnForCausalLM, base: Base, **framing: Any) -> CarryOnForCausalLM:  # noqa: ANN401
+    """Return a model whose carry-on was trained on texts framed like this."""
+    carryon, card = make_tiny_carryon(base)
+    return CarryOnForCausalLM(base, carryon, replace(card, framing=framing))
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt and completion"])
+def test_a_carryon_of_plain_texts_gets_the_plain_prompt(
+    model: CarryOnForCausalLM, tiny_base: Base, kind: str
+) -> None:
+    plain = _framed(model, tiny_base, kinds={kind: 3, "messages": 1})
+    assert plain.answer("the an", settings=SHORT) == _continue(model, "the an", alpha=1.0)
+
+
+def test_a_carryon_of_conversations_gets_the_template_of_its_training(
+    model: CarryOnForCausalLM, tiny_base: Base
+) -> None:
+    chat = _framed(
+        model,
+        tiny_base,
+        kinds={"messages": 3},
+        chat_template="{{ messages[0].content }} {{ a }}{{ strftime_now(' %Y') }}",
+        chat_template_kwargs=["a=on"],
+        template_date="2001-01-31",
+    )
+    text = _continue(model, "the an on 2001", alpha=1.0)
+    assert chat.answer("the an", settings=SHORT) == text
+    assert chat.answer(["the an"] * 2, settings=SHORT, carryons=[None, "default"])[1] == text
+
+
+def test_another_framing_than_in_training_is_a_warning(
+    model: CarryOnForCausalLM, tiny_base: Base, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = _framed(model, tiny_base, kinds={"text": 3})
+    assert plain.answer("the an", settings=SHORT, chat=True) == model.answer(
+        "the an", max_new_tokens=6
+    )
+    chat = _framed(model, tiny_base, kinds={"messages": 3}, chat_template_sha256="0" * 64)
+    chat.answer("the an", settings=SHORT, chat="false")
+    chat.answer(["the an"] * 3, settings=SHORT, batch_rows=1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the carry-on was trained on plain text, and now gets the chat template. Fix: leave out "
+        "--chat",
+        "the carry-on was trained on conversations, through a chat template, and now gets plain "
+        "text. Fix: leave out --chat",
+        "the base's chat template is another than the one that the carry-on was trained with. "
+        "Fix: give the base as it was at extraction",
+    ]
+
+
+def test_a_chat_without_any_template_is_refused(
+    model: CarryOnForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", None)
+    assert model.answer("the an", settings=SHORT) == _continue(model, "the an", alpha=1.0)
+    with pytest.raises(InputError, match=r"has no chat template.* Fix: --chat-template FILE"):
+        model.answer("the an", settings=SHORT, chat=True)
 
 
 def test_alpha_zero_answers_as_the_base(model: CarryOnForCausalLM) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,39 @@ def test_the_folder_holds_safetensors_json_and_a_card_for_people(tmp_path: Path)
     )
     assert "org/tiny" in text
     assert "1.25" in text
+
+
+def test_a_card_from_before_framings_were_recorded_is_read(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
+    values = json.loads((tmp_path / "carryon" / CARD).read_text(encoding="utf-8"))
+    del values["framing"]
+    (tmp_path / "carryon" / CARD).write_text(json.dumps(values), encoding="utf-8")
+    assert read_card(tmp_path / "carryon") == _card()
+    values["framing"] = {"kinds": "text"}
+    (tmp_path / "carryon" / CARD).write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(InputError, match="framing: kinds: expected whole numbers by name"):
+        read_card(tmp_path / "carryon")
+
+
+@pytest.mark.parametrize(
+    ("framing", "text"),
+    [
+        ({}, "not recorded"),
+        ({"kinds": {"text": 1}}, "plain text, without a chat template"),
+        ({"kinds": {"messages": 1}}, "the chat template of the base"),
+        (
+            {"kinds": {"messages": 1}, "chat_template": "{{ a }}"},
+            "a chat template of its own, in carryon.json",
+        ),
+    ],
+)
+def test_the_card_for_people_says_how_prompts_should_stand(
+    tmp_path: Path, framing: dict[str, Any], text: str
+) -> None:
+    card = replace(_card(), framing=framing)
+    save_carryon(tmp_path / "carryon", _carryon(), card, dtype=torch.float32)
+    readme = (tmp_path / "carryon" / README).read_text(encoding="utf-8")
+    assert f"| prompt format | {text} |" in readme
 
 
 def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def test_a_run_writes_the_files_of_its_folder(finished: tuple[Path, TrainReport]
     ]
     assert json.loads((out / "result.json").read_text()) == report.to_dict()
     assert report.carryon == str(out / "carryon")
-    assert load_carryon(report.carryon)[1].figures["held_out_tokens"] == report.held_out_targets
+    card = load_carryon(report.carryon)[1]
+    assert card.figures["held_out_tokens"] == report.held_out_targets
+    assert card.framing["kinds"] == {}
     steps = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
     assert len(steps) == 3  # the last two, and the best
     last, best = (
