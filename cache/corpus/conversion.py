@@ -97,22 +97,33 @@ class Converter:
         skipped: list[dict[str, str]] = []
         with SampleWriter(path) as writer:
             for row in read_shard(shard):
-                tally.records += 1
-                num_samples = 0
-                try:
-                    record = _read(row)
-                    for sample in self.samples_of(record, tally):
-                        writer.write(sample)
-                        num_samples += 1
-                        counts["tokens"] += len(sample.tokens)
-                        counts["supervised_tokens"] += int(sample.loss_mask.sum())
-                        kinds[_MASKS[type(record.content)][0]] += 1
-                except _RowError as error:
-                    skipped.append(self._skip(error, tally))
-                counts["samples"] += num_samples
-                tally.kept += num_samples > 0
-        tally.tokens = counts["tokens"]
+                for kind, sample in self.convert_row(row, tally, skipped):
+                    writer.write(sample)
+                    counts["samples"] += 1
+                    counts["supervised_tokens"] += int(sample.loss_mask.sum())
+                    kinds[kind] += 1
+        counts["tokens"] = tally.tokens
         return ShardResult(tally=tally, counts=counts, kinds=kinds, skipped=skipped)
+
+    def convert_row(
+        self, row: Row | BadRow, tally: Tally, skipped: list[dict[str, str]]
+    ) -> Iterator[tuple[str, Sample]]:
+        """Yield the kind of a row's record and each of its samples; a row left out is listed.
+
+        Raises:
+            InputError: as `convert`.
+        """
+        tally.records += 1
+        num_samples = 0
+        try:
+            record = _read(row)
+            for sample in self.samples_of(record, tally):
+                num_samples += 1
+                tally.tokens += len(sample.tokens)
+                yield _MASKS[type(record.content)][0], sample
+        except _RowError as error:
+            skipped.append(self._skip(error, tally))
+        tally.kept += num_samples > 0
 
     def samples_of(self, record: Record, tally: Tally) -> Iterator[Sample]:
         """Yield the samples of a record, and count what it loses."""
@@ -124,6 +135,9 @@ class Converter:
             pieces = list(self._pieces(record, tally))
         except UnfitError as error:
             raise _RowError("unfit for the chat template", record.where, str(error)) from error
+        except InputError as error:
+            problem = str(error).removeprefix(f"{record.where}: ")
+            raise InputError(f"{record.where}: {problem}") from error
         samples = [sample for piece in pieces for sample in self._cut(record, piece, tally)]
         if isinstance(record.content, Pair) and len(samples) < 2:
             tally.count("no target", where=record.where)
@@ -314,8 +328,8 @@ class Converter:
                 held = [kept]
             while policy == "split" and kept is not None and len(kept.ids) > limit:
                 yield self._text_sample(record, f"#{number}", _part(kept, 0, limit))
-                kept = _part(kept, limit, len(kept.ids))
-                kept = join([_special(start, int(kept.ends[0])), kept]) if len(start) else kept
+                place = int(kept.ends[limit - 1])
+                kept = join([_special(start, place), _part(kept, limit, len(kept.ids))])
                 held = [kept]
                 number += 1
         if num_tokens > limit and policy in ("skip", "error"):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -17,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -30,11 +31,13 @@ import numpy as np
 
 from carryon.cache.corpus.chat_template import prints_date
 from carryon.cache.corpus.conversion import Converter, ShardResult
-from carryon.cache.corpus.files import plan_shards
+from carryon.cache.corpus.files import plan_shards, read_shard
+from carryon.cache.corpus.records import read_record
 from carryon.cache.corpus.report import Report, Tally
-from carryon.cache.corpus.rows import Data, Shard, Source
-from carryon.cache.corpus.samples import Sample, SampleTable
+from carryon.cache.corpus.rows import Data, Row, Shard, Source
+from carryon.cache.corpus.samples import Sample, SampleTable, hash_id
 from carryon.cache.corpus.sources import open_sources
+from carryon.cache.corpus.tokenize import get_backend
 from carryon.cache.errors import DiskFullError, InputError
 from carryon.cache.progress import Progress
 from carryon.cache.settings import CorpusSettings, DataSettings
@@ -198,8 +201,7 @@ def _content(source: Source) -> list[Any]:
 
 
 def _tokenizer_rules(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = hashlib.sha256((backend.to_str() if backend else "").encode()).hexdigest()
+    rules = hashlib.sha256(get_backend(tokenizer).to_str().encode()).hexdigest()
     letter = tokenizer("a").input_ids
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     versions = [version(name) for name in _CODE[1:]]
@@ -233,7 +235,7 @@ def _convert_all(
         if not counts["samples"]:
             raise _empty(report, [source.name for source in sources])
         table = SampleTable.open(_shard_path(partial_place, n) for n in range(len(shards)))
-        _refuse_equal_ids(table)
+        _refuse_equal_ids(table, shards)
         summary = {
             "fingerprint": table.digest(),
             "counts": {"records": tally.records, **counts},
@@ -353,26 +355,32 @@ def _empty(report: Report, names: Sequence[str]) -> InputError:
     )
 
 
-def _refuse_equal_ids(table: SampleTable) -> None:
+def _refuse_equal_ids(table: SampleTable, shards: Sequence[Shard]) -> None:
     """Refuse samples of one id; 8 bytes a sample are in memory."""
     hashes = np.fromiter(
-        (_hash(name) for names in table.iter_ids() for name in names), np.uint64, len(table)
+        (hash_id(name) for names in table.iter_ids() for name in names), np.uint64, len(table)
     )
     ordered = np.sort(hashes)
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if not twice:
-        return
     known: set[str] = set()
-    for names in table.iter_ids():
-        for name in names:
-            if name in known:
-                raise InputError(
-                    f"id {name!r}: expected a different one for each record, got it twice. Fix: "
-                    "change one, or leave out all ids"
-                )
-            if _hash(name) in twice:
-                known.add(name)
+    for name in (name for names in table.iter_ids() for name in names if twice):
+        if name in known:
+            first, second = _places_of(name, shards)
+            raise InputError(
+                f"{second}: id {name!r}: expected a different one for each sample, got that of a "
+                f"sample of {first}. Fix: change it, or leave out all ids"
+            )
+        if hash_id(name) in twice:
+            known.add(name)
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+def _places_of(name: str, shards: Sequence[Shard]) -> tuple[str, str]:
+    """Return the places of the two records that have samples of this id, reading them again."""
+    places = []
+    for row in (row for shard in shards for row in read_shard(shard)):
+        with suppress(InputError):
+            if isinstance(row, Row) and re.fullmatch(
+                rf"{re.escape(read_record(row).id)}([#@/]\w+)*", name
+            ):
+                places.append(row.where)
+    return places[0], places[-1]

@@ -55,12 +55,7 @@ class Encoder:
         Raises:
             InputError: not a fast tokenizer, so it gives no offsets of tokens in the text.
         """
-        original = getattr(tokenizer, "backend_tokenizer", None)
-        if original is None:
-            raise InputError(
-                f"tokenizer {tokenizer.name_or_path!r}: expected a fast tokenizer, which gives the "
-                f"offset of each token in the text, got {type(tokenizer).__name__}"
-            )
+        original: Any = get_backend(tokenizer)
         # A copy, 0.1 s at V = 49,152: without the post-processor, which may trim blanks off the
         # offsets (GPT-NeoX's does), and without truncation and padding, which may be switched on
         self._first: Tokenizer = type(original).from_str(original.to_str())
@@ -163,6 +158,21 @@ class Encoder:
                 ids=tokens.ids[:kept], starts=tokens.starts[:kept], ends=tokens.ends[:kept]
             ).shifted(first)
             first, size = first + int(tokens.starts[kept]), WINDOW_CHARS
+
+
+def get_backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
+    """Return the fast tokenizer behind a tokenizer of transformers.
+
+    Raises:
+        InputError: there is none, so it gives no offsets of tokens in the text.
+    """
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r}: expected a fast tokenizer, which gives the "
+            f"offset of each token in the text, got {type(tokenizer).__name__}"
+        )
+    return backend
 
 
 def join(parts: Sequence[Tokens]) -> Tokens:

@@ -5,6 +5,7 @@ hand. Shown as text, a space is \u0120 and a newline \u010a.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from carryon.cache.corpus.dataset import Corpus, Sample, cut_ranges, read_corpus
+from carryon.cache.corpus.conversion import Converter
+from carryon.cache.corpus.dataset import Corpus, Sample, read_corpus
+from carryon.cache.corpus.report import warnings
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.settings import CorpusSettings
+from carryon.cache.settings import CorpusSettings, DataSettings
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] + '\\n' + m['content'] }}<|end|>\n{% endfor %}"
@@ -48,7 +51,8 @@ def test_each_assistant_turn_through_its_end_of_turn_token_is_a_target(tmp_path:
         *(9, 10, 11, 12, 13, 14, 15, 16, 23, 24),
         *(33, *range(34, 43), 43, 44, 45, 52, 53),
     ]
-    assert (sample.id, sample.is_held_out) == ("data-1", False)
+    assert re.fullmatch(r"data-[0-9a-f]{8}-1", sample.id)
+    assert not sample.is_held_out
     dtypes = [array.dtype for array in (sample.tokens, sample.loss_mask, sample.char_end)]
     assert dtypes == [np.int32, np.uint8, np.int32]
 
@@ -117,7 +121,6 @@ MASKED = [
     Masked("pair_auto", "auto", {"prompt": "hi", "completion": "yo"}, "yo</s>"),
     Masked("pair_completion", "completion", {"prompt": "hi", "completion": "yo"}, "yo</s>"),
     Masked("pair_all", "all", {"prompt": "hi", "completion": "yo"}, "hiyo</s>"),
-    Masked("pair_empty", "auto", {"prompt": "hi", "completion": ""}, "</s>"),
     Masked("text_auto", "auto", {"text": "hi yo"}, "hi yo</s>"),
     Masked("text_all", "all", {"text": "hi yo"}, "hi yo</s>"),
 ]
@@ -204,13 +207,14 @@ def test_all_tokens_of_one_character_are_targets(tmp_path: Path) -> None:
     assert sample.char_end[-6:].tolist() == [44, 44, 44, 44, 51, 52]
 
 
-def test_a_token_that_reaches_into_a_turn_is_a_target(tmp_path: Path) -> None:
+def test_no_token_reaches_from_the_prompt_into_a_turn(tmp_path: Path) -> None:
     messages = [HI_YO[0], {"role": "assistant", "content": "\n\nyo"}]
     tokenizer = make_tokenizer()
     sample = read_one(tmp_path, {"messages": messages}, tokenizer)
-    # the newline of "assistant\n" and the answer's first are one token
+    # in one text the newline of "assistant\n" and the answer's first would be one token
     targets = sample.tokens[sample.loss_mask == 1]
-    assert spell(tokenizer, targets) == ["\u010a\u010a", "\u010a", "y", "o", "<|end|>"]
+    assert spell(tokenizer, targets) == ["\u010a", "\u010a", "y", "o", "<|end|>"]
+    assert spell(tokenizer, sample.tokens)[19:21] == ["t", "\u010a"]
 
 
 def test_character_ends_are_those_of_the_text_where_the_tokenizer_trims_blanks(
@@ -255,41 +259,43 @@ def test_truncation_and_padding_set_on_the_tokenizer_have_no_effect(tmp_path: Pa
 @dataclass(frozen=True)
 class Long:
     id: str
-    long: Literal["truncate", "split", "skip"]
+    long: Literal["auto", "truncate", "split"]
     samples: list[tuple[str, str, list[int], list[int]]]
-    counts: dict[str, int]
+    losses: list[tuple[str, int, int]]
 
 
-# "<s>xyz</s>" is 5 tokens and the limit 2, "hi" with its frame 4
+# "<s>xyz</s>" is 5 tokens and the limit 3, "hi" with its frame 4
 LONG = [
     Long(
         "truncate",
         "truncate",
-        [("long", "<s>x", [0, 1], [0, 1]), ("data-2", "<s>h", [0, 1], [0, 1])],
-        {"samples": 2, "tokens": 4, "truncated": 2, "truncated_tokens": 5, "supervised_tokens": 2},
+        [
+            ("long", "<s>xy", [0, 1, 1], [0, 1, 2]),
+            ("two", "<s>hi", [0, 1, 1], [0, 1, 2]),
+        ],
+        [("too long, cut off", 2, 3)],
     ),
     Long(
         "split",
         "split",
         [
-            ("long#0", "<s>x", [0, 1], [0, 1]),
-            ("long#1", "yz", [0, 1], [2, 3]),  # the last piece, </s> alone, has no target
-            ("data-2#0", "<s>h", [0, 1], [0, 1]),
-            ("data-2#1", "i</s>", [0, 1], [2, 2]),
+            ("long#0", "<s>xy", [0, 1, 1], [0, 1, 2]),
+            ("long#1", "<s>z</s>", [0, 1, 1], [2, 3, 3]),
+            ("two#0", "<s>hi", [0, 1, 1], [0, 1, 2]),
+            ("two#1", "<s></s>", [0, 1], [2, 2]),
         ],
-        {
-            **{"samples": 4, "tokens": 8, "split": 2, "skipped_unsupervised": 1},
-            "supervised_tokens": 4,
-        },
+        [("split into pieces", 2, 0)],
     ),
 ]
+LONG.append(Long("auto", "auto", LONG[1].samples, LONG[1].losses))
 
 
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
-def test_long_samples_are_cut_and_counted(case: Long, tmp_path: Path) -> None:
+def test_long_texts_are_cut_and_counted(case: Long, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
-    path = write_lines(tmp_path / "data.jsonl", {"text": "xyz", "id": "long"}, {"text": "hi"})
-    corpus = read([path], tokenizer, CorpusSettings(long=case.long), max_tokens=2)
+    rows = [{"text": "xyz", "id": "long"}, {"text": "hi", "id": "two"}]
+    path = write_lines(tmp_path / "data.jsonl", *rows)
+    corpus = read([path], tokenizer, CorpusSettings(long=case.long), max_tokens=3)
     samples = [
         (
             sample.id,
@@ -300,15 +306,25 @@ def test_long_samples_are_cut_and_counted(case: Long, tmp_path: Path) -> None:
         for sample in corpus.samples
     ]
     assert samples == case.samples
-    assert corpus.counts == {**NO_COUNTS, "records": 2, **case.counts}
+    assert len({sample.group for sample in corpus.samples}) == 2  # one a record
+    assert losses(corpus) == case.losses
 
 
-def test_long_samples_are_skipped_and_counted(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "data.jsonl", {"text": "xyz"}, {"text": "hi"})
+def test_pieces_may_begin_without_start_tokens(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"text": "xyzxy"})
+    settings = CorpusSettings(start_pieces=False)
+    tokenizer = make_tokenizer()
+    corpus = read([path], tokenizer, settings, max_tokens=3)
+    texts = [tokenizer.decode(sample.tokens) for sample in corpus.samples]
+    assert texts == ["<s>xy", "zxy"]  # the last piece, </s> alone, has no target
+
+
+def test_long_samples_are_left_out_and_counted_by_long_skip(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"text": "xyz"}, {"text": "hi", "id": "two"})
     corpus = read([path], make_tokenizer(), CorpusSettings(long="skip"), max_tokens=4)
-    assert [sample.id for sample in corpus.samples] == ["data-2"]
-    kept = {"records": 2, "samples": 1, "tokens": 4, "supervised_tokens": 3}
-    assert corpus.counts == {**NO_COUNTS, **kept, "skipped_long": 1}
+    assert [sample.id for sample in corpus.samples] == ["two"]
+    assert corpus.counts == {"records": 2, "samples": 1, "tokens": 4, "supervised_tokens": 3}
+    assert losses(corpus) == [("too long, left out", 1, 5)]
 
 
 def test_a_long_sample_is_refused_with_its_size_by_long_error(tmp_path: Path) -> None:
@@ -322,50 +338,30 @@ def test_a_sample_whose_targets_are_cut_off_is_left_out_and_counted(tmp_path: Pa
     path = write_lines(
         tmp_path / "data.jsonl",
         {"prompt": "hixyz", "completion": "a"},
-        {"prompt": "h", "completion": "xyz"},
-        {"messages": HI_YO[:1]},  # no assistant turn at all
+        {"prompt": "h", "completion": "xyz", "id": "kept"},
+        {"prompt": "h", "completion": ""},  # to answer nothing is not learned
     )
     corpus = read([path], make_tokenizer(), max_tokens=5)
-    assert [sample.id for sample in corpus.samples] == ["data-2"]
-    assert corpus.counts == {
-        **NO_COUNTS,
-        **{"records": 3, "samples": 1, "tokens": 5, "supervised_tokens": 3},
-        # 8, 6 and 10 tokens, each cut to 5
-        **{"truncated": 3, "truncated_tokens": 3 + 1 + 5, "skipped_unsupervised": 2},
-    }
+    assert [sample.id for sample in corpus.samples] == ["kept"]
+    assert corpus.counts == {"records": 3, "samples": 1, "tokens": 5, "supervised_tokens": 3}
+    # 8 and 6 tokens, each cut to 5, of which the first has no target left
+    assert losses(corpus) == [("too long, cut off", 2, 4), ("no target", 2, 5)]
 
 
 def test_a_corpus_without_any_target_is_refused(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "data.jsonl", {"messages": HI_YO[:1]}, {"text": "x" * 10})
-    text = r"data\.jsonl: expected records with .* of 2 1 are too long and 1 have no target\. Fix: "
-    with pytest.raises(InputError, match=text):
+    path = write_lines(tmp_path / "data.jsonl", {"messages": HI_YO[:1]})
+    with pytest.raises(InputError, match=r"targets, got none in 1 records \(no target: 1\)\. Fix"):
         read([path], make_tokenizer(), CorpusSettings(long="skip"), max_tokens=10)
 
 
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "data.jsonl")
-    with pytest.raises(InputError, match=r"expected at least one record, got none in data\.jsonl"):
+    with pytest.raises(InputError, match=r"expected at least one record, got none in .*data\.jsonl"):
         read([path], make_tokenizer())
     with pytest.raises(InputError, match=r"expected at least one record, got none in no file"):
         read([], make_tokenizer())
     with pytest.raises(MissingError, match=r"gone\.txt: no such file"):
         read([tmp_path / "gone.txt"], make_tokenizer())
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "long", "ranges"),
-    [
-        (6, "error", [range(6)]),
-        (7, "truncate", [range(6)]),
-        (7, "skip", []),
-        (7, "split", [range(6), range(6, 7)]),
-        (12, "split", [range(6), range(6, 12)]),
-    ],
-)
-def test_cuts_are_made_at_the_limit(
-    num_tokens: int, long: Literal["truncate", "split", "skip", "error"], ranges: list[range]
-) -> None:
-    assert cut_ranges(num_tokens, max_tokens=6, long=long) == ranges
 
 
 def test_a_limit_without_room_for_a_target_is_refused(tmp_path: Path) -> None:
@@ -378,14 +374,15 @@ def test_a_piece_may_not_have_the_id_of_a_record(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "data.jsonl", {"text": "xyzxyz", "id": "a"}, {"text": "x", "id": "a#1"}
     )
-    with pytest.raises(InputError, match="sample 'a#1': id of a record and of a piece"):
+    with pytest.raises(InputError, match=r"data\.jsonl:2: id 'a#1': expected .*data\.jsonl:1"):
         read([path], make_tokenizer(), CorpusSettings(long="split"), max_tokens=4)
 
 
-def test_a_piece_needs_room_for_its_number_in_the_id(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "data.jsonl", {"text": "xyzxyz", "id": "a" * 254})
-    with pytest.raises(InputError, match=r"data\.jsonl:1: id of piece 0 .* 1 to 255 .*got 256"):
-        read([path], make_tokenizer(), CorpusSettings(long="split"), max_tokens=4)
+def test_two_records_of_one_id_are_refused_with_their_places(tmp_path: Path) -> None:
+    rows = [{"text": "x", "id": "a"}, {"text": "y"}, {"text": "z", "id": "a"}]
+    path = write_lines(tmp_path / "data.jsonl", *rows)
+    with pytest.raises(InputError, match=r"data\.jsonl:3: id 'a': expected .*data\.jsonl:1"):
+        read([path], make_tokenizer())
 
 
 def test_held_out_records_make_held_out_samples(tmp_path: Path) -> None:
@@ -393,7 +390,7 @@ def test_held_out_records_make_held_out_samples(tmp_path: Path) -> None:
         tmp_path / "data.jsonl", {"text": "a"}, {"text": "xyzxyz", "split": "held-out"}
     )
     corpus = read([path], make_tokenizer(), CorpusSettings(long="split"), max_tokens=4)
-    assert [sample.is_held_out for sample in corpus.samples] == [False, True, True]
+    assert [sample.is_held_out for sample in corpus.samples] == [False, True, True, True]
 
 
 def test_the_fingerprint_is_that_of_the_samples_in_order(tmp_path: Path) -> None:
@@ -405,7 +402,7 @@ def test_the_fingerprint_is_that_of_the_samples_in_order(tmp_path: Path) -> None
         [first, {**second, "id": "3"}],
         [first, {**second, "text": "xc"}],
         [first, {**second, "split": "held-out"}],
-        [first, {"prompt": "x", "completion": "b", "id": "2"}],
+        [{"prompt": "x", "completion": "b", "id": "2"}],
     ]
     tokenizer, fingerprints = make_tokenizer(), []
     for number, rows in enumerate(variants):
@@ -417,40 +414,219 @@ def test_the_fingerprint_is_that_of_the_samples_in_order(tmp_path: Path) -> None
 
 
 def test_files_are_described_in_order(tmp_path: Path) -> None:
-    paths = [write_lines(tmp_path / name, {"text": "hi"}) for name in ("b.jsonl", "a.jsonl")]
+    paths = [write_lines(tmp_path / f"{name}.jsonl", {"text": f"h{name}"}) for name in ("b", "a")]
     corpus = read(paths, make_tokenizer())
     assert [(file["name"], file["bytes"]) for file in corpus.files] == [
         ("b.jsonl", 15),
         ("a.jsonl", 15),
     ]
-    assert [sample.id for sample in corpus.samples] == ["b-1", "a-1"]
+    assert [sample.id[:2] for sample in corpus.samples] == ["b-", "a-"]
 
 
-def test_more_than_one_batch_of_records_is_read_in_order(tmp_path: Path) -> None:
-    # 700 kB of a field that is ignored: two of these lines make a batch
-    rows = [{"text": letter, "note": " " * 700_000} for letter in "xyz"]
-    corpus = read([write_lines(tmp_path / "data.jsonl", *rows)], make_tokenizer())
-    assert [sample.id for sample in corpus.samples] == ["data-1", "data-2", "data-3"]
-    assert corpus.counts["records"] == 3
+def test_shards_are_read_by_processes_in_order(tmp_path: Path) -> None:
+    # 3 MB of a field that is ignored: two of these lines make a shard
+    rows = [{"text": f"{letter}ab", "note": " " * 3_000_000} for letter in "vwxyz"]
+    path = write_lines(tmp_path / "data.jsonl", *rows)
+    tokenizer = make_tokenizer()
+    corpora = [
+        read_corpus(
+            [path],
+            tokenizer,
+            settings=CorpusSettings(),
+            data_settings=DataSettings(workers=workers),
+            max_tokens=9,
+            folder=tmp_path / f"cache{workers}",
+        )
+        for workers in (1, 2)
+    ]
+    for corpus in corpora:
+        texts = [tokenizer.decode(sample.tokens) for sample in corpus.samples]
+        assert texts == [f"<s>{letter}ab</s>" for letter in "vwxyz"]
+        assert [sample.id[-1] for sample in corpus.samples] == list("12345")
+    assert corpora[0].fingerprint == corpora[1].fingerprint
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(template=REWRITING_TEMPLATE)
-    with pytest.raises(
-        InputError,
-        match=r"data\.jsonl:1: messages\[1\]: the chat template rewrites earlier turns .* "
-        r"completion \(the last turn only\) or all, or give prompt and completion",
-    ):
-        read_one(tmp_path, {"messages": TWO_TURNS}, tokenizer)
+def test_a_fault_in_a_process_is_the_error_of_the_call(tmp_path: Path) -> None:
+    rows = [{"text": "ab", "note": " " * 5_000_000}, {"text": "ab"}, {"text": 7}]
+    path = write_lines(tmp_path / "data.jsonl", *rows)
+    with pytest.raises(InputError, match=r"data\.jsonl:3: text: expected"):
+        read([path], make_tokenizer())
+    assert not list((tmp_path / "cache").rglob("*.partial*"))
 
 
-def test_the_last_turn_of_a_template_that_rewrites_earlier_ones_can_be_a_target(
-    tmp_path: Path,
+def test_a_second_reading_of_the_same_data_finds_the_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"text": "xa", "id": "1"})
+    tokenizer = make_tokenizer()
+    first = read([path], tokenizer)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("tokenized again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Converter, "convert", fail)
+        again = read([path], tokenizer)
+        assert (again.fingerprint, again.counts) == (first.fingerprint, first.counts)
+        with pytest.raises(AssertionError, match="tokenized again"):
+            read([path], tokenizer, max_tokens=99)
+    # a file of the cache that was cut off is made again
+    (shard,) = (tmp_path / "cache" / "samples").glob("*/000000.arrow")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    assert read([path], tokenizer).fingerprint == first.fingerprint
+
+
+def test_bad_rows_are_refused_or_listed(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "ab", "id": "a"}\n{"text": 7}\n{"tex\n')
+    tokenizer = make_tokenizer()
+    with pytest.raises(InputError, match=r"data\.jsonl:2: text: expected a string"):
+        read([path], tokenizer)
+    corpus = read([path], tokenizer, data_settings=DataSettings(bad_rows="skip"))
+    assert [sample.id for sample in corpus.samples] == ["a"]
+    assert losses(corpus) == [("bad row", 2, 0)]
+    assert [row["where"] for row in corpus.skipped] == [f"{path}:2", f"{path}:3"]
+    assert "malformed JSON" in corpus.skipped[1]["problem"]
+    assert any("bad row: 2 of 3 records" in line for line in warnings(corpus.report))
+
+
+def test_a_template_that_rewrites_earlier_turns_makes_a_sample_of_each(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(template=REWRITING_TEMPLATE)
-    settings = CorpusSettings(mask="completion")
+    path = write_lines(tmp_path / "data.jsonl", {"messages": TWO_TURNS, "id": "chat"})
+    corpus = read([path], tokenizer)
+    assert [sample.id for sample in corpus.samples] == ["chat@1", "chat@3"]
+    assert len({sample.group for sample in corpus.samples}) == 1
+    assert [
+        tokenizer.decode(sample.tokens[sample.loss_mask == 1]) for sample in corpus.samples
+    ] == [
+        "think yo<|end|>",
+        "think z<|end|>",
+    ]
+    prompt = "<|start|>user\nhi<|end|>\n<|start|>assistant\nyo<|end|>\n<|start|>user\nx<|end|>\n"
+    assert str(tokenizer.decode(corpus.samples[1].tokens)).startswith(prompt)
+    note = "one sample per turn, as the chat template rewrites earlier turns"
+    assert (note, 1, 0) in losses(corpus)
+
+
+@pytest.mark.parametrize(
+    "settings", [CorpusSettings(mask="completion"), CorpusSettings(turns="last")]
+)
+def test_the_last_turn_alone_can_be_learned(settings: CorpusSettings, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=REWRITING_TEMPLATE)
     sample = read_one(tmp_path, {"messages": TWO_TURNS}, tokenizer, settings)
     assert tokenizer.decode(sample.tokens[sample.loss_mask == 1]) == "think z<|end|>"
+
+
+def test_of_turns_whose_prompts_fill_a_sample_the_rest_is_counted(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=REWRITING_TEMPLATE)
+    path = write_lines(tmp_path / "data.jsonl", {"messages": TWO_TURNS * 9})
+    corpus = read([path], tokenizer, max_tokens=60)
+    assert len(corpus.samples) == 2
+    assert ("prompt longer than a sample", 16, 0) in losses(corpus)
+
+
+def test_a_long_conversation_has_the_targets_of_a_short_one(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    messages = [
+        {"role": role, "content": f"{role[0]}{number}"}
+        for number in range(300)
+        for role in ("user", "assistant")
+    ]
+    system = {"role": "system", "content": "be brief"}
+    for head in ([], [system]):
+        path = write_lines(tmp_path / "data.jsonl", {"messages": [*head, *messages]})
+        corpus = read([path], tokenizer, max_tokens=20_000)
+        (sample,) = corpus.samples
+        expected = "".join(f"a{number}<|end|>" for number in range(300))
+        assert tokenizer.decode(sample.tokens[sample.loss_mask == 1]) == expected
+
+
+def test_a_long_conversation_of_a_template_that_rewrites_turns_is_noticed(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=REWRITING_TEMPLATE)
+    path = write_lines(tmp_path / "data.jsonl", {"messages": TWO_TURNS * 20})
+    corpus = read([path], tokenizer, max_tokens=20_000)
+    assert len(corpus.samples) == 40
+    assert all((sample.loss_mask == 1).sum() in (8, 9) for sample in corpus.samples)
+
+
+def test_a_preference_pair_is_two_samples_of_one_group(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    row = {"prompt": HI_YO[:1], "chosen": HI_YO[1:], "rejected": [{**HI_YO[1], "content": "no"}]}
+    path = write_lines(tmp_path / "data.jsonl", {**row, "id": "pair"})
+    corpus = read([path], tokenizer)
+    assert [(sample.id, sample.role) for sample in corpus.samples] == [
+        ("pair/chosen", 1),
+        ("pair/rejected", 2),
+    ]
+    assert len(set(corpus.samples.groups.tolist())) == 1
+    targets = [tokenizer.decode(sample.tokens[sample.loss_mask == 1]) for sample in corpus.samples]
+    assert targets == ["yo<|end|>", "no<|end|>"]
+    assert corpus.kinds == {"preference pair": 2}
+
+
+DROPPING_TEMPLATE = TEMPLATE.replace("in messages %}", "in messages if m['role'] != 'system' %}")
+
+
+def test_a_template_that_drops_a_message_is_refused_or_counted(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=DROPPING_TEMPLATE)
+    # "i" stands in the rendering, but not as this message
+    rows = [
+        {"messages": [{"role": "system", "content": "i"}, *HI_YO]},
+        {"messages": HI_YO, "id": "kept"},
+    ]
+    path = write_lines(tmp_path / "data.jsonl", *rows)
+    with pytest.raises(
+        InputError,
+        match=r"data\.jsonl:1: messages\[0\]: the chat template of tiny does not write the content "
+        r"of this system message\. Fix: --chat-template FILE .*--drop-unfit",
+    ):
+        read([path], tokenizer)
+    corpus = read([path], tokenizer, data_settings=DataSettings(drop_unfit=True))
+    assert [sample.id for sample in corpus.samples] == ["kept"]
+    assert losses(corpus) == [("unfit for the chat template", 1, 0)]
+
+
+def test_a_target_without_an_end_token_is_a_warning(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = make_tokenizer(template=template)
+    path = write_lines(tmp_path / "data.jsonl", {"messages": HI_YO})
+    corpus = read([path], tokenizer)
+    assert any("target without an end token" in line for line in warnings(corpus.report))
+    assert not warnings(read([path], make_tokenizer()).report)
+
+
+def test_start_and_end_tokens_in_a_text_are_not_added_again(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    for record in ({"text": "<s>ab</s>"}, {"prompt": "<s>a", "completion": "b</s>"}):
+        sample = read_one(tmp_path, record, tokenizer)
+        assert tokenizer.decode(sample.tokens) == "<s>ab</s>"
+        assert sample.loss_mask[-1] == 1
+
+
+def test_a_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"text": "ab", "id": "mine"})
+    tokenizer = make_tokenizer()
+    with pytest.raises(
+        InputError, match=r"data\.jsonl:1: sample 'mine': token .* below 200, the rows"
+    ):
+        read_corpus([path], tokenizer, settings=CorpusSettings(), max_tokens=9, vocab_size=200)
+
+
+def test_a_text_in_windows_has_the_tokens_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    words = ["ab", "a", "  b", "\n\n", "\u00e9\u65e5", "x" * 300, "\t", "y."]
+    text = " ".join(rng.choice(words, size=3000))
+    tokenizer = make_tokenizer()
+    whole = read_one(tmp_path, {"text": text}, tokenizer, max_tokens=1_000_000)
+    monkeypatch.setattr("carryon.cache.corpus.tokenize.WINDOW_CHARS", 2000)
+    monkeypatch.setattr("carryon.cache.corpus.tokenize._MARGIN_CHARS", 400)
+    parts = read_one(tmp_path, {"text": text}, tokenizer, max_tokens=1_000_001)
+    assert parts.tokens.tolist() == whole.tokens.tolist()
+    assert parts.char_end.tolist() == whole.char_end.tolist()
+    assert parts.tokens[1:-1].tolist() == tokenizer.encode(text)[1:]
 
 
 @dataclass(frozen=True)
@@ -462,10 +638,9 @@ class BadChat:
 
 
 BAD_CHATS = [
-    BadChat("none", None, HI_YO, r"tokenizer 'tiny' has no chat template: .* with prompt and"),
+    BadChat("none", None, HI_YO, r"tokenizer 'tiny' has no chat template.*or records of prompt"),
     BadChat("refuses", "{{ raise_exception('be nice') }}", HI_YO, r"refuses .*: be nice"),
-    BadChat("fails", "{{ messages[0]['content'] + 1 }}", HI_YO, r"template refuses the messages"),
-    BadChat("assistant_first", TEMPLATE, HI_YO[1:], r"messages\[0\]: expected a system or user"),
+    BadChat("fails", "{{ messages[0]['content'] + 1 }}", HI_YO, r"tiny refuses the messages"),
 ]
 
 
@@ -477,7 +652,7 @@ def test_messages_that_cannot_be_rendered_are_refused(case: BadChat, tmp_path: P
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
-    text = r"data\.jsonl:1: expected valid Unicode, got half .* '\\ud83d' at character 1"
+    text = r"data\.jsonl:1: text: expected valid Unicode, got half .* '\\ud83d' at character 1"
     with pytest.raises(InputError, match=text):
         read_one(tmp_path, {"text": "a\ud83d"}, make_tokenizer())
 
@@ -500,13 +675,10 @@ def test_a_tokenizer_without_end_of_text_takes_messages_only(tmp_path: Path) -> 
         read_one(tmp_path, {"text": "a"}, tokenizer)
 
 
-NO_COUNTS = dict.fromkeys(
-    (
-        *("records", "samples", "tokens", "supervised_tokens", "truncated", "truncated_tokens"),
-        *("split", "skipped_long", "skipped_unsupervised"),
-    ),
-    0,
-)
+def losses(corpus: Corpus) -> list[tuple[str, int, int]]:
+    """Return (reason, records, tokens) of all that the report counts."""
+    report = corpus.report
+    return [(loss.reason, loss.records, loss.tokens) for loss in (*report.losses, *report.notes)]
 
 
 def make_tokenizer(
@@ -544,10 +716,17 @@ def read(
     tokenizer: PreTrainedTokenizerFast,
     settings: CorpusSettings | None = None,
     max_tokens: int = 100,
+    data_settings: DataSettings | None = None,
 ) -> Corpus:
     """Read a corpus, with the default settings if none are given."""
     return read_corpus(
-        paths, tokenizer, settings=settings or CorpusSettings(), max_tokens=max_tokens
+        paths,
+        tokenizer,
+        settings=settings or CorpusSettings(),
+        data_settings=data_settings,
+        max_tokens=max_tokens,
+        end_tokens=tokenizer.convert_tokens_to_ids(["<|end|>", "</s>"]),
+        folder=paths[0].parent / "cache" if paths else None,
     )
 
 
@@ -556,9 +735,11 @@ def read_one(
     record: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     settings: CorpusSettings | None = None,
+    max_tokens: int = 100,
 ) -> Sample:
     """Write one record to a file in `folder`, read it, and return its only sample."""
-    (sample,) = read([write_lines(folder / "data.jsonl", record)], tokenizer, settings).samples
+    path = write_lines(folder / "data.jsonl", record)
+    (sample,) = read([path], tokenizer, settings, max_tokens).samples
     return sample
 
 
