@@ -17,12 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.base.loading import locate_base, read_tokenizer
-from carryon.cache.corpus.dataset import Sample, read_corpus
-from carryon.cache.corpus.files import Data, open_data
-from carryon.cache.corpus.records import Record, read_records
+from carryon.cache.corpus.contents import Chat, Completion, Text
+from carryon.cache.corpus.dataset import cache_folder, read_corpus
+from carryon.cache.corpus.files import plan_shards, read_shard
+from carryon.cache.corpus.messages import TRAINED_ROLES
+from carryon.cache.corpus.records import Record, read_record
+from carryon.cache.corpus.rows import BadRow, Data
+from carryon.cache.corpus.samples import Sample, hash_id
+from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError
 from carryon.cache.files import write_file, write_json
-from carryon.cache.settings import CorpusSettings
+from carryon.cache.settings import CorpusSettings, DataSettings
 from carryon.tools.compare.settings import CompareSettings
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, hash_ngrams
 
@@ -75,11 +80,10 @@ def prepare_material(
     )
     if not facts_file.exists():
         halves = []
-        for records in _split(list(read_records(open_data(data)[1]))):
+        for records in _split(list(_read_records(data))):
             rows = list(_cut(records, tokenizer, settings.window_tokens))
             rows = [rows[index] for index in np.random.default_rng(0).permutation(len(rows))]
-            by_id = {sample.id: sample for sample in _read(rows, tokenizer)}
-            halves.append([(row, by_id[row["id"]]) for row in rows if row["id"] in by_id])
+            halves.append(_pair(rows, _read(rows, tokenizer)))
         train, held_out, facts = _separate(halves[0], halves[1], settings)
         _write(train_file, train)
         _write(held_out_file, held_out)
@@ -139,6 +143,15 @@ def iter_steps(
         epoch += 1
 
 
+def _read_records(data: Data) -> Iterator[Record]:
+    sources = open_sources(data, DataSettings(), folder=cache_folder())
+    for shard in plan_shards(sources):
+        for row in read_shard(shard):
+            if isinstance(row, BadRow):
+                raise InputError(f"{row.where}: {row.problem}")
+            yield read_record(row)
+
+
 def _split(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """Return the training and the held-out records; every eighth is held out if none is marked."""
     held_out = {record.id for record in records if record.is_held_out}
@@ -155,12 +168,10 @@ def _split(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
 def _cut(records: Iterable[Record], tokenizer: Any, window_tokens: int) -> Iterator[Row]:  # noqa: ANN401
     """Yield records as rows; texts in windows that end between two tokens."""
     for record in records:
-        if not isinstance(record.content, str):
-            names = ("messages",) if isinstance(record.content, list) else ("prompt", "completion")
-            values = [record.content] if len(names) == 1 else record.content
-            yield {"id": record.id, **dict(zip(names, values, strict=True))}
+        if not isinstance(record.content, Text):
+            yield {"id": record.id, **_fields(record)}
             continue
-        text = record.content
+        text = record.content.text
         encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         ends = [end for _, end in encoding["offset_mapping"]]
         cuts = [0, *ends[window_tokens - 1 :: window_tokens]]
@@ -169,6 +180,44 @@ def _cut(records: Iterable[Record], tokenizer: Any, window_tokens: int) -> Itera
             if number and stop == len(text) and len(ends) % window_tokens < window_tokens // 4:
                 continue  # a short end says little about its text
             yield {"id": f"{record.id}/{number}", "text": text[first:stop]}
+
+
+def _fields(record: Record) -> Row:
+    """Return the fields that read as the content of a record."""
+    content = record.content
+    if isinstance(content, Completion):
+        return {"prompt": content.prompt, "completion": content.completion}
+    if not isinstance(content, Chat):
+        raise InputError(
+            f"{record.where}: expected chats, completions or texts, got a preference pair. "
+            "Fix: leave out such records"
+        )
+    messages = [
+        {**message, "weight": 0} if message["role"] in TRAINED_ROLES and not is_trained else message
+        for message, is_trained in zip(content.messages, content.is_trained, strict=True)
+    ]
+    row: Row = {"messages": messages, "tools": content.tools}
+    row["chat_template_kwargs"] = content.template_kwargs
+    return {name: value for name, value in row.items() if value}
+
+
+def _pair(rows: Sequence[Row], samples: Sequence[Sample]) -> list[Pair]:
+    """Return each row that has a sample with it.
+
+    Raises:
+        InputError: a row has several, so lines and samples would not be the same in number.
+    """
+    by_row: dict[int, Sample] = {}
+    for sample in samples:
+        if sample.group in by_row:
+            raise InputError(
+                f"data: expected one sample a record, got {by_row[sample.group].id} and "
+                f"{sample.id}: the chat template rewrites earlier turns. Fix: give chats of one "
+                "assistant turn"
+            )
+        by_row[sample.group] = sample
+    keys = [hash_id(row["id"]) for row in rows]
+    return [(row, by_row[key]) for row, key in zip(rows, keys, strict=True) if key in by_row]
 
 
 def _separate(
@@ -236,6 +285,5 @@ def _write(path: Path, pairs: Sequence[Pair]) -> None:
 
 
 def _read(data: Data, tokenizer: Any) -> list[Sample]:  # noqa: ANN401
-    return read_corpus(
-        data, tokenizer, settings=corpus_settings(), max_tokens=tokenizer.model_max_length
-    ).samples
+    limit = tokenizer.model_max_length
+    return list(read_corpus(data, tokenizer, settings=corpus_settings(), max_tokens=limit).samples)

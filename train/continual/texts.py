@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.corpus.sources import describe_file, list_files
-from carryon.cache.errors import InputError
+from carryon.cache.corpus.dataset import cache_folder
+from carryon.cache.corpus.rows import Source
+from carryon.cache.corpus.sources import open_sources
+from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.files import write_json
 from carryon.cache.format.manifest import CorpusPart, manifest_path, read_manifest
-from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
+from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage_dir import Lineage, refuse_changed_base
 from carryon.train.kinds import get_kind
@@ -23,6 +25,7 @@ def extract_texts(
     base: str,
     stores: Sequence[str],
     settings: TrainSettings,
+    data_settings: DataSettings,
 ) -> None:
     """Extract texts into a store as its next part; texts that are already a part are skipped.
 
@@ -31,10 +34,11 @@ def extract_texts(
 
     Args:
         lineage: the lineage, whose base must be the same.
-        data: files of the texts, or folders of such files.
+        data: files of the texts, folders of such files, or hub ids.
         base: hub id, folder or .gguf file.
         stores: folder of one store, created if missing.
         settings: settings of the lineage.
+        data_settings: how the data are read.
 
     Raises:
         InputError: another base, more than one store, or an error of `extract`.
@@ -62,36 +66,57 @@ def extract_texts(
         carryon = resolve_taps(settings.carryon, loaded.identity.num_layers)
         needs_blocks = get_kind(carryon.kind).needs_blocks
         given = {"taps": stream_taps(carryon), "with_blocks": carryon.blocks * needs_blocks}
-    remember_texts(lineage.root, data)
-    forward = ForwardSettings(device=settings.run.device)
-    extract(base=loaded, data=data, out=root, append=old is not None, forward=forward, **given)
+    remember_texts(lineage.root, data, data_settings)
+    extract(
+        base=loaded,
+        data=data,
+        out=root,
+        append=old is not None,
+        forward=ForwardSettings(device=settings.run.device),
+        data_settings=data_settings,
+        **given,
+    )
 
 
-def remember_texts(root: Path, data: Sequence[str]) -> None:
-    """Record the paths of texts in LINEAGE/texts.json, so that another base can extract them."""
-    digests = {describe_file(file)["sha256"]: str(file.resolve()) for file in list_files(data)}
-    write_json(root / "texts.json", _known_texts(root) | digests)
+def remember_texts(root: Path, data: Sequence[str], settings: DataSettings) -> None:
+    """Record where texts are in LINEAGE/texts.json, so that another base can extract them."""
+    sources = open_sources(data, settings, folder=cache_folder())
+    write_json(root / "texts.json", _known_texts(root) | {x.sha256: _place(x) for x in sources})
 
 
-def find_texts(root: Path, parts: Sequence[CorpusPart]) -> list[str]:
-    """Return the files that parts of a store were extracted from.
+def find_texts(root: Path, parts: Sequence[CorpusPart], settings: DataSettings) -> list[str]:
+    """Return the files, and data sets on the hub, that parts of a store were extracted from.
 
     Raises:
         InputError: names those that were moved or changed.
     """
     known = _known_texts(root)
-    paths: list[str] = []
+    places: list[str] = []
     missing: list[str] = []
     for file in (file for part in parts for file in part.files):
-        path = Path(known.get(file["sha256"], ""))
-        is_same = path.is_file() and describe_file(path)["sha256"] == file["sha256"]
-        (paths if is_same else missing).append(str(path) if is_same else file["name"])
-    if missing or not paths:
+        place = known.get(file["sha256"], "")
+        is_same = place and file["sha256"] in _digests(place, settings)
+        (places if is_same else missing).append(place if is_same else file["name"])
+    if missing or not places:
         raise InputError(
             f"{root}: expected the unchanged texts of its increments, to extract them again; not "
             f"found: {', '.join(missing) or 'any'}. Fix: give them with --data"
         )
-    return paths
+    return places
+
+
+def _place(source: Source) -> str:
+    """Return the absolute path of a source, or its name on the hub."""
+    path = Path(source.name)
+    return str(path.resolve()) if path.exists() else source.name
+
+
+def _digests(place: str, settings: DataSettings) -> set[str]:
+    """Return the digests of the sources at a place; none if it cannot be read."""
+    try:
+        return {source.sha256 for source in open_sources(place, settings, folder=cache_folder())}
+    except CarryOnError:
+        return set()
 
 
 def _known_texts(root: Path) -> dict[str, str]:
