@@ -197,4 +197,5 @@ def _row(
         num_bytes=num_bytes,
         is_held_out=source.is_held_out,
         expected=source.expected,
+        has_filled_nulls=source.kind == "table",
     )
