@@ -126,7 +126,7 @@ class ChatTemplate:
         }
         source = self._source(chat)
         try:
-            template: Any = _compile_jinja_template(source)  # type: ignore[no-untyped-call]
+            template: Any = _compile_jinja_template(source)
             if spans is None:
                 return str(template.render(**variables))
             blocks: list[str] = []

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,6 @@ class _Piece:
     tokens: Tokens
     loss_mask: NDArray[np.uint8]
     role: int = 0
-    policy: str = "truncate"
 
 
 class Converter:
@@ -153,12 +152,13 @@ class Converter:
             yield from self._chat(content, chosen_mask, record, tally)
         elif isinstance(content, Pair):
             for role, half in enumerate((content.chosen, content.rejected), start=1):
-                read = self._chat if isinstance(half, Chat) else self._completion
-                for piece in read(half, "completion", record, tally):  # type: ignore[operator]
-                    suffix = f"/{ROLES[role]}"
-                    yield _Piece(
-                        suffix=suffix, tokens=piece.tokens, loss_mask=piece.loss_mask, role=role
-                    )
+                pieces = (
+                    self._chat(half, "completion", record, tally)
+                    if isinstance(half, Chat)
+                    else self._completion(half, "completion", record, tally)
+                )
+                for piece in pieces:
+                    yield replace(piece, suffix=f"/{ROLES[role]}", role=role)
 
     def _check_mask(self, record: Record) -> str:
         kind, masks = _MASKS[type(record.content)]
@@ -240,8 +240,8 @@ class Converter:
 
     def _is_beyond(self, piece: _Piece) -> bool:
         """Tell whether a piece would lose all its targets by being cut off."""
-        is_cut = self._settings.long in ("auto", "truncate")
-        return is_cut and piece.loss_mask.any() and not piece.loss_mask[: self._max_tokens].any()
+        first = int(np.argmax(piece.loss_mask)) if piece.loss_mask.any() else 0
+        return first >= self._max_tokens and self._settings.long in ("auto", "truncate")
 
     def _encode_whole(self, rendering: Rendering) -> Tokens | None:
         """Return the tokens of a text, None if a prompt alone would have others."""

@@ -128,12 +128,12 @@ class Encoder:
                 first, since, is_next = number, int(tokens.starts[number]), False
                 break
         expected = self._cached_ids(text[since:cut], is_next=is_next)
-        return expected == tokens.ids[first:stop].tolist()
+        return bool(expected == tokens.ids[first:stop].tolist())
 
     def _cached_ids(self, text: str, *, is_next: bool) -> list[int]:
         key = f"{is_next:d}{text}"
         if key not in self._cache:
-            ids = (self.encode_next if is_next else self.encode)(text).ids.tolist()
+            ids: list[int] = (self.encode_next if is_next else self.encode)(text).ids.tolist()
             if len(text) > _CACHED_CHARS or len(self._cache) >= _CACHED_TEXTS:
                 return ids
             self._cache[key] = ids
