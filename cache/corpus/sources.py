@@ -101,7 +101,8 @@ def _open_data(data: object, settings: DataSettings, folder: Path) -> Iterator[S
     items = iter([data] if isinstance(data, str | Path) else data)
     first = next(items, None)
     if first is not None and not isinstance(first, str | Path):
-        yield _open_rows(chain([first], items), folder, split="")
+        rows = chain([first], items)
+        yield _open_rows(rows, folder, split="", is_table=_is_table(data))
         return
     places: list[Part | HubName] = []
     for item in [] if first is None else [first, *items]:
@@ -109,6 +110,11 @@ def _open_data(data: object, settings: DataSettings, folder: Path) -> Iterator[S
             raise InputError(f"data: expected paths only, got {type(item).__name__} among them")
         places += _locate(str(item))
     _refuse_twice(place.path for place in places if isinstance(place, Part))
+    if settings.data_config and not any(isinstance(place, HubName) for place in places):
+        raise InputError(
+            f"data_config: expected data on the hub, got files for {settings.data_config}. "
+            "Fix: leave out --data-config"
+        )
     for place in places:
         if isinstance(place, HubName):
             yield from _open_hub(place, settings.data_config, folder)
@@ -224,10 +230,23 @@ def _open_mapping(data: Mapping[Any, Any], folder: Path) -> Iterator[Source]:
             f"{names}. Fix: {fix}"
         )
     for split, rows in data.items():
-        yield _open_rows(rows, folder, split=str(split))
+        yield _open_rows(rows, folder, split=str(split), is_table=_is_table(rows))
 
 
-def _open_rows(rows: Iterable[Any], folder: Path, *, split: str) -> Source:
+def _is_table(rows: object) -> bool:
+    """Tell whether rows are a `datasets.Dataset`."""
+    return hasattr(rows, "features")
+
+
+def _without_nulls(value: Any) -> Any:  # noqa: ANN401 -- of JSON
+    """Return a row without the keys that a table fills in because another row has them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
+
+
+def _open_rows(rows: Iterable[Any], folder: Path, *, split: str, is_table: bool) -> Source:
+    rows = map(_without_nulls, rows) if is_table else rows
     origin = f" of {split}" if split else ""
     path, scan = spool_rows(rows, folder=folder, origin=origin)
     return Source(

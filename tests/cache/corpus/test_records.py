@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_stores import error_of
 
+from carryon.cache.corpus.files import plan_shards, read_shard
 from carryon.cache.corpus.records import (
     MAX_ID_BYTES,
     Chat,
@@ -23,7 +25,9 @@ from carryon.cache.corpus.records import (
     refuse_shared_texts,
 )
 from carryon.cache.corpus.rows import Row
+from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError
+from carryon.cache.settings import DataSettings
 
 USER = {"role": "user", "content": "hi"}
 REPLY = {"role": "assistant", "content": "yes"}
@@ -501,3 +505,40 @@ def test_equal_texts_in_both_halves_are_refused() -> None:
     held_out += [{"id": "e", "text": "one"}, {"id": "f", "text": "one"}]
     with pytest.raises(InputError, match="got 2 that are equal, the first is e"):
         refuse_shared_texts(train, held_out)
+
+
+def test_nulls_are_those_of_the_user_in_json_and_of_the_format_in_tables(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls: list[dict[str, Any]] = [{"city": "Rome", "unit": None}, {"city": None, "days": 2}]
+    rows = [
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+                },
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "limits": arguments}}],
+        }
+        for arguments in calls
+    ]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dropped = [{"city": "Rome"}, {"days": 2}]
+    for data, expected in (
+        (tmp_path / "rows.jsonl", calls),
+        (tmp_path / "rows.parquet", dropped),
+        (table, dropped),
+    ):
+        sources = open_sources(data, DataSettings(), folder=tmp_path / "cache")
+        for shard in plan_shards(sources):
+            read = [read_record(row).content for row in read_shard(shard) if isinstance(row, Row)]
+        for content, arguments in zip(read, expected, strict=True):
+            assert isinstance(content, Chat)
+            (call,) = content.messages[1]["tool_calls"]
+            assert call == {"type": "function", "function": {"name": "f", "arguments": arguments}}
+            assert content.tools == [
+                {"type": "function", "function": {"name": "f", "limits": arguments}}
+            ]
