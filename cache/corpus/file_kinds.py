@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from carryon.cache.corpus.json_rows import parse_line
+from carryon.cache.corpus.json_rows import BYTE_ORDER_MARK, parse_line
 from carryon.cache.corpus.packing import MAGIC, open_file, packing_of_magic
 from carryon.cache.errors import InputError
 
@@ -68,7 +68,7 @@ def kind_by_name(path: Path) -> FileKind | None:
         return FileKind("text", packing)
     kind = _DATA.get(suffix)
     if kind == "json":
-        return FileKind(_json_kind(path, packing), packing)
+        return FileKind(_json_kind(_first_line(path, packing)), packing)
     return FileKind(kind, packing) if kind else None
 
 
@@ -92,17 +92,16 @@ def kind_by_content(path: Path) -> FileKind | None:
         return FileKind("parquet", packing)
     if head.startswith(b"ARROW1"):
         return FileKind("arrow", packing)
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"[", b"{"):
+    if head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] not in (b"[", b"{"):
         return None
-    kind = _json_kind(path, packing)
-    try:
-        with open_file(path, packing, name=str(path)) as (stream, _):
-            line = stream.readline(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
-            if kind == "json lines":
-                parse_line(line)
-            elif line[:1] == b"[" and line[1:].lstrip()[:1] not in (b"{", b""):
-                return None
-    except ValueError:
+    line = _first_line(path, packing)
+    kind = _json_kind(line)
+    if kind == "json lines":
+        try:
+            parse_line(line)
+        except ValueError:
+            return None
+    elif line[:1] == b"[" and line[1:].lstrip()[:1] not in (b"{", b""):
         return None
     return FileKind(kind, packing)
 
@@ -153,17 +152,21 @@ def _suffixes(path: Path) -> tuple[str, str]:
     return Path(path.stem).suffix.lower(), packing
 
 
-def _json_kind(path: Path, packing: str) -> Literal["json lines", "json array"]:
-    """Tell JSON lines from an array or a pretty-printed object; all is judged by the first line."""
+def _first_line(path: Path, packing: str) -> bytes:
+    """Return the first line that is not blank, without white space at its ends."""
     with open_file(path, packing, name=str(path)) as (stream, _):
-        line = b""
-        while not line.strip().removeprefix(b"\xef\xbb\xbf"):
-            line = stream.readline()
-            if not line:
-                return "json lines"
-    text = line.decode(errors="replace").removeprefix("\ufeff").strip()
-    if not text.startswith("{"):
-        return "json array" if text.startswith("[") else "json lines"
+        for line in stream:
+            line = line.removeprefix(BYTE_ORDER_MARK).strip()
+            if line:
+                return line
+    return b""
+
+
+def _json_kind(line: bytes) -> Literal["json lines", "json array"]:
+    """Tell JSON lines from an array or pretty-printed objects by the first line."""
+    if line[:1] != b"{":
+        return "json array" if line[:1] == b"[" else "json lines"
+    text = line.decode(errors="replace")
     try:
         json.loads(text)
     except json.JSONDecodeError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.corpus.file_kinds import stem_of
-from carryon.cache.corpus.json_rows import iter_values, parse_line
+from carryon.cache.corpus.json_rows import BYTE_ORDER_MARK, iter_values, parse_line
 from carryon.cache.corpus.packing import open_file
 from carryon.cache.corpus.rows import BadRow, Row, Shard, Source
 from carryon.cache.corpus.tables import read_rows
@@ -119,6 +119,8 @@ def _read_lines(shard: Shard) -> Iterator[Row | BadRow]:
                 break
             at += len(line)
             num_bytes = len(line)
+            if number == 1:
+                line = line.removeprefix(BYTE_ORDER_MARK)
             if is_packed:
                 num_bytes, before = position() - before, position()
             if line.strip() and _is_mine(number, shard):
@@ -148,20 +150,23 @@ def _read_array(shard: Shard) -> Iterator[Row | BadRow]:
                 yield _row(source, value, number, where, num_bytes)
 
 
-def _read_table(shard: Shard) -> Iterator[Row]:
+def _read_table(shard: Shard) -> Iterator[Row | BadRow]:
     source = shard.source
-    num_rows = source.marks[-1][0]
+    num_bytes = source.num_bytes // source.marks[-1][0]
     rows = read_rows(source.path, shard.start, shard.stop, name=source.name)
     for number, fields in enumerate(rows, start=shard.first_number):
         where = f"{source.name} row {number}"
-        yield _row(source, fields, number, where, source.num_bytes // max(num_rows, 1))
+        if isinstance(fields, str):
+            yield BadRow(where=where, problem=fields, num_bytes=num_bytes)
+        else:
+            yield _row(source, fields, number, where, num_bytes)
 
 
 def _read_text(source: Source) -> Iterator[Row | BadRow]:
     with open_file(source.path, source.packing, name=source.name) as (stream, _):
         data = stream.read()
     try:
-        text = str(memoryview(data)[3 * data.startswith(b"\xef\xbb\xbf") :], "utf-8")
+        text = str(memoryview(data)[3 * data.startswith(BYTE_ORDER_MARK) :], "utf-8")
     except UnicodeDecodeError as error:
         problem = (
             f"expected UTF-8 text, got the byte 0x{error.object[error.start]:02x} at "

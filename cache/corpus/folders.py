@@ -159,6 +159,8 @@ def _paths_below(folder: Path) -> list[Path]:
     for place, folders, names in os.walk(folder):
         _keep_visible(folders)
         here = Path(place)
+        if links := [here / name for name in folders if (here / name).is_symlink()]:
+            logger.warning("%s: left out: links to folders are not followed", name_some(links))
         if kind := _saved_kind(here):
             paths += [here / split for split in saved_splits(here)] if kind == "dict" else [here]
             folders.clear()

@@ -86,6 +86,8 @@ def load_splits(
         raise
     except Exception as error:  # of any library between here and the hub
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        if isinstance(error, ConnectionError):
+            reason = "the hub cannot be reached, and its cache does not hold it"
         if isinstance(error, FileNotFoundError | ConnectionError):
             raise _missing(name, reason) from error
         raise InputError(

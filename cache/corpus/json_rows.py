@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from carryon.cache.errors import InputError
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 20
 _LONGEST_WORD = 16
 """An error so near the end of the text read so far may be of a word cut off there."""
@@ -21,7 +22,7 @@ _LINE_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """Return the JSON object in `line`; a byte order mark before it is skipped.
+    """Return the JSON object in `line`.
 
     Raises:
         ValueError: it holds something else; the text, one line, says what was expected.
@@ -33,7 +34,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
             f"expected UTF-8, got the byte 0x{line[error.start]:02x} at column {error.start + 1}"
         ) from error
     try:
-        fields = _LINE_DECODER.decode(text.removeprefix("\ufeff").rstrip())
+        fields = _LINE_DECODER.decode(text.rstrip())
     except JSONDecodeError as error:
         raise ValueError(
             f"expected one JSON object a line, got malformed JSON: {error.msg} at column "

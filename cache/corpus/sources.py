@@ -296,25 +296,30 @@ def _parse_columns(items: Iterable[str]) -> dict[str, str]:
 def _expect_kind(source: Source, columns: Mapping[str, str]) -> Source:
     """Return `source` with its columns, once they are found there, and the kind of its records."""
     if source.kind == "text":
-        _check_columns(source.name, columns, ["text"])
+        _refuse_missing(source.name, columns, columns.values() - {"text"}, ["text"])
         return replace(source, expected="text")
-    first = (row for shard in plan_shards([source]) for row in read_shard(shard))
-    expected, is_checked = "", False
-    for row in islice(first, _FIRST_ROWS):
+    rows = (row for shard in plan_shards([source]) for row in read_shard(shard))
+    expected, given, missing = "", list[str](), set(columns.values())
+    for row in islice(rows, _FIRST_ROWS):
         if not isinstance(row, Row):
             continue
-        if not is_checked:
-            _check_columns(source.name, columns, list(row.fields))
-            is_checked = True
-        expected = kind_of(rename_fields(row.fields, columns))
-        if expected:
+        given = given or list(row.fields)
+        missing -= row.fields.keys()
+        expected = expected or kind_of(rename_fields(row.fields, columns))
+        if expected and not missing:
             break
+    if given:
+        _refuse_missing(source.name, columns, missing, given)
     return replace(source, columns=dict(columns), expected=expected)
 
 
-def _check_columns(name: str, columns: Mapping[str, str], given: list[str]) -> None:
+def _refuse_missing(
+    name: str, columns: Mapping[str, str], missing: Iterable[str], given: list[str]
+) -> None:
+    """Refuse the first of `columns` that is missing; `given` are those of the first row."""
+    missing = set(missing)
     for field, column in columns.items():
-        if column not in given:
+        if column in missing:
             raise InputError(
                 f"{name}: column {column}: expected one of {name_some(given)}, got none. "
                 f"Fix: --column {field}=NAME"

@@ -13,8 +13,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.files import PARTIAL, disk_full_named, sync_below
 
 if TYPE_CHECKING:
+    import pyarrow
     from pyarrow import Field, RecordBatch
 
 _VERSION = 1
@@ -55,8 +56,8 @@ def convert_file(path: Path, kind: FileKind, *, name: str, digest: str, folder: 
         DiskFullError: no space left; nothing of the table remains.
     """
     target = folder / f"{kind.kind}-{_VERSION}-{digest}"
-    with suppress(OSError, ValueError, KeyError):
-        return _read_table(target)
+    if table := _find_table(target):
+        return table
     with _whole_table(target) as partial:
         source = path
         if kind.packing and kind.kind in ("parquet", "arrow"):  # these are entered in the middle
@@ -73,8 +74,8 @@ def convert_file(path: Path, kind: FileKind, *, name: str, digest: str, folder: 
             _write_batches(batches, partial / "rows.arrow")
         if source != path:
             source.unlink()
-        _write_list(partial, [Path("rows.arrow")])
-    return _read_table(target)
+        table = _write_list(partial, [Path("rows.arrow")])
+    return replace(table, path=target)
 
 
 def list_arrow(files: Sequence[Path], *, name: str, digest: str, folder: Path) -> Table:
@@ -84,12 +85,11 @@ def list_arrow(files: Sequence[Path], *, name: str, digest: str, folder: Path) -
         InputError: a file is missing or no Arrow stream.
     """
     target = folder / f"listed-{_VERSION}-{digest}"
-    with suppress(OSError, ValueError, KeyError):
-        return _read_table(target)
-    shutil.rmtree(target, ignore_errors=True)  # its files are gone
+    if table := _find_table(target):
+        return table
     with _whole_table(target) as partial, _named_errors(name, "arrow"):
-        _write_list(partial, [file.resolve() for file in files])
-    return _read_table(target)
+        table = _write_list(partial, [file.resolve() for file in files])
+    return replace(table, path=target)
 
 
 def saved_files(folder: Path) -> list[Path]:
@@ -135,8 +135,8 @@ def saved_splits(folder: Path) -> list[str]:
     return splits
 
 
-def read_rows(path: Path, start: int, stop: int, *, name: str) -> Iterator[dict[str, Any]]:
-    """Yield rows `start` to `stop` (exclusive) of a table as plain values.
+def read_rows(path: Path, start: int, stop: int, *, name: str) -> Iterator[dict[str, Any] | str]:
+    """Yield rows `start` to `stop` (exclusive) of a table as plain values; of a bad row a problem.
 
     Raises:
         InputError: an Arrow file was removed or damaged since the table was opened.
@@ -151,7 +151,7 @@ def read_rows(path: Path, start: int, stop: int, *, name: str) -> Iterator[dict[
             first += num_rows
 
 
-def _read_arrow(file: Path, start: int, stop: int) -> Iterator[dict[str, Any]]:
+def _read_arrow(file: Path, start: int, stop: int) -> Iterator[dict[str, Any] | str]:
     import pyarrow
 
     with pyarrow.memory_map(str(file)) as source:
@@ -164,35 +164,46 @@ def _read_arrow(file: Path, start: int, stop: int) -> Iterator[dict[str, Any]]:
             yield from dataset.remove_columns(media).select(range(start, stop))
             return
         for begin in range(start, stop, _READ_ROWS):
-            yield from table.slice(begin, min(_READ_ROWS, stop - begin)).to_pylist()
+            yield from _plain_rows(table.slice(begin, min(_READ_ROWS, stop - begin)))
 
 
-def _read_table(folder: Path) -> Table:
-    """Return a table that is there.
+def _plain_rows(table: "pyarrow.Table") -> Iterator[dict[str, Any] | str]:
+    """Yield rows as plain values; in place of one with a text that is not UTF-8 its problem."""
+    try:
+        yield from table.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(table) == 1:
+            yield f"expected UTF-8, got the byte 0x{error.object[error.start]:02x}"
+            return
+        for row in range(len(table)):
+            yield from _plain_rows(table.slice(row, 1))
 
-    Raises:
-        OSError, ValueError, KeyError: it is not, or one of its files was removed or changed.
-    """
-    listed = json.loads((folder / "table.json").read_text("ascii"))
-    sizes = [(folder / file).stat().st_size for file in listed["files"]]
-    if sizes != listed["bytes"]:
-        raise ValueError("an Arrow file was changed")
-    return Table(folder, sum(listed["rows"]), sum(sizes))
+
+def _find_table(folder: Path) -> Table | None:
+    """Return a table that is there; None if it, or one of its files, was removed or changed."""
+    try:
+        listed = json.loads((folder / "table.json").read_text("ascii"))
+        sizes = [(folder / file).stat().st_size for file in listed["files"]]
+    except (OSError, ValueError, KeyError):
+        return None
+    return Table(folder, sum(listed["rows"]), sum(sizes)) if sizes == listed["bytes"] else None
 
 
-def _write_list(folder: Path, files: Sequence[Path]) -> None:
+def _write_list(folder: Path, files: Sequence[Path]) -> Table:
     import pyarrow
 
     rows = []
     for file in files:
         with pyarrow.memory_map(str(folder / file)) as source:
             rows.append(pyarrow.ipc.open_stream(source).read_all().num_rows)
+    sizes = [(folder / file).stat().st_size for file in files]
     listed = {
         "files": [os.fspath(file) for file in files],
         "rows": rows,
-        "bytes": [(folder / file).stat().st_size for file in files],
+        "bytes": sizes,
     }
     (folder / "table.json").write_text(json.dumps(listed, indent=1) + "\n", "ascii")
+    return Table(folder, sum(rows), sum(sizes))
 
 
 def _write_batches(batches: "Iterator[RecordBatch]", path: Path) -> None:
@@ -310,7 +321,8 @@ def _any_cell_size() -> Iterator[None]:
 def _whole_table(target: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; at the end of the block it becomes `target`.
 
-    Where another process was faster, its table stays: both hold the same.
+    Where another process was faster, its table stays: both hold the same. One that was damaged
+    since it was made is replaced.
     """
     with disk_full_named(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -325,6 +337,9 @@ def _whole_table(target: Path) -> Iterator[Path]:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
+                if _find_table(target) is None:
+                    shutil.rmtree(target)
+                    partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -336,7 +351,7 @@ def _named_errors(name: str, kind: str) -> Iterator[None]:
     kinds: Iterable[type[Exception]] = (pyarrow.ArrowException, OSError, ValueError, KeyError)
     try:
         yield
-    except (InputError, UnicodeError):
+    except InputError:
         raise
     except tuple(kinds) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
