@@ -219,6 +219,33 @@ BENCHMARKS = {
     "house.start": Benchmark(
         place="house:measure_start", about="seconds of --help, and modules loaded to open a store"
     ),
+    "corpus.templates": Benchmark(
+        place="corpus_step:measure_templates",
+        about="targets of stock chat templates against hand-written ones and an engine",
+    ),
+    "corpus.tokenize": Benchmark(
+        place="corpus_step:measure_tokenizing",
+        about="speed of two processes against one, and against datasets.map",
+        needs="base",
+        quick={"megabytes": 1, "rounds": 1},
+    ),
+    "corpus.memory": Benchmark(
+        place="corpus_step:measure_memory",
+        about="peak memory of reading large corpora",
+        needs="base",
+        quick={"megabytes": 1, "text_megabytes": 1},
+    ),
+    "corpus.long_chat": Benchmark(
+        place="corpus_step:measure_long_chats",
+        about="seconds of one long conversation against several short ones",
+        needs="base",
+        quick={"turns": 80, "rounds": 1},
+    ),
+    "corpus.resume": Benchmark(
+        place="corpus_step:measure_resuming",
+        about="seconds before the first unit of a second extraction of the same data",
+        quick={"records": 1000, "rounds": 1},
+    ),
     "before.bits": Benchmark(
         place="before:measure_bits",
         about="bits of stores, runs, a sweep and a lineage against an earlier commit",
