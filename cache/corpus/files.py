@@ -110,6 +110,7 @@ def rename_fields(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Mapp
 
 def _read_lines(shard: Shard) -> Iterator[Row | BadRow]:
     source, is_packed = shard.source, bool(shard.source.packing)
+    prefix = _id_prefix(source)
     with open_file(source.path, source.packing, name=source.name) as (stream, position):
         if not is_packed:
             stream.seek(shard.start)
@@ -124,21 +125,19 @@ def _read_lines(shard: Shard) -> Iterator[Row | BadRow]:
             if is_packed:
                 num_bytes, before = position() - before, position()
             if line.strip() and _is_mine(number, shard):
+                where = _where(source, number)
                 try:
                     fields = parse_line(line)
                 except ValueError as error:
-                    yield BadRow(
-                        where=_where(source, number), problem=str(error), num_bytes=num_bytes
-                    )
+                    yield BadRow(where=where, problem=str(error), num_bytes=num_bytes)
                 else:
-                    yield _row(source, fields, number, _where(source, number), num_bytes)
+                    yield _row(source, fields, f"{prefix}-{number}", where, num_bytes)
             number += 1
 
 
 def _read_array(shard: Shard) -> Iterator[Row | BadRow]:
-    source = shard.source
+    source, prefix, before = shard.source, _id_prefix(shard.source), 0
     with open_file(source.path, source.packing, name=source.name) as (stream, position):
-        before = 0
         for number, (value, line) in enumerate(iter_values(stream, source.name), start=1):
             num_bytes, before = position() - before, position()
             if not _is_mine(number, shard):
@@ -147,11 +146,11 @@ def _read_array(shard: Shard) -> Iterator[Row | BadRow]:
             if isinstance(value, str):
                 yield BadRow(where=where, problem=value, num_bytes=num_bytes)
             else:
-                yield _row(source, value, number, where, num_bytes)
+                yield _row(source, value, f"{prefix}-{number}", where, num_bytes)
 
 
 def _read_table(shard: Shard) -> Iterator[Row | BadRow]:
-    source = shard.source
+    source, prefix = shard.source, _id_prefix(shard.source)
     num_bytes = source.num_bytes // source.marks[-1][0]
     rows = read_rows(source.path, shard.start, shard.stop, name=source.name)
     for number, fields in enumerate(rows, start=shard.first_number):
@@ -159,7 +158,7 @@ def _read_table(shard: Shard) -> Iterator[Row | BadRow]:
         if isinstance(fields, str):
             yield BadRow(where=where, problem=fields, num_bytes=num_bytes)
         else:
-            yield _row(source, fields, number, where, num_bytes)
+            yield _row(source, fields, f"{prefix}-{number}", where, num_bytes)
 
 
 def _read_text(source: Source) -> Iterator[Row | BadRow]:
@@ -176,7 +175,7 @@ def _read_text(source: Source) -> Iterator[Row | BadRow]:
         return
     del data  # a long text is in memory once while its row is at work
     if text:
-        yield _row(source, {"text": text}, None, source.name, source.num_bytes)
+        yield _row(source, {"text": text}, _id_prefix(source), source.name, source.num_bytes)
 
 
 def _is_mine(number: int, shard: Shard) -> bool:
@@ -190,15 +189,19 @@ def _where(source: Source, number: int) -> str:
     return f"row {number} of {split}" if split else f"row {number}"
 
 
-def _row(
-    source: Source, fields: Mapping[str, Any], number: int | None, where: str, num_bytes: int
-) -> Row:
+def _id_prefix(source: Source) -> str:
+    """Return how made ids of a source begin; worked out once, as it costs more than a row."""
     stem = stem_of(source.name).encode("utf-8", "replace").decode()
-    made_id = f"{stem}-{source.sha256[:8]}"
+    return f"{stem}-{source.sha256[:8]}"
+
+
+def _row(
+    source: Source, fields: Mapping[str, Any], made_id: str, where: str, num_bytes: int
+) -> Row:
     return Row(
         fields=rename_fields(fields, source.columns),
         where=where,
-        made_id=made_id if number is None else f"{made_id}-{number}",
+        made_id=made_id,
         num_bytes=num_bytes,
         is_held_out=source.is_held_out,
         expected=source.expected,

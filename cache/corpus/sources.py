@@ -296,7 +296,7 @@ def _parse_columns(items: Iterable[str]) -> dict[str, str]:
 def _expect_kind(source: Source, columns: Mapping[str, str]) -> Source:
     """Return `source` with its columns, once they are found there, and the kind of its records."""
     if source.kind == "text":
-        _refuse_missing(source.name, columns, columns.values() - {"text"}, ["text"])
+        _refuse_missing(source.name, columns, set(columns.values()) - {"text"}, ["text"])
         return replace(source, expected="text")
     rows = (row for shard in plan_shards([source]) for row in read_shard(shard))
     expected, given, missing = "", list[str](), set(columns.values())
