@@ -83,7 +83,7 @@ class Converter:
             end_tokens=end_tokens,
         )
         ends = [*end_tokens, tokenizer.eos_token_id]
-        self._ends = np.array([end for end in ends if end is not None], dtype=np.int32)
+        self._ends = frozenset(end for end in ends if end is not None)
 
     def convert(self, shard: Shard, path: Path) -> ShardResult:
         """Write the samples of a shard to an Arrow file.
@@ -266,11 +266,10 @@ class Converter:
         for note in rendering.notes:
             count(note)
         loss_mask = mark(tokens, rendering.targets)
-        for start, stop in rendering.targets or ():
-            target = (
-                mark(tokens, [(start, stop)]) if len(rendering.targets or ()) > 1 else loss_mask
-            )
-            if len(self._ends) and not np.isin(tokens.ids[target == 1], self._ends).any():
+        for start, stop in (rendering.targets or ()) if self._ends else ():
+            first = int(np.searchsorted(tokens.ends, start, side="right"))
+            last = int(np.searchsorted(tokens.starts, stop))
+            if self._ends.isdisjoint(tokens.ids[first:last].tolist()):
                 count("target without an end token")
         suffix = "" if rendering.turn is None else f"@{rendering.turn}"
         return _Piece(suffix=suffix, tokens=tokens, loss_mask=loss_mask)
