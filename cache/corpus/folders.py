@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from carryon.cache.corpus.file_kinds import NOT_DATA, FileKind, is_utf8, kind_by_name
-from carryon.cache.corpus.split_names import is_evaluation, split_of_file, usual_split
-from carryon.cache.corpus.tables import saved_splits
+from carryon.cache.corpus.saved_sets import saved_kind, saved_splits
+from carryon.cache.corpus.split_names import is_evaluation, no_split, split_of_file, usual_split
 from carryon.cache.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def list_parts(folder: Path, split: str) -> list[Part]:
         InputError: nothing to read, no such split, or splits that are neither for training nor for
             evaluation by their names.
     """
-    if _saved_kind(folder) == "table":
+    if saved_kind(folder) == "table":
         if split:
             raise InputError(f"{folder}:{split}: expected a folder with splits, got one data set")
         return [Part(folder, None, False)]
@@ -63,9 +63,9 @@ def list_parts(folder: Path, split: str) -> list[Part]:
         wanted = {split, usual_split(split) or split}
         chosen = [path for path in chosen if splits[path] in wanted]
         if not chosen:
-            raise _no_split(f"{folder}:{split}", folder, splits.values())
+            raise no_split(f"{folder}:{split}", folder, splits.values())
     elif any(name != usual_split(name) for name in splits.values()):
-        raise _no_split(str(folder), folder, splits.values())
+        raise no_split(str(folder), folder, splits.values())
     held_out = [path for path in chosen if is_evaluation(splits[path])]
     if held_out:
         logger.info(
@@ -99,52 +99,11 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(file for file in files if file.is_file())
 
 
-def choose_splits(name: str, split: str, splits: Sequence[str]) -> list[str]:
-    """Return the splits of a data set to read: the one named, or all where names say what for.
-
-    Raises:
-        InputError: no such split, or names that are not those of training and evaluation; the text
-            lists all splits as they are typed.
-    """
-    if split:
-        if split not in splits:
-            raise _no_split(f"{name}:{split}", name, splits)
-        return [split]
-    if not splits or not all(map(usual_split, splits)):
-        raise _no_split(name, name, splits)
-    return list(splits)
-
-
-def log_split(name: str, split: str) -> bool:
-    """Return whether a split is for evaluation by its name, and log that if so."""
-    if is_evaluation(split):
-        logger.info("%s: held out for evaluation, as its name says", f"{name}:{split}")
-    return is_evaluation(split)
-
-
 def name_some(items: Iterable[object]) -> str:
     """Return the first few names, and how many there are."""
     names = list(map(str, items))
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + more
-
-
-def _no_split(name: str, source: object, splits: Iterable[str]) -> InputError:
-    names = sorted({split or "train" for split in splits})
-    typed = ", ".join(f"{source}:{split}" for split in names)
-    return InputError(
-        f"{name}: expected splits whose names say train, validation or test, or the name of one, "
-        f"got {', '.join(names) or 'none'}. Fix: give {typed or 'data with rows'}"
-    )
-
-
-def _saved_kind(folder: Path) -> str:
-    """Return dict or table for a folder written by `save_to_disk`, else empty."""
-    if (folder / "dataset_dict.json").is_file():
-        return (
-            "dict" if any((folder / s / "state.json").is_file() for s in os.listdir(folder)) else ""
-        )
-    return "table" if (folder / "state.json").is_file() and any(folder.glob("*.arrow")) else ""
 
 
 def _keep_visible(folders: list[str]) -> bool:
@@ -161,8 +120,8 @@ def _paths_below(folder: Path) -> list[Path]:
         here = Path(place)
         if links := [here / name for name in folders if (here / name).is_symlink()]:
             logger.warning("%s: left out: links to folders are not followed", name_some(links))
-        if kind := _saved_kind(here):
-            paths += [here / split for split in saved_splits(here)] if kind == "dict" else [here]
+        if kind := saved_kind(here):
+            paths += [here / split for split in saved_splits(here)] if kind == "splits" else [here]
             folders.clear()
             continue
         paths += [here / name for name in names if not name.startswith(".")]

@@ -23,13 +23,14 @@ from carryon.cache.corpus.files import (
     rename_fields,
     scan_file,
 )
-from carryon.cache.corpus.folders import Part, choose_splits, list_parts, log_split, name_some
+from carryon.cache.corpus.folders import Part, list_parts, name_some
 from carryon.cache.corpus.hub import HubName, load_splits, parse_hub_name
 from carryon.cache.corpus.records import kind_of
 from carryon.cache.corpus.rows import Data, Row, Source
-from carryon.cache.corpus.split_names import is_evaluation, keyword_in, usual_split
-from carryon.cache.corpus.spool import spool_rows
-from carryon.cache.corpus.tables import Table, convert_file, list_arrow, saved_files
+from carryon.cache.corpus.saved_sets import saved_files
+from carryon.cache.corpus.split_names import choose_splits, is_evaluation, keyword_in, log_split
+from carryon.cache.corpus.spool import is_data_set, open_rows, open_splits
+from carryon.cache.corpus.tables import Table, convert_file, list_arrow
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.settings import DataSettings
 
@@ -94,7 +95,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def _open_data(data: object, settings: DataSettings, folder: Path) -> Iterator[Source]:
     if isinstance(data, Mapping):
-        yield from _open_mapping(data, folder)
+        yield from open_splits(data, folder=folder)
         return
     if not isinstance(data, str | Path | Iterable):
         raise InputError(f"data: expected paths or rows, got {type(data).__name__}")
@@ -102,7 +103,7 @@ def _open_data(data: object, settings: DataSettings, folder: Path) -> Iterator[S
     first = next(items, None)
     if first is not None and not isinstance(first, str | Path):
         rows = chain([first], items)
-        yield _open_rows(rows, folder, split="", is_table=_is_table(data))
+        yield open_rows(rows, folder=folder, split="", has_filled_nulls=is_data_set(data))
         return
     places: list[Part | HubName] = []
     for item in [] if first is None else [first, *items]:
@@ -216,51 +217,6 @@ def _open_hub(name: HubName, config: str, folder: Path) -> Iterator[Source]:
         is_held_out = log_split(name.name, item.split)
         title = f"{name.name}:{item.split}"
         yield _table_source(title, item.table, item.digest, is_held_out=is_held_out)
-
-
-def _open_mapping(data: Mapping[Any, Any], folder: Path) -> Iterator[Source]:
-    """Return the sources of splits in memory, such as those of a DatasetDict."""
-    is_row = any(isinstance(rows, str) or not isinstance(rows, Iterable) for rows in data.values())
-    if is_row or not data or not all(usual_split(str(split)) for split in data):
-        names = ", ".join(map(str, data)) or "none"
-        first = str(next(iter(data), "train"))
-        fix = "give a list with one row" if is_row else f"give one split, as data[{first!r}]"
-        raise InputError(
-            "data: expected splits whose names say train, validation or test, each with rows, got "
-            f"{names}. Fix: {fix}"
-        )
-    for split, rows in data.items():
-        yield _open_rows(rows, folder, split=str(split), is_table=_is_table(rows))
-
-
-def _is_table(rows: object) -> bool:
-    """Tell whether rows are a `datasets.Dataset`."""
-    return hasattr(rows, "features")
-
-
-def _without_nulls(value: Any) -> Any:  # noqa: ANN401 -- of JSON
-    """Return a row without the keys that a table fills in because another row has them."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return list(map(_without_nulls, value)) if isinstance(value, list) else value
-
-
-def _open_rows(rows: Iterable[Any], folder: Path, *, split: str, is_table: bool) -> Source:
-    rows = map(_without_nulls, rows) if is_table else rows
-    origin = f" of {split}" if split else ""
-    path, scan = spool_rows(rows, folder=folder, origin=origin)
-    return Source(
-        name=f"rows:{split}" if split else "rows",
-        kind="json lines",
-        path=path,
-        packing="",
-        num_bytes=scan.num_bytes,
-        sha256=scan.sha256,
-        is_held_out=log_split("rows", split) if split else False,
-        columns={},
-        expected="",
-        marks=scan.marks,
-    )
 
 
 def _drop_equal(sources: Iterable[Source]) -> list[Source]:

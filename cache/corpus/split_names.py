@@ -1,8 +1,13 @@
 """Splits of a data set, told by the names of splits, files and folders."""
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
+
+from carryon.cache.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _KEYWORDS = {  # as in datasets.data_files.SPLIT_KEYWORDS; a test compares
     "train": ("train", "training"),
@@ -57,3 +62,36 @@ def split_of_file(path: PurePath, *, is_text: bool, folders: Iterable[PurePath] 
         return usual_split(shard[1]) or shard[1]
     names = [stem, *(folder.name for folder in path.parents)]
     return next(filter(None, map(keyword_in, names)), "")
+
+
+def choose_splits(name: str, split: str, splits: Sequence[str]) -> list[str]:
+    """Return the splits of a data set to read: the one named, or all where names say what for.
+
+    Raises:
+        InputError: no such split, or names that are not those of training and evaluation; the text
+            lists all splits as they are typed.
+    """
+    if split:
+        if split not in splits:
+            raise no_split(f"{name}:{split}", name, splits)
+        return [split]
+    if not splits or not all(map(usual_split, splits)):
+        raise no_split(name, name, splits)
+    return list(splits)
+
+
+def log_split(name: str, split: str) -> bool:
+    """Return whether a split is for evaluation by its name, and log that if so."""
+    if is_evaluation(split):
+        logger.info("%s: held out for evaluation, as its name says", f"{name}:{split}")
+    return is_evaluation(split)
+
+
+def no_split(name: str, source: object, splits: Iterable[str]) -> InputError:
+    """Return the error for splits of `source` among which `name` finds none to read."""
+    names = sorted({split or "train" for split in splits})
+    typed = ", ".join(f"{source}:{split}" for split in names)
+    return InputError(
+        f"{name}: expected splits whose names say train, validation or test, or the name of one, "
+        f"got {', '.join(names) or 'none'}. Fix: give {typed or 'data with rows'}"
+    )

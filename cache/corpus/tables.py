@@ -5,20 +5,18 @@ beside it, made from one that was given, or files elsewhere that Arrow can map a
 named by the digest of what it was made from, and whole or not there.
 """
 
-import csv
 import errno
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from carryon.cache.corpus.batches import arrow_batches, csv_batches, parquet_batches
 from carryon.cache.corpus.file_kinds import FileKind
 from carryon.cache.corpus.packing import open_file
 from carryon.cache.errors import InputError
@@ -30,8 +28,7 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 """Of the way in which files become tables: part of a table's name."""
-_BATCH_BYTES = 8 << 20
-_BATCH_ROWS = 1024
+_COPY_BYTES = 8 << 20
 _READ_ROWS = 64
 
 
@@ -63,13 +60,13 @@ def convert_file(path: Path, kind: FileKind, *, name: str, digest: str, folder: 
         if kind.packing and kind.kind in ("parquet", "arrow"):  # these are entered in the middle
             source = partial / "unpacked"
             with open_file(path, kind.packing, name=name) as (stream, _), source.open("wb") as out:
-                shutil.copyfileobj(stream, out, _BATCH_BYTES)
+                shutil.copyfileobj(stream, out, _COPY_BYTES)
         if kind.kind == "parquet":
-            batches = _parquet_batches(source)
+            batches = parquet_batches(source)
         elif kind.kind == "arrow":
-            batches = _arrow_batches(source)
+            batches = arrow_batches(source)
         else:
-            batches = _csv_batches(path, kind, name)
+            batches = csv_batches(path, kind, name)
         with _named_errors(name, kind.kind):
             _write_batches(batches, partial / "rows.arrow")
         if source != path:
@@ -90,49 +87,6 @@ def list_arrow(files: Sequence[Path], *, name: str, digest: str, folder: Path) -
     with _whole_table(target) as partial, _named_errors(name, "arrow"):
         table = _write_list(partial, [file.resolve() for file in files])
     return replace(table, path=target)
-
-
-def saved_files(folder: Path) -> list[Path]:
-    """Return the Arrow files of a data set that `Dataset.save_to_disk` wrote to `folder`.
-
-    Raises:
-        InputError: its state.json does not list them.
-    """
-    try:
-        state = json.loads((folder / "state.json").read_text("utf-8"))
-        names = [item["filename"] for item in state["_data_files"]]
-        files = [folder / name for name in names]
-        if any(Path(name).name != name for name in names) or not files:
-            raise ValueError("it names no files in this folder")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{folder}: expected a saved data set, got a damaged state.json ({error}). "
-            "Fix: save it again with save_to_disk"
-        ) from error
-    for file in files:
-        if not file.is_file():
-            raise InputError(
-                f"{folder}: expected the file {file.name} of a saved data set, got none"
-            )
-    return files
-
-
-def saved_splits(folder: Path) -> list[str]:
-    """Return the splits of a data set that `DatasetDict.save_to_disk` wrote to `folder`.
-
-    Raises:
-        InputError: its dataset_dict.json does not list them.
-    """
-    try:
-        splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-        if not isinstance(splits, list) or any(Path(name).name != name for name in splits):
-            raise ValueError("it names no splits")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{folder}: expected a saved data set, got a damaged dataset_dict.json ({error}). "
-            "Fix: save it again with save_to_disk"
-        ) from error
-    return splits
 
 
 def read_rows(path: Path, start: int, stop: int, *, name: str) -> Iterator[dict[str, Any] | str]:
@@ -160,11 +114,16 @@ def _read_arrow(file: Path, start: int, stop: int) -> Iterator[dict[str, Any] | 
             from datasets import Dataset
 
             dataset = Dataset.from_file(str(file))
-            media = [n for n, kind in dataset.features.items() if getattr(kind, "decode", False)]
+            media = [name for name, kind in dataset.features.items() if _is_media(kind)]
             yield from dataset.remove_columns(media).select(range(start, stop))
             return
         for begin in range(start, stop, _READ_ROWS):
             yield from _plain_rows(table.slice(begin, min(_READ_ROWS, stop - begin)))
+
+
+def _is_media(kind: object) -> bool:
+    """Return whether a column holds images or the like: no text, and costly to decode."""
+    return getattr(kind, "decode", False) and type(kind).__name__ != "Json"
 
 
 def _plain_rows(table: "pyarrow.Table") -> Iterator[dict[str, Any] | str]:
@@ -224,99 +183,6 @@ def _plain_field(field: "Field") -> "Field":
     return field.with_type(field.type.value_type) if is_coded else field
 
 
-def _parquet_batches(path: Path) -> "Iterator[RecordBatch]":
-    """Yield an empty batch, then all rows in batches of about `_BATCH_BYTES`."""
-    from pyarrow import RecordBatch, parquet
-
-    with parquet.ParquetFile(path, pre_buffer=False) as file:
-        yield RecordBatch.from_pylist([], schema=file.schema_arrow)
-        groups = [file.metadata.row_group(at) for at in range(file.metadata.num_row_groups)]
-        row_bytes = sum(g.total_byte_size for g in groups) // max(file.metadata.num_rows, 1)
-        num_rows = min(max(_BATCH_BYTES // max(row_bytes, 1), 1), _BATCH_ROWS)
-        yield from file.iter_batches(batch_size=num_rows)
-
-
-def _arrow_batches(path: Path) -> "Iterator[RecordBatch]":
-    """Yield an empty batch, then those of an Arrow file or stream."""
-    import pyarrow
-
-    with pyarrow.memory_map(str(path)) as source:
-        is_file = source.read(6) == b"ARROW1"
-        source.seek(0)
-        if is_file:
-            reader = pyarrow.ipc.open_file(source)
-            yield pyarrow.RecordBatch.from_pylist([], schema=reader.schema)
-            yield from map(reader.get_batch, range(reader.num_record_batches))
-        else:
-            stream = pyarrow.ipc.open_stream(source)
-            yield pyarrow.RecordBatch.from_pylist([], schema=stream.schema)
-            yield from stream
-
-
-def _csv_batches(path: Path, kind: FileKind, name: str) -> "Iterator[RecordBatch]":
-    """Yield an empty batch, then all rows of a CSV or TSV file, every column text.
-
-    The readers of pandas and Arrow guess types (007 becomes 7, NA null), and take the rest of a
-    file into a cell whose quote is never closed; Python's, told to be strict, does neither.
-    """
-    import pyarrow
-
-    columns: list[str] = []
-    rows: list[list[str | None]] = []
-    num_bytes = 0
-
-    def batch() -> "RecordBatch":
-        cells = zip(*rows, strict=True) if rows else [[] for _ in columns]
-        arrays = [pyarrow.array(list(column), pyarrow.large_string()) for column in cells]
-        return pyarrow.RecordBatch.from_arrays(arrays, columns)
-
-    with open_file(path, kind.packing, name=name) as (stream, _), _any_cell_size():
-        text = TextIOWrapper(stream, "utf-8-sig", newline="")
-        reader = csv.reader(text, delimiter="\t" if kind.kind == "tsv" else ",", strict=True)
-        try:
-            columns = next(reader, [])
-            if not columns or len(set(columns)) < len(columns):
-                problem = "columns that share a name" if columns else "none"
-                raise InputError(
-                    f"{name}:1: expected a line with the names of columns, got {problem}"
-                )
-            yield batch()
-            for cells in reader:
-                if not cells:  # a blank line
-                    continue
-                if len(cells) != len(columns):
-                    raise InputError(
-                        f"{name}:{reader.line_num}: expected {len(columns)} cells "
-                        f"({', '.join(columns)}), got {len(cells)}. Fix: quote cells that hold "
-                        "the separator or a line break"
-                    )
-                rows.append([cell or None for cell in cells])
-                num_bytes += sum(map(len, cells))
-                if num_bytes > _BATCH_BYTES or len(rows) == _BATCH_ROWS:
-                    yield batch()
-                    rows.clear()
-                    num_bytes = 0
-            yield batch()
-        except csv.Error as error:
-            raise InputError(f"{name}:{reader.line_num}: expected CSV, got {error}") from error
-        except UnicodeError as error:
-            byte = error.object[error.start] if isinstance(error, UnicodeDecodeError) else 0
-            raise InputError(
-                f"{name}: expected UTF-8, got the byte 0x{byte:02x} after line {reader.line_num}. "
-                "Fix: save it as UTF-8"
-            ) from error
-
-
-@contextmanager
-def _any_cell_size() -> Iterator[None]:
-    """Lift the limit on the length of a cell (131,072), which is one for the whole process."""
-    before = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
 @contextmanager
 def _whole_table(target: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; at the end of the block it becomes `target`.
@@ -348,7 +214,13 @@ def _whole_table(target: Path) -> Iterator[Path]:
 def _named_errors(name: str, kind: str) -> Iterator[None]:
     import pyarrow
 
-    kinds: Iterable[type[Exception]] = (pyarrow.ArrowException, OSError, ValueError, KeyError)
+    kinds: Iterable[type[Exception]] = (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,  # of what an image inside a message needs
+    )
     try:
         yield
     except InputError:

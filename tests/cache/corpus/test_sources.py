@@ -567,7 +567,10 @@ def test_data_of_other_types_are_refused(tmp_path: Path) -> None:
         (3, "^data: expected paths or rows, got int$"),
         ({"text": "a"}, r"^data: expected splits .* got text\. Fix: give a list with one row$"),
         ({}, r"^data: expected splits .* got none\. Fix"),
-        ({"train_sft": ROWS}, r"got train_sft\. Fix: give one split, as data\['train_sft'\]$"),
+        (
+            {"train_sft": ROWS},
+            r"got train_sft\. Fix: give one split, as data\['train_sft'\], or a list",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             open_in(tmp_path, data)
@@ -630,6 +633,19 @@ def test_saved_data_sets_are_read_where_they_are(tmp_path: Path) -> None:
     assert fields_of(tmp_path, f"{tmp_path / 'three'}:train_sft") == rows
     with pytest.raises(InputError, match="expected a folder with splits, got one data set"):
         open_in(tmp_path, f"{tmp_path / 'one'}:train")
+
+
+def test_columns_of_json_are_decoded_and_those_of_images_left_alone(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Image, Json, Value
+
+    columns = {"text": ["a", "b"], "m": [{"x": 1}, [1, "q"]], "i": [None, {"bytes": b"no image"}]}
+    kinds = Features({"text": Value("string"), "m": Json(), "i": Image()})
+    data = Dataset.from_dict(columns, features=kinds)
+    data.save_to_disk(tmp_path / "saved")
+    data.to_parquet(tmp_path / "data.parquet")
+    for name in ("saved", "data.parquet"):
+        rows = fields_of(tmp_path, tmp_path / name)
+        assert rows == [{"text": "a", "m": {"x": 1}}, {"text": "b", "m": [1, "q"]}]
 
 
 @pytest.mark.parametrize(
