@@ -2,13 +2,14 @@
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_bases import CHAT_TEMPLATE, make_tiny_base
+from support.tiny_bases import CHAT_TEMPLATE, make_tiny_base, write_tiny_gguf
 from support.tiny_stores import (
     FORWARD,
     READING,
@@ -23,11 +24,13 @@ from support.tiny_stores import (
 from carryon.cache import verify
 from carryon.cache.base.facts import facts_of, read_facts
 from carryon.cache.base.model import Base, load_base
-from carryon.cache.errors import InputError
+from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.extraction.plan import plan_extraction
+from carryon.cache.extraction.resume import refuse_other_settings
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.format.zarr_metadata import shard_path
 from carryon.cache.settings import CorpusSettings, DataSettings
+from carryon.cache.store.reader import Store
 
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("assistant", "model")
 
@@ -169,3 +172,65 @@ def test_a_store_of_another_chat_template_is_repaired_with_its_base(
     (root / shard_path("final", 0)).unlink()
     assert repair_tiny(root, tiny_base).is_complete
     assert verify(root, depth="full").is_complete
+
+
+DATED = "{{ strftime_now('%d %b %Y') }} " + CHAT_TEMPLATE
+CHATS = [
+    {"messages": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "the"}]}
+]
+
+
+def test_the_date_that_a_template_prints_is_kept_for_the_days_after(
+    tiny_base: Base, store_tmp: Path
+) -> None:
+    root = store_tmp / "store"
+    first = CorpusSettings(chat_template=DATED, template_date="2020-01-31")
+    extract_tiny(tiny_base, CHATS, root, corpus=first)
+    store = Store.open(root)
+    assert tiny_base.tokenizer.decode(store[0].tokens).startswith("31 Jan 2020 ")
+    later = CorpusSettings(chat_template=DATED)  # today's would be other data
+    assert extract_tiny(tiny_base, CHATS, root, corpus=later).computed_units == 0
+    assert read_manifest(root).corpus["template_date"] == "2020-01-31"
+
+
+def test_a_date_is_kept_only_where_the_template_prints_one(
+    tiny_base: Base, store_tmp: Path, store_original: Path
+) -> None:
+    extract_tiny(tiny_base, CHATS, store_tmp / "store", corpus=CorpusSettings(chat_template=DATED))
+    kept = read_manifest(store_tmp / "store").corpus["template_date"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", kept)
+    assert read_manifest(store_original).corpus["template_date"] == ""
+
+
+def test_a_store_from_before_has_the_defaults_of_newer_settings_and_any_date(
+    store_original: Path,
+) -> None:
+    new = read_manifest(store_original)
+    kept = {name: new.corpus[name] for name in ("mask", "max_tokens", "long")}
+    old = replace(new, corpus=kept)
+    dated = replace(new, corpus=new.corpus | {"template_date": "2020-01-31"})
+    refuse_other_settings(old, new, name="store")
+    refuse_other_settings(old, dated, name="store")
+    with pytest.raises(SettingMismatchError, match="turns: expected all, .* got last"):
+        refuse_other_settings(
+            old, replace(new, corpus=new.corpus | {"turns": "last"}), name="store"
+        )
+    with pytest.raises(SettingMismatchError, match="template_date: expected none, .* 2020-01-31"):
+        refuse_other_settings(new, dated, name="store")
+
+
+def test_facts_of_a_gguf_file_are_those_of_the_loaded_base(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    loaded = facts_of(load_base(str(path), forward=FORWARD))
+    assert replace(read_facts(str(path)), tokenizer=loaded.tokenizer) == loaded
+
+
+def test_a_token_beyond_the_embedding_is_refused_before_the_base_is_loaded(
+    without_weights: Path, tmp_path: Path
+) -> None:
+    config = json.loads((without_weights / "config.json").read_text())
+    config["vocab_size"] = 40
+    (without_weights / "config.json").write_text(json.dumps(config))
+    good = write_corpus(tmp_path / "good.jsonl", num_samples=3)
+    with pytest.raises(InputError, match=r"sample 'text-0': token .* expected an id below 40"):
+        plan(without_weights, good, tmp_path / "store")

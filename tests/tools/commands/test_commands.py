@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,44 @@ def test_inspect_prints_text(work: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "after block 1, not normed" in text
     assert "corpus.jsonl" in text
     assert "transformers" in text
+
+
+def test_inspect_and_a_dry_run_show_what_was_read_and_lost(
+    work: Path, tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text((work / "corpus.jsonl").read_text() + "{no json\n")
+    words = ["--base", str(tiny_base_folder), "--data", str(data), "--bad-rows", "skip"]
+    words += ["--out", str(tmp_path / "store"), "--unit-tokens", str(UNIT_TOKENS)]
+    words += ["--device", "cpu", "--workers", "1"]
+    assert main(["extract", *words, "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out.splitlines()[-1])
+    assert (facts["report"]["records"], facts["report"]["kept"]) == (13, 12)
+    assert not (tmp_path / "store").exists()
+    rows = ["records read", "records kept", "bad row"]
+    assert all(row in captured.err for row in rows)
+    assert f"warning: bad row: 1 of 13 records, the first is {data}:13." in captured.err
+
+    assert main(["extract", *words]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "store")]) == 0
+    text = capsys.readouterr().out
+    assert all(row in text for row in rows)
+    assert f"{data}:13" in text
+    assert main(["inspect", str(tmp_path / "store"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["report"] == facts["report"]
+    assert sum(shown["kinds"].values()) == 12
+
+
+def test_inspect_of_a_store_from_before_shows_no_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(Path(__file__).parents[2] / "data/before.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert main(["inspect", str(tmp_path / "store")]) == 0
+    assert "records read" not in capsys.readouterr().out
 
 
 def test_inspect_json_is_one_line_whose_sums_are_right(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.tiny_bases import CHAT_TEMPLATE
 
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.pipeline import extract
@@ -112,6 +113,54 @@ def test_a_short_answer_that_is_held_out_is_not_trained_on(
     ]
     assert not halves[0] & halves[1]
     assert (len(halves[0]), material.facts["dropped_train"]) == (20, 1)
+
+
+def chat(number: int, **first: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Two turns of words that no other chat has; `first` are fields of the first answer."""
+    random = np.random.default_rng(number)
+    texts = [" ".join(map(str, random.integers(0, 10**6, 3))) for _ in range(4)]
+    roles = ["user", "assistant"] * 2
+    messages = [{"role": x, "content": text} for x, text in zip(roles, texts, strict=True)]
+    messages[1] |= first
+    return {"messages": messages}
+
+
+def material_of_rows(rows: list[dict[str, Any]], root: Path, base: Path) -> Material:
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return prepare_material(
+        tiny_settings(), base=str(base), out=root, data=[str(root / "rows.jsonl")]
+    )
+
+
+def test_chats_keep_their_weights(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folders = [tmp_path / "all", tmp_path / "last"]
+    targets = []
+    for folder, second in zip(folders, ({}, {"weight": 0}), strict=True):
+        folder.mkdir()
+        rows = [chat(number, **second) for number in range(24)]
+        material = material_of_rows(rows, folder, tiny_base_folder)
+        assert len(material.train_lines(range(3)).splitlines()) == 3
+        targets.append({sample.id[-2:]: int(sample.loss_mask.sum()) for sample in material.train})
+    lines = (folders[1] / "train.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["messages"][1]["weight"] == 0 for line in lines)
+    assert sum(targets[1].values()) < sum(targets[0].values())
+
+
+def test_preference_pairs_are_refused(tmp_path: Path, tiny_base_folder: Path) -> None:
+    rows = [{"prompt": f"{n} is", "chosen": " the", "rejected": " an"} for n in range(24)]
+    with pytest.raises(InputError, match="rows.jsonl:2: expected chats, .* got a preference pair"):
+        material_of_rows(rows, tmp_path, tiny_base_folder)
+
+
+def test_a_record_that_becomes_several_samples_is_refused(
+    tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    text = "{{ message['content'] }}"
+    note = "{{ '(sure) ' if loop.last and message['role'] == 'assistant' else '' }}"
+    (base / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace(text, note + text))
+    with pytest.raises(InputError, match="expected one sample a record, got .*@1 and .*@3"):
+        material_of_rows([chat(number) for number in range(24)], tmp_path, base)
 
 
 def test_a_marked_half_is_held_out(tmp_path: Path, tiny_base_folder: Path) -> None:
