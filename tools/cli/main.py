@@ -15,6 +15,7 @@ CARRYON = Program(
     closing="carryon COMMAND --help explains its options. New here? Run carryon demo.",
     commands={
         "demo": "carryon.tools.demo.command:demo",
+        "preview": "carryon.tools.commands.preview:preview",
         "extract": "carryon.tools.commands.extract:extract",
         "inspect": "carryon.tools.commands.inspect_store:inspect_store",
         "verify": "carryon.tools.commands.verify:verify",
@@ -31,6 +32,7 @@ CARRYON = Program(
         "plan-memory": "carryon.tools.commands.plan_memory:plan_memory",
     },
     basic={
+        "preview": "base data rows html chat_template",
         "extract": "base data out taps append dry_run",
         "repair": "store base",
         "train": "store out learning_rate epochs kind taps config",

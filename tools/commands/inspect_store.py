@@ -7,6 +7,8 @@ from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.corpus.report import Report, format_report, merge_reports
+from carryon.cache.errors import InputError, SettingMismatchError
+from carryon.cache.files import write_file
 from carryon.tools.cli.table import format_table
 
 if TYPE_CHECKING:
@@ -24,11 +26,14 @@ _SMALL_ARRAYS = {
 """First part of their names -> the row in which their sizes are summed."""
 
 
-def inspect_store(store: str, /, *, json: bool = False) -> dict[str, Any]:
+def inspect_store(
+    store: str, /, *, json: bool = False, sample: str = "", base: str = "", html: str = ""
+) -> dict[str, Any]:
     """Show what a store holds, how it was made, and its size by part.
 
     Opening a store checks its metadata, and that states, norm and LM head belong together. States
-    are not read and nothing is changed. An unfinished store is shown as far as it is.
+    are not read and nothing is changed. An unfinished store is shown as far as it is. With
+    --sample it shows one sample as the model saw it, as carryon preview does.
 
     Example:
         carryon inspect demo/store
@@ -36,12 +41,79 @@ def inspect_store(store: str, /, *, json: bool = False) -> dict[str, Any]:
     Args:
         store: Folder of the store.
         json: Print one JSON line instead of text.
+        sample: Id or number, counted from 0, of a sample to show.
+        base: For --sample: the base, whose tokenizer is read: hub id, folder or .gguf file. Empty:
+            where it was at extraction.
+        html: For --sample: file for the same as a page of HTML. Empty: no file.
     """
     from carryon.cache.store.reader import Store
 
-    facts = describe_store(Store.open(store, allow_unfinished=True))
+    opened = Store.open(store, allow_unfinished=True)
+    if sample:
+        return _show_sample(opened, sample, base=base, html=html, is_json=json)
+    if base or html:
+        raise InputError("--base and --html: expected --sample beside them. Fix: --sample ID")
+    facts = describe_store(opened)
     print(json_format.dumps(facts) if json else format_facts(facts))
     return facts
+
+
+def _show_sample(
+    store: "Store", name: str, *, base: str, html: str, is_json: bool
+) -> dict[str, Any]:
+    """Print a sample; return its facts."""
+    from carryon.cache.base.facts import read_facts
+    from carryon.cache.base.identity import digest_tokenizer
+    from carryon.cache.corpus.samples import Sample
+    from carryon.tools.commands.shown_samples import make_page, print_samples, show_sample
+
+    index, kinds = _index_of(store, name), set()
+    for part in store.manifest.parts:
+        if part.first_sample <= index < part.first_sample + part.num_samples:
+            kinds = set(part.kinds)
+    identity = store.manifest.base
+    revision = identity.get("revision")
+    facts = read_facts(base or f"{identity['id']}{f'@{revision}' if revision else ''}")
+    if digest_tokenizer(facts.tokenizer) != identity["tokenizer_sha256"]:
+        raise SettingMismatchError(
+            f"{base or identity['id']}: expected the tokenizer that {store.root} was made with, "
+            "got another. Fix: give its own base with --base"
+        )
+    stored = store.read_sample(index, taps=[])
+    shown = show_sample(
+        Sample(
+            id=stored.id,
+            tokens=stored.tokens,
+            loss_mask=stored.loss_mask,
+            char_end=stored.char_end,
+            is_held_out=bool(store.sample_held_out[index]),
+            role=int(store.sample_roles[index]),
+        ),
+        facts.tokenizer,
+        kind=kinds.pop() if len(kinds) == 1 else "sample",
+        where=f"{store.root}, number {index}",
+        end_tokens=facts.end_tokens,
+    )
+    if html:
+        write_file(Path(html), make_page([shown], title=f"Sample of {store.root}").encode())
+    if is_json:
+        print(json_format.dumps(shown.to_dict()))
+    else:
+        print_samples([shown])
+    return shown.to_dict()
+
+
+def _index_of(store: "Store", name: str) -> int:
+    """Return the index of the sample that an id, or else a number, names."""
+    try:
+        return store.index_of(name)
+    except InputError as error:
+        is_number = name.isascii() and name.isdecimal() and len(name) < 19
+        if is_number and int(name) < store.num_samples:
+            return int(name)
+        raise InputError(
+            f"--sample: expected an id, or a number from 0 to {store.num_samples - 1}, got {name!r}"
+        ) from error
 
 
 def describe_store(store: "Store") -> dict[str, Any]:

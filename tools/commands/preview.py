@@ -1,0 +1,105 @@
+"""`carryon preview`: the first samples of a corpus, as the model sees them."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.errors import InputError
+from carryon.cache.settings import CorpusSettings, DataSettings, StoreSettings
+from carryon.tools.cli.output import print_result
+from carryon.tools.commands.shown_samples import make_page, print_samples, show_sample
+
+logger = logging.getLogger(__name__)
+
+
+def preview(
+    *,
+    base: str,
+    data: list[str],
+    rows: int = 3,
+    html: str = "",
+    corpus: CorpusSettings,
+    data_settings: DataSettings,
+) -> dict[str, Any]:
+    """Show the first samples of a corpus as the model sees them, before anything is computed.
+
+    The text is decoded from the tokens that an extraction would store: prompt grey, targets green,
+    special tokens boxed, the token at which the model learns to stop marked. Where stdout is no
+    terminal, or NO_COLOR is set, targets stand in [[ ]] and special tokens in { }. Below is the
+    table of records kept and lost among these rows. Tokenizer and config of the base are read, its
+    weights are not. The last line on stdout is a JSON line with the figures.
+
+    Example:
+        carryon preview --base HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl
+
+    Args:
+        base: The base: hub id (NAME/REPO or NAME/REPO@REVISION), folder or .gguf file.
+        data: Files of the corpus, folders of such files, or hub ids.
+        rows: Records to read of each kind: messages, preference pairs, prompts with completions,
+            texts.
+        html: File for the same as a page of HTML, in full. Empty: no file.
+        corpus: How text becomes samples.
+        data_settings: How the data are read.
+    """
+    if rows < 1:
+        raise InputError(f"--rows: expected 1 or more, got {rows}")
+    from carryon.cache.base.facts import read_facts
+    from carryon.cache.corpus.dataset import resolve_settings
+    from carryon.cache.corpus.first_rows import read_first
+    from carryon.cache.corpus.report import format_report, warnings
+    from carryon.cache.files import write_file
+
+    facts = read_facts(base)
+    limit = min(facts.context_tokens, StoreSettings().unit_tokens)
+    if corpus.max_tokens > facts.context_tokens:
+        raise InputError(
+            f"--max-tokens: expected at most {facts.context_tokens}, the base's context, got "
+            f"{corpus.max_tokens}"
+        )
+    corpus, tokenizer = resolve_settings(corpus, facts.tokenizer)
+    records, report = read_first(
+        data,
+        tokenizer,
+        num_rows=rows,
+        settings=corpus,
+        max_tokens=corpus.max_tokens or limit,
+        data_settings=data_settings,
+        end_tokens=facts.end_tokens,
+        vocab_size=facts.vocab_size,
+    )
+    shown = [
+        show_sample(
+            sample,
+            tokenizer,
+            kind=record.kind,
+            where=record.where,
+            end_tokens=facts.end_tokens,
+            more=f"{record.num_more:,} more samples of this record not shown"
+            if record.num_more and sample is record.samples[-1]
+            else "",
+        )
+        for record in records
+        for sample in record.samples
+    ]
+    table = format_report(report)
+    print_samples(shown)
+    print(f"\n{table}\n")
+    for line in warnings(report):
+        logger.warning(line)
+    if html:
+        page = make_page(shown, title=f"First samples of {' '.join(data)}", table=table)
+        write_file(Path(html), page.encode())
+    kinds = Counter(record.kind for record in records)
+    return print_result(
+        {
+            "records": report.records,
+            "kept": report.kept,
+            "kinds": dict(kinds),
+            "samples": len(shown),
+            "tokens": sum(each.num_tokens for each in shown),
+            "targets": sum(each.num_targets for each in shown),
+            "html": html,
+            "report": report.to_dict(),
+        }
+    )
