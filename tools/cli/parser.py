@@ -31,7 +31,7 @@ COMMON = [
     ]
 ]
 """Options of every command."""
-_HELP_COLUMN = 30
+_HELP_COLUMN = 38
 _NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
 

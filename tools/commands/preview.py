@@ -22,7 +22,7 @@ def preview(
     corpus: CorpusSettings,
     data_settings: DataSettings,
 ) -> dict[str, Any]:
-    """Show the first samples of a corpus as the model sees them, before anything is computed.
+    """Show the first samples of a corpus as the model sees them.
 
     The text is decoded from the tokens that an extraction would store: prompt grey, targets green,
     special tokens boxed, the token at which the model learns to stop marked. Where stdout is no
