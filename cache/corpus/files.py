@@ -7,11 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.corpus.file_kinds import stem_of
-from carryon.cache.corpus.json_rows import BYTE_ORDER_MARK, iter_values, parse_line
-from carryon.cache.corpus.packing import open_file
+from carryon.cache.corpus.reading.file_kinds import stem_of
+from carryon.cache.corpus.reading.json_rows import BYTE_ORDER_MARK, iter_values, parse_line
+from carryon.cache.corpus.reading.packing import open_file
+from carryon.cache.corpus.reading.tables import read_rows
 from carryon.cache.corpus.rows import BadRow, Row, Shard, Source
-from carryon.cache.corpus.tables import read_rows
 from carryon.cache.errors import InputError
 
 SHARD_BYTES = 4 << 20

@@ -9,13 +9,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.corpus import folders
-from carryon.cache.corpus.file_kinds import (
-    kind_by_content,
-    kind_by_name,
-    refuse_unknown,
-    stem_of,
-)
 from carryon.cache.corpus.files import (
     SHARD_BYTES,
     plan_shards,
@@ -23,14 +16,26 @@ from carryon.cache.corpus.files import (
     rename_fields,
     scan_file,
 )
-from carryon.cache.corpus.folders import Part, list_parts, name_some
-from carryon.cache.corpus.hub import HubName, load_splits, parse_hub_name
+from carryon.cache.corpus.reading import folders
+from carryon.cache.corpus.reading.file_kinds import (
+    kind_by_content,
+    kind_by_name,
+    refuse_unknown,
+    stem_of,
+)
+from carryon.cache.corpus.reading.folders import Part, list_parts, name_some
+from carryon.cache.corpus.reading.hub import HubName, load_splits, parse_hub_name
+from carryon.cache.corpus.reading.saved_sets import saved_files
+from carryon.cache.corpus.reading.split_names import (
+    choose_splits,
+    is_evaluation,
+    keyword_in,
+    log_split,
+)
+from carryon.cache.corpus.reading.spool import is_data_set, open_rows, open_splits
+from carryon.cache.corpus.reading.tables import Table, convert_file, list_arrow
 from carryon.cache.corpus.records import kind_of
 from carryon.cache.corpus.rows import Data, Row, Source
-from carryon.cache.corpus.saved_sets import saved_files
-from carryon.cache.corpus.split_names import choose_splits, is_evaluation, keyword_in, log_split
-from carryon.cache.corpus.spool import is_data_set, open_rows, open_splits
-from carryon.cache.corpus.tables import Table, convert_file, list_arrow
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.settings import DataSettings
 

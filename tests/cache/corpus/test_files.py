@@ -15,7 +15,7 @@ from support.tiny_stores import error_of
 
 from carryon.cache.corpus import files
 from carryon.cache.corpus.files import plan_shards, read_shard, scan_file
-from carryon.cache.corpus.json_rows import iter_values
+from carryon.cache.corpus.reading.json_rows import iter_values
 from carryon.cache.corpus.rows import BadRow, Row, Shard, Source
 
 QUICK = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -106,7 +106,7 @@ def test_elements_are_those_of_the_json_module(
     if not is_array:
         text = "\n".join(json.dumps(row, indent=indent) for row in rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("carryon.cache.corpus.json_rows._CHUNK_BYTES", chunk_bytes)
+        patch.setattr("carryon.cache.corpus.reading.json_rows._CHUNK_BYTES", chunk_bytes)
         read = list(iter_values(io.BytesIO(text.encode("utf-8", "surrogatepass")), "data.json"))
     assert [value for value, _ in read] == rows
 
@@ -162,7 +162,7 @@ ARRAYS = [
 def test_json_is_read_as_an_array_an_object_or_lines(
     text: str, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("carryon.cache.corpus.json_rows._CHUNK_BYTES", 7)  # values are cut
+    monkeypatch.setattr("carryon.cache.corpus.reading.json_rows._CHUNK_BYTES", 7)  # values are cut
     path = tmp_path / "data.json"
     path.write_text(text, encoding="utf-8")
     assert fields_of(tmp_path, path) == rows
@@ -202,7 +202,7 @@ BROKEN_ARRAYS = [
 def test_a_broken_array_is_refused_with_the_line(
     text: str, message: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("carryon.cache.corpus.json_rows._CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("carryon.cache.corpus.reading.json_rows._CHUNK_BYTES", chunk_bytes)
     path = tmp_path / "data.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"data\.json" + message) as raised:

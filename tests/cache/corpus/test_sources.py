@@ -16,12 +16,12 @@ import pytest
 from support.corpus_files import fields_of, open_in, pack, read_all, write_lines, write_table
 from support.tiny_stores import error_of
 
-from carryon.cache.corpus import split_names
-from carryon.cache.corpus.hub import HubName, parse_hub_name
+from carryon.cache.corpus.reading import split_names
+from carryon.cache.corpus.reading.hub import HubName, parse_hub_name
+from carryon.cache.corpus.reading.split_names import split_of_file
+from carryon.cache.corpus.reading.tables import _whole_table
 from carryon.cache.corpus.rows import Row
 from carryon.cache.corpus.sources import describe_file, list_files, open_sources
-from carryon.cache.corpus.split_names import split_of_file
-from carryon.cache.corpus.tables import _whole_table
 from carryon.cache.errors import DiskFullError, InputError, MissingError
 from carryon.cache.settings import DataSettings
 
@@ -497,8 +497,8 @@ def test_a_full_disk_and_a_stop_leave_no_half_table(
         (KeyboardInterrupt(), KeyboardInterrupt),
     ]:
         with monkeypatch.context() as patch:
-            patch.setattr("carryon.cache.corpus.tables._write_batches", fail(error))
-            patch.setattr("carryon.cache.corpus.spool._line_of", fail(error))
+            patch.setattr("carryon.cache.corpus.reading.tables._write_batches", fail(error))
+            patch.setattr("carryon.cache.corpus.reading.spool._line_of", fail(error))
             for data in (path, ROWS):
                 with pytest.raises(seen):
                     open_in(tmp_path, data)

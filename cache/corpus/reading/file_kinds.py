@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from carryon.cache.corpus.json_rows import BYTE_ORDER_MARK, parse_line
-from carryon.cache.corpus.packing import MAGIC, open_file, packing_of_magic
+from carryon.cache.corpus.reading.json_rows import BYTE_ORDER_MARK, parse_line
+from carryon.cache.corpus.reading.packing import MAGIC, open_file, packing_of_magic
 from carryon.cache.errors import InputError
 
 Kind = Literal["json lines", "json array", "text", "csv", "tsv", "parquet", "arrow"]

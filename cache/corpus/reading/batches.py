@@ -8,8 +8,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from carryon.cache.corpus.file_kinds import FileKind
-from carryon.cache.corpus.packing import open_file
+from carryon.cache.corpus.reading.file_kinds import FileKind
+from carryon.cache.corpus.reading.packing import open_file
 from carryon.cache.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.corpus.files import FileScan, scan_file
+from carryon.cache.corpus.reading.split_names import log_split, usual_split
 from carryon.cache.corpus.rows import Source
-from carryon.cache.corpus.split_names import log_split, usual_split
 from carryon.cache.errors import InputError
 from carryon.cache.files import PARTIAL, disk_full_named
 

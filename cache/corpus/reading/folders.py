@@ -6,9 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from carryon.cache.corpus.file_kinds import NOT_DATA, FileKind, is_utf8, kind_by_name
-from carryon.cache.corpus.saved_sets import saved_kind, saved_splits
-from carryon.cache.corpus.split_names import is_evaluation, no_split, split_of_file, usual_split
+from carryon.cache.corpus.reading.file_kinds import NOT_DATA, FileKind, is_utf8, kind_by_name
+from carryon.cache.corpus.reading.saved_sets import saved_kind, saved_splits
+from carryon.cache.corpus.reading.split_names import (
+    is_evaluation,
+    no_split,
+    split_of_file,
+    usual_split,
+)
 from carryon.cache.errors import InputError
 
 logger = logging.getLogger(__name__)

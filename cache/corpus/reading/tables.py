@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carryon.cache.corpus.batches import arrow_batches, csv_batches, parquet_batches
-from carryon.cache.corpus.file_kinds import FileKind
-from carryon.cache.corpus.packing import open_file
+from carryon.cache.corpus.reading.batches import arrow_batches, csv_batches, parquet_batches
+from carryon.cache.corpus.reading.file_kinds import FileKind
+from carryon.cache.corpus.reading.packing import open_file
 from carryon.cache.errors import InputError
 from carryon.cache.files import PARTIAL, disk_full_named, sync_below
 

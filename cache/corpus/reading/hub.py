@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.corpus.file_kinds import has_known_suffix
-from carryon.cache.corpus.tables import Table, list_arrow
+from carryon.cache.corpus.reading.file_kinds import has_known_suffix
+from carryon.cache.corpus.reading.tables import Table, list_arrow
 from carryon.cache.errors import CarryOnError, InputError, MissingError
 from carryon.cache.files import disk_full_named
 
