@@ -109,7 +109,8 @@ def _read_arrow(file: Path, start: int, stop: int) -> Iterator[dict[str, Any] | 
     import pyarrow
 
     with pyarrow.memory_map(str(file)) as source:
-        table = pyarrow.ipc.open_stream(source).read_all()
+        options = pyarrow.ipc.IpcReadOptions(use_threads=False)  # this may be a forked process
+        table = pyarrow.ipc.open_stream(source, options=options).read_all()
         if b"huggingface" in (table.schema.metadata or {}):  # may hold types that are decoded
             from datasets import Dataset
 
