@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from carryon.cache.corpus.contents import (
+from carryon.cache.corpus.formats.contents import (
     Chat,
     Completion,
     Content,
@@ -22,7 +22,7 @@ from carryon.cache.corpus.contents import (
     kind_of,
     read_content,
 )
-from carryon.cache.corpus.json_values import check_text, quote, show_name
+from carryon.cache.corpus.formats.json_values import check_text, quote, show_name
 from carryon.cache.corpus.rows import Row
 from carryon.cache.errors import InputError
 

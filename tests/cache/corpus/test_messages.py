@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.tiny_stores import error_of
 
-from carryon.cache.corpus.messages import read_messages
+from carryon.cache.corpus.formats.messages import read_messages
 
 USER = {"role": "user", "content": "hi"}
 REPLY = {"role": "assistant", "content": "yes"}

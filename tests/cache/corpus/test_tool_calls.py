@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from carryon.cache.corpus.tool_calls import read_calls, read_tools
+from carryon.cache.corpus.formats.tool_calls import read_calls, read_tools
 
 
 def calls_of(*calls: Any, drops_nulls: bool = False) -> list[dict[str, Any]]:  # noqa: ANN401

@@ -12,7 +12,7 @@ and `function_call` becomes `tool_calls`. Keys that are null are left out. Weigh
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carryon.cache.corpus.json_values import (
+from carryon.cache.corpus.formats.json_values import (
     check_key,
     check_text,
     check_value,
@@ -21,7 +21,7 @@ from carryon.cache.corpus.json_values import (
     quote,
     show_name,
 )
-from carryon.cache.corpus.tool_calls import read_calls, read_shared_call
+from carryon.cache.corpus.formats.tool_calls import read_calls, read_shared_call
 from carryon.cache.errors import InputError
 
 TRAINED_ROLES = ("assistant", "model")

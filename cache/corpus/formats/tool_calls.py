@@ -9,7 +9,7 @@ Arguments given as a JSON text are parsed: a null in them is the user's own.
 from collections.abc import Mapping
 from typing import Any
 
-from carryon.cache.corpus.json_values import (
+from carryon.cache.corpus.formats.json_values import (
     check_text,
     check_value,
     decode_json,

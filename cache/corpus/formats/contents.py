@@ -15,22 +15,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from carryon.cache.corpus.json_values import (
+from carryon.cache.corpus.formats.json_values import (
     check_text,
     check_value,
     decode_json,
     describe,
     quote,
 )
-from carryon.cache.corpus.messages import (
+from carryon.cache.corpus.formats.messages import (
     TRAINED_ROLES,
     is_learned,
     looks_like_messages,
     read_messages,
     read_weight,
 )
+from carryon.cache.corpus.formats.tool_calls import read_tools
 from carryon.cache.corpus.rows import Row
-from carryon.cache.corpus.tool_calls import read_tools
 from carryon.cache.errors import InputError
 
 _CHAT_KEYS = ("messages", "conversations", "conversation")
