@@ -2,8 +2,8 @@
 
 What a record holds is the matter of `contents`: of several kinds of fields in a row, the first in
 the order messages, preference pair, prompt and completion, text is read. Optional fields: `id` (a
-string or number) and `split` (`train`, the default, or `held-out`, `test`, `validation`, which are
-held out). A null field counts as absent; other fields are ignored.
+string or number) and `split` (`train`, the default; `held-out`, or usual names of test and
+validation data, are held out). A null field counts as absent; other fields are ignored.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from carryon.cache.corpus.formats.contents import (
     read_content,
 )
 from carryon.cache.corpus.formats.json_values import check_text, quote, show_name
+from carryon.cache.corpus.reading.split_names import usual_split
 from carryon.cache.corpus.rows import Row
 from carryon.cache.errors import InputError
 
@@ -95,14 +96,15 @@ def read_record(row: Row) -> Record:
 
 def _is_held_out(row: Row) -> bool:
     split = row.fields.get("split")
-    if split is None or split == "train":
+    if split is None:
         return False
-    if split in ("held-out", "test", "validation"):
-        return True
-    raise InputError(
-        f"{row.where}: split: expected train, held-out, test or validation, got {quote(split)}. "
-        "Fix: --column split=NAME reads another column"
-    )
+    usual = usual_split(split) if isinstance(split, str) else ""
+    if not usual and split != "held-out":
+        raise InputError(
+            f"{row.where}: split: expected train, held-out, test or validation, got "
+            f"{quote(split)}. Fix: --column split=NAME reads another column"
+        )
+    return usual != "train"
 
 
 def _read_id(row: Row) -> str:

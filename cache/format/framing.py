@@ -81,9 +81,10 @@ def framing_of(manifest: "Manifest") -> Framing:
     kinds: Counter[str] = Counter()
     for part in manifest.parts:
         kinds.update(part.kinds)
+    is_known = all(part.kinds for part in manifest.parts)
     return Framing.from_dict(
         {
-            "kinds": dict(kinds),
+            "kinds": dict(kinds) if is_known else {},
             "chat_template_sha256": manifest.base.get("chat_template_sha256"),
             **{key: manifest.corpus[key] for key in _KEYS if manifest.corpus.get(key)},
         }

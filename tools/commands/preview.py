@@ -68,6 +68,8 @@ def preview(
         end_tokens=facts.end_tokens,
         vocab_size=facts.vocab_size,
     )
+    if not report.records:
+        raise InputError(f"--data: expected at least one record, got none in {' '.join(data)}")
     shown = [
         show_sample(
             sample,

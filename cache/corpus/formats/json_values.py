@@ -8,6 +8,7 @@ from carryon.cache.errors import InputError
 
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects inside one field."""
+_CHUNK_CHARS = 1 << 20
 
 
 def check_text(value: object, name: str) -> str:
@@ -21,13 +22,15 @@ def check_text(value: object, name: str) -> str:
         raise InputError(f"{name}: expected a string, got {describe(value)}")
     if value.isascii():
         return value
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{name}: expected valid Unicode, got half a surrogate pair {value[error.start]!a} "
-            f"at character {error.start}. Fix: remove it"
-        ) from error
+    for start in range(0, len(value), _CHUNK_CHARS):  # without a copy of a long text
+        try:
+            value[start : start + _CHUNK_CHARS].encode()
+        except UnicodeEncodeError as error:
+            position = start + error.start
+            raise InputError(
+                f"{name}: expected valid Unicode, got half a surrogate pair {value[position]!a} "
+                f"at character {position}. Fix: remove it"
+            ) from error
     return value
 
 

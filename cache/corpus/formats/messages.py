@@ -59,7 +59,9 @@ def read_messages(
     Raises:
         InputError: it is no conversation; the text has the path of the faulty value.
     """
-    values = decode_json(value, name) if isinstance(value, str) else value
+    values = value
+    if isinstance(value, str):
+        values, drops_nulls = decode_json(value, name), False  # its nulls are the user's own
     if isinstance(values, Mapping) and values:
         values = _rows_of(values, name)
     if not isinstance(values, list | tuple) or not values:

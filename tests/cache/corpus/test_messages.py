@@ -41,6 +41,11 @@ def test_null_keys_of_messages_are_left_out() -> None:
     assert messages_of(deep, drops_nulls=True) == [{**USER, "extra": {"b": [{"d": 1}, None]}}]
 
 
+def test_nulls_in_a_json_text_are_the_users_own_in_a_table_too() -> None:
+    deep = {**USER, "extra": {"a": None}}
+    assert read_messages(json.dumps([deep]), "messages", drops_nulls=True)[0] == [deep]
+
+
 def test_parts_of_text_become_one_string() -> None:
     parts = [{"type": "text", "text": "a "}, {"text": "b", "image_url": None}]
     assert messages_of({"role": "user", "content": parts}) == [{"role": "user", "content": "a b"}]

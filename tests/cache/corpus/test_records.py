@@ -266,6 +266,7 @@ def test_test_and_validation_splits_are_held_out() -> None:
         "held-out": True,
         "test": True,
         "validation": True,
+        "dev": True,
     }.items():
         assert read_record(make_row({"text": "a", "split": split})).is_held_out == is_held_out
     assert read_record(make_row({"text": "a", "split": "train"}, is_held_out=True)).is_held_out
@@ -424,8 +425,8 @@ BAD_ROWS = [
     ),
     BadRow(
         "split",
-        {"text": "a", "split": "dev"},
-        "split: expected train, held-out, test or validation, got 'dev'. "
+        {"text": "a", "split": "other"},
+        "split: expected train, held-out, test or validation, got 'other'. "
         "Fix: --column split=NAME reads another column",
     ),
     BadRow(
@@ -459,6 +460,13 @@ def test_values_nested_too_deep_are_refused() -> None:
     assert "tools: expected JSON, got '[[[" in error_of(
         lambda: content_of(messages=[USER], tools=text)
     )
+
+
+def test_a_long_text_is_checked_to_its_end() -> None:
+    text = "\u00e9" * ((1 << 20) + 5)
+    assert content_of(text=text) == Text(text=text)
+    problem = error_of(lambda: content_of(text=text + "\udc00"))
+    assert f"got half a surrogate pair '\\udc00' at character {len(text)}." in problem
 
 
 def test_two_kinds_in_one_file_are_refused() -> None:

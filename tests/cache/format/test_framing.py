@@ -104,6 +104,8 @@ def test_of_an_old_store_the_kinds_are_not_known(store_original: Path) -> None:
         corpus={"mask": "auto", "max_tokens": 64, "long": "truncate"},
         parts=[replace(part, kinds={}) for part in manifest.parts],
     )
+    first = manifest.parts[0]
+    assert framing_of(replace(manifest, parts=[first, replace(first, kinds={})])).is_chat is None
     framing = framing_of(old)
     assert framing.is_chat is None
     assert framing.template_date == ""

@@ -105,6 +105,14 @@ def test_a_preview_that_cannot_be_made_is_refused(
     assert problem in capsys.readouterr().err
 
 
+def test_data_without_a_record_are_refused(
+    tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    assert run("preview", "--base", tiny_base_folder, "--data", tmp_path / "empty.jsonl") == 2
+    assert "--data: expected at least one record, got none in" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def store(data: Path, tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of the conversations."""
