@@ -16,7 +16,7 @@ from carryon.cache.corpus.records import Chat, Completion, Pair, Record, Text, r
 from carryon.cache.corpus.report import Tally
 from carryon.cache.corpus.rows import BadRow, Row, Shard
 from carryon.cache.corpus.samples import ROLES, Sample, SampleWriter, hash_id
-from carryon.cache.corpus.tokenize import Encoder, Tokens, join, mark
+from carryon.cache.corpus.tokenize import Encoder, Tokens, join
 from carryon.cache.corpus.turns import Conversation, Rendering
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings, DataSettings
@@ -180,7 +180,7 @@ class Converter:
         text = content.prompt + content.completion
         tokens = self._framed(self._encoder.encode_split(text, [length]), len(text))
         targets = None if mask == "all" else [(length, len(text) + 1)]
-        loss_mask = mark(tokens, targets)
+        loss_mask = self._encoder.mark(tokens, targets)
         if targets is None:
             loss_mask[tokens.ends == 0] = 0  # start tokens
         yield _Piece(suffix="", tokens=tokens, loss_mask=loss_mask)
@@ -217,7 +217,7 @@ class Converter:
         if mask == "all":
             rendering = conversation.render_all()
             tokens = self._encoder.encode(rendering.text)
-            yield _Piece(suffix="", tokens=tokens, loss_mask=mark(tokens, None))
+            yield _Piece(suffix="", tokens=tokens, loss_mask=self._encoder.mark(tokens, None))
             return
         if not conversation.trained:
             count("no target")
@@ -265,7 +265,7 @@ class Converter:
     def _marked(self, rendering: Rendering, tokens: Tokens, count: Any) -> _Piece:  # noqa: ANN401
         for note in rendering.notes:
             count(note)
-        loss_mask = mark(tokens, rendering.targets)
+        loss_mask = self._encoder.mark(tokens, rendering.targets)
         for start, stop in (rendering.targets or ()) if self._ends else ():
             first = int(np.searchsorted(tokens.ends, start, side="right"))
             last = int(np.searchsorted(tokens.starts, stop))

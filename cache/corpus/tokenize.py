@@ -139,6 +139,23 @@ class Encoder:
             self._cache[key] = ids
         return self._cache[key]
 
+    def mark(self, tokens: Tokens, targets: Sequence[tuple[int, int]] | None) -> NDArray[np.uint8]:
+        """Return, [T] uint8, 1 for tokens that overlap a target character (None: all of them).
+
+        An added token that begins before a target and takes in blanks of it is none.
+        """
+        if targets is None:
+            return np.ones(len(tokens.ids), dtype=np.uint8)
+        loss_mask = np.zeros(len(tokens.ids), dtype=np.uint8)
+        # a token of no width, such as a blank that a normalizer adds, goes with the one before it
+        starts = np.minimum(tokens.starts, tokens.ends - 1)
+        for start, stop in targets:
+            first = int(np.searchsorted(tokens.ends, start, side="right"))
+            last = int(np.searchsorted(starts, stop))
+            is_before = first < last and starts[first] < start
+            loss_mask[first + (is_before and int(tokens.ids[first]) in self._added) : last] = 1
+        return loss_mask
+
     def iter_encode(self, text: str) -> Iterator[Tokens]:
         """Yield the tokens of a text, a window at a time; the same as of `encode`."""
         first, size = 0, WINDOW_CHARS
@@ -182,22 +199,6 @@ def join(parts: Sequence[Tokens]) -> Tokens:
         for name in ("ids", "starts", "ends")
     )
     return Tokens(ids=ids, starts=starts, ends=np.maximum.accumulate(ends))
-
-
-def mark(tokens: Tokens, targets: Sequence[tuple[int, int]] | None) -> NDArray[np.uint8]:
-    """Return, [T] uint8, 1 for tokens that overlap one of the target characters (None: all)."""
-    if targets is None:
-        return np.ones(len(tokens.ids), dtype=np.uint8)
-    # a token of no width, such as a blank that a normalizer adds, goes with the one before it
-    first, end = np.minimum(tokens.starts, tokens.ends - 1), tokens.ends
-    change = np.zeros(len(first) + 1, dtype=np.int32)
-    for start, stop in targets:
-        # both ascend: the tokens of a target are consecutive
-        begin, finish = np.searchsorted(end, start, side="right"), np.searchsorted(first, stop)
-        if begin < finish:
-            change[begin] += 1
-            change[finish] -= 1
-    return (np.cumsum(change[:-1]) > 0).astype(np.uint8)
 
 
 def _tokens(encoding: Any) -> Tokens:  # noqa: ANN401 -- of the library tokenizers

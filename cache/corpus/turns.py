@@ -35,6 +35,7 @@ _MOST_EXACT = 32
 rendered in windows, so that time stays linear."""
 _WINDOW_TURNS = 8
 _OPENED_CHARS = 32
+_TEXT_FIELDS = ("reasoning_content", "content")
 _PROBES = ({"role": "tool", "content": "x"}, {"role": "user", "content": "x"})
 _FAR = 64
 """Messages behind the beginning of a window at which any user message begins the next."""
@@ -143,7 +144,7 @@ class Conversation:
         return Rendering(
             text=text,
             targets=[span for turn in turns for span in self._targets(turn, marks, text)],
-            prompts=[turn.start for turn in turns if turn.is_prompt_kept],
+            prompts=[turn.start for turn in turns],
             turn=None,
             notes=_notes(turns),
         )
@@ -161,7 +162,7 @@ class Conversation:
             yield Rendering(
                 text=turn.closed[: turn.stop],
                 targets=self._targets(turn, marks, turn.closed),
-                prompts=[turn.start] if turn.is_prompt_kept else [],
+                prompts=[turn.start],
                 turn=index,
                 notes=_notes([turn]),
             )
@@ -258,13 +259,12 @@ class Conversation:
         closed = self.whole if is_whole else self._render(messages[: index + 1])
         start = _common_length(prompt, closed)
         if start < len(prompt):
-            # the generation prompt may open the turn in another way; all before it must be equal
-            if start < _common_length(prompt, self._render(messages[:index])):
-                raise UnfitError(
-                    f"messages[{index}]: {self._template.name} writes the messages before this "
-                    "turn in another way once the turn is there. Fix: --chat-template FILE, or "
-                    "--drop-unfit to leave such records out"
-                )
+            opened = self._render(messages[:index])
+            if start < _common_length(prompt, opened):
+                # the finished turn changes what stands before it; only its own text is of use
+                opening = prompt[len(opened) :] if prompt.startswith(opened) else ""
+                closed = prompt + self._own_text(messages, index, opening)
+                start = len(prompt)
             for text in (prompt, closed):
                 for token in self._template.added.finditer(text):
                     if token.start() < start < token.end():
@@ -278,6 +278,28 @@ class Conversation:
             length=len(closed),
             is_prompt_kept=start == len(prompt),
         )
+
+    def _own_text(self, messages: Sequence[Message], index: int, opening: str) -> str:
+        """Return what a template writes for a turn behind the generation prompt, its `opening`.
+
+        The turn is rendered with other texts too: what both have in common ends in the turn.
+        """
+        other = {
+            **messages[index],
+            **{field: "\1" for field in _TEXT_FIELDS if messages[index].get(field)},
+        }
+        closed, changed = (
+            self._render([*messages[:index], turn]) for turn in (messages[index], other)
+        )
+        common = _common_length(closed, changed)
+        place = closed.rfind(opening, 0, common) if opening and common < len(closed) else -1
+        if place < 0:
+            raise UnfitError(
+                f"messages[{index}]: {self._template.name} writes the messages before this turn in "
+                "another way once the turn is there. Fix: --chat-template FILE, or --drop-unfit to "
+                "leave such records out"
+            )
+        return closed[place + len(opening) :]
 
     def _find_stop(
         self, closed: str, start: int, messages: Sequence[Message], index: int
@@ -351,8 +373,7 @@ class Conversation:
 
 
 def _says_nothing(message: Message) -> bool:
-    fields = ("content", "reasoning_content")
-    texts = [value for field in fields if isinstance(value := message.get(field), str)]
+    texts = [value for field in _TEXT_FIELDS if isinstance(value := message.get(field), str)]
     return not message.get("tool_calls") and not "".join(texts).strip()
 
 
@@ -362,7 +383,7 @@ def _is_answer(message: Message) -> bool:
 
 def _end_of_text(message: Message, closed: str, start: int) -> int:
     """Return where the message's own text ends in `closed`, which may hold special tokens too."""
-    texts = [message.get(field) for field in ("reasoning_content", "content")]
+    texts = [message.get(field) for field in _TEXT_FIELDS]
     own = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
     places = [(closed.rfind(text, start), len(text)) for text in own]
     return max([start, *(place + length for place, length in places if place >= 0)])
