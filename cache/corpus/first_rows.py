@@ -1,13 +1,13 @@
-"""The first rows of each kind of data as samples, without a cache: for people to look at."""
+"""The first rows of each kind of data as samples, for people to look at."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from carryon.cache.corpus.conversion import Converter
+from carryon.cache.corpus.dataset import cache_folder
 from carryon.cache.corpus.files import plan_shards, read_shard
 from carryon.cache.corpus.report import Report, Tally
 from carryon.cache.corpus.rows import BadRow, Data, Row, Source
@@ -43,11 +43,12 @@ def read_first(
     data_settings: DataSettings,
     end_tokens: Sequence[int] = (),
     vocab_size: int | None = None,
+    folder: Path | None = None,
 ) -> tuple[list[RecordSamples], Report]:
     """Convert the first rows of each kind of record, and report what became of these rows.
 
     Arguments are those of `read_corpus`; of each kind `num_rows` are read, in the order of the
-    data. Tables are read through a temporary folder.
+    data. Samples are not kept; rows in memory and tables are, in `folder`, for an extraction.
 
     Raises:
         MissingError, InputError, DiskFullError: as `read_corpus`, for these rows.
@@ -62,19 +63,18 @@ def read_first(
         vocab_size=vocab_size,
     )
     tally, records = Tally(), list[RecordSamples]()
-    with TemporaryDirectory(prefix="carryon-") as folder:
-        sources = open_sources(data, data_settings, folder=Path(folder))
-        for row in _iter_first(sources, num_rows):
-            kind, samples, num_more = "", list[Sample](), 0
-            for kind, sample in converter.convert_row(row, tally, []):  # noqa: B007
-                if len(samples) < MAX_SAMPLES:
-                    samples.append(sample)
-                else:
-                    num_more += 1
-            if samples:
-                records.append(
-                    RecordSamples(kind=kind, where=row.where, samples=samples, num_more=num_more)
-                )
+    sources = open_sources(data, data_settings, folder=folder or cache_folder())
+    for row in _iter_first(sources, num_rows):
+        kind, samples, num_more = "", list[Sample](), 0
+        for kind, sample in converter.convert_row(row, tally, []):  # noqa: B007
+            if len(samples) < MAX_SAMPLES:
+                samples.append(sample)
+            else:
+                num_more += 1
+        if samples:
+            records.append(
+                RecordSamples(kind=kind, where=row.where, samples=samples, num_more=num_more)
+            )
     return records, tally.report()
 
 

@@ -265,7 +265,7 @@ def _make_chat(row: Row, messages: Sequence[Mapping[str, Any]], is_trained: Sequ
 
 def _read_template_kwargs(row: Row) -> dict[str, Any]:
     value, name = row.fields.get("chat_template_kwargs"), f"{row.where}: chat_template_kwargs"
-    if value is None:
+    if value is None or value == "":
         return {}
     values = decode_json(value, name) if isinstance(value, str) else value
     if not isinstance(values, Mapping):

@@ -66,8 +66,9 @@ def read_tools(fields: Mapping[str, Any], name: str, *, drops_nulls: bool) -> li
     """
     key = "tools" if fields.get("tools") is not None else "functions"
     place = f"{name}: {key}"
-    is_text = isinstance(fields.get(key), str)
-    tools = _decoded(fields.get(key), place)
+    given = fields.get(key)
+    is_text = isinstance(given, str)
+    tools = _decoded(given, place) if given != "" else None
     if not isinstance(tools, list | tuple | None):
         raise InputError(f"{place}: expected a list of tools, got {describe(tools)}")
     checked = []

@@ -65,5 +65,5 @@ def test_tools_may_be_a_list_a_json_text_or_of_the_older_form() -> None:
     ):
         assert read_tools(fields, "row 1", drops_nulls=False) == tools
     assert read_tools({"tools": json.dumps(tools)}, "row 1", drops_nulls=True) == tools
-    for empty in ({}, {"tools": None}, {"tools": []}, {"tools": "[]"}):
+    for empty in ({}, {"tools": None}, {"tools": []}, {"tools": "[]"}, {"tools": ""}):
         assert read_tools(empty, "row 1", drops_nulls=False) is None
