@@ -1,9 +1,10 @@
 """Records as samples: rendered, tokenized, marked, cut to length, and every loss counted."""
 
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ _MASKS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardResult:
-    """Counts of the samples of a shard, whose file is written."""
+    """Counts of the samples of a few shards, whose file is written."""
 
     tally: Tally
     counts: Mapping[str, int]
@@ -85,8 +86,8 @@ class Converter:
         ends = [*end_tokens, tokenizer.eos_token_id]
         self._ends = frozenset(end for end in ends if end is not None)
 
-    def convert(self, shard: Shard, path: Path) -> ShardResult:
-        """Write the samples of a shard to an Arrow file.
+    def convert(self, shards: Iterable[Shard], path: Path) -> ShardResult:
+        """Write the samples of consecutive shards to an Arrow file.
 
         Raises:
             InputError: a row is wrong, or unfit for the chat template, and is not to be skipped;
@@ -95,7 +96,7 @@ class Converter:
         tally, counts, kinds = Tally(), Counter[str](), Counter[str]()
         skipped: list[dict[str, str]] = []
         with SampleWriter(path) as writer:
-            for row in read_shard(shard):
+            for row in chain.from_iterable(map(read_shard, shards)):
                 for kind, sample in self.convert_row(row, tally, skipped):
                     writer.write(sample)
                     counts["samples"] += 1

@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 """Of the cache: raised when the same data would give other samples."""
 _SUMMARY = "summary.json"
+_GROUP_BYTES = 1 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20
 _CODE = ("carryon.cache.corpus", "tokenizers", "transformers", "jinja2")
 
@@ -216,33 +217,33 @@ def _convert_all(
     num_workers: int,  # noqa: ANN401
 ) -> None:
     """Convert all shards into files in a folder beside `place`, which then gets its name."""
-    shards = plan_shards(sources)
+    groups = _group(plan_shards(sources))
     place.parent.mkdir(parents=True, exist_ok=True)
     partial_place = Path(tempfile.mkdtemp(prefix=f"{place.name}.partial-", dir=place.parent))
     try:
-        results = _run(shards, make_converter(), partial_place, num_workers=num_workers)
+        results = _run(groups, make_converter(), partial_place, num_workers=num_workers)
         tally, counts, kinds = Tally(), Counter[str](), Counter[str]()
         skipped: list[dict[str, str]] = []
         num_bytes = sum(source.num_bytes for source in sources)
         with Progress(num_bytes, name="tokenize", unit="B") as progress:
-            for shard, result in zip(shards, results, strict=True):
+            for shards, result in zip(groups, results, strict=True):
                 tally.merge(result.tally)
                 counts.update(result.counts)
                 kinds.update(result.kinds)
                 skipped.extend(result.skipped)
-                progress.update(_shard_bytes(shard))
+                progress.update(sum(map(_shard_bytes, shards)))
         report = tally.report()
         if not counts["samples"]:
             raise _empty(report, [source.name for source in sources])
-        table = SampleTable.open(_shard_path(partial_place, n) for n in range(len(shards)))
-        _refuse_equal_ids(table, shards)
+        table = SampleTable.open(_shard_path(partial_place, n) for n in range(len(groups)))
+        _refuse_equal_ids(table, [shard for shards in groups for shard in shards])
         summary = {
             "fingerprint": table.digest(),
             "counts": {"records": tally.records, **counts},
             "kinds": dict(kinds),
             "report": report.to_dict(),
             "skipped": skipped,
-            "sizes": [_shard_path(partial_place, n).stat().st_size for n in range(len(shards))],
+            "sizes": [_shard_path(partial_place, n).stat().st_size for n in range(len(groups))],
         }
         (partial_place / _SUMMARY).write_text(json.dumps(summary))
         if _is_whole(place):
@@ -258,15 +259,28 @@ def _convert_all(
         shutil.rmtree(partial_place, ignore_errors=True)
 
 
+def _group(shards: Sequence[Shard]) -> list[list[Shard]]:
+    """Return consecutive shards in groups that are worth a file: many small files make few."""
+    groups: list[list[Shard]] = []
+    num_bytes = 0
+    for shard in shards:
+        if not groups or num_bytes >= _GROUP_BYTES:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(shard)
+        num_bytes += _shard_bytes(shard)
+    return groups
+
+
 def _run(
-    shards: Sequence[Shard], converter: Converter, folder: Path, *, num_workers: int
+    groups: Sequence[Sequence[Shard]], converter: Converter, folder: Path, *, num_workers: int
 ) -> Iterator[ShardResult]:
-    """Yield the result of each shard, in order, as several processes convert them."""
-    num_workers = min(num_workers or os.cpu_count() or 1, len(shards))
-    paths = [_shard_path(folder, number) for number in range(len(shards))]
+    """Yield the result of each group of shards, in order, as several processes convert them."""
+    num_workers = min(num_workers or os.cpu_count() or 1, len(groups))
+    paths = [_shard_path(folder, number) for number in range(len(groups))]
     if num_workers <= 1 or sys.platform != "linux" or "fork" not in get_all_start_methods():
         # a spawned process would run the user's script again
-        yield from map(converter.convert, shards, paths)
+        yield from map(converter.convert, groups, paths)
         return
     global _converter
     _converter = converter  # the processes inherit it
@@ -277,7 +291,7 @@ def _run(
         ) as pool,
     ):
         try:
-            yield from pool.map(_convert, shards, paths)
+            yield from pool.map(_convert, groups, paths)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -288,9 +302,9 @@ def _run(
 _converter: Converter | None = None
 
 
-def _convert(shard: Shard, path: Path) -> ShardResult:
+def _convert(shards: Sequence[Shard], path: Path) -> ShardResult:
     assert _converter is not None
-    return _converter.convert(shard, path)
+    return _converter.convert(shards, path)
 
 
 def _begin_worker() -> None:
@@ -314,7 +328,10 @@ def _shard_bytes(shard: Shard) -> int:
     source = shard.source
     if source.kind == "json lines" and not source.packing:
         return shard.stop - shard.start
-    return source.num_bytes // max(shard.of, 1)
+    if source.kind == "table":
+        rows = max(source.marks[-1][0], 1)
+        return source.num_bytes * (shard.stop - shard.start) // rows
+    return source.num_bytes // shard.of
 
 
 def _is_whole(place: Path) -> bool:

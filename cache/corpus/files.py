@@ -14,7 +14,11 @@ from carryon.cache.corpus.reading.tables import read_rows
 from carryon.cache.corpus.rows import BadRow, Row, Shard, Source
 from carryon.cache.errors import InputError
 
-SHARD_BYTES = 4 << 20
+SHARD_BYTES = 1 << 20
+"""Least size of a shard."""
+_MAX_SHARD_BYTES = 64 << 20
+_SHARDS = 64
+"""Of a large file: enough to keep many processes busy to the end."""
 _BLOCK_BYTES = 1 << 20
 _BLOCK_ROWS = 64
 """Rows of a file without marks that lie together in one of its shards."""
@@ -34,7 +38,12 @@ class FileScan:
     """As in `Source`."""
 
 
-def scan_file(path: Path, *, has_lines: bool, shard_bytes: int = SHARD_BYTES) -> FileScan:
+def shard_size(num_bytes: int) -> int:
+    """Return the bytes of a shard of a source of this size."""
+    return min(max(num_bytes // _SHARDS, SHARD_BYTES), _MAX_SHARD_BYTES)
+
+
+def scan_file(path: Path, *, has_lines: bool, shard_bytes: int | None = None) -> FileScan:
     """Return digest, size and, where it `has_lines`, marks of a file, reading it once.
 
     Raises:
@@ -43,6 +52,7 @@ def scan_file(path: Path, *, has_lines: bool, shard_bytes: int = SHARD_BYTES) ->
     digest, num_bytes, num_lines = hashlib.sha256(), 0, 0
     marks = [(0, 1)]
     try:
+        shard_bytes = shard_bytes or shard_size(path.stat().st_size)
         with path.open("rb", buffering=0) as file:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.corpus.files import (
-    SHARD_BYTES,
     plan_shards,
     read_shard,
     rename_fields,
     scan_file,
+    shard_size,
 )
 from carryon.cache.corpus.reading import folders
 from carryon.cache.corpus.reading.file_kinds import (
@@ -196,7 +196,7 @@ def _open_part(part: Part, folder: Path) -> Source:
 
 
 def _table_source(name: str, table: Table, digest: str, *, is_held_out: bool) -> Source:
-    step = max(table.num_rows * SHARD_BYTES // max(table.num_bytes, 1), 1)
+    step = max(table.num_rows * shard_size(table.num_bytes) // max(table.num_bytes, 1), 1)
     return Source(
         name=name,
         kind="table",

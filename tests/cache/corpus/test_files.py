@@ -334,7 +334,7 @@ def test_strided_shards_give_every_row_once(name: str, tmp_path: Path) -> None:
     (source,) = open_in(tmp_path, path)
     assert [shard.of for shard in plan_shards([source])] == [1]
     whole = [row.where for row in read_all([source])]
-    for size, of in [(9 << 20, 3), (1 << 40, 4 if name == "data.json" else 8)]:
+    for size, of in [(5 << 19, 3), (1 << 40, 4 if name == "data.json" else 8)]:
         shards = plan_shards([replace(source, num_bytes=size)])
         assert [(shard.start, shard.of) for shard in shards] == [(at, of) for at in range(of)]
         parts = [[row.where for row in read_shard(shard)] for shard in shards]
@@ -348,7 +348,7 @@ def test_tables_are_cut_into_ranges_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_table(tmp_path / "data.parquet", ROWS)
-    monkeypatch.setattr("carryon.cache.corpus.sources.SHARD_BYTES", 1000)
+    monkeypatch.setattr("carryon.cache.corpus.files.SHARD_BYTES", 1000)
     (source,) = open_in(tmp_path, path)
     shards = plan_shards([source])
     assert len(shards) > 3
