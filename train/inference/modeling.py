@@ -99,6 +99,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         self._architecture = base.architecture
         self._compute_dtype = base.compute_dtype
         self._framing = Framing()
+        self._warnings: set[str] = set()  # logged once
         self._optional = {"position_ids", "logits_to_keep"} & set(accepted)
         self.training = False
 
@@ -243,8 +244,9 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         framings = self.framings(carryons, num_rows=len(texts))
         lines = (framing_warnings(self.tokenizer, each, settings.chat) for each in framings)
-        for line in dict.fromkeys(chain.from_iterable(lines)):
+        for line in set(chain.from_iterable(lines)) - self._warnings:
             logger.warning(line)
+            self._warnings.add(line)
         answers = [""] * len(texts)
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # less padding
         for first in range(0, len(order), batch_rows):

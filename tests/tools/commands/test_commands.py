@@ -179,6 +179,27 @@ def test_generate_compares_base_and_customized_model(
     assert main(argv) == 0
 
 
+def test_generate_frames_the_prompt_as_in_training_or_warns(
+    work: Path, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = json.loads((work / "run" / "carryon" / "carryon.json").read_text(encoding="utf-8"))
+    assert card["framing"]["kinds"] == {"prompt and completion": 12}
+    argv = ["generate", "--carryon", str(work / "run" / "carryon"), "--prompt", "the thing"]
+    argv += ["--base", str(tiny_base_folder), "--max-new-tokens", "4", "--device", "cpu"]
+    argv += ["--compute-dtype", "float32"]
+    answers = []
+    for options, num_warnings in ([], 0), (["--chat", "false"], 0), (["--chat", "true"], 1):
+        assert main([*argv, *options]) == 0
+        captured = capsys.readouterr()
+        answers.append(captured.out)
+        assert captured.err.count("warning: the carry-on was trained on plain text") == num_warnings
+    assert answers[0] == answers[1]
+    assert main([*argv, "--compare", "--chat", "true"]) == 0
+    assert capsys.readouterr().err.count("warning: ") == 1
+    assert main([*argv, "--chat", "maybe"]) == 2
+    assert "--chat: expected auto, true or false, got 'maybe'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
