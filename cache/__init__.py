@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from carryon.cache.errors import CarryOnError
     from carryon.cache.extraction.pipeline import extract
     from carryon.cache.extraction.repair import repair
-    from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
+    from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
     from carryon.cache.store.reader import Store
     from carryon.cache.store.verify import verify
 
 __all__ = [
     "CarryOnError",
     "CorpusSettings",
+    "DataSettings",
     "ForwardSettings",
     "Store",
     "StoreSettings",
@@ -28,6 +29,7 @@ __all__ = [
 _MODULES = {
     "CarryOnError": "errors",
     "CorpusSettings": "settings",
+    "DataSettings": "settings",
     "ForwardSettings": "settings",
     "Store": "store.reader",
     "StoreSettings": "settings",

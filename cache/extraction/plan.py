@@ -19,6 +19,7 @@ from carryon.cache.corpus.dataset import Corpus, read_corpus, resolve_settings
 from carryon.cache.corpus.report import format_report, warnings
 from carryon.cache.corpus.rows import Data
 from carryon.cache.corpus.samples import SampleTable
+from carryon.cache.device import pick_device
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
 from carryon.cache.format.head_arrays import head_facts
@@ -80,6 +81,7 @@ def plan_extraction(
     root = Path(out)
     _refuse_foreign_folder(root)
     refuse_busy(root)
+    pick_device(forward.device)  # refuses one that is not there
     facts = facts_of(base) if isinstance(base, Base) else read_facts(str(base))
     _check_sizes(facts, store)
     limit = min(facts.context_tokens, store.unit_tokens)

@@ -111,7 +111,7 @@ def _tables(
     def ids(low: int, high: int) -> NDArray[np.uint8]:
         return _id_rows(samples.ids(order[low:high].tolist()), id_bytes)
 
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "samples/start": plan.start + first_row,
         "samples/length": lengths,
         "samples/held_out": samples.held_out[order].astype(np.uint8),
@@ -173,7 +173,9 @@ def _id_rows(ids: list[str], id_bytes: int) -> NDArray[np.uint8]:
 def _hash_rows(rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Return a 64-bit hash of each row, [n]."""
     words = np.ascontiguousarray(rows).view(np.uint64)
-    odd = np.random.default_rng(0).integers(1 << 63, size=words.shape[1], dtype=np.uint64) * 2 + 1
+    random = np.random.default_rng(0)
+    odd: NDArray[np.uint64] = random.integers(1 << 63, size=words.shape[1:], dtype=np.uint64)
+    odd = odd * np.uint64(2) + np.uint64(1)
     mixed = words * odd  # wraps
     mixed ^= mixed >> np.uint64(32)
     return np.asarray((mixed * odd[::-1]).sum(axis=1, dtype=np.uint64))

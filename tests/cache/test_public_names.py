@@ -21,7 +21,7 @@ def test_every_public_name_can_be_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    "names", ["", "CorpusSettings, StoreSettings, ForwardSettings, CarryOnError", "Store", "verify"]
+    "names", ["", "CorpusSettings, DataSettings, StoreSettings, ForwardSettings", "Store", "verify"]
 )
 def test_a_name_loads_nothing_heavy(names: str) -> None:
     assert HEAVY.isdisjoint(loaded_by(f"from carryon.cache import ({names})" if names else ""))

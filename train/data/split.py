@@ -89,8 +89,9 @@ def _choose_groups(
     order = random.permutation(len(sizes))
     fitting = order[sizes[order] <= wanted]
     if not len(fitting):
-        return order[np.argmin(sizes[order])][None]
-    return fitting[: int(np.searchsorted(np.cumsum(sizes[fitting]), wanted, side="right"))]
+        return order[[int(np.argmin(sizes[order]))]]
+    number = int(np.searchsorted(np.cumsum(sizes[fitting]), wanted, side="right"))
+    return fitting[:number]
 
 
 def refuse_pairs(store: StoreLike) -> None:

@@ -102,7 +102,7 @@ def test_bad_data_are_refused_before_the_base_is_loaded(
     )
 
 
-def test_a_wrong_tap_or_unit_is_refused_before_the_data_are_read(
+def test_a_wrong_tap_unit_or_device_is_refused_before_the_data_are_read(
     without_weights: Path, bad_data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "store"
@@ -110,6 +110,16 @@ def test_a_wrong_tap_or_unit_is_refused_before_the_data_are_read(
         plan(without_weights, bad_data, out, taps=["layer.9"])
     with pytest.raises(InputError, match="unit_tokens: expected a multiple of a number near"):
         plan(without_weights, bad_data, out, unit_tokens=1_000_003)
+    with pytest.raises(InputError, match="device: expected one of this machine, got 'gpu9'"):
+        plan_extraction(
+            base=str(without_weights),
+            data=bad_data,
+            out=out,
+            corpus=CorpusSettings(),
+            store=SETTINGS,
+            forward=replace(FORWARD, device="gpu9"),
+            data_settings=READING,
+        )
 
 
 def test_what_was_lost_is_logged_before_the_base_is_loaded(
