@@ -23,6 +23,17 @@ class Refused:
 Cell = list[str] | Refused
 
 WEATHER = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
+CALLS = [{"id": "call00001", "type": "function", "function": WEATHER}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather now",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
 ANSWER = "It is 7 C."
 THOUGHT = "<think>\nhm\n</think>\n\nHello."
 
@@ -43,24 +54,20 @@ CASES: dict[str, dict[str, Any]] = {
     "tools": {
         "messages": [
             ("user", "Weather?"),
-            (
-                "assistant",
-                None,
-                {"tool_calls": [{"id": "call00001", "type": "function", "function": WEATHER}]},
-            ),
-            ("tool", "7 C", {"tool_call_id": "call00001", "name": "get_weather"}),
+            ("assistant", None, {"tool_calls": CALLS}),
+            ("tool", "7.5 C", {"tool_call_id": "call00001", "name": "get_weather"}),
             ("assistant", ANSWER),
         ],
-        "tools": [
-            {
-                "type": "function",
-                "function": {
-                    "name": "get_weather",
-                    "description": "Weather now",
-                    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-                },
-            }
+        "tools": TOOLS,
+    },
+    "thoughtful_tools": {
+        "messages": [
+            ("user", "Weather?"),
+            ("assistant", None, {"tool_calls": CALLS, "reasoning_content": "hm"}),
+            ("tool", "7.5 C", {"tool_call_id": "call00001", "name": "get_weather"}),
+            ("assistant", ANSWER),
         ],
+        "tools": TOOLS,
     },
     "reasoning": {
         "messages": [
@@ -104,8 +111,12 @@ PLAIN: dict[str, list[str]] = {
 }
 """Replies, before a template's frame is put around them."""
 
-NO_TOOLS = Refused(r"does not write the tool|messages\[1\].*tool_calls|refuses.*(None|alternate)")
+NO_TOOLS = Refused(
+    r"does not write the tool|messages\[1\].*tool_calls|messages\[2\].*this tool message"
+    r"|refuses.*(None|alternate)"
+)
 NO_REASONING = Refused(r"messages\[1\].*reasoning")
+NO_THOUGHTFUL_TOOLS = Refused(f"{NO_TOOLS.reason}|{NO_REASONING.reason}")
 NO_THOUGHT = Refused(r"messages\[1\].*(drops|content|reasoning)")
 NO_SYSTEM = Refused(r"(messages\[0\].*(drops|content)|System role|must alternate|Only user)")
 
@@ -153,8 +164,8 @@ class StockTemplate:
             cell = self.cells[case]
         elif case == "tools":
             cell = NO_TOOLS
-        elif case == "reasoning":
-            cell = NO_REASONING
+        elif case in ("reasoning", "thoughtful_tools"):
+            cell = NO_REASONING if case == "reasoning" else NO_THOUGHTFUL_TOOLS
         else:
             cell = [self.frame.format(text) for text in PLAIN[case]]
         if isinstance(cell, Refused):
@@ -195,6 +206,9 @@ QWEN_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}
 LLAMA_CALL = '{"name": "get_weather", "parameters": {"city": "Oslo"}}'
 FUNCTIONS = '[{"name": "get_weather", "arguments": {"city": "Oslo"}}]'
 MISTRAL_CALL = '[{"name": "get_weather", "arguments": {"city": "Oslo"}, "id": "call00001"}]$'
+GPT_OSS_CALL = (
+    ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'
+)
 NO_THINKING = "<think>\n\n</think>\n\n"
 
 STOCK = [
@@ -217,6 +231,10 @@ STOCK = [
         frame=NO_THINKING + "{}$",
         cells={
             "tools": [NO_THINKING + QWEN_CALL, f"{NO_THINKING}{ANSWER}$"],
+            "thoughtful_tools": [
+                f"<think>\nhm\n</think>\n\n{QWEN_CALL}",
+                f"{NO_THINKING}{ANSWER}$",
+            ],
             "think": [f"{THOUGHT}$", f"{NO_THINKING}See you.$"],
             "reasoning": [f"{THOUGHT}$", "<think>\nso\n</think>\n\nSee you.$"],
         },
@@ -231,6 +249,7 @@ STOCK = [
         ends="<|im_end|> <|endoftext|>",
         cells={
             "tools": [QWEN_CALL, f"{ANSWER}$"],
+            "thoughtful_tools": [f"hm\n</think>\n\n{QWEN_CALL}", f"{ANSWER}$"],
             # the prompt has <think>\n\n</think>\n\n; what follows <think>\n differs
             "think": ["hm\n</think>\n\nHello.$", "See you.$"],
             "reasoning": ["hm\n</think>\n\nHello.$", "so\n</think>\n\nSee you.$"],
@@ -471,9 +490,10 @@ STOCK = [
         special="<|start|> <|end|> <|message|> <|channel|> <|constrain|>",
         frame="<|channel|>final<|message|>{}$",
         cells={
-            "tools": [
-                " to=functions.get_weather<|channel|>commentary json<|message|>"
-                '{"city": "Oslo"}<|call|>',
+            "tools": [GPT_OSS_CALL, f"<|channel|>final<|message|>{ANSWER}$"],
+            # the prompt of the answer has the thought, which the finished answer drops
+            "thoughtful_tools": [
+                f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant{GPT_OSS_CALL}",
                 f"<|channel|>final<|message|>{ANSWER}$",
             ],
             "reasoning": [

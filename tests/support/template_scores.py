@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from carryon.cache.corpus.dataset import Corpus, read_corpus
+from carryon.cache.corpus.samples import Sample
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings
 from support.chat_engines import EngineTurn, engine_turns
 from support.chat_tokenizers import Kind, make_chat_tokenizer, spell
 from support.stock_templates import CASES, STOCK, Refused, StockTemplate, record_of
 
+MAX_TOKENS = 1 << 20
+"""Of a sample: none is cut."""
 Outcome = Literal["right", "refused", "wrong"]
 
 
@@ -43,13 +46,20 @@ def score_templates(
     templates: Iterable[StockTemplate] = STOCK,
     cases: Iterable[str] = tuple(CASES),
 ) -> dict[str, Any]:
-    """Read every case with every template and count the outcomes.
+    """Read every case with every template and return the counts, as `summarize` does."""
+    chosen = tuple(cases)
+    return summarize(
+        [score_cell(template, case, kind) for template in templates for case in chosen]
+    )
+
+
+def summarize(scores: Sequence[Score]) -> dict[str, Any]:
+    """Count outcomes.
 
     Returns:
         `templates`, `cells`; `right` (of them `true_refusals`), `refused`, `wrong`;
         `right_share`; `plain_refused`, two-turn chats that are refused; `faults`, one line each.
     """
-    scores = [score_cell(template, case, kind) for template in templates for case in tuple(cases)]
     counts = Counter(score.outcome for score in scores)
     return {
         "templates": len({score.template for score in scores}),
@@ -66,10 +76,23 @@ def score_templates(
     }
 
 
-def score_cell(template: StockTemplate, case: str, kind: Kind) -> Score:
-    """Return what becomes of one case of one template."""
+def score_cell(
+    template: StockTemplate,
+    case: str,
+    kind: Kind,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Score:
+    """Return what becomes of one case of one template.
+
+    Args:
+        template: of STOCK.
+        case: of CASES.
+        kind: of tiny tokenizer.
+        tokenizer: used in place of a tiny one.
+    """
     expected = template.expected(case)
-    tokenizer = tokenizer_of(template, kind)
+    tokenizer = tokenizer or tokenizer_of(template, kind)
 
     def score(outcome: Outcome, detail: str, *, is_refusal: bool = False) -> Score:
         return Score(template.name, case, outcome, is_refusal, detail)
@@ -79,15 +102,38 @@ def score_cell(template: StockTemplate, case: str, kind: Kind) -> Score:
     except InputError as error:
         is_right = isinstance(expected, Refused) and re.search(expected.reason, str(error))
         return score("right" if is_right else "refused", str(error), is_refusal=True)
-    found = targets_of(tokenizer, corpus)
+    found = targets_of(tokenizer, corpus.samples)
     if isinstance(expected, Refused):
         return score("wrong", f"expected a refusal, got {found}")
     if kind not in ("bytes", "gpt2", "llama3"):
         found, expected = _without_own_blanks(found), _without_own_blanks(expected)
     if found != expected:
         return score("wrong", f"expected {expected}, got {found}")
-    problem = compare_with_engine(corpus, engine_of(template, case, tokenizer))
+    problem = compare_with_engine(corpus.samples, engine_of(template, case, tokenizer))
     return score("wrong" if problem else "right", problem)
+
+
+def faults_of(template: StockTemplate, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Return what is wrong with the targets of each case, all read at once; empty for nothing.
+
+    Cases that are to be refused are left out, and `last`, which is another setting.
+    """
+    cases = [
+        case
+        for case in CASES
+        if case != "last" and not isinstance(template.expected(case), Refused)
+    ]
+    corpus = read_rows(template, [{**record_of(case), "id": case} for case in cases], tokenizer)
+    faults = {}
+    for case in cases:
+        samples = [sample for sample in corpus.samples if sample.id.partition("@")[0] == case]
+        found, expected = targets_of(tokenizer, samples), template.expected(case)
+        assert not isinstance(expected, Refused)
+        if _without_own_blanks(found) != _without_own_blanks(expected):
+            faults[case] = f"expected {expected}, got {found}"
+        elif problem := compare_with_engine(samples, engine_of(template, case, tokenizer)):
+            faults[case] = problem
+    return faults
 
 
 def tokenizer_of(template: StockTemplate, kind: Kind) -> PreTrainedTokenizerFast:
@@ -126,7 +172,7 @@ def read_rows(
         template_date=date.today().isoformat(),  # the engine prints today
     )
     ends = tokenizer.convert_tokens_to_ids(template.end_tokens)
-    return read_corpus(rows, tokenizer, settings=settings, max_tokens=4096, end_tokens=ends)
+    return read_corpus(rows, tokenizer, settings=settings, max_tokens=MAX_TOKENS, end_tokens=ends)
 
 
 def engine_of(
@@ -148,11 +194,11 @@ def spans_of(loss_mask: NDArray[np.uint8]) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def targets_of(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> list[str]:
+def targets_of(tokenizer: PreTrainedTokenizerFast, samples: Iterable[Sample]) -> list[str]:
     """Return the text of each target, in order."""
     return [
         spell(tokenizer, sample.tokens[start:stop])
-        for sample in corpus.samples
+        for sample in samples
         for start, stop in spans_of(sample.loss_mask)
     ]
 
@@ -162,7 +208,7 @@ def _without_own_blanks(texts: Sequence[str]) -> list[str]:
     return [re.sub(r"(^|[>\]]) *", r"\1", text) for text in texts]
 
 
-def compare_with_engine(corpus: Corpus, turns: Sequence[EngineTurn]) -> str:
+def compare_with_engine(samples: Iterable[Sample], turns: Sequence[EngineTurn]) -> str:
     """Return how samples differ from what an engine produces; empty if they do not.
 
     A sample of several turns has the earlier replies as they were produced, where an engine that
@@ -170,7 +216,7 @@ def compare_with_engine(corpus: Corpus, turns: Sequence[EngineTurn]) -> str:
     """
     found = [
         (sample, start, stop, number)
-        for sample in corpus.samples
+        for sample in samples
         for number, (start, stop) in enumerate(spans_of(sample.loss_mask))
     ]
     if len(found) != len(turns):
@@ -179,7 +225,8 @@ def compare_with_engine(corpus: Corpus, turns: Sequence[EngineTurn]) -> str:
         reply = sample.tokens[start:stop].tolist()
         is_right = reply == turn.reply_tokens
         if not turn.is_ended:  # its last tokens depend on what follows
-            is_right = reply[:-2] == turn.reply_tokens[:-2][: len(reply) - 2]
+            num_sure = min(len(reply), len(turn.reply_tokens)) - 2
+            is_right = reply[:num_sure] == turn.reply_tokens[:num_sure]
         if not is_right:
             return f"messages[{turn.index}]: reply {reply}, an engine has {turn.reply_tokens}"
         prompt = sample.tokens[:start].tolist()

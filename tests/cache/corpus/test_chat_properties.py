@@ -77,7 +77,7 @@ def test_targets_are_the_replies_that_an_engine_produces(kind: Kind, data: st.Da
         stops=template.end_tokens,
         variables=template.kwargs,
     )
-    assert compare_with_engine(corpus, turns) == ""
+    assert compare_with_engine(corpus.samples, turns) == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,7 +92,7 @@ def test_targets_have_the_replies_and_nothing_that_another_role_said(
     corpus = read_chat(template, messages, kind)
     if corpus is None:
         return
-    targets = targets_of(tokenizer_of(template, kind), corpus)
+    targets = targets_of(tokenizer_of(template, kind), corpus.samples)
     replies = [
         message["content"]
         for message in messages
