@@ -69,8 +69,8 @@ def refuse_known_files(old: Manifest, new: Manifest, *, name: str) -> None:
     for file in new.parts[-1].files:
         if file["sha256"] in known:
             raise InputError(
-                f"{file['name']}: expected data that the store {name} does not hold yet, got a file "
-                f"equal to {known[file['sha256']]}. Fix: leave it out"
+                f"{file['name']}: expected data that the store {name} does not hold yet, got a "
+                f"file equal to {known[file['sha256']]}. Fix: leave it out"
             )
 
 

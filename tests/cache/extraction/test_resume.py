@@ -339,8 +339,8 @@ def test_a_file_that_the_store_holds_is_refused_by_name_and_changes_nothing(
     before = files_below(store_folder)
     with pytest.raises(
         InputError,
-        match=r"^april.jsonl: expected data that the store .* does not hold yet, got a file equal to "
-        r"texts.jsonl of part 1. Fix: leave it out$",
+        match=r"^april.jsonl: expected data that the store .* does not hold yet, got a "
+        r"file equal to texts.jsonl of part 1. Fix: leave it out$",
     ):
         extract_tiny(tiny_base, [more, same], store_folder, append=True)
     assert files_below(store_folder) == before
