@@ -1,5 +1,6 @@
 """The step from files to samples: right targets, speed, memory, and what a second reading costs."""
 
+import importlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,13 @@ _WORDS = 400
 def measure_templates(job: Job) -> None:
     """Score the stock templates of the tests, each case with each kind of tokenizer."""
     sys.path.insert(0, str(_TESTS))
-    from support.chat_tokenizers import KINDS
-    from support.template_scores import score_templates
-
+    score_templates = importlib.import_module("support.template_scores").score_templates
+    kinds = importlib.import_module("support.chat_tokenizers").KINDS
     os.environ["CARRYON_CACHE"] = str(job.work / "cache")
-    scores = {kind: score_templates(kind) for kind in KINDS}
+    scores = {kind: score_templates(kind) for kind in kinds}
     cells = sum(score["cells"] for score in scores.values())
     details = {
-        "templates": scores[KINDS[0]]["templates"],
+        "templates": scores[kinds[0]]["templates"],
         "cells": cells,
         "true_refusals": sum(score["true_refusals"] for score in scores.values()),
         "faults": [fault for score in scores.values() for fault in score["faults"]][:20],
@@ -154,9 +155,7 @@ except Begun:
 def measure_resuming(job: Job, *, records: int = 1_000_000, rounds: int = 3) -> None:
     """Measure the seconds from a second `extract` to its first unit, the base a tiny one."""
     sys.path.insert(0, str(_TESTS))
-    from support.tiny_bases import make_tiny_base
-
-    base = make_tiny_base(job.work / "base")
+    base = importlib.import_module("support.tiny_bases").make_tiny_base(job.work / "base")
     path = job.work / "records.jsonl"
     with path.open("w") as stream:
         for number in range(records):
@@ -255,30 +254,34 @@ def _peak_of_reading(job: Job, path: Path) -> dict[str, float]:
 
     Shared pages are counted once: `gigabytes` with those of mapped files, `private` without.
     """
-    import psutil
-
     folder = job.work / "samples-of-one-reading"
     started_at = time.perf_counter()
     command = [sys.executable, "-c", _READ, str(path), job.base, str(folder)]
     peaks = {"gigabytes": 0.0, "private": 0.0}
     with subprocess.Popen(command) as process:
         while process.poll() is None:
-            total, private = 0, 0
-            try:
-                parent = psutil.Process(process.pid)
-                for each in (parent, *parent.children(recursive=True)):
-                    memory = each.memory_full_info()
-                    total += memory.pss
-                    private += memory.uss
-            except psutil.Error:  # a process ended between the two calls
-                continue
-            peaks["gigabytes"] = max(peaks["gigabytes"], total / 1e9)
-            peaks["private"] = max(peaks["private"], private / 1e9)
+            with suppress(OSError):  # a process may end between two lines
+                memory = [_memory(each) for each in _processes(process.pid)]
+                for name, values in zip(peaks, zip(*memory, strict=True), strict=True):
+                    peaks[name] = max(peaks[name], sum(values) / 1e9)
             time.sleep(0.05)
     if process.returncode:
         raise InputError(f"{path}: expected it to be read, got exit code {process.returncode}")
     shutil.rmtree(folder)
     return {**peaks, "seconds": time.perf_counter() - started_at}
+
+
+def _processes(process: int) -> list[int]:
+    """Return a process and all that it has started, and they."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *(each for child in children for each in _processes(int(child)))]
+
+
+def _memory(process: int) -> tuple[int, int]:
+    """Return the resident bytes of a process, its share of shared pages counted; private ones."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return values["Pss"], values["Private_Clean"] + values["Private_Dirty"]
 
 
 def _write_rows(path: Path, *, kind: str, num_bytes: int) -> None:
