@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from carryon.cache.corpus.dataset import Corpus, read_corpus
 from carryon.cache.corpus.samples import Sample
 from carryon.cache.errors import InputError
-from carryon.cache.settings import CorpusSettings
+from carryon.cache.settings import CorpusSettings, DataSettings
 from support.chat_engines import EngineTurn, engine_turns
 from support.chat_tokenizers import Kind, make_chat_tokenizer, spell
 from support.stock_templates import CASES, STOCK, Refused, StockTemplate, record_of
@@ -162,6 +162,7 @@ def read_rows(
     tokenizer: PreTrainedTokenizerFast,
     *,
     only_last: bool = False,
+    drop_unfit: bool = False,
 ) -> Corpus:
     """Return the corpus of records with a template's settings."""
     settings = CorpusSettings(
@@ -172,7 +173,14 @@ def read_rows(
         template_date=date.today().isoformat(),  # the engine prints today
     )
     ends = tokenizer.convert_tokens_to_ids(template.end_tokens)
-    return read_corpus(rows, tokenizer, settings=settings, max_tokens=MAX_TOKENS, end_tokens=ends)
+    return read_corpus(
+        rows,
+        tokenizer,
+        settings=settings,
+        max_tokens=MAX_TOKENS,
+        data_settings=DataSettings(drop_unfit=drop_unfit),
+        end_tokens=ends,
+    )
 
 
 def engine_of(

@@ -102,6 +102,29 @@ def test_a_prompt_that_the_finished_turn_does_not_begin_with_is_counted(name: st
     assert "turn whose prompt is not the beginning of the finished turn" in reasons
 
 
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("gemma2", "system"),
+        ("drops_system", "system"),
+        ("drops_tool_calls", "tools"),
+        ("kimi_k2", "tools"),
+        ("smollm2", "reasoning"),
+        ("deepseek_r1", "think"),
+    ],
+)
+def test_a_chat_that_a_template_drops_or_refuses_can_be_left_out_and_is_counted(
+    name: str, case: str
+) -> None:
+    template = stock(name)
+    records = [{**record_of(case), "id": "unfit"}, {**record_of("one"), "id": "fit"}]
+    tokenizer = tokenizer_of(template, "bytes")
+    corpus = read_rows(template, records, tokenizer, drop_unfit=True)
+    assert [sample.id for sample in corpus.samples] == ["fit"]
+    [loss] = corpus.report.losses
+    assert (loss.reason, loss.records) == ("unfit for the chat template", 1)
+
+
 @functools.cache
 def _score(name: str, case: str) -> Score:
     return score_cell(stock(name), case, "bytes")
