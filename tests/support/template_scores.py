@@ -163,8 +163,18 @@ def read_rows(
     *,
     only_last: bool = False,
     drop_unfit: bool = False,
+    has_ends: bool = True,
 ) -> Corpus:
-    """Return the corpus of records with a template's settings."""
+    """Return the corpus of records with a template's settings.
+
+    Args:
+        template: of STOCK.
+        rows: records.
+        tokenizer: with the template.
+        only_last: learn the last turn only.
+        drop_unfit: leave out what the template drops or refuses.
+        has_ends: whether the base's end tokens are known.
+    """
     settings = CorpusSettings(
         turns="last" if only_last else "all",
         chat_template_kwargs=[
@@ -179,7 +189,7 @@ def read_rows(
         settings=settings,
         max_tokens=MAX_TOKENS,
         data_settings=DataSettings(drop_unfit=drop_unfit),
-        end_tokens=ends,
+        end_tokens=ends if has_ends else (),
     )
 
 

@@ -16,6 +16,7 @@ from support.template_scores import (
     read_rows,
     score_cell,
     summarize,
+    targets_of,
     tokenizer_of,
 )
 
@@ -92,6 +93,22 @@ def test_targets_with_an_end_token_are_not(name: str) -> None:
     template = stock(name)
     corpus = read_rows(template, [record_of("two")], tokenizer_of(template, "bytes"))
     assert "target without an end token" not in [note.reason for note in corpus.report.notes]
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *(("deepseek_v3", "tools"), ("llama4", "tools"), ("gpt_oss", "reasoning")),
+        *(("llama3", "two"), ("phi3", "two"), ("gemma2", "two"), ("eos_once", "two")),
+    ],
+)
+def test_without_a_generation_config_turns_end_with_the_tokenizer_s_end_token(
+    name: str, case: str
+) -> None:
+    template = stock(name)
+    tokenizer = tokenizer_of(template, "bytes")
+    corpus = read_rows(template, [record_of(case)], tokenizer, has_ends=False)
+    assert targets_of(tokenizer, corpus.samples) == template.expected(case)
 
 
 @pytest.mark.parametrize("name", ["deepseek_r1", "qwq"])
