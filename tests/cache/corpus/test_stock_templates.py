@@ -5,6 +5,7 @@ as an inference engine does has the same tokens.
 """
 
 import functools
+import re
 
 import pytest
 from support.chat_tokenizers import KINDS, Kind, spell
@@ -109,6 +110,22 @@ def test_without_a_generation_config_turns_end_with_the_tokenizer_s_end_token(
     tokenizer = tokenizer_of(template, "bytes")
     corpus = read_rows(template, [record_of(case)], tokenizer, has_ends=False)
     assert targets_of(tokenizer, corpus.samples) == template.expected(case)
+
+
+def test_marks_are_found_where_the_prompt_writes_history_in_another_way() -> None:
+    template = stock("gpt_oss")
+    tokenizer = tokenizer_of(template, "bytes")
+    assert isinstance(tokenizer.chat_template, str)
+    tokenizer.chat_template, count = re.subn(
+        r"^(\{\{- '<\|start\|>assistant[ <].*\}\})$",
+        r"{%- generation %}\n\1\n{%- endgeneration %}",
+        tokenizer.chat_template,
+        flags=re.MULTILINE,
+    )
+    assert count == 5
+    for case in ("two", "reasoning", "tools", "thoughtful_tools"):
+        corpus = read_rows(template, [record_of(case)], tokenizer)
+        assert targets_of(tokenizer, corpus.samples) == template.expected(case), case
 
 
 @pytest.mark.parametrize("name", ["deepseek_r1", "qwq"])
