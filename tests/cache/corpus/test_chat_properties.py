@@ -156,3 +156,26 @@ def squeeze(text: str) -> str:
 def num_swallowed(template: StockTemplate) -> int:
     """Return how many blanks special tokens may swallow, as Phi-3's do."""
     return 10_000 if template.is_rstrip else 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@PROFILE
+@given(data=st.data())
+def test_prompt_and_completion_are_given_back_and_no_token_reaches_over_their_border(
+    kind: Kind, data: st.DataObject
+) -> None:
+    prompt = data.draw(texts("QUERY"), label="prompt")
+    completion = data.draw(texts("REPLY"), label="completion")
+    template = StockTemplate(name="smollm2", stop="</s>", bos="<s>", special="")
+    tokenizer = tokenizer_of(template, kind)
+    [sample] = read_rows(
+        template, [{"prompt": prompt, "completion": completion}], tokenizer
+    ).samples
+    [(start, stop)] = spans_of(sample.loss_mask)
+    assert stop == len(sample.tokens)
+    shown = spell(tokenizer, sample.tokens[:start])
+    assert shown in (prompt, f" {prompt}")  # SentencePiece's own blank
+    assert spell(tokenizer, sample.tokens[start:]) == f"{completion}</s>"
+    assert sample.char_end[start - 1] == len(prompt)
+    assert sample.char_end[-1] == len(prompt) + len(completion)
+    assert sample.tokens[:start].tolist() == tokenizer.encode(prompt, add_special_tokens=False)

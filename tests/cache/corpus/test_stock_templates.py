@@ -8,10 +8,12 @@ import functools
 import re
 
 import pytest
+from support.chat_engines import engine_turns
 from support.chat_tokenizers import KINDS, Kind, spell
 from support.stock_templates import CASES, STOCK, TEMPLATES, Refused, StockTemplate, record_of
 from support.template_scores import (
     Score,
+    compare_with_engine,
     engine_of,
     faults_of,
     read_rows,
@@ -47,6 +49,22 @@ def test_the_hand_written_targets_are_what_an_engine_produces(template: StockTem
         turns = engine_of(template, case, tokenizer)
         assert [turn.reply for turn in turns] == expected, case
         assert [spell(tokenizer, turn.reply_tokens) for turn in turns] == expected, case
+
+
+@pytest.mark.parametrize("template", STOCK, ids=lambda template: template.name)
+def test_a_long_conversation_has_the_targets_of_an_engine(template: StockTemplate) -> None:
+    tokenizer = tokenizer_of(template, "gpt2")
+    messages = [
+        {"role": role, "content": f"{role} {number}{end}"}
+        for number, end in enumerate(["", "\n", ".", " ?", "\n\n"] * 5)
+        for role in ("user", "assistant")
+    ]
+    corpus = read_rows(template, [{"messages": messages}], tokenizer)
+    turns = engine_turns(
+        tokenizer, {"messages": messages}, stops=template.end_tokens, variables=template.kwargs
+    )
+    assert len(turns) == 25
+    assert compare_with_engine(corpus.samples, turns) == ""
 
 
 def test_every_template_file_is_in_the_table() -> None:
