@@ -122,7 +122,7 @@ def _byte_level(kind: Kind) -> Tokenizer:
     backend.pre_tokenizer = level
     if kind == "llama3":
         words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([words, level])  # type: ignore[no-untyped-call]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, level])
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -137,12 +137,12 @@ def _pieces(kind: Kind) -> Tokenizer:
     strip: list[Any] = [decoders.Strip(" ", 1, 0)]
     if kind == "llama_legacy":
         prepend = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        backend.normalizer = normalizers.Sequence(prepend)  # type: ignore[no-untyped-call]
+        backend.normalizer = normalizers.Sequence(prepend)
     else:
         scheme: Literal["first", "always"] = "first" if kind == "metaspace_first" else "always"
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    backend.decoder = decoders.Sequence(steps)  # type: ignore[no-untyped-call]
+    backend.decoder = decoders.Sequence(steps)
     return backend
 
 

@@ -183,6 +183,7 @@ def read_rows(
         template_date=date.today().isoformat(),  # the engine prints today
     )
     ends = tokenizer.convert_tokens_to_ids(template.end_tokens)
+    assert isinstance(ends, list)
     return read_corpus(
         rows,
         tokenizer,

