@@ -172,21 +172,28 @@ class SampleTable(Sequence[Sample]):
             digest.update(b"".join(batch.column("digest").to_pylist()))
         return digest.hexdigest()
 
-    def ids(self, indices: Iterable[int]) -> list[str]:
+    def ids(self, indices: Sequence[int]) -> list[str]:
         """Return the ids of samples."""
-        places = map(self._place, indices)
-        return [self._batches[batch].column("id")[row].as_py() for batch, row in places]
+        import pyarrow
+
+        columns = pyarrow.chunked_array([batch.column("id") for batch in self._batches])
+        names: list[str] = columns.take(pyarrow.array(indices, pyarrow.int64())).to_pylist()
+        return names
 
     def iter_ids(self) -> Iterable[list[str]]:
         """Yield the ids of all samples in order, some thousands at a time."""
         for batch in self._batches:
             yield batch.column("id").to_pylist()
 
-    def copy_rows(self, name: str, index: int, out: NDArray[Any]) -> None:
-        """Copy `tokens`, `loss_mask` or `char_end` of a sample to `out`, an array of its length."""
-        batch, row = self._place(index)
-        start, stop = self._offsets[batch][row : row + 2].tolist()
-        out[:] = self._rows[name][batch][start:stop]
+    def join_rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Return `tokens`, `loss_mask` or `char_end` of samples, one behind the other."""
+        batches = np.searchsorted(self._first, indices, side="right") - 1
+        rows = (indices - self._first[batches]).tolist()
+        parts = [
+            self._rows[name][batch][self._offsets[batch][row] : self._offsets[batch][row + 1]]
+            for batch, row in zip(batches.tolist(), rows, strict=True)
+        ]
+        return np.concatenate([np.empty(0, _ROWS[name]), *parts])
 
     def __len__(self) -> int:
         """Return S."""

@@ -181,16 +181,12 @@ def _unit_rows(
     """Yield (path, content) of tokens, masks and character ends of each unit of the last part."""
     size, first_unit = manifest.unit_tokens, manifest.parts[-1].first_unit
     bounds = np.searchsorted(plan.unit, np.arange(plan.num_units + 1)).tolist()
-    lengths = samples.lengths
     for unit in range(plan.num_units):
-        span = slice(bounds[unit], bounds[unit + 1])
-        indices, starts = plan.order[span], plan.start[span] - unit * size
-        stops = starts + lengths[indices]
-        places = list(zip(indices.tolist(), starts.tolist(), stops.tolist(), strict=True))
+        indices = plan.order[bounds[unit] : bounds[unit + 1]]
         for name, dtype in ROW_ARRAYS.items():
             rows = np.zeros(size, dtype=dtype)
-            for index, start, stop in places:
-                samples.copy_rows(name, index, rows[start:stop])
+            values = samples.join_rows(name, indices)  # a unit's samples leave no gap
+            rows[: len(values)] = values
             yield row_path(name, first_unit + unit), encode_chunk(rows)
 
 
