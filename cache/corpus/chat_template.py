@@ -5,6 +5,7 @@ transformers compiles the template in its sandbox; today's date is the one that 
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "thinking")
 """Names under which templates read a message's reasoning; records have the first."""
+_PROBE = "qz0jv"
+"""A text that no template writes by itself."""
 
 
 class UnfitError(InputError):
@@ -40,7 +43,8 @@ class ChatTemplate:
             tokenizer: of the base.
             variables: for the template; a record's own come before them.
             today: date, YYYY-MM-DD, that the template prints as today; empty: none is printed.
-            end_tokens: ids at which generation with the base stops.
+            end_tokens: ids at which generation with the base stops. Empty: the tokenizer's
+                end-of-text token.
         """
         self._tokenizer = tokenizer
         self._variables = dict(variables)
@@ -48,10 +52,10 @@ class ChatTemplate:
         added = tokenizer.added_tokens_decoder
         special = {token.content for token in added.values() if token.special}
         ends = {str(tokenizer.convert_ids_to_tokens(token)) for token in end_tokens}
-        self.stop_names = frozenset(ends)
+        self.knows_ends = bool(ends)
+        """Whether the base says at which tokens generation stops."""
+        self.end_names = frozenset(ends or filter(None, [tokenizer.eos_token]))
         """Tokens at which generation with the base stops, as they are written."""
-        self.end_names = self.stop_names or frozenset({tokenizer.eos_token or ""})
-        """The same; the tokenizer's end-of-text token where no others are known."""
         self.sound_structures: set[Any] = set()
         """Structures of conversations that the template is known to write in full."""
         names = special | self.end_names | {tokenizer.eos_token or ""}
@@ -61,6 +65,7 @@ class ChatTemplate:
         every = sorted((token.content for token in added.values()), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, every)) or "(?!)")
         """Regular expression of an added token, special or not: it is never cut."""
+        self._takes_parts: dict[str, bool] = {}  # by source
 
     @property
     def name(self) -> str:
@@ -111,22 +116,19 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
     ) -> str:
-        # The compiled template: apply_chat_template copies all messages at each of many calls
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
+        source = self._source(chat)
+        if source not in self._takes_parts:
+            self._takes_parts[source] = self._needs_parts(source)
+        form = _with_parts if self._takes_parts[source] else _with_reasoning
         variables: dict[str, Any] = {
-            **self._tokenizer.special_tokens_map,
-            "strftime_now": self._strftime_now,
-            **self._variables,
-            **chat.template_kwargs,
-            "messages": [_with_reasoning(message) for message in messages],
+            **self._variables_of(chat),
+            "messages": [form(message) for message in messages],
             "tools": list(chat.tools) if chat.tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        source = self._source(chat)
         try:
-            template: Any = _compile_jinja_template(source)
+            template: Any = _compile(source)
             if spans is None:
                 return str(template.render(**variables))
             blocks: list[str] = []
@@ -135,6 +137,25 @@ class ChatTemplate:
             return "".join(blocks)
         except Exception as error:  # a template is a program, which may raise anything
             raise UnfitError(f"{self.name} refuses the messages: {error}") from error
+
+    def _variables_of(self, chat: Chat) -> dict[str, Any]:
+        return {
+            **self._tokenizer.special_tokens_map,
+            "strftime_now": self._strftime_now,
+            **self._variables,
+            **chat.template_kwargs,
+        }
+
+    def _needs_parts(self, source: str) -> bool:
+        """Tell whether a template writes contents only as a list of parts, as of vision models."""
+        probe = {"role": "user", "content": _PROBE}
+        for message, answer in ((probe, False), (_with_parts(probe), True)):
+            chat = Chat(messages=[probe], is_trained=[False])
+            variables = self._variables_of(chat) | {"messages": [message], "tools": None}
+            with suppress(Exception):  # a template is a program, which may raise anything
+                if _PROBE in _compile(source).render(**variables, add_generation_prompt=False):
+                    return answer
+        return False
 
     def _strftime_now(self, form: str) -> str:
         if self._today is None:
@@ -145,6 +166,21 @@ class ChatTemplate:
 def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Tell whether a chat template of the tokenizer asks for today's date."""
     return "strftime_now" in str(tokenizer.chat_template or "")
+
+
+def _compile(source: str) -> Any:  # noqa: ANN401 -- a template of Jinja
+    # Its own function: apply_chat_template copies all messages at each of many calls
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(source)
+
+
+def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    message = _with_reasoning(message)
+    content = message["content"]
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -75,8 +75,9 @@ def _iter_texts(
 ) -> Iterator[str]:
     """Yield the text that each token adds, or those that are one character together."""
     first = start
+    begins = [0, start]  # of the last texts: no context begins within a character
     for end in range(start + 1, stop + 1):
-        before = max(0, first - _CONTEXT)
+        before = begins[0]
         context = _decode(tokenizer, tokens[before:first])
         text = _decode(tokenizer, tokens[before:end])
         text = text[_num_shared(text, context) :]
@@ -84,6 +85,7 @@ def _iter_texts(
         if not text.endswith(_INCOMPLETE) or is_last:
             yield text
             first = end
+            begins = [*begins[-_CONTEXT:], end]
 
 
 def _decode(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ NOTES = {
     "split into pieces": "",
     "one sample per turn, as the chat template rewrites earlier turns": "--turns last learns fewer",
     "turn whose prompt is not the beginning of the finished turn": "",
+    "turn that the chat template does not mark, not learned": "",
     "empty assistant text, not learned": "",
     "assistant speaks first, turn not learned": "",
     "control tokens within the text of a message": "",

@@ -36,6 +36,8 @@ rendered in windows, so that time stays linear."""
 _WINDOW_TURNS = 8
 _OPENED_CHARS = 32
 _TEXT_FIELDS = ("reasoning_content", "content")
+_LEAST_ENDING = 8
+"""Characters at the end of a prompt by which it is found in a finished turn."""
 _PROBES = ({"role": "tool", "content": "x"}, {"role": "user", "content": "x"})
 _FAR = 64
 """Messages behind the beginning of a window at which any user message begins the next."""
@@ -71,6 +73,8 @@ class Turn:
     """Characters of `closed` that the template wrote; a stop token may be appended."""
     is_prompt_kept: bool
     """Whether `closed` begins with the whole prompt."""
+    moved: int
+    """Characters by which the turn stands further on in `closed` than the template wrote it."""
 
 
 class Conversation:
@@ -120,6 +124,7 @@ class Conversation:
                 stop=len(self.whole),
                 length=0,
                 is_prompt_kept=True,
+                moved=0,
             )
             for i in range(len(self._messages))
             if _is_answer(self._messages[i])
@@ -141,12 +146,13 @@ class Conversation:
         is_last = self.trained[-1] == len(self._messages) - 1
         text = self.whole + last.closed[last.length :] if is_last else self.whole
         marks = self._marks(self._messages)
+        targets = [self._targets(turn, marks, text) for turn in turns]
         return Rendering(
             text=text,
-            targets=[span for turn in turns for span in self._targets(turn, marks, text)],
+            targets=[span for spans in targets for span in spans],
             prompts=[turn.start for turn in turns],
             turn=None,
-            notes=_notes(turns),
+            notes=_notes(turns, targets),
         )
 
     def render_turns(self) -> Iterator[Rendering]:
@@ -159,12 +165,13 @@ class Conversation:
             turn = self._read_turn(self._messages, index)
             self._refuse_losses(turn.closed, [turn], index + 1)
             marks = self._marks(self._messages[: index + 1])
+            targets = self._targets(turn, marks, turn.closed)
             yield Rendering(
                 text=turn.closed[: turn.stop],
-                targets=self._targets(turn, marks, turn.closed),
+                targets=targets,
                 prompts=[turn.start],
                 turn=index,
-                notes=_notes([turn]),
+                notes=_notes([turn], [targets]),
             )
 
     def _readable(self, messages: Sequence[Message]) -> Sequence[Message]:
@@ -258,13 +265,12 @@ class Conversation:
         is_whole = messages is self._messages and index == len(messages) - 1
         closed = self.whole if is_whole else self._render(messages[: index + 1])
         start = _common_length(prompt, closed)
+        moved = 0
         if start < len(prompt):
-            opened = self._render(messages[:index])
-            if start < _common_length(prompt, opened):
-                # the finished turn changes what stands before it; only its own text is of use
-                opening = prompt[len(opened) :] if prompt.startswith(opened) else ""
-                closed = prompt + self._own_text(messages, index, opening)
-                start = len(prompt)
+            if start < _common_length(prompt, self._render(messages[:index])):
+                # the finished turn changes what stands before it: only its own text is of use
+                own = self._own_place(messages, index, prompt, closed)
+                closed, start, moved = prompt + closed[own:], len(prompt), len(prompt) - own
             for text in (prompt, closed):
                 for token in self._template.added.finditer(text):
                     if token.start() < start < token.end():
@@ -277,29 +283,29 @@ class Conversation:
             stop=stop,
             length=len(closed),
             is_prompt_kept=start == len(prompt),
+            moved=moved,
         )
 
-    def _own_text(self, messages: Sequence[Message], index: int, opening: str) -> str:
-        """Return what a template writes for a turn behind the generation prompt, its `opening`.
+    def _own_place(self, messages: Sequence[Message], index: int, prompt: str, closed: str) -> int:
+        """Return where a turn's own text begins in `closed`: behind the end of its prompt.
 
-        The turn is rendered with other texts too: what both have in common ends in the turn.
+        Rendered with other texts, the turn has all in common with `closed` that stands before its
+        first text. The last place in it that ends as the prompt does is the beginning.
         """
-        other = {
-            **messages[index],
-            **{field: "\1" for field in _TEXT_FIELDS if messages[index].get(field)},
-        }
-        closed, changed = (
-            self._render([*messages[:index], turn]) for turn in (messages[index], other)
-        )
-        common = _common_length(closed, changed)
-        place = closed.rfind(opening, 0, common) if opening and common < len(closed) else -1
-        if place < 0:
+        message = messages[index]
+        other = {field: "\1" for field in _TEXT_FIELDS if message.get(field)}
+        changed = self._render([*messages[:index], {**message, **other}])
+        head = closed[: _common_length(closed, changed)]
+        length = 0
+        while length < len(prompt) and prompt[len(prompt) - length - 1 :] in head:
+            length += 1
+        if len(head) == len(closed) or length < min(_LEAST_ENDING, len(prompt)):
             raise UnfitError(
                 f"messages[{index}]: {self._template.name} writes the messages before this turn in "
                 "another way once the turn is there. Fix: --chat-template FILE, or --drop-unfit to "
                 "leave such records out"
             )
-        return closed[place + len(opening) :]
+        return head.rfind(prompt[len(prompt) - length :]) + length
 
     def _find_stop(
         self, closed: str, start: int, messages: Sequence[Message], index: int
@@ -308,9 +314,12 @@ class Conversation:
         special, template = self._template.special, self._template
         begin = _end_of_text(messages[index], closed, start)
         run = re.compile(rf"(?:{special})(?:{special}|\s)*\Z").search(closed, begin)
-        tokens = list(re.finditer(special, run.group())) if run else []
-        ends = [token for token in tokens if token.group() in template.stop_names]
-        if run and (ends or not template.stop_names):
+        text = run.group() if run else ""
+        tokens = list(re.finditer(special, text))
+        # an end-of-text token behind a newline may end the text and not the turn
+        reach = len(text) if template.knows_ends else len("".join(text.split()[:1]))
+        ends = [x for x in tokens if x.group() in template.end_names and x.start() < reach]
+        if run and (ends or not template.knows_ends):
             return run.start() + (ends or tokens)[0].end(), ""
         probes = messages[index + 1 : index + 2] or _PROBES[not messages[index].get("tool_calls") :]
         for following in probes:
@@ -336,9 +345,9 @@ class Conversation:
         if marks is None:
             return [(turn.start, turn.stop)]
         spans = [
-            (max(start, turn.start), min(stop, turn.stop))
+            (max(start + turn.moved, turn.start), min(stop + turn.moved, turn.stop))
             for start, stop in marks
-            if start < turn.stop and stop > turn.start
+            if start + turn.moved < turn.stop and stop + turn.moved > turn.start
         ]
         if spans and re.fullmatch(
             rf"\s*(?:{self._template.special})", text[spans[-1][1] : turn.stop]
@@ -363,8 +372,15 @@ class Conversation:
         indices = sorted({*said, *(turn.index for turn in turns)})
         key = (structure_of(messages), tuple(indices[:32]), bool(self._chat.tools))
         if key not in (known := self._template.sound_structures):
-            refuse_unread_fields(self._render, messages, indices, template=name)
+            is_moved = any(turn.moved for turn in turns)
+            render = self._render_both if is_moved else self._render
+            refuse_unread_fields(render, messages, indices, template=name)
             known.add(key)
+
+    def _render_both(self, messages: Sequence[Message]) -> str:
+        """Return the prompt of a turn and the finished turn, which has not all of the prompt."""
+        prompt = self._render(messages[:-1], add_generation_prompt=True)
+        return prompt + self._render(messages)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         return self._template.render(
@@ -389,9 +405,13 @@ def _end_of_text(message: Message, closed: str, start: int) -> int:
     return max([start, *(place + length for place, length in places if place >= 0)])
 
 
-def _notes(turns: Sequence[Turn]) -> list[str]:
-    note = "turn whose prompt is not the beginning of the finished turn"
-    return [note for turn in turns if not turn.is_prompt_kept]
+def _notes(turns: Sequence[Turn], targets: Sequence[Sequence[tuple[int, int]]]) -> list[str]:
+    opened = "turn whose prompt is not the beginning of the finished turn"
+    unmarked = "turn that the chat template does not mark, not learned"
+    return [
+        *[opened for turn in turns if not turn.is_prompt_kept],
+        *[unmarked for spans in targets if not spans],
+    ]
 
 
 def _other_forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:

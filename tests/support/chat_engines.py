@@ -79,9 +79,9 @@ def engine_turns(
         history = render(messages[:index])
         if len(kept) < len(os.path.commonprefix([prompt, history])):
             # the finished turn writes earlier ones in another way than the prompt did
-            kept, opening = prompt, prompt.removeprefix(history)
-            last = finished.rfind(_says(messages[index - 1])[-1])
-            reply = finished[finished.index(opening, last) + len(opening) :]
+            kept, last = prompt, _says(messages[index - 1])[-1]
+            ending = prompt[prompt.rfind(last) :]
+            reply = finished[finished.rindex(ending) + len(ending) :]
         end = _stop(reply, _says(message), stops)
         if end is None:  # the next speaker's token may be what ends a turn
             following = [*messages[index + 1 :], {"role": "user", "content": "Go on."}][0]

@@ -361,8 +361,6 @@ STOCK = [
         frame=" {}$",
         cells={
             "tools": [f"[TOOL_CALLS] {MISTRAL_CALL}", f" {ANSWER}$"],
-            # the system text stands in the prompt, not in the finished conversation
-            "system": Refused(r"messages\[2\].*another way"),
         },
     ),
     StockTemplate(

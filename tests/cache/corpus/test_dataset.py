@@ -356,7 +356,9 @@ def test_a_corpus_without_any_target_is_refused(tmp_path: Path) -> None:
 
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "data.jsonl")
-    with pytest.raises(InputError, match=r"expected at least one record, got none in .*data\.jsonl"):
+    with pytest.raises(
+        InputError, match=r"expected at least one record, got none in .*data\.jsonl"
+    ):
         read([path], make_tokenizer())
     with pytest.raises(InputError, match=r"expected at least one record, got none in no file"):
         read([], make_tokenizer())
@@ -584,6 +586,26 @@ def test_a_template_that_drops_a_message_is_refused_or_counted(tmp_path: Path) -
     corpus = read([path], tokenizer, data_settings=DataSettings(drop_unfit=True))
     assert [sample.id for sample in corpus.samples] == ["kept"]
     assert losses(corpus) == [("unfit for the chat template", 1, 0)]
+
+
+def test_a_template_of_a_vision_model_is_given_contents_as_parts(tmp_path: Path) -> None:
+    content = "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+    tokenizer = make_tokenizer(template=TEMPLATE.replace(" + m['content'] }}", " }}" + content))
+    sample = read_one(tmp_path, {"messages": HI_YO}, tokenizer)
+    assert tokenizer.decode(sample.tokens[sample.loss_mask == 1]) == "yo<|end|>"
+
+
+def test_a_turn_that_a_template_does_not_mark_is_counted(tmp_path: Path) -> None:
+    marked = "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}\n"
+    plain = "{{ m['content'] }}<|end|>\n"
+    text = f"{{% if loop.last %}}{marked}{{% else %}}{plain}{{% endif %}}"
+    template = TEMPLATE.replace(" + m['content'] }}<|end|>\n", " }}" + text)
+    tokenizer = make_tokenizer(template=template)
+    path = write_lines(tmp_path / "data.jsonl", {"messages": TWO_TURNS})
+    corpus = read([path], tokenizer)
+    (sample,) = corpus.samples
+    assert tokenizer.decode(sample.tokens[sample.loss_mask == 1]) == "z<|end|>"
+    assert losses(corpus) == [("turn that the chat template does not mark, not learned", 1, 0)]
 
 
 def test_a_target_without_an_end_token_is_a_warning(tmp_path: Path) -> None:
