@@ -47,7 +47,8 @@ class ChatTemplate:
                 end-of-text token.
         """
         self._tokenizer = tokenizer
-        self._variables = dict(variables)
+        special_tokens = tokenizer.special_tokens_map
+        self._variables = {**special_tokens, "strftime_now": self._strftime_now, **variables}
         self._today = date.fromisoformat(today) if today else None
         added = tokenizer.added_tokens_decoder
         special = {token.content for token in added.values() if token.special}
@@ -139,12 +140,7 @@ class ChatTemplate:
             raise UnfitError(f"{self.name} refuses the messages: {error}") from error
 
     def _variables_of(self, chat: Chat) -> dict[str, Any]:
-        return {
-            **self._tokenizer.special_tokens_map,
-            "strftime_now": self._strftime_now,
-            **self._variables,
-            **chat.template_kwargs,
-        }
+        return {**self._variables, **chat.template_kwargs}
 
     def _needs_parts(self, source: str) -> bool:
         """Tell whether a template writes contents only as a list of parts, as of vision models."""

@@ -5,6 +5,7 @@ the size of the data. The files are kept in a cache under a digest of everything
 them, so that a second run over the same data finds its samples.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -308,6 +309,7 @@ def _convert(shards: Sequence[Shard], path: Path) -> ShardResult:
 
 
 def _begin_worker() -> None:
+    gc.freeze()  # what the parent imported is not looked through again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has a core
 

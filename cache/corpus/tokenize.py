@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from carryon.cache.corpus.byte_offsets import count_bytes, find_places
 from carryon.cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,12 +63,13 @@ class Encoder:
         self._first.post_processor = None
         self._first.no_truncation()
         self._first.no_padding()
+        added = self._first.get_added_tokens_decoder()
         rules = json.loads(self._first.to_str())
+        self._num_bytes = count_bytes(rules, added)
         self._has_prefix = _drop_prefix(rules)
         self._next: Tokenizer = (
             type(original).from_str(json.dumps(rules)) if self._has_prefix else self._first
         )
-        added = self._first.get_added_tokens_decoder()
         self._added = frozenset(added)
         names = sorted((token.content for token in added.values()), key=len, reverse=True)
         self._any_added = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -82,6 +84,11 @@ class Encoder:
 
     def encode(self, text: str) -> Tokens:
         """Return the tokens of a text."""
+        if self._num_bytes is not None:
+            [encoding] = self._first.encode_batch_fast([text], add_special_tokens=False)
+            ids = np.array(encoding.ids, dtype=np.int32)
+            if places := find_places(text, ids, self._num_bytes):
+                return Tokens(ids=ids, starts=places[0], ends=places[1])
         return _tokens(self._first.encode(text, add_special_tokens=False))
 
     def encode_next(self, text: str) -> Tokens:
@@ -158,6 +165,9 @@ class Encoder:
 
     def iter_encode(self, text: str) -> Iterator[Tokens]:
         """Yield the tokens of a text, a window at a time; the same as of `encode`."""
+        if len(text) <= WINDOW_CHARS:
+            yield self.encode(text)
+            return
         first, size = 0, WINDOW_CHARS
         while True:
             window = text[first : first + size]

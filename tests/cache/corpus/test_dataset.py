@@ -605,7 +605,7 @@ def test_a_turn_that_a_template_does_not_mark_is_counted(tmp_path: Path) -> None
     corpus = read([path], tokenizer)
     (sample,) = corpus.samples
     assert tokenizer.decode(sample.tokens[sample.loss_mask == 1]) == "z<|end|>"
-    assert losses(corpus) == [("turn that the chat template does not mark, not learned", 1, 0)]
+    assert ("turn that the chat template does not mark, not learned", 1, 0) in losses(corpus)
 
 
 def test_a_target_without_an_end_token_is_a_warning(tmp_path: Path) -> None:
