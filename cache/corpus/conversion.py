@@ -260,8 +260,10 @@ class Converter:
 
     def _encode_turn(self, rendering: Rendering) -> Tokens:
         """Return the tokens of a text with one target."""
-        tokens = self._encode_whole(rendering)
-        return tokens or self._encoder.encode_split(rendering.text, rendering.prompts)
+        encoder = self._encoder
+        # behind a prompt some tokenizers put a blank that they would not put by itself
+        tokens = self._encode_whole(rendering) if encoder.has_prefix else None
+        return tokens or encoder.encode_split(rendering.text, rendering.prompts)
 
     def _marked(self, rendering: Rendering, tokens: Tokens, count: Any) -> _Piece:  # noqa: ANN401
         for note in rendering.notes:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,9 +67,10 @@ class Encoder:
         added = self._first.get_added_tokens_decoder()
         rules = json.loads(self._first.to_str())
         self._num_bytes = count_bytes(rules, added)
-        self._has_prefix = _drop_prefix(rules)
+        self.has_prefix = _drop_prefix(rules)
+        """Whether it puts a blank before any text."""
         self._next: Tokenizer = (
-            type(original).from_str(json.dumps(rules)) if self._has_prefix else self._first
+            type(original).from_str(json.dumps(rules)) if self.has_prefix else self._first
         )
         self._added = frozenset(added)
         names = sorted((token.content for token in added.values()), key=len, reverse=True)
@@ -84,16 +86,27 @@ class Encoder:
 
     def encode(self, text: str) -> Tokens:
         """Return the tokens of a text."""
-        if self._num_bytes is not None:
-            [encoding] = self._first.encode_batch_fast([text], add_special_tokens=False)
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: list[str]) -> list[Tokens]:
+        """Return the tokens of each text, each as if it stood by itself."""
+        if self._num_bytes is None:
+            return [_tokens(x) for x in self._first.encode_batch(texts, add_special_tokens=False)]
+        encodings = self._first.encode_batch_fast(texts, add_special_tokens=False)
+        found = []
+        for text, encoding in zip(texts, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
-            if places := find_places(text, ids, self._num_bytes):
-                return Tokens(ids=ids, starts=places[0], ends=places[1])
-        return _tokens(self._first.encode(text, add_special_tokens=False))
+            places = find_places(text, ids, self._num_bytes)
+            found.append(
+                Tokens(ids=ids, starts=places[0], ends=places[1])
+                if places
+                else _tokens(self._first.encode(text, add_special_tokens=False))
+            )
+        return found
 
     def encode_next(self, text: str) -> Tokens:
         """Return the tokens of a text that continues another."""
-        if not self._has_prefix:
+        if not self.has_prefix:
             return self.encode(text)
         # behind an added token a blank is put as in any text
         added = self._any_added.search(text)
@@ -104,10 +117,12 @@ class Encoder:
     def encode_split(self, text: str, cuts: Sequence[int]) -> Tokens:
         """Return the tokens of a text, none of which reaches over a character in `cuts`."""
         bounds = [0, *sorted({cut for cut in cuts if 0 < cut < len(text)}), len(text)]
-        parts = [
-            (self.encode_next if start else self.encode)(text[start:stop]).shifted(start)
-            for start, stop in zip(bounds, bounds[1:], strict=False)
-        ]
+        texts = [text[start:stop] for start, stop in pairwise(bounds)]
+        if self.has_prefix:
+            parts = [self.encode(texts[0]), *map(self.encode_next, texts[1:])]
+        else:
+            parts = self._encode_all(texts)
+        parts = [part.shifted(start) for start, part in zip(bounds, parts, strict=False)]
         return join(parts)
 
     def ends_a_prompt(self, text: str, tokens: Tokens, cut: int, *, since: int) -> bool:

@@ -52,7 +52,7 @@ def measure_templates(job: Job) -> None:
     job.report("templates.plain_refused", plain, "two-turn chats", at_most=PLAIN_TARGET)
 
 
-def measure_tokenizing(job: Job, *, megabytes: int = 12, rounds: int = 3) -> None:
+def measure_tokenizing(job: Job, *, megabytes: int = 24, rounds: int = 3) -> None:
     """Compare two processes with one, and both kinds of records with `datasets.map`."""
     for kind in ("text", "messages"):
         path = job.work / f"{kind}.jsonl"
