@@ -66,7 +66,7 @@ def read_first(
     sources = open_sources(data, data_settings, folder=folder or cache_folder())
     for row in _iter_first(sources, num_rows):
         kind, samples, num_more = "", list[Sample](), 0
-        for kind, sample in converter.convert_row(row, tally, []):  # noqa: B007
+        for kind, sample in converter.convert_rows([row], tally, []):  # noqa: B007
             if len(samples) < MAX_SAMPLES:
                 samples.append(sample)
             else:

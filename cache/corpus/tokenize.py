@@ -29,6 +29,8 @@ WINDOW_CHARS = 1 << 18
 _MARGIN_CHARS = 4096
 """Characters at the end of a window whose tokens depend on what follows."""
 _CACHED_CHARS, _CACHED_TEXTS = 200, 4096
+Request = tuple[str, Sequence[int]]
+"""A text, and the characters in it that no token may reach over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,6 +43,18 @@ class Tokens:
     """[T] int32: first character of the token in the text."""
     ends: NDArray[np.int32]
     """[T] int32: end of the token in the text. Never decreases."""
+
+    @classmethod
+    def at(cls, ids: NDArray[np.int32], place: int) -> "Tokens":
+        """Return tokens of no width at a character, such as start tokens."""
+        places = np.full(len(ids), place, dtype=np.int32)
+        return cls(ids=ids, starts=places, ends=places)
+
+    def part(self, start: int, stop: int) -> "Tokens":
+        """Return some of the tokens."""
+        return Tokens(
+            ids=self.ids[start:stop], starts=self.starts[start:stop], ends=self.ends[start:stop]
+        )
 
     def shifted(self, num_chars: int) -> "Tokens":
         """Return the same tokens, `num_chars` characters further on."""
@@ -82,14 +96,55 @@ class Encoder:
         """Tokens before a text, such as a begin-of-text token."""
         self.end: int | None = tokenizer.eos_token_id
         """The end-of-text token, None where the tokenizer has none."""
+        self.name_of = tokenizer.convert_ids_to_tokens
         self._cache: dict[str, list[int]] = {}
+
+    @property
+    def required_end(self) -> int:
+        """Return the end-of-text token.
+
+        Raises:
+            InputError: the tokenizer has none.
+        """
+        if self.end is None:
+            raise InputError(
+                "the tokenizer has no end-of-text token, with which prompt + completion and text "
+                "records end: set its eos_token, or give messages"
+            )
+        return self.end
 
     def encode(self, text: str) -> Tokens:
         """Return the tokens of a text."""
-        return self._encode_all([text])[0]
+        return self._encode_each([text])[0]
 
-    def _encode_all(self, texts: list[str]) -> list[Tokens]:
-        """Return the tokens of each text, each as if it stood by itself."""
+    def encode_all(self, requests: Sequence[Request]) -> list[Tokens]:
+        """Return the tokens of texts, none of which reaches over a cut."""
+        bounds = [[0, *sorted({x for x in cuts if 0 < x < len(t)}), len(t)] for t, cuts in requests]
+        texts = [
+            [text[start:stop] for start, stop in pairwise(each)]
+            for (text, _), each in zip(requests, bounds, strict=True)
+        ]
+        if self.has_prefix:
+            parts = [
+                part
+                for first, *others in texts
+                for part in (self.encode(first), *map(self.encode_next, others))
+            ]
+        else:
+            parts = self._encode_each([text for each in texts for text in each])
+        found, at = [], 0
+        for each in bounds:
+            own = parts[at : at + len(each) - 1]
+            at += len(own)
+            own = [
+                part.shifted(start) if start else part
+                for start, part in zip(each, own, strict=False)
+            ]
+            found.append(join(own) if len(own) > 1 else own[0])
+        return found
+
+    def _encode_each(self, texts: list[str]) -> list[Tokens]:
+        """Return the tokens of each text, as if it stood by itself."""
         if self._num_bytes is None:
             return [_tokens(x) for x in self._first.encode_batch(texts, add_special_tokens=False)]
         encodings = self._first.encode_batch_fast(texts, add_special_tokens=False)
@@ -113,17 +168,6 @@ class Encoder:
         length = added.start() if added else len(text)
         first = _tokens(self._next.encode(text[:length], add_special_tokens=False))
         return join([first, self.encode(text[length:]).shifted(length)]) if added else first
-
-    def encode_split(self, text: str, cuts: Sequence[int]) -> Tokens:
-        """Return the tokens of a text, none of which reaches over a character in `cuts`."""
-        bounds = [0, *sorted({cut for cut in cuts if 0 < cut < len(text)}), len(text)]
-        texts = [text[start:stop] for start, stop in pairwise(bounds)]
-        if self.has_prefix:
-            parts = [self.encode(texts[0]), *map(self.encode_next, texts[1:])]
-        else:
-            parts = self._encode_all(texts)
-        parts = [part.shifted(start) for start, part in zip(bounds, parts, strict=False)]
-        return join(parts)
 
     def ends_a_prompt(self, text: str, tokens: Tokens, cut: int, *, since: int) -> bool:
         """Tell whether the tokens of a whole text begin as those of the prompt `text[:cut]`.
