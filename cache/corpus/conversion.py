@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carryon.cache.corpus.chat_template import ChatTemplate, UnfitError
+from carryon.cache.corpus.chat.chat_template import ChatTemplate, UnfitError
 from carryon.cache.corpus.files import read_shard
 from carryon.cache.corpus.lengths import Cutter
 from carryon.cache.corpus.record_tokens import KINDS, Asks, Piece, RecordTokens

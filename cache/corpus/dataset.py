@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -19,26 +18,22 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from datetime import date
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from carryon.cache.corpus.chat_template import prints_date
 from carryon.cache.corpus.conversion import Converter, ShardResult
-from carryon.cache.corpus.files import plan_shards, read_shard
-from carryon.cache.corpus.records import read_record
+from carryon.cache.corpus.files import plan_shards
 from carryon.cache.corpus.report import Report, Tally
-from carryon.cache.corpus.rows import Data, Row, Shard, Source
-from carryon.cache.corpus.samples import Sample, SampleTable, hash_id
+from carryon.cache.corpus.rows import Data, Shard, Source
+from carryon.cache.corpus.samples import Sample, SampleTable
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.corpus.tokenize import get_backend
+from carryon.cache.corpus.unique_ids import refuse_equal_ids
 from carryon.cache.errors import DiskFullError, InputError
 from carryon.cache.progress import Progress
 from carryon.cache.settings import CorpusSettings, DataSettings
@@ -46,14 +41,13 @@ from carryon.cache.settings import CorpusSettings, DataSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Corpus", "Sample", "SampleTable", "cache_folder", "read_corpus", "resolve_settings"]
+__all__ = ["Corpus", "Sample", "SampleTable", "cache_folder", "read_corpus"]
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 """Of the cache: raised when the same data would give other samples."""
 _SUMMARY = "summary.json"
 _GROUP_BYTES = 1 << 20
-_MAX_TEMPLATE_BYTES = 1 << 20
 _CODE = ("carryon.cache.corpus", "tokenizers", "transformers", "jinja2")
 
 
@@ -136,39 +130,6 @@ def read_corpus(
     return _open(place, sources)
 
 
-def resolve_settings(
-    settings: CorpusSettings, tokenizer: "PreTrainedTokenizerBase", *, stored_date: str = ""
-) -> "tuple[CorpusSettings, PreTrainedTokenizerBase]":
-    """Return settings with the chat template's text and date, and a tokenizer that uses them.
-
-    Args:
-        settings: as given; `chat_template` is a file or the text of a template.
-        tokenizer: of the base; it is not changed.
-        stored_date: the `template_date` of a store that is resumed or appended to.
-
-    Raises:
-        InputError: the file cannot be read, or the date is none.
-    """
-    if settings.chat_template:
-        import copy
-
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.chat_template = _read_template(settings.chat_template)
-        settings = replace(settings, chat_template=tokenizer.chat_template)
-    day = settings.template_date or stored_date
-    if day:
-        try:
-            date.fromisoformat(day)
-        except ValueError as error:
-            raise InputError(
-                f"template_date: expected YYYY-MM-DD, got {day!r}. Fix: --template-date 2026-01-31"
-            ) from error
-    elif prints_date(tokenizer):
-        day = date.today().isoformat()
-        logger.info(f"the chat template prints the date: {day}, which the store keeps")
-    return replace(settings, template_date=day), tokenizer
-
-
 def cache_folder() -> Path:
     """Return where samples are kept: CARRYON_CACHE, or `carryon` in the home of the hub's cache."""
     if given := os.environ.get("CARRYON_CACHE"):
@@ -176,24 +137,6 @@ def cache_folder() -> Path:
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME) / "carryon"
-
-
-def _read_template(value: str) -> str:
-    if "{" in value:
-        return value
-    path = Path(value)
-    try:
-        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
-            raise InputError(f"{path}: expected a chat template of at most 1 MB, got more")
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise InputError(
-            f"chat_template: {path}: expected a readable file: {reason}. Fix: --chat-template FILE"
-        ) from error
-    if "{" not in text:
-        raise InputError(f"{path}: expected a Jinja template, got a text without any {{")
-    return text
 
 
 def _content(source: Source) -> list[Any]:
@@ -237,7 +180,7 @@ def _convert_all(
         if not counts["samples"]:
             raise _empty(report, [source.name for source in sources])
         table = SampleTable.open(_shard_path(partial_place, n) for n in range(len(groups)))
-        _refuse_equal_ids(table, [shard for shards in groups for shard in shards])
+        refuse_equal_ids(table, [shard for shards in groups for shard in shards])
         summary = {
             "fingerprint": table.digest(),
             "counts": {"records": tally.records, **counts},
@@ -372,34 +315,3 @@ def _empty(report: Report, names: Sequence[str]) -> InputError:
         f"{where or 'data'}: expected records with training targets, got none in "
         f"{report.records:,} records ({losses}){fix}"
     )
-
-
-def _refuse_equal_ids(table: SampleTable, shards: Sequence[Shard]) -> None:
-    """Refuse samples of one id; 8 bytes a sample are in memory."""
-    hashes = np.fromiter(
-        (hash_id(name) for names in table.iter_ids() for name in names), np.uint64, len(table)
-    )
-    ordered = np.sort(hashes)
-    twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    known: set[str] = set()
-    for name in (name for names in table.iter_ids() for name in names if twice):
-        if name in known:
-            first, second = _places_of(name, shards)
-            raise InputError(
-                f"{second}: id {name!r}: expected a different one for each sample, got that of a "
-                f"sample of {first}. Fix: change it, or leave out all ids"
-            )
-        if hash_id(name) in twice:
-            known.add(name)
-
-
-def _places_of(name: str, shards: Sequence[Shard]) -> tuple[str, str]:
-    """Return the places of the two records that have samples of this id, reading them again."""
-    places = []
-    for row in (row for shard in shards for row in read_shard(shard)):
-        with suppress(InputError):
-            if isinstance(row, Row) and re.fullmatch(
-                rf"{re.escape(read_record(row).id)}([#@/]\w+)*", name
-            ):
-                places.append(row.where)
-    return places[0], places[-1]

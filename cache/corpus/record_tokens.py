@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.corpus.chat_template import ChatTemplate
+from carryon.cache.corpus.chat.chat_template import ChatTemplate
+from carryon.cache.corpus.chat.turns import Conversation, Rendering
 from carryon.cache.corpus.records import Chat, Completion, Pair, Record, Text
 from carryon.cache.corpus.report import Tally
 from carryon.cache.corpus.samples import ROLES
 from carryon.cache.corpus.tokenize import Encoder, Request, Tokens, join
-from carryon.cache.corpus.turns import Conversation, Rendering
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings
 

@@ -15,7 +15,8 @@ from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
 from carryon.cache.base.identity import digest_chat_template
 from carryon.cache.base.lm_head import Head
 from carryon.cache.base.model import Base, load_base, read_head
-from carryon.cache.corpus.dataset import Corpus, read_corpus, resolve_settings
+from carryon.cache.corpus.chat.template_settings import resolve_settings
+from carryon.cache.corpus.dataset import Corpus, read_corpus
 from carryon.cache.corpus.report import format_report, warnings
 from carryon.cache.corpus.rows import Data
 from carryon.cache.corpus.samples import SampleTable

@@ -45,7 +45,7 @@ def preview(
     if rows < 1:
         raise InputError(f"--rows: expected 1 or more, got {rows}")
     from carryon.cache.base.facts import read_facts
-    from carryon.cache.corpus.dataset import resolve_settings
+    from carryon.cache.corpus.chat.template_settings import resolve_settings
     from carryon.cache.corpus.first_rows import read_first
     from carryon.cache.corpus.report import format_report, warnings
     from carryon.cache.files import write_file

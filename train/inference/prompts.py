@@ -6,7 +6,7 @@ from datetime import date
 from typing import TYPE_CHECKING
 
 from carryon.cache.base.identity import digest_chat_template
-from carryon.cache.corpus.chat_template import ChatTemplate
+from carryon.cache.corpus.chat.chat_template import ChatTemplate
 from carryon.cache.corpus.conversion import parse_variables
 from carryon.cache.corpus.records import Chat
 from carryon.cache.errors import InputError

@@ -11,31 +11,36 @@ conversation is one sample; where the template rewrites earlier turns, each turn
     none                                    the turn as it is; counted
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
-from carryon.cache.corpus.chat_template import ChatTemplate, UnfitError
-from carryon.cache.corpus.fidelity import (
+from carryon.cache.corpus.chat.chat_template import ChatTemplate, UnfitError
+from carryon.cache.corpus.chat.fidelity import (
     refuse_lost_texts,
     refuse_lost_tools,
     refuse_unread_fields,
     structure_of,
 )
+from carryon.cache.corpus.chat.message_forms import (
+    TEXT_FIELDS,
+    Message,
+    end_of_text,
+    is_answer,
+    other_forms,
+    says_nothing,
+    shows_python,
+)
 from carryon.cache.corpus.records import Chat
 
-Message = Mapping[str, Any]
 _HEAD_ROLES = ("system", "developer")
 _MOST_EXACT = 32
 """Messages of a conversation of which each turn is rendered from the beginning; a longer one is
 rendered in windows, so that time stays linear."""
 _WINDOW_TURNS = 8
 _OPENED_CHARS = 32
-_TEXT_FIELDS = ("reasoning_content", "content")
 _LEAST_ENDING = 8
 """Characters at the end of a prompt by which it is found in a finished turn."""
 _PROBES = ({"role": "tool", "content": "x"}, {"role": "user", "content": "x"})
@@ -96,7 +101,7 @@ class Conversation:
         for index, message in enumerate(messages):
             if not chat.is_trained[index]:
                 continue
-            if _says_nothing(message):
+            if says_nothing(message):
                 self.notes.append("empty assistant text, not learned")
             elif index == 0:
                 self.notes.append("assistant speaks first, turn not learned")
@@ -127,7 +132,7 @@ class Conversation:
                 moved=0,
             )
             for i in range(len(self._messages))
-            if _is_answer(self._messages[i])
+            if is_answer(self._messages[i])
         ]
         self._refuse_losses(self.whole, everything, len(self._messages))
         return Rendering(text=self.whole, targets=None, prompts=(), turn=None, notes=())
@@ -185,12 +190,12 @@ class Conversation:
         )
         if not is_odd:
             return messages
-        for form in (messages, *_other_forms(messages)):
+        for form in (messages, *other_forms(messages)):
             try:
                 text = self._render(form)
             except UnfitError:
                 continue
-            if not _shows_python(text, form):
+            if not shows_python(text, form):
                 return form
         return messages
 
@@ -293,7 +298,7 @@ class Conversation:
         first text. The last place in it that ends as the prompt does is the beginning.
         """
         message = messages[index]
-        other = {field: "\1" for field in _TEXT_FIELDS if message.get(field)}
+        other = {field: "\1" for field in TEXT_FIELDS if message.get(field)}
         changed = self._render([*messages[:index], {**message, **other}])
         head = closed[: _common_length(closed, changed)]
         length = 0
@@ -312,7 +317,7 @@ class Conversation:
     ) -> tuple[int, str]:
         """Return the end of the stop token of the turn at `closed[start:]`, and text to append."""
         special, template = self._template.special, self._template
-        begin = _end_of_text(messages[index], closed, start)
+        begin = end_of_text(messages[index], closed, start)
         run = re.compile(rf"(?:{special})(?:{special}|\s)*\Z").search(closed, begin)
         text = run.group() if run else ""
         tokens = list(re.finditer(special, text))
@@ -361,7 +366,7 @@ class Conversation:
         Of assistant turns only those that are learned: others a template may shorten.
         """
         name, messages = self._template.name, self._messages[:count]
-        said = [i for i, message in enumerate(messages) if not _is_answer(message)]
+        said = [i for i, message in enumerate(messages) if not is_answer(message)]
         refuse_lost_texts(text, messages, said, template=name)
         for turn in turns:
             # the prompt may have opened the turn with its first few characters
@@ -388,23 +393,6 @@ class Conversation:
         )
 
 
-def _says_nothing(message: Message) -> bool:
-    texts = [value for field in _TEXT_FIELDS if isinstance(value := message.get(field), str)]
-    return not message.get("tool_calls") and not "".join(texts).strip()
-
-
-def _is_answer(message: Message) -> bool:
-    return message["role"] in ("assistant", "model")
-
-
-def _end_of_text(message: Message, closed: str, start: int) -> int:
-    """Return where the message's own text ends in `closed`, which may hold special tokens too."""
-    texts = [message.get(field) for field in _TEXT_FIELDS]
-    own = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    places = [(closed.rfind(text, start), len(text)) for text in own]
-    return max([start, *(place + length for place, length in places if place >= 0)])
-
-
 def _notes(turns: Sequence[Turn], targets: Sequence[Sequence[tuple[int, int]]]) -> list[str]:
     opened = "turn whose prompt is not the beginning of the finished turn"
     unmarked = "turn that the chat template does not mark, not learned"
@@ -412,42 +400,6 @@ def _notes(turns: Sequence[Turn], targets: Sequence[Sequence[tuple[int, int]]]) 
         *[opened for turn in turns if not turn.is_prompt_kept],
         *[unmarked for spans in targets if not spans],
     ]
-
-
-def _other_forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-    """Yield the messages with "" for a content of None, with arguments as JSON texts, with both."""
-    filled = [{**message, "content": message["content"] or ""} for message in messages]
-    yield filled
-    for form in (messages, filled):
-        yield [
-            {**message, "tool_calls": [_with_json_arguments(call) for call in calls]}
-            if (calls := message.get("tool_calls"))
-            else message
-            for message in form
-        ]
-
-
-def _with_json_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, Mapping):
-        return call
-    arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _shows_python(text: str, messages: Sequence[Message]) -> bool:
-    """Tell whether a rendering shows None or a dict as Python writes them."""
-    said = [str(message["content"] or "") for message in messages]
-    is_missing = any(message["content"] is None for message in messages)
-    if is_missing and text.count("None") > sum(each.count("None") for each in said):
-        return True
-    calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    arguments = [call.get("function", call).get("arguments") for call in calls]
-    return any(
-        value and str(value) != json.dumps(value, ensure_ascii=False) and str(value) in text
-        for value in arguments
-        if isinstance(value, Mapping)
-    )
 
 
 def _common_length(first: str, second: str) -> int:

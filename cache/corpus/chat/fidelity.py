@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from carryon.cache.corpus.chat_template import UnfitError
+from carryon.cache.corpus.chat.chat_template import UnfitError
 
 Message = Mapping[str, Any]
 _MOST_MESSAGES = 16
