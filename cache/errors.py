@@ -2,6 +2,7 @@
 
     CarryOnError
     |- InputError (ValueError)             a value or file given by the user is wrong
+    |  |- KnownDataError                   data to append are in the store already
     |- MissingError (FileNotFoundError)    a path that should be there is not
     |- MissingExtraError (ImportError)     an optional package is not installed
     |- DiskFullError (OSError)             the disk is full; what was finished is kept
@@ -21,6 +22,10 @@ class CarryOnError(Exception):
 
 class InputError(CarryOnError, ValueError):
     """A value or a file given by the user is wrong."""
+
+
+class KnownDataError(InputError):
+    """Data to append to a store are in it already."""
 
 
 class MissingError(CarryOnError, FileNotFoundError):

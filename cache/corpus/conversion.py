@@ -122,7 +122,7 @@ class Converter:
                     yield KINDS[type(job.record.content)][0], sample
             except _RowError as error:
                 if not self._may_skip[error.reason]:
-                    raise InputError(f"{error.where}: {error.problem}") from error
+                    raise InputError(f"{error.where}: {error.problem}{error.other_fix}") from error
                 job.tally.count(error.reason, where=error.where)
                 skipped.append({"where": error.where, "problem": error.problem})
             except InputError as error:
@@ -191,6 +191,14 @@ class _RowError(Exception):
     def __init__(self, reason: str, where: str, problem: str) -> None:
         super().__init__(reason, where, problem)
         self.reason, self.where, self.problem = reason, where, problem
+
+    @property
+    def other_fix(self) -> str:
+        """Return the option that leaves the row out, as the end of an error text."""
+        if self.reason != _BAD:
+            return ""
+        begin = ", or" if ". Fix: " in self.problem else ". Fix: correct it, or"
+        return f"{begin} --bad-rows skip"
 
 
 def parse_variables(options: Sequence[str]) -> dict[str, Any]:

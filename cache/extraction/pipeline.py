@@ -19,12 +19,13 @@ from carryon.cache.extraction.layout_writer import append_plan, plan_bytes, plan
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.extraction.resume import (
-    refuse_known_files,
+    refuse_known_data,
     refuse_other_data,
     refuse_other_settings,
 )
 from carryon.cache.files import sweep_partials
 from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
+from carryon.cache.format.receipt import units_with_receipt
 from carryon.cache.lock import write_lock
 from carryon.cache.settings import (
     CorpusSettings,
@@ -168,10 +169,13 @@ def _resume(plan: ExtractionPlan, *, append: bool) -> Manifest:
     root, old, new = plan.root, read_manifest(plan.root), plan.manifest
     refuse_other_settings(old, new, name=str(root))
     [part] = new.parts
-    if not append or part.fingerprint in [known.fingerprint for known in old.parts]:
+    if not append:
         refuse_other_data(old, new, name=str(root))
         return old
-    refuse_known_files(old, new, name=str(root))
+    is_known = part.fingerprint in [known.fingerprint for known in old.parts]
+    if is_known and not units_with_receipt(root).issuperset(range(old.num_units)):
+        return old  # an append that was interrupted
+    refuse_known_data(old, new, name=str(root))
     part = replace(part, first_unit=old.num_units, first_sample=old.num_samples)
     new = replace(old, parts=[*old.parts, part])
     return append_plan(root, old, new, plan.samples, plan.units, skipped=plan.skipped)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from carryon.cache.base.model import Base
-from carryon.cache.errors import InputError, SettingMismatchError
+from carryon.cache.errors import KnownDataError, SettingMismatchError
 from carryon.cache.extraction.plan import forward_facts
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.settings import CorpusSettings
@@ -55,23 +55,30 @@ def refuse_other_data(old: Manifest, new: Manifest, *, name: str) -> None:
         )
 
 
-def refuse_known_files(old: Manifest, new: Manifest, *, name: str) -> None:
-    """Check that no file to be appended is in the store already.
+def refuse_known_data(old: Manifest, new: Manifest, *, name: str) -> None:
+    """Check that nothing to be appended is in the store already.
 
     Raises:
-        InputError: one is; names it and the part that has it.
+        KnownDataError: a file is, or all samples are; names it and the part that has it.
     """
     known = {
-        file["sha256"]: f"{file['name']} of part {number}"
+        file["sha256"]: f"a file equal to {file['name']} of part {number}"
         for number, part in enumerate(old.parts, start=1)
         for file in part.files
     }
-    for file in new.parts[-1].files:
-        if file["sha256"] in known:
-            raise InputError(
-                f"{file['name']}: expected data that the store {name} does not hold yet, got a "
-                f"file equal to {known[file['sha256']]}. Fix: leave it out"
-            )
+    samples = {part.fingerprint: f"part {n}" for n, part in enumerate(old.parts, start=1)}
+    added = new.parts[-1]
+    held = [
+        (file["name"], known[file["sha256"]]) for file in added.files if file["sha256"] in known
+    ]
+    if added.fingerprint in samples:
+        title = added.files[0]["name"] if added.files else "data"
+        held.append((title, f"the samples of {samples[added.fingerprint]}"))
+    if held:
+        raise KnownDataError(
+            f"{held[0][0]}: expected data that the store {name} does not hold yet, got "
+            f"{held[0][1]}. Fix: leave it out"
+        )
 
 
 def _settings(manifest: Manifest) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.corpus.dataset import cache_folder
 from carryon.cache.corpus.rows import Source
 from carryon.cache.corpus.sources import open_sources
-from carryon.cache.errors import CarryOnError, InputError
+from carryon.cache.errors import CarryOnError, InputError, KnownDataError
 from carryon.cache.files import write_json
 from carryon.cache.format.manifest import CorpusPart, manifest_path, read_manifest
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
@@ -67,15 +68,16 @@ def extract_texts(
         needs_blocks = get_kind(carryon.kind).needs_blocks
         given = {"taps": stream_taps(carryon), "with_blocks": carryon.blocks * needs_blocks}
     remember_texts(lineage.root, data, data_settings)
-    extract(
-        base=loaded,
-        data=data,
-        out=root,
-        append=old is not None,
-        forward=ForwardSettings(device=settings.run.device),
-        data_settings=data_settings,
-        **given,
-    )
+    with suppress(KnownDataError):
+        extract(
+            base=loaded,
+            data=data,
+            out=root,
+            append=old is not None,
+            forward=ForwardSettings(device=settings.run.device),
+            data_settings=data_settings,
+            **given,
+        )
 
 
 def remember_texts(root: Path, data: Sequence[str], settings: DataSettings) -> None:

@@ -19,7 +19,7 @@ from support.tiny_stores import (
 )
 
 from carryon.cache.base.model import Base, load_base
-from carryon.cache.errors import InputError, SettingMismatchError, StoreError
+from carryon.cache.errors import InputError, KnownDataError, SettingMismatchError, StoreError
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.format.zarr_metadata import copy_path, receipt_path
 from carryon.cache.settings import CorpusSettings
@@ -257,12 +257,12 @@ def test_appended_samples_are_read_by_id(appended: Path, store_original: Path) -
     assert len(rows.tokens) == len(rows.hidden["final"]) == store.sample_lengths[index]
 
 
-def test_a_second_append_of_the_same_data_changes_nothing(
+def test_a_second_append_of_the_same_data_is_refused_and_changes_nothing(
     tiny_base: Base, store_more_data: Path, appended: Path
 ) -> None:
     before = files_below(appended)
-    report = extract_tiny(tiny_base, store_more_data, appended, append=True)
-    assert report.computed_units == 0
+    with pytest.raises(KnownDataError, match="got a file equal to more.jsonl of part 2"):
+        extract_tiny(tiny_base, store_more_data, appended, append=True)
     assert files_below(appended) == before
 
 
@@ -350,8 +350,11 @@ def test_a_file_that_the_store_holds_is_refused_by_name_and_changes_nothing(
         extract_tiny(tiny_base, [data, more], store_folder, append=True)
 
 
-def test_a_corpus_that_the_store_holds_as_a_whole_resumes(
+def test_a_corpus_that_the_store_holds_as_a_whole_resumes_until_it_is_finished(
     tiny_base: Base, store_folder: Path, store_data: Path, store_tmp: Path
 ) -> None:
     same = Path(shutil.copy(store_data, store_tmp / "texts.jsonl"))
-    assert extract_tiny(tiny_base, same, store_folder, append=True).computed_units == 0
+    (store_folder / "units" / "0.json").unlink()
+    assert extract_tiny(tiny_base, same, store_folder, append=True).computed_units == 1
+    with pytest.raises(KnownDataError, match="got a file equal to texts.jsonl of part 1"):
+        extract_tiny(tiny_base, same, store_folder, append=True)
