@@ -163,7 +163,8 @@ class RecordTokens:
             tokens = yield from self._encode_turn(rendering)
             piece = self._mark(rendering, tokens, count)
             if self._is_beyond(piece):  # so are the longer prompts of all later turns
-                count("prompt longer than a sample", records=num_turns - number)
+                count("prompt longer than a sample")
+                count("turn left out, its prompt longer than a sample", records=num_turns - number)
                 break
             pieces.append(piece)
         return pieces

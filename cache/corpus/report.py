@@ -21,6 +21,7 @@ FIXES = {
 NOTES = {
     "split into pieces": "",
     "one sample per turn, as the chat template rewrites earlier turns": "--turns last learns fewer",
+    "turn left out, its prompt longer than a sample": "",
     "turn whose prompt is not the beginning of the finished turn": "",
     "turn that the chat template does not mark, not learned": "",
     "empty assistant text, not learned": "",

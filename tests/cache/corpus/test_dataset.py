@@ -524,7 +524,8 @@ def test_of_turns_whose_prompts_fill_a_sample_the_rest_is_counted(tmp_path: Path
     path = write_lines(tmp_path / "data.jsonl", {"messages": TWO_TURNS * 9})
     corpus = read([path], tokenizer, max_tokens=60)
     assert len(corpus.samples) == 2
-    assert ("prompt longer than a sample", 16, 0) in losses(corpus)
+    assert ("prompt longer than a sample", 1, 0) in losses(corpus)
+    assert ("turn left out, its prompt longer than a sample", 16, 0) in losses(corpus)
 
 
 def test_a_long_conversation_has_the_targets_of_a_short_one(tmp_path: Path) -> None:
