@@ -178,3 +178,12 @@ def _be_quiet() -> None:
     torch.set_num_threads(1)
     finish.plot_curves = lambda metrics, path: False
     sweep_module.plot_runs = lambda metrics, path: False
+
+
+def folder_bytes(root: Path) -> dict[str, bytes]:
+    """Return the content of every file below a folder, but that of locks, by path."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }

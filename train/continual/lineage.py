@@ -19,6 +19,7 @@ from carryon.cache.format.manifest import read_manifest
 from carryon.cache.settings import DataSettings, apply_options
 from carryon.cache.store.reader import split_name
 from carryon.train.config import TrainSettings
+from carryon.train.continual.increment_data import data_of
 from carryon.train.continual.lineage_dir import (
     Increment,
     Lineage,
@@ -91,7 +92,11 @@ def update(
     settings = settings.with_options(**options)
     grown, settings = open_or_start(lineage, settings, alpha=alpha)
     stores, texts = store_paths(store) or [str(grown.store)], store_paths(data)
+    num_increments = len(grown.increments)
+    if len(grown.released) < num_increments:
+        _check_data(grown, num_increments)
     if texts:
+        _check_tail(grown)
         extract_texts(
             grown,
             texts,
@@ -102,10 +107,13 @@ def update(
         )
     elif not store and not grown.store.exists():
         raise InputError(f"{lineage}: expected --data or --store with the new data, got neither")
+    parts = _unseen(grown, stores)
+    if parts:
+        _check_tail(grown)
     report = None
     if len(grown.released) < len(grown.increments):
         report = release_newest(grown, settings)
-    if parts := _unseen(grown, stores):
+    if parts:
         report = release_newest(add_increment(grown, parts, settings), settings)
     if report is None:
         raise InputError(
@@ -189,7 +197,7 @@ def add_increment(lineage: Lineage, parts: Sequence[str], settings: TrainSetting
 def release_newest(lineage: Lineage, settings: TrainSettings) -> TrainReport:
     """Train the trunk up to the newest increment's branch point, and release its version."""
     version = len(lineage.increments)
-    if version > 1:
+    if version > 1 and not lineage.tail(version - 1).result.exists():
         _train(lineage, version - 1, "tail", settings, lineage.tail(version - 1).root)
     if lineage.branch_step(version):
         _train(lineage, version, "head", settings, lineage.head(version).root)
@@ -214,6 +222,20 @@ def release(
 def release_from_scratch(lineage: Lineage, settings: TrainSettings) -> TrainReport:
     """Train the first version's whole path from an untrained carry-on, in LINEAGE/from-scratch."""
     return _train(lineage, 1, "from scratch", settings, lineage.root / "from-scratch")
+
+
+def _check_data(lineage: Lineage, version: int) -> None:
+    """Check, before anything is written, the data that the release of a version reads."""
+    if version > 1:
+        _check_tail(replace(lineage, increments=lineage.increments[: version - 1]))
+    data_of(lineage, version)
+
+
+def _check_tail(lineage: Lineage) -> None:
+    """Check the data of the trunk's newest increment, if its rest is still to be trained."""
+    newest = len(lineage.increments)
+    if newest and not lineage.tail(newest).result.exists():
+        data_of(lineage, newest)
 
 
 def _unseen(lineage: Lineage, stores: Sequence[str]) -> list[str]:
@@ -256,7 +278,7 @@ def _train(
         ),
     )
     job = Job(out=str(out), settings=settings, segment=segment)
-    [report] = train_jointly(increment.stores, [job])
+    [report] = train_jointly(data_of(lineage, version), [job])
     return report
 
 

@@ -19,6 +19,7 @@ from carryon.cache.extraction.pipeline import extract
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.train.config import TrainSettings
+from carryon.train.continual.increment_data import data_of
 from carryon.train.continual.lineage import (
     add_increment,
     open_or_start,
@@ -158,7 +159,7 @@ def _extract_again(
     data_settings: DataSettings,
 ) -> dict[str, Any]:
     """Extract the texts of all increments as one part; return the identity of the new base."""
-    stores = [store for increment in old.increments for store in increment.stores]
+    stores = [each for i in range(len(old.increments)) for each in data_of(old, i + 1)]
     manifests = [Store.open(store).manifest for store in stores]
     first = manifests[0]
     forward = ForwardSettings(device=settings.run.device, attention=first.forward["attention"])
@@ -208,7 +209,7 @@ def _start_from_old(
     """Write the checkpoint that the trunk starts from; return what lineage.json records of it."""
     version = old.released[-1]
     folder = old.version(version).carryon
-    old_store = Store.open(old.increments[version - 1].stores[0])
+    old_store = Store.open(data_of(old, version)[0])
     before, _ = load_carryon(folder, blocks=old_store.blocks)
     carryon = build_carryon(settings.carryon, data.store, seed=settings.optimization.seed)
     old_weights, weights = before.state_dict(), carryon.state_dict()

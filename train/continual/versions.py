@@ -13,6 +13,7 @@ from typing import Any
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import MissingError
 from carryon.cache.files import write_json
+from carryon.train.continual.increment_data import data_of
 from carryon.train.continual.lineage_dir import Lineage, open_lineage, settings_of
 from carryon.train.data.datasets import open_data
 from carryon.train.losses.frozen_head import place_head
@@ -107,7 +108,7 @@ def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> dict[
         new = [number for number in released if f"{number} on {on}" not in losses]
         if not new:
             continue
-        data = open_data(lineage.increments[on - 1].stores, settings)
+        data = open_data(data_of(lineage, on), settings)
         head = place_head(data.store, settings.loss, device=place)
         jobs = []
         for number in new:
