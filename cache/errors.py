@@ -10,7 +10,7 @@
        |- DamagedStoreError                bytes differ from what was written
        |- UnfinishedStoreError             units are still to be extracted
        |- SettingMismatchError             the store was made with other settings
-       |- StoreBusyError                   another process is writing to it
+       |- StoreBusyError                   another process is writing to it, or to a run
 
 Programs print these as one line and exit 2. Anything else is a bug and keeps its traceback.
 """
@@ -62,4 +62,4 @@ class SettingMismatchError(StoreError):
 
 
 class StoreBusyError(StoreError):
-    """Another process is writing to the store."""
+    """Another process is writing to the store, run, sweep or lineage."""

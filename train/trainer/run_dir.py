@@ -9,11 +9,14 @@ curves.png          loss and learning rate
 checkpoints/        step folders
 carryon/            the finished carry-on
 result.json         the report, written last: a run with it is finished
+.lock               while a process trains: its id
 """
 
 import json
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,8 @@ import torch
 import yaml
 
 from carryon.cache.errors import InputError
-from carryon.cache.files import append_line, read_lines, write_file, write_json
+from carryon.cache.files import PARTIAL, append_line, read_lines, write_file, write_json
+from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.config import refuse_other_settings, with_current_names
 
 logger = logging.getLogger(__name__)
@@ -59,13 +63,35 @@ class RunFolder:
         self.result = self.root / "result.json"
 
 
+@contextmanager
+def open_to_write(root: Path, *, kind: str) -> Iterator[None]:
+    """Hold the write lock of a folder, and remove what a killed writer left half written there.
+
+    Args:
+        root: of a run or a sweep; made if missing.
+        kind: which of them, for errors.
+
+    Raises:
+        InputError: it is not a folder.
+        StoreBusyError: another process holds the lock.
+    """
+    with folder_lock(root, kind=kind):
+        for folder in (root, root / "checkpoints", root / "carryon"):
+            for path in folder.glob(f".*{PARTIAL}"):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        yield
+
+
 def open_run_folder(
     root: str | Path, *, identity: Mapping[str, Any], config: Mapping[str, Any]
 ) -> RunFolder:
     """Start a run in `root`, or open the run that it holds.
 
     Args:
-        root: made if missing; must be empty or hold a run of the same identity.
+        root: locked; must be empty or hold a run of the same identity.
         identity: see `run_identity`.
         config: every setting, flat.
 
@@ -73,8 +99,6 @@ def open_run_folder(
         InputError: the folder holds something else, or a run with other settings.
     """
     folder = RunFolder(root)
-    if folder.root.exists() and not folder.root.is_dir():
-        raise InputError(f"{root}: expected a folder for the run, got a file")
     if folder.identity.exists():
         document = json.loads(folder.identity.read_text(encoding="ascii"))
         got = {key: document.get(key) for key in FORMAT}
@@ -82,7 +106,7 @@ def open_run_folder(
             raise InputError(f"{folder.identity}: expected {FORMAT}, got {got}")
         saved = with_current_names(document["identity"])
         refuse_other_settings(saved, identity, name=str(root))
-    elif folder.root.exists() and any(folder.root.iterdir()):
+    elif any(path.name != FOLDER_LOCK for path in folder.root.glob("*")):
         raise InputError(f"{root}: expected an empty folder or a run, got other files")
     else:
         document = FORMAT | {"identity": dict(identity), "versions": library_versions()}

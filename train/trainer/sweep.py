@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from carryon.cache.files import write_json
 from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes
 from carryon.train.data.datasets import StorePaths, store_paths
 from carryon.train.plots import plot_runs
+from carryon.train.trainer.distributed import join_processes
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.run import Job
-from carryon.train.trainer.run_dir import RunFolder
+from carryon.train.trainer.run_dir import RunFolder, open_to_write
 from carryon.train.trainer.trainer import train_jointly
 
 SUMMARY = "sweep.json"
@@ -57,19 +59,23 @@ def sweep(
 
     Raises:
         InputError: a setting is unknown, or must be the same in all runs.
+        StoreBusyError: another process trains in `out` or in one of the runs.
         KeyboardInterrupt: Ctrl-C; every run has a checkpoint, and the same call resumes.
     """
     runs = choose_runs(runs, vary)
     root = Path(out)
     jobs = plan_jobs(root, (settings or TrainSettings()).with_options(**options), runs)
-    reports = train_jointly(store_paths(store), jobs)
-    rows = [
-        {"run": name, "changes": changes, **report.to_dict()}
-        for (name, changes), report in zip(runs.items(), reports, strict=True)
-    ]
-    write_json(root / SUMMARY, {"runs": rows})
-    metrics = {name: read_metrics(RunFolder(root / name).metrics) for name in runs}
-    plot_runs(metrics, root / CURVES)
+    paths, processes = store_paths(store), join_processes(jobs[0].settings.run.device)
+    with open_to_write(root, kind="sweep") if processes.is_first else nullcontext():
+        reports = train_jointly(paths, jobs)
+        if processes.is_first:
+            rows = [
+                {"run": name, "changes": changes, **report.to_dict()}
+                for (name, changes), report in zip(runs.items(), reports, strict=True)
+            ]
+            write_json(root / SUMMARY, {"runs": rows})
+            metrics = {name: read_metrics(RunFolder(root / name).metrics) for name in runs}
+            plot_runs(metrics, root / CURVES)
     return reports
 
 

@@ -7,7 +7,8 @@ run beside others with the same bits as one alone.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from carryon.train.trainer.finish import TrainReport, finish_runs
 from carryon.train.trainer.metrics import Callback
 from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Job, Run, prepare_run
-from carryon.train.trainer.run_dir import RunFolder, open_run_folder
+from carryon.train.trainer.run_dir import RunFolder, open_run_folder, open_to_write
 from carryon.train.trainer.run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def train(
     Raises:
         InputError: a setting is unknown or does not fit the store, `out` holds something else, or
             the loss is not finite. Checkpoints written before stay.
+        StoreBusyError: another process trains in `out`.
+        DiskFullError: the disk is full; the same call resumes.
         KeyboardInterrupt: Ctrl-C; a checkpoint is saved, and the same call resumes.
     """
     settings = (settings or TrainSettings()).with_options(**options)
@@ -101,23 +104,24 @@ def train_jointly(
         InputError, KeyboardInterrupt: as `train`; every run keeps its checkpoints.
     """
     processes = join_processes(jobs[0].settings.run.device)
-    data, runs = _prepare(paths, jobs, processes, wrap_store)
-    for run in runs:
-        if processes.size > 1 and run.settings.memory.step_in_backward:
-            raise InputError(
-                "step_in_backward: expected no with several processes, whose gradients are summed "
-                "first, got yes"
-            )
-    if runs and processes.is_first:
-        _warn_about_held_out(runs[0].contamination)
-    reports = {job.out: _read_report(job) for job in jobs}
-    states = [RunState(run, processes) for run in runs]
-    with stop_on_signal() as stop:
-        measure_base([state for state in states if state.is_new])
-        run_engine(data, states, processes, stop)
-    new = {report.out: report for report in finish_runs(states, processes)}
-    raise_callback_errors(states)
-    return [reports[job.out] or new[str(Path(job.out))] for job in jobs]
+    with lock_runs(jobs, processes):
+        data, runs = _prepare(paths, jobs, processes, wrap_store)
+        for run in runs:
+            if processes.size > 1 and run.settings.memory.step_in_backward:
+                raise InputError(
+                    "step_in_backward: expected no with several processes, whose gradients are "
+                    "summed first, got yes"
+                )
+        if runs and processes.is_first:
+            _warn_about_held_out(runs[0].contamination)
+        reports = {job.out: _read_report(job) for job in jobs}
+        states = [RunState(run, processes) for run in runs]
+        with stop_on_signal() as stop:
+            measure_base([state for state in states if state.is_new])
+            run_engine(data, states, processes, stop)
+        new = {report.out: report for report in finish_runs(states, processes)}
+        raise_callback_errors(states)
+        return [reports[job.out] or new[str(Path(job.out))] for job in jobs]
 
 
 def train_segments(paths: Sequence[str], jobs: Sequence[Job]) -> None:
@@ -133,10 +137,24 @@ def train_segments(paths: Sequence[str], jobs: Sequence[Job]) -> None:
         InputError, KeyboardInterrupt: as `train`; every run keeps its checkpoints.
     """
     processes = join_processes(jobs[0].settings.run.device)
-    data, runs = _prepare(paths, jobs, processes, None)
-    states = [RunState(run, processes) for run in runs]
-    with stop_on_signal() as stop:
-        run_engine(data, states, processes, stop)
+    with lock_runs(jobs, processes):
+        data, runs = _prepare(paths, jobs, processes, None)
+        states = [RunState(run, processes) for run in runs]
+        with stop_on_signal() as stop:
+            run_engine(data, states, processes, stop)
+
+
+@contextmanager
+def lock_runs(jobs: Sequence[Job], processes: Processes) -> Iterator[None]:
+    """Hold the write locks of the run folders, in the first process.
+
+    Raises:
+        StoreBusyError: another process trains in one of them.
+    """
+    with ExitStack() as locks:
+        for job in jobs if processes.is_first else ():
+            locks.enter_context(open_to_write(Path(job.out), kind="run"))
+        yield
 
 
 def _prepare(
