@@ -7,6 +7,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -185,15 +186,33 @@ class SampleTable(Sequence[Sample]):
         for batch in self._batches:
             yield batch.column("id").to_pylist()
 
-    def join_rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Return `tokens`, `loss_mask` or `char_end` of samples, one behind the other."""
+    def join_rows(self, indices: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Return `tokens`, `loss_mask` and `char_end` of samples, one behind the other."""
         batches = np.searchsorted(self._first, indices, side="right") - 1
-        rows = (indices - self._first[batches]).tolist()
-        parts = [
-            self._rows[name][batch][self._offsets[batch][row] : self._offsets[batch][row + 1]]
-            for batch, row in zip(batches.tolist(), rows, strict=True)
-        ]
-        return np.concatenate([np.empty(0, _ROWS[name]), *parts])
+        starts, lengths = self._places
+        starts = starts[indices]
+        stops = starts + lengths[indices]
+        places = list(zip(batches.tolist(), starts.tolist(), stops.tolist(), strict=True))
+        return {
+            name: np.concatenate(
+                [np.empty(0, _ROWS[name]), *(rows[x][start:stop] for x, start, stop in places)]
+            )
+            for name, rows in self._rows.items()
+        }
+
+    @cached_property
+    def _places(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """First row of each sample in its batch, and its tokens, [S] int32 each."""
+        starts = [offsets[:-1] for offsets in self._offsets]
+        return np.concatenate([np.empty(0, np.int32), *starts]), self.lengths
+
+    def longest_id(self) -> int:
+        """Return the bytes of the longest id, in UTF-8."""
+        from pyarrow import compute
+
+        columns = (batch.column("id").cast("binary") for batch in self._batches)
+        longest = (compute.max(compute.binary_length(column)).as_py() for column in columns)
+        return max(longest, default=0)
 
     def __len__(self) -> int:
         """Return S."""

@@ -182,11 +182,10 @@ def _unit_rows(
     size, first_unit = manifest.unit_tokens, manifest.parts[-1].first_unit
     bounds = np.searchsorted(plan.unit, np.arange(plan.num_units + 1)).tolist()
     for unit in range(plan.num_units):
-        indices = plan.order[bounds[unit] : bounds[unit + 1]]
+        joined = samples.join_rows(plan.order[bounds[unit] : bounds[unit + 1]])
         for name, dtype in ROW_ARRAYS.items():
             rows = np.zeros(size, dtype=dtype)
-            values = samples.join_rows(name, indices)  # a unit's samples leave no gap
-            rows[: len(values)] = values
+            rows[: len(joined[name])] = joined[name]  # a unit's samples leave no gap
             yield row_path(name, first_unit + unit), encode_chunk(rows)
 
 

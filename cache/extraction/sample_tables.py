@@ -160,8 +160,7 @@ def _stored_ids(root: Path, manifest: Manifest) -> Iterator[NDArray[np.uint8]]:
 
 def _id_bytes(samples: SampleTable) -> int:
     """Return the bytes of a row that holds every id: a multiple of 16."""
-    longest = max((len(name.encode()) for ids in samples.iter_ids() for name in ids), default=0)
-    return max(_MIN_ID_BYTES, -(-longest // 16) * 16)
+    return max(_MIN_ID_BYTES, -(-samples.longest_id() // 16) * 16)
 
 
 def _id_rows(ids: list[str], id_bytes: int) -> NDArray[np.uint8]:
