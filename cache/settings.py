@@ -103,12 +103,34 @@ class Settings:
         """Build from plain values.
 
         Raises:
-            InputError: a key is not a field, or a value is out of range.
+            InputError: a key is not a field, or a value is of another type or out of range.
         """
         known = {item.name for item in fields(cls)}  # type: ignore[arg-type]  # of a dataclass
         if unknown := sorted(set(values) - known):
             raise InputError(f"{cls.__name__}: unknown setting {', '.join(unknown)}")
+        types = get_type_hints(cls)
+        for name, value in values.items():
+            if not _is_of(value, types[name]):
+                raise InputError(f"{name}: expected {_type_name(types[name])}, got {value!r:.80}")
         return cls(**values)
+
+
+def _is_of(value: Any, kind: Any) -> bool:  # noqa: ANN401
+    """Return whether a plain value is of a field's type; a whole number is also a number."""
+    inner = get_args(kind)
+    if get_origin(kind) in (list, tuple):
+        return isinstance(value, list | tuple) and all(_is_of(item, inner[0]) for item in value)
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(choice) for choice in inner)
+    if NoneType in inner:
+        return value is None or _is_of(value, inner[0])
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _type_name(kind: Any) -> str:  # noqa: ANN401
+    if get_origin(kind) in (list, tuple):
+        return "a list"
+    return _TYPE_NAMES.get(kind) or _listed(choices_of(kind) or [str(kind)])
 
 
 def apply_options(
@@ -147,7 +169,7 @@ def choices_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401
 
 def _listed(choices: Iterable[str]) -> str:
     *others, last = choices
-    return f"{', '.join(others)} or {last}"
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def parse_value(name: str, value: Any, kind: Any) -> Any:  # noqa: ANN401

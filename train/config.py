@@ -76,21 +76,21 @@ class CarryOnSettings(Settings):
     taps: list[str] = bounded(["final"], min_items=1, is_unique=True)
     """Taps of the store that the carry-on reads. `native` always reads `prenorm`, `top` the tap
     below the copied blocks."""
-    width: int = bounded(128, at_least=2)
+    width: int = bounded(128, at_least=2, at_most=65536)
     """Width d of the carry-on's blocks, in channels."""
-    blocks: int = bounded(2, at_least=1)
+    blocks: int = bounded(2, at_least=1, at_most=1024)
     """Decoder blocks."""
-    heads: int = bounded(4, at_least=1)
+    heads: int = bounded(4, at_least=1, at_most=4096)
     """Attention heads of a block. Twice the number must divide the width."""
-    intermediate_size: int = bounded(248, at_least=1)
+    intermediate_size: int = bounded(248, at_least=1, at_most=262144)
     """Inner width of a block's MLP, in channels."""
     gate: Literal["channel", "token", "none"] = "channel"
     """Gate of the correction: one per `channel` of the base, one per `token`, or `none`."""
     dropout: float = bounded(0.0, at_least=0, below=1)
     """Dropout before the first block and after the last."""
-    lora_rank: int = bounded(0, at_least=0)
+    lora_rank: int = bounded(0, at_least=0, at_most=65536)
     """Rank of LoRA on the copy of a `top`. 0: train the whole copy."""
-    lora_alpha: int = bounded(16, at_least=1)
+    lora_alpha: int = bounded(16, at_least=1, at_most=65536)
     """LoRA's scale: its output is multiplied by lora_alpha / lora_rank."""
 
     def problems(self) -> list[tuple[bool, str]]:

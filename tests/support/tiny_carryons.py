@@ -1,11 +1,15 @@
 """Tiny carry-ons for tiny bases, with random weights in place of trained ones."""
 
+import json
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from carryon.cache.base.model import Base
+from carryon.cache.files import write_json
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.card_file import CARD, WEIGHTS, digest_file, signed
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import CarryOnCard
 from support.tiny_bases import randomize_
@@ -39,3 +43,14 @@ def make_tiny_carryon(
         versions={},
     )
     return carryon, card
+
+
+def resign(folder: Path, **changes: Any) -> None:  # noqa: ANN401
+    """Change values of a card, as a stranger would: with digests that fit. None removes a key."""
+    values = json.loads((folder / CARD).read_text(encoding="utf-8")) | changes
+    kept = {
+        name: value
+        for name, value in values.items()
+        if name not in ("files", "sha256") and value is not None
+    }
+    write_json(folder / CARD, signed(kept, files={WEIGHTS: digest_file(folder / WEIGHTS)}))

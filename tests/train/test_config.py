@@ -31,7 +31,7 @@ ALL = (
 @pytest.mark.parametrize(
     ("cls", "values", "text"),
     [
-        (CarryOnSettings, {"width": 1}, "width: expected 2 or more, got 1"),
+        (CarryOnSettings, {"width": 1}, "width: expected 2 to 65536, got 1"),
         (CarryOnSettings, {"heads": 3}, "double divides the width 128, got 3"),
         (CarryOnSettings, {"taps": []}, "taps: expected at least 1, got none"),
         (

@@ -16,6 +16,7 @@ from torch import Tensor
 from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import Bottleneck
+from carryon.train.modules.card_checks import check_sizes, check_weights
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import CarryOnCard, check_base
 from carryon.train.modules.stacked_weights import with_weights
@@ -68,7 +69,7 @@ class CarryOnSet:
         Errors begin with `where`, or with the name.
 
         Raises:
-            InputError: the weights do not have the shapes that the card implies.
+            InputError: the weights are not finite numbers of the shapes that the card implies.
             SettingMismatchError: it was trained on another base or tokenizer.
         """
         where = where or f"carry-on {name}"
@@ -79,15 +80,14 @@ class CarryOnSet:
                 f"{where}: expected a bottleneck, got the kind {kind}. Fix: carryon merge makes a "
                 "checkpoint of a native or top"
             )
-        shape = self._shape_of(card)
-        expected = {key: tuple(weight.shape) for key, weight in shape.state_dict().items()}
-        given = {key: tuple(weight.shape) for key, weight in weights.items()}
-        if given != expected:
-            key = min(key for key, _ in given.items() ^ expected.items())
+        try:
+            check_sizes(CarryOnSettings.from_dict(card.settings), card.base_width, weights)
+            shape = self._shape_of(card)
+            check_weights(weights, shape.state_dict())
+        except InputError as error:
             raise InputError(
-                f"{where}: not a carry-on of the shape in its card: {key}: expected "
-                f"{expected.get(key, 'nothing')}, got {given.get(key, 'nothing')}"
-            )
+                f"{where}: not a carry-on of the shape in its card: {error}"
+            ) from error
         slot, self._next = self._next, self._next + 1
         self._loaded[slot] = LoadedCarryOn(card=card, weights=dict(weights), shape=shape)
         replaced = self._names.get(name)

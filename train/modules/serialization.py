@@ -1,10 +1,10 @@
 """A carry-on on disk: weights in safetensors, everything else in one JSON, and a model card.
 
 Nothing is pickled, and no file names a Python class. The folder names its base by the base's
-digests, not by a path.
+digests, not by a path. The card holds the SHA-256 of the weights and of itself; both are compared
+before a module is built.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -24,15 +24,24 @@ from carryon.cache.files import (
     write_json,
 )
 from carryon.cache.format.framing import Framing
+from carryon.cache.format.manifest import sha256_hex
 from carryon.cache.store.top_blocks import Blocks
 from carryon.train.config import CarryOnSettings, with_current_names
+from carryon.train.modules.card_checks import check_sizes, check_values, check_weights
+from carryon.train.modules.card_file import (
+    CARD,
+    README,
+    WEIGHTS,
+    check_digest,
+    digest_file,
+    read_signed,
+    signed,
+)
 from carryon.train.modules.carryon import CarryOn, make_carryon
 from carryon.train.modules.model_card import model_card
+from carryon.train.modules.taps import check_alpha
 
 FORMAT_VERSION = 1
-WEIGHTS = "carryon.safetensors"
-CARD = "carryon.json"
-README = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +77,8 @@ class CarryOnCard:
         """Build from plain values; settings under former names get their current ones.
 
         Raises:
-            InputError: another format version, or unknown or missing keys.
+            InputError: another format version, unknown or missing keys, or a value of another type
+                or out of its range.
         """
         version = values.get("format_version")
         if version != FORMAT_VERSION:
@@ -77,8 +87,14 @@ class CarryOnCard:
         if set(values) | {"framing"} != expected:
             raise InputError(f"expected the keys {sorted(expected)}, got {sorted(values)}")
         Framing.from_dict(values.get("framing", {}))
-        renamed = {key: with_current_names(values[key]) for key in ("settings", "split")}
-        return cls(**(dict(values) | renamed))
+        for key in ("settings", "split"):
+            if not isinstance(values[key], Mapping):
+                raise InputError(f"{key}: expected an object, got {type(values[key]).__name__}")
+        current = dict(values) | {
+            key: with_current_names(values[key]) for key in ("settings", "split")
+        }
+        check_values(current)
+        return cls(**current)
 
     def without_paths(self) -> "CarryOnCard":
         """Return the card to share: of the path of a local base, only the last part is left."""
@@ -125,25 +141,34 @@ def write_carryon_files(
     }
     with whole_file(folder / WEIGHTS, is_synced=is_synced) as partial:
         save_file(saved, partial, metadata={"format": "pt"})
-    _write_card(folder, card, is_synced=is_synced)
+    _write_card(folder, card, digest=digest_file(folder / WEIGHTS), is_synced=is_synced)
     return (folder / WEIGHTS).stat().st_size
 
 
 def write_alpha(folder: str | Path, alpha: float) -> None:
-    """Make `alpha` the default strength of the carry-on in `folder`.
+    """Make `alpha` the default strength of the carry-on in `folder`, and sign the card again.
 
     Raises:
         MissingError: there is no carry-on.
+        InputError: a file is damaged, or alpha is out of range.
     """
-    _write_card(Path(folder), replace(read_card(folder), alpha=alpha))
+    root = Path(folder)
+    card, digest = _read_card(root)
+    check_digest(root / WEIGHTS, digest)
+    _write_card(
+        root,
+        replace(card, alpha=check_alpha(alpha)),
+        digest=digest or digest_file(root / WEIGHTS),
+    )
 
 
-def _write_card(folder: Path, card: CarryOnCard, *, is_synced: bool = True) -> None:
-    """Write the card, then its form for people."""
-    write_json(folder / CARD, card.to_dict(), is_synced=is_synced)
+def _write_card(folder: Path, card: CarryOnCard, *, digest: str, is_synced: bool = True) -> None:
+    """Write the card's form for people, then the card with the digests of the other files."""
     num_bytes = (folder / WEIGHTS).stat().st_size
-    text = model_card(card.without_paths().to_dict(), num_bytes=num_bytes)
-    write_file(folder / README, text.encode(), is_synced=is_synced)
+    text = model_card(card.without_paths().to_dict(), num_bytes=num_bytes).encode()
+    write_file(folder / README, text, is_synced=is_synced)
+    document = signed(card.to_dict(), files={WEIGHTS: digest, README: sha256_hex(text)})
+    write_json(folder / CARD, document, is_synced=is_synced)
 
 
 def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401 -- of the hub
@@ -179,9 +204,13 @@ def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401
 
 def read_card(folder: str | Path) -> CarryOnCard:
     """Return the card of the carry-on in `folder`; raises as `load_carryon` does."""
-    root = Path(folder)
+    return _read_card(Path(folder))[0]
+
+
+def _read_card(root: Path) -> tuple[CarryOnCard, str | None]:
+    """Return the card, and the SHA-256 that it records of the weights; None in an old one."""
     recover_folder(root)
-    if not (root / CARD).is_file() or not (root / WEIGHTS).is_file():
+    if not (root / CARD).exists() or not (root / WEIGHTS).exists():
         inner = root / "carryon"
         fix = "run carryon train, which writes one to RUN/carryon"
         if (inner / CARD).is_file():  # the run was given
@@ -189,9 +218,10 @@ def read_card(folder: str | Path) -> CarryOnCard:
         raise MissingError(
             f"{root}: expected a carry-on ({CARD} and {WEIGHTS}), found none. Fix: {fix}"
         )
+    values, files = read_signed(root / CARD)
     try:
-        return CarryOnCard.from_dict(json.loads((root / CARD).read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
+        return CarryOnCard.from_dict(values), files.get(WEIGHTS)
+    except InputError as error:
         raise _not_a_carryon(root, error) from error
 
 
@@ -199,12 +229,14 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """Return the weights of the carry-on in `folder`, on the CPU, in their saved dtype.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or does not match the digest in the card.
     """
+    root = Path(folder)
+    check_digest(root / WEIGHTS, _read_card(root)[1])
     try:
-        return load_file(Path(folder) / WEIGHTS)
-    except SafetensorError as error:
-        raise _not_a_carryon(Path(folder), error) from error
+        return load_file(root / WEIGHTS)
+    except (SafetensorError, ValueError, KeyError) as error:  # or a dtype that torch lacks
+        raise _not_a_carryon(root, error) from error
 
 
 def load_carryon(
@@ -232,7 +264,9 @@ def load_carryon(
 
     try:
         settings = CarryOnSettings.from_dict(card.settings)
+        check_sizes(settings, card.base_width, weights)
         carryon = make_carryon(settings, base_width=card.base_width, blocks=read_blocks)
+        check_weights(weights, carryon.state_dict())
         carryon.load_state_dict({name: weight.float() for name, weight in weights.items()})
     except (RuntimeError, InputError) as error:
         raise _not_a_carryon(Path(folder), error) from error
@@ -258,7 +292,13 @@ def check_base(card: CarryOnCard, base: Mapping[str, Any], *, where: str | Path)
                 f"trained on ({str(expected)[:12]}), got those of {base.get('id')} "
                 f"({str(got)[:12]}). Fix: give its own base, or a store made with it"
             )
+    if base.get("width", card.base_width) != card.base_width:
+        raise SettingMismatchError(
+            f"{where}: expected a base of width {card.base_width}, which the carry-on was trained "
+            f"on, got {base.get('width')}. Fix: give its own base, or a store made with it"
+        )
 
 
 def _not_a_carryon(root: Path, error: Exception) -> InputError:
-    return InputError(f"{root}: expected a carry-on as carryon train writes it: {error}")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+    return InputError(f"{root}: expected a carry-on as carryon train writes it: {reason}")

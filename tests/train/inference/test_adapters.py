@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.tiny_bases import FAMILIES, VOCAB_SIZE, make_tiny_base
-from support.tiny_carryons import make_tiny_carryon
+from support.tiny_carryons import make_tiny_carryon, resign
 
 from carryon.cache.base.hooks import base_logits
 from carryon.cache.base.model import Base, load_base
@@ -256,6 +256,7 @@ def test_a_carryon_of_another_base_or_shape_is_refused(
     with pytest.raises(SettingMismatchError, match="expected the weights of"):
         tiny.add_carryon("eve", tmp_path / "eve")
     shutil.copy(tmp_path / "dave" / WEIGHTS, tmp_path / "alice" / WEIGHTS)
+    resign(tmp_path / "alice")
     with pytest.raises(InputError, match="not a carry-on .*: expected .*, got"):
         tiny.add_carryon("eve", tmp_path / "alice")
     assert tiny.carryons.names == ["alice", "bob"]

@@ -1,7 +1,6 @@
 """The customized model on tiny bases of every family: logits, caches, generation, refusals."""
 
 import dataclasses
-import json
 import shutil
 import threading
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.tiny_bases import FAMILIES, VOCAB_SIZE, make_tiny_base
-from support.tiny_carryons import make_tiny_carryon
+from support.tiny_carryons import make_tiny_carryon, resign
 from transformers import DynamicCache, TextIteratorStreamer, pipeline
 
 from carryon.cache.base.hooks import base_logits, capture
@@ -18,7 +17,7 @@ from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.cache.settings import ForwardSettings
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.carryon import customized_states
-from carryon.train.modules.serialization import CARD, read_card, read_weights, save_carryon
+from carryon.train.modules.serialization import read_card, read_weights, save_carryon
 
 FLOAT32 = ForwardSettings(device="cpu", compute_dtype="float32")
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
@@ -275,9 +274,7 @@ def test_saving_writes_the_carryon_alone(
 def test_moved_base_is_reported_and_can_be_given(
     carryon_folder: Path, tiny_base_folder: Path
 ) -> None:
-    card = json.loads((carryon_folder / CARD).read_text())
-    card["base"]["id"] = "/no/such/place"
-    (carryon_folder / CARD).write_text(json.dumps(card))
+    resign(carryon_folder, base=read_card(carryon_folder).base | {"id": "/no/such/place"})
     with pytest.raises(MissingError, match="give its place with base.*/no/such/place"):
         CarryOnForCausalLM.from_pretrained(carryon_folder)
     base = str(tiny_base_folder)

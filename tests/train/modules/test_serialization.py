@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support.tiny_carryons import resign
 from support.tiny_stores import states_at_kills
 
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
@@ -79,7 +80,8 @@ def test_the_folder_holds_safetensors_json_and_a_card_for_people(tmp_path: Path)
 def test_a_card_from_before_framings_were_recorded_is_read(tmp_path: Path) -> None:
     save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
     values = json.loads((tmp_path / "carryon" / CARD).read_text(encoding="utf-8"))
-    del values["framing"]
+    for name in ("framing", "files", "sha256"):
+        del values[name]
     (tmp_path / "carryon" / CARD).write_text(json.dumps(values), encoding="utf-8")
     assert read_card(tmp_path / "carryon") == _card()
     values["framing"] = {"kinds": "text"}
@@ -128,8 +130,7 @@ def test_a_folder_without_a_carryon_is_named(tmp_path: Path) -> None:
 
 def test_a_card_of_another_format_is_refused(tmp_path: Path) -> None:
     save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
-    document = json.loads((tmp_path / "carryon" / CARD).read_text())
-    (tmp_path / "carryon" / CARD).write_text(json.dumps({**document, "format_version": 99}))
+    resign(tmp_path / "carryon", format_version=99)
 
     with pytest.raises(InputError, match="format version: expected 1, got 99"):
         load_carryon(tmp_path / "carryon")
@@ -139,6 +140,9 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.float32)
     (tmp_path / "carryon" / WEIGHTS).write_bytes(b"not weights")
 
+    with pytest.raises(InputError, match="expected the SHA-256 .* the file was changed"):
+        load_carryon(tmp_path / "carryon")
+    resign(tmp_path / "carryon")
     with pytest.raises(InputError, match="expected a carry-on as carryon train writes it"):
         load_carryon(tmp_path / "carryon")
 

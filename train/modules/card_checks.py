@@ -1,0 +1,143 @@
+"""Limits on a carry-on from anyone: checked before a module is built or memory is taken."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carryon.cache.errors import InputError
+from carryon.train.config import CarryOnSettings
+from carryon.train.kinds import get_kind
+from carryon.train.modules.taps import check_alpha
+
+MAX_BASE_WIDTH = 1 << 17
+_MAX_TEXT = 4096
+_MAX_ITEMS = 1 << 16
+_TYPES: dict[str, tuple[type, ...]] = {
+    "settings": (dict,),
+    "base_width": (int,),
+    "base": (dict,),
+    "store_fingerprint": (str,),
+    "split": (dict,),
+    "alpha": (int, float),
+    "figures": (dict,),
+    "versions": (dict,),
+    "framing": (dict,),
+}
+_TAP = re.compile(r"final|prenorm|layer\.[1-9][0-9]{0,4}")
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Check the types and sizes of a card's values.
+
+    Raises:
+        InputError: names the first that is wrong.
+    """
+    for name, types in _TYPES.items():
+        _check(name, values.get(name, {}), types)
+    for name in ("base", "figures", "versions"):
+        kinds: tuple[type, ...] = (str,) if name == "versions" else (str, int, float)
+        for key, value in values[name].items():
+            if value is not None or name == "versions":
+                _check(f"{name}: {key!a:.80}", value, kinds)
+    _check("base: id", values["base"].get("id"), (str,))
+    for key in ("revision", "weights_sha256", "tokenizer_sha256"):
+        if values["base"].get(key) is not None:
+            _check(f"base: {key}", values["base"][key], (str,))
+    _check_split(values["split"])
+    check_alpha(values["alpha"])
+    width = values["base"].get("width", values["base_width"])
+    if not 1 <= values["base_width"] <= MAX_BASE_WIDTH or width != values["base_width"]:
+        raise InputError(
+            f"base_width: expected the width of the base, 1 to {MAX_BASE_WIDTH}, got "
+            f"{values['base_width']}"
+        )
+    settings = CarryOnSettings.from_dict(values["settings"])
+    if wrong := [tap for tap in settings.taps if not _TAP.fullmatch(tap)]:
+        raise InputError(f"taps: expected final, prenorm or layer.K, got {wrong[0]!a:.80}")
+
+
+def _check_split(split: Mapping[str, Any]) -> None:
+    if unknown := set(split) - {"held_out_ratio", "seed", "stores"}:
+        raise InputError(f"split: unknown key {min(map(str, unknown))!a:.80}")
+    ratio, seed, stores = (
+        split.get("held_out_ratio", 0.5),
+        split.get("seed", 0),
+        split.get("stores"),
+    )
+    _check("split: held_out_ratio", ratio, (int, float))
+    _check("split: seed", seed, (int,))
+    if not 0 < ratio < 1 or seed < 0:
+        raise InputError(f"split: expected a ratio in 0 to 1 and a seed >= 0, got {ratio}, {seed}")
+    if stores is not None:
+        _check("split: stores", stores, (list,))
+        for store in stores:
+            _check("split: stores", store, (str,))
+
+
+def _check(name: str, value: Any, types: tuple[type, ...]) -> None:  # noqa: ANN401
+    if type(value) not in types:
+        raise InputError(f"{name}: expected {_named(types)}, got {value!r:.80}")
+    if isinstance(value, str | list | dict):
+        most = _MAX_TEXT if isinstance(value, str) else _MAX_ITEMS
+        if len(value) > most:
+            raise InputError(f"{name}: expected a length of at most {most}, got {len(value)}")
+    elif abs(value) >= 1 << 63 and not (isinstance(value, float) and math.isinf(value)):
+        raise InputError(f"{name}: expected a number below 2**63, got a larger one")
+
+
+def _named(types: tuple[type, ...]) -> str:
+    return " or ".join(kind.__name__ for kind in types)
+
+
+def check_sizes(settings: CarryOnSettings, base_width: int, weights: Mapping[str, Tensor]) -> None:
+    """Compare the sizes of a carry-on with its weights, before a module of them is built.
+
+    A module that passes has at most a few times the values of the file; `check_weights` then
+    compares it in full.
+
+    Raises:
+        InputError: the file has too few weights for the sizes.
+    """
+    num_values = sum(weight.numel() for weight in weights.values())
+    most = {"blocks": len(weights), "taps": len(weights)}
+    needed = {"blocks": settings.blocks, "taps": len(settings.taps)}
+    if settings.kind == "bottleneck":
+        block = settings.width * max(settings.width, settings.intermediate_size)
+        needed |= {
+            "width": settings.width * base_width,
+            "intermediate_size": settings.blocks * block,
+        }
+        most |= {"width": num_values, "intermediate_size": num_values}
+    elif get_kind(settings.kind).needs_blocks:
+        needed["lora_rank"], most["lora_rank"] = settings.lora_rank, num_values
+    else:
+        return  # of the user's own making
+    for name, number in needed.items():
+        if number > most[name]:
+            raise InputError(
+                f"{name}: expected sizes that fit the {len(weights)} tensors with {num_values:,} "
+                f"values in the weights file, got {getattr(settings, name)!r:.80}"
+            )
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare weights with those of a module: names, shapes, floating dtype, finite values.
+
+    Raises:
+        InputError: names the first tensor that is wrong.
+    """
+    for name in sorted(set(weights) | set(expected)):
+        got, own = (
+            tuple(each[name].shape) if name in each else "nothing" for each in (weights, expected)
+        )
+        if got != own:
+            raise InputError(f"weights: {name:.200}: expected {own}, got {got}")
+        weight = weights[name]
+        if expected[name].is_floating_point() and not weight.is_floating_point():
+            raise InputError(f"weights: {name}: expected floating point, got {weight.dtype}")
+        if not bool(torch.isfinite(weight.float()).all()):
+            raise InputError(f"weights: {name}: expected finite values, got inf or NaN")
