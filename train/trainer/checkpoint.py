@@ -3,18 +3,24 @@
 A step folder such as `step-00000120` holds the carry-on's weights and the optimizer state as
 safetensors, and one JSON: position, best evaluation, and the identity of the run. It needs no
 random state: the order of samples, dropout and rounding are functions of seed, epoch and step.
+The JSON is written last, with the SHA-256 of the other files and of itself: a folder with a changed
+byte is skipped for the newest one that is sound.
+
 `last.json` names the newest step folder, `best.json` that of the best held-out loss, which is kept
 however old it gets.
 """
 
-import json
+import hashlib
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,8 +28,18 @@ from carryon.cache.errors import InputError
 from carryon.cache.files import recover_folders, whole_folder, write_json
 from carryon.train.config import refuse_other_settings, with_current_names
 from carryon.train.modules.carryon import CarryOn
+from carryon.train.trainer.run_documents import (
+    DamagedFileError,
+    open_regular,
+    read_sealed,
+    sealed,
+)
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+UNSIGNED_VERSION = 1
+"""Of checkpoints from before digests were recorded."""
 WEIGHTS = "carryon.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -90,12 +106,15 @@ def save_checkpoint(
     with whole_folder(path) as partial:
         save_file(dict(carryon.state_dict()), partial / WEIGHTS)
         save_file(tensors, partial / OPTIMIZER)
-        write_json(partial / STATE, state, is_synced=False)
+        state["files"] = {name: _digest(partial / name) for name in (WEIGHTS, OPTIMIZER)}
+        write_json(partial / STATE, sealed(state), is_synced=False)
     best = best_checkpoint(folder, progress)
     _name(folder / LAST, path, progress)
     if best is not None:
         _name(folder / BEST, best, progress)
-    for old in _step_folders(folder)[:-keep]:
+    folders = _step_folders(folder)
+    newer = [each for each in folders if each > path]  # skipped as damaged when the run resumed
+    for old in newer + [each for each in folders if each <= path][:-keep]:
         if old != best:
             shutil.rmtree(old)
     return path
@@ -107,6 +126,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
+def saved_identity(folder: Path) -> dict[str, Any] | None:
+    """Return the identity of the run in its newest sound checkpoint, or None without any."""
+    for path in reversed(_step_folders(folder)):
+        with suppress(DamagedFileError):
+            return dict(with_current_names(_read_state(path)["identity"]))
+    return None
+
+
 def best_checkpoint(folder: Path, progress: Progress) -> Path | None:
     """Return the step folder of the best evaluation so far, or None."""
     path = _step_folder(folder, progress.best_step)
@@ -114,9 +141,60 @@ def best_checkpoint(folder: Path, progress: Progress) -> Path | None:
     return path if progress.best_nll is not None and (path / STATE).is_file() else None
 
 
+def load_newest(
+    folder: Path,
+    *,
+    carryon: CarryOn,
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+    needs_best: bool = False,
+) -> Progress | None:
+    """Load the newest sound checkpoint in `folder`; returns its position, or None without any.
+
+    A damaged one is skipped with a warning: the same steps, taken again, end with the same bits.
+
+    Args:
+        folder: of the run's checkpoints.
+        carryon: gets the weights.
+        optimizer: gets the state.
+        identity: fingerprint of the store and settings that the run must share.
+        needs_best: whether the best checkpoint so far must be sound too.
+
+    Raises:
+        InputError: another format, store or setting, or none of the checkpoints is sound.
+    """
+    problems: list[str] = []
+    for path in reversed(_step_folders(folder)):
+        try:
+            progress = load_checkpoint(
+                path, carryon=carryon, optimizer=optimizer, identity=identity
+            )
+            best = best_checkpoint(folder, progress) if needs_best else None
+            if best is not None:
+                _read_state(best)
+        except DamagedFileError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            logger.warning(f"{problem}. The run resumes from {path.name}")
+        return progress
+    if problems:
+        raise InputError(
+            f"{folder}: expected a sound checkpoint, got {len(problems)} damaged ones: "
+            f"{problems[0]}. Fix: delete {folder}; the same command then trains from the start"
+        )
+    return None
+
+
 def load_weights(path: Path, carryon: CarryOn) -> None:
-    """Load the weights of a step folder, without the optimizer state."""
-    carryon.load_state_dict(load_file(path / WEIGHTS))
+    """Load the weights of a step folder, without the optimizer state.
+
+    Raises:
+        DamagedFileError: a file is not as it was written.
+    """
+    _read_state(path)
+    with _damage_named(path):
+        carryon.load_state_dict(load_file(path / WEIGHTS))
 
 
 def load_checkpoint(
@@ -129,24 +207,80 @@ def load_checkpoint(
     """Load weights and optimizer state of a step folder; returns its position.
 
     Raises:
+        DamagedFileError: a file is not as it was written, or the folder has another step's name.
         InputError: another format, store or setting; names both values.
     """
-    state = json.loads((path / STATE).read_text(encoding="ascii"))
-    if state["format_version"] != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: expected checkpoint format {FORMAT_VERSION}, got {state['format_version']}"
-        )
-    refuse_other_settings(with_current_names(state["identity"]), identity, name=str(path))
-    load_state(path, carryon=carryon, optimizer=optimizer)
-    return Progress(**state["progress"])
+    state = _read_state(path)
+    with _damage_named(path):
+        progress, saved = Progress(**state["progress"]), with_current_names(state["identity"])
+        if path.name != _step_folder(path.parent, progress.step).name:
+            raise DamagedFileError(f"{path}: expected the state of this step, got {progress.step}")
+    refuse_other_settings(saved, identity, name=str(path))
+    _load(path, state, carryon=carryon, optimizer=optimizer)
+    return progress
 
 
 def load_state(path: Path, *, carryon: CarryOn, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights and optimizer state of a step folder of any run."""
-    state = json.loads((path / STATE).read_text(encoding="ascii"))
-    load_weights(path, carryon)
-    tensors = load_file(path / OPTIMIZER)
-    optimizer.load_state_dict(_unflatten(optimizer, tensors, state["optimizer"]))
+    """Load weights and optimizer state of a step folder of any run.
+
+    Raises:
+        InputError: a file is not as it was written.
+    """
+    try:
+        _load(path, _read_state(path), carryon=carryon, optimizer=optimizer)
+    except DamagedFileError as error:
+        raise InputError(
+            f"{error}. Fix: delete {path.parent.parent}, and run the command that trained it again"
+        ) from error
+
+
+def _load(
+    path: Path, state: Mapping[str, Any], *, carryon: CarryOn, optimizer: torch.optim.Optimizer
+) -> None:
+    with _damage_named(path):
+        carryon.load_state_dict(load_file(path / WEIGHTS))
+        tensors = load_file(path / OPTIMIZER)
+        optimizer.load_state_dict(_unflatten(optimizer, tensors, state["optimizer"]))
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return the state of a step folder, its files compared with their digests.
+
+    Raises:
+        DamagedFileError: a file is not as it was written.
+        InputError: another format.
+    """
+    state = read_sealed(path / STATE)
+    version = state.get("format_version")
+    if version == UNSIGNED_VERSION:
+        return state
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: expected checkpoint format {FORMAT_VERSION}, got {version}")
+    read_sealed(path / STATE, is_digest_required=True)
+    for name in (WEIGHTS, OPTIMIZER):
+        if _digest(path / name) != state["files"].get(name):
+            raise DamagedFileError(
+                f"{path / name}: the content differs from its SHA-256 in {STATE}"
+            )
+    return state
+
+
+def _digest(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Name a step folder without digests whose content does not fit."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise DamagedFileError(
+            f"{path}: expected a checkpoint of this run: {error!s:.200}"
+        ) from error
 
 
 def _name(pointer: Path, path: Path, progress: Progress) -> None:

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from carryon.cache.errors import InputError
 from carryon.cache.files import write_json
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import CarryOnCard, save_carryon
@@ -17,6 +19,7 @@ from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.nll import Nll, measure_nlls, null_if_nan, shown_nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import library_versions
+from carryon.train.trainer.run_documents import DamagedFileError, read_sealed, sealed
 from carryon.train.trainer.run_state import RunState
 
 
@@ -71,6 +74,18 @@ class TrainReport:
         """Return plain JSON values."""
         return asdict(self)
 
+    @classmethod
+    def read(cls, path: Path) -> "TrainReport":
+        """Return the report in a result.json.
+
+        Raises:
+            DamagedFileError: it is not as it was written.
+        """
+        try:
+            return cls(**read_sealed(path))
+        except TypeError as error:
+            raise DamagedFileError(f"{path}: expected the report of a run: {error}") from error
+
     def losses(self) -> str:
         """Return the held-out losses with their standard errors, for people."""
         return (
@@ -119,9 +134,15 @@ def finish_runs(states: Sequence[RunState], processes: Processes) -> list[TrainR
 def _load_final_weights(state: RunState) -> int:
     """Load the weights that the carry-on ends with; returns their step."""
     run, progress = state.run, state.progress
-    best = best_checkpoint(run.folder.checkpoints, progress)
-    if not run.settings.run.finishes_with_best or best is None:
+    if not run.settings.run.finishes_with_best:
         return progress.step
+    folder = run.folder.checkpoints
+    best = best_checkpoint(folder, progress)
+    if best is None:  # the last step has been evaluated, so there is a best one
+        raise InputError(
+            f"{folder}: expected the checkpoint of the best step {progress.best_step}, got none. "
+            f"Fix: delete {folder}; the same command then trains from the start"
+        )
     load_weights(best, run.carryon)
     return progress.best_step
 
@@ -140,7 +161,7 @@ def _saved_dtype(run: Run) -> torch.dtype:
 def _write(run: Run, nll: Nll, report: TrainReport) -> None:
     save_carryon(run.folder.carryon, run.carryon, _card(run, nll, report), dtype=_saved_dtype(run))
     plot_curves(read_metrics(run.folder.metrics), run.folder.curves)
-    write_json(run.folder.result, report.to_dict())
+    write_json(run.folder.result, sealed(report.to_dict()))
 
 
 def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:

@@ -4,14 +4,19 @@ A line is a JSON object in metrics.jsonl. A tracker and callbacks get the same l
 """
 
 import json
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.files import append_line, read_lines, write_file
+from carryon.cache.files import append_line, write_file
 from carryon.cache.optional import require
 from carryon.train.trainer.checkpoint import Progress
+from carryon.train.trainer.run_documents import read_whole_lines
 from carryon.train.trainer.step import StepFigures
+
+logger = logging.getLogger(__name__)
 
 Callback = Callable[[dict[str, Any]], object]
 """Gets each line of metrics.jsonl."""
@@ -121,13 +126,21 @@ def _is_number(value: object) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, without one cut off by a kill."""
-    return read_lines(path)
+    """Return the lines of a metrics.jsonl, without damaged ones and one cut off by a kill."""
+    return read_whole_lines(path)[0]
 
 
 def rewind_metrics(path: Path, *, step: int) -> None:
-    """Drop the lines after `step` and that of the result, which a resumed run writes again."""
-    if path.exists():
-        lines = read_lines(path)
+    """Drop the lines after `step` and that of the result, which a resumed run writes again.
+
+    Damaged lines are dropped with a warning: no result depends on them.
+
+    Raises:
+        DamagedFileError: it is no regular file.
+    """
+    lines, damaged = read_whole_lines(path)
+    if damaged:
+        logger.warning(f"{path}: damaged lines are dropped: {', '.join(map(str, damaged))}")
+    if os.path.lexists(path):
         kept = [line for line in lines if line["step"] <= step and RESULT not in line]
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("ascii"))

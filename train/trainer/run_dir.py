@@ -14,6 +14,7 @@ result.json         the report, written last: a run with it is finished
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,9 +26,16 @@ import torch
 import yaml
 
 from carryon.cache.errors import InputError
-from carryon.cache.files import PARTIAL, append_line, read_lines, write_file, write_json
+from carryon.cache.files import PARTIAL, write_file, write_json
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.config import refuse_other_settings, with_current_names
+from carryon.train.trainer.checkpoint import saved_identity
+from carryon.train.trainer.run_documents import (
+    DamagedFileError,
+    read_sealed,
+    read_whole_lines,
+    sealed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +69,15 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.carryon = self.root / "carryon"
         self.result = self.root / "result.json"
+        self.files = [
+            self.config,
+            self.identity,
+            self.sessions,
+            self.contamination,
+            self.metrics,
+            self.curves,
+            self.result,
+        ]
 
 
 @contextmanager
@@ -99,20 +116,49 @@ def open_run_folder(
         InputError: the folder holds something else, or a run with other settings.
     """
     folder = RunFolder(root)
-    if folder.identity.exists():
-        document = json.loads(folder.identity.read_text(encoding="ascii"))
-        got = {key: document.get(key) for key in FORMAT}
-        if got != FORMAT:
-            raise InputError(f"{folder.identity}: expected {FORMAT}, got {got}")
-        saved = with_current_names(document["identity"])
-        refuse_other_settings(saved, identity, name=str(root))
-    elif any(path.name != FOLDER_LOCK for path in folder.root.glob("*")):
-        raise InputError(f"{root}: expected an empty folder or a run, got other files")
-    else:
+    for path in folder.files:
+        if path.is_dir() and not path.is_symlink():
+            raise InputError(f"{path}: expected a file, got a folder. Fix: move it away")
+    saved = _read_identity(folder)
+    if saved is None:
         document = FORMAT | {"identity": dict(identity), "versions": library_versions()}
-        write_json(folder.identity, document)
+        write_json(folder.identity, sealed(document))
+    else:
+        refuse_other_settings(saved, identity, name=str(root))
     write_file(folder.config, yaml.safe_dump(dict(config), sort_keys=False).encode())
     return folder
+
+
+def _read_identity(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the identity in run.json; None if it is to be written.
+
+    A missing or damaged one is written again from the newest sound checkpoint, which has it too.
+
+    Raises:
+        InputError: another format, other files in the folder, or a damaged run.json alone.
+    """
+    path = folder.identity
+    if os.path.lexists(path):
+        try:
+            document = read_sealed(path)
+            got = {key: document.get(key) for key in FORMAT}
+            if got != FORMAT:
+                raise DamagedFileError(f"{path}: expected {FORMAT}, got {got}")
+            if not isinstance(document.get("identity"), dict):
+                raise DamagedFileError(f"{path}: expected the identity of the run, got none")
+            return dict(with_current_names(document["identity"]))
+        except DamagedFileError as error:
+            problem = str(error)
+    elif any(each.name != FOLDER_LOCK for each in folder.root.glob("*")):
+        problem = f"{folder.root}: expected an empty folder or a run, got other files"
+    else:
+        return None
+    saved = saved_identity(folder.checkpoints)
+    if saved is None:
+        raise InputError(f"{problem}. Fix: give another --out, or delete {folder.root}")
+    logger.warning(f"{problem}. It is written again, from the newest checkpoint")
+    write_json(path, sealed(FORMAT | {"identity": saved, "versions": library_versions()}))
+    return saved
 
 
 def run_identity(
@@ -132,8 +178,13 @@ def record_session(folder: RunFolder, *, step: int, processes: int) -> None:
     A run repeats to the bit with the same versions and the same number of threads and processes.
     """
     now = {**library_versions(), "processes": str(processes)}
-    sessions = read_lines(folder.sessions)
-    append_line(folder.sessions, {"step": step, **now})
+    sessions, damaged = read_whole_lines(folder.sessions)
+    if damaged:
+        logger.warning(
+            f"{folder.sessions}: damaged lines are dropped: {', '.join(map(str, damaged))}"
+        )
+    lines = [*sessions, {"step": step, **now}]
+    write_file(folder.sessions, "".join(json.dumps(line) + "\n" for line in lines).encode())
     last = sessions[-1] if sessions else now
     changes = [
         f"{name} {last.get(name)} -> {value}"

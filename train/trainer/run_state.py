@@ -18,7 +18,7 @@ from carryon.train.optim.lr_schedule import learning_rate
 from carryon.train.trainer.checkpoint import (
     START,
     Progress,
-    load_checkpoint,
+    load_newest,
     load_state,
     newest_checkpoint,
     save_checkpoint,
@@ -49,22 +49,26 @@ class RunState:
     """
 
     def __init__(self, run: Run, processes: Processes) -> None:
-        """Resume from the newest checkpoint, or start if there is none."""
+        """Resume from the newest sound checkpoint, or start if there is none."""
         self.run = run
         self.progress = START
         self.awaits_evaluation = False
         self._saved_step = -1
-        newest = newest_checkpoint(run.folder.checkpoints)
-        if newest is not None:
-            self.progress = load_checkpoint(
-                newest, carryon=run.carryon, optimizer=run.optimizer, identity=run.identity
-            )
-            self._saved_step = self.progress.step
+        saved = load_newest(
+            run.folder.checkpoints,
+            carryon=run.carryon,
+            optimizer=run.optimizer,
+            identity=run.identity,
+            needs_best=run.settings.run.finishes_with_best,
+        )
+        if saved is not None:
+            self.progress = saved
+            self._saved_step = saved.step
         elif run.segment is not None:
             self.progress = progress_at(run.segment.first, run.epochs)
             if run.segment.start is not None:
                 load_state(run.segment.start, carryon=run.carryon, optimizer=run.optimizer)
-        self.is_new = newest is None
+        self.is_new = saved is None
         """Whether the base has not been measured yet."""
         self._meter = Meter(self.progress)
         self._log: MetricsLog | None = None

@@ -5,9 +5,9 @@ same number of threads a resumed run ends with the same bits as one that was nev
 run beside others with the same bits as one alone.
 """
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from carryon.train.trainer.metrics import Callback
 from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Job, Run, prepare_run
 from carryon.train.trainer.run_dir import RunFolder, open_run_folder, open_to_write
+from carryon.train.trainer.run_documents import DamagedFileError, read_sealed, sealed
 from carryon.train.trainer.run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ def train_jointly(
     """
     processes = join_processes(jobs[0].settings.run.device)
     with lock_runs(jobs, processes):
-        data, runs = _prepare(paths, jobs, processes, wrap_store)
+        reports = _read_reports(jobs)
+        data, runs = _prepare(paths, jobs, processes, wrap_store, reports)
         for run in runs:
             if processes.size > 1 and run.settings.memory.step_in_backward:
                 raise InputError(
@@ -114,14 +116,13 @@ def train_jointly(
                 )
         if runs and processes.is_first:
             _warn_about_held_out(runs[0].contamination)
-        reports = {job.out: _read_report(job) for job in jobs}
         states = [RunState(run, processes) for run in runs]
         with stop_on_signal() as stop:
             measure_base([state for state in states if state.is_new])
             run_engine(data, states, processes, stop)
         new = {report.out: report for report in finish_runs(states, processes)}
         raise_callback_errors(states)
-        return [reports[job.out] or new[str(Path(job.out))] for job in jobs]
+        return [reports.get(job.out) or new[str(Path(job.out))] for job in jobs]
 
 
 def train_segments(paths: Sequence[str], jobs: Sequence[Job]) -> None:
@@ -138,7 +139,7 @@ def train_segments(paths: Sequence[str], jobs: Sequence[Job]) -> None:
     """
     processes = join_processes(jobs[0].settings.run.device)
     with lock_runs(jobs, processes):
-        data, runs = _prepare(paths, jobs, processes, None)
+        data, runs = _prepare(paths, jobs, processes, None, _read_reports(jobs))
         states = [RunState(run, processes) for run in runs]
         with stop_on_signal() as stop:
             run_engine(data, states, processes, stop)
@@ -162,6 +163,7 @@ def _prepare(
     jobs: Sequence[Job],
     processes: Processes,
     wrap_store: Callable[[StoreLike], StoreLike] | None,
+    reports: Mapping[str, TrainReport],
 ) -> tuple[TrainData, list[Run]]:
     """Check everything, then open the run folders; returns the runs that are not finished."""
     data = open_data(paths, jobs[0].settings)
@@ -178,9 +180,9 @@ def _prepare(
         if processes.is_first:
             config = {"store": list(paths), "out": job.out, **job.settings.to_flat()}
             open_run_folder(job.out, identity=identity, config=config)
-            write_json(folder.contamination, contamination.to_dict())
+            write_json(folder.contamination, sealed(contamination.to_dict()))
         wait_for_all()
-        if folder.result.exists():
+        if job.out in reports:
             if processes.is_first:
                 logger.info(f"{job.out}: this run is finished")
             if job.module is not None:
@@ -199,8 +201,12 @@ def _contamination(data: TrainData, jobs: Sequence[Job]) -> Contamination:
     """Return what was measured when the first of the runs began, or measure it."""
     for job in jobs:
         path = RunFolder(job.out).contamination
-        if path.exists():
-            return Contamination(**json.loads(path.read_text(encoding="ascii")))
+        if not os.path.lexists(path):
+            continue
+        try:
+            return Contamination(**read_sealed(path))
+        except (DamagedFileError, TypeError) as error:
+            logger.warning(f"{path}: damaged, so it is measured again: {error}")
     measured = measure_contamination(data.store, data.split)
     halves = {"train on": measured.train_targets, "hold out": measured.held_out_targets}
     for half, targets in halves.items():
@@ -222,9 +228,20 @@ def _warn_about_held_out(contamination: Contamination) -> None:
         )
 
 
-def _read_report(job: Job) -> TrainReport | None:
-    path = RunFolder(job.out).result
-    return TrainReport(**json.loads(path.read_text(encoding="ascii"))) if path.exists() else None
+def _read_reports(jobs: Sequence[Job]) -> dict[str, TrainReport]:
+    """Return the reports of the runs that are finished, by folder.
+
+    A run whose report is damaged is finished again, from its last checkpoint.
+    """
+    reports = {}
+    for job in jobs:
+        path = RunFolder(job.out).result
+        if os.path.lexists(path):
+            try:
+                reports[job.out] = TrainReport.read(path)
+            except DamagedFileError as error:
+                logger.warning(f"{error}. The run is finished again from its last checkpoint")
+    return reports
 
 
 def _describe(run: Run) -> str:

@@ -8,6 +8,7 @@ import torch
 from support.tiny_stores import states_at_kills
 
 from carryon.cache.errors import InputError
+from carryon.cache.files import write_json
 from carryon.train.config import (
     CarryOnSettings,
     MemorySettings,
@@ -24,6 +25,7 @@ from carryon.train.trainer.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from carryon.train.trainer.run_documents import sealed
 
 IDENTITY = {"store_fingerprint": "ab", "learning_rate": 0.5}
 
@@ -119,9 +121,10 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     carryon, optimizer = _pair()
     path = _save(tmp_path, carryon, optimizer)
     document = json.loads((path / STATE).read_text())
-    (path / STATE).write_text(json.dumps({**document, "format_version": 99}))
+    del document["sha256"]
+    write_json(path / STATE, sealed({**document, "format_version": 99}))
 
-    with pytest.raises(InputError, match="expected checkpoint format 1, got 99"):
+    with pytest.raises(InputError, match="expected checkpoint format 2, got 99"):
         load_checkpoint(path, carryon=carryon, optimizer=optimizer, identity=IDENTITY)
 
 

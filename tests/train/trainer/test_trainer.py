@@ -67,7 +67,7 @@ def test_a_run_writes_the_files_of_its_folder(finished: tuple[Path, TrainReport]
         "run.json",
         "sessions.jsonl",
     ]
-    assert json.loads((out / "result.json").read_text()) == report.to_dict()
+    assert TrainReport.read(out / "result.json") == report
     assert report.carryon == str(out / "carryon")
     card = load_carryon(report.carryon)[1]
     assert card.figures["held_out_tokens"] == report.held_out_targets
