@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,17 @@ def without_plots() -> Iterator[None]:
         yield
 
 
-def begin_update(lineage: Path, data: Path, base: Path, settings: TrainSettings) -> Any:  # noqa: ANN401
-    """Start an update of a lineage in a child process; returns once it runs."""
+def begin_update(
+    lineage: Path, data: Path, base: Path, settings: TrainSettings, *, dies_at: int = 0
+) -> Any:  # noqa: ANN401
+    """Start an update of a lineage in a child process; returns once it runs.
+
+    With `dies_at` it ends as by kill -9 at the rename of a file or folder of this number: before
+    an odd one and after an even one.
+    """
     ours, theirs = _processes().Pipe()
     process = _processes().Process(
-        target=_update_in_child, args=(lineage, data, base, settings, theirs)
+        target=_update_in_child, args=(lineage, data, base, settings, dies_at, theirs)
     )
     process.start()
     theirs.close()
@@ -157,9 +164,11 @@ def _processes() -> Any:  # noqa: ANN401 -- a context has no public type
 
 
 def _update_in_child(
-    lineage: Path, data: Path, base: Path, settings: TrainSettings, talk: Connection
+    lineage: Path, data: Path, base: Path, settings: TrainSettings, dies_at: int, talk: Connection
 ) -> None:
     _be_quiet()
+    if dies_at:
+        _die_at_rename(dies_at)
     talk.send("begun")
     update(lineage=str(lineage), data=[str(data)], base=str(base), settings=settings)
 
@@ -171,6 +180,21 @@ def _train_in_child(store: Path, out: Path, is_sweep: bool, talk: Connection) ->
         sweep(store, out=out, settings=TINY, runs=RUNS)
     else:
         train_tiny(store, out, **KILLED)
+
+
+def _die_at_rename(number: int) -> None:
+    calls, real = count(1), Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        is_last = next(calls) == number
+        if is_last and number % 2:
+            os._exit(9)
+        renamed = real(path, target)
+        if is_last:
+            os._exit(9)
+        return renamed
+
+    Path.rename = rename  # type: ignore[method-assign, assignment]
 
 
 def _be_quiet() -> None:

@@ -15,8 +15,9 @@ def data_of(lineage: Lineage, number: int) -> list[str]:
         MissingError: a store does not exist.
         InputError: other data lie at its path now.
     """
-    increment = lineage.increments[number - 1]
-    for store, expected in zip(increment.stores, increment.fingerprints, strict=True):
+    increment, stores = lineage.increments[number - 1], []
+    for recorded, expected in zip(increment.stores, increment.fingerprints, strict=True):
+        store = _moved(lineage, recorded, expected)
         wanted = (
             f"expected the data of increment {number} of the lineage {lineage.root} "
             f"(fingerprint {expected[:_SHOWN]})"
@@ -32,7 +33,18 @@ def data_of(lineage: Lineage, number: int) -> list[str]:
                 f"{store}: {wanted}, got other data (fingerprint {found[:_SHOWN]}). Fix: put the "
                 "old store back there, and extract new texts to a folder of their own"
             )
-    return increment.stores
+        stores.append(store)
+    return stores
+
+
+def _moved(lineage: Lineage, store: str, fingerprint: str) -> str:
+    """Return the part of the lineage's own store that an older lineage.json named absolutely.
+
+    Such a lineage may have been moved since. A part that is not found there keeps its name.
+    """
+    own = f"{lineage.store.resolve()}#{store.rpartition('#')[2]}"
+    is_found = own == store or fingerprint_of(store) == fingerprint
+    return store if is_found or fingerprint_of(own) != fingerprint else own
 
 
 def fingerprint_of(store: str) -> str | None:

@@ -5,6 +5,7 @@ Every segment is a run that starts from a copy of another's final state: a branc
 unchanged, and training it again gives the same bits. lineage_dir.py lists the files.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -24,6 +25,7 @@ from carryon.train.continual.lineage_dir import (
     Increment,
     Lineage,
     lasting_settings,
+    lock_lineage,
     read_lineage,
     refuse_changed_base,
     refuse_changed_settings,
@@ -38,6 +40,7 @@ from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, branch_point
 from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.run import Job
+from carryon.train.trainer.run_dir import RunFolder
 from carryon.train.trainer.segment import Segment
 from carryon.train.trainer.trainer import train_jointly
 
@@ -60,7 +63,8 @@ def update(
 ) -> TrainReport:
     """Train on new data and release the next version of a lineage.
 
-    An unfinished version is finished first. The same call resumes an interrupted one.
+    An unfinished version is finished first. The same call resumes an interrupted one; without new
+    data it returns the report of the newest version that was trained on the data given.
 
     Args:
         lineage: folder of the lineage; created if missing.
@@ -77,51 +81,55 @@ def update(
         options: fields of both settings by name, such as `learning_rate=1e-3`.
 
     Raises:
-        InputError: no new data, another base, other settings, or too few steps for alpha.
+        InputError: another base, other settings, too few steps for alpha, or other data at the
+            path of an increment. Nothing was written.
+        MissingError: data of an increment that are needed again are not where they were.
+        StoreBusyError: another process updates the lineage.
         KeyboardInterrupt: Ctrl-C; the same call resumes.
     """
-    known = read_lineage(lineage)
-    if settings is None:
-        settings = settings_of(known) if known else TrainSettings()
-    if alpha is None:
-        alpha = known.alpha if known else DEFAULT_ALPHA
-    reading = {
-        item.name: options.pop(item.name) for item in fields(DataSettings) if item.name in options
-    }
-    [data_settings] = apply_options(reading, data_settings or DataSettings())
-    settings = settings.with_options(**options)
-    grown, settings = open_or_start(lineage, settings, alpha=alpha)
-    stores, texts = store_paths(store) or [str(grown.store)], store_paths(data)
-    num_increments = len(grown.increments)
-    if len(grown.released) < num_increments:
-        _check_data(grown, num_increments)
-    if texts:
-        _check_tail(grown)
-        extract_texts(
-            grown,
-            texts,
-            base=str(base),
-            stores=stores,
-            settings=settings,
-            data_settings=data_settings,
-        )
-    elif not store and not grown.store.exists():
-        raise InputError(f"{lineage}: expected --data or --store with the new data, got neither")
-    parts = _unseen(grown, stores)
-    if parts:
-        _check_tail(grown)
-    report = None
-    if len(grown.released) < len(grown.increments):
-        report = release_newest(grown, settings)
-    if parts:
-        report = release_newest(add_increment(grown, parts, settings), settings)
-    if report is None:
-        raise InputError(
-            f"{' '.join(stores)}: expected new data, got only what the lineage has seen in its "
-            f"{len(grown.increments)} increments. Fix: give new texts with --data, or append them "
-            "with carryon extract --append"
-        )
-    return report
+    with lock_lineage(lineage):
+        known = read_lineage(lineage)
+        if settings is None:
+            settings = settings_of(known) if known else TrainSettings()
+        if alpha is None:
+            alpha = known.alpha if known else DEFAULT_ALPHA
+        reading = {
+            item.name: options.pop(item.name)
+            for item in fields(DataSettings)
+            if item.name in options
+        }
+        [data_settings] = apply_options(reading, data_settings or DataSettings())
+        settings = settings.with_options(**options)
+        grown, settings = open_or_start(lineage, settings, alpha=alpha)
+        stores, texts = store_paths(store) or [str(grown.store)], store_paths(data)
+        given = stores
+        num_increments = len(grown.increments)
+        if len(grown.released) < num_increments:
+            _check_data(grown, num_increments)
+        if texts:
+            _check_tail(grown)
+            given = extract_texts(
+                grown,
+                texts,
+                base=str(base),
+                stores=stores,
+                settings=settings,
+                data_settings=data_settings,
+            )
+        elif not store and not grown.store.exists():
+            raise InputError(
+                f"{lineage}: expected --data or --store with the new data, got neither"
+            )
+        seen = {each for increment in grown.increments for each in increment.fingerprints}
+        parts = [part for fingerprint, part in _parts(stores).items() if fingerprint not in seen]
+        if parts:
+            _check_tail(grown)
+        report = None
+        if len(grown.released) < len(grown.increments):
+            report = release_newest(grown, settings)
+        if parts:
+            report = release_newest(add_increment(grown, parts, settings), settings)
+        return report or _known_report(grown, given)
 
 
 def open_or_start(
@@ -188,9 +196,9 @@ def add_increment(lineage: Lineage, parts: Sequence[str], settings: TrainSetting
     logger.info(
         f"{lineage.root}: increment {len(lineage.increments)}, {' '.join(parts)}: {steps} steps"
     )
-    write_lineage(lineage)
     config = yaml.safe_dump(settings.to_flat() | {"alpha": lineage.alpha}, sort_keys=False)
     write_file(lineage.root / "config.yaml", config.encode())
+    write_lineage(lineage)  # last: from here on the increment exists
     return lineage
 
 
@@ -238,19 +246,37 @@ def _check_tail(lineage: Lineage) -> None:
         data_of(lineage, newest)
 
 
-def _unseen(lineage: Lineage, stores: Sequence[str]) -> list[str]:
-    """Return STORE#NUMBER of each part that is in no increment."""
-    seen = {fingerprint for each in lineage.increments for fingerprint in each.fingerprints}
-    unseen = []
+def _parts(stores: Sequence[str]) -> dict[str, str]:
+    """Return STORE#NUMBER of each part of stores, by fingerprint."""
+    parts: dict[str, str] = {}
     for store in stores:
         folder, chosen = split_name(store)
         manifest = read_manifest(folder)
         for number in [chosen] if chosen else range(1, len(manifest.parts) + 1):
             part = manifest.of_part(number, name=str(folder))
-            if part.fingerprint not in seen:
-                seen.add(part.fingerprint)
-                unseen.append(f"{folder.resolve()}#{number}")
-    return unseen
+            parts.setdefault(part.fingerprint, f"{folder.resolve()}#{number}")
+    return parts
+
+
+def _known_report(lineage: Lineage, stores: Sequence[str]) -> TrainReport:
+    """Return the report of the newest version whose own data are among parts of stores."""
+    given = _parts(stores)
+    version = max(
+        number
+        for number, each in enumerate(lineage.increments, 1)
+        if not given.keys().isdisjoint(each.fingerprints)
+    )
+    logger.info(f"{lineage.root}: no new data; version {version} was released from those given")
+    return _placed(_read_report(lineage.version(version)), lineage.version(version).root)
+
+
+def _read_report(run: RunFolder) -> TrainReport:
+    return TrainReport(**json.loads(run.result.read_text(encoding="ascii")))
+
+
+def _placed(report: TrainReport, out: str | Path) -> TrainReport:
+    """Return a report with the paths of today: a lineage may have been moved since."""
+    return replace(report, out=str(out), carryon=str(RunFolder(out).carryon))
 
 
 def _train(
@@ -279,7 +305,7 @@ def _train(
     )
     job = Job(out=str(out), settings=settings, segment=segment)
     [report] = train_jointly(data_of(lineage, version), [job])
-    return report
+    return _placed(report, out)
 
 
 def _start(lineage: Lineage, version: int, *, is_branch: bool) -> Path | None:

@@ -11,24 +11,30 @@ versions/0002       run folder: the branch; its carryon/ is version 2
 versions.json       held-out losses measured so far
 versions.png        held-out loss of each version on each increment
 paths.png           learning rates
+.lock               while a process writes: its id
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files import write_json
+from carryon.cache.files import PARTIAL, REPLACED, write_json
+from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.config import TrainSettings, setting_of, with_current_names
 from carryon.train.optim.lr_paths import branch_point
 from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
 
 FORMAT = "carryon-lineage"
 FORMAT_VERSION = 2
-_BEFORE_THE_FIRST_INCREMENT = {"store", "start", "texts.json"}
+DOCUMENTS = ("lineage.json", "config.yaml", "texts.json", "versions.json")
+"""Files in the folder itself; a killed writer leaves a hidden half of one."""
+_BEFORE_THE_FIRST_INCREMENT = {"store", "start", "texts.json", "config.yaml", FOLDER_LOCK}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +42,8 @@ class Increment:
     """The data of one update."""
 
     stores: list[str]
-    """STORE#NUMBER of each part of a store, absolute."""
+    """STORE#NUMBER of each part of a store, absolute; lineage.json names a store inside the
+    lineage relative to it."""
     fingerprints: list[str]
     """Fingerprint of each part; a growing store does not change them."""
     steps: int
@@ -107,8 +114,7 @@ def read_lineage(root: str | Path) -> Lineage | None:
     path = folder / "lineage.json"
     if not path.exists():
         if folder.exists() and (
-            not folder.is_dir()
-            or {entry.name for entry in folder.iterdir()} - _BEFORE_THE_FIRST_INCREMENT
+            not folder.is_dir() or any(_is_foreign(entry.name) for entry in folder.iterdir())
         ):
             raise InputError(f"{root}: expected a lineage or a new folder, got something else")
         return None
@@ -119,11 +125,20 @@ def read_lineage(root: str | Path) -> Lineage | None:
             f"{path}: expected {FORMAT} {FORMAT_VERSION}, got {name} {version}. Fix: start another "
             "lineage"
         )
-    document["increments"] = [Increment(**each) for each in document["increments"]]
+    document["increments"] = [
+        Increment(**each | {"stores": [_absolute(store, folder) for store in each["stores"]]})
+        for each in document["increments"]
+    ]
     document["settings"] = with_current_names(document["settings"])
     if "anew_nll" in (before := document["predecessor"] or {}):  # its name in older lineages
         before["from_scratch_nll"] = before.pop("anew_nll")
     return Lineage(root=folder, **document)
+
+
+def _is_foreign(name: str) -> bool:
+    """Tell whether a name in a folder is none that a killed first update leaves."""
+    is_half_written = name.startswith(".") and name.endswith((PARTIAL, REPLACED))
+    return name not in _BEFORE_THE_FIRST_INCREMENT and not is_half_written
 
 
 def open_lineage(root: str | Path) -> Lineage:
@@ -138,13 +153,44 @@ def open_lineage(root: str | Path) -> Lineage:
     return lineage
 
 
+@contextmanager
+def lock_lineage(root: str | Path) -> Iterator[None]:
+    """Hold the write lock of a lineage, and remove what a killed writer left half written there.
+
+    Of several processes started by `torchrun` the first one holds it.
+
+    Raises:
+        InputError: `root` is not a folder.
+        StoreBusyError: another process writes to the lineage; nothing was changed.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    with folder_lock(Path(root), kind="lineage") if is_first else nullcontext():
+        for name in DOCUMENTS if is_first else ():
+            for path in Path(root).glob(f".{name}.*{PARTIAL}"):
+                path.unlink()
+        yield
+
+
 def write_lineage(lineage: Lineage) -> None:
     """Write lineage.json atomically."""
     document: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
     names = ("base", "alpha", "settings", "predecessor")
     document |= {name: getattr(lineage, name) for name in names}
-    document["increments"] = [asdict(each) for each in lineage.increments]
+    document["increments"] = [
+        asdict(each) | {"stores": [_relative(store, lineage.root) for store in each.stores]}
+        for each in lineage.increments
+    ]
     write_json(lineage.root / "lineage.json", document)
+
+
+def _relative(store: str, root: Path) -> str:
+    """Return the name of a store relative to the lineage that holds it, which may be moved."""
+    path, folder = Path(store), root.resolve()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else store
+
+
+def _absolute(store: str, root: Path) -> str:
+    return str(root.resolve() / store)
 
 
 def lasting_settings(settings: TrainSettings) -> dict[str, Any]:

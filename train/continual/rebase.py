@@ -30,6 +30,7 @@ from carryon.train.continual.lineage import (
 from carryon.train.continual.lineage_dir import (
     Lineage,
     changes,
+    lock_lineage,
     open_lineage,
     settings_of,
     write_lineage,
@@ -42,7 +43,7 @@ from carryon.train.modules.carryon import build_carryon
 from carryon.train.modules.serialization import load_carryon
 from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
-from carryon.train.trainer.checkpoint import START, newest_checkpoint, save_checkpoint
+from carryon.train.trainer.checkpoint import START, save_checkpoint
 from carryon.train.trainer.nll import EvalJob, measure_nlls
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def rebase(
     Raises:
         InputError: the base is the old one, texts were moved or changed, or no shape fits.
         MissingError: the old lineage, its stores or its versions do not exist.
+        StoreBusyError: another process writes to the new lineage.
     """
     old = open_lineage(old_lineage)
     if not old.released:
@@ -118,36 +120,53 @@ def rebase(
             f"--config {old.root / 'config.yaml'}"
         )
     alpha = old.alpha if alpha is None else alpha
-    predecessor = {"lineage": str(old.root.resolve()), "version": old.released[-1]}
-    new, settings = open_or_start(lineage, settings, alpha=alpha, predecessor=predecessor)
-    if (new.predecessor or {}).get("lineage") != predecessor["lineage"]:
-        raise InputError(
-            f"{lineage}: expected a new folder, or the lineage that was started from {old.root}, "
-            "got another lineage"
-        )
-    if not new.increments:
-        reading = data_settings or DataSettings()
-        identity = _extract_again(new, old, str(base), data, settings, reading)
-        settings = resolve_settings(settings, identity)
-        part = f"{new.store.resolve()}#1"
-        first_data = open_data([part], settings)
-        new = replace(new, predecessor=_start_from_old(new, old, first_data, settings))
-        new = add_increment(new, [part], settings)
-    first = release_newest(replace(new, increments=new.increments[:1]), settings)
-    known = dict(new.predecessor or {})
-    scratch_nll = known.get("from_scratch_nll")
-    if also_from_scratch:
-        scratch_nll = release_from_scratch(new, settings).carryon_nll
-    known |= {"from_old_nll": first.carryon_nll, "from_scratch_nll": scratch_nll}
-    write_lineage(replace(new, predecessor=known))
+    predecessor = {
+        "lineage": str(old.root.resolve()),
+        "version": old.released[-1],
+        "fingerprints": _fingerprints(old),
+    }
+    with lock_lineage(lineage):
+        new, settings = open_or_start(lineage, settings, alpha=alpha, predecessor=predecessor)
+        if not _is_from(new.predecessor or {}, old):
+            raise InputError(
+                f"{lineage}: expected a new folder, or the lineage that was started from "
+                f"{old.root}, got another lineage"
+            )
+        if not new.increments:
+            reading = data_settings or DataSettings()
+            identity = _extract_again(new, old, str(base), data, settings, reading)
+            settings = resolve_settings(settings, identity)
+            part = f"{new.store.resolve()}#1"
+            first_data = open_data([part], settings)
+            new = replace(new, predecessor=_start_from_old(new, old, first_data, settings))
+            new = add_increment(new, [part], settings)
+        first = release_newest(replace(new, increments=new.increments[:1]), settings)
+        known = dict(new.predecessor or {})
+        scratch_nll = known.get("from_scratch_nll")
+        if also_from_scratch:
+            scratch_nll = release_from_scratch(new, settings).carryon_nll
+        known |= {"from_old_nll": first.carryon_nll, "from_scratch_nll": scratch_nll}
+        write_lineage(replace(new, predecessor=known))
     losses = ("base_nll", "start_nll", "from_old_nll", "from_scratch_nll")
     return RebaseReport(
         carryon=first.carryon,
-        old_lineage=known["lineage"],
+        old_lineage=str(old.root.resolve()),
         old_version=known["version"],
         steps=new.increments[0].steps,
         **{name: known[name] for name in ("kept_weights", "new_weights", *losses)},
     )
+
+
+def _fingerprints(old: Lineage) -> list[str]:
+    return [fingerprint for each in old.increments for fingerprint in each.fingerprints]
+
+
+def _is_from(predecessor: dict[str, Any], old: Lineage) -> bool:
+    """Tell whether a lineage was started from an old one, which may be moved or grown since."""
+    known = predecessor.get("fingerprints")
+    if known is None:  # of an older lineage
+        return predecessor.get("lineage") == str(old.root.resolve())
+    return bool(known == _fingerprints(old)[: len(known)])
 
 
 def _extract_again(
@@ -233,15 +252,14 @@ def _start_from_old(
         with_base=True,
     )
     [nll] = measure_nlls(data.store, data.split.held_out, [job], stream=data.settings)
-    if newest_checkpoint(new.start) is None:
-        save_checkpoint(
-            new.start,
-            carryon=carryon,
-            optimizer=build_optimizer(carryon, settings.optimization, settings.memory),
-            progress=START,
-            identity={},
-            keep=1,
-        )
+    save_checkpoint(  # over that of a killed call, whose settings may have been others
+        new.start,
+        carryon=carryon,
+        optimizer=build_optimizer(carryon, settings.optimization, settings.memory),
+        progress=START,
+        identity={},
+        keep=1,
+    )
     logger.info(
         f"{new.root}: {kept} weights of version {version} of {old.root} fit, {fresh} are new; "
         f"held-out NLL of the new base {nll.base:.4f}, with them {nll.carryon:.4f}"
@@ -249,6 +267,7 @@ def _start_from_old(
     return {
         "lineage": str(old.root.resolve()),
         "version": version,
+        "fingerprints": _fingerprints(old),
         "base": old.base,
         "kept_weights": kept,
         "new_weights": fresh,

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ def extract_texts(
     stores: Sequence[str],
     settings: TrainSettings,
     data_settings: DataSettings,
-) -> None:
+) -> list[str]:
     """Extract texts into a store as its next part; texts that are already a part are skipped.
+
+    Returns STORE#NUMBER of the parts that hold the texts.
 
     An existing store keeps its settings. A new one gets the taps and blocks that the carry-on
     reads, and defaults for the rest.
@@ -43,6 +44,7 @@ def extract_texts(
 
     Raises:
         InputError: another base, more than one store, or an error of `extract`.
+        KnownDataError: only some of the texts are a part of the store.
     """
     from carryon.cache.base.model import load_base
     from carryon.cache.extraction.pipeline import extract
@@ -67,8 +69,8 @@ def extract_texts(
         carryon = resolve_taps(settings.carryon, loaded.identity.num_layers)
         needs_blocks = get_kind(carryon.kind).needs_blocks
         given = {"taps": stream_taps(carryon), "with_blocks": carryon.blocks * needs_blocks}
-    remember_texts(lineage.root, data, data_settings)
-    with suppress(KnownDataError):
+    digests = remember_texts(lineage.root, data, data_settings)
+    try:
         extract(
             base=loaded,
             data=data,
@@ -78,12 +80,28 @@ def extract_texts(
             data_settings=data_settings,
             **given,
         )
+    except KnownDataError:
+        held = {file["sha256"] for part in read_manifest(root).parts for file in part.files}
+        if held & digests and digests - held:  # the others would be lost without a word
+            raise
+    parts = read_manifest(root).parts
+    names = [
+        f"{root}#{number}"
+        for number, part in enumerate(parts, 1)
+        if any(file["sha256"] in digests for file in part.files)
+    ]
+    return names or [str(root)]  # equal samples from another file
 
 
-def remember_texts(root: Path, data: Sequence[str], settings: DataSettings) -> None:
-    """Record where texts are in LINEAGE/texts.json, so that another base can extract them."""
+def remember_texts(root: Path, data: Sequence[str], settings: DataSettings) -> set[str]:
+    """Record where texts are in LINEAGE/texts.json, so that another base can extract them.
+
+    Returns their digests.
+    """
     sources = open_sources(data, settings, folder=cache_folder())
-    write_json(root / "texts.json", _known_texts(root) | {x.sha256: _place(x) for x in sources})
+    found = {source.sha256: _place(source, root) for source in sources}
+    write_json(root / "texts.json", _known_texts(root) | found)
+    return set(found)
 
 
 def find_texts(root: Path, parts: Sequence[CorpusPart], settings: DataSettings) -> list[str]:
@@ -97,6 +115,7 @@ def find_texts(root: Path, parts: Sequence[CorpusPart], settings: DataSettings) 
     missing: list[str] = []
     for file in (file for part in parts for file in part.files):
         place = known.get(file["sha256"], "")
+        place = place and _absolute(place, root)
         is_same = place and file["sha256"] in _digests(place, settings)
         (places if is_same else missing).append(place if is_same else file["name"])
     if missing or not places:
@@ -107,10 +126,19 @@ def find_texts(root: Path, parts: Sequence[CorpusPart], settings: DataSettings) 
     return places
 
 
-def _place(source: Source) -> str:
-    """Return the absolute path of a source, or its name on the hub."""
+def _place(source: Source, root: Path) -> str:
+    """Return where a source is: `./` and a path in the lineage, an absolute path, or a hub name."""
     path = Path(source.name)
-    return str(path.resolve()) if path.exists() else source.name
+    if not path.exists():
+        return source.name
+    absolute = path.resolve()
+    if absolute.is_relative_to(root.resolve()):  # the lineage may be moved
+        return f"./{absolute.relative_to(root.resolve()).as_posix()}"
+    return str(absolute)
+
+
+def _absolute(place: str, root: Path) -> str:
+    return str(root.resolve() / place) if place.startswith("./") else place
 
 
 def _digests(place: str, settings: DataSettings) -> set[str]:

@@ -98,11 +98,7 @@ def list_versions(root: str | Path, *, device: str = "auto") -> list[ReleasedVer
 def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> dict[str, Loss]:
     """Return a loss for each `VERSION on INCREMENT` and `base on INCREMENT`, measured if new."""
     path, settings = lineage.root / "versions.json", settings_of(lineage)
-    known = json.loads(path.read_text("ascii")) if path.exists() else {}
-    losses: dict[str, Loss] = {
-        name: loss if isinstance(loss, dict) else {"loss": loss, "se": None, "targets": None}
-        for name, loss in known.items()
-    }
+    losses = _known_losses(path)
     place, chunk = pick_device(device), pick_chunk(settings.loss.chunk_tokens)
     for on in released:
         new = [number for number in released if f"{number} on {on}" not in losses]
@@ -119,8 +115,18 @@ def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> dict[
         for number, nll in zip(new, nlls, strict=True):
             losses[f"{number} on {on}"] = _loss(nll.carryon, nll.carryon_se, nll.targets)
             losses.setdefault(f"base on {on}", _loss(nll.base, nll.base_se, nll.targets))
-        write_json(path, losses)
+        # No lock, as an update may train for days: the file is replaced in one piece, and losses
+        # that another process measured in the meantime stay in it.
+        write_json(path, _known_losses(path) | losses)
     return losses
+
+
+def _known_losses(path: Path) -> dict[str, Loss]:
+    known = json.loads(path.read_text("ascii")) if path.exists() else {}
+    return {
+        name: loss if isinstance(loss, dict) else {"loss": loss, "se": None, "targets": None}
+        for name, loss in known.items()
+    }
 
 
 def _loss(loss: float, se: float, targets: int) -> Loss:
