@@ -323,6 +323,8 @@ class ForwardSettings(Settings):
     """Attention backend of transformers."""
     batch_tokens: int = bounded(4096, at_least=1)
     """Tokens in one forward pass, pads included; one longer sample still makes a batch."""
+    allow_pickle: bool = False
+    """Read a base's weights from pickle files, which can run code, if it has no safetensors."""
 
 
 def parse_tap(name: str, *, num_layers: int) -> int | None:

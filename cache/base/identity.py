@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from carryon.cache.errors import SettingMismatchError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -94,6 +96,24 @@ def digest_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Return the SHA-256 (hex) of the chat template, or None where there is none."""
     template = tokenizer.chat_template
     return None if template is None else _digest_json(template)
+
+
+def refuse_other_digests(
+    expected: Mapping[str, Any], got: Mapping[str, Any], *, where: str
+) -> None:
+    """Compare the digests of a base with recorded ones; those not in `got` are left out.
+
+    Raises:
+        SettingMismatchError: names the first that differs, with both values.
+    """
+    for key, value in expected.items():
+        if key in got and got[key] != value:
+            name = key.removesuffix("_sha256").replace("_", " ")
+            raise SettingMismatchError(
+                f"{where}: expected the recorded {name} ({str(value)[:12]}), got another "
+                f"({str(got[key])[:12]}), of which nothing was used. Fix: give the right base with "
+                "--base"
+            )
 
 
 def _computed_with(value: object) -> object:

@@ -1,6 +1,7 @@
 """Load tokenizer and model of a base from the hub, a folder or a GGUF file, with transformers.
 
-Errors of transformers become one line.
+Errors of transformers become one line. It runs no code that comes with a base, and never asks
+whether it should.
 """
 
 import os
@@ -49,7 +50,11 @@ class BaseSource:
         return self.name if self.gguf_file is None else str(Path(self.name, self.gguf_file))
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of every from_pretrained."""
+        """Return the keyword arguments of every from_pretrained that may find code."""
+        return {"trust_remote_code": False, **self.place()}
+
+    def place(self) -> dict[str, Any]:
+        """Return the keyword arguments that say where a base is."""
         values = {"revision": self.revision, "gguf_file": self.gguf_file}
         return {key: value for key, value in values.items() if value is not None}
 
@@ -93,7 +98,12 @@ def read_tokenizer(source: BaseSource) -> Tokenizer:
 
 
 def read_model(
-    source: BaseSource, *, dtype: torch.dtype | str, device: torch.device, attention: str
+    source: BaseSource,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    attention: str,
+    allow_pickle: bool = False,
 ) -> PreTrainedModel:
     """Return the base's model in evaluation mode, every weight from its checkpoint.
 
@@ -102,17 +112,19 @@ def read_model(
         dtype: of its weights; `auto` is that of the checkpoint.
         device: to load it to.
         attention: backend of transformers; `sdpa` becomes eager where an architecture lacks it.
+        allow_pickle: read weights in pickle files too, not in safetensors only.
 
     Raises:
         MissingError: it is not on the hub, or the hub cannot be reached.
-        InputError: transformers cannot load it as a causal LM, or weights are missing.
+        InputError: transformers cannot load it as a causal LM, or weights are missing or in
+            pickle files.
     """
     extra: dict[str, Any] = {}
     if source.gguf_file is not None:
         # Without dequantize the weights stay packed: 15 s to load 135M, and not plain tensors.
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     auto: Any = AutoModelForCausalLM
-    with _loading(source, "model"):
+    with _loading(source, "weights" if allow_pickle else "model"):
         model, report = auto.from_pretrained(
             source.name,
             dtype=dtype,
@@ -120,6 +132,7 @@ def read_model(
             # None: sdpa where the architecture has it, else eager (Gemma 2).
             attn_implementation=None if attention == "sdpa" else attention,
             output_loading_info=True,
+            use_safetensors=None if allow_pickle else True,
             **source.arguments(),
             **extra,
         )
@@ -137,6 +150,13 @@ def read_config(source: BaseSource) -> PreTrainedConfig:
     """Return the base's config; of a .gguf file, from its metadata. Raises as `read_model`."""
     with _loading(source, "config"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.name, **source.arguments())
+    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        kernel = getattr(each, "_attn_implementation", None)
+        if "/" in str(kernel):  # code on the hub
+            raise InputError(
+                f"base {source.name}: expected a config without an attention kernel, which is "
+                f"code, got {kernel!r:.80}. Fix: take it out of config.json"
+            )
     return config
 
 
@@ -145,7 +165,7 @@ def read_generation_config(source: BaseSource, config: PreTrainedConfig) -> Gene
     with _loading(source, "generation config"):
         if source.gguf_file is None:
             with suppress(OSError):  # no such file
-                return GenerationConfig.from_pretrained(source.name, **source.arguments())
+                return GenerationConfig.from_pretrained(source.name, **source.place())
         return GenerationConfig.from_model_config(config)
 
 
@@ -175,6 +195,17 @@ def _loading(source: BaseSource, what: str) -> Iterator[None]:
             yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"base {source.name}: expected an architecture that transformers "
+                f"{transformers.__version__} has, got one with code of its own, which is not run. "
+                "Fix: give another base"
+            ) from error
+        if what == "model" and "safetensors" in reason:
+            raise InputError(
+                f"base {source.name}: expected weights in safetensors, found none; pickle files "
+                "can run code. Fix: save it as safetensors, or --allow-pickle if you trust it"
+            ) from error
         if isinstance(error, OSError) and not source.is_local:
             raise MissingError(
                 f"base {source.name}: expected a folder, a .gguf file or the id of a model on a "

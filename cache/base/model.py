@@ -4,6 +4,7 @@ A base is any causal LM that transformers loads and whose parts `architecture.py
 read in the dtype of its checkpoint; computing in float32 only widens those values.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,13 @@ from carryon.cache.base.identity import (
     digest_config,
     digest_tokenizer,
     digest_weights,
+    refuse_other_digests,
 )
 from carryon.cache.base.lm_head import Head
 from carryon.cache.base.loading import (
     locate_base,
     read_checkpoint_dtype,
+    read_config,
     read_model,
     read_tokenizer,
 )
@@ -58,14 +61,18 @@ class Base:
     """Attention backend in force: `eager` where `sdpa` was set for a base that has none."""
 
 
-def load_base(source: str, *, forward: ForwardSettings) -> Base:
-    """Load a frozen base, ready to run.
+def load_base(
+    source: str, *, forward: ForwardSettings, expected: Mapping[str, Any] | None = None
+) -> Base:
+    """Load a frozen base, ready to run. No code and, unless allowed, no pickle of it is read.
 
     Args:
         source: hub id (`name/repo` or `name/repo@revision`), folder, or .gguf file.
         forward: device, compute dtype and attention backend.
+        expected: digests that it must have, by their names in BaseIdentity. None: any.
 
     Raises:
+        SettingMismatchError: it has another digest than an expected one.
         MissingError: there is no such base.
         InputError: it is not a causal LM that a store can be made from, or the device, dtype or
             attention backend does not exist here.
@@ -75,19 +82,29 @@ def load_base(source: str, *, forward: ForwardSettings) -> Base:
     device = pick_device(forward.device)
     compute_dtype = _pick_compute_dtype(forward.compute_dtype, device)
     tokenizer = read_tokenizer(place)
+    if expected is not None:
+        digests = {
+            "config_sha256": digest_config(read_config(place)),
+            "tokenizer_sha256": digest_tokenizer(tokenizer),
+            "chat_template_sha256": digest_chat_template(tokenizer),
+        }
+        refuse_other_digests(expected, digests, where=f"base {source}")
     own_dtype = read_checkpoint_dtype(place)
-    model = read_model(place, dtype=own_dtype, device=device, attention=forward.attention)
+    how: dict[str, Any] = {"device": device, "attention": forward.attention}
+    how["allow_pickle"] = forward.allow_pickle
+    model = read_model(place, dtype=own_dtype, **how)
     checkpoint_dtype: torch.dtype = model.dtype
     weights_sha256 = digest_weights(model)  # before any change of dtype
+    if expected is not None:
+        found = {"weights_sha256": weights_sha256}
+        refuse_other_digests(expected, found, where=f"base {source}")
     if compute_dtype != checkpoint_dtype:
         if place.gguf_file is not None and compute_dtype == torch.float32:
             # Loading as float32 would skip the rounding that was just hashed.
             nn.Module.to(model, dtype=compute_dtype)
         else:
             del model
-            model = read_model(
-                place, dtype=compute_dtype, device=device, attention=forward.attention
-            )
+            model = read_model(place, dtype=compute_dtype, **how)
     model.requires_grad_(False)
     architecture, config = get_architecture(model), model.config.get_text_config()
     identity = BaseIdentity(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from carryon.cache.base.model import Base, load_base, read_head
+from carryon.cache.base.recorded import load_recorded_base
 from carryon.cache.errors import DamagedStoreError, StoreError
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.resume import refuse_other_base
@@ -88,10 +89,9 @@ def repair(
         restored += _restore_mirrored(root, problems)
         head_paths = [problem.path for problem in problems if not is_mirrored(problem.path)]
         if head_paths or units:
-            base = base or manifest.base["id"]
             facts = {name: manifest.forward[name] for name in ("compute_dtype", "attention")}
             settings = replace(forward, **facts)
-            loaded = base if isinstance(base, Base) else load_base(str(base), forward=settings)
+            loaded = _load(root, manifest, base, forward=settings)
             refuse_other_base(manifest, loaded, name=str(root))
             restored += _restore_head(root, manifest, loaded, head_paths)
             for unit in units:
@@ -111,6 +111,20 @@ def repair(
         restored_files=restored,
         computed_units=units,
         is_complete=after.is_complete,
+    )
+
+
+def _load(
+    root: Path, manifest: Manifest, base: str | Base | None, *, forward: ForwardSettings
+) -> Base:
+    """Return the base, by default the one that the manifest names."""
+    if base:
+        return base if isinstance(base, Base) else load_base(str(base), forward=forward)
+    return load_recorded_base(
+        manifest.base,
+        where=root,
+        forward=forward,
+        has_own_template=bool(manifest.corpus.get("chat_template")),
     )
 
 

@@ -94,7 +94,7 @@ def build_decoder(
     config = shortened_config(blocks.config, number)
     config._attn_implementation = attention
     auto: Any = AutoModel
-    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     getattr(model, blocks.names["norm"]).load_state_dict(blocks.norm)
     if with_weights:
         own = getattr(model, blocks.names["blocks"])
@@ -110,6 +110,7 @@ def shortened_config(values: Mapping[str, Any], number: int) -> "PretrainedConfi
 
     values = dict(values)
     kind = values.pop("model_type")
+    values.pop("auto_map", None)  # it names code
     for name in ("layer_types", "mlp_layer_types"):
         if isinstance(values.get(name), list):
             values[name] = repeat_last(values[name], number)

@@ -64,6 +64,7 @@ def _show_sample(
     """Print a sample; return its facts."""
     from carryon.cache.base.facts import read_facts
     from carryon.cache.base.identity import digest_tokenizer
+    from carryon.cache.base.recorded import recorded_source
     from carryon.cache.corpus.samples import Sample
     from carryon.tools.commands.shown_samples import make_page, print_samples, show_sample
 
@@ -72,8 +73,7 @@ def _show_sample(
         if part.first_sample <= index < part.first_sample + part.num_samples:
             kinds = set(part.kinds)
     identity = store.manifest.base
-    revision = identity.get("revision")
-    facts = read_facts(base or f"{identity['id']}{f'@{revision}' if revision else ''}")
+    facts = read_facts(base or recorded_source(identity, where=store.root))
     if digest_tokenizer(facts.tokenizer) != identity["tokenizer_sha256"]:
         raise SettingMismatchError(
             f"{base or identity['id']}: expected the tokenizer that {store.root} was made with, "

@@ -6,7 +6,13 @@ from carryon.tools.cli.output import print_result
 
 
 def merge(
-    *, carryon: str, base: str = "", out: str, adapter: bool = False, device: str = "auto"
+    *,
+    carryon: str,
+    base: str = "",
+    out: str,
+    adapter: bool = False,
+    device: str = "auto",
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """Write base and carry-on as an ordinary checkpoint.
 
@@ -24,9 +30,18 @@ def merge(
         out: A new folder.
         adapter: Write a PEFT adapter instead of a checkpoint.
         device: Where the base is loaded: `auto`, `cpu`, `cuda`, ...
+        allow_pickle: Read the base's weights from pickle files, which can run code, if it has no
+            safetensors.
     """
     from carryon.train.inference.merge import merge as merge_carryon
 
-    report = merge_carryon(carryon, out=out, base=base or None, adapter=adapter, device=device)
+    report = merge_carryon(
+        carryon,
+        out=out,
+        base=base or None,
+        adapter=adapter,
+        device=device,
+        allow_pickle=allow_pickle,
+    )
     kind = "PEFT adapter" if adapter else "checkpoint"
     return print_result(report, f"{out}: {kind} of {report['bytes'] / 1e6:,.1f} MB")

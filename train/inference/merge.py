@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from carryon.cache.base.model import Base, load_base
+from carryon.cache.base.recorded import load_recorded_base
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files import whole_folder
 from carryon.cache.optional import require
@@ -31,6 +32,7 @@ def merge(
     base: str | Path | None = None,
     adapter: bool = False,
     device: str = "auto",
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """Write base and carry-on as a checkpoint for transformers, or as a PEFT adapter.
 
@@ -40,6 +42,7 @@ def merge(
         base: hub id, folder or .gguf file. None: where the base was at extraction.
         adapter: write the LoRA of a `top` for PEFT instead of a checkpoint.
         device: where the base is loaded: `auto`, `cpu`, `cuda`, ...
+        allow_pickle: read weights of the base from pickle files too.
 
     Returns:
         `out`, `kind`, `blocks` (of the merged model) and `bytes` (of its weights).
@@ -54,7 +57,8 @@ def merge(
     _check_kind(card.settings, place, adapter=adapter)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: expected a new or empty folder, got one that is not empty")
-    loaded = load_own_base(card, base, forward=ForwardSettings(device=device), folder=carryon)
+    forward = ForwardSettings(device=device, allow_pickle=allow_pickle)
+    loaded = load_own_base(card, base, forward=forward, folder=carryon)
     module = load_for_base(place, loaded)
     with whole_folder(target) as partial:
         if adapter:
@@ -85,9 +89,13 @@ def load_own_base(
         SettingMismatchError: the carry-on was trained on another base or tokenizer.
     """
     if base is None:
-        name, revision = card.base["id"], card.base.get("revision")
         try:
-            base = load_base(f"{name}@{revision}" if revision else name, forward=forward)
+            base = load_recorded_base(
+                card.base,
+                where=folder,
+                forward=forward,
+                has_own_template=bool(card.framing.get("chat_template")),
+            )
         except MissingError as error:
             raise MissingError(
                 f"{folder}: the base that it was trained on was not found. Fix: give its place "

@@ -1,0 +1,71 @@
+"""A base that a file names: the manifest of a store, or the card of a carry-on.
+
+Such a file may come from anyone. What is found at the name is used only if it has the digests that
+the file records: config, tokenizer and chat template before any of them is used, weights before
+the first forward pass.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.base.identity import refuse_other_digests
+from carryon.cache.base.model import Base, load_base
+from carryon.cache.errors import InputError
+from carryon.cache.settings import ForwardSettings
+
+logger = logging.getLogger(__name__)
+
+_REQUIRED = ("config_sha256", "tokenizer_sha256", "weights_sha256")
+
+
+def load_recorded_base(
+    recorded: Mapping[str, Any],
+    *,
+    where: str | Path,
+    forward: ForwardSettings,
+    has_own_template: bool = False,
+) -> Base:
+    """Load the base that a file names, and say so in the log.
+
+    Args:
+        recorded: identity of the base, as plain values.
+        where: the store or carry-on that names it.
+        forward: how the base is run.
+        has_own_template: whether the recorded chat template is another than the base's own.
+
+    Raises:
+        InputError: a digest is not recorded.
+        SettingMismatchError: something else is found at the name.
+        MissingError: nothing is found there.
+    """
+    source = recorded_source(recorded, where=where)
+    if missing := [key for key in _REQUIRED if not isinstance(recorded.get(key), str)]:
+        raise InputError(
+            f"{where}: expected the {missing[0]} of its base, which is not recorded. Fix: give the "
+            "base with --base"
+        )
+    expected = {key: recorded[key] for key in _REQUIRED}
+    if not has_own_template:
+        expected["chat_template_sha256"] = recorded.get("chat_template_sha256")
+    base = load_base(source, forward=forward, expected=expected)
+    refuse_other_digests(expected, base.identity.to_dict(), where=f"base {source}")
+    return base
+
+
+def recorded_source(recorded: Mapping[str, Any], *, where: str | Path) -> str:
+    """Return the name of the base that the file `where` records, and log it.
+
+    Raises:
+        InputError: it is no text.
+    """
+    name, revision = recorded.get("id"), recorded.get("revision")
+    if not isinstance(name, str) or not isinstance(revision, str | None):
+        raise InputError(
+            f"{where}: expected the name of its base, got {name!r:.80}. Fix: give it with --base"
+        )
+    source = f"{name}@{revision}" if revision else name
+    is_local = Path(name).expanduser().exists()
+    logger.info(f"base {source}: named by {where}, {'on this disk' if is_local else 'on the hub'}")
+    return source
