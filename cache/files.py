@@ -7,6 +7,7 @@ a hidden `.partial` file or folder, or a `.replaced` folder that `recover_folder
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,12 @@ from carryon.cache.errors import DiskFullError
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 _SYNC_THREADS = 16
+_FULL = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk is full", "free some space"),
+    errno.EFBIG: ("the limit on the size of a file is reached", "raise it (ulimit -f)"),
+}
+"""What an `errno` says, and what to do."""
 
 
 def write_file(
@@ -88,10 +95,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         try:
             yield partial
             sync_below(partial, partial.rglob("*"))
+            _replace(path, partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _replace(path, partial)
         _sync(path.parent)
     shutil.rmtree(_aside(path), ignore_errors=True)
 
@@ -178,17 +185,32 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def disk_full_named(path: Path) -> Iterator[None]:
-    """Turn 'no space left' into a DiskFullError that names `path`."""
+    """Turn 'no space left', of Python or a library, into a DiskFullError that names `path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = disk_full_number(error)
+        if number is None:
             raise
+        problem, fix = _FULL[number]
         raise DiskFullError(
-            errno.ENOSPC,
-            f"the disk is full while writing {path}: what was finished is kept; "
-            "free some space and run the same command again",
+            number,
+            f"{problem} while writing {path}: what was finished is kept; "
+            f"{fix} and run the same command again",
         ) from error
+
+
+def disk_full_number(error: Exception) -> int | None:
+    """Return the `errno` of an error that says 'no space left', or None.
+
+    Libraries in Rust, such as safetensors, only tell it in their text.
+    """
+    if isinstance(error, OSError):
+        number = error.errno
+    else:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else None
+    return number if number in _FULL else None
 
 
 def _make_folder(folder: Path, *, is_synced: bool) -> None:

@@ -92,12 +92,16 @@ def folder_lock(root: Path, *, kind: str) -> Iterator[None]:
 
 def _lock_file(root: Path, path: Path, kind: str) -> int:
     """Return the handle of the locked file that lies at `path`."""
+    tries = 100
     while True:
         try:
             with disk_full_named(path):
                 root.mkdir(parents=True, exist_ok=True)
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:  # removed by the process that made it
+        except FileNotFoundError:  # removed by the process that made it; or the path leads nowhere
+            tries -= 1
+            if not tries:
+                raise
             continue
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"{root}: expected a folder for the {kind}, got a file") from error

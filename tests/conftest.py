@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.small_disks import mounted
 from support.tiny_bases import make_tiny_base
 from support.tiny_stores import extract_tiny, write_corpus
 
@@ -74,6 +75,13 @@ def tiny_base(tiny_base_folder: Path) -> Base:
     return load_base(
         str(tiny_base_folder), forward=ForwardSettings(device="cpu", compute_dtype="float32")
     )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A separate file system in memory; see `resize`."""
+    with mounted(tmp_path / "disk") as folder:
+        yield folder
 
 
 @pytest.fixture

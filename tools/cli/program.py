@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from carryon.cache.errors import CarryOnError, InputError
+from carryon.cache.files import disk_full_number
 from carryon.tools.cli.output import log_to_stderr
 from carryon.tools.cli.parser import parse_call
 from carryon.tools.cli.table import format_table
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -77,12 +77,16 @@ class Program:
         except BrokenPipeError:  # the reader of the output, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except OSError as error:
-            if error.errno not in (*DISK_FULL, *NOT_ALLOWED):
-                raise
-            where = f" at {error.filename}" if error.filename else ""
-            fix = ". Fix: free some space and run again" if error.errno in DISK_FULL else ""
-            return _fail(f"{prog}: error: {error.strerror}{where}{fix}")
+        except Exception as error:
+            place = getattr(error, "filename", None)
+            where = f" at {place}" if place else ""
+            number = disk_full_number(error)
+            if number is not None:
+                fix = "Fix: free some space, or raise ulimit -f, and run again"
+                return _fail(f"{prog}: error: {os.strerror(number)}{where}. {fix}")
+            if isinstance(error, OSError) and error.errno in NOT_ALLOWED:
+                return _fail(f"{prog}: error: {error.strerror}{where}")
+            raise
 
     def _run(self, words: list[str]) -> int:
         if not words or words[0] in ("-h", "--help"):

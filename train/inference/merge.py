@@ -1,5 +1,6 @@
 """Merge a `native` or `top` into its base: an ordinary model of the base's class."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.base.recorded import load_recorded_base
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files import whole_folder
+from carryon.cache.files import recover_folder, whole_folder
 from carryon.cache.optional import require
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.top_blocks import read_blocks, repeat_last
@@ -38,7 +39,7 @@ def merge(
 
     Args:
         carryon: folder of a `native` or `top`, or its id on the hub.
-        out: a new or empty folder.
+        out: a new or empty folder, or a link to one.
         base: hub id, folder or .gguf file. None: where the base was at extraction.
         adapter: write the LoRA of a `top` for PEFT instead of a checkpoint.
         device: where the base is loaded: `auto`, `cpu`, `cuda`, ...
@@ -48,15 +49,16 @@ def merge(
         `out`, `kind`, `blocks` (of the merged model) and `bytes` (of its weights).
 
     Raises:
-        InputError: the carry-on is a bottleneck, the adapter has no LoRA, or `out` is not empty.
+        InputError: the carry-on is a bottleneck, the adapter has no LoRA, or `out` is not empty or
+            a mount point.
+        DiskFullError: no space left; nothing of the checkpoint remains.
         MissingError: there is no carry-on, or its base is not found.
         SettingMismatchError: the carry-on belongs to another base.
     """
-    target, place = Path(out), locate_carryon(carryon)
+    place = locate_carryon(carryon)
     card = read_card(place)
     _check_kind(card.settings, place, adapter=adapter)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: expected a new or empty folder, got one that is not empty")
+    target = _replaceable(Path(out))
     forward = ForwardSettings(device=device, allow_pickle=allow_pickle)
     loaded = load_own_base(card, base, forward=forward, folder=carryon)
     module = load_for_base(place, loaded)
@@ -68,7 +70,7 @@ def merge(
             model.to(loaded.checkpoint_dtype).save_pretrained(partial)
             loaded.tokenizer.save_pretrained(partial)
     return {
-        "out": str(target),
+        "out": str(out),
         "kind": card.settings["kind"],
         "blocks": loaded.model.config.get_text_config().num_hidden_layers,
         "bytes": sum(path.stat().st_size for path in target.glob("*.safetensors")),
@@ -141,6 +143,31 @@ def _append_blocks(base: Base, more: int) -> None:
         maker: Any = type(blocks[0])
         block = maker(text, index).to(device=base.device, dtype=base.compute_dtype)
         blocks.append(block.eval().requires_grad_(False))
+
+
+def _replaceable(out: Path) -> Path:
+    """Return the folder to write, links followed, after checking that a new one can take its name.
+
+    Raises:
+        InputError: it is not empty, or a mount point.
+    """
+    target = out.resolve()
+    recover_folder(target)
+    if not target.exists():
+        return target
+    if not target.is_dir() or any(target.iterdir()):
+        raise InputError(f"{out}: expected a new or empty folder, got one that is not empty")
+    try:
+        with whole_folder(target):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        raise InputError(
+            f"{out}: expected a new or empty folder, got a mount point, which cannot be replaced. "
+            f"Fix: --out {out / 'merged'}"
+        ) from error
+    return target
 
 
 def _check_kind(settings: dict[str, Any], place: Path, *, adapter: bool) -> None:

@@ -1,11 +1,9 @@
 """A full disk, and the disk limit that a user sets."""
 
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.small_disks import PAGE, pages_used, resize
 from support.tiny_stores import (
     error_of,
     extract_tiny,
@@ -21,35 +19,6 @@ from carryon.cache.extraction.forward import largest_unit_bytes
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
-
-PAGE = 4096  # size of a small file on a tmpfs
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A separate file system in memory; see `resize`."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={1 << 20}", "tmpfs", str(folder)]
-    try:
-        is_mounted = subprocess.run(command, capture_output=True).returncode == 0
-    except OSError:
-        is_mounted = False
-    if not is_mounted:
-        pytest.skip("a disk of a chosen size needs the right to mount one (root)")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def resize(disk: Path, num_bytes: int) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(disk)], check=True)
-
-
-def pages_used(disk: Path) -> int:
-    status = os.statvfs(disk)
-    return status.f_blocks - status.f_bfree
 
 
 def test_a_full_disk_stops_cleanly_and_the_same_call_resumes(

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from support.small_disks import PAGE, file_size_limit, resize
 from support.tiny_bases import make_tiny_base
 from support.tiny_stores import states_at_kills, write_corpus
 from transformers import AutoModelForCausalLM
 
-from carryon.cache.errors import InputError, SettingMismatchError
+from carryon.cache.errors import DiskFullError, InputError, SettingMismatchError
 from carryon.cache.extraction.estimate import estimate
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.extraction.plan import plan_extraction
@@ -248,6 +249,45 @@ def test_a_merge_killed_before_any_change_leaves_nothing_or_all_and_can_be_made_
     make(unfinished / "merged")
     assert torch.equal(plain_logits(unfinished / "merged"), expected)
     assert [path.name for path in unfinished.iterdir()] == ["merged"]
+
+
+def test_a_merge_on_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, small_disk: Path, llama: Place
+) -> None:
+    carryon = fit(llama, tmp_path / "run", kind="native")
+    for pages in (1, 4, 9):
+        resize(small_disk, pages * PAGE)
+        with pytest.raises(DiskFullError, match="the disk is full while writing") as caught:
+            merge(carryon, base=str(llama.base), out=small_disk / "merged", device="cpu")
+        assert "\n" not in str(caught.value)
+        assert list(small_disk.iterdir()) == []
+    with file_size_limit(9_000), pytest.raises(DiskFullError, match="ulimit -f"):
+        merge(carryon, base=str(llama.base), out=tmp_path / "merged", device="cpu")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_into_a_mount_point_is_refused_before_the_work(
+    tmp_path: Path, small_disk: Path, llama: Place
+) -> None:
+    carryon = fit(llama, tmp_path / "run", kind="native")
+
+    with pytest.raises(InputError, match="got a mount point, .* Fix: --out .*/disk/merged"):
+        merge(carryon, base="no such base", out=small_disk, device="cpu")
+
+    assert list(small_disk.iterdir()) == []
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_merge_into_a_link_to_an_empty_folder_writes_there(tmp_path: Path, llama: Place) -> None:
+    carryon = fit(llama, tmp_path / "run", kind="native")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+
+    merge(carryon, base=str(llama.base), out=tmp_path / "link", device="cpu")
+
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_bottleneck_is_not_merged(tmp_path: Path, llama: Place) -> None:
