@@ -201,7 +201,8 @@ def _loading(source: BaseSource, what: str) -> Iterator[None]:
                 f"{transformers.__version__} has, got one with code of its own, which is not run. "
                 "Fix: give another base"
             ) from error
-        if what == "model" and "safetensors" in reason:
+        has_pickle = not source.is_local or any(Path(source.name).glob("*.bin"))
+        if what == "model" and "safetensors" in reason and has_pickle:
             raise InputError(
                 f"base {source.name}: expected weights in safetensors, found none; pickle files "
                 "can run code. Fix: save it as safetensors, or --allow-pickle if you trust it"
