@@ -31,6 +31,7 @@ FLOORS = [
     {"train/losses"},
     {"train/trainer"},
     {"train/inference", "train/continual"},
+    {"train/verify"},
     {"tools/cli"},
     {"tools/demo"},
     {"tools/compare"},

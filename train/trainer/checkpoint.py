@@ -243,6 +243,18 @@ def _load(
         optimizer.load_state_dict(_unflatten(optimizer, tensors, state["optimizer"]))
 
 
+def check_checkpoint(path: Path) -> None:
+    """Compare a step folder with its digests and its name.
+
+    Raises:
+        InputError: a file is not as it was written, or another format.
+    """
+    with _damage_named(path):
+        step = _read_state(path)["progress"]["step"]
+        if path.name != _step_folder(path.parent, step).name:
+            raise DamagedFileError(f"{path}: expected the state of this step, got {step}")
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     """Return the state of a step folder, its files compared with their digests.
 

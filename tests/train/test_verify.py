@@ -1,0 +1,123 @@
+"""`carryon verify` on carry-ons, runs and lineages: sound ones pass, changed ones are named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.tiny_runs import TINY, train_tiny
+from support.tiny_train_stores import make_tiny_store
+
+from carryon.tools.cli.main import main
+from carryon.train.continual.lineage import update
+from carryon.train.modules.card_file import CARD
+from carryon.train.verify import folder_kind, verify_folder
+
+SETTINGS = TINY.with_options(min_lr_ratio=0.1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store, a run and a lineage on it."""
+    root = tmp_path_factory.mktemp("made")
+    store = make_tiny_store(root / "store")
+    train_tiny(store, root / "run")
+    update(lineage=str(root / "lineage"), store=[str(store)], settings=SETTINGS)
+    return root
+
+
+PLACES = {"carry-on": "run/carryon", "run": "run", "lineage": "lineage"}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_sound_folder_is_told_by_its_files_and_passes(
+    made: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = made / PLACES[kind]
+    assert folder_kind(folder) == kind
+    assert main(["verify", str(folder)]) == 0
+    printed = capsys.readouterr()
+    document = json.loads(printed.out.splitlines()[-1])
+    assert document["problems"] == document["unknown"] == document["without_digest"] == []
+    assert document["is_sound"]
+    assert f"OK: {folder}: a {kind}" in printed.err
+    files = {path for path in folder.rglob("*") if path.is_file()}
+    assert document["num_files"] >= len(files)
+
+
+def test_a_store_is_verified_as_a_store(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert folder_kind(made / "store") == "store"
+    assert main(["verify", str(made / "store")]) == 0
+    assert main(["verify", str(made / "nothing")]) == 2
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_flipped_bit_in_a_file_with_a_digest_is_named(
+    made: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = Path(shutil.copytree(made / PLACES[kind], tmp_path / "copy"))
+    suffixes = (".safetensors", ".png", ".md", "state.json", "carryon.json", "result.json")
+    suffixes += ("run.json", "contamination.json")
+    paths = [path for path in sorted(folder.rglob("*")) if path.name.endswith(suffixes)]
+    assert paths
+    for number, path in enumerate(paths):
+        content = path.read_bytes()
+        changed = bytearray(content)
+        changed[number * 7919 % len(content)] ^= 1 << number % 8
+        path.write_bytes(changed)
+        problems = verify_folder(folder).problems
+        assert any(
+            problem.path.startswith(str(path.parent.relative_to(folder)).strip("."))
+            for problem in problems
+        ), path
+        assert all("\n" not in problem.text for problem in problems)
+        path.write_bytes(content)
+    assert verify_folder(folder).is_sound
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "sessions.jsonl", "config.yaml", "run.json"])
+def test_a_missing_or_mangled_file_of_a_finished_run_is_named(
+    made: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(made / "run", tmp_path / "copy"))
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2] + b"\0{" + content)
+    assert main(["verify", str(folder)]) == 1
+    assert f"damaged: {name}: " in capsys.readouterr().err
+    (folder / name).unlink()
+    assert [problem.path for problem in verify_folder(folder).problems] == [name]
+    (folder / name).symlink_to(made / "run" / name)
+    assert "a link" in verify_folder(folder).problems[0].text
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert name in [problem.path for problem in verify_folder(folder).problems]
+
+
+def test_unknown_files_are_listed_and_no_damage(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(made / "lineage", tmp_path / "copy"))
+    (folder / "note.txt").touch()
+    (folder / "versions" / "0001" / "carryon" / "x.py").touch()
+    assert main(["verify", str(folder)]) == 0
+    assert "unknown: 'note.txt': no file of a lineage" in capsys.readouterr().err
+    assert verify_folder(folder).unknown == ["note.txt", "versions/0001/carryon/x.py"]
+
+
+def test_a_carryon_without_digests_passes_and_is_called_so(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(made / "run" / "carryon", tmp_path / "copy"))
+    values = json.loads((folder / CARD).read_text())
+    del values["files"], values["sha256"]
+    (folder / CARD).write_text(json.dumps(values))
+    assert main(["verify", str(folder)]) == 0
+    assert "3 files from before digests were recorded" in capsys.readouterr().err
+
+
+def test_a_setting_that_differs_from_the_runs_identity_is_named(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "run", tmp_path / "copy"))
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("epochs: 2", "epochs: 3"))
+    [problem] = verify_folder(folder).problems
+    assert "epochs: expected 2 as in run.json, got 3" in problem.text

@@ -1,0 +1,298 @@
+"""Check carry-ons, runs and lineages against the digests that they hold.
+
+A digest covers the files that decide a result. Of the others, lines and pictures are checked for
+their form. Folders from before digests were recorded are checked as far as they go.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from carryon.cache.errors import CarryOnError, InputError
+from carryon.cache.lock import FOLDER_LOCK
+from carryon.cache.store.verify import Depth
+from carryon.cache.store.verify import verify as verify_store
+from carryon.train.config import with_current_names
+from carryon.train.continual.lineage_dir import DOCUMENTS, open_lineage
+from carryon.train.kinds import get_kind
+from carryon.train.modules.card_file import CARD, README, WEIGHTS, check_digest, read_signed
+from carryon.train.modules.serialization import load_carryon, read_card, read_weights
+from carryon.train.trainer.checkpoint import BEST, LAST, OPTIMIZER, STATE, check_checkpoint
+from carryon.train.trainer.run_dir import FORMAT, RunFolder
+from carryon.train.trainer.run_documents import (
+    DIGEST,
+    open_regular,
+    read_sealed,
+    read_whole_lines,
+)
+
+FolderKind = Literal["store", "carry-on", "run", "lineage"]
+_MARKS: dict[FolderKind, tuple[str, ...]] = {
+    "lineage": ("lineage.json", "versions", "trunk"),
+    "run": ("run.json", "checkpoints", "metrics.jsonl"),
+    "carry-on": (CARD, WEIGHTS),
+}
+"""Names that tell a kind, of which a damaged folder may lack some."""
+_IDENTITY_KEYS = {*FORMAT, "identity", "versions"}
+_HUB_FILES = ("config.json", ".gitattributes")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MALFORMED = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    yaml.YAMLError,
+)
+"""What a document raises that is not as it was written, and has no digest that says so."""
+_MAX_TEXT_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileProblem:
+    """One file that is wrong."""
+
+    path: str
+    """Relative to the folder."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderReport:
+    """What a verification saw."""
+
+    folder: str
+    kind: FolderKind
+    problems: list[FileProblem] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    """Files that do not belong to such a folder; nothing reads them."""
+    without_digest: list[str] = field(default_factory=list)
+    """Files from before digests were recorded."""
+    num_files: int = 0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self) | {"is_sound": self.is_sound}
+
+
+def folder_kind(root: str | Path) -> FolderKind:
+    """Return what a folder holds, told by its files; `store` if they tell nothing else."""
+    for kind, names in _MARKS.items():
+        if any(os.path.lexists(Path(root) / name) for name in names):
+            return kind
+    return "store"
+
+
+def verify_folder(root: str | Path, *, depth: Depth = "sample") -> FolderReport:
+    """Check a carry-on, a run or a lineage; nothing is changed.
+
+    Args:
+        root: the folder.
+        depth: how much is read of a store in a lineage; all else is read in full.
+    """
+    folder, kind = Path(root), folder_kind(root)
+    walk = _Walk(folder)
+    if kind == "lineage":
+        walk.check_lineage(folder, depth=depth)
+    elif kind == "run":
+        walk.check_run(folder)
+    else:
+        walk.check_carryon(folder)
+    return FolderReport(
+        folder=str(root),
+        kind=kind,
+        problems=walk.problems,
+        unknown=walk.unknown(),
+        without_digest=walk.without_digest,
+        num_files=len(walk.known),
+    )
+
+
+class _Walk:
+    """One pass over the files of a folder, gathering problems."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.problems: list[FileProblem] = []
+        self.without_digest: list[str] = []
+        self.known: set[str] = set()
+        self.stores: list[Path] = []
+
+    def unknown(self) -> list[str]:
+        """Return the files that no check knows; links are not followed."""
+        found = []
+        for folder, _, names in os.walk(self.root):
+            if not any(Path(folder).is_relative_to(store) for store in self.stores):
+                found += [self._name(Path(folder, name)) for name in names]
+        return sorted(name for name in found if name not in self.known and name != FOLDER_LOCK)
+
+    def check_carryon(self, folder: Path) -> None:
+        """Check a carry-on: its digests, and that its weights are those of its card."""
+        for name in _HUB_FILES:
+            self.known.add(self._name(folder / name))
+        card = self._check(folder / CARD, lambda _: read_card(folder))
+        signed = self._check(folder / CARD, read_signed)
+        files: Mapping[str, str] = signed[1] if signed else {}
+        if signed and not files:
+            self.without_digest += [self._name(folder / name) for name in (CARD, WEIGHTS, README)]
+        if README in files or os.path.lexists(folder / README):
+            self._check(folder / README, lambda path: check_digest(path, files.get(README)))
+        self.known.add(self._name(folder / WEIGHTS))
+        if card is None:
+            return
+        is_whole = get_kind(card.settings["kind"]).needs_blocks
+        self._check(folder / WEIGHTS, lambda _: (_finite if is_whole else load_carryon)(folder))
+
+    def check_run(self, root: Path) -> None:
+        """Check a run: its documents, checkpoints and carry-on."""
+        run = RunFolder(root)
+        identity = self._check(run.identity, self._identity)
+        for path in (run.contamination, run.result):
+            if os.path.lexists(path):
+                self._check(path, self._sealed)
+        is_finished = os.path.lexists(run.result)
+        self._check(run.config, lambda path: _check_config(path, identity or {}))
+        for path in (run.sessions, run.metrics):
+            if is_finished or os.path.lexists(path):
+                self._check(path, _check_lines)
+        if os.path.lexists(run.curves):
+            self._check(run.curves, _check_png)
+        if is_finished or run.carryon.exists():
+            self.check_carryon(run.carryon)
+        self.check_checkpoints(run.checkpoints)
+
+    def check_checkpoints(self, folder: Path) -> None:
+        """Check every step folder."""
+        for name in (LAST, BEST):
+            if os.path.lexists(folder / name):
+                self._check(folder / name, _check_pointer)
+        for path in sorted(folder.glob("step-*")):
+            for name in (WEIGHTS, OPTIMIZER):
+                self.known.add(self._name(path / name))
+            self._check(path / STATE, lambda state: check_checkpoint(state.parent))
+            if (path / STATE).is_file():
+                self._check(path / STATE, self._sealed)
+
+    def check_lineage(self, root: Path, *, depth: Depth) -> None:
+        """Check a lineage: its documents, its runs, and the store in it."""
+        self._check(root / DOCUMENTS[0], lambda _: open_lineage(root))
+        for name in DOCUMENTS[1:]:
+            if os.path.lexists(root / name):
+                self._check(root / name, _check_text)
+        for name in ("versions.png", "paths.png"):
+            if os.path.lexists(root / name):
+                self._check(root / name, _check_png)
+        for run in sorted([*root.glob("trunk/*"), *root.glob("versions/*")]):
+            if run.is_dir():
+                self.check_run(run)
+        self.check_checkpoints(root / "start")
+        store = root / "store"
+        if store.is_dir():
+            self.stores.append(store)
+            for problem in verify_store(store, depth=depth).problems:
+                path = self._name(store / problem.path)
+                self.problems.append(FileProblem(path=path, text=problem.text))
+
+    def _check(self, path: Path, check: Callable[[Path], Any]) -> Any:  # noqa: ANN401
+        """Call `check` on a file; return its result, or None after noting a problem."""
+        name = self._name(path)
+        self.known.add(name)
+        if str(path.parent / FOLDER_LOCK) not in self.known:
+            self.known.add(self._name(path.parent / FOLDER_LOCK))
+        try:
+            with open_regular(path):
+                pass
+            return check(path)
+        except (CarryOnError, *_MALFORMED) as error:
+            text = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+            problem = FileProblem(path=name, text=text)
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return None
+
+    def _sealed(self, path: Path) -> dict[str, Any]:
+        values = read_sealed(path)
+        with open_regular(path) as file:
+            if DIGEST not in json.load(file):
+                self.without_digest.append(self._name(path))
+        return values
+
+    def _identity(self, path: Path) -> dict[str, Any]:
+        values = self._sealed(path)
+        if set(values) != _IDENTITY_KEYS or {key: values[key] for key in FORMAT} != FORMAT:
+            raise InputError(f"{path}: expected the identity of a run, got other keys")
+        return dict(values["identity"])
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+def _finite(folder: Path) -> None:
+    for name, weight in read_weights(folder).items():
+        if not bool(torch.isfinite(weight.float()).all()):
+            raise InputError(f"{folder}: weights: {name}: expected finite values, got inf or NaN")
+
+
+def _check_config(path: Path, identity: Mapping[str, Any]) -> None:
+    """Compare the settings of a run with those of its identity."""
+    config = with_current_names(yaml.safe_load(_read(path)))
+    for name, value in with_current_names(identity).items():
+        if name in config and config[name] != value:
+            raise InputError(
+                f"{path}: {name}: expected {value!r:.80} as in run.json, got {config[name]!r:.80}"
+            )
+
+
+def _check_lines(path: Path) -> None:
+    _, damaged = read_whole_lines(path)
+    if damaged:
+        raise InputError(f"{path}: damaged lines: {', '.join(map(str, damaged[:20]))}")
+
+
+def _check_pointer(path: Path) -> None:
+    named = json.loads(_read(path))["folder"]
+    if named not in {each.name for each in path.parent.glob("step-*")}:
+        raise InputError(f"{path}: expected the name of a step folder, got {named!r:.80}")
+
+
+def _check_text(path: Path) -> None:
+    text = _read(path)
+    yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+
+
+def _check_png(path: Path) -> None:
+    """Compare the checksum of every chunk of a picture."""
+    content = _read(path)
+    position, kind = len(_PNG), b""
+    is_sound = content.startswith(_PNG)
+    while is_sound and kind != b"IEND":
+        length = int.from_bytes(content[position : position + 4], "big")
+        end = position + 8 + length
+        kind = content[position + 4 : position + 8]
+        checksum = int.from_bytes(content[end : end + 4], "big")
+        is_sound = end + 4 <= len(content)
+        is_sound = is_sound and checksum == zlib.crc32(content[position + 4 : end])
+        position = end + 4
+    if not is_sound or position != len(content):
+        raise InputError(f"{path}: expected a PNG as it was written, got a damaged one")
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        content = file.read(_MAX_TEXT_BYTES + 1)
+    if len(content) > _MAX_TEXT_BYTES:
+        raise InputError(f"{path}: expected at most {_MAX_TEXT_BYTES:,} bytes, got more")
+    return content
