@@ -62,6 +62,7 @@ def get_architecture(model: PreTrainedModel) -> Architecture:
         raise _refusal(name, f"expected a list of {config.num_hidden_layers} blocks, got none")
 
     passed, logits = _run_once(model, [*children, blocks[-1], decoder, head])
+    _check_finite(model, logits)
     if not {decoder, head, blocks[-1]} <= passed.keys():
         raise _refusal(name, "the decoder or the head is not called as expected")
     read = passed[head].entering
@@ -138,6 +139,24 @@ def _run_once(
         for hook in hooks:
             hook.remove()
     return passed, logits
+
+
+def _check_finite(model: PreTrainedModel, logits: Tensor) -> None:
+    """Refuse a base whose weights are not finite, before its architecture is blamed."""
+    if bool(torch.isfinite(logits).all()):
+        return
+    name = type(model).__name__
+    for path, weight in model.state_dict().items():
+        is_held = weight.is_floating_point() and not weight.is_meta
+        if is_held and not bool(torch.isfinite(weight.float()).all()):
+            raise InputError(
+                f"{name}: expected finite weights, got NaN or infinity in {path}. Fix: download "
+                "or save the base again"
+            )
+    raise InputError(
+        f"{name}: expected finite logits, got NaN or infinity from finite weights in "
+        f"{logits.dtype}. Fix: --compute-dtype float32"
+    )
 
 
 def first_tensor(output: object) -> Tensor | None:

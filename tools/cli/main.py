@@ -4,7 +4,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from carryon.tools.cli.program import Program
+try:
+    from carryon.tools.cli.program import Program
+except KeyboardInterrupt:
+    sys.exit(130)  # as `Program.main` does
 
 CARRYON = Program(
     prog="carryon",

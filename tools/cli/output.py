@@ -3,10 +3,11 @@
 import json
 import logging
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from carryon.cache.progress import is_main_process
 
@@ -23,12 +24,47 @@ def print_result(result: T, summary: str = "") -> T:
     if summary:
         logger.info(summary)
     if is_main_process():
-        print(json.dumps(result), flush=True)
+        try:
+            print(json.dumps(result), flush=True)
+        except BrokenPipeError:  # the reader, such as `head`, has ended; the exit code counts still
+            discard(sys.stdout)
     return result
+
+
+def open_closed_streams() -> None:
+    """Open the standard streams that the caller has closed, so that what they get is discarded.
+
+    Else the next file to be opened would get the number of one, and libraries would write into it.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115 -- it stays
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Let a stream that cannot be written discard what it has and gets."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, stream.fileno())
+    os.close(sink)
+
+
+def has_reader(stream: TextIO) -> bool:
+    """Return whether a stream is no pipe, or one whose reader has not ended."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._show(record)
+        except OSError:  # nobody reads the messages; the work goes on
+            discard(sys.stderr)
+
+    def _show(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         if record.levelno == logging.WARNING:
             text = f"warning: {text}"

@@ -10,17 +10,22 @@ import errno
 import importlib
 import inspect
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.files import disk_full_number
-from carryon.tools.cli.output import log_to_stderr
+from carryon.tools.cli.output import discard, has_reader, log_to_stderr, open_closed_streams
 from carryon.tools.cli.parser import parse_call
 from carryon.tools.cli.table import format_table
 
+INTERRUPTED = "interrupted. Fix: run the same command to resume"
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -65,6 +70,18 @@ class Program:
         """Run with `argv` (default: the command line) and return the exit code."""
         words = list(sys.argv[1:] if argv is None else argv)
         prog = f"{self.prog} {words[0]}" if words and words[0] in self.commands else self.prog
+        open_closed_streams()
+        with _interrupts() as interrupts:
+            try:
+                return self._code(words, prog)
+            except Exception:
+                if not interrupts:  # libraries make other errors of one in the midst of an import
+                    raise
+                return _fail(f"{prog}: {INTERRUPTED}", code=130)
+            finally:
+                _flush()
+
+    def _code(self, words: Sequence[str], prog: str) -> int:
         try:
             code = self._run(words)
             sys.stdout.flush()
@@ -72,11 +89,11 @@ class Program:
         except CarryOnError as error:
             return _fail(f"{prog}: error: {error}")
         except KeyboardInterrupt as error:
-            text = str(error) or "interrupted. Fix: run the same command to resume"
-            return _fail(f"{prog}: {text}", code=130)
-        except BrokenPipeError:  # the reader of the output, such as `head`, has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            return _fail(f"{prog}: {str(error) or INTERRUPTED}", code=130)
+        except BrokenPipeError:
+            if has_reader(sys.stdout):
+                raise
+            return 0  # the reader of the output, such as `head`, has seen enough
         except Exception as error:
             place = getattr(error, "filename", None)
             where = f" at {place}" if place else ""
@@ -88,7 +105,7 @@ class Program:
                 return _fail(f"{prog}: error: {error.strerror}{where}")
             raise
 
-    def _run(self, words: list[str]) -> int:
+    def _run(self, words: Sequence[str]) -> int:
         if not words or words[0] in ("-h", "--help"):
             print(self.overview())
             return 0
@@ -110,5 +127,38 @@ class Program:
 
 
 def _fail(text: str, *, code: int = 2) -> int:
-    print(" ".join(text.split()), file=sys.stderr)
+    try:
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it
+        discard(sys.stderr)
     return code
+
+
+def _flush() -> None:
+    """Flush the output; what cannot be written is discarded, so that the exit does not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            discard(stream)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Yield a list that is no longer empty once Ctrl-C has been pressed, which acts as before."""
+    seen: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or before is not signal.default_int_handler:
+        yield seen
+        return
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, notice)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -236,3 +236,16 @@ def test_loading_a_local_base_is_silent(
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+def test_a_base_with_nan_in_a_weight_is_refused_by_the_name_of_the_weight(tmp_path: Path) -> None:
+    folder = make_tiny_base(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(InputError, match=f"expected finite weights, got NaN .* in {name}") as error:
+        load_base(str(folder), forward=ForwardSettings(device="cpu"))
+
+    assert "architecture" not in str(error.value)

@@ -1,0 +1,80 @@
+"""Closed streams and Ctrl-C at any instant: the right exit code, and no traceback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.tiny_train_stores import make_tiny_store
+
+PROGRAM = f"{sys.executable} -m carryon.tools.cli.main"
+SMALL = "--width 8 --blocks 1 --heads 2 --intermediate-size 8 --epochs 1 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_store(tmp_path_factory.mktemp("streams") / "store")
+
+
+def in_shell(script: str) -> "subprocess.CompletedProcess[str]":
+    command = ["bash", "-c", f"set -o pipefail; {script}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "ends", ["2>&-", ">&- 2>&-", "<&- 2>&-", "2>&1 | head -c 0", "2>/dev/full"]
+)
+def test_training_without_a_reader_ends_as_always(store: Path, tmp_path: Path, ends: str) -> None:
+    result = in_shell(f"{PROGRAM} train --store {store} --out {tmp_path}/run {SMALL} {ends}")
+
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    assert (tmp_path / "run" / "result.json").exists()
+    if result.stdout:
+        assert json.loads(result.stdout)["num_steps"] > 0  # and nothing but the result
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"), [("| head -c 0", 1), (">&-", 1), ("2>&-", 1), (">/dev/full", 2)]
+)
+def test_a_failed_check_keeps_its_exit_code_without_a_reader(
+    tmp_path: Path, ends: str, code: int
+) -> None:
+    store = make_tiny_store(tmp_path / "store")
+    shards = (store / "hidden" / "final" / "c").rglob("*")
+    next(path for path in shards if path.is_file()).write_bytes(b"")
+
+    result = in_shell(f"{PROGRAM} verify {store} {ends}")
+
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
+
+
+@pytest.mark.parametrize("ends", ["| head -c 0", ">&-", "2>&-", "2>&1 | head -c 0"])
+def test_wrong_input_keeps_its_exit_code_without_a_reader(tmp_path: Path, ends: str) -> None:
+    result = in_shell(f"{PROGRAM} verify {tmp_path}/none {ends}")
+
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("after_s", [0.15, 0.4, 0.8, 1.4, 2.2])
+def test_ctrl_c_while_it_starts_is_exit_code_130(
+    store: Path, tmp_path: Path, after_s: float
+) -> None:
+    words = f"{PROGRAM} train --store {store} --out {tmp_path}/run {SMALL} --epochs 2000".split()
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libpython" not in maps.read_text() and "_json" not in maps.read_text():
+        time.sleep(0.005)  # before, Python itself is starting
+    time.sleep(after_s)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
