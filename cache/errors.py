@@ -8,6 +8,7 @@
     |- DiskFullError (OSError)             the disk is full; what was finished is kept
     |- StoreError (ValueError)             something is wrong with a store
        |- DamagedStoreError                bytes differ from what was written
+       |  |- UnsafePathError               a link, folder or device lies where a file was written
        |- UnfinishedStoreError             units are still to be extracted
        |- SettingMismatchError             the store was made with other settings
        |- StoreBusyError                   another process is writing to it, or to a run
@@ -51,6 +52,10 @@ class DamagedStoreError(StoreError):
         """Say what is damaged, and what to do."""
         super().__init__(f"{problem}. Fix: {fix}")
         self.problem = problem
+
+
+class UnsafePathError(DamagedStoreError):
+    """A link, folder, pipe or device lies where a regular file was written; also in a run."""
 
 
 class UnfinishedStoreError(StoreError):

@@ -2,6 +2,11 @@
 
 Content is written beside the final name, flushed to the disk, and renamed. A kill leaves at most
 a hidden `.partial` file or folder, or a `.replaced` folder that `recover_folder` puts back.
+
+Folders are shared, so nothing in one is trusted to be what its name says. Reading and writing
+"below" a root opens regular files only, and follows no link beneath the root: a link, pipe or
+device in a stranger's folder raises UnsafePathError. The root itself is named by the user and may
+be a link.
 """
 
 import errno
@@ -9,13 +14,15 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.errors import DiskFullError
+from carryon.cache.errors import DiskFullError, UnsafePathError
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
@@ -26,32 +33,176 @@ _FULL = {
     errno.EFBIG: ("the limit on the size of a file is reached", "raise it (ulimit -f)"),
 }
 """What an `errno` says, and what to do."""
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFREG: "a file",
+}
+
+
+def open_below(root: Path, path: str, *, flags: int = os.O_RDONLY) -> int:
+    """Return the handle of a regular file, opened without following links below `root`.
+
+    Args:
+        root: folder that the user named.
+        path: of the file, relative to it; in normal form.
+        flags: of `os.open`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UnsafePathError: it, or a folder on the way, is something else.
+    """
+    whole = root / path
+    refuse_links(root, whole.parent)
+    try:
+        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+        handle = os.open(whole, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENOTDIR):
+            raise _unsafe(whole, "a file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _unsafe(whole, "a file")
+    return handle
+
+
+def open_file_below(root: Path, path: str) -> BufferedReader:
+    """Return a regular file opened for reading; errors as of `open_below`."""
+    return os.fdopen(open_below(root, path), "rb")
+
+
+def read_below(root: Path, path: str, *, max_bytes: int | None = None) -> bytes:
+    """Return the content of a regular file; errors as of `open_below`.
+
+    Raises:
+        UnsafePathError: also if it is larger than `max_bytes`; nothing of it is read.
+    """
+    with open_file_below(root, path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and size > max_bytes:
+            raise UnsafePathError(f"{root / path}: expected at most {max_bytes} bytes, got {size}")
+        return file.read()
+
+
+def stat_below(root: Path, path: str) -> os.stat_result:
+    """Return the facts of a regular file without opening it; errors as of `open_below`."""
+    whole = root / path
+    refuse_links(root, whole.parent)
+    try:
+        facts = os.lstat(whole)
+    except NotADirectoryError as error:
+        raise _unsafe(whole, "a file") from error
+    if not stat.S_ISREG(facts.st_mode):
+        raise _unsafe(whole, "a file")
+    return facts
+
+
+def names_below(root: Path, path: str) -> list[str]:
+    """Return the names in a folder below `root`; none if it is missing.
+
+    Raises:
+        UnsafePathError: it, or a folder on the way, is something else.
+    """
+    folder = root / path
+    refuse_links(root, folder)
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError as error:
+        raise _unsafe(folder, "a folder") from error
+
+
+def refuse_links(root: Path, folder: Path) -> None:
+    """Check that `folder`, and each folder between it and `root`, is a folder or missing.
+
+    Raises:
+        UnsafePathError: one is a link or a file.
+    """
+    parts = folder.relative_to(root).parts
+    if ".." in parts:
+        raise UnsafePathError(f"{folder}: expected a folder below {root}")
+    way = str(root)
+    for part in parts:
+        way = f"{way}{os.sep}{part}"
+        try:
+            mode = os.lstat(way).st_mode
+        except FileNotFoundError:
+            return
+        except NotADirectoryError as error:  # `root` is a file
+            raise _unsafe(Path(way).parent, "a folder") from error
+        if not stat.S_ISDIR(mode):
+            raise _unsafe(Path(way), "a folder")
+
+
+def _unsafe(path: Path, expected: str) -> UnsafePathError:
+    try:
+        kind = _KINDS.get(stat.S_IFMT(os.lstat(path).st_mode), "a device or socket")
+    except OSError:
+        kind = "a path through a file"
+    return UnsafePathError(
+        f"{path}: expected {expected}, got {kind}", fix="put a copy of the original file there"
+    )
+
+
+def parse_json(content: bytes | str) -> Any:  # noqa: ANN401
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or has NaN or Infinity.
+    """
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"expected finite numbers, got {name}")
 
 
 def write_file(
-    path: Path, content: bytes | bytearray | memoryview, *, is_synced: bool = True
+    path: Path,
+    content: bytes | bytearray | memoryview,
+    *,
+    is_synced: bool = True,
+    root: Path | None = None,
 ) -> None:
     """Write `content` to `path`, replacing what was there; folders are made.
 
-    With `is_synced=False` the caller flushes the file later: `sync_below`, or `whole_folder`.
+    A link at `path` is replaced, not followed. With `is_synced=False` the caller flushes the file
+    later: `sync_below`, or `whole_folder`.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        is_synced: flush file and folder to the disk.
+        root: folder above it below which no folder may be a link.
 
     Raises:
         DiskFullError: no space left; nothing of this file remains.
+        UnsafePathError: there is a folder at `path`, or a link among the folders below `root`.
     """
-    with whole_file(path, is_synced=is_synced) as partial:
+    with whole_file(path, is_synced=is_synced, root=root) as partial:
         partial.write_bytes(content)
 
 
 @contextmanager
-def whole_file(path: Path, *, is_synced: bool = True) -> Iterator[Path]:
+def whole_file(path: Path, *, is_synced: bool = True, root: Path | None = None) -> Iterator[Path]:
     """Yield where to write a file; at the end of the block it becomes `path`.
 
-    Raises:
-        DiskFullError: no space left; nothing of this file remains.
+    Arguments and errors are those of `write_file`.
     """
+    if root is not None:
+        refuse_links(root, path.parent)
+    if path.is_dir() and not path.is_symlink():
+        raise _unsafe(path, "a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     with disk_full_named(path):
         _make_folder(path.parent, is_synced=is_synced)
+        _remove(partial)  # of a killed process with this number; or a planted link
         try:
             yield partial
             if is_synced:
@@ -64,10 +215,12 @@ def whole_file(path: Path, *, is_synced: bool = True) -> Iterator[Path]:
             _sync(path.parent)  # without this a power cut may forget the rename
 
 
-def write_json(path: Path, document: dict[str, Any], *, is_synced: bool = True) -> bytes:
-    """Write `document` in its one canonical form and return the bytes."""
+def write_json(
+    path: Path, document: dict[str, Any], *, is_synced: bool = True, root: Path | None = None
+) -> bytes:
+    """Write `document` in its one canonical form and return the bytes; see `write_file`."""
     content = json_bytes(document)
-    write_file(path, content, is_synced=is_synced)
+    write_file(path, content, is_synced=is_synced, root=root)
     return content
 
 
@@ -88,7 +241,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     recover_folder(path)
     partial = path.with_name(f".{path.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     with disk_full_named(path):
         _make_folder(path.parent, is_synced=True)
         partial.mkdir()
@@ -106,6 +259,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def _replace(path: Path, partial: Path) -> None:
     while True:
         if path.exists():
+            if _aside(path).is_symlink():
+                _remove(_aside(path))
             path.rename(_aside(path))
         try:
             partial.rename(path)
@@ -121,7 +276,7 @@ def recover_folder(path: Path) -> None:
     Call it before looking for a folder that `whole_folder` writes. It costs one look at the disk.
     """
     aside = _aside(path)
-    if not aside.is_dir():
+    if aside.is_symlink() or not aside.is_dir():
         return
     if path.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -134,6 +289,14 @@ def recover_folders(parent: Path) -> None:
     """Call `recover_folder` for every folder in `parent` that was set aside."""
     for aside in parent.glob(f".*{REPLACED}"):
         recover_folder(parent / aside.name.removeprefix(".").removesuffix(REPLACED))
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink(missing_ok=True)
 
 
 def _aside(path: Path) -> Path:
@@ -165,20 +328,28 @@ def sweep_partials(root: Path) -> int:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line to `path`; a kill afterwards does not lose it."""
-    with disk_full_named(path), path.open("a", encoding="ascii") as file:
-        file.write(json.dumps(line) + "\n")
+    """Append one JSON line to `path`, a regular file; a kill afterwards does not lose it."""
+    with disk_full_named(path):
+        handle = open_below(path.parent, path.name, flags=os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON lines of `path` up to one cut off by a kill; none where there is no file."""
-    if not path.exists():
+    """Return the JSON lines of `path` up to one cut off by a kill; none where there is no file.
+
+    Raises:
+        UnsafePathError: it is no regular file.
+    """
+    try:
+        content = read_below(path.parent, path.name)
+    except FileNotFoundError:
         return []
     lines = []
-    for text in path.read_text(encoding="ascii").splitlines():
+    for text in content.splitlines():
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
     return lines
 

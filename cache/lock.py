@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from carryon.cache.errors import InputError, StoreBusyError
-from carryon.cache.files import disk_full_named
+from carryon.cache.files import disk_full_named, open_below, refuse_links
 
 LOCK_PATH = "units/.lock"
 """Beside the receipts: zarr-python warns of files it does not know, but not inside an array."""
@@ -22,9 +22,10 @@ def refuse_busy(root: Path) -> None:
 
     Raises:
         StoreBusyError: another process holds the lock.
+        UnsafePathError: the lock is no regular file, or lies behind a link.
     """
     try:
-        handle = os.open(root / LOCK_PATH, os.O_RDWR)
+        handle = open_below(root, LOCK_PATH, flags=os.O_RDWR)
     except OSError:  # no store yet, or a read-only one: `write_lock` raises
         return
     try:
@@ -40,11 +41,13 @@ def write_lock(root: Path) -> Iterator[None]:
     Raises:
         StoreBusyError: another process holds it; nothing was changed.
         DiskFullError: no space left for the lock.
+        UnsafePathError: the lock is no regular file, or lies behind a link; nothing was changed.
     """
     path = root / LOCK_PATH
     with disk_full_named(path):
+        refuse_links(root, path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = open_below(root, LOCK_PATH, flags=os.O_RDWR | os.O_CREAT)
     try:
         _take(handle, root)
         with disk_full_named(path):

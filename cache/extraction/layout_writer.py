@@ -165,7 +165,7 @@ def _write(
     digests = {}
     for path, content in files:
         for each in places(path):
-            write_file(root / each, content, is_synced=is_synced)
+            write_file(root / each, content, is_synced=is_synced, root=root)
         digests[path] = sha256_hex(content)
     return digests
 

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from carryon.cache.base.model import Base, load_base, read_head
 from carryon.cache.base.recorded import load_recorded_base
-from carryon.cache.errors import DamagedStoreError, StoreError
+from carryon.cache.errors import DamagedStoreError, StoreError, UnsafePathError
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.resume import refuse_other_base
-from carryon.cache.files import sweep_partials, write_file
+from carryon.cache.files import read_below, sweep_partials, write_file
 from carryon.cache.format.head_arrays import encode_head
 from carryon.cache.format.manifest import (
+    MANIFEST_PATH,
+    MAX_MANIFEST_BYTES,
     Manifest,
     manifest_path,
     parse_manifest,
@@ -74,7 +76,7 @@ def repair(
         StoreBusyError: another process writes to the store.
     """
     root, forward = Path(path), forward or ForwardSettings()
-    if not (manifest_path(root).exists() or (root / copy_path("zarr.json")).exists()):
+    if not (manifest_path(root).exists() or (root / copy_path(MANIFEST_PATH)).exists()):
         read_manifest(root)  # raises MissingError
     with write_lock(root):
         sweep_partials(root)
@@ -82,7 +84,10 @@ def repair(
         manifest = read_manifest(root)
         problems = verify(root, depth="full").problems
         for problem in problems:
-            if problem.path == "probe":  # all files are as written, yet they contradict each other
+            if problem.path in (
+                "probe",
+                "samples",
+            ):  # all files are as written, yet they contradict each other
                 raise DamagedStoreError(problem.text, fix=_AGAIN)
         lost = {problem.unit for problem in problems if _is_of_states(problem)}
         units = sorted(unit for unit in lost if unit is not None)
@@ -130,23 +135,28 @@ def _load(
 
 def _restore_manifest(root: Path) -> list[str]:
     """Restore the manifest or its copy from the other; each contains its own digest."""
-    path, copy = manifest_path(root), root / copy_path("zarr.json")
+    path, copy = manifest_path(root), root / copy_path(MANIFEST_PATH)
     try:
         read_manifest(root)
     except DamagedStoreError as error:
-        content = copy.read_bytes() if copy.is_file() else b""
         try:
+            content = read_below(root, copy_path(MANIFEST_PATH), max_bytes=MAX_MANIFEST_BYTES)
             parse_manifest(content, name=str(copy), is_mirrored=True)
-        except StoreError:
+        except (StoreError, FileNotFoundError):
             raise DamagedStoreError(
                 f"{root}: the manifest and its copy are both damaged", fix=_AGAIN
             ) from error
-        write_file(path, content)
+        write_file(path, content, root=root)
         return [path.name]
-    if not copy.is_file() or copy.read_bytes() != path.read_bytes():
-        write_file(copy, path.read_bytes())
-        return [copy.relative_to(root).as_posix()]
-    return []
+    content = read_below(root, MANIFEST_PATH)
+    try:
+        is_same = read_below(root, copy_path(MANIFEST_PATH)) == content
+    except (UnsafePathError, FileNotFoundError):
+        is_same = False
+    if is_same:
+        return []
+    write_file(copy, content, root=root)
+    return [copy.relative_to(root).as_posix()]
 
 
 def _restore_mirrored(root: Path, problems: Sequence[Problem]) -> list[str]:
@@ -164,7 +174,7 @@ def _restore_mirrored(root: Path, problems: Sequence[Problem]) -> list[str]:
         if twins[path] in wrong:
             raise DamagedStoreError(f"{root}: {original} and its copy are both damaged", fix=_AGAIN)
     for path, twin in twins.items():
-        write_file(root / path, (root / twin).read_bytes())
+        write_file(root / path, read_below(root, twin), root=root)
     return paths
 
 
@@ -183,7 +193,7 @@ def _restore_head(root: Path, manifest: Manifest, base: Base, paths: list[str]) 
                 "version of numcodecs?",
                 fix=_AGAIN,
             )
-        write_file(root / path, content)
+        write_file(root / path, content, root=root)
         restored.append(path)
     return restored
 

@@ -51,7 +51,11 @@ def encode_tables(
         DamagedStoreError: a chunk that is continued is not the one that was written.
     """
     part = manifest.parts[-1]
-    id_bytes = array_info(root, "samples/id").chunk[1] if root else _id_bytes(samples)
+    id_bytes = (
+        array_info(root, "samples/id", digests=manifest.files).chunk[1]
+        if root
+        else _id_bytes(samples)
+    )
     for table in _tables(samples, plan, manifest=manifest, id_bytes=id_bytes):
         first = part.first_unit if table.name == "units" else part.first_sample
         is_new = root is None or f"{table.name}/zarr.json" not in manifest.files
@@ -76,7 +80,7 @@ def refuse_known_ids(root: Path, manifest: Manifest, samples: SampleTable) -> No
     Raises:
         InputError: an id is too long, or exists already.
     """
-    width = array_info(root, "samples/id").chunk[1]
+    width = array_info(root, "samples/id", digests=manifest.files).chunk[1]
     if (needed := _id_bytes(samples)) > width:
         raise InputError(
             f"sample ids: this store keeps {width} bytes for an id, got one that needs {needed}: "
@@ -152,7 +156,8 @@ def _rows(
 
 def _stored_ids(root: Path, manifest: Manifest) -> Iterator[NDArray[np.uint8]]:
     """Yield the rows of a store's ids, [n, bytes], chunk by chunk."""
-    num_samples, size = manifest.num_samples, array_info(root, "samples/id").chunk[0]
+    size = array_info(root, "samples/id", digests=manifest.files).chunk[0]
+    num_samples = manifest.num_samples
     for low in range(0, num_samples, size):
         stop = min(low + size, num_samples)
         yield read_array(root, "samples/id", first=low, stop=stop, digests=manifest.files)

@@ -4,9 +4,9 @@ They are chunked along the first axis, one file a chunk. The sharded arrays, the
 in shard_writer.py and shard_reader.py.
 """
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.errors import DamagedStoreError
-from carryon.cache.files import json_bytes
+from carryon.cache.files import json_bytes, parse_json, read_below
 from carryon.cache.format.codec import decode_chunk, encode_chunk
-from carryon.cache.format.manifest import sha256_hex
-from carryon.cache.format.zarr_metadata import array_document
+from carryon.cache.format.manifest import Manifest, sha256_hex
+from carryon.cache.format.schema import (
+    FRAME_BYTES,
+    MAX_CHUNK_BYTES,
+    MAX_DOCUMENT_BYTES,
+    max_planned_bytes,
+)
+from carryon.cache.format.zarr_metadata import ROW_ARRAYS, array_document
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,22 +95,102 @@ def encode_chunks(
     yield f"{name}/zarr.json", json_bytes(document)
 
 
-def array_info(root: Path, name: str) -> ArrayInfo:
-    """Read the zarr.json of a plain array of the store."""
-    path = root / name / "zarr.json"
-    try:
-        document = json.loads(path.read_bytes())
-        return ArrayInfo(
-            shape=tuple(document["shape"]),
-            chunk=tuple(document["chunk_grid"]["configuration"]["chunk_shape"]),
-            dtype=np.dtype(document["data_type"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedStoreError(f"{path}: missing or damaged") from error
+def unit_array_info(manifest: Manifest, name: str) -> ArrayInfo:
+    """Return what the zarr.json of an array with one chunk a unit has to say: tokens, masks,
+    character ends, and the scales of a lossy profile."""
+    num_units, rows = manifest.num_units, manifest.unit_tokens
+    if name.startswith("scale/channel/"):
+        shape, chunk = (num_units, manifest.width), (1, manifest.width)
+        return ArrayInfo(shape=shape, chunk=chunk, dtype=np.dtype(np.float32))
+    dtype = np.dtype(ROW_ARRAYS.get(name, "float32"))
+    return ArrayInfo(shape=(num_units * rows,), chunk=(rows,), dtype=dtype)
+
+
+def check_unit_document(content: bytes, manifest: Manifest, name: str) -> None:
+    """Check the zarr.json of an array over units, which other Zarr readers believe.
+
+    Args:
+        content: of the document.
+        manifest: of the store.
+        name: `hidden/<tap>`, or of an array that `unit_array_info` knows.
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError: it disagrees with the manifest.
+    """
+    document = parse_json(content)
+    rows, width = manifest.unit_tokens, manifest.width
+    if name.startswith("hidden/"):
+        chunk: tuple[int, ...] = (rows, width)
+        dtype = manifest.states_dtype
+        inner = document["codecs"][0]["configuration"]["chunk_shape"]
+        if inner != [manifest.rows_per_chunk, width]:
+            raise ValueError(f"expected inner chunks of {manifest.rows_per_chunk} rows")
+    else:
+        info = unit_array_info(manifest, name)
+        chunk, dtype = info.chunk, info.dtype
+    found = document["chunk_grid"]["configuration"]["chunk_shape"]
+    shape = document["shape"]
+    if found != list(chunk) or len(shape) != len(chunk) or shape[1:] != list(chunk[1:]):
+        raise ValueError(f"expected chunks of shape {chunk}")
+    if document["data_type"] != dtype.name:
+        raise ValueError(f"expected data type {dtype.name}")
 
 
 Digests = Mapping[str, Collection[str]]
 """SHA-256, hex, that each file of a plan may have: `files` of the manifest."""
+
+TABLE_TYPES = {
+    "units": ("int32",),
+    "samples/start": ("int64",),
+    "samples/length": ("int32",),
+    "samples/id": ("uint8",),
+    "samples/held_out": ("uint8",),
+    "samples/group": ("uint64",),
+    "samples/role": ("uint8",),
+    "head/lm_head": ("uint16", "float16", "float32"),
+    "head/norm_weight": ("float32",),
+    "head/norm_bias": ("float32",),
+    "head/bias": ("float32",),
+    "probe/rows": ("int64",),
+    "probe/top_ids": ("int32",),
+    "probe/top_logits": ("float32",),
+    "probe/states": ("float32",),
+}
+"""Types that each array of a plan can have; `probe/states` stands for that of each tap."""
+
+
+def array_info(root: Path, name: str, *, digests: Digests) -> ArrayInfo:
+    """Read the zarr.json of an array that planning wrote.
+
+    Raises:
+        DamagedStoreError: it is missing or is not the one that was written, or what it says is
+            beyond what such an array can be.
+    """
+    path = f"{name}/zarr.json"
+    try:
+        content = read_below(root, path, max_bytes=MAX_DOCUMENT_BYTES)
+    except FileNotFoundError as error:
+        raise DamagedStoreError(f"{root / path}: missing or damaged") from error
+    if sha256_hex(content) not in digests.get(path, ()):
+        raise DamagedStoreError(f"{root / path}: not as it was written: its SHA-256 differs")
+    key = "probe/states" if name.startswith("probe/states/") else name
+    try:
+        document = parse_json(content)
+        shape = tuple(document["shape"])
+        chunk = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
+        kind = document["data_type"]
+        if kind not in TABLE_TYPES[key]:
+            raise ValueError(f"expected {' or '.join(TABLE_TYPES[key])}, got {kind!a:.40}")
+        if not all(type(size) is int and 0 <= size < 1 << 48 for size in (*shape, *chunk)):
+            raise ValueError("expected whole numbers as sizes")
+        if len(shape) not in (1, 2) or shape[1:] != chunk[1:] or min(chunk) < 1:
+            raise ValueError("expected chunks along the first of one or two axes")
+        info = ArrayInfo(shape=shape, chunk=chunk, dtype=np.dtype(kind))
+        if (num_bytes := prod(chunk) * info.dtype.itemsize) > MAX_CHUNK_BYTES:
+            raise ValueError(f"expected chunks up to {MAX_CHUNK_BYTES} bytes, got {num_bytes}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedStoreError(f"{root / path}: missing or damaged: {error}") from error
+    return info
 
 
 def read_file(root: Path, path: str, *, digests: Digests) -> bytes:
@@ -114,7 +200,7 @@ def read_file(root: Path, path: str, *, digests: Digests) -> bytes:
         DamagedStoreError: it is missing or is not the one that was written.
     """
     try:
-        content = (root / path).read_bytes()
+        content = read_below(root, path, max_bytes=max_planned_bytes(path))
     except FileNotFoundError as error:
         raise DamagedStoreError(f"{root / path}: the file is missing") from error
     if sha256_hex(content) not in digests.get(path, ()):
@@ -130,9 +216,16 @@ def read_array(
     Raises:
         DamagedStoreError: a chunk is missing or is not the one that was written; names it.
     """
-    info = array_info(root, name)
+    info = array_info(root, name, digests=digests)
     size = info.chunk[0]
     stop = info.shape[0] if stop is None else stop
+    if not 0 <= first <= stop <= info.shape[0]:
+        raise DamagedStoreError(
+            f"{root / name}: expected rows {first} to {stop}, got an array of {info.shape[0]}"
+        )
+    for number in range(first // size, -(-stop // size)):  # before memory is taken for all rows
+        if (path := _chunk_path(name, number, len(info.shape))) not in digests:
+            raise DamagedStoreError(f"{root / path}: the manifest does not name this file")
     out = np.empty((stop - first, *info.shape[1:]), dtype=info.dtype)
     for number in range(first // size, -(-stop // size)):
         chunk = _read_numbered(root, name, info, number, digests)
@@ -145,7 +238,12 @@ def read_rows(
     root: Path, name: str, rows: NDArray[np.integer[Any]], *, digests: Digests
 ) -> NDArray[Any]:
     """Return chosen rows [n] of the array `name`, decoding only the chunks they lie in."""
-    info = array_info(root, name)
+    info = array_info(root, name, digests=digests)
+    if len(rows) and not 0 <= rows.min() <= rows.max() < info.shape[0]:
+        raise DamagedStoreError(
+            f"{root / name}: expected rows {rows.min()} to {rows.max()}, got an array of "
+            f"{info.shape[0]}"
+        )
     out = np.empty((len(rows), *info.shape[1:]), dtype=info.dtype)
     numbers = rows // info.chunk[0]
     for number in np.unique(numbers).tolist():
@@ -177,8 +275,9 @@ def read_chunk(
     Raises:
         DamagedStoreError: the file is missing or is not the one that was written.
     """
+    raw_bytes = prod(info.chunk) * info.dtype.itemsize
     try:
-        stored = (root / path).read_bytes()
+        stored = read_below(root, path, max_bytes=raw_bytes + FRAME_BYTES)
     except FileNotFoundError as error:
         raise DamagedStoreError(f"{root / path}: the file is missing") from error
     out = np.empty(info.chunk, dtype=info.dtype)
@@ -189,6 +288,21 @@ def read_chunk(
             "recorded: the file was replaced"
         )
     return out
+
+
+def check_tokens(tokens: NDArray[np.int32], manifest: Manifest, *, name: str) -> None:
+    """Check that token ids are rows of the head: numpy would let negative ones wrap round.
+
+    Raises:
+        DamagedStoreError: one is not; `name` says of which file.
+    """
+    least, most = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+    if least < 0 or most >= manifest.head["vocab_size"]:
+        raise DamagedStoreError(
+            f"{name}: expected token ids from 0 to {manifest.head['vocab_size'] - 1}, got "
+            f"{least if least < 0 else most}",
+            fix="extract into another folder",
+        )
 
 
 def _chunk_path(name: str, number: int, num_axes: int) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from carryon.cache.errors import DamagedStoreError
 
 _CRC_BYTES = 4
+_HEADER_BYTES = 16  # of Blosc
 _ENTRY_BYTES = 16
 
 
@@ -36,10 +37,17 @@ def decode_chunk(stored: memoryview, out: NDArray[Any], *, name: str) -> None:
     packed = stored[:-_CRC_BYTES]
     if len(stored) <= _CRC_BYTES or _crc(packed) != bytes(stored[-_CRC_BYTES:]):
         raise DamagedStoreError(f"{name}: checksum does not match")
-    num_bytes, _, _ = blosc._cbuffer_sizes(packed)
+    if len(packed) < _HEADER_BYTES:  # Blosc reads its header without asking for the length
+        raise DamagedStoreError(f"{name}: expected a Blosc frame, got {len(packed)} bytes")
+    num_bytes, packed_bytes, block_bytes = blosc._cbuffer_sizes(packed)
     if num_bytes != out.nbytes:
         raise DamagedStoreError(f"{name}: expected {out.nbytes} bytes, got {num_bytes}")
-    blosc.decompress(packed, out)
+    if packed_bytes != len(packed) or block_bytes > max(num_bytes, 1):
+        raise DamagedStoreError(f"{name}: the sizes in its Blosc header do not match the chunk")
+    try:
+        blosc.decompress(packed, out)
+    except (RuntimeError, ValueError) as error:
+        raise DamagedStoreError(f"{name}: Blosc cannot decompress it") from error
 
 
 def encode_shard(rows: NDArray[Any], *, rows_per_chunk: int) -> bytearray:
@@ -59,13 +67,16 @@ def index_bytes(num_chunks: int) -> int:
     return num_chunks * _ENTRY_BYTES + _CRC_BYTES
 
 
-def shard_index(stored: memoryview, *, num_chunks: int, name: str) -> list[tuple[int, int]]:
-    """Return (offset, bytes) of each chunk of a shard.
+def shard_index(
+    stored: memoryview, *, num_chunks: int, name: str, file_bytes: int | None = None
+) -> list[tuple[int, int]]:
+    """Return (offset, bytes) of each chunk of a shard; each lies within the file.
 
     Args:
         stored: the whole shard, or its end, with all of the index.
         num_chunks: chunks in the shard.
         name: of the shard, for errors.
+        file_bytes: size of the whole shard. None: `stored` is all of it.
 
     Raises:
         DamagedStoreError: the index is cut off, or does not match its checksum or the file.
@@ -75,6 +86,9 @@ def shard_index(stored: memoryview, *, num_chunks: int, name: str) -> list[tuple
     if len(stored) < size or _crc(entries) != bytes(stored[-_CRC_BYTES:]):
         raise DamagedStoreError(f"{name}: index is damaged")
     pairs = np.frombuffer(entries, dtype="<u8").reshape(num_chunks, 2).tolist()
+    end = (len(stored) if file_bytes is None else file_bytes) - size
+    if any(offset + num_bytes > end for offset, num_bytes in pairs):
+        raise DamagedStoreError(f"{name}: index points outside of the file")
     return [(int(offset), int(num_bytes)) for offset, num_bytes in pairs]
 
 

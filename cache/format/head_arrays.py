@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import FinalNorm, Head
+from carryon.cache.errors import DamagedStoreError
 from carryon.cache.files import disk_full_named
 from carryon.cache.format.arrays import array_info, encode_array, read_array, read_rows
 from carryon.cache.format.manifest import Manifest
@@ -59,6 +60,7 @@ def read_head(root: Path, manifest: Manifest, *, tokens: NDArray[np.int32] | Non
         DamagedStoreError: a chunk is missing or is not the one that was written.
     """
     facts, digests = manifest.head, manifest.files
+    _check_shapes(root, manifest)
     weight = (
         read_array(root, "head/lm_head", digests=digests)
         if tokens is None
@@ -84,6 +86,23 @@ def read_head(root: Path, manifest: Manifest, *, tokens: NDArray[np.int32] | Non
     )
 
 
+def _check_shapes(root: Path, manifest: Manifest) -> None:
+    """Check the sizes of the head's arrays before any is read."""
+    facts, width = manifest.head, manifest.width
+    shapes: dict[str, tuple[int, ...]] = {
+        "lm_head": (facts["vocab_size"], width),
+        "norm_weight": (width,),
+    }
+    if facts["has_bias"]:
+        shapes["bias"] = (facts["vocab_size"],)
+    if facts["has_norm_bias"]:
+        shapes["norm_bias"] = (width,)
+    for name, shape in shapes.items():
+        found = array_info(root, f"head/{name}", digests=manifest.files).shape
+        if found != shape:
+            raise DamagedStoreError(f"{root}: head/{name}: expected shape {shape}, got {found}")
+
+
 def map_head(root: Path, manifest: Manifest) -> Head:
     """Return the head of the store at `root` with its rows memory-mapped from a temporary file.
 
@@ -97,7 +116,7 @@ def map_head(root: Path, manifest: Manifest) -> Head:
         DiskFullError: no space for the rows, as large as the head is uncompressed.
     """
     name, digests = "head/lm_head", manifest.files
-    info = array_info(root, name)
+    info = array_info(root, name, digests=digests)
     first_token = np.zeros(1, dtype=np.int32)
     rest = read_head(root, manifest, tokens=first_token)
     bias = read_array(root, "head/bias", digests=digests) if rest.bias is not None else None

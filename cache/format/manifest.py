@@ -6,7 +6,6 @@ wrote, with the digests that each may have. A digest over both detects any chang
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,13 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from carryon.cache.errors import DamagedStoreError, InputError, MissingError, StoreError
-from carryon.cache.files import json_bytes, write_json
+from carryon.cache.errors import (
+    DamagedStoreError,
+    InputError,
+    MissingError,
+    StoreError,
+    UnsafePathError,
+)
+from carryon.cache.files import json_bytes, parse_json, read_below, stat_below, write_json
 from carryon.cache.format.quantization import STATE_TYPES, STEPS
+from carryon.cache.format.schema import check_manifest
 from carryon.cache.format.zarr_metadata import copy_path, group_document
 
 FORMAT = "carryon-store"
 FORMAT_VERSION = 1
+MANIFEST_PATH = "zarr.json"
+"""File that holds the manifest: the zarr.json of the root group."""
+MAX_MANIFEST_BYTES = 32 << 20
+"""Parsed, a manifest takes up to 20 times its bytes."""
 
 _LOCATION = ("id", "revision")  # of a base: its digests identify it
 _READING = ("report", "kinds")  # of a part: how its data were read, which decides no content
@@ -206,9 +216,11 @@ class Manifest:
             )
         fingerprint = values.pop("fingerprint", None)
         try:
-            values["parts"] = [CorpusPart.from_dict(part) for part in values["parts"]]
+            parts = [CorpusPart.from_dict(part) for part in values["parts"]]
+            check_manifest({"profile_error": {}, "files": {}, **values})
+            values["parts"] = parts
             manifest = cls(**values)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise DamagedStoreError(f"{name}: the manifest is damaged: {error}") from error
         if manifest.fingerprint != fingerprint:
             raise DamagedStoreError(f"{name}: the manifest does not match its own fingerprint")
@@ -247,14 +259,14 @@ class Manifest:
 
 def manifest_path(root: Path) -> Path:
     """Return the file that holds the manifest: the zarr.json of the root group."""
-    return root / "zarr.json"
+    return root / MANIFEST_PATH
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write the manifest and its copy; from then on the store exists, with its plan."""
     document = group_document({"carryon": manifest.to_dict()})
-    write_json(root / copy_path("zarr.json"), document)
-    write_json(manifest_path(root), document)
+    write_json(root / copy_path(MANIFEST_PATH), document, root=root)
+    write_json(manifest_path(root), document, root=root)
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -265,14 +277,26 @@ def read_manifest(root: Path) -> Manifest:
         StoreError: there is something else, or another format.
         DamagedStoreError: the document has been changed, or only its copy is there.
     """
-    path, copy = manifest_path(root), root / copy_path("zarr.json")
-    if path.is_file():
-        return parse_manifest(path.read_bytes(), name=str(path), is_mirrored=copy.is_file())
-    if copy.is_file():
+    path, has_copy = manifest_path(root), _is_there(root, copy_path(MANIFEST_PATH))
+    if _is_there(root, MANIFEST_PATH):
+        content = read_below(root, MANIFEST_PATH, max_bytes=MAX_MANIFEST_BYTES)
+        return parse_manifest(content, name=str(path), is_mirrored=has_copy)
+    if has_copy:
         raise DamagedStoreError(f"{path}: missing, but its copy is there")
     raise MissingError(
         f"{root}: expected a store (zarr.json), found none. Fix: carryon extract makes one"
     )
+
+
+def _is_there(root: Path, path: str) -> bool:
+    """Tell whether there is something at a path below `root`; what, reading it finds out."""
+    try:
+        stat_below(root, path)
+    except FileNotFoundError:
+        return False
+    except UnsafePathError:
+        return True
+    return True
 
 
 def parse_manifest(content: bytes, *, name: str, is_mirrored: bool) -> Manifest:
@@ -289,7 +313,7 @@ def parse_manifest(content: bytes, *, name: str, is_mirrored: bool) -> Manifest:
         DamagedStoreError: the document has been changed.
     """
     try:
-        described = json.loads(content)["attributes"].get("carryon")
+        described = parse_json(content)["attributes"].get("carryon")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStoreError(f"{name}: not the zarr.json of a group") from error
     if not isinstance(described, dict):

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import Head
 from carryon.cache.errors import DamagedStoreError
-from carryon.cache.format.arrays import encode_array, read_array
+from carryon.cache.format.arrays import array_info, encode_array, read_array
 from carryon.cache.format.manifest import Manifest
 
 NUM_LOGITS = 8
+_MAX_ROWS = 4096
 _HEAD_TOLERANCE = 0.03  # a base that computes in bfloat16 rounds its logits to 1 part in 256
 _STATE_TOLERANCE = 0.05  # the same states in batches of another shape, each channel by its RMS
 
@@ -57,12 +58,32 @@ def read_probe(root: Path, manifest: Manifest) -> Probe:
     def read(name: str) -> NDArray[Any]:
         return read_array(root, f"probe/{name}", digests=manifest.files)
 
-    return Probe(
+    taps = {*manifest.taps, "final"}
+    shapes = {
+        name: array_info(root, f"probe/{name}", digests=manifest.files).shape
+        for name in ("rows", "top_ids", "top_logits", *(f"states/{tap}" for tap in taps))
+    }
+    num_rows, num_logits = shapes["rows"][0], shapes["top_ids"][-1]
+    expected: dict[str, tuple[int, ...]]
+    expected = {name: (num_rows, manifest.width) for name in shapes}
+    expected |= {
+        "rows": (num_rows,),
+        **dict.fromkeys(("top_ids", "top_logits"), (num_rows, num_logits)),
+    }
+    if shapes != expected or not 1 <= num_rows <= _MAX_ROWS or not 1 <= num_logits <= _MAX_ROWS:
+        raise DamagedStoreError(f"{root}: probe: expected shapes {expected}, got {shapes}")
+    probe = Probe(
         rows=read("rows"),
-        states={tap: read(f"states/{tap}") for tap in {*manifest.taps, "final"}},
+        states={tap: read(f"states/{tap}") for tap in taps},
         top_ids=read("top_ids"),
         top_logits=read("top_logits"),
     )
+    units = probe.rows // manifest.unit_tokens
+    if not 0 <= units[0] < manifest.num_units or (units != units[0]).any():
+        raise DamagedStoreError(
+            f"{root}: probe: expected rows of one unit, got {probe.rows.tolist()!s:.80}"
+        )
+    return probe
 
 
 def check_head(probe: Probe, head: Head, *, name: str) -> None:

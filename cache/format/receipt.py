@@ -6,15 +6,18 @@ of what made the unit: a receipt or file that was changed, or that belongs elsew
 Receipts are in the folder of the array `units` (tokens in each unit).
 """
 
-import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import DamagedStoreError, UnfinishedStoreError
-from carryon.cache.files import json_bytes, write_json
+from carryon.cache.files import json_bytes, names_below, parse_json, read_below, write_json
 from carryon.cache.format.manifest import Manifest, digest_of
+from carryon.cache.format.schema import MAX_RECEIPT_BYTES, check_receipt
 from carryon.cache.format.zarr_metadata import receipt_path
+
+_RECEIPT_NAME = re.compile("(0|[1-9][0-9]{0,8})[.]json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +54,7 @@ def write_receipt(root: Path, receipt: Receipt) -> None:
     """Commit a unit."""
     document = asdict(receipt)
     document["sha256"] = digest_of(document)
-    write_json(root / receipt_path(receipt.unit), document)
+    write_json(root / receipt_path(receipt.unit), document, root=root)
 
 
 def origin_of(manifest: Manifest, unit: int) -> str:
@@ -77,15 +80,15 @@ def read_receipt(root: Path, manifest: Manifest, unit: int) -> Receipt:
     """
     path = root / receipt_path(unit)
     try:
-        content = path.read_bytes()
+        content = read_below(root, receipt_path(unit), max_bytes=MAX_RECEIPT_BYTES)
     except FileNotFoundError as error:
         raise UnfinishedStoreError(
             f"{root}: unit {unit} is not extracted. Fix: carryon extract again, or carryon repair"
         ) from error
     try:
-        receipt = _parse(content)
+        receipt = _parse(content, manifest, unit)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedStoreError(f"{path}: the receipt is damaged") from error
+        raise DamagedStoreError(f"{path}: the receipt is damaged: {error}") from error
     if (receipt.unit, receipt.origin_sha256) != (unit, origin_of(manifest, unit)):
         raise DamagedStoreError(
             f"{path}: expected the receipt of unit {unit} of this store, got one of unit "
@@ -96,15 +99,24 @@ def read_receipt(root: Path, manifest: Manifest, unit: int) -> Receipt:
 
 def units_with_receipt(root: Path) -> set[int]:
     """Return the units that have a receipt, from one listing of a folder."""
-    names = {path.stem for path in (root / "units").glob("*.json")}
-    return {int(name) for name in names if name.isdecimal()}
+    matches = map(_RECEIPT_NAME.fullmatch, names_below(root, "units"))
+    return {int(match[1]) for match in matches if match}
 
 
-def _parse(content: bytes) -> Receipt:
-    values: dict[str, Any] = json.loads(content)
+def _parse(content: bytes, manifest: Manifest, unit: int) -> Receipt:
+    values: dict[str, Any] = parse_json(content)
     is_canonical = json_bytes(values) == content
     digest = values.pop("sha256")
     if not is_canonical or digest_of(values) != digest:
         raise ValueError("not in the form it was written in, or the digest does not match")
+    check_receipt(
+        values,
+        unit=unit,
+        taps=manifest.taps,
+        unit_tokens=manifest.unit_tokens,
+        rows_per_chunk=manifest.rows_per_chunk,
+        row_bytes=manifest.width * manifest.states_dtype.itemsize,
+        is_lossy=manifest.is_lossy,
+    )
     files = {path: FileEntry(**entry) for path, entry in values.pop("files").items()}
     return Receipt(files=files, **values)

@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import Head, widen
 from carryon.cache.errors import DamagedStoreError, InputError, UnfinishedStoreError
-from carryon.cache.format.arrays import read_array
+from carryon.cache.files import read_below, stat_below
+from carryon.cache.format.arrays import check_unit_document, read_array
 from carryon.cache.format.head_arrays import map_head, read_head
 from carryon.cache.format.manifest import Manifest, read_manifest, sha256_hex
 from carryon.cache.format.probe import check_head, check_states, read_probe
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
+from carryon.cache.format.schema import MAX_DOCUMENT_BYTES
 from carryon.cache.format.zarr_metadata import ROW_ARRAYS, TABLE_ROWS, receipt_path
-from carryon.cache.store.samples import StoredSample, Unit
+from carryon.cache.store.samples import StoredSample, Unit, check_places
 from carryon.cache.store.shard_reader import CopyRange, UnitFiles
 from carryon.cache.store.view import StoreLike
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from carryon.cache.store.top_blocks import Blocks
 
+_OVER_UNITS = ("hidden/", "scale/token/", "scale/channel/")
 _RECEIPTS = 64
 """Receipts that are kept parsed: each tap of each unit of a few windows asks for one."""
 
@@ -71,9 +74,8 @@ class Store(StoreLike):
         self.name = str(root) if part is None else f"{root}#{part}"
         first = manifest.parts[(part or 1) - 1]
         self._first_unit, self._first_sample = first.first_unit, first.first_sample
-        self.finished_units = {
-            unit for unit in range(self.num_units) if self._first_unit + unit in with_receipt
-        }
+        numbers = {number - self._first_unit for number in with_receipt}
+        self.finished_units = {unit for unit in numbers if 0 <= unit < self.num_units}
         self._as_torch = as_torch
         self._files = UnitFiles(root, manifest)
         self._receipts: Callable[[int, tuple[int, ...]], Receipt] = lru_cache(_RECEIPTS)(
@@ -130,7 +132,9 @@ class Store(StoreLike):
     @cached_property
     def sample_lengths(self) -> NDArray[np.int32]:
         """[S] tokens of each sample."""
-        return self._read_table("samples/length")
+        lengths = self._read_table("samples/length")
+        check_places(self.sample_starts, lengths, self.manifest, name=self.name)
+        return lengths
 
     @cached_property
     def sample_held_out(self) -> NDArray[np.uint8]:
@@ -155,7 +159,10 @@ class Store(StoreLike):
         """Return the id of a sample."""
         self._check_sample(sample)
         row = self._id_rows(sample // TABLE_ROWS)[sample % TABLE_ROWS]
-        return bytes(row.tobytes()).rstrip(b"\0").decode()
+        try:
+            return bytes(row.tobytes()).rstrip(b"\0").decode()
+        except UnicodeDecodeError as error:
+            raise DamagedStoreError(f"{self.root}: the id of sample {sample} is no text") from error
 
     def index_of(self, sample_id: str) -> int:
         """Return the index of the sample with this id, from a scan of all ids."""
@@ -170,6 +177,19 @@ class Store(StoreLike):
                 return chunk * TABLE_ROWS + int(matches[0])
         raise InputError(f"{self.root}: no sample with the id {sample_id!r}")
 
+    def check_tables(self) -> None:
+        """Read all tables of samples.
+
+        Raises:
+            DamagedStoreError: one is missing or is not what was written, samples do not lie one
+                after another, or the id of the first of many is no text.
+        """
+        tables = (self.sample_lengths, self.sample_held_out, self.sample_groups, self.sample_roles)
+        if any(len(table) != self.num_samples for table in tables):
+            raise DamagedStoreError(f"{self.root}: samples: expected {self.num_samples} rows")
+        for first in range(0, self.num_samples, TABLE_ROWS):
+            self.sample_id(first)
+
     def receipt(self, unit: int) -> Receipt:
         """Return the receipt of a unit; it is parsed again only when its file has changed.
 
@@ -180,7 +200,7 @@ class Store(StoreLike):
         self._check_unit(unit)
         number = self._first_unit + unit
         try:
-            stat = (self.root / receipt_path(number)).stat()
+            stat = stat_below(self.root, receipt_path(number))
         except FileNotFoundError:
             return read_receipt(self.root, self._whole, number)
         return self._receipts(number, (stat.st_mtime_ns, stat.st_ino, stat.st_size))
@@ -322,7 +342,8 @@ def _check_documents(root: Path, manifest: Manifest) -> None:
     for path, digests in manifest.files.items():
         if path.endswith("/zarr.json"):
             try:
-                found = sha256_hex((root / path).read_bytes())
+                content = read_below(root, path, max_bytes=MAX_DOCUMENT_BYTES)
+                found = sha256_hex(content)
             except FileNotFoundError:
                 found = "no file"
             if found not in digests:
@@ -330,3 +351,11 @@ def _check_documents(root: Path, manifest: Manifest) -> None:
                     f"{root / path}: not as it was written: expected SHA-256 {digests[0]}, "
                     f"got {found}"
                 )
+            name = path.removesuffix("/zarr.json")
+            if name in ROW_ARRAYS or name.startswith(_OVER_UNITS):
+                try:
+                    check_unit_document(content, manifest, name)
+                except (ValueError, KeyError, TypeError, IndexError) as error:
+                    raise DamagedStoreError(
+                        f"{root / path}: does not agree with the manifest: {error}"
+                    ) from error

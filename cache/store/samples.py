@@ -10,6 +10,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import widen
+from carryon.cache.errors import DamagedStoreError
+from carryon.cache.format.manifest import Manifest
+
+
+def check_places(
+    starts: NDArray[np.int64], lengths: NDArray[np.int32], manifest: Manifest, *, name: str
+) -> None:
+    """Check that samples lie one after another, each within a unit.
+
+    Args:
+        starts: [S] first row of each sample.
+        lengths: [S] tokens of each sample.
+        manifest: of the store, or of the part.
+        name: of the store, for errors.
+
+    Raises:
+        DamagedStoreError: they do not.
+    """
+    if not len(starts):
+        return
+    size, stops = manifest.unit_tokens, starts + lengths
+    is_ordered = starts[0] >= 0 and bool((stops[:-1] <= starts[1:]).all())
+    is_inside = int(stops[-1]) <= manifest.num_units * size and not (lengths < 0).any()
+    if not (is_ordered and is_inside and (starts % size + lengths <= size).all()):
+        raise DamagedStoreError(
+            f"{name}: samples/start, samples/length: expected samples one after another, each "
+            "within a unit",
+            fix="extract into another folder",
+        )
+
 
 Array = Any
 """A numpy array; after `as_torch`, a torch tensor on the same memory."""

@@ -4,17 +4,20 @@ Every file is compared with the size in the unit's receipt, every chunk with its
 Letters: R rows of a unit, D base width.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.buffers import BufferPool
-from carryon.cache.errors import DamagedStoreError
-from carryon.cache.format.arrays import ArrayInfo, array_info, read_chunk
+from carryon.cache.errors import DamagedStoreError, StoreError
+from carryon.cache.files import open_below, stat_below
+from carryon.cache.format.arrays import check_tokens, read_chunk, unit_array_info
 from carryon.cache.format.codec import chunk_checksum, decode_chunk, index_bytes, shard_index
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import Codes, from_codes
@@ -45,18 +48,25 @@ class CopyRange:
 
 
 class UnitFiles:
-    """Reader of unit files; keeps the array documents, and memory to read into."""
+    """Reader of unit files; keeps memory to read into."""
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         """Read nothing yet."""
         self._root, self._manifest = root, manifest
         self._dtype = manifest.states_dtype
-        self._infos: dict[str, ArrayInfo] = {}
         self._memory = BufferPool(max_free=MAX_FREE)
 
     def rows(self, name: str, unit: int, receipt: Receipt) -> NDArray[Any]:
-        """Return a unit's `tokens`, `loss_mask` or `char_end`, [R]."""
-        return self._chunk_file(name, row_path(name, unit), receipt)
+        """Return a unit's `tokens`, `loss_mask` or `char_end`, [R].
+
+        Raises:
+            DamagedStoreError: a file is not what was written, or a token id is not one of the base.
+        """
+        path = row_path(name, unit)
+        rows = self._chunk_file(name, path, receipt)
+        if name == "tokens":
+            check_tokens(rows, self._manifest, name=str(self._root / path))
+        return rows
 
     def states(self, tap: str, unit: int, rows: slice, receipt: Receipt) -> NDArray[Any]:
         """Return `rows` of a unit's states at a tap; only the chunks they lie in are read.
@@ -124,9 +134,11 @@ class UnitFiles:
         end = self._entry(path, receipt).bytes
         num_chunks = self._manifest.unit_tokens // self._manifest.rows_per_chunk
         size = index_bytes(num_chunks)
-        with (self._root / path).open("rb", buffering=0) as file:
+        if end < size:
+            raise DamagedStoreError(f"{name}: index is damaged")
+        with os.fdopen(open_below(self._root, path), "rb", buffering=0) as file:
             part = _read(file, end - size, memoryview(bytearray(size)))
-            index = shard_index(part, num_chunks=num_chunks, name=name)
+            index = shard_index(part, num_chunks=num_chunks, name=name, file_bytes=end)
             # One size for all shards, so that its memory is reused.
             largest = max((index[chunk][1] for chunk in chunks), default=0)
             raw = self._manifest.rows_per_chunk * self._manifest.width * self._dtype.itemsize
@@ -145,21 +157,27 @@ class UnitFiles:
     def _chunk_file(self, name: str, path: str, receipt: Receipt) -> NDArray[Any]:
         """Return the only chunk that a unit has of the array `name`."""
         entry = self._entry(path, receipt)
-        if name not in self._infos:
-            self._infos[name] = array_info(self._root, name)
-        return read_chunk(self._root, path, self._infos[name], sha256=[entry.sha256])
+        info = unit_array_info(self._manifest, name)
+        return read_chunk(self._root, path, info, sha256=[entry.sha256])
 
     def _take(self, num_rows: int) -> NDArray[Any]:
         """Return memory for stored rows [num_rows, D]."""
         width = self._manifest.width
-        memory = self._memory.take(num_rows * width * self._dtype.itemsize)
+        num_bytes = num_rows * width * self._dtype.itemsize
+        try:
+            memory = self._memory.take(num_bytes)
+        except MemoryError as error:
+            raise StoreError(
+                f"{self._root}: expected memory for {num_bytes} bytes of states, got too little. "
+                "Fix: read parts of samples in place of units"
+            ) from error
         return memory.view(self._dtype).reshape(num_rows, width)
 
     def _entry(self, path: str, receipt: Receipt) -> FileEntry:
         """Return what the receipt says of a file, after comparing its size."""
         entry = receipt.files.get(path)
         try:
-            size = (self._root / path).stat().st_size
+            size = stat_below(self._root, path).st_size
         except FileNotFoundError:
             size = None
         if entry is None or size != entry.bytes:
@@ -168,6 +186,48 @@ class UnitFiles:
                 f"got {'no file' if size is None else size}"
             )
         return entry
+
+
+def decode_shard(
+    content: bytes, manifest: Manifest, checksums: Sequence[str], *, name: str
+) -> Iterator[NDArray[Any]]:
+    """Yield the rows of each chunk of a whole shard, in memory that is used again.
+
+    Args:
+        content: of the shard.
+        manifest: of the store.
+        checksums: of each chunk, as the receipt says.
+        name: of the shard, for errors.
+
+    Raises:
+        DamagedStoreError: a chunk does not decode, or is not the one of the receipt.
+    """
+    stored, shape = memoryview(content), (manifest.rows_per_chunk, manifest.width)
+    index = shard_index(stored, num_chunks=len(checksums), name=name)
+    rows = np.empty(shape, dtype=manifest.states_dtype)
+    for number, ((offset, size), checksum) in enumerate(zip(index, checksums, strict=True)):
+        where, chunk = f"{name} chunk {number}", stored[offset : offset + size]
+        decode_chunk(chunk, rows, name=where)
+        if chunk_checksum(chunk) != checksum:
+            raise DamagedStoreError(f"{where}: its checksum differs from the receipt")
+        yield rows
+
+
+def check_finite(values: NDArray[Any], *, name: str) -> None:
+    """Check that states or scales are numbers; uint16 is read as bits of bfloat16.
+
+    Raises:
+        DamagedStoreError: one is NaN or infinite; `name` says of what.
+    """
+    if not is_finite(values).all():
+        raise DamagedStoreError(f"{name}: expected finite states, got NaN or infinity")
+
+
+def is_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Tell of each value whether it is finite; uint16 is read as bits of bfloat16."""
+    if values.dtype == np.uint16:  # not finite where the exponent is all ones
+        return np.asarray((values & 0x7F80) != 0x7F80)
+    return np.asarray(np.isfinite(values))
 
 
 def _split_at_chunks(moves: Sequence[CopyRange], per_chunk: int) -> dict[int, list[CopyRange]]:

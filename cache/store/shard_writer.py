@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import widen
 from carryon.cache.errors import InputError
-from carryon.cache.files import write_file
-from carryon.cache.format.arrays import array_info, read_array, read_chunk
+from carryon.cache.files import read_below, write_file
+from carryon.cache.format.arrays import check_tokens, read_array, read_chunk, unit_array_info
 from carryon.cache.format.codec import chunk_checksums, encode_chunk, encode_shard
 from carryon.cache.format.manifest import Manifest, sha256_hex
 from carryon.cache.format.quantization import STEPS, bfloat16_bits, to_codes
@@ -29,6 +29,8 @@ from carryon.cache.format.zarr_metadata import (
     shard_path,
     token_scale_path,
 )
+from carryon.cache.store.samples import check_places
+from carryon.cache.store.shard_reader import is_finite
 from carryon.cache.versions import library_versions
 
 States = NDArray[Any]  # float32, or uint16 bits of bfloat16
@@ -65,6 +67,7 @@ class UnitInputs:
         stop, digests = manifest.num_samples, manifest.files
         self._starts = read_array(root, "samples/start", stop=stop, digests=digests)
         self._lengths = read_array(root, "samples/length", stop=stop, digests=digests)
+        check_places(self._starts, self._lengths, manifest, name=str(root))
         first_rows = np.arange(manifest.num_units + 1) * manifest.unit_tokens
         self._bounds = np.searchsorted(self._starts, first_rows).tolist()
 
@@ -76,14 +79,21 @@ class UnitInputs:
         """Read the input of a unit; all its files are compared with their checksums.
 
         Raises:
-            DamagedStoreError: a file is missing or does not match its checksum.
+            DamagedStoreError: a file is missing or does not match its checksum, or a token id is
+                not one of the base.
         """
         rows = {
             name: read_chunk(
-                self._root, row_path(name, unit), array_info(self._root, name), sha256=None
+                self._root,
+                row_path(name, unit),
+                unit_array_info(self._manifest, name),
+                sha256=None,
             )
             for name in ROW_ARRAYS
         }
+        check_tokens(
+            rows["tokens"], self._manifest, name=str(self._root / row_path("tokens", unit))
+        )
         first, stop = self._bounds[unit : unit + 2]
         starts = self._starts[first:stop] - unit * self._manifest.unit_tokens
         lengths = self._lengths[first:stop]
@@ -132,11 +142,11 @@ def write_unit(
             _check_rows(root, manifest, unit_input, tap, rows)
     entries: dict[str, FileEntry] = {}
     for path in (row_path(name, unit) for name in ROW_ARRAYS):
-        entries[path] = _entry((root / path).read_bytes())
+        entries[path] = _entry(read_below(root, path))
     num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
     for tap, rows in stored.items():
         for path, content in _encode_tap(manifest, tap, unit, rows):
-            write_file(root / path, content)
+            write_file(root / path, content, root=root)
             entries[path] = _entry(content, num_chunks if path == shard_path(tap, unit) else 0)
     receipt = Receipt(
         unit=unit,
@@ -197,10 +207,9 @@ def _check_rows(
             f"unit {unit}, tap {tap}: expected 0 in the rows after the last sample's "
             f"{unit_input.num_tokens} tokens, got states: nothing of this unit was written"
         )
-    is_bits = rows.dtype == np.uint16  # of bfloat16, not finite where its exponent is all ones
-    is_finite = ((rows & 0x7F80) != 0x7F80 if is_bits else np.isfinite(rows)).all(axis=1)
-    if not is_finite.all():
-        row = int(np.argmin(is_finite))
+    is_sound = is_finite(rows).all(axis=1)
+    if not is_sound.all():
+        row = int(np.argmin(is_sound))
         within = int(np.searchsorted(unit_input.starts, row, side="right")) - 1
         sample = unit_input.first_sample + within
         ids = read_array(root, "samples/id", first=sample, stop=sample + 1, digests=manifest.files)

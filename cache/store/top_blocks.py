@@ -7,18 +7,21 @@ whose blocks do not run alone is refused.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from carryon.cache.errors import DamagedStoreError, InputError
-from carryon.cache.files import json_bytes
-from carryon.cache.format.manifest import Manifest, sha256_hex
+from carryon.cache.files import json_bytes, parse_json
+from carryon.cache.format.arrays import read_file
+from carryon.cache.format.manifest import Manifest
 
 if TYPE_CHECKING:  # the trainer reads blocks and loads no base
     from transformers import PretrainedConfig, PreTrainedModel
@@ -154,21 +157,40 @@ def load_blocks(root: Path, manifest: Manifest) -> Blocks:
         )
 
     def read(path: str) -> bytes:
-        try:
-            content = (root / path).read_bytes()
-        except FileNotFoundError:
-            content = b""
-        if sha256_hex(content) not in manifest.files.get(path, []):
-            raise DamagedStoreError(f"{root / path}: not as it was written")
-        return content
+        return read_file(root, path, digests=manifest.files)
 
-    facts = json.loads(read(CONFIG_PATH))
+    def tensors(path: str) -> dict[str, Tensor]:
+        try:
+            return load(read(path))
+        except SafetensorError as error:
+            raise DamagedStoreError(f"{root / path}: no safetensors file: {error}") from error
+
+    config, names = _parse_facts(read(CONFIG_PATH), manifest, name=str(root / CONFIG_PATH))
     return Blocks(
-        config=facts["config"],
-        names=facts["names"],
-        norm=load(read("blocks/norm.safetensors")),
-        blocks=[load(read(f"blocks/{index}.safetensors")) for index in range(facts["blocks"])],
+        config=config,
+        names=names,
+        norm=tensors("blocks/norm.safetensors"),
+        blocks=[tensors(f"blocks/{index}.safetensors") for index in range(manifest.num_blocks)],
     )
+
+
+def _parse_facts(
+    content: bytes, manifest: Manifest, *, name: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the base's config, and the decoder's names of its blocks and norm."""
+    try:
+        facts = parse_json(content)
+        config, names, num_blocks = facts["config"], facts["names"], facts["blocks"]
+        if not isinstance(config, dict) or not isinstance(config["model_type"], str):
+            raise TypeError("config: expected an object with a model_type")
+        if type(config["num_hidden_layers"]) is not int or num_blocks != manifest.num_blocks:
+            raise TypeError(f"blocks: expected {manifest.num_blocks}")
+        for key in ("blocks", "norm"):  # attributes that are looked up, so none of Python's own
+            if not re.fullmatch("[a-zA-Z][a-zA-Z0-9_]{0,60}", names[key]):
+                raise TypeError(f"names: expected attributes of a decoder, got {names[key]!a:.60}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedStoreError(f"{name}: damaged: {error}") from error
+    return config, names
 
 
 def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
