@@ -94,7 +94,8 @@ def repair(
         restored += _restore_mirrored(root, problems)
         head_paths = [problem.path for problem in problems if not is_mirrored(problem.path)]
         if head_paths or units:
-            facts = {name: manifest.forward[name] for name in ("compute_dtype", "attention")}
+            names = {"compute_dtype", "attention"} & manifest.forward.keys()
+            facts = {name: manifest.forward[name] for name in names}
             settings = replace(forward, **facts)
             loaded = _load(root, manifest, base, forward=settings)
             refuse_other_base(manifest, loaded, name=str(root))

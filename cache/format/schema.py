@@ -124,11 +124,9 @@ def _check_base(values: Mapping[str, Any]) -> None:
     for name, value in base.items():
         if value is not None and not isinstance(value, int):
             _text(base, name)
-    for name in ("compute_dtype", "attention"):
-        _text(forward, name)
-    versions = _mapping(values, "versions")
-    for name in versions:
-        _text(versions, name)
+    for texts in (forward, _mapping(values, "versions")):
+        for name in texts:
+            _text(texts, name)
     _mapping(values, "corpus")
 
 

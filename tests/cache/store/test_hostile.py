@@ -282,7 +282,7 @@ VALUES = [
     ("parts.0.counts.tokens", HUGE),
     ("profile_error", {"final": 3}),
     ("versions", {"torch": 2}),
-    ("forward", {}),
+    ("forward", {"attention": 3}),
     ("files", {}),
     ("files", []),
     ("files", {"head/zarr.json": "0" * 64}),
