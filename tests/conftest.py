@@ -30,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=12,
         help="single bytes flipped at random in a store (full: 200)",
     )
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        default=60,
+        help="random documents of each fuzz test (full: 5000)",
+    )
 
 
 THREADS = torch.get_num_threads()
