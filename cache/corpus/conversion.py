@@ -16,7 +16,7 @@ from carryon.cache.corpus.files import read_shard
 from carryon.cache.corpus.lengths import Cutter
 from carryon.cache.corpus.record_tokens import KINDS, Asks, Piece, RecordTokens
 from carryon.cache.corpus.records import Pair, Record, Text, read_record
-from carryon.cache.corpus.report import Tally
+from carryon.cache.corpus.report import LOST_HELD_OUT, Tally
 from carryon.cache.corpus.rows import BadRow, Row, Shard
 from carryon.cache.corpus.samples import Sample, SampleWriter
 from carryon.cache.corpus.tokenize import WINDOW_CHARS, Encoder, Request, Tokens
@@ -129,6 +129,8 @@ class Converter:
                 where = job.record.where
                 problem = str(error).removeprefix(f"{where}: ")
                 raise InputError(f"{where}: {problem}") from error
+            if not job.tally.kept and (job.is_held_out or job.name in self._cutter.held_out):
+                job.tally.count(LOST_HELD_OUT, where=job.where)
             tally.merge(job.tally)
 
     def _samples(self, job: "_Job") -> Iterator[Sample]:
@@ -156,10 +158,13 @@ class _Job:
         self.tally, self.pieces = Tally(), list[Piece]()
         self.request: Request | None = None
         self.error: Exception | None = None
+        self.where, self.name = row.where, ""
+        self.is_held_out = isinstance(row, Row) and row.is_held_out
         self.record: Record
         self._asks: Asks
         try:
             self.record = record = _read(row)
+            self.name, self.is_held_out = record.id, record.is_held_out
             if isinstance(record.content, Text) and len(record.content.text) > WINDOW_CHARS:
                 tokens.check_mask(record)
                 return

@@ -121,6 +121,7 @@ def read_corpus(
         "rows": [data_settings.bad_rows, data_settings.drop_unfit],
         "numbers": [max_tokens, vocab_size, *end_tokens],
         "held_out": sorted(held_out),
+        "counts": 2,  # raised when what is counted changes
         "tokenizer": _tokenizer_rules(tokenizer),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

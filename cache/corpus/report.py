@@ -18,7 +18,9 @@ FIXES = {
     "no target": "check --mask, --max-tokens and the records",
 }
 """Reason for a loss -> the option that mends it."""
+LOST_HELD_OUT = "marked held out, but gave no sample"
 NOTES = {
+    LOST_HELD_OUT: "check --mask and --max-tokens, or mark other records",
     "split into pieces": "",
     "one sample per turn, as the chat template rewrites earlier turns": "--turns last learns fewer",
     "turn left out, its prompt longer than a sample": "",
@@ -30,7 +32,8 @@ NOTES = {
     "target without an end token": "the model may not learn to stop: use a chat template that "
     "writes an end token of the base, or the instruct version of the base",
 }
-"""What happened to records without a loss -> advice. Only the last is a warning."""
+"""What happened to records without a further loss -> advice."""
+_WARNED = (LOST_HELD_OUT, "target without an end token")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,8 +157,8 @@ def format_report(report: Report) -> str:
 
 
 def warnings(report: Report) -> list[str]:
-    """Return a line for each loss of over 1 % of the records or tokens, and for targets without an
-    end token."""
+    """Return a line for each loss of over 1 % of the records or tokens, for held-out records
+    without a sample, and for targets without an end token."""
     lines = []
     all_tokens = report.tokens + sum(loss.tokens for loss in report.losses)
     for loss in report.losses:
@@ -169,7 +172,7 @@ def warnings(report: Report) -> list[str]:
     lines += [
         f"{note.reason}: {note.records:,} of them, the first is {note.first}. Fix: {note.fix}"
         for note in report.notes
-        if note.reason == "target without an end token"
+        if note.reason in _WARNED
     ]
     return lines
 

@@ -17,7 +17,13 @@ from carryon.cache.store.view import StoreLike
 from carryon.train.config import OptimizationSettings, StreamSettings, TrainSettings
 from carryon.train.data.mixture import MixedStore, open_stores
 from carryon.train.data.sampler import Window, plan_epoch
-from carryon.train.data.split import Split, refuse_pairs, sample_units, split_samples
+from carryon.train.data.split import (
+    Split,
+    refuse_lost_marks,
+    refuse_pairs,
+    sample_units,
+    split_samples,
+)
 from carryon.train.modules.taps import check_taps, resolve_taps, stream_taps
 
 ROOM = 1.25
@@ -112,11 +118,13 @@ def split_store(store: StoreLike, settings: StreamSettings) -> Split:
     """Return the training and the held-out samples of a store or a mix.
 
     Raises:
-        InputError: one of the halves would be empty.
+        InputError: one of the halves would be empty, or the data marked held-out samples of
+            which none is left.
     """
     share, seed = settings.held_out_ratio, settings.data_seed
     if isinstance(store, MixedStore):
         return store.split(share=share, seed=seed)
+    refuse_lost_marks(store)
     return split_samples(
         store.sample_held_out,
         share=share,

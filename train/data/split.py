@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from carryon.cache.corpus.report import LOST_HELD_OUT, Report
 from carryon.cache.errors import InputError
+from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
 
 
@@ -92,6 +94,25 @@ def _choose_groups(
         return order[[int(np.argmin(sizes[order]))]]
     number = int(np.searchsorted(np.cumsum(sizes[fitting]), wanted, side="right"))
     return fitting[:number]
+
+
+def refuse_lost_marks(store: StoreLike) -> None:
+    """Check that a store whose corpus marked records as held out has one of them left.
+
+    Raises:
+        InputError: none of them gave a sample, so that a split would have to be made up.
+    """
+    if not isinstance(store, Store) or store.sample_held_out.any():
+        return
+    reports = [Report.from_dict(part.report) for part in store.manifest.parts if part.report]
+    lost = [note for each in reports for note in each.notes if note.reason == LOST_HELD_OUT]
+    if lost:
+        raise InputError(
+            f"{store.name}: expected held-out samples, as its data marked some, got none: "
+            f"{sum(note.records for note in lost):,} marked records gave no sample, the first is "
+            f"{lost[0].first}. Fix: extract again with marks on records that have targets "
+            "(--mask, --max-tokens), or without marks"
+        )
 
 
 def refuse_pairs(store: StoreLike) -> None:

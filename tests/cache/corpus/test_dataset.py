@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from carryon.cache.corpus.conversion import Converter
 from carryon.cache.corpus.dataset import Corpus, Sample, read_corpus
-from carryon.cache.corpus.report import warnings
+from carryon.cache.corpus.report import LOST_HELD_OUT, warnings
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.settings import CorpusSettings, DataSettings
 
@@ -769,3 +769,27 @@ def read_one(
 def spell(tokenizer: PreTrainedTokenizerFast, tokens: Any) -> list[str]:  # noqa: ANN401
     """Return the tokens as the vocabulary spells them."""
     return [str(token) for token in tokenizer.convert_ids_to_tokens(tokens)]
+
+
+def test_held_out_records_without_a_sample_are_counted_and_warned_of(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "data.jsonl",
+        {"prompt": "h", "completion": "xyz", "id": "kept"},
+        {"prompt": "h", "completion": "", "split": "held-out"},
+        {"prompt": "h", "completion": "", "id": "named"},
+        {"prompt": "h", "completion": "a", "split": "held-out"},
+        {"prompt": "h", "completion": ""},
+    )
+    corpus = read_corpus(
+        [path],
+        make_tokenizer(),
+        settings=CorpusSettings(),
+        data_settings=DataSettings(workers=1),
+        max_tokens=50,
+        held_out=["named"],
+    )
+    [note] = [each for each in corpus.report.notes if each.reason == LOST_HELD_OUT]
+    assert (note.records, note.first) == (2, f"{path}:2")
+    assert any(
+        "marked held out, but gave no sample: 2 of them" in x for x in warnings(corpus.report)
+    )

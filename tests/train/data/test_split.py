@@ -1,9 +1,16 @@
 """Held-out samples are held out, and always the same ones."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from support.tiny_stores import extract_tiny
 
+from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError
+from carryon.train.config import TrainSettings
+from carryon.train.data.datasets import open_data
 from carryon.train.data.split import split_samples
 
 DIGEST = "ab" * 32
@@ -94,3 +101,22 @@ def test_a_mark_holds_out_the_whole_group() -> None:
         groups=np.array([5, 5, 6, 6], dtype=np.uint64),
     )
     assert split.held_out.tolist() == [0, 1]
+
+
+def test_a_split_is_not_made_up_where_every_marked_record_was_lost(
+    tiny_base: Base, tmp_path: Path
+) -> None:
+    rows = [{"id": f"r{i}", "prompt": "the ", "completion": "thing " * 3} for i in range(6)]
+    rows += [{"id": "lost", "prompt": "the", "completion": "", "split": "held-out"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    extract_tiny(tiny_base, data, tmp_path / "store")
+
+    with pytest.raises(InputError, match=r"expected held-out samples.*got none: 1 marked .*Fix:"):
+        open_data([str(tmp_path / "store")], TrainSettings())
+
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    extract_tiny(tiny_base, data, tmp_path / "unmarked")
+    assert len(open_data([str(tmp_path / "unmarked")], TrainSettings()).split.held_out) == 1
+    with pytest.raises(InputError, match="expected held-out samples"):
+        open_data([str(tmp_path / "unmarked"), str(tmp_path / "store")], TrainSettings())
