@@ -189,9 +189,10 @@ class _Walk:
     def check_lineage(self, root: Path, *, depth: Depth) -> None:
         """Check a lineage: its documents, its runs, and the store in it."""
         self._check(root / DOCUMENTS[0], lambda _: open_lineage(root))
-        for name in DOCUMENTS[1:]:
+        for name in DOCUMENTS:
             if os.path.lexists(root / name):
-                self._check(root / name, _check_text)
+                check = self._sealed if name.endswith(".json") else _check_yaml
+                self._check(root / name, check)
         for name in ("versions.png", "paths.png"):
             if os.path.lexists(root / name):
                 self._check(root / name, _check_png)
@@ -268,9 +269,9 @@ def _check_pointer(path: Path) -> None:
         raise InputError(f"{path}: expected the name of a step folder, got {named!r:.80}")
 
 
-def _check_text(path: Path) -> None:
-    text = _read(path)
-    yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+def _check_yaml(path: Path) -> None:
+    if not isinstance(yaml.safe_load(_read(path)), dict):
+        raise InputError(f"{path}: expected settings by name, got something else")
 
 
 def _check_png(path: Path) -> None:
