@@ -71,6 +71,15 @@ class Progress:
     """Step of that evaluation."""
     evaluations_since_best: int = 0
     """Evaluations after it."""
+    line_tokens: int = 0
+    """Tokens since the last line of metrics, as are the following."""
+    line_targets: int = 0
+    line_elapsed_s: float = 0.0
+    line_wait_s: float = 0.0
+    line_loss_sum: float = 0.0
+    """Sum of the losses of the targets."""
+    line_grad_norm: float = 0.0
+    """Largest norm of a gradient."""
 
 
 START = Progress(step=0, epoch=0, step_in_epoch=0, tokens=0, targets=0, elapsed_s=0.0, wait_s=0.0)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,34 @@ class Meter:
     """Sums up the steps between two lines of metrics."""
 
     def __init__(self, start: Progress) -> None:
-        """Begin after the steps of `start`."""
-        self._start = start
-        self._loss_sum = 0.0
-        self._grad_norm = 0.0
+        """Begin after the steps of `start`, with those since its last line."""
+        self._start = replace(
+            start,
+            tokens=start.tokens - start.line_tokens,
+            targets=start.targets - start.line_targets,
+            elapsed_s=start.elapsed_s - start.line_elapsed_s,
+            wait_s=start.wait_s - start.line_wait_s,
+        )
+        self._loss_sum = start.line_loss_sum
+        self._grad_norm = start.line_grad_norm
 
     def add(self, figures: StepFigures) -> None:
         """Count one step."""
         self._loss_sum += figures.loss * figures.targets
         self._grad_norm = max(self._grad_norm, figures.grad_norm)
+
+    def kept_in(self, progress: Progress) -> Progress:
+        """Return `progress` with the sums since the last line, to begin from after a stop."""
+        start = self._start
+        return replace(
+            progress,
+            line_tokens=progress.tokens - start.tokens,
+            line_targets=progress.targets - start.targets,
+            line_elapsed_s=progress.elapsed_s - start.elapsed_s,
+            line_wait_s=progress.wait_s - start.wait_s,
+            line_loss_sum=self._loss_sum,
+            line_grad_norm=self._grad_norm,
+        )
 
     def line(self, progress: Progress, *, learning_rate: float) -> dict[str, Any]:
         """Return the metrics of the steps up to `progress`, and begin again after them."""

@@ -164,7 +164,7 @@ class RunState:
                 run.folder.checkpoints,
                 carryon=run.carryon,
                 optimizer=run.optimizer,
-                progress=self.progress,
+                progress=self._meter.kept_in(self.progress),
                 identity=run.identity,
                 keep=sys.maxsize if keeps_all else run.settings.run.keep_checkpoints,
             )
