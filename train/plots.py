@@ -172,10 +172,11 @@ def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bo
     )
 
 
-def plot_paths(rates: Mapping[str, Sequence[float]], path: Path) -> bool:
-    """Draw learning rates against the steps, by name."""
+def plot_paths(rates: Mapping[str, Sequence[float]], path: Path, *, every: int = 1) -> bool:
+    """Draw learning rates against the steps, by name; each value is that of `every` steps."""
     series = [
-        Line(xs=range(1, len(values) + 1), ys=values, label=name) for name, values in rates.items()
+        Line(xs=range(1, every * len(values) + 1, every), ys=values, label=name)
+        for name, values in rates.items()
     ]
     style: dict[str, Any] = {"x_label": "step", "y_label": "learning rate", "is_from_zero": True}
     return draw(path, lambda axes: lines(axes, series, **style))

@@ -5,7 +5,6 @@ Every segment is a run that starts from a copy of another's final state: a branc
 unchanged, and training it again gives the same bits. lineage_dir.py lists the files.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -32,6 +31,7 @@ from carryon.train.continual.lineage_dir import (
     settings_of,
     write_lineage,
 )
+from carryon.train.continual.lineage_document import refuse_link
 from carryon.train.continual.texts import extract_texts
 from carryon.train.data.datasets import StorePaths, open_data, store_paths
 from carryon.train.data.sampler import count_steps
@@ -41,6 +41,7 @@ from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.run import Job
 from carryon.train.trainer.run_dir import RunFolder
+from carryon.train.trainer.run_documents import DamagedFileError
 from carryon.train.trainer.segment import Segment
 from carryon.train.trainer.trainer import train_jointly
 
@@ -101,6 +102,8 @@ def update(
         [data_settings] = apply_options(reading, data_settings or DataSettings())
         settings = settings.with_options(**options)
         grown, settings = open_or_start(lineage, settings, alpha=alpha)
+        if not store:  # a stranger's link would let this write elsewhere
+            refuse_link(grown.root, grown.store)
         stores, texts = store_paths(store) or [str(grown.store)], store_paths(data)
         given = stores
         num_increments = len(grown.increments)
@@ -129,7 +132,7 @@ def update(
             report = release_newest(grown, settings)
         if parts:
             report = release_newest(add_increment(grown, parts, settings), settings)
-        return report or _known_report(grown, given)
+        return report or _known_report(grown, given, settings)
 
 
 def open_or_start(
@@ -258,7 +261,7 @@ def _parts(stores: Sequence[str]) -> dict[str, str]:
     return parts
 
 
-def _known_report(lineage: Lineage, stores: Sequence[str]) -> TrainReport:
+def _known_report(lineage: Lineage, stores: Sequence[str], settings: TrainSettings) -> TrainReport:
     """Return the report of the newest version whose own data are among parts of stores."""
     given = _parts(stores)
     version = max(
@@ -267,11 +270,11 @@ def _known_report(lineage: Lineage, stores: Sequence[str]) -> TrainReport:
         if not given.keys().isdisjoint(each.fingerprints)
     )
     logger.info(f"{lineage.root}: no new data; version {version} was released from those given")
-    return _placed(_read_report(lineage.version(version)), lineage.version(version).root)
-
-
-def _read_report(run: RunFolder) -> TrainReport:
-    return TrainReport(**json.loads(run.result.read_text(encoding="ascii")))
+    run = lineage.version(version)
+    try:
+        return _placed(TrainReport.read(run.result), run.root)
+    except DamagedFileError:  # the run is finished again
+        return release(lineage, version, settings=settings, out=run.root)
 
 
 def _placed(report: TrainReport, out: str | Path) -> TrainReport:

@@ -14,7 +14,6 @@ paths.png           learning rates
 .lock               while a process writes: its id
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -27,13 +26,21 @@ from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files import PARTIAL, REPLACED, write_json
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.config import TrainSettings, setting_of, with_current_names
+from carryon.train.continual.lineage_document import (
+    check_lineage,
+    read_document,
+    refuse_folder,
+    refuse_link,
+)
 from carryon.train.optim.lr_paths import branch_point
 from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
+from carryon.train.trainer.run_documents import sealed
 
 FORMAT = "carryon-lineage"
 FORMAT_VERSION = 2
 DOCUMENTS = ("lineage.json", "config.yaml", "texts.json", "versions.json")
 """Files in the folder itself; a killed writer leaves a hidden half of one."""
+PLOTS = ("versions.png", "paths.png")
 _BEFORE_THE_FIRST_INCREMENT = {"store", "start", "texts.json", "config.yaml", FOLDER_LOCK}
 
 
@@ -112,19 +119,22 @@ def read_lineage(root: str | Path) -> Lineage | None:
     """
     folder = Path(root)
     path = folder / "lineage.json"
+    for name in (*DOCUMENTS, *PLOTS):
+        refuse_folder(folder / name)
     if not path.exists():
         if folder.exists() and (
             not folder.is_dir() or any(_is_foreign(entry.name) for entry in folder.iterdir())
         ):
             raise InputError(f"{root}: expected a lineage or a new folder, got something else")
         return None
-    document = json.loads(path.read_text(encoding="ascii"))
-    name, version = document.pop("format"), document.pop("format_version")
+    document = read_document(path)
+    name, version = (document.pop(key, None) for key in ("format", "format_version"))
     if (name, version) != (FORMAT, FORMAT_VERSION):
         raise InputError(
-            f"{path}: expected {FORMAT} {FORMAT_VERSION}, got {name} {version}. Fix: start another "
-            "lineage"
+            f"{path}: expected {FORMAT} {FORMAT_VERSION}, got {name!a:.80} {version!a:.80}. Fix: "
+            "start another lineage"
         )
+    check_lineage(document, path=path)
     document["increments"] = [
         Increment(**each | {"stores": [_absolute(store, folder) for store in each["stores"]]})
         for each in document["increments"]
@@ -132,7 +142,25 @@ def read_lineage(root: str | Path) -> Lineage | None:
     document["settings"] = with_current_names(document["settings"])
     if "anew_nll" in (before := document["predecessor"] or {}):  # its name in older lineages
         before["from_scratch_nll"] = before.pop("anew_nll")
-    return Lineage(root=folder, **document)
+    lineage = Lineage(root=folder, **document)
+    try:
+        settings_of(lineage)
+    except (InputError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: settings: {error}") from error
+    _refuse_links(lineage)
+    return lineage
+
+
+def _refuse_links(lineage: Lineage) -> None:
+    """Check that the folders in a lineage are folders, so that all writes stay in it."""
+    root = lineage.root
+    refuse_link(root, lineage.start)
+    for number, increment in enumerate(lineage.increments, 1):
+        for run in (lineage.head(number), lineage.tail(number), lineage.version(number)):
+            refuse_link(root, run.root)
+        for store in increment.stores:
+            if Path(store).is_relative_to(root.resolve()):
+                refuse_link(root.resolve(), Path(store.rpartition("#")[0]))
 
 
 def _is_foreign(name: str) -> bool:
@@ -180,7 +208,7 @@ def write_lineage(lineage: Lineage) -> None:
         asdict(each) | {"stores": [_relative(store, lineage.root) for store in each.stores]}
         for each in lineage.increments
     ]
-    write_json(lineage.root / "lineage.json", document)
+    write_json(lineage.root / "lineage.json", sealed(document))
 
 
 def _relative(store: str, root: Path) -> str:

@@ -1,6 +1,6 @@
 """Extract the texts of a lineage into its growing store, and find them again later."""
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,15 @@ from carryon.cache.format.manifest import CorpusPart, manifest_path, read_manife
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage_dir import Lineage, refuse_changed_base
+from carryon.train.continual.lineage_document import (
+    check_texts,
+    read_document,
+    refuse_folder,
+    refuse_link,
+)
 from carryon.train.kinds import get_kind
 from carryon.train.modules.taps import resolve_taps, stream_taps
+from carryon.train.trainer.run_documents import sealed
 
 
 def extract_texts(
@@ -100,7 +107,7 @@ def remember_texts(root: Path, data: Sequence[str], settings: DataSettings) -> s
     """
     sources = open_sources(data, settings, folder=cache_folder())
     found = {source.sha256: _place(source, root) for source in sources}
-    write_json(root / "texts.json", _known_texts(root) | found)
+    write_json(root / "texts.json", sealed(_known_texts(root) | found))
     return set(found)
 
 
@@ -138,7 +145,12 @@ def _place(source: Source, root: Path) -> str:
 
 
 def _absolute(place: str, root: Path) -> str:
-    return str(root.resolve() / place) if place.startswith("./") else place
+    if not place.startswith("./"):
+        return place
+    path = root.resolve() / place
+    refuse_link(root.resolve(), path.parent)
+    refuse_folder(path)
+    return str(path)
 
 
 def _digests(place: str, settings: DataSettings) -> set[str]:
@@ -151,5 +163,4 @@ def _digests(place: str, settings: DataSettings) -> set[str]:
 
 def _known_texts(root: Path) -> dict[str, str]:
     path = root / "texts.json"
-    known: dict[str, str] = json.loads(path.read_text("ascii")) if path.exists() else {}
-    return known
+    return check_texts(read_document(path), path=path) if os.path.lexists(path) else {}

@@ -4,7 +4,8 @@ Losses measured once are kept in LINEAGE/versions.json; plots are versions.png (
 paths.png (learning rates).
 """
 
-import json
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,16 +16,22 @@ from carryon.cache.errors import MissingError
 from carryon.cache.files import write_json
 from carryon.train.continual.increment_data import data_of
 from carryon.train.continual.lineage_dir import Lineage, open_lineage, settings_of
+from carryon.train.continual.lineage_document import is_loss
 from carryon.train.data.datasets import open_data
 from carryon.train.losses.frozen_head import place_head
 from carryon.train.modules.serialization import load_carryon
 from carryon.train.optim.lr_paths import Paradigm, path_rate
 from carryon.train.plots import NLL_LABEL, Line, draw, lines, plot_paths
+from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.nll import FEW_TARGETS, EvalJob, measure_nlls, null_if_nan, warn_if_few
+from carryon.train.trainer.run_documents import DamagedFileError, read_sealed, sealed
+
+logger = logging.getLogger(__name__)
 
 Loss = dict[str, Any]
 """A held-out loss: `loss` in nats per target, its standard error `se`, and the number of `targets`
 (None where an older versions.json does not have them)."""
+_DRAWN_STEPS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +79,9 @@ def list_versions(root: str | Path, *, device: str = "auto") -> list[ReleasedVer
     steps, tokens, seconds = 0, 0, 0.0
     for number in released:
         for report, first in _reports(lineage, number):
-            steps += report["num_steps"] - first
-            tokens += report["num_tokens"]
-            seconds += report["train_s"]
+            steps += report.num_steps - first
+            tokens += report.num_tokens
+            seconds += report.train_s
         versions.append(
             ReleasedVersion(
                 version=number,
@@ -91,7 +98,8 @@ def list_versions(root: str | Path, *, device: str = "auto") -> list[ReleasedVer
         )
     warn_if_few(min(each["targets"] or FEW_TARGETS for each in losses.values()))
     _plot_losses(versions, lineage.root / "versions.png")
-    plot_paths(_rates(lineage, released), lineage.root / "paths.png")
+    every = 1 + lineage.ends[-1] // _DRAWN_STEPS
+    plot_paths(_rates(lineage, released, every), lineage.root / "paths.png", every=every)
     return versions
 
 
@@ -102,6 +110,8 @@ def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> dict[
     place, chunk = pick_device(device), pick_chunk(settings.loss.chunk_tokens)
     for on in released:
         new = [number for number in released if f"{number} on {on}" not in losses]
+        if f"base on {on}" not in losses:
+            new = new or [on]
         if not new:
             continue
         data = open_data(data_of(lineage, on), settings)
@@ -117,15 +127,22 @@ def _measure(lineage: Lineage, released: Sequence[int], *, device: str) -> dict[
             losses.setdefault(f"base on {on}", _loss(nll.base, nll.base_se, nll.targets))
         # No lock, as an update may train for days: the file is replaced in one piece, and losses
         # that another process measured in the meantime stay in it.
-        write_json(path, _known_losses(path) | losses)
+        write_json(path, sealed(_known_losses(path) | losses))
     return losses
 
 
 def _known_losses(path: Path) -> dict[str, Loss]:
-    known = json.loads(path.read_text("ascii")) if path.exists() else {}
+    if not os.path.lexists(path):
+        return {}
+    try:
+        known = read_sealed(path)
+    except DamagedFileError as error:
+        logger.warning(f"{error}. The losses are measured again")
+        return {}
     return {
         name: loss if isinstance(loss, dict) else {"loss": loss, "se": None, "targets": None}
         for name, loss in known.items()
+        if is_loss(name, loss)
     }
 
 
@@ -133,14 +150,14 @@ def _loss(loss: float, se: float, targets: int) -> Loss:
     return {"loss": loss, "se": null_if_nan(se), "targets": targets}
 
 
-def _reports(lineage: Lineage, version: int) -> list[tuple[dict[str, Any], int]]:
+def _reports(lineage: Lineage, version: int) -> list[tuple[TrainReport, int]]:
     """Return the reports of the runs that a version took, each with its first step."""
     branch = lineage.branch_step(version)
     runs = [(lineage.head(version), 0), (lineage.version(version), branch)]
     if version > 1:
         runs.append((lineage.tail(version - 1), lineage.branch_step(version - 1)))
     return [
-        (json.loads(run.result.read_text(encoding="ascii")), first)
+        (TrainReport.read(run.result), first)
         for run, first in runs
         if run.result.exists()  # with alpha 1 the trunk has no head
     ]
@@ -161,7 +178,7 @@ def _plot_losses(versions: Sequence[ReleasedVersion], path: Path) -> None:
     draw(path, lambda axes: lines(axes, series, **style))
 
 
-def _rates(lineage: Lineage, released: Sequence[int]) -> dict[str, list[float]]:
+def _rates(lineage: Lineage, released: Sequence[int], every: int) -> dict[str, list[float]]:
     paths: list[tuple[str, Paradigm, int]] = [("trunk", "trunk", released[-1])]
     paths += [(f"version {number}", "switch", number) for number in released]
     ends, settings = lineage.ends, settings_of(lineage).optimization
@@ -169,7 +186,7 @@ def _rates(lineage: Lineage, released: Sequence[int]) -> dict[str, list[float]]:
     return {
         name: [
             path_rate(step, paradigm=paradigm, version=number, **fixed)
-            for step in range(ends[number - 1])
+            for step in range(0, ends[number - 1], every)
         ]
         for name, paradigm, number in paths
     }

@@ -19,7 +19,7 @@ from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.nll import Nll, measure_nlls, null_if_nan, shown_nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import library_versions
-from carryon.train.trainer.run_documents import DamagedFileError, read_sealed, sealed
+from carryon.train.trainer.run_documents import read_values, sealed
 from carryon.train.trainer.run_state import RunState
 
 
@@ -81,10 +81,7 @@ class TrainReport:
         Raises:
             DamagedFileError: it is not as it was written.
         """
-        try:
-            return cls(**read_sealed(path))
-        except TypeError as error:
-            raise DamagedFileError(f"{path}: expected the report of a run: {error}") from error
+        return read_values(cls, path)
 
     def losses(self) -> str:
         """Return the held-out losses with their standard errors, for people."""

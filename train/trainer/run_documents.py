@@ -8,14 +8,16 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import fields
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from carryon.cache.errors import InputError
 from carryon.cache.files import json_bytes
 from carryon.cache.format.manifest import digest_of
 
+T = TypeVar("T")
 DIGEST = "sha256"
 MAX_BYTES = 64 << 20
 """Of a document. The largest is the state of a checkpoint: a few numbers a weight."""
@@ -56,9 +58,32 @@ def read_sealed(path: Path, *, is_digest_required: bool = False) -> dict[str, An
     if is_digest_required and DIGEST not in document:
         raise DamagedFileError(f"{path}: expected its SHA-256 in it, got none")
     # The bytes are compared too: in another form a changed byte could leave the values as they are.
-    if DIGEST in document and json_bytes(sealed(values)) != content:
+    try:
+        is_whole = DIGEST not in document or json_bytes(sealed(values)) == content
+    except RecursionError as error:  # writing takes more of the stack than reading
+        raise DamagedFileError(f"{path}: expected JSON of a few levels, got deeper ones") from error
+    if not is_whole:
         raise DamagedFileError(f"{path}: the content differs from its SHA-256")
     return values
+
+
+def read_values(kind: type[T], path: Path) -> T:
+    """Return the instance of a dataclass of plain values that a document holds.
+
+    Raises:
+        DamagedFileError: as `read_sealed`, or a value is missing, unknown or of another type.
+    """
+    values = read_sealed(path)
+    try:
+        made = kind(**values)
+    except TypeError as error:
+        raise DamagedFileError(f"{path}: {error!s:.200}") from error
+    for item in fields(kind):  # type: ignore[arg-type]
+        value, types = getattr(made, item.name), cast("type", item.type)
+        is_taken = isinstance(value, types) or (isinstance(value, int) and isinstance(0.0, types))
+        if isinstance(value, bool) or not is_taken:  # an int is a float; a bool is no number
+            raise DamagedFileError(f"{path}: {item.name}: expected {types}, got {value!a:.80}")
+    return made
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -38,7 +38,7 @@ from carryon.train.trainer.metrics import Callback
 from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Job, Run, prepare_run
 from carryon.train.trainer.run_dir import RunFolder, open_run_folder, open_to_write
-from carryon.train.trainer.run_documents import DamagedFileError, read_sealed, sealed
+from carryon.train.trainer.run_documents import DamagedFileError, read_values, sealed
 from carryon.train.trainer.run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -204,8 +204,8 @@ def _contamination(data: TrainData, jobs: Sequence[Job]) -> Contamination:
         if not os.path.lexists(path):
             continue
         try:
-            return Contamination(**read_sealed(path))
-        except (DamagedFileError, TypeError) as error:
+            return read_values(Contamination, path)
+        except DamagedFileError as error:
             logger.warning(f"{path}: damaged, so it is measured again: {error}")
     measured = measure_contamination(data.store, data.split)
     halves = {"train on": measured.train_targets, "hold out": measured.held_out_targets}
