@@ -209,14 +209,22 @@ def read_file(root: Path, path: str, *, digests: Digests) -> bytes:
 
 
 def read_array(
-    root: Path, name: str, *, digests: Digests, first: int = 0, stop: int | None = None
+    root: Path,
+    name: str,
+    *,
+    digests: Digests,
+    first: int = 0,
+    stop: int | None = None,
+    info: ArrayInfo | None = None,
 ) -> NDArray[Any]:
     """Return rows `first` to `stop` (default: all) of the array `name`.
+
+    `info` is that of `array_info`, if it is known.
 
     Raises:
         DamagedStoreError: a chunk is missing or is not the one that was written; names it.
     """
-    info = array_info(root, name, digests=digests)
+    info = info or array_info(root, name, digests=digests)
     size = info.chunk[0]
     stop = info.shape[0] if stop is None else stop
     if not 0 <= first <= stop <= info.shape[0]:
@@ -235,10 +243,15 @@ def read_array(
 
 
 def read_rows(
-    root: Path, name: str, rows: NDArray[np.integer[Any]], *, digests: Digests
+    root: Path,
+    name: str,
+    rows: NDArray[np.integer[Any]],
+    *,
+    digests: Digests,
+    info: ArrayInfo | None = None,
 ) -> NDArray[Any]:
     """Return chosen rows [n] of the array `name`, decoding only the chunks they lie in."""
-    info = array_info(root, name, digests=digests)
+    info = info or array_info(root, name, digests=digests)
     if len(rows) and not 0 <= rows.min() <= rows.max() < info.shape[0]:
         raise DamagedStoreError(
             f"{root / name}: expected rows {rows.min()} to {rows.max()}, got an array of "

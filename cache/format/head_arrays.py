@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from carryon.cache.base.lm_head import FinalNorm, Head
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.files import disk_full_named
-from carryon.cache.format.arrays import array_info, encode_array, read_array, read_rows
+from carryon.cache.format.arrays import ArrayInfo, array_info, encode_array, read_array, read_rows
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.zarr_metadata import HEAD_CHUNK_BYTES
 
@@ -60,13 +60,17 @@ def read_head(root: Path, manifest: Manifest, *, tokens: NDArray[np.int32] | Non
         DamagedStoreError: a chunk is missing or is not the one that was written.
     """
     facts, digests = manifest.head, manifest.files
-    _check_shapes(root, manifest)
+    infos = _checked_infos(root, manifest)
     weight = (
-        read_array(root, "head/lm_head", digests=digests)
+        read_array(root, "head/lm_head", digests=digests, info=infos["lm_head"])
         if tokens is None
-        else read_rows(root, "head/lm_head", tokens.ravel(), digests=digests)
+        else read_rows(root, "head/lm_head", tokens.ravel(), digests=digests, info=infos["lm_head"])
     )
-    bias = read_array(root, "head/bias", digests=digests) if facts["has_bias"] else None
+    bias = (
+        read_array(root, "head/bias", digests=digests, info=infos["bias"])
+        if facts["has_bias"]
+        else None
+    )
     return Head(
         weight=weight,
         bias=bias if bias is None or tokens is None else bias[tokens.ravel()],
@@ -76,9 +80,9 @@ def read_head(root: Path, manifest: Manifest, *, tokens: NDArray[np.int32] | Non
             kind=facts["norm_kind"],
             eps=facts["norm_eps"],
             weight_offset=facts["norm_weight_offset"],
-            weight=read_array(root, "head/norm_weight", digests=digests),
+            weight=read_array(root, "head/norm_weight", digests=digests, info=infos["norm_weight"]),
             bias=(
-                read_array(root, "head/norm_bias", digests=digests)
+                read_array(root, "head/norm_bias", digests=digests, info=infos["norm_bias"])
                 if facts["has_norm_bias"]
                 else None
             ),
@@ -86,8 +90,8 @@ def read_head(root: Path, manifest: Manifest, *, tokens: NDArray[np.int32] | Non
     )
 
 
-def _check_shapes(root: Path, manifest: Manifest) -> None:
-    """Check the sizes of the head's arrays before any is read."""
+def _checked_infos(root: Path, manifest: Manifest) -> dict[str, ArrayInfo]:
+    """Return the facts of the head's arrays, whose sizes are those of the manifest."""
     facts, width = manifest.head, manifest.width
     shapes: dict[str, tuple[int, ...]] = {
         "lm_head": (facts["vocab_size"], width),
@@ -97,10 +101,11 @@ def _check_shapes(root: Path, manifest: Manifest) -> None:
         shapes["bias"] = (facts["vocab_size"],)
     if facts["has_norm_bias"]:
         shapes["norm_bias"] = (width,)
+    infos = {name: array_info(root, f"head/{name}", digests=manifest.files) for name in shapes}
     for name, shape in shapes.items():
-        found = array_info(root, f"head/{name}", digests=manifest.files).shape
-        if found != shape:
+        if (found := infos[name].shape) != shape:
             raise DamagedStoreError(f"{root}: head/{name}: expected shape {shape}, got {found}")
+    return infos
 
 
 def map_head(root: Path, manifest: Manifest) -> Head:

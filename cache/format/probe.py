@@ -56,13 +56,14 @@ def read_probe(root: Path, manifest: Manifest) -> Probe:
     """Read the probe of a store."""
 
     def read(name: str) -> NDArray[Any]:
-        return read_array(root, f"probe/{name}", digests=manifest.files)
+        return read_array(root, f"probe/{name}", digests=manifest.files, info=infos[name])
 
     taps = {*manifest.taps, "final"}
-    shapes = {
-        name: array_info(root, f"probe/{name}", digests=manifest.files).shape
+    infos = {
+        name: array_info(root, f"probe/{name}", digests=manifest.files)
         for name in ("rows", "top_ids", "top_logits", *(f"states/{tap}" for tap in taps))
     }
+    shapes = {name: info.shape for name, info in infos.items()}
     num_rows, num_logits = shapes["rows"][0], shapes["top_ids"][-1]
     expected: dict[str, tuple[int, ...]]
     expected = {name: (num_rows, manifest.width) for name in shapes}
