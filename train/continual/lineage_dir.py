@@ -145,7 +145,8 @@ def read_lineage(root: str | Path) -> Lineage | None:
     lineage = Lineage(root=folder, **document)
     try:
         settings_of(lineage)
-    except (InputError, TypeError, ValueError) as error:
+    # settings of a stranger: whatever they make the checks raise
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise InputError(f"{path}: settings: {error}") from error
     _refuse_links(lineage)
     return lineage
