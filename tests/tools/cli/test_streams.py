@@ -68,7 +68,14 @@ def test_ctrl_c_while_it_starts_is_exit_code_130(
     store: Path, tmp_path: Path, after_s: float
 ) -> None:
     words = f"{PROGRAM} train --store {store} --out {tmp_path}/run {SMALL} --epochs 2000".split()
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts the tests in the background has them ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     maps = Path(f"/proc/{process.pid}/maps")
     while "libpython" not in maps.read_text() and "_json" not in maps.read_text():
         time.sleep(0.005)  # before, Python itself is starting
