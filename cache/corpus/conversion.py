@@ -138,10 +138,12 @@ class Converter:
             raise job.error
         record, content = job.record, job.record.content
         if isinstance(content, Text):
-            windows = [piece.tokens for piece in job.pieces]
-            text = content.text
-            encoded = windows if windows else self._encoder.iter_encode(text)
-            yield from self._cutter.cut_text(record, encoded, len(text), job.tally)
+            text, windows = content.text, iter([piece.tokens for piece in job.pieces])
+            if len(text) > WINDOW_CHARS:
+                windows = self._encoder.iter_encode(text)
+            elif not job.pieces:
+                return
+            yield from self._cutter.cut_text(record, windows, len(text), job.tally)
             return
         cut = self._cutter.cut
         samples = [sample for piece in job.pieces for sample in cut(record, piece, job.tally)]
@@ -165,7 +167,8 @@ class _Job:
         try:
             self.record = record = _read(row)
             self.name, self.is_held_out = record.id, record.is_held_out
-            if isinstance(record.content, Text) and len(record.content.text) > WINDOW_CHARS:
+            content = record.content
+            if isinstance(content, Text) and len(content.text) > WINDOW_CHARS:  # in windows
                 tokens.check_mask(record)
                 return
             self._asks = tokens.pieces(record, self.tally)

@@ -14,11 +14,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -28,25 +30,28 @@ from typing import TYPE_CHECKING, Any
 
 from carryon.cache.corpus.conversion import Converter, ShardResult
 from carryon.cache.corpus.files import plan_shards
+from carryon.cache.corpus.reading.cache_folder import cache_folder, writing_cache
 from carryon.cache.corpus.report import Report, Tally
 from carryon.cache.corpus.rows import Data, Shard, Source
 from carryon.cache.corpus.samples import Sample, SampleTable
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.corpus.tokenize import get_backend
 from carryon.cache.corpus.unique_ids import refuse_equal_ids
-from carryon.cache.errors import DiskFullError, InputError
+from carryon.cache.errors import InputError
 from carryon.cache.progress import Progress
 from carryon.cache.settings import CorpusSettings, DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Corpus", "Sample", "SampleTable", "cache_folder", "read_corpus"]
+__all__ = ["Corpus", "Sample", "SampleTable", "read_corpus"]
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 """Of the cache: raised when the same data would give other samples."""
 _SUMMARY = "summary.json"
+_PARTIAL = ".partial-"
+_ABANDONED_S = 24 * 3600.0
 _GROUP_BYTES = 1 << 20
 _CODE = ("carryon.cache.corpus", "tokenizers", "transformers", "jinja2")
 
@@ -127,17 +132,9 @@ def read_corpus(
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     place = folder / "samples" / digest[:32]
     if not _is_whole(place):
-        _convert_all(sources, converter, place, num_workers=data_settings.workers)
+        with writing_cache(folder):
+            _convert_all(sources, converter, place, num_workers=data_settings.workers)
     return _open(place, sources)
-
-
-def cache_folder() -> Path:
-    """Return where samples are kept: CARRYON_CACHE, or `carryon` in the home of the hub's cache."""
-    if given := os.environ.get("CARRYON_CACHE"):
-        return Path(given)
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(HF_HOME) / "carryon"
 
 
 def _content(source: Source) -> list[Any]:
@@ -159,12 +156,13 @@ def _convert_all(
     make_converter: Callable[[], Converter],
     place: Path,
     *,
-    num_workers: int,  # noqa: ANN401
+    num_workers: int,
 ) -> None:
     """Convert all shards into files in a folder beside `place`, which then gets its name."""
     groups = _group(plan_shards(sources))
     place.parent.mkdir(parents=True, exist_ok=True)
-    partial_place = Path(tempfile.mkdtemp(prefix=f"{place.name}.partial-", dir=place.parent))
+    _sweep(place.parent)
+    partial_place = Path(tempfile.mkdtemp(prefix=f"{place.name}{_PARTIAL}", dir=place.parent))
     try:
         results = _run(groups, make_converter(), partial_place, num_workers=num_workers)
         tally, counts, kinds = Tally(), Counter[str](), Counter[str]()
@@ -180,7 +178,8 @@ def _convert_all(
         report = tally.report()
         if not counts["samples"]:
             raise _empty(report, [source.name for source in sources])
-        table = SampleTable.open(_shard_path(partial_place, n) for n in range(len(groups)))
+        paths = [_shard_path(partial_place, number) for number in range(len(groups))]
+        table = SampleTable.open(paths)
         refuse_equal_ids(table, [shard for shards in groups for shard in shards])
         summary = {
             "fingerprint": table.digest(),
@@ -188,20 +187,31 @@ def _convert_all(
             "kinds": dict(kinds),
             "report": report.to_dict(),
             "skipped": skipped,
-            "sizes": [_shard_path(partial_place, n).stat().st_size for n in range(len(groups))],
+            "sizes": [path.stat().st_size for path in paths],
         }
         (partial_place / _SUMMARY).write_text(json.dumps(summary))
-        if _is_whole(place):
-            return  # made by another process in the meantime
-        shutil.rmtree(place, ignore_errors=True)  # damaged
-        partial_place.rename(place)
-    except OSError as error:
-        raise DiskFullError(
-            f"{place.parent}: the samples cannot be written: {error.strerror}. Fix: make room, or "
-            "set CARRYON_CACHE to another folder"
-        ) from error
+        _publish(partial_place, place)
     finally:
         shutil.rmtree(partial_place, ignore_errors=True)
+
+
+def _publish(partial_place: Path, place: Path) -> None:
+    """Give a finished folder its name, unless another process has made the same one."""
+    try:
+        if not _is_whole(place):
+            shutil.rmtree(place, ignore_errors=True)  # damaged
+            partial_place.rename(place)
+    except OSError:
+        if not _is_whole(place):  # made in the meantime
+            raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left: half-made folders that nobody has changed for a day."""
+    for path in folder.glob(f"*{_PARTIAL}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _group(shards: Sequence[Shard]) -> list[list[Shard]]:
@@ -221,7 +231,7 @@ def _run(
     groups: Sequence[Sequence[Shard]], converter: Converter, folder: Path, *, num_workers: int
 ) -> Iterator[ShardResult]:
     """Yield the result of each group of shards, in order, as several processes convert them."""
-    num_workers = min(num_workers or os.cpu_count() or 1, len(groups))
+    num_workers = min(num_workers or _num_cores(), len(groups))
     paths = [_shard_path(folder, number) for number in range(len(groups))]
     if num_workers <= 1 or sys.platform != "linux" or "fork" not in get_all_start_methods():
         # a spawned process would run the user's script again
@@ -237,6 +247,10 @@ def _run(
     ):
         try:
             yield from pool.map(_convert, groups, paths)
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process that tokenizes was killed, perhaps as memory ran out. Fix: --workers 1"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -245,6 +259,12 @@ def _run(
 
 
 _converter: Converter | None = None
+
+
+def _num_cores() -> int:
+    """Return the cores that this process may use."""
+    may_use = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(may_use(0)) if may_use else os.cpu_count() or 1
 
 
 def _convert(shards: Sequence[Shard], path: Path) -> ShardResult:

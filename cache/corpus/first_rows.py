@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from carryon.cache.corpus.conversion import Converter
-from carryon.cache.corpus.dataset import cache_folder
 from carryon.cache.corpus.files import plan_shards, read_shard
+from carryon.cache.corpus.reading.cache_folder import cache_folder
 from carryon.cache.corpus.report import Report, Tally
 from carryon.cache.corpus.rows import BadRow, Data, Row, Source
 from carryon.cache.corpus.samples import Sample

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.corpus.chat.chat_template import ChatTemplate
-from carryon.cache.corpus.chat.turns import Conversation, Rendering
+from carryon.cache.corpus.chat.rendering import Rendering
+from carryon.cache.corpus.chat.turns import Conversation
 from carryon.cache.corpus.records import Chat, Completion, Pair, Record, Text
 from carryon.cache.corpus.report import Tally
 from carryon.cache.corpus.samples import ROLES
@@ -85,6 +86,9 @@ class RecordTokens:
         if isinstance(content, Chat):
             return (yield from self._chat(content, mask, count))
         if isinstance(content, Text):
+            if not content.text.strip():
+                count("no target")
+                return []
             tokens = yield content.text, ()
             return [Piece(suffix="", tokens=tokens, loss_mask=self._encoder.mark(tokens, None))]
         halves = []
@@ -122,7 +126,7 @@ class RecordTokens:
         return join(parts)
 
     def _completion(self, content: Completion, mask: str, count: Count) -> Asks:
-        if not content.completion:
+        if not content.completion.strip():  # to answer nothing is not learned
             count("no target")
             return []
         length = len(content.prompt)

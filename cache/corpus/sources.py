@@ -17,6 +17,7 @@ from carryon.cache.corpus.files import (
     shard_size,
 )
 from carryon.cache.corpus.reading import folders
+from carryon.cache.corpus.reading.cache_folder import writing_cache
 from carryon.cache.corpus.reading.file_kinds import (
     kind_by_content,
     kind_by_name,
@@ -62,10 +63,11 @@ def open_sources(data: Data, settings: DataSettings, *, folder: Path) -> list[So
         MissingError: no such file, folder or data set.
         InputError: data of no known kind, without a split that is for training or evaluation,
             given twice, or without a column of `settings.column`.
-        DiskFullError: no space left in `folder`.
+        DiskFullError: `folder` cannot be written.
     """
     columns = _parse_columns(settings.column)
-    sources = _drop_equal(_open_data(data, settings, folder))
+    with writing_cache(folder):
+        sources = list(_drop_equal(_open_data(data, settings, folder)))
     return [_expect_kind(source, columns) for source in sources]
 
 

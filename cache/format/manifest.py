@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 MANIFEST_PATH = "zarr.json"
 """File that holds the manifest: the zarr.json of the root group."""
 MAX_MANIFEST_BYTES = 32 << 20
-"""Parsed, a manifest takes up to 20 times its bytes."""
+"""A parsed manifest needs up to 20 times its bytes in memory."""
 
 _LOCATION = ("id", "revision")  # of a base: its digests identify it
 _READING = ("report", "kinds")  # of a part: how its data were read, which decides no content

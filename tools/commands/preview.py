@@ -2,13 +2,20 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings, DataSettings, StoreSettings
 from carryon.tools.cli.output import print_result
 from carryon.tools.commands.shown_samples import make_page, print_samples, show_sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from carryon.cache.corpus.first_rows import RecordSamples
+    from carryon.tools.commands.shown_samples import ShownSample
 
 logger = logging.getLogger(__name__)
 
@@ -70,20 +77,7 @@ def preview(
     )
     if not report.records:
         raise InputError(f"--data: expected at least one record, got none in {' '.join(data)}")
-    shown = [
-        show_sample(
-            sample,
-            tokenizer,
-            kind=record.kind,
-            where=record.where,
-            end_tokens=facts.end_tokens,
-            more=f"{record.num_more:,} more samples of this record not shown"
-            if record.num_more and sample is record.samples[-1]
-            else "",
-        )
-        for record in records
-        for sample in record.samples
-    ]
+    shown = list(_show(records, tokenizer, facts.end_tokens))
     table = format_report(report)
     print_samples(shown)
     print(f"\n{table}\n")
@@ -105,3 +99,20 @@ def preview(
             "report": report.to_dict(),
         }
     )
+
+
+def _show(
+    records: "list[RecordSamples]", tokenizer: "PreTrainedTokenizerBase", end_tokens: Sequence[int]
+) -> "Iterator[ShownSample]":
+    """Yield the samples of each record as they are shown."""
+    for record in records:
+        for sample in record.samples:
+            is_last = sample is record.samples[-1] and record.num_more > 0
+            yield show_sample(
+                sample,
+                tokenizer,
+                kind=record.kind,
+                where=record.where,
+                end_tokens=end_tokens,
+                more=f"{record.num_more:,} more samples of this record not shown" * is_last,
+            )

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.base.loading import locate_base, read_tokenizer
-from carryon.cache.corpus.dataset import cache_folder, read_corpus
+from carryon.cache.corpus.dataset import read_corpus
 from carryon.cache.corpus.files import plan_shards, read_shard
 from carryon.cache.corpus.formats.contents import Chat, Completion, Text
 from carryon.cache.corpus.formats.messages import TRAINED_ROLES
+from carryon.cache.corpus.reading.cache_folder import cache_folder
 from carryon.cache.corpus.records import Record, read_record
 from carryon.cache.corpus.rows import BadRow, Data
 from carryon.cache.corpus.samples import Sample, hash_id

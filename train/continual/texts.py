@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.corpus.dataset import cache_folder
+from carryon.cache.corpus.reading.cache_folder import cache_folder
 from carryon.cache.corpus.rows import Source
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import CarryOnError, InputError, KnownDataError

@@ -14,7 +14,7 @@ conversation is one sample; where the template rewrites earlier turns, each turn
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from carryon.cache.corpus.chat.chat_template import ChatTemplate, UnfitError
@@ -33,6 +33,7 @@ from carryon.cache.corpus.chat.message_forms import (
     says_nothing,
     shows_python,
 )
+from carryon.cache.corpus.chat.rendering import Rendering, Turn
 from carryon.cache.corpus.records import Chat
 
 _HEAD_ROLES = ("system", "developer")
@@ -46,40 +47,6 @@ _LEAST_ENDING = 8
 _PROBES = ({"role": "tool", "content": "x"}, {"role": "user", "content": "x"})
 _FAR = 64
 """Messages behind the beginning of a window at which any user message begins the next."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rendering:
-    """A text and the characters of it that are targets."""
-
-    text: str
-    targets: Sequence[tuple[int, int]] | None
-    """(start, stop) of each; None: everything."""
-    prompts: Sequence[int]
-    """Where generation begins in `text`: no token may reach over these."""
-    turn: int | None
-    """Message that is learned, of one turn; None for a whole conversation."""
-    notes: Sequence[str]
-    """Reasons to be counted, as in report.NOTES."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
-    """An assistant turn, behind the messages before it."""
-
-    index: int
-    """Of its message in the conversation."""
-    closed: str
-    """All through the turn, with its stop token."""
-    start: int
-    stop: int
-    """The target in `closed`; what stands behind it is never generated."""
-    length: int
-    """Characters of `closed` that the template wrote; a stop token may be appended."""
-    is_prompt_kept: bool
-    """Whether `closed` begins with the whole prompt."""
-    moved: int
-    """Characters by which the turn stands further on in `closed` than the template wrote it."""
 
 
 class Conversation:
@@ -301,9 +268,11 @@ class Conversation:
         other = {field: "\1" for field in TEXT_FIELDS if message.get(field)}
         changed = self._render([*messages[:index], {**message, **other}])
         head = closed[: _common_length(closed, changed)]
-        length = 0
-        while length < len(prompt) and prompt[len(prompt) - length - 1 :] in head:
-            length += 1
+        length, most = 0, len(prompt)
+        while length < most:  # an ending that stands in it has all shorter ones in it
+            middle = (length + most + 1) // 2
+            is_in = prompt[len(prompt) - middle :] in head
+            length, most = (middle, most) if is_in else (length, middle - 1)
         if len(head) == len(closed) or length < min(_LEAST_ENDING, len(prompt)):
             raise UnfitError(
                 f"messages[{index}]: {self._template.name} writes the messages before this turn in "

@@ -5,7 +5,11 @@ hand. Shown as text, a space is \u0120 and a newline \u010a.
 """
 
 import json
+import os
 import re
+import shutil
+import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from carryon.cache.corpus.conversion import Converter
 from carryon.cache.corpus.dataset import Corpus, Sample, read_corpus
 from carryon.cache.corpus.report import LOST_HELD_OUT, warnings
-from carryon.cache.errors import InputError, MissingError
+from carryon.cache.errors import DiskFullError, InputError, MissingError
 from carryon.cache.settings import CorpusSettings, DataSettings
 
 TEMPLATE = (
@@ -476,6 +480,66 @@ def test_a_second_reading_of_the_same_data_finds_the_samples(
     (shard,) = (tmp_path / "cache" / "samples").glob("*/000000.arrow")
     shard.write_bytes(shard.read_bytes()[:-9])
     assert read([path], tokenizer).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.csv"])
+def test_a_cache_that_cannot_be_written_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"text": "ab"}\n' if name == "data.jsonl" else "text\nab\n")
+    with pytest.raises(DiskFullError, match=r"the cache of samples cannot be written.*CARRYON_CAC"):
+        read_corpus(
+            [tmp_path / name],
+            make_tokenizer(),
+            settings=CorpusSettings(),
+            max_tokens=9,
+            folder=Path("/proc/none"),
+        )
+
+
+def test_a_cache_that_another_process_made_meanwhile_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"text": "ab", "id": "a"})
+    rename = Path.rename
+
+    def come_second(self: Path, target: Path) -> Path:
+        shutil.copytree(self, target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", come_second)
+    assert [sample.id for sample in read([path], make_tokenizer()).samples] == ["a"]
+
+
+def test_half_made_samples_of_a_killed_process_are_removed_a_day_later(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "samples"
+    for name, age_s in (("old.partial-x", 90_000.0), ("new.partial-y", 60.0)):
+        (folder / name).mkdir(parents=True)
+        then = time.time() - age_s
+        os.utime(folder / name, (then, then))
+    read([write_lines(tmp_path / "data.jsonl", {"text": "ab"})], make_tokenizer())
+    assert [path.name for path in folder.glob("*.partial-*")] == ["new.partial-y"]
+
+
+def test_a_killed_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "ab", "note": " " * 2_000_000} for _ in range(3)]
+    path = write_lines(tmp_path / "data.jsonl", *rows)
+    monkeypatch.setattr(Converter, "convert", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="a process that tokenizes was killed.*--workers 1"):
+        read_corpus(
+            [path],
+            make_tokenizer(),
+            settings=CorpusSettings(),
+            data_settings=DataSettings(workers=2),
+            max_tokens=9,
+            folder=tmp_path / "cache",
+        )
+
+
+@pytest.mark.parametrize(
+    "record", [{"text": ""}, {"text": " \n"}, {"prompt": "a", "completion": " "}]
+)
+def test_to_write_nothing_and_stop_is_not_learned(record: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"got none in 1 records \(no target: 1\)"):
+        read([write_lines(tmp_path / "data.jsonl", record)], make_tokenizer())
 
 
 def test_bad_rows_are_refused_or_listed(tmp_path: Path) -> None:

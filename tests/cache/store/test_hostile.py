@@ -86,7 +86,7 @@ def refuses(root: Path, *texts: str) -> None:
         assert any(text in each for each in found), found
     ends(lambda: repair(root, base="./no/such/base"))
     assert outside(root) == before
-    assert time.perf_counter() - started_at < 5
+    assert time.perf_counter() - started_at < 30, "it hung"
 
 
 PATHS = [

@@ -7,7 +7,7 @@ import pytest
 from support.tiny_runs import TINY, write_texts
 from support.tiny_stores import READING
 
-from carryon.cache.corpus.dataset import cache_folder
+from carryon.cache.corpus.reading.cache_folder import cache_folder
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError
 from carryon.cache.format.manifest import CorpusPart, read_manifest
