@@ -144,7 +144,8 @@ def read_lineage(root: str | Path) -> Lineage | None:
         before["from_scratch_nll"] = before.pop("anew_nll")
     lineage = Lineage(root=folder, **document)
     try:
-        settings_of(lineage)
+        if settings_of(lineage).optimization.learning_rate <= 0:
+            raise InputError("learning_rate: expected more than 0, as of a run")
     # settings of a stranger: whatever they make the checks raise
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise InputError(f"{path}: settings: {error}") from error

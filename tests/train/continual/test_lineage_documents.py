@@ -183,6 +183,16 @@ def test_a_store_outside_its_relative_place_is_refused(store: str, copy: Path) -
         open_lineage(copy)
 
 
+@pytest.mark.parametrize("settings", [{}, {"learning_rate": 0}])
+def test_settings_without_a_rate_are_refused(settings: dict[str, float], copy: Path) -> None:
+    document = json.loads((copy / "lineage.json").read_text())
+    document["settings"] = document["settings"] | settings if settings else {}
+    del document["sha256"]
+    (copy / "lineage.json").write_bytes(json_bytes(sealed(document)))
+    with pytest.raises(InputError, match="settings: learning_rate: expected more than 0"):
+        update(copy, store=copy / "store")
+
+
 def test_one_changed_byte_of_a_lineage_is_noticed(copy: Path) -> None:
     path = copy / "lineage.json"
     content = path.read_bytes()
