@@ -277,6 +277,11 @@ def read_manifest(root: Path) -> Manifest:
         StoreError: there is something else, or another format.
         DamagedStoreError: the document has been changed, or only its copy is there.
     """
+    if root.is_file():
+        raise StoreError(
+            f"{root}: expected the folder of a store, got a file. Fix: carryon extract makes a "
+            "store of data"
+        )
     path, has_copy = manifest_path(root), _is_there(root, copy_path(MANIFEST_PATH))
     if _is_there(root, MANIFEST_PATH):
         content = read_below(root, MANIFEST_PATH, max_bytes=MAX_MANIFEST_BYTES)

@@ -364,6 +364,14 @@ def test_units_and_ids_that_do_not_exist_are_refused(store: Store) -> None:
         store.sample_id(20)
 
 
+def test_a_file_given_for_a_store_is_told_what_makes_one(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}")
+    with pytest.raises(
+        StoreError, match=r"expected the folder of a store, got a file\. Fix: carry"
+    ):
+        Store.open(tmp_path / "chats.jsonl")
+
+
 def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="expected a store.*carryon extract"):
         Store.open(tmp_path)
