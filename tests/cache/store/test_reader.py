@@ -27,6 +27,7 @@ from carryon.cache.errors import (
     DamagedStoreError,
     InputError,
     MissingError,
+    StoreError,
     UnfinishedStoreError,
 )
 from carryon.cache.files import write_file
