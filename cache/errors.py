@@ -3,6 +3,7 @@
     CarryOnError
     |- InputError (ValueError)             a value or file given by the user is wrong
     |  |- KnownDataError                   data to append are in the store already
+    |  |- DamagedFileError                 a file of a run or carry-on is not as it was written
     |- MissingError (FileNotFoundError)    a path that should be there is not
     |- MissingExtraError (ImportError)     an optional package is not installed
     |- DiskFullError (OSError)             the disk is full; what was finished is kept
@@ -27,6 +28,10 @@ class InputError(CarryOnError, ValueError):
 
 class KnownDataError(InputError):
     """Data to append to a store are in it already."""
+
+
+class DamagedFileError(InputError):
+    """A file of a run, lineage or carry-on is not as it was written."""
 
 
 class MissingError(CarryOnError, FileNotFoundError):

@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from carryon.cache.errors import InputError, StoreBusyError
-from carryon.cache.files import disk_full_named, open_below, refuse_links
+from carryon.cache.files.atomic import disk_full_named
+from carryon.cache.files.regular import open_below, refuse_links
 
 LOCK_PATH = "units/.lock"
 """Beside the receipts: zarr-python warns of files it does not know, but not inside an array."""

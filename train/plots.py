@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import MissingExtraError
-from carryon.cache.files import whole_file
+from carryon.cache.files.atomic import whole_file
 from carryon.cache.optional import require
 
 logger = logging.getLogger(__name__)

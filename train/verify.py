@@ -4,7 +4,6 @@ A digest covers the files that decide a result. Of the others, lines and picture
 their form. Folders from before digests were recorded are checked as far as they go.
 """
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -16,6 +15,8 @@ import torch
 import yaml
 
 from carryon.cache.errors import CarryOnError, InputError
+from carryon.cache.files.documents import DIGEST, parse_object, read_bounded, read_sealed
+from carryon.cache.files.regular import open_regular
 from carryon.cache.lock import FOLDER_LOCK
 from carryon.cache.store.verify import Depth
 from carryon.cache.store.verify import verify as verify_store
@@ -26,12 +27,7 @@ from carryon.train.modules.card_file import CARD, README, WEIGHTS, check_digest,
 from carryon.train.modules.serialization import load_carryon, read_card, read_weights
 from carryon.train.trainer.checkpoint import BEST, LAST, OPTIMIZER, STATE, check_checkpoint
 from carryon.train.trainer.run_dir import FORMAT, RunFolder
-from carryon.train.trainer.run_documents import (
-    DIGEST,
-    open_regular,
-    read_sealed,
-    read_whole_lines,
-)
+from carryon.train.trainer.run_documents import read_whole_lines
 
 FolderKind = Literal["store", "carry-on", "run", "lineage"]
 _MARKS: dict[FolderKind, tuple[str, ...]] = {
@@ -226,9 +222,8 @@ class _Walk:
 
     def _sealed(self, path: Path) -> dict[str, Any]:
         values = read_sealed(path)
-        with open_regular(path) as file:
-            if DIGEST not in json.load(file):
-                self.without_digest.append(self._name(path))
+        if DIGEST not in parse_object(read_bounded(path), name=path):
+            self.without_digest.append(self._name(path))
         return values
 
     def _identity(self, path: Path) -> dict[str, Any]:
@@ -249,7 +244,7 @@ def _finite(folder: Path) -> None:
 
 def _check_config(path: Path, identity: Mapping[str, Any]) -> None:
     """Compare the settings of a run with those of its identity."""
-    config = with_current_names(yaml.safe_load(_read(path)))
+    config = with_current_names(yaml.safe_load(read_bounded(path, max_bytes=_MAX_TEXT_BYTES)))
     for name, value in with_current_names(identity).items():
         if name in config and config[name] != value:
             raise InputError(
@@ -264,19 +259,19 @@ def _check_lines(path: Path) -> None:
 
 
 def _check_pointer(path: Path) -> None:
-    named = json.loads(_read(path))["folder"]
+    named = parse_object(read_bounded(path), name=path)["folder"]
     if named not in {each.name for each in path.parent.glob("step-*")}:
         raise InputError(f"{path}: expected the name of a step folder, got {named!r:.80}")
 
 
 def _check_yaml(path: Path) -> None:
-    if not isinstance(yaml.safe_load(_read(path)), dict):
+    if not isinstance(yaml.safe_load(read_bounded(path, max_bytes=_MAX_TEXT_BYTES)), dict):
         raise InputError(f"{path}: expected settings by name, got something else")
 
 
 def _check_png(path: Path) -> None:
     """Compare the checksum of every chunk of a picture."""
-    content = _read(path)
+    content = read_bounded(path, max_bytes=_MAX_TEXT_BYTES)
     position, kind = len(_PNG), b""
     is_sound = content.startswith(_PNG)
     while is_sound and kind != b"IEND":
@@ -289,11 +284,3 @@ def _check_png(path: Path) -> None:
         position = end + 4
     if not is_sound or position != len(content):
         raise InputError(f"{path}: expected a PNG as it was written, got a damaged one")
-
-
-def _read(path: Path) -> bytes:
-    with open_regular(path) as file:
-        content = file.read(_MAX_TEXT_BYTES + 1)
-    if len(content) > _MAX_TEXT_BYTES:
-        raise InputError(f"{path}: expected at most {_MAX_TEXT_BYTES:,} bytes, got more")
-    return content

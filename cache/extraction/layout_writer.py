@@ -20,7 +20,8 @@ from carryon.cache.corpus.samples import SampleTable
 from carryon.cache.errors import StoreError
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.extraction.sample_tables import encode_tables, refuse_known_ids
-from carryon.cache.files import json_bytes, sync_below, write_file
+from carryon.cache.files.atomic import sync_below, write_file
+from carryon.cache.files.documents import json_bytes
 from carryon.cache.format.arrays import read_file
 from carryon.cache.format.codec import encode_chunk
 from carryon.cache.format.head_arrays import encode_head

@@ -23,7 +23,7 @@ from carryon.cache.extraction.resume import (
     refuse_other_data,
     refuse_other_settings,
 )
-from carryon.cache.files import sweep_partials
+from carryon.cache.files.atomic import sweep_partials
 from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
 from carryon.cache.format.receipt import units_with_receipt
 from carryon.cache.lock import write_lock

@@ -14,7 +14,8 @@ from carryon.cache.base.recorded import load_recorded_base
 from carryon.cache.errors import DamagedStoreError, StoreError, UnsafePathError
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.resume import refuse_other_base
-from carryon.cache.files import read_below, sweep_partials, write_file
+from carryon.cache.files.atomic import sweep_partials, write_file
+from carryon.cache.files.regular import read_below
 from carryon.cache.format.head_arrays import encode_head
 from carryon.cache.format.manifest import (
     MANIFEST_PATH,

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.errors import DamagedStoreError
-from carryon.cache.files import json_bytes, parse_json, read_below
+from carryon.cache.files.documents import json_bytes, parse_json
+from carryon.cache.files.regular import read_below
 from carryon.cache.format.codec import decode_chunk, encode_chunk
 from carryon.cache.format.manifest import Manifest, sha256_hex
 from carryon.cache.format.schema import (

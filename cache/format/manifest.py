@@ -20,7 +20,8 @@ from carryon.cache.errors import (
     StoreError,
     UnsafePathError,
 )
-from carryon.cache.files import json_bytes, parse_json, read_below, stat_below, write_json
+from carryon.cache.files.documents import digest_of, json_bytes, parse_json, write_json
+from carryon.cache.files.regular import read_below, stat_below
 from carryon.cache.format.quantization import STATE_TYPES, STEPS
 from carryon.cache.format.schema import check_manifest
 from carryon.cache.format.zarr_metadata import copy_path, group_document
@@ -328,11 +329,6 @@ def parse_manifest(content: bytes, *, name: str, is_mirrored: bool) -> Manifest:
     if json_bytes(group_document({"carryon": described})) != content:
         raise DamagedStoreError(f"{name}: not in the form it was written in")
     return manifest
-
-
-def digest_of(document: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON document in its canonical form."""
-    return hashlib.sha256(json_bytes(dict(document))).hexdigest()
 
 
 def sha256_hex(content: bytes | bytearray | memoryview) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import DamagedStoreError, UnfinishedStoreError
-from carryon.cache.files import json_bytes, names_below, parse_json, read_below, write_json
-from carryon.cache.format.manifest import Manifest, digest_of
+from carryon.cache.files.documents import digest_of, json_bytes, parse_json, write_json
+from carryon.cache.files.regular import names_below, read_below
+from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.schema import MAX_RECEIPT_BYTES, check_receipt
 from carryon.cache.format.zarr_metadata import receipt_path
 

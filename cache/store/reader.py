@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import Head, widen
 from carryon.cache.errors import DamagedStoreError, InputError, UnfinishedStoreError
-from carryon.cache.files import read_below, stat_below
+from carryon.cache.files.regular import read_below, stat_below
 from carryon.cache.format.arrays import check_unit_document, read_array
 from carryon.cache.format.head_arrays import map_head, read_head
 from carryon.cache.format.manifest import Manifest, read_manifest, sha256_hex

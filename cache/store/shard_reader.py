@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.buffers import BufferPool
 from carryon.cache.errors import DamagedStoreError, StoreError
-from carryon.cache.files import open_below, stat_below
+from carryon.cache.files.regular import open_below, stat_below
 from carryon.cache.format.arrays import check_tokens, read_chunk, unit_array_info
 from carryon.cache.format.codec import chunk_checksum, decode_chunk, index_bytes, shard_index
 from carryon.cache.format.manifest import Manifest

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import widen
 from carryon.cache.errors import InputError
-from carryon.cache.files import read_below, write_file
+from carryon.cache.files.atomic import write_file
+from carryon.cache.files.regular import read_below
 from carryon.cache.format.arrays import check_tokens, read_array, read_chunk, unit_array_info
 from carryon.cache.format.codec import chunk_checksums, encode_chunk, encode_shard
 from carryon.cache.format.manifest import Manifest, sha256_hex

@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from carryon.cache.errors import DamagedStoreError, InputError
-from carryon.cache.files import json_bytes, parse_json
+from carryon.cache.files.documents import json_bytes, parse_json
 from carryon.cache.format.arrays import read_file
 from carryon.cache.format.manifest import Manifest
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from carryon.cache.errors import CarryOnError, DamagedStoreError, StoreError, UnsafePathError
-from carryon.cache.files import names_below, open_file_below, read_below, stat_below
+from carryon.cache.files.regular import names_below, open_file_below, read_below, stat_below
 from carryon.cache.format.arrays import read_chunk, unit_array_info
 from carryon.cache.format.codec import decode_chunk, shard_index
 from carryon.cache.format.manifest import (

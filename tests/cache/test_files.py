@@ -9,18 +9,15 @@ import pytest
 from support.tiny_stores import audit, states_at_kills
 
 from carryon.cache.errors import DiskFullError
-from carryon.cache.files import (
-    append_line,
+from carryon.cache.files.atomic import (
     disk_full_named,
-    json_bytes,
-    read_lines,
     recover_folder,
     sweep_partials,
     sync_below,
     whole_folder,
     write_file,
-    write_json,
 )
+from carryon.cache.files.documents import json_bytes, write_json
 
 
 def test_a_file_appears_whole_and_replaces_what_was_there(tmp_path: Path) -> None:
@@ -184,13 +181,3 @@ def test_every_file_and_folder_of_a_new_folder_is_flushed_once(
 
 def path_of(handle: int) -> str:
     return os.readlink(f"/proc/self/fd/{handle}")
-
-
-def test_lines_are_read_up_to_one_cut_off_by_a_kill(tmp_path: Path) -> None:
-    path = tmp_path / "lines"
-    assert read_lines(path) == []
-    append_line(path, {"a": 1})
-    append_line(path, {"b": "\u00e9"})
-    with path.open("a") as file:
-        file.write('{"c": ')
-    assert read_lines(path) == [{"a": 1}, {"b": "\u00e9"}]

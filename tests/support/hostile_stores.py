@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import CarryOnError
-from carryon.cache.files import json_bytes
+from carryon.cache.files.documents import digest_of, json_bytes
 from carryon.cache.format.codec import encode_chunk
-from carryon.cache.format.manifest import digest_of, read_manifest
+from carryon.cache.format.manifest import read_manifest
 from carryon.cache.format.receipt import origin_of, units_with_receipt
 from carryon.cache.format.zarr_metadata import copy_path, places, receipt_path
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carryon.cache.base.model import Base
-from carryon.cache.files import write_json
+from carryon.cache.files.documents import write_json
+from carryon.cache.files.regular import digest_file
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import build_bottleneck
-from carryon.train.modules.card_file import CARD, WEIGHTS, digest_file, signed
+from carryon.train.modules.card_file import CARD, WEIGHTS, signed
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import CarryOnCard
 from support.tiny_bases import randomize_

@@ -36,15 +36,10 @@ from carryon.cache.extraction.pilot import PilotSample, make_probe, measure_prof
 from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.extraction.repair import RepairReport, repair
+from carryon.cache.files.documents import digest_of
 from carryon.cache.format import head_arrays, zarr_metadata
 from carryon.cache.format.head_arrays import head_facts
-from carryon.cache.format.manifest import (
-    CorpusPart,
-    Manifest,
-    digest_of,
-    read_manifest,
-    write_manifest,
-)
+from carryon.cache.format.manifest import CorpusPart, Manifest, read_manifest, write_manifest
 from carryon.cache.format.quantization import STATE_TYPES, bfloat16_bits
 from carryon.cache.format.zarr_metadata import places
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from carryon.cache.errors import InputError
-from carryon.cache.files import write_file
+from carryon.cache.files.atomic import write_file
 from carryon.tools.demo.corpus import make_corpus
 
 GSM = "gsm"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.corpus.records import refuse_shared_texts
-from carryon.cache.files import write_file
+from carryon.cache.files.atomic import write_file
 from carryon.tools.compare.figure import Figure, print_json
 from carryon.train.config import CarryOnSettings, GenerateSettings, TrainSettings
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from carryon.cache.device import pick_chunk, pick_device
-from carryon.cache.files import write_json
+from carryon.cache.files.documents import write_json
 from carryon.tools.bench.path_plan import Lengths, PathSegment, Plan, PlannedVersion, State
 from carryon.train.config import TrainSettings, refuse_other_settings
 from carryon.train.data.datasets import TrainData, open_data

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.files import write_file, write_json
+from carryon.cache.files.atomic import write_file
+from carryon.cache.files.documents import write_json
 from carryon.tools.bench.path_plan import NO_SCHEDULE, Lengths, steps_by_formula
 from carryon.tools.bench.path_runs import PathRuns
 from carryon.tools.cli.table import format_table

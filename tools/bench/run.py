@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError
-from carryon.cache.files import write_file
+from carryon.cache.files.atomic import write_file
 from carryon.tools.bench.job import Job, check_labels
 from carryon.tools.bench.registry import BENCHMARKS, list_groups
 from carryon.tools.cli.table import format_table

@@ -14,8 +14,9 @@ from carryon.cache.base.lm_head import FinalNorm, Head, widen
 from carryon.cache.corpus.samples import Sample, SampleTable
 from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
+from carryon.cache.files.documents import digest_of
 from carryon.cache.format.head_arrays import head_facts
-from carryon.cache.format.manifest import CorpusPart, Manifest, digest_of
+from carryon.cache.format.manifest import CorpusPart, Manifest
 from carryon.cache.format.probe import Probe, channel_relative_error
 from carryon.cache.format.quantization import (
     STATE_TYPES,

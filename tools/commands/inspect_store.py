@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from carryon.cache.corpus.report import Report, format_report, merge_reports
 from carryon.cache.errors import InputError, SettingMismatchError
-from carryon.cache.files import write_file
+from carryon.cache.files.atomic import write_file
 from carryon.tools.cli.table import format_table
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ def preview(
     from carryon.cache.corpus.chat.template_settings import resolve_settings
     from carryon.cache.corpus.first_rows import read_first
     from carryon.cache.corpus.report import format_report, warnings
-    from carryon.cache.files import write_file
+    from carryon.cache.files.atomic import write_file
 
     facts = read_facts(base)
     limit = min(facts.context_tokens, StoreSettings().unit_tokens)

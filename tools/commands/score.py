@@ -45,7 +45,7 @@ def score(
         settings: How text is generated.
         forward: How the base is run.
     """
-    from carryon.cache.files import write_file
+    from carryon.cache.files.atomic import write_file
     from carryon.train.inference.accuracy import make_problems
     from carryon.train.inference.accuracy import score as score_model
     from carryon.train.inference.modeling import CarryOnForCausalLM

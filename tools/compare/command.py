@@ -99,7 +99,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def _base_facts(source: str, folder: Path) -> dict[str, Any]:
     """Return the identity of the base, loaded the first time and then read from a file."""
-    from carryon.cache.files import write_json
+    from carryon.cache.files.documents import write_json
 
     path = folder / "base.json"
     if path.exists():

@@ -27,7 +27,8 @@ from carryon.cache.corpus.rows import BadRow, Data
 from carryon.cache.corpus.samples import Sample, hash_id
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError
-from carryon.cache.files import write_file, write_json
+from carryon.cache.files.atomic import write_file
+from carryon.cache.files.documents import write_json
 from carryon.cache.settings import CorpusSettings, DataSettings
 from carryon.tools.compare.settings import CompareSettings
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, hash_ngrams

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from carryon.cache.files import write_file
+from carryon.cache.files.atomic import write_file
 from carryon.tools.cli.table import format_table
 from carryon.tools.compare.figure import Figure
 from carryon.tools.compare.settings import CONTROLS

@@ -21,7 +21,8 @@ import torch
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.extraction.plan import plan_extraction
-from carryon.cache.files import write_file, write_json
+from carryon.cache.files.atomic import write_file
+from carryon.cache.files.documents import write_json
 from carryon.cache.progress import Progress
 from carryon.cache.settings import DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store

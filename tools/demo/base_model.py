@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from carryon.cache.errors import MissingError
-from carryon.cache.files import whole_folder
+from carryon.cache.files.atomic import whole_folder
 
 logger = logging.getLogger(__name__)
 

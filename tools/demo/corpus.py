@@ -12,7 +12,7 @@ from typing import Any
 
 from carryon.cache.corpus.records import refuse_shared_texts
 from carryon.cache.errors import InputError
-from carryon.cache.files import write_file
+from carryon.cache.files.atomic import write_file
 from carryon.cache.optional import require
 
 TRAINING_SEED = 1

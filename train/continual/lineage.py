@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
-from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files import write_file
+from carryon.cache.errors import DamagedFileError, InputError, MissingError
+from carryon.cache.files.atomic import write_file
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.settings import DataSettings, apply_options
 from carryon.cache.store.reader import split_name
@@ -41,7 +41,6 @@ from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.run import Job
 from carryon.train.trainer.run_dir import RunFolder
-from carryon.train.trainer.run_documents import DamagedFileError
 from carryon.train.trainer.segment import Segment
 from carryon.train.trainer.trainer import train_jointly
 

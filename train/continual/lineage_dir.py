@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files import PARTIAL, REPLACED, write_json
+from carryon.cache.files.atomic import PARTIAL, REPLACED
+from carryon.cache.files.documents import sealed, write_json
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.config import TrainSettings, setting_of, with_current_names
 from carryon.train.continual.lineage_document import (
@@ -34,7 +35,6 @@ from carryon.train.continual.lineage_document import (
 )
 from carryon.train.optim.lr_paths import branch_point
 from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
-from carryon.train.trainer.run_documents import sealed
 
 FORMAT = "carryon-lineage"
 FORMAT_VERSION = 2

@@ -6,15 +6,14 @@ it. Code that uses a `Lineage` relies on it. The limits are far above those of h
 """
 
 import math
-import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.errors import InputError
-from carryon.train.trainer.run_documents import DamagedFileError, read_sealed
+from carryon.cache.errors import DamagedFileError, InputError, UnsafePathError
+from carryon.cache.files.documents import read_sealed
+from carryon.cache.files.regular import refuse_links, stat_below
 
 MAX_INCREMENTS = 9999
 """Folders of versions have four digits."""
@@ -108,12 +107,10 @@ def refuse_link(root: Path, path: Path) -> None:
     Raises:
         InputError: one is a link or something else.
     """
-    way = root
-    for part in path.relative_to(root).parts:
-        way /= part
-        if os.path.lexists(way) and not stat.S_ISDIR(os.lstat(way).st_mode):
-            got = "a link" if way.is_symlink() else "a file"
-            raise InputError(f"{way}: expected a folder, got {got}. Fix: move the folder there")
+    try:
+        refuse_links(root, path)
+    except UnsafePathError as error:
+        raise InputError(f"{error.problem}. Fix: move the folder there") from error
 
 
 def refuse_folder(path: Path) -> None:
@@ -122,9 +119,12 @@ def refuse_folder(path: Path) -> None:
     Raises:
         InputError: it is a link, a folder or a device.
     """
-    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        kind = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a device"
-        raise InputError(f"{path}: expected a file, got {kind}. Fix: move it away")
+    try:
+        stat_below(path.parent, path.name)
+    except FileNotFoundError:
+        return
+    except UnsafePathError as error:
+        raise InputError(f"{error.problem}. Fix: move it away") from error
 
 
 def _check_increment(increment: object) -> None:

@@ -9,7 +9,7 @@ from carryon.cache.corpus.reading.cache_folder import cache_folder
 from carryon.cache.corpus.rows import Source
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import CarryOnError, InputError, KnownDataError
-from carryon.cache.files import write_json
+from carryon.cache.files.documents import sealed, write_json
 from carryon.cache.format.manifest import CorpusPart, manifest_path, read_manifest
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.train.config import TrainSettings
@@ -22,7 +22,6 @@ from carryon.train.continual.lineage_document import (
 )
 from carryon.train.kinds import get_kind
 from carryon.train.modules.taps import resolve_taps, stream_taps
-from carryon.train.trainer.run_documents import sealed
 
 
 def extract_texts(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.device import pick_chunk, pick_device
-from carryon.cache.errors import MissingError
-from carryon.cache.files import write_json
+from carryon.cache.errors import DamagedFileError, MissingError
+from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.train.continual.increment_data import data_of
 from carryon.train.continual.lineage_dir import Lineage, open_lineage, settings_of
 from carryon.train.continual.lineage_document import is_loss
@@ -24,7 +24,6 @@ from carryon.train.optim.lr_paths import Paradigm, path_rate
 from carryon.train.plots import NLL_LABEL, Line, draw, lines, plot_paths
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.nll import FEW_TARGETS, EvalJob, measure_nlls, null_if_nan, warn_if_few
-from carryon.train.trainer.run_documents import DamagedFileError, read_sealed, sealed
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import Head
 from carryon.cache.errors import InputError
+from carryon.cache.files.documents import digest_of
 from carryon.cache.format.framing import merge_framings
-from carryon.cache.format.manifest import digest_of
 from carryon.cache.store.reader import Store
 from carryon.cache.store.samples import StoredSample, Unit
 from carryon.cache.store.shard_reader import CopyRange

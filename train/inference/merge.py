@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.base.recorded import load_recorded_base
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files import recover_folder, whole_folder
+from carryon.cache.files.atomic import recover_folder, whole_folder
 from carryon.cache.optional import require
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.top_blocks import read_blocks, repeat_last

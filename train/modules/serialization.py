@@ -16,27 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
-from carryon.cache.files import (
-    recover_folder,
-    whole_file,
-    whole_folder,
-    write_file,
-    write_json,
-)
+from carryon.cache.files.atomic import recover_folder, whole_file, whole_folder, write_file
+from carryon.cache.files.documents import write_json
+from carryon.cache.files.regular import digest_file
 from carryon.cache.format.framing import Framing
 from carryon.cache.format.manifest import sha256_hex
 from carryon.cache.store.top_blocks import Blocks
 from carryon.train.config import CarryOnSettings, with_current_names
 from carryon.train.modules.card_checks import check_sizes, check_values, check_weights
-from carryon.train.modules.card_file import (
-    CARD,
-    README,
-    WEIGHTS,
-    check_digest,
-    digest_file,
-    read_signed,
-    signed,
-)
+from carryon.train.modules.card_file import CARD, README, WEIGHTS, check_digest, read_signed, signed
 from carryon.train.modules.carryon import CarryOn, make_carryon
 from carryon.train.modules.model_card import model_card
 from carryon.train.modules.taps import check_alpha

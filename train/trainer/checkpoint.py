@@ -10,7 +10,6 @@ byte is skipped for the newest one that is sound.
 however old it gets.
 """
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,16 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from carryon.cache.errors import InputError
-from carryon.cache.files import recover_folders, whole_folder, write_json
+from carryon.cache.errors import DamagedFileError, InputError
+from carryon.cache.files.atomic import recover_folders, whole_folder
+from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
+from carryon.cache.files.regular import digest_file
 from carryon.train.config import refuse_other_settings, with_current_names
 from carryon.train.modules.carryon import CarryOn
-from carryon.train.trainer.run_documents import (
-    DamagedFileError,
-    open_regular,
-    read_sealed,
-    sealed,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +110,7 @@ def save_checkpoint(
     with whole_folder(path) as partial:
         save_file(dict(carryon.state_dict()), partial / WEIGHTS)
         save_file(tensors, partial / OPTIMIZER)
-        state["files"] = {name: _digest(partial / name) for name in (WEIGHTS, OPTIMIZER)}
+        state[FILES] = {name: digest_file(partial / name) for name in (WEIGHTS, OPTIMIZER)}
         write_json(partial / STATE, sealed(state), is_synced=False)
     best = best_checkpoint(folder, progress)
     _name(folder / LAST, path, progress)
@@ -277,18 +272,13 @@ def _read_state(path: Path) -> dict[str, Any]:
         return state
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: expected checkpoint format {FORMAT_VERSION}, got {version}")
-    read_sealed(path / STATE, is_digest_required=True)
+    files = state.get(FILES)
     for name in (WEIGHTS, OPTIMIZER):
-        if _digest(path / name) != state["files"].get(name):
+        if not isinstance(files, dict) or digest_file(path / name) != files.get(name):
             raise DamagedFileError(
                 f"{path / name}: the content differs from its SHA-256 in {STATE}"
             )
     return state
-
-
-def _digest(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

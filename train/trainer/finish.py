@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from carryon.cache.errors import InputError
-from carryon.cache.files import write_json
+from carryon.cache.files.documents import sealed, write_json
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import CarryOnCard, save_carryon
 from carryon.train.plots import plot_curves
@@ -19,7 +19,7 @@ from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.nll import Nll, measure_nlls, null_if_nan, shown_nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import library_versions
-from carryon.train.trainer.run_documents import read_values, sealed
+from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
 
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.files import append_line, write_file
+from carryon.cache.files.atomic import write_file
 from carryon.cache.optional import require
 from carryon.train.trainer.checkpoint import Progress
-from carryon.train.trainer.run_documents import read_whole_lines
+from carryon.train.trainer.run_documents import append_line, read_whole_lines
 from carryon.train.trainer.step import StepFigures
 
 logger = logging.getLogger(__name__)

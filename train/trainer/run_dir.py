@@ -25,17 +25,13 @@ from typing import Any
 import torch
 import yaml
 
-from carryon.cache.errors import InputError
-from carryon.cache.files import PARTIAL, write_file, write_json
+from carryon.cache.errors import DamagedFileError, InputError
+from carryon.cache.files.atomic import PARTIAL, write_file
+from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.config import refuse_other_settings, with_current_names
 from carryon.train.trainer.checkpoint import saved_identity
-from carryon.train.trainer.run_documents import (
-    DamagedFileError,
-    read_sealed,
-    read_whole_lines,
-    sealed,
-)
+from carryon.train.trainer.run_documents import read_whole_lines
 
 logger = logging.getLogger(__name__)
 

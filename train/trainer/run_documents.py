@@ -1,70 +1,17 @@
-"""JSON documents of a run that hold the SHA-256 of their own content, and its JSON lines.
+"""What a run keeps in sealed documents and in lines of JSON: values of a dataclass, and lines."""
 
-Documents from before digests were recorded have none; they are read without that check.
-"""
-
-import io
 import json
 import os
-import stat
-from collections.abc import Mapping
 from dataclasses import fields
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from carryon.cache.errors import InputError
-from carryon.cache.files import json_bytes
-from carryon.cache.format.manifest import digest_of
+from carryon.cache.errors import DamagedFileError
+from carryon.cache.files.atomic import disk_full_named
+from carryon.cache.files.documents import read_sealed
+from carryon.cache.files.regular import open_below, open_regular
 
 T = TypeVar("T")
-DIGEST = "sha256"
-MAX_BYTES = 64 << 20
-"""Of a document. The largest is the state of a checkpoint: a few numbers a weight."""
-
-
-class DamagedFileError(InputError):
-    """A file of a run is not as it was written."""
-
-
-def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a document with the SHA-256 of its content."""
-    return {**document, DIGEST: digest_of(dict(document))}
-
-
-def read_sealed(path: Path, *, is_digest_required: bool = False) -> dict[str, Any]:
-    """Return a document without its digest, which is compared with the content.
-
-    Args:
-        path: of the file.
-        is_digest_required: refuse a document without a digest.
-
-    Raises:
-        DamagedFileError: it is no regular file or not JSON, or the content has changed.
-    """
-    with open_regular(path) as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise DamagedFileError(f"{path}: expected at most {MAX_BYTES:,} bytes, got more")
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(
-            f"{path}: expected JSON as it was written: {error!s:.200}"
-        ) from error
-    if not isinstance(document, dict):
-        raise DamagedFileError(f"{path}: expected a JSON object, got {type(document).__name__}")
-    values = {key: value for key, value in document.items() if key != DIGEST}
-    if is_digest_required and DIGEST not in document:
-        raise DamagedFileError(f"{path}: expected its SHA-256 in it, got none")
-    # The bytes are compared too: in another form a changed byte could leave the values as they are.
-    try:
-        is_whole = DIGEST not in document or json_bytes(sealed(values)) == content
-    except RecursionError as error:  # writing takes more of the stack than reading
-        raise DamagedFileError(f"{path}: expected JSON of a few levels, got deeper ones") from error
-    if not is_whole:
-        raise DamagedFileError(f"{path}: the content differs from its SHA-256")
-    return values
 
 
 def read_values(kind: type[T], path: Path) -> T:
@@ -86,24 +33,12 @@ def read_values(kind: type[T], path: Path) -> T:
     return made
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading; no link is followed.
-
-    Raises:
-        DamagedFileError: there is no file, or it is something else.
-    """
-    try:
-        # Without O_NONBLOCK a pipe would wait for a writer.
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except PermissionError:
-        raise
-    except OSError as error:
-        got = "a link" if path.is_symlink() else str(error.strerror)
-        raise DamagedFileError(f"{path}: expected a file, got {got}") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise DamagedFileError(f"{path}: expected a file, got something else")
-    return BufferedReader(io.FileIO(handle))
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one JSON line to `path`, a regular file; a kill afterwards does not lose it."""
+    with disk_full_named(path):
+        handle = open_below(path.parent, path.name, flags=os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files import write_json
+from carryon.cache.files.documents import write_json
 from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes
 from carryon.train.data.datasets import StorePaths, store_paths
 from carryon.train.plots import plot_runs

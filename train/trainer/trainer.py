@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from carryon.cache.device import pick_device
-from carryon.cache.errors import InputError
-from carryon.cache.files import write_json
+from carryon.cache.errors import DamagedFileError, InputError
+from carryon.cache.files.documents import sealed, write_json
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings, TrainSettings, rate_warning
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, Contamination, measure_contamination
@@ -38,7 +38,7 @@ from carryon.train.trainer.metrics import Callback
 from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Job, Run, prepare_run
 from carryon.train.trainer.run_dir import RunFolder, open_run_folder, open_to_write
-from carryon.train.trainer.run_documents import DamagedFileError, read_values, sealed
+from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
 
 logger = logging.getLogger(__name__)

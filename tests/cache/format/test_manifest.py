@@ -9,8 +9,8 @@ import pytest
 from support.tiny_stores import flip_byte, make_given, plan_given, small_pieces
 
 from carryon.cache.errors import DamagedStoreError, StoreError
-from carryon.cache.files import json_bytes
-from carryon.cache.format.manifest import Manifest, digest_of, parse_manifest, read_manifest
+from carryon.cache.files.documents import digest_of, json_bytes
+from carryon.cache.format.manifest import Manifest, parse_manifest, read_manifest
 from carryon.cache.format.receipt import origin_of
 from carryon.cache.format.zarr_metadata import group_document
 

@@ -10,7 +10,7 @@ import pytest
 import zarr
 
 from carryon.cache.errors import InputError
-from carryon.cache.files import json_bytes
+from carryon.cache.files.documents import json_bytes
 from carryon.cache.format.zarr_metadata import array_document, chunk_rows
 
 BEFORE = Path(__file__).parents[2] / "data" / "before.tar.xz"

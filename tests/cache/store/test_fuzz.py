@@ -17,7 +17,7 @@ from support.tiny_stores import make_given, write_store
 
 from carryon.cache.errors import CarryOnError
 from carryon.cache.extraction.repair import repair
-from carryon.cache.files import json_bytes
+from carryon.cache.files.documents import json_bytes
 from carryon.cache.format.zarr_metadata import receipt_path
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify

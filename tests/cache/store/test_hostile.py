@@ -26,7 +26,7 @@ from support.tiny_stores import (
 
 from carryon.cache.errors import CarryOnError, DamagedStoreError, UnsafePathError
 from carryon.cache.extraction.repair import repair
-from carryon.cache.files import json_bytes
+from carryon.cache.files.documents import json_bytes
 from carryon.cache.format.codec import encode_chunk, encode_shard
 from carryon.cache.format.zarr_metadata import copy_path, receipt_path, row_path, shard_path
 from carryon.cache.lock import LOCK_PATH, refuse_busy, write_lock
@@ -150,7 +150,7 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_is_not_emptied(root: Pa
     lock.unlink(missing_ok=True)
     lock.symlink_to(root.parent / "canary")
     for call in (lambda: refuse_busy(root), lambda: repair(root)):
-        assert "expected a file, got a symbolic link" in ends(call)
+        assert "expected a file, got a link" in ends(call)
     with pytest.raises(UnsafePathError), write_lock(root):
         pass
     assert (root.parent / "canary").read_bytes() == CANARY
@@ -161,8 +161,8 @@ def test_a_folder_of_receipts_behind_a_link_is_refused_by_writers(root: Path) ->
     (root / "units").rename(target)
     (root / "units").symlink_to(target)
     before = outside(root)
-    assert "units: expected a folder, got a symbolic link" in ends(lambda: repair(root))
-    assert "units: expected a folder, got a symbolic link" in ends(lambda: Store.open(root))
+    assert "units: expected a folder, got a link" in ends(lambda: repair(root))
+    assert "units: expected a folder, got a link" in ends(lambda: Store.open(root))
     assert outside(root) == before
 
 
@@ -178,7 +178,7 @@ def test_a_chunk_folder_behind_a_link_is_refused_and_nothing_is_written_there(
             path.write_bytes(CANARY)  # damaged, so that repair wants to restore it
     before = outside(root)
     report = verify(root, depth="full")
-    assert any("expected a folder, got a symbolic link" in each.text for each in report.problems)
+    assert any("expected a folder, got a link" in each.text for each in report.problems)
     assert ends(lambda: repair(root, base="./no/such/base"))
     assert outside(root) == before
 

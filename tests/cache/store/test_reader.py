@@ -30,7 +30,7 @@ from carryon.cache.errors import (
     StoreError,
     UnfinishedStoreError,
 )
-from carryon.cache.files import write_file
+from carryon.cache.files.atomic import write_file
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.format.zarr_metadata import receipt_path, shard_path
 from carryon.cache.settings import StoreSettings

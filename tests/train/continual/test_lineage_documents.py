@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.tiny_runs import TINY, folder_bytes, without_plots, write_texts
 
 from carryon.cache.errors import CarryOnError, InputError
-from carryon.cache.files import json_bytes
+from carryon.cache.files.documents import json_bytes, sealed
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.settings import DataSettings
 from carryon.tools.cli.main import main
@@ -23,7 +23,6 @@ from carryon.train.continual.lineage import update
 from carryon.train.continual.lineage_dir import open_lineage
 from carryon.train.continual.texts import find_texts
 from carryon.train.continual.versions import list_versions
-from carryon.train.trainer.run_documents import sealed
 
 SETTINGS = TINY.with_options(min_lr_ratio=0.1)
 JUNK = st.recursive(

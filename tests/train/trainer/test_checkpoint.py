@@ -8,7 +8,7 @@ import torch
 from support.tiny_stores import states_at_kills
 
 from carryon.cache.errors import InputError
-from carryon.cache.files import write_json
+from carryon.cache.files.documents import sealed, write_json
 from carryon.train.config import (
     CarryOnSettings,
     MemorySettings,
@@ -25,7 +25,6 @@ from carryon.train.trainer.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from carryon.train.trainer.run_documents import sealed
 
 IDENTITY = {"store_fingerprint": "ab", "learning_rate": 0.5}
 

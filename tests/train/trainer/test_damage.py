@@ -18,7 +18,7 @@ from support.tiny_runs import (
 from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import CarryOnError, InputError
-from carryon.cache.files import write_json
+from carryon.cache.files.documents import write_json
 from carryon.train.trainer.checkpoint import OPTIMIZER, STATE, WEIGHTS
 from carryon.train.trainer.finish import TrainReport
 

@@ -17,7 +17,7 @@ from carryon.cache.extraction.estimate import estimate
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.extraction.repair import repair
-from carryon.cache.files import recover_folder
+from carryon.cache.files.atomic import recover_folder
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
