@@ -65,8 +65,10 @@ def read_blocks(base: "Base", number: int) -> Blocks:
             f"got {number}"
         )
     architecture, dtype = base.architecture, _stored_dtype(base)
+    config = json.loads(base.model.config.get_text_config().to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)  # the folder it was loaded from, which is nobody's business
     blocks = Blocks(
-        config=json.loads(base.model.config.get_text_config().to_json_string(use_diff=False)),
+        config=config,
         names={
             name: next(
                 key for key, child in architecture.decoder.named_children() if child is module
