@@ -67,7 +67,8 @@ def make_tiny_tokenizer(context: int = 128) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    tokenizer_of_base: PreTrainedTokenizerFast = make(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
         bos_token="<|im_start|>",
@@ -76,3 +77,4 @@ def make_tiny_tokenizer(context: int = 128) -> PreTrainedTokenizerFast:
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
+    return tokenizer_of_base

@@ -156,7 +156,8 @@ def bits_of(root: Path) -> dict[str, str]:
     """Return the digests of what is to be the same to the bit, by path below `root`.
 
     Left out is what holds times or the place of the folder, and what is kept for a resume: of a
-    run counts the carry-on, and its metrics but for times; of a store all but the receipts.
+    run counts the carry-on, and its metrics but for times; of a store all but the receipts, and
+    of its manifest the fingerprint, which leaves out where the base lay.
     """
     bits = {}
     for path in sorted(root.rglob("*")):
@@ -165,6 +166,8 @@ def bits_of(root: Path) -> dict[str, str]:
             continue
         if path.name == "metrics.jsonl":
             bits[name] = _digest(json.dumps(_without_times(path)).encode())
+        elif name in ("zarr.json", "units/copy/zarr.json"):
+            bits[name] = json.loads(path.read_bytes())["attributes"]["carryon"]["fingerprint"]
         elif _is_compared(name, path):
             bits[name] = _digest(path.read_bytes())
     return bits
