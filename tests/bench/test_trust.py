@@ -5,12 +5,7 @@ from pathlib import Path
 import pytest
 
 from carryon.tools.bench.trust.calls import Limits, call
-from carryon.tools.bench.trust.table import COMMANDS, Things, bits_of, make_things
-
-
-@pytest.fixture(scope="module")
-def things(tmp_path_factory: pytest.TempPathFactory) -> Things:
-    return make_things(tmp_path_factory.mktemp("trust"))
+from carryon.tools.bench.trust.table import COMMANDS, Things, bits_of
 
 
 @pytest.mark.parametrize("name", COMMANDS)

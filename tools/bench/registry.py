@@ -212,6 +212,16 @@ BENCHMARKS = {
         about="versions: steps against other ways, the trunk's bits, learning rates",
         quick={"schedules": ("cosine",)},
     ),
+    "trust.corruptions": Benchmark(
+        place="trust.corruption:measure_corruptions",
+        about="damaged carry-ons, runs, sweeps and lineages: noticed, and wrong numbers",
+        quick={"trials": 5},
+    ),
+    "trust.store_corruptions": Benchmark(
+        place="trust.corruption:measure_store_corruptions",
+        about="damaged stores: noticed, and wrong numbers",
+        quick={"trials": 2},
+    ),
     "house.shape": Benchmark(
         place="house:measure_shape",
         about="modules, floors, imports and lines of the source",

@@ -15,10 +15,10 @@ from pathlib import Path
 from carryon.tools.bench.tiny_base import make_tiny_base
 from carryon.tools.bench.trust.calls import Ended, call
 
-_TAPS = "--unit-tokens 128 --taps final layer.1 --with-blocks 1"
+STORE_OPTIONS = "--unit-tokens 128 --taps final layer.1 --with-blocks 1"
 _SHAPE = "--width 8 --blocks 1 --heads 2 --intermediate-size 8 --tokens-per-step 64"
-_RUN = f"{_SHAPE} --epochs 2 --learning-rate 0.01 --device cpu"
-_TIMES = {"tokens_per_second", "targets_per_second", "data_wait_ratio", "elapsed_s", "sha256"}
+RUN_OPTIONS = f"{_SHAPE} --epochs 2 --learning-rate 0.01 --device cpu"
+TIMES = {"tokens_per_second", "targets_per_second", "data_wait_ratio", "elapsed_s", "sha256"}
 """Entries of a line of metrics.jsonl that differ from run to run."""
 
 
@@ -48,13 +48,13 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "extract": Command(
-        text=f"extract --base base --data first.jsonl --out store {_TAPS}",
+        text=f"extract --base base --data first.jsonl --out store {STORE_OPTIONS}",
         starts_from={"base": "base", "first.jsonl": "first.jsonl"},
         out="store",
         verified="store",
     ),
     "append": Command(
-        text=f"extract --base base --data second.jsonl --out store --append {_TAPS}",
+        text=f"extract --base base --data second.jsonl --out store --append {STORE_OPTIONS}",
         starts_from={"base": "base", "second.jsonl": "second.jsonl", "store": "one-part"},
         out="store",
         verified="store",
@@ -68,18 +68,18 @@ COMMANDS: dict[str, Command] = {
         damages="hidden/final/c/1/0",
     ),
     "train": Command(
-        text=f"train --store store --out run {_RUN} --checkpoint-every 4 --evaluate-every 8",
+        text=f"train --store store --out run {RUN_OPTIONS} --checkpoint-every 4 --evaluate-every 8",
         starts_from={"store": "store"},
         out="run",
         verified="run",
     ),
     "sweep": Command(
-        text=f"sweep --store store --out sweep {_RUN} --checkpoint-every 9 --vary seed=1,2",
+        text=f"sweep --store store --out sweep {RUN_OPTIONS} --checkpoint-every 9 --vary seed=1,2",
         starts_from={"store": "store"},
         out="sweep",
     ),
     "update": Command(
-        text=f"update --lineage lineage --store store#2 {_RUN}",
+        text=f"update --lineage lineage --store store#2 {RUN_OPTIONS}",
         starts_from={"store": "store", "lineage": "one-version"},
         out="lineage",
         verified="lineage",
@@ -133,7 +133,7 @@ def make_things(folder: Path) -> Things:
     things.folder.mkdir(parents=True)
     make_tiny_base(things.folder / "base")
     for number, name in enumerate(("first", "second")):
-        _write_texts(things.folder / f"{name}.jsonl", number)
+        write_texts(things.folder / f"{name}.jsonl", number)
     _make(things, "extract", folder)
     _copy(folder, things, {"extract/store": "one-part"})
     _make(things, "append", folder)
@@ -142,7 +142,7 @@ def make_things(folder: Path) -> Things:
         _make(things, name, folder)
     _copy(folder, things, {"train/run": "run", "train/run/carryon": "carryon"})
     _copy(folder, things, {"sweep/sweep": "sweep"})
-    _run(folder / "train", f"update --lineage lineage --store store#1 {_RUN}")
+    _run(folder / "train", f"update --lineage lineage --store store#1 {RUN_OPTIONS}")
     top = "--kind top --blocks 1 --epochs 1 --tokens-per-step 64 --device cpu"
     _run(folder / "train", f"train --store store --out top {top}")
     _copy(folder, things, {"train/lineage": "one-version", "train/top/carryon": "top"})
@@ -185,7 +185,7 @@ def _is_compared(name: str, path: Path) -> bool:
 
 def _without_times(path: Path) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key not in _TIMES} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def _digest(content: bytes) -> str:
@@ -210,7 +210,8 @@ def _copy(folder: Path, things: Things, places: Mapping[str, str]) -> None:
         shutil.copytree(folder / source, things.folder / target)
 
 
-def _write_texts(path: Path, number: int) -> None:
+def write_texts(path: Path, number: int) -> None:
+    """Write twelve short records, other ones for each number."""
     lines = [
         {
             "id": f"{path.stem}-{index}",
