@@ -6,25 +6,19 @@ a hidden `.partial` file or folder, or a `.replaced` folder that `recover_folder
 
 import errno
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from carryon.cache.errors import DiskFullError
+from carryon.cache.files.full_disk import disk_full_named
+from carryon.cache.files.locked import held
 from carryon.cache.files.regular import refuse_links, unsafe
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 _SYNC_THREADS = 16
-_FULL = {
-    errno.ENOSPC: ("the disk is full", "free some space"),
-    errno.EDQUOT: ("the disk is full", "free some space"),
-    errno.EFBIG: ("the limit on the size of a file is reached", "raise it (ulimit -f)"),
-}
-"""What an `errno` says, and what to do."""
 
 
 def write_file(
@@ -88,12 +82,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         DiskFullError: no space left; nothing of the new folder remains.
+        StoreBusyError: another process is writing a folder of this name; nothing was changed.
     """
+    with disk_full_named(path):
+        _make_folder(path.parent, is_synced=True)
+    with held(path.with_name(f".{path.name}.lock{PARTIAL}"), of=path, kind="folder"):
+        yield from _fill(path)
+
+
+def _fill(path: Path) -> Iterator[Path]:
     recover_folder(path)
     partial = path.with_name(f".{path.name}{PARTIAL}")
     _remove(partial)
     with disk_full_named(path):
-        _make_folder(path.parent, is_synced=True)
         partial.mkdir()
         try:
             yield partial
@@ -175,36 +176,6 @@ def sweep_partials(root: Path) -> int:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
-
-
-@contextmanager
-def disk_full_named(path: Path) -> Iterator[None]:
-    """Turn 'no space left', of Python or a library, into a DiskFullError that names `path`."""
-    try:
-        yield
-    except Exception as error:
-        number = disk_full_number(error)
-        if number is None:
-            raise
-        problem, fix = _FULL[number]
-        raise DiskFullError(
-            number,
-            f"{problem} while writing {path}: what was finished is kept; "
-            f"{fix} and run the same command again",
-        ) from error
-
-
-def disk_full_number(error: Exception) -> int | None:
-    """Return the `errno` of an error that says 'no space left', or None.
-
-    Libraries in Rust, such as safetensors, only tell it in their text.
-    """
-    if isinstance(error, OSError):
-        number = error.errno
-    else:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(found[1]) if found else None
-    return number if number in _FULL else None
 
 
 def _make_folder(folder: Path, *, is_synced: bool) -> None:

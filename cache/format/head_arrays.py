@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import FinalNorm, Head
 from carryon.cache.errors import DamagedStoreError
-from carryon.cache.files.atomic import disk_full_named
+from carryon.cache.files.full_disk import disk_full_named
 from carryon.cache.format.arrays import ArrayInfo, array_info, encode_array, read_array, read_rows
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.zarr_metadata import HEAD_CHUNK_BYTES

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.tiny_stores import audit, states_at_kills
 
-from carryon.cache.errors import DiskFullError
+from carryon.cache.errors import DiskFullError, StoreBusyError
 from carryon.cache.files.atomic import (
     disk_full_named,
     recover_folder,
@@ -181,3 +181,14 @@ def test_every_file_and_folder_of_a_new_folder_is_flushed_once(
 
 def path_of(handle: int) -> str:
     return os.readlink(f"/proc/self/fd/{handle}")
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "carryon"
+    with whole_folder(path) as partial:
+        (partial / "weights").write_bytes(b"ours")
+        busy = pytest.raises(StoreBusyError, match="process [0-9]+ is writing to this folder")
+        with busy, whole_folder(path):
+            pass
+    assert (path / "weights").read_bytes() == b"ours"
+    assert [each.name for each in tmp_path.iterdir()] == ["carryon"]

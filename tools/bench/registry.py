@@ -256,6 +256,11 @@ BENCHMARKS = {
         about="seconds before the first unit of a second extraction of the same data",
         quick={"records": 1000, "rounds": 1},
     ),
+    "trust.kills": Benchmark(
+        place="trust.kills:measure_kills",
+        about="commands killed at any instant end with the same bits",
+        quick={"kills": 1},
+    ),
     "before.bits": Benchmark(
         place="before:measure_bits",
         about="bits of stores, runs, a sweep and a lineage against an earlier commit",

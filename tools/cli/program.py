@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from carryon.cache.errors import CarryOnError, InputError
-from carryon.cache.files.atomic import disk_full_number
+from carryon.cache.files.full_disk import disk_full_number
 from carryon.tools.cli.output import discard, has_reader, log_to_stderr, open_closed_streams
 from carryon.tools.cli.parser import parse_call
 from carryon.tools.cli.table import format_table

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from carryon.cache.errors import DamagedFileError
-from carryon.cache.files.atomic import disk_full_named
 from carryon.cache.files.documents import read_sealed
+from carryon.cache.files.full_disk import disk_full_named
 from carryon.cache.files.regular import open_below, open_regular
 
 T = TypeVar("T")

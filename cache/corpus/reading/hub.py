@@ -14,7 +14,7 @@ from typing import Any
 from carryon.cache.corpus.reading.file_kinds import has_known_suffix
 from carryon.cache.corpus.reading.tables import Table, list_arrow
 from carryon.cache.errors import CarryOnError, InputError, MissingError
-from carryon.cache.files.atomic import disk_full_named
+from carryon.cache.files.full_disk import disk_full_named
 
 _WORD = r"[A-Za-z0-9][\w.-]*"
 _NAME = re.compile(

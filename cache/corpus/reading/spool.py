@@ -12,7 +12,8 @@ from carryon.cache.corpus.files import FileScan, scan_file
 from carryon.cache.corpus.reading.split_names import log_split, usual_split
 from carryon.cache.corpus.rows import Source
 from carryon.cache.errors import InputError
-from carryon.cache.files.atomic import PARTIAL, disk_full_named
+from carryon.cache.files.atomic import PARTIAL
+from carryon.cache.files.full_disk import disk_full_named
 
 
 def open_rows(

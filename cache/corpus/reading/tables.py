@@ -20,7 +20,8 @@ from carryon.cache.corpus.reading.batches import arrow_batches, csv_batches, par
 from carryon.cache.corpus.reading.file_kinds import FileKind
 from carryon.cache.corpus.reading.packing import open_file
 from carryon.cache.errors import InputError
-from carryon.cache.files.atomic import PARTIAL, disk_full_named, sync_below
+from carryon.cache.files.atomic import PARTIAL, sync_below
+from carryon.cache.files.full_disk import disk_full_named
 
 if TYPE_CHECKING:
     import pyarrow

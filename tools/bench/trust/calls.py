@@ -56,6 +56,8 @@ class Limits:
     """Kill it before the change to the disk of this number, counted from 1. 0: never."""
     kill_after_s: float = 0.0
     """Kill it after so long. 0: never."""
+    pause_at: int = 0
+    """Let it wait before the change to the disk of this number until `Call.go_on`. 0: never."""
     file_bytes: int = 0
     """Refuse larger files, as `ulimit -f` does. 0: no limit."""
     seconds: float = 120.0
@@ -114,6 +116,7 @@ class Call:
         words: Sequence[str],
         *,
         cwd: Path,
+        own: Path | None = None,
         limits: Limits = Limits(),  # noqa: B008 -- frozen
         function: Callable[[], object] | None = None,
     ) -> None:
@@ -121,21 +124,35 @@ class Call:
 
         Args:
             words: behind `carryon`.
-            cwd: folder in which it runs; its home and its folder for temporary files are
-                `cwd/home` and `cwd/tmp`.
+            cwd: folder in which it runs.
+            own: folder of its `home`, its `tmp`, and of notes about it. None: `cwd`.
             limits: what stops it.
             function: called instead of the command, with no arguments; it can be pickled.
         """
         self._words, self._limits = list(words), limits
-        self._notes = cwd / "notes" / str(time.monotonic_ns())
+        own = own or cwd
+        self._notes = own / "notes" / str(time.monotonic_ns())
         self._notes.mkdir(parents=True)
         for name in ("home", "tmp"):
-            (cwd / name).mkdir(exist_ok=True)
+            (own / name).mkdir(exist_ok=True)
         self._started_at = time.perf_counter()
         self._process = _processes().Process(
             target=_run, args=(self._words, function, cwd, self._notes, limits)
         )
         self._process.start()
+        self.pid: int = self._process.pid
+
+    def wait_for_pause(self) -> bool:
+        """Return whether it waits, as soon as it does or has ended."""
+        while self._process.exitcode is None:
+            if (self._notes / "paused").exists():
+                return True
+            time.sleep(0.005)
+        return False
+
+    def go_on(self) -> None:
+        """End its pause."""
+        (self._notes / "go on").touch()
 
     def wait(self) -> Ended:
         """Return how it ended; a hanging one is killed."""
@@ -164,9 +181,15 @@ class Call:
         )
 
 
-def call(words: Sequence[str], *, cwd: Path, limits: Limits = Limits()) -> Ended:  # noqa: B008
-    """Run a command to its end."""
-    return Call(words, cwd=cwd, limits=limits).wait()
+def call(
+    words: Sequence[str],
+    *,
+    cwd: Path,
+    own: Path | None = None,
+    limits: Limits = Limits(),  # noqa: B008 -- frozen
+) -> Ended:
+    """Run a command to its end; arguments as those of `Call`."""
+    return Call(words, cwd=cwd, own=own, limits=limits).wait()
 
 
 def _text(path: Path) -> str:
@@ -197,7 +220,7 @@ def _run(
     torch.set_num_threads(1)
     _direct(cwd, notes)
     changes: list[str] = []
-    _watch(changes, limits.kill_at, notes)
+    _watch(changes, limits, notes)
     if limits.file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_bytes, resource.RLIM_INFINITY))
     try:
@@ -227,13 +250,14 @@ def _direct(cwd: Path, notes: Path) -> None:
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False)
     os.chdir(cwd)
-    home, temporary = str(cwd / "home"), str(cwd / "tmp")
+    own = notes.parent.parent
+    home, temporary = str(own / "home"), str(own / "tmp")
     os.environ |= {"HOME": home, "TMPDIR": temporary, "CARRYON_CACHE": f"{home}/cache"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "MPLCONFIGDIR": f"{home}/plots"}
 
 
-def _watch(changes: list[str], kill_at: int, notes: Path) -> None:
-    """Note each change to the disk before it happens, and end the process before one of them."""
+def _watch(changes: list[str], limits: Limits, notes: Path) -> None:
+    """Note each change to the disk before it happens; end or stop the process before one."""
 
     def see(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -249,7 +273,11 @@ def _watch(changes: list[str], kill_at: int, notes: Path) -> None:
         if not texts or texts[0].startswith(str(notes)):
             return
         changes.append(" ".join([event, *texts]))
-        if len(changes) == kill_at:
+        if len(changes) == limits.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if len(changes) == limits.pause_at:
+            (notes / "paused").touch()
+            while not (notes / "go on").exists():
+                time.sleep(0.005)
 
     sys.addaudithook(see)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from carryon.tools.bench.tiny_base import make_tiny_base
 from carryon.tools.bench.trust.calls import Ended, call
@@ -171,6 +172,39 @@ def bits_of(root: Path) -> dict[str, str]:
         elif _is_compared(name, path):
             bits[name] = _digest(path.read_bytes())
     return bits
+
+
+def what_is_wrong(things: Things, name: str, trial: Path, ended: Ended) -> dict[str, Any]:
+    """Return in what a trial differs from an undisturbed one, once its command has ended.
+
+    Args:
+        things: hold the result of the undisturbed one.
+        name: of the command.
+        trial: the folder.
+        ended: how the last call of the command ended.
+    """
+    command = COMMANDS[name]
+    wrong: dict[str, Any] = {}
+    if ended.code not in command.codes or ended.has_traceback or ended.is_hung:
+        wrong["ended"] = f"code {ended.code}: {ended.err[-500:]}"
+    bits, expected = bits_of(trial / command.out), things.results[name]
+    if bits != expected:
+        paths = sorted(bits.keys() | expected.keys())
+        wrong["bits"] = [path for path in paths if bits.get(path) != expected.get(path)]
+    if leftovers := leftovers_in(trial):
+        wrong["leftovers"] = leftovers
+    if command.verified:
+        checked = call(["verify", command.verified, "--full"], cwd=trial)
+        if checked.code or json.loads(checked.out.splitlines()[-1]).get("unknown"):
+            wrong["verify"] = checked.err[-500:] + checked.out[-500:]
+    return wrong
+
+
+def leftovers_in(trial: Path) -> list[str]:
+    """Return the hidden files and folders that a command has left, but the lock of a store."""
+    names = [path.relative_to(trial).as_posix() for path in trial.rglob(".*")]
+    own = ("home/", "tmp/", "notes/")
+    return [name for name in names if not name.startswith(own) and name != "store/units/.lock"]
 
 
 def _is_compared(name: str, path: Path) -> bool:

@@ -1,0 +1,97 @@
+"""A lock file held by one process, which the operating system drops with the process."""
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from carryon.cache.errors import InputError, StoreBusyError
+from carryon.cache.files.full_disk import disk_full_named
+
+
+@contextmanager
+def held(path: Path, *, of: Path, kind: str) -> Iterator[None]:
+    """Hold the lock file `path`, which is made with its folder and removed at the end.
+
+    Args:
+        path: of the lock; it holds the number of the process.
+        of: what is locked, for errors.
+        kind: of it, for errors.
+
+    Raises:
+        InputError: `of` or the lock is something else.
+        StoreBusyError: another process holds the lock; nothing was changed.
+        DiskFullError: no space left for the lock.
+    """
+    handle = _locked(path, of, kind)
+    try:
+        with disk_full_named(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+        yield
+    finally:
+        if _is_at(path, handle):
+            path.unlink(missing_ok=True)  # still held: `_locked` notices a removed file
+        os.close(handle)
+
+
+def take(handle: int, of: Path, *, kind: str) -> None:
+    """Lock an open file, which holds the number of the process that has it.
+
+    Raises:
+        StoreBusyError: another process has it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        raise StoreBusyError(
+            f"{of}: process {holder} is writing to this {kind}. Fix: wait for it, or stop it"
+        ) from error
+
+
+def _locked(path: Path, of: Path, kind: str) -> int:
+    """Return the handle of the locked file that lies at `path`."""
+    tries = 100
+    while True:
+        try:
+            with disk_full_named(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:  # removed by the process that made it; or the path leads nowhere
+            tries -= 1
+            if not tries:
+                raise
+            continue
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{of}: expected a folder for the {kind}, got a file") from error
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR):
+                raise
+            raise _not_a_lock(path) from error
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise _not_a_lock(path)
+            take(handle, of, kind=kind)
+            if _is_at(path, handle):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its holder removed it between our opening and locking it
+
+
+def _not_a_lock(path: Path) -> InputError:
+    return InputError(f"{path}: expected a regular file, got something else. Fix: remove it")
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
