@@ -18,6 +18,7 @@ def update(
     new_base: str = "",
     old_lineage: str = "",
     also_from_scratch: bool = False,
+    allow_pickle: bool = False,
     settings: TrainSettings,
     data_settings: DataSettings,
 ) -> dict[str, Any]:
@@ -55,6 +56,8 @@ def update(
         new_base: A new base to start a lineage on: hub id, folder or .gguf file.
         old_lineage: The lineage that --new-base starts from.
         also_from_scratch: With --new-base, also train an untrained carry-on, to compare.
+        allow_pickle: Read the base's weights from pickle files, which can run code, if it has no
+            safetensors.
         settings: The same in every update of a lineage.
         data_settings: How --data is read.
     """
@@ -74,6 +77,7 @@ def update(
             settings=given,
             alpha=alpha,
             data_settings=data_settings,
+            allow_pickle=allow_pickle,
         )
         return print_result(
             report.to_dict(),
@@ -92,6 +96,7 @@ def update(
         data_settings=data_settings,
         alpha=alpha,
         also_from_scratch=also_from_scratch,
+        allow_pickle=allow_pickle,
     )
     losses = {
         "new base": moved.base_nll,

@@ -53,7 +53,7 @@ def run_comparison(
     from carryon.tools.compare.row import best_rate
 
     folder = Path(out)
-    facts = _base_facts(base, folder)
+    facts = _base_facts(base, folder, allow_pickle=settings.allow_pickle)
     shape = {name: int(facts[name]) for name in ("num_layers", "width")}
     methods = get_methods(settings, **shape)
     _refuse_other_data(folder, {"data": data, **settings.shared()})
@@ -97,7 +97,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((folder / "rows").glob("*.json"))]
 
 
-def _base_facts(source: str, folder: Path) -> dict[str, Any]:
+def _base_facts(source: str, folder: Path, *, allow_pickle: bool) -> dict[str, Any]:
     """Return the identity of the base, loaded the first time and then read from a file."""
     from carryon.cache.files.documents import write_json
 
@@ -112,7 +112,7 @@ def _base_facts(source: str, folder: Path) -> dict[str, Any]:
     from carryon.cache.base.model import load_base
     from carryon.cache.settings import ForwardSettings
 
-    identity = load_base(source, forward=ForwardSettings()).identity
+    identity = load_base(source, forward=ForwardSettings(allow_pickle=allow_pickle)).identity
     facts = {"source": source, **identity.to_dict()}
     (folder / "rows").mkdir(parents=True, exist_ok=True)  # only once the base is known to load
     write_json(path, facts)

@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from carryon.cache.base.model import load_base, read_head
+from carryon.cache.base.model import Base, read_head
 from carryon.cache.corpus.samples import Sample
 from carryon.cache.device import DEFAULT_CHUNK, multiplies_bfloat16, pick_device
-from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.compare.settings import CONTROLS, LORA_RANK, Method
 from carryon.train.config import CarryOnSettings, LossSettings
@@ -103,7 +102,7 @@ def read_taps(method: Method) -> list[str]:
 def build_learner(
     method: Method,
     *,
-    base: str,
+    load_base: Callable[[], Base],
     store: Store | None,
     seed: int,
     samples: Sequence[Sample],
@@ -113,7 +112,7 @@ def build_learner(
 
     Args:
         method: method to train.
-        base: the base.
+        load_base: loads the base.
         store: states of the carry-on's taps; None for what trains the base.
         seed: of the first weights.
         samples: of the training half; a sampled softmax keeps their most frequent tokens.
@@ -127,7 +126,9 @@ def build_learner(
         return with_sampled_softmax(head, counts, sampled_softmax)
 
     if method.carryon is None:
-        return _whole_base(base, has_lora=method.name == "lora", seed=seed, sampling=sampling)
+        return _whole_base(
+            load_base(), has_lora=method.name == "lora", seed=seed, sampling=sampling
+        )
     assert store is not None
     device = pick_device("auto")
     if method.name in CONTROLS:
@@ -173,8 +174,7 @@ class Control(CarryOn):
         return delta
 
 
-def _whole_base(source: str, *, has_lora: bool, seed: int, sampling: Sampling) -> Learner:
-    base = load_base(source, forward=ForwardSettings())
+def _whole_base(base: Base, *, has_lora: bool, seed: int, sampling: Sampling) -> Learner:
     model: Any = base.model
     device = base.device
     register_packed_attention()

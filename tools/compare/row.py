@@ -67,13 +67,15 @@ class Setup:
 
     def load_base(self) -> Base:
         """Load the base."""
-        return load_base(self.base, forward=ForwardSettings())
+        return load_base(
+            self.base, forward=ForwardSettings(allow_pickle=self.settings.allow_pickle)
+        )
 
     def build(self, store: Store | None, *, seed: int) -> Learner:
         """Return an untrained learner of the method."""
         return build_learner(
             self.method,
-            base=self.base,
+            load_base=self.load_base,
             store=store,
             seed=seed,
             samples=self.material.train,

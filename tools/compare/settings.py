@@ -62,6 +62,8 @@ class CompareSettings(Settings):
     """METHOD=RATE or METHOD=RATE,RATE,... instead of a method's own."""
     sweep_seconds: float = bounded(0.0, at_least=0)
     """Budget of the short runs that find a learning rate. 0: the shortest of --seconds."""
+    allow_pickle: bool = False
+    """Read the base's weights from pickle files, which can run code, if it has no safetensors."""
 
     def shared(self) -> dict[str, Any]:
         """Return the settings that all rows of one folder have in common."""

@@ -15,6 +15,7 @@ import yaml
 
 from carryon.cache.errors import DamagedFileError, InputError, MissingError
 from carryon.cache.files.atomic import write_file
+from carryon.cache.files.documents import read_sealed
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.settings import DataSettings, apply_options
 from carryon.cache.store.reader import split_name
@@ -37,17 +38,18 @@ from carryon.train.data.datasets import StorePaths, open_data, store_paths
 from carryon.train.data.sampler import count_steps
 from carryon.train.modules.taps import resolve_taps
 from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, branch_point
-from carryon.train.trainer.checkpoint import newest_checkpoint
-from carryon.train.trainer.finish import TrainReport
+from carryon.train.trainer.checkpoint import checkpoint_at, newest_checkpoint
+from carryon.train.trainer.finish import TrainReport, read_finished
 from carryon.train.trainer.run import Job
 from carryon.train.trainer.run_dir import RunFolder
-from carryon.train.trainer.segment import Segment
+from carryon.train.trainer.segment import Segment, digest_of_state
 from carryon.train.trainer.trainer import train_jointly
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_ALPHA = 0.6
 """Fraction of an increment's steps in which a branch decays."""
+_TRAIN_AGAIN = "put a copy of the original there, or delete {} and run the same command again"
 
 
 def update(
@@ -59,6 +61,7 @@ def update(
     alpha: float | None = None,
     settings: TrainSettings | None = None,
     data_settings: DataSettings | None = None,
+    allow_pickle: bool = False,
     **options: Any,  # noqa: ANN401 -- each setting has its own type
 ) -> TrainReport:
     """Train on new data and release the next version of a lineage.
@@ -78,6 +81,7 @@ def update(
         settings: settings of all runs, the same in each update. None: the lineage's, and the
             defaults for a new one.
         data_settings: how `data` are read. None: defaults.
+        allow_pickle: read weights of the base from pickle files too.
         options: fields of both settings by name, such as `learning_rate=1e-3`.
 
     Raises:
@@ -117,6 +121,7 @@ def update(
                 stores=stores,
                 settings=settings,
                 data_settings=data_settings,
+                allow_pickle=allow_pickle,
             )
         elif not store and not grown.store.exists():
             raise InputError(
@@ -271,7 +276,7 @@ def _known_report(lineage: Lineage, stores: Sequence[str], settings: TrainSettin
     logger.info(f"{lineage.root}: no new data; version {version} was released from those given")
     run = lineage.version(version)
     try:
-        return _placed(TrainReport.read(run.result), run.root)
+        return _placed(read_finished(run.root), run.root)
     except DamagedFileError:  # the run is finished again
         return release(lineage, version, settings=settings, out=run.root)
 
@@ -315,11 +320,35 @@ def _start(lineage: Lineage, version: int, *, is_branch: bool) -> Path | None:
 
     Raises:
         MissingError: the trunk is not trained up to there.
+        InputError: its state is damaged, or not the one that an earlier run started from.
     """
     if version == 1 and not is_branch:
         return newest_checkpoint(lineage.start) if lineage.predecessor else None
     run = lineage.head(version) if is_branch else lineage.tail(version - 1)
-    newest = newest_checkpoint(run.checkpoints) if run.result.exists() else None
-    if newest is None:
+    step = lineage.branch_step(version) if is_branch else lineage.increments[version - 2].steps
+    if not run.result.exists():
         raise MissingError(f"{run.root}: expected a finished segment of the trunk, found none")
-    return newest
+    try:
+        path = checkpoint_at(run.checkpoints, step)
+    except DamagedFileError as error:
+        raise InputError(f"{error}. Fix: {_TRAIN_AGAIN.format(run.root)}") from error
+    got, starts_here = digest_of_state(path), is_branch or not lineage.branch_step(version)
+    followers = [lineage.version(version), lineage.tail(version)] if starts_here else []
+    for each in followers or [lineage.head(version)]:
+        expected = _recorded_start(each)
+        if expected not in (None, got):
+            raise InputError(
+                f"{path}: expected the state {str(expected)[:12]} that {each.root} started from, "
+                f"got {got[:12]}. Fix: {_TRAIN_AGAIN.format(run.root)}"
+            )
+    return path
+
+
+def _recorded_start(run: RunFolder) -> str | None:
+    """Return the digest of the state that a run of a lineage started from; None if unknown."""
+    try:
+        identity = read_sealed(run.identity).get("identity")
+    except DamagedFileError:  # it has not begun, or is mended when it is opened
+        return None
+    start = identity.get("start_sha256") if isinstance(identity, dict) else None
+    return start if isinstance(start, str) else None

@@ -86,6 +86,7 @@ def rebase(
     data_settings: DataSettings | None = None,
     alpha: float | None = None,
     also_from_scratch: bool = False,
+    allow_pickle: bool = False,
 ) -> RebaseReport:
     """Extract an old lineage's texts with a new base, and release a first version from it.
 
@@ -100,6 +101,7 @@ def rebase(
         data_settings: how the texts are read. None: defaults.
         alpha: fraction of an increment's steps in which a branch decays. None: the old one.
         also_from_scratch: also train an untrained carry-on over the same steps, to compare.
+        allow_pickle: read weights of the base from pickle files too.
 
     Raises:
         InputError: the base is the old one, texts were moved or changed, or no shape fits.
@@ -134,7 +136,9 @@ def rebase(
             )
         if not new.increments:
             reading = data_settings or DataSettings()
-            identity = _extract_again(new, old, str(base), data, settings, reading)
+            identity = _extract_again(
+                new, old, str(base), data, settings, reading, allow_pickle=allow_pickle
+            )
             settings = resolve_settings(settings, identity)
             part = f"{new.store.resolve()}#1"
             first_data = open_data([part], settings)
@@ -176,12 +180,18 @@ def _extract_again(
     data: Sequence[str],
     settings: TrainSettings,
     data_settings: DataSettings,
+    *,
+    allow_pickle: bool,
 ) -> dict[str, Any]:
     """Extract the texts of all increments as one part; return the identity of the new base."""
     stores = [each for i in range(len(old.increments)) for each in data_of(old, i + 1)]
     manifests = [Store.open(store).manifest for store in stores]
     first = manifests[0]
-    forward = ForwardSettings(device=settings.run.device, attention=first.forward["attention"])
+    forward = ForwardSettings(
+        device=settings.run.device,
+        attention=first.forward["attention"],
+        allow_pickle=allow_pickle,
+    )
     loaded = load_base(base, forward=forward)
     identity = loaded.identity.to_dict()
     if identity["weights_sha256"] == old.base.get("weights_sha256"):

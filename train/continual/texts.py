@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def extract_texts(
     stores: Sequence[str],
     settings: TrainSettings,
     data_settings: DataSettings,
+    allow_pickle: bool = False,
 ) -> list[str]:
     """Extract texts into a store as its next part; texts that are already a part are skipped.
 
@@ -47,6 +49,7 @@ def extract_texts(
         stores: folder of one store, created if missing.
         settings: settings of the lineage.
         data_settings: how the data are read.
+        allow_pickle: read weights of the base from pickle files too.
 
     Raises:
         InputError: another base, more than one store, or an error of `extract`.
@@ -62,7 +65,8 @@ def extract_texts(
     root = Path(stores[0])
     old = read_manifest(root) if manifest_path(root).exists() else None
     facts = {name: old.forward[name] for name in ("compute_dtype", "attention")} if old else {}
-    loaded = load_base(base, forward=ForwardSettings(device=settings.run.device, **facts))
+    forward = ForwardSettings(device=settings.run.device, allow_pickle=allow_pickle)
+    loaded = load_base(base, forward=replace(forward, **facts))
     if lineage.increments:
         refuse_changed_base(lineage, loaded.identity.to_dict(), name=base)
     given: dict[str, Any]
@@ -82,7 +86,7 @@ def extract_texts(
             data=data,
             out=root,
             append=old is not None,
-            forward=ForwardSettings(device=settings.run.device),
+            forward=forward,
             data_settings=data_settings,
             **given,
         )

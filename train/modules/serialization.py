@@ -141,13 +141,26 @@ def write_alpha(folder: str | Path, alpha: float) -> None:
         InputError: a file is damaged, or alpha is out of range.
     """
     root = Path(folder)
-    card, digest = _read_card(root)
-    check_digest(root / WEIGHTS, digest)
+    card, digest = _check_carryon(root)
     _write_card(
         root,
         replace(card, alpha=check_alpha(alpha)),
         digest=digest or digest_file(root / WEIGHTS),
     )
+
+
+def check_carryon(folder: str | Path) -> None:
+    """Compare the card and the weights of a carry-on with their digests; raises as `read_weights`.
+
+    No module is built.
+    """
+    _check_carryon(Path(folder))
+
+
+def _check_carryon(root: Path) -> tuple[CarryOnCard, str | None]:
+    card, digest = _read_card(root)
+    check_digest(root / WEIGHTS, digest)
+    return card, digest
 
 
 def _write_card(folder: Path, card: CarryOnCard, *, digest: str, is_synced: bool = True) -> None:
@@ -220,7 +233,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         InputError: the file is damaged, or does not match the digest in the card.
     """
     root = Path(folder)
-    check_digest(root / WEIGHTS, _read_card(root)[1])
+    check_carryon(root)
     try:
         return load_file(root / WEIGHTS)
     except (SafetensorError, ValueError, KeyError) as error:  # or a dtype that torch lacks

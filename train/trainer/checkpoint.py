@@ -130,6 +130,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """Return the step folder of a step, compared with its digests.
+
+    Raises:
+        DamagedFileError: it is missing, or not as it was written.
+    """
+    recover_folders(folder)
+    path = _step_folder(folder, step)
+    check_checkpoint(path)
+    return path
+
+
 def saved_identity(folder: Path) -> dict[str, Any] | None:
     """Return the identity of the run in its newest sound checkpoint, or None without any."""
     for path in reversed(_step_folders(folder)):

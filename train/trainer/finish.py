@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from carryon.cache.errors import InputError
+from carryon.cache.errors import CarryOnError, DamagedFileError, InputError
 from carryon.cache.files.documents import sealed, write_json
 from carryon.train.modules.carryon import num_parameters
-from carryon.train.modules.serialization import CarryOnCard, save_carryon
+from carryon.train.modules.serialization import CarryOnCard, check_carryon, save_carryon
 from carryon.train.plots import plot_curves
-from carryon.train.trainer.checkpoint import best_checkpoint, load_weights
+from carryon.train.trainer.checkpoint import best_checkpoint, load_weights, newest_checkpoint
 from carryon.train.trainer.distributed import Processes, wait_for_all
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.nll import Nll, measure_nlls, null_if_nan, shown_nll
 from carryon.train.trainer.run import Run
-from carryon.train.trainer.run_dir import library_versions
+from carryon.train.trainer.run_dir import RunFolder, library_versions
 from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
 
@@ -97,6 +97,29 @@ class TrainReport:
             f"{self.carryon}: {self.carryon_bytes / 1e6:.2f} MB, trained in {self.train_s:,.0f} s "
             f"({self.tokens_per_second:,.0f} tokens/s); {self.losses()}"
         )
+
+
+def read_finished(root: str | Path) -> TrainReport:
+    """Return the report of a finished run, whose carry-on is compared with its digests.
+
+    Raises:
+        DamagedFileError: the report or the carry-on is not as it was written, and the last
+            checkpoint can write both again.
+        InputError: the carry-on is not, and there is no checkpoint.
+    """
+    folder = RunFolder(root)
+    report = TrainReport.read(folder.result)
+    try:
+        check_carryon(folder.carryon)
+    except CarryOnError as error:
+        problem = str(error).partition(". Fix: ")[0]
+        if newest_checkpoint(folder.checkpoints) is None:
+            raise InputError(
+                f"{problem}. Fix: put a copy of the carry-on there, or delete {folder.result}; the "
+                "same command then trains from the start"
+            ) from error
+        raise DamagedFileError(problem) from error
+    return report
 
 
 def finish_runs(states: Sequence[RunState], processes: Processes) -> list[TrainReport]:

@@ -33,7 +33,7 @@ from carryon.train.trainer.engine import (
     run_engine,
     stop_on_signal,
 )
-from carryon.train.trainer.finish import TrainReport, finish_runs
+from carryon.train.trainer.finish import TrainReport, finish_runs, read_finished
 from carryon.train.trainer.metrics import Callback
 from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Job, Run, prepare_run
@@ -231,14 +231,13 @@ def _warn_about_held_out(contamination: Contamination) -> None:
 def _read_reports(jobs: Sequence[Job]) -> dict[str, TrainReport]:
     """Return the reports of the runs that are finished, by folder.
 
-    A run whose report is damaged is finished again, from its last checkpoint.
+    A run whose report or carry-on is damaged is finished again, from its last checkpoint.
     """
     reports = {}
     for job in jobs:
-        path = RunFolder(job.out).result
-        if os.path.lexists(path):
+        if os.path.lexists(RunFolder(job.out).result):
             try:
-                reports[job.out] = TrainReport.read(path)
+                reports[job.out] = read_finished(job.out)
             except DamagedFileError as error:
                 logger.warning(f"{error}. The run is finished again from its last checkpoint")
     return reports

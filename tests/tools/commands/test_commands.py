@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from carryon.tools.cli.main import main
 from carryon.train.trainer.nll import shown_nll
@@ -35,6 +37,37 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Pa
     train = ["train", "--store", str(root / "store"), "--out", str(root / "run"), *TINY_RUN]
     assert main(train) == 0
     return root
+
+
+def pickled(base: Path, folder: Path) -> Path:
+    """Return a copy of a base whose weights are in a pickle file."""
+    copy = Path(shutil.copytree(base, folder))
+    [path] = copy.glob("*.safetensors")
+    torch.save(load_file(path), copy / "pytorch_model.bin")
+    path.unlink()
+    return copy
+
+
+@pytest.mark.parametrize(
+    "name", ["extract", "repair", "generate", "score", "merge", "update", "compare"]
+)
+def test_each_command_that_loads_a_base_has_the_option_that_an_error_names(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help-all"])
+    assert "--allow-pickle" in capsys.readouterr().out
+
+
+def test_an_update_reads_pickled_weights_where_that_is_allowed(
+    work: Path, tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = pickled(tiny_base_folder, tmp_path / "base")
+    words = ["update", "--lineage", str(tmp_path / "lineage"), "--base", str(base), *TINY_RUN]
+    words += ["--data", str(work / "corpus.jsonl"), "--min-lr-ratio", "0.1"]
+    assert main(words) == 2
+    assert "--allow-pickle" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*words, "--allow-pickle"]) == 0
 
 
 def last_json(captured: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,59 @@ def test_every_version_took_the_learning_rates_of_its_path(grown: Lineage) -> No
 
 def test_a_rebuilt_version_has_the_same_bits(grown: Lineage, tmp_path: Path) -> None:
     release(grown, 2, settings=SETTINGS, out=tmp_path / "again")
+
+    assert_same_bits(tmp_path / "again", grown.version(2).root)
+
+
+def _trunk_state(lineage: Lineage) -> Path:
+    path = newest_checkpoint(lineage.head(2).checkpoints)
+    assert path is not None
+    return path
+
+
+def _flip_a_bit(lineage: Lineage) -> None:
+    path = _trunk_state(lineage) / "carryon.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def _sound_but_another(lineage: Lineage) -> None:
+    path = _trunk_state(lineage)
+    shutil.rmtree(path)
+    other = newest_checkpoint(lineage.head(3).checkpoints)
+    assert other is not None
+    assert other.name == path.name
+    shutil.copytree(other, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_flip_a_bit, "the content differs from its SHA-256"),
+        (lambda lineage: shutil.rmtree(_trunk_state(lineage)), "expected a file, found none"),
+        (_sound_but_another, r"expected the state \w{12} that .*versions/0002 started from"),
+    ],
+)
+def test_a_version_starts_from_no_other_state_of_the_trunk(
+    grown: Lineage, tmp_path: Path, change: Callable[[Lineage], object], text: str
+) -> None:
+    copy = open_lineage(shutil.copytree(grown.root, tmp_path / "lineage"))
+    change(copy)
+
+    with pytest.raises(InputError, match=rf"{text}.*Fix: .*delete .*0002-head and run the same"):
+        release(copy, 2, settings=SETTINGS, out=tmp_path / "again")
+
+
+def test_a_later_checkpoint_in_a_segment_of_the_trunk_is_not_started_from(
+    grown: Lineage, tmp_path: Path
+) -> None:
+    copy = open_lineage(shutil.copytree(grown.root, tmp_path / "lineage"))
+    newest = newest_checkpoint(copy.tail(2).checkpoints)
+    assert newest is not None
+    shutil.copytree(newest, copy.head(2).checkpoints / "step-00000099")
+
+    release(copy, 2, settings=SETTINGS, out=tmp_path / "again")
 
     assert_same_bits(tmp_path / "again", grown.version(2).root)
 

@@ -242,3 +242,37 @@ def test_changed_numbers_in_a_report_are_noticed(
 
     assert report.carryon_nll == document["carryon_nll"]
     assert "result.json: the content differs from its SHA-256" in caplog.text
+
+
+CARRYON_DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a byte of a weight": lambda carryon: flip(carryon / WEIGHTS, -9),
+    "a byte of the card": lambda carryon: flip(carryon / "carryon.json", 40),
+    "no weights": lambda carryon: (carryon / WEIGHTS).unlink(),
+    "no folder": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("name", CARRYON_DAMAGE)
+def test_the_damaged_carryon_of_a_finished_run_is_written_again(
+    store: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "run")
+    CARRYON_DAMAGE[name](out / "carryon")
+
+    report = train_tiny(store, out, **BEST)
+
+    assert report.carryon_nll == TrainReport.read(whole / "result.json").carryon_nll
+    assert_same_bits(out, whole)
+    assert "The run is finished again from its last checkpoint" in caplog.text
+
+
+def test_a_damaged_carryon_without_checkpoints_is_no_reason_to_train_for_days(
+    store: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    train_tiny(store, out, **BEST)
+    CARRYON_DAMAGE["a byte of a weight"](out / "carryon")
+
+    with pytest.raises(InputError, match=r"SHA-256.*Fix: put a copy of the carry-on there, or del"):
+        train_tiny(store, out, **BEST)
