@@ -27,6 +27,8 @@ FORMER_NAMES = {
     "held_out_share": "held_out_ratio",
 }
 """Names in carry-ons, runs and lineages saved before settings were renamed -> those of today."""
+MAX_YAML_BYTES = 1 << 20
+"""Of a file of settings."""
 OTHER_NAMES = FORMER_NAMES | {
     "lr": "learning_rate",
     "batch_size": "tokens_per_step",
@@ -326,6 +328,23 @@ def rate_warning(optimization: OptimizationSettings, carryon: CarryOnSettings) -
 
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 """Name -> file."""
+
+
+def read_yaml(path: Path) -> Any:  # noqa: ANN401
+    """Return what a YAML file of settings says.
+
+    Raises:
+        OSError: it cannot be read.
+        InputError: it is larger than MAX_YAML_BYTES, or no YAML of a few levels.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise InputError(f"{path}: expected at most {MAX_YAML_BYTES:,} bytes, got more")
+    try:
+        return yaml.safe_load(content.decode())
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: expected YAML: {' '.join(str(error).split()):.300}") from error
 
 
 def read_preset(name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ their form. Folders from before digests were recorded are checked as far as they
 """
 
 import os
+import reprlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ import torch
 import yaml
 
 from carryon.cache.errors import CarryOnError, InputError
-from carryon.cache.files.documents import DIGEST, parse_object, read_bounded, read_sealed
+from carryon.cache.files.documents import DIGEST, read_bounded, read_object, read_sealed
 from carryon.cache.files.regular import open_regular
 from carryon.cache.lock import FOLDER_LOCK
 from carryon.cache.store.verify import Depth
@@ -222,7 +223,7 @@ class _Walk:
 
     def _sealed(self, path: Path) -> dict[str, Any]:
         values = read_sealed(path)
-        if DIGEST not in parse_object(read_bounded(path), name=path):
+        if DIGEST not in read_object(path):
             self.without_digest.append(self._name(path))
         return values
 
@@ -247,9 +248,8 @@ def _check_config(path: Path, identity: Mapping[str, Any]) -> None:
     config = with_current_names(yaml.safe_load(read_bounded(path, max_bytes=_MAX_TEXT_BYTES)))
     for name, value in with_current_names(identity).items():
         if name in config and config[name] != value:
-            raise InputError(
-                f"{path}: {name}: expected {value!r:.80} as in run.json, got {config[name]!r:.80}"
-            )
+            got = reprlib.repr(config[name])
+            raise InputError(f"{path}: {name}: expected {value!r:.80} as in run.json, got {got}")
 
 
 def _check_lines(path: Path) -> None:
@@ -259,7 +259,7 @@ def _check_lines(path: Path) -> None:
 
 
 def _check_pointer(path: Path) -> None:
-    named = parse_object(read_bounded(path), name=path)["folder"]
+    named = read_object(path)["folder"]
     if named not in {each.name for each in path.parent.glob("step-*")}:
         raise InputError(f"{path}: expected the name of a step folder, got {named!r:.80}")
 

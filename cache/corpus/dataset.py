@@ -38,6 +38,7 @@ from carryon.cache.corpus.sources import open_sources
 from carryon.cache.corpus.tokenize import get_backend
 from carryon.cache.corpus.unique_ids import refuse_equal_ids
 from carryon.cache.errors import InputError
+from carryon.cache.files.documents import read_object
 from carryon.cache.progress import Progress
 from carryon.cache.settings import CorpusSettings, DataSettings
 
@@ -303,7 +304,7 @@ def _shard_bytes(shard: Shard) -> int:
 def _is_whole(place: Path) -> bool:
     """Tell whether a folder of the cache holds all its files, of the sizes they were written in."""
     try:
-        sizes = json.loads((place / _SUMMARY).read_text())["sizes"]
+        sizes = read_object(place / _SUMMARY)["sizes"]
         found = [_shard_path(place, number).stat().st_size for number in range(len(sizes))]
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -311,7 +312,7 @@ def _is_whole(place: Path) -> bool:
 
 
 def _open(place: Path, sources: Sequence[Source]) -> Corpus:
-    summary: Mapping[str, Any] = json.loads((place / _SUMMARY).read_text())
+    summary: Mapping[str, Any] = read_object(place / _SUMMARY)
     os.utime(place)  # when it was last used
     numbers = range(len(summary["sizes"]))
     return Corpus(

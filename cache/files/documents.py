@@ -73,20 +73,24 @@ def read_bounded(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     return content
 
 
-def parse_object(content: bytes, *, name: str | Path) -> dict[str, Any]:
-    """Return the JSON object in a text; unlike `parse_json` it may hold NaN and Infinity.
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; unlike that of `parse_json` it may hold NaN and Infinity.
 
     Raises:
-        DamagedFileError: it is no JSON, is nested too deeply, or is no object; names `name`.
+        DamagedFileError: it is no regular file, no JSON within the limits, or no object.
     """
+    return _parse_object(read_bounded(path), path)
+
+
+def _parse_object(content: bytes, path: Path) -> dict[str, Any]:
     try:
         document = json.loads(content)
     except RecursionError as error:
-        raise DamagedFileError(f"{name}: expected JSON of a few levels, got deeper ones") from error
+        raise DamagedFileError(f"{path}: expected JSON of a few levels, got deeper ones") from error
     except ValueError as error:
-        raise DamagedFileError(f"{name}: expected JSON: {error!s:.200}") from error
+        raise DamagedFileError(f"{path}: expected JSON: {error!s:.200}") from error
     if not isinstance(document, dict):
-        raise DamagedFileError(f"{name}: expected a JSON object, got {type(document).__name__}")
+        raise DamagedFileError(f"{path}: expected a JSON object, got {type(document).__name__}")
     return document
 
 
@@ -98,7 +102,7 @@ def read_sealed(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
             changed.
     """
     content = read_bounded(path, max_bytes=max_bytes)
-    document = parse_object(content, name=path)
+    document = _parse_object(content, path)
     values = {key: value for key, value in document.items() if key != DIGEST}
     if DIGEST not in document:
         if FILES in document:

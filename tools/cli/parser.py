@@ -18,7 +18,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import choices_of, parse_value
 from carryon.tools.cli.options import REQUIRED, Option, is_settings, options_of
 from carryon.tools.cli.output import LEVELS
-from carryon.train.config import OTHER_NAMES, PRESETS, with_current_names
+from carryon.train.config import OTHER_NAMES, PRESETS, read_yaml, with_current_names
 
 _PRESETS = ", ".join(PRESETS)
 COMMON = [
@@ -202,20 +202,20 @@ def _unknown_option(word: str, options: Mapping[str, Option]) -> str:
 
 def _read_config(given: str, options: Mapping[str, Option]) -> dict[str, Any]:
     """Return the options in a YAML file, or in a preset if there is no such file."""
-    import yaml
-
     path = Path(given)
     if given in PRESETS and not path.exists():
         path = PRESETS[given]
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        document = read_yaml(path)
+    except (OSError, InputError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"--config: expected a YAML file or one of {_PRESETS}, got {given}: {reason}"
         ) from error
     if not isinstance(document, dict):
-        raise InputError(f"--config {given}: expected NAME: VALUE in each line, got {document!r}")
+        raise InputError(
+            f"--config {given}: expected NAME: VALUE in each line, got {type(document).__name__}"
+        )
     values = with_current_names({str(name).replace("-", "_"): document[name] for name in document})
     for name in values:
         if name not in options:

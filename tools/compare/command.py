@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError
+from carryon.cache.files.documents import read_object, write_json
 from carryon.tools.compare.figure import Figure, print_json
 from carryon.tools.compare.settings import CompareSettings, get_methods, list_rows
 
@@ -83,7 +84,7 @@ def run_comparison(
                 f"run {row.name}: expected exit code 0, got {done.returncode}, see above. "
                 "Fix: run the same command again; finished runs are kept"
             )
-        result = json.loads((folder / "rows" / f"{row.name}.json").read_text())
+        result = read_object(folder / "rows" / f"{row.name}.json")
         logger.info(
             f"run {number} of {len(todo)}, {row.name}: held-out loss {result['base_nll']:.4f} -> "
             f"{result['nll']:.4f}, {result['tokens']:,} tokens at "
@@ -94,16 +95,14 @@ def run_comparison(
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return all finished runs of a comparison."""
-    return [json.loads(path.read_text()) for path in sorted((folder / "rows").glob("*.json"))]
+    return [read_object(path) for path in sorted((folder / "rows").glob("*.json"))]
 
 
 def _base_facts(source: str, folder: Path, *, allow_pickle: bool) -> dict[str, Any]:
     """Return the identity of the base, loaded the first time and then read from a file."""
-    from carryon.cache.files.documents import write_json
-
     path = folder / "base.json"
     if path.exists():
-        facts: dict[str, Any] = json.loads(path.read_text())
+        facts: dict[str, Any] = read_object(path)
         if facts["source"] != source:
             raise InputError(
                 f"{folder}: expected the base {facts['source']}, got {source}. Fix: another --out"
@@ -121,7 +120,7 @@ def _base_facts(source: str, folder: Path, *, allow_pickle: bool) -> dict[str, A
 
 def _refuse_other_data(folder: Path, wanted: dict[str, Any]) -> None:
     path = folder / "data.json"
-    begun = json.loads(path.read_text()) if path.exists() else wanted
+    begun = read_object(path) if path.exists() else wanted
     for name, value in wanted.items():
         if begun.get(name) != value:
             raise InputError(

@@ -28,7 +28,7 @@ from carryon.cache.corpus.samples import Sample, hash_id
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError
 from carryon.cache.files.atomic import write_file
-from carryon.cache.files.documents import write_json
+from carryon.cache.files.documents import read_object, write_json
 from carryon.cache.settings import CorpusSettings, DataSettings
 from carryon.tools.compare.settings import CompareSettings
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, hash_ngrams
@@ -101,7 +101,7 @@ def prepare_material(
         held_out_file=held_out_file,
         train=_read([train_file], tokenizer),
         held_out=_read([held_out_file], tokenizer),
-        facts=json.loads(facts_file.read_text()),
+        facts=read_object(facts_file),
     )
 
 

@@ -22,7 +22,7 @@ from carryon.cache.base.model import Base, load_base
 from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.files.atomic import write_file
-from carryon.cache.files.documents import write_json
+from carryon.cache.files.documents import read_object, write_json
 from carryon.cache.progress import Progress
 from carryon.cache.settings import DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
@@ -254,7 +254,7 @@ def _evaluate(setup: Setup, learner: Learner, read: Reader) -> float:
 def _known_start(setup: Setup) -> dict[str, Any] | None:
     """Return the first evaluation of another row of the method, or None."""
     for path in (setup.out / "rows").glob(f"{setup.method.name}-*.json"):
-        row = json.loads(path.read_text())
+        row = read_object(path)
         if row["method"] == setup.method.name:
             start: dict[str, Any] = row["curve"][0]
             return start
@@ -302,7 +302,7 @@ def _rehearse(setup: Setup, base: Base) -> dict[str, float]:
     """Measure this machine's speed of extraction and training for the method; kept in a file."""
     path = setup.out / "speeds" / f"{setup.method.name}.json"
     if path.exists():
-        known: dict[str, float] = json.loads(path.read_text())
+        known: dict[str, float] = read_object(path)
         return known
     number = setup.material.count_samples(_PILOT_TOKENS)
     root, data = setup.out / "work" / "pilot", setup.out / "work" / "pilot.jsonl"

@@ -8,11 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.documents import write_json
-from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes
+from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes, read_yaml
 from carryon.train.data.datasets import StorePaths, store_paths
 from carryon.train.plots import plot_runs
 from carryon.train.trainer.distributed import join_processes
@@ -141,7 +139,7 @@ def read_runs(path: str | Path) -> dict[str, Changes]:
         InputError: it lists something else, or two runs have the same name.
     """
     try:
-        listed = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        listed = read_yaml(Path(path))
     except FileNotFoundError as error:
         raise MissingError(f"{path}: expected a YAML list of runs, got no file") from error
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):

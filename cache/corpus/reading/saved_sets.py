@@ -1,11 +1,11 @@
 """Folders that `save_to_disk` of `datasets` wrote: which Arrow files and splits they hold."""
 
-import json
 import os
 from pathlib import Path
 from typing import Literal
 
 from carryon.cache.errors import InputError
+from carryon.cache.files.documents import read_object
 
 
 def saved_kind(folder: Path) -> Literal["splits", "table", ""]:
@@ -24,12 +24,12 @@ def saved_files(folder: Path) -> list[Path]:
         InputError: its state.json does not list them.
     """
     try:
-        state = json.loads((folder / "state.json").read_text("utf-8"))
+        state = read_object((folder / "state.json").resolve())
         names = [item["filename"] for item in state["_data_files"]]
         files = [folder / name for name in names]
         if any(Path(name).name != name for name in names) or not files:
             raise ValueError("it names no files in this folder")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder}: expected a saved data set, got a damaged state.json ({error}). "
             "Fix: save it again with save_to_disk"
@@ -49,10 +49,10 @@ def saved_splits(folder: Path) -> list[str]:
         InputError: its dataset_dict.json does not list them.
     """
     try:
-        splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
+        splits = read_object((folder / "dataset_dict.json").resolve())["splits"]
         if not isinstance(splits, list) or any(Path(name).name != name for name in splits):
             raise ValueError("it names no splits")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder}: expected a saved data set, got a damaged dataset_dict.json ({error}). "
             "Fix: save it again with save_to_disk"

@@ -22,6 +22,7 @@ from carryon.cache.corpus.reading.packing import open_file
 from carryon.cache.errors import InputError
 from carryon.cache.files.atomic import PARTIAL, sync_below
 from carryon.cache.files.full_disk import disk_full_named
+from carryon.cache.files.documents import read_object
 
 if TYPE_CHECKING:
     import pyarrow
@@ -97,7 +98,7 @@ def read_rows(path: Path, start: int, stop: int, *, name: str) -> Iterator[dict[
         InputError: an Arrow file was removed or damaged since the table was opened.
     """
     with _named_errors(name, "arrow"):
-        listed = json.loads((path / "table.json").read_text("ascii"))
+        listed = read_object(path / "table.json")
         first = 0
         for file, num_rows in zip(listed["files"], listed["rows"], strict=True):
             begin, end = max(start - first, 0), min(stop - first, num_rows)
@@ -143,9 +144,9 @@ def _plain_rows(table: "pyarrow.Table") -> Iterator[dict[str, Any] | str]:
 def _find_table(folder: Path) -> Table | None:
     """Return a table that is there; None if it, or one of its files, was removed or changed."""
     try:
-        listed = json.loads((folder / "table.json").read_text("ascii"))
+        listed = read_object(folder / "table.json")
         sizes = [(folder / file).stat().st_size for file in listed["files"]]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return Table(folder, sum(listed["rows"]), sum(sizes)) if sizes == listed["bytes"] else None
 

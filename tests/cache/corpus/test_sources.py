@@ -748,3 +748,14 @@ def test_a_folder_has_priority_over_a_name_on_the_hub(
     fill(tmp_path / "some" / "chats", "a.jsonl")
     (source,) = open_sources("some/chats", DataSettings(), folder=tmp_path / "cache")
     assert source.name == "some/chats/a.jsonl"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "3", '{"_data_files": 5}', "\0"])
+def test_a_saved_set_whose_state_is_mangled_is_one_line(tmp_path: Path, content: str) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "data.arrow").touch()
+    (saved / "state.json").write_text(content)
+    with pytest.raises(InputError, match="expected a saved data set, got a damaged") as caught:
+        open_sources(saved, DataSettings(), folder=tmp_path / "cache")
+    assert "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ import pytest
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import StoreSettings
+from carryon.tools.cli.main import main
 from carryon.tools.cli.options import options_of
 from carryon.tools.cli.parser import parse_call
 from carryon.tools.commands.train import train
@@ -243,3 +244,18 @@ def test_a_file_wins_over_a_preset_of_the_same_name(
 def test_every_preset_is_a_shape_that_can_be_built(name: str) -> None:
     call, _ = parse_call(train, ["--config", name, "--store", "s", "--out", "o"], prog="t")
     assert call.arguments["settings"].carryon.width > 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "a: 1: 2", "day: 2026-99-99", "\x00", "- 1", "x" * (1 << 21)],
+)
+def test_a_config_that_is_no_settings_is_one_line(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert main(["train", "--config", str(path), "--store", "x", "--out", "y"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(path) in line
+    assert len(line) < 1000

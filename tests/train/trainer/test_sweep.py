@@ -196,3 +196,12 @@ def test_runs_can_be_listed_in_a_file(tmp_path: Path) -> None:
 def test_a_file_of_runs_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"none.yaml: expected a YAML list of runs"):
         read_runs(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "- a: 1: 2", "[[1]]", "x" * (1 << 21)])
+def test_a_file_of_something_else_than_runs_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "runs.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"{path}: expected .*") as caught:
+        read_runs(path)
+    assert "\n" not in str(caught.value)
