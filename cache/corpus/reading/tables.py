@@ -21,8 +21,8 @@ from carryon.cache.corpus.reading.file_kinds import FileKind
 from carryon.cache.corpus.reading.packing import open_file
 from carryon.cache.errors import InputError
 from carryon.cache.files.atomic import PARTIAL, sync_below
-from carryon.cache.files.full_disk import disk_full_named
 from carryon.cache.files.documents import read_object
+from carryon.cache.files.full_disk import disk_full_named
 
 if TYPE_CHECKING:
     import pyarrow
