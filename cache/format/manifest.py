@@ -233,6 +233,15 @@ class Manifest:
         mine, theirs = (replace(each, parts=each.parts[:both], files={}) for each in (self, other))
         return mine == theirs
 
+    def is_behind(self, other: "Manifest") -> bool:
+        """Tell whether `other` has a part, or accepts a file, that this one does not.
+
+        The copy of a manifest is written first, and is never behind.
+        """
+        if len(self.parts) != len(other.parts):
+            return len(self.parts) < len(other.parts)
+        return any(set(known) - {*self.files.get(path, ())} for path, known in other.files.items())
+
     def part_of(self, unit: int) -> CorpusPart:
         """Return the part of the corpus that a unit belongs to."""
         return next(part for part in self.parts if unit < part.first_unit + part.num_units)

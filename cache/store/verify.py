@@ -172,6 +172,8 @@ class _Walk:
             return
         if not manifest.is_stage_of(self.manifest):
             self.note(copy, None, "it is the manifest of another store")
+        elif manifest.is_behind(self.manifest):
+            self.note(copy, None, "it is an older manifest of this store")
 
     def _check_planned(self, path: str, digests: Collection[str]) -> None:
         if self.depth != "full" and path.startswith(_LARGE):

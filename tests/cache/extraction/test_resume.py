@@ -20,10 +20,12 @@ from support.tiny_stores import (
 
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import InputError, KnownDataError, SettingMismatchError, StoreError
+from carryon.cache.extraction.repair import repair
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.format.zarr_metadata import copy_path, receipt_path
 from carryon.cache.settings import CorpusSettings
 from carryon.cache.store.reader import Store
+from carryon.cache.store.verify import verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +247,18 @@ def test_append_keeps_every_existing_unit_receipt_and_sample(
     assert len(new_receipts) > len(old_receipts)
     for name, (content, _) in old_receipts.items():
         assert new_receipts[name][0] == content
+
+
+def test_a_copy_of_the_manifest_from_before_an_append_is_named_and_restored(
+    store_original: Path, appended: Path
+) -> None:
+    copy = appended / copy_path("zarr.json")
+    expected = copy.read_bytes()
+    copy.write_bytes((store_original / copy_path("zarr.json")).read_bytes())
+    [problem] = verify(appended).problems
+    assert problem.path == copy_path("zarr.json")
+    assert repair(appended).is_complete
+    assert copy.read_bytes() == expected
 
 
 def test_appended_samples_are_read_by_id(appended: Path, store_original: Path) -> None:
