@@ -18,6 +18,7 @@ import yaml
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.files.documents import DIGEST, read_bounded, read_object, read_sealed
 from carryon.cache.files.regular import open_regular
+from carryon.cache.format.manifest import MANIFEST_PATH
 from carryon.cache.lock import FOLDER_LOCK
 from carryon.cache.store.verify import Depth
 from carryon.cache.store.verify import verify as verify_store
@@ -29,12 +30,14 @@ from carryon.train.modules.serialization import load_carryon, read_card, read_we
 from carryon.train.trainer.checkpoint import BEST, LAST, OPTIMIZER, STATE, check_checkpoint
 from carryon.train.trainer.run_dir import FORMAT, RunFolder
 from carryon.train.trainer.run_documents import read_whole_lines
+from carryon.train.trainer.sweep import CURVES, SUMMARY
 
-FolderKind = Literal["store", "carry-on", "run", "lineage"]
+FolderKind = Literal["store", "carry-on", "run", "lineage", "sweep"]
 _MARKS: dict[FolderKind, tuple[str, ...]] = {
     "lineage": ("lineage.json", "versions", "trunk"),
     "run": ("run.json", "checkpoints", "metrics.jsonl"),
     "carry-on": (CARD, WEIGHTS),
+    "sweep": (SUMMARY,),
 }
 """Names that tell a kind, of which a damaged folder may lack some."""
 _IDENTITY_KEYS = {*FORMAT, "identity", "versions"}
@@ -87,14 +90,29 @@ class FolderReport:
 
 def folder_kind(root: str | Path) -> FolderKind:
     """Return what a folder holds, told by its files; `store` if they tell nothing else."""
+    folder = Path(root)
+    is_store = os.path.lexists(folder / MANIFEST_PATH)
+    return _kind_by_names(folder) or ("sweep" if not is_store and _runs_in(folder) else "store")
+
+
+def _kind_by_names(folder: Path) -> FolderKind | None:
     for kind, names in _MARKS.items():
-        if any(os.path.lexists(Path(root) / name) for name in names):
+        if any(os.path.lexists(folder / name) for name in names):
             return kind
-    return "store"
+    return None
+
+
+def _runs_in(root: Path) -> list[Path]:
+    """Return the folders of runs in a folder; links are left out."""
+    return [
+        path
+        for path in sorted(root.glob("*"))
+        if path.is_dir() and not path.is_symlink() and _kind_by_names(path) == "run"
+    ]
 
 
 def verify_folder(root: str | Path, *, depth: Depth = "sample") -> FolderReport:
-    """Check a carry-on, a run or a lineage; nothing is changed.
+    """Check a carry-on, a run, a sweep or a lineage; nothing is changed.
 
     Args:
         root: the folder.
@@ -106,6 +124,8 @@ def verify_folder(root: str | Path, *, depth: Depth = "sample") -> FolderReport:
         walk.check_lineage(folder, depth=depth)
     elif kind == "run":
         walk.check_run(folder)
+    elif kind == "sweep":
+        walk.check_sweep(folder)
     else:
         walk.check_carryon(folder)
     return FolderReport(
@@ -171,6 +191,14 @@ class _Walk:
             self.check_carryon(run.carryon)
         self.check_checkpoints(run.checkpoints)
 
+    def check_sweep(self, root: Path) -> None:
+        """Check the runs of a sweep, and what sums them up."""
+        for run in _runs_in(root):
+            self.check_run(run)
+        for name, check in {SUMMARY: self._summary, CURVES: _check_png}.items():
+            if os.path.lexists(root / name):
+                self._check(root / name, check)
+
     def check_checkpoints(self, folder: Path) -> None:
         """Check every step folder."""
         for name in (LAST, BEST):
@@ -226,6 +254,11 @@ class _Walk:
         if DIGEST not in read_object(path):
             self.without_digest.append(self._name(path))
         return values
+
+    def _summary(self, path: Path) -> None:
+        named = {row["run"] for row in self._sealed(path)["runs"]}
+        if missing := named - {run.name for run in _runs_in(path.parent)}:
+            raise InputError(f"{path}: expected the folder of the run {min(missing)!a:.80}")
 
     def _identity(self, path: Path) -> dict[str, Any]:
         values = self._sealed(path)

@@ -15,7 +15,7 @@ from carryon.cache.corpus.chat.chat_template import ChatTemplate, UnfitError
 from carryon.cache.corpus.files import read_shard
 from carryon.cache.corpus.lengths import Cutter
 from carryon.cache.corpus.record_tokens import KINDS, Asks, Piece, RecordTokens
-from carryon.cache.corpus.records import Pair, Record, Text, read_record
+from carryon.cache.corpus.records import Pair, Record, Text, marks_held_out, read_record
 from carryon.cache.corpus.report import LOST_HELD_OUT, Tally
 from carryon.cache.corpus.rows import BadRow, Row, Shard
 from carryon.cache.corpus.samples import Sample, SampleWriter
@@ -161,7 +161,7 @@ class _Job:
         self.request: Request | None = None
         self.error: Exception | None = None
         self.where, self.name = row.where, ""
-        self.is_held_out = isinstance(row, Row) and row.is_held_out
+        self.is_held_out = isinstance(row, Row) and marks_held_out(row)
         self.record: Record
         self._asks: Asks
         try:

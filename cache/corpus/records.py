@@ -8,6 +8,7 @@ validation data, are held out). A null field counts as absent; other fields are 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -37,6 +38,7 @@ __all__ = [
     "Text",
     "check_id",
     "kind_of",
+    "marks_held_out",
     "read_record",
     "refuse_shared_texts",
 ]
@@ -105,6 +107,13 @@ def _is_held_out(row: Row) -> bool:
             f"{quote(split)}. Fix: --column split=NAME reads another column"
         )
     return usual != "train"
+
+
+def marks_held_out(row: Row) -> bool:
+    """Tell whether a row that may be no record is marked held out, perhaps in another spelling."""
+    split = row.fields.get("split")
+    is_meant = isinstance(split, str) and re.search("held|test|val|dev", split, re.IGNORECASE)
+    return row.is_held_out or bool(is_meant)
 
 
 def _read_id(row: Row) -> str:

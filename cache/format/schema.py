@@ -38,6 +38,10 @@ _MAX_VOCABULARY = 1 << 24
 _MAX_UNIT_TOKENS = 1 << 24
 _MAX_TAPS = 256
 _MAX_TEXT = 1 << 16
+_MAX_ERROR = 1.0
+"""Of a lossy profile, relative to the states; honest ones are below 0.1. It widens the tolerance of
+the probe."""
+_MAX_NATS = 1e4
 FRAME_BYTES = 64
 """Of Blosc's header, the checksum and the entry in an index, for each chunk, rounded up."""
 
@@ -114,7 +118,8 @@ def check_manifest(values: Mapping[str, Any]) -> None:
         if not is_tap(tap):
             raise ValueError(f"profile_error: expected taps, got {_shown(tap)}")
         for name in _mapping({tap: errors}, tap):
-            _number(errors, name, -math.inf, math.inf)
+            is_ratio = name.endswith("relative_error")
+            _number(errors, name, -_MAX_NATS, _MAX_ERROR if is_ratio else _MAX_NATS)
     _check_files(_mapping(values, "files"))
 
 

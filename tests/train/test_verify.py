@@ -11,6 +11,7 @@ from support.tiny_train_stores import make_tiny_store
 from carryon.tools.cli.main import main
 from carryon.train.continual.lineage import update
 from carryon.train.modules.card_file import CARD
+from carryon.train.trainer.sweep import sweep
 from carryon.train.verify import folder_kind, verify_folder
 
 SETTINGS = TINY.with_options(min_lr_ratio=0.1)
@@ -24,6 +25,35 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tiny(store, root / "run")
     update(lineage=str(root / "lineage"), store=[str(store)], settings=SETTINGS)
     return root
+
+
+def test_the_runs_of_a_sweep_are_verified(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    sweep(made / "store", out=out, vary={"seed": [1, 2]}, settings=SETTINGS)
+    assert folder_kind(out) == "sweep"
+    assert main(["verify", str(out)]) == 0
+    assert f"OK: {out}: a sweep" in capsys.readouterr().err
+    assert verify_folder(out).unknown == verify_folder(out).without_digest == []
+    flipped = out / "seed=2" / "carryon" / "carryon.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[-9] ^= 1
+    flipped.write_bytes(content)
+    assert main(["verify", str(out)]) == 1
+    (out / "sweep.json").unlink()
+    assert folder_kind(out) == "sweep"
+    assert {each.path for each in verify_folder(out).problems} == {
+        "seed=2/carryon/carryon.safetensors"
+    }
+
+
+def test_a_missing_run_of_a_sweep_is_named(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    sweep(made / "store", out=out, vary={"seed": [1, 2]}, settings=SETTINGS)
+    shutil.rmtree(out / "seed=2")
+    [problem] = verify_folder(out).problems
+    assert "expected the folder of the run 'seed=2'" in problem.text
 
 
 PLACES = {"carry-on": "run/carryon", "run": "run", "lineage": "lineage"}
@@ -122,3 +152,15 @@ def test_a_setting_that_differs_from_the_runs_identity_is_named(made: Path, tmp_
     (folder / "config.yaml").write_text(text.replace("epochs: 2", "epochs: 3"))
     [problem] = verify_folder(folder).problems
     assert "epochs: expected 2 as in run.json, got 3" in problem.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "sessions.jsonl"])
+def test_a_changed_number_in_a_line_of_a_run_is_named(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(made / "run", tmp_path / "copy"))
+    text = (folder / name).read_text()
+    (folder / name).write_text(text.replace('"step": 0', '"step": 7', 1))
+    [problem] = verify_folder(folder).problems
+    assert problem.path == name
+    assert "damaged lines: 1" in problem.text

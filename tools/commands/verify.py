@@ -1,4 +1,4 @@
-"""`carryon verify`: check a store, carry-on, run or lineage against its digests."""
+"""`carryon verify`: check a store, carry-on, run, sweep or lineage against its digests."""
 
 import logging
 from typing import Literal
@@ -12,19 +12,19 @@ Depth = Literal["quick", "sample", "full"]
 
 
 def verify(folder: str, /, *, quick: bool = False, full: bool = False) -> int:
-    """Check a store, carry-on, run or lineage against its digests.
+    """Check a store, carry-on, run, sweep or lineage against its digests.
 
     Of a store this by default compares the SHA-256 of all small files and the size of all others,
     decodes a sample of the chunks, and checks by the probe that hidden states, norm and LM head
-    belong together. Of a carry-on, run or lineage it always reads every file, and lists those that
-    it does not know. Nothing is changed. Exit code: 0 if the store is complete or the folder sound,
-    else 1. The last line on stdout is a JSON line.
+    belong together. Of a carry-on, run, sweep or lineage it always reads every file, and lists
+    those that it does not know. Nothing is changed. Exit code: 0 if the store is complete or
+    the folder sound, else 1. The last line on stdout is a JSON line.
 
     Example:
         carryon verify store --full
 
     Args:
-        folder: Folder of a store, carry-on, run or lineage.
+        folder: Folder of a store, carry-on, run, sweep or lineage.
         quick: Compare sizes only.
         full: Read every byte and compare its SHA-256.
     """

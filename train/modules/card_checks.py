@@ -1,6 +1,7 @@
 """Limits on a carry-on from anyone: checked before a module is built or memory is taken."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from carryon.cache.errors import InputError
+from carryon.cache.store.top_blocks import Blocks
 from carryon.train.config import CarryOnSettings
 from carryon.train.kinds import get_kind
 from carryon.train.modules.taps import check_alpha
@@ -122,6 +124,38 @@ def check_sizes(settings: CarryOnSettings, base_width: int, weights: Mapping[str
                 f"{name}: expected sizes that fit the {len(weights)} tensors with {num_values:,} "
                 f"values in the weights file, got {getattr(settings, name)!r:.80}"
             )
+
+
+def check_memory(settings: CarryOnSettings, *, base_width: int, blocks: Blocks | None) -> None:
+    """Refuse a module whose weights alone do not fit this machine; nothing is built.
+
+    Args:
+        settings: perhaps a stranger's, each within its own limits.
+        base_width: D.
+        blocks: the base's last blocks, for a kind made of them.
+
+    Raises:
+        InputError: names the sizes.
+    """
+    if settings.kind == "bottleneck":
+        a_block = settings.width * (4 * settings.width + 3 * settings.intermediate_size)
+        ends = (len(settings.taps) + 2) * settings.width * base_width
+    elif blocks is not None:
+        sizes = [
+            weight.numel() + settings.lora_rank * sum(weight.shape)
+            for weight in blocks.blocks[-1].values()
+        ]
+        a_block, ends = sum(sizes), 0
+    else:
+        return  # of the user's own making
+    needed = 4 * (settings.blocks * a_block + ends)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise InputError(
+            f"{settings.kind}: expected weights that fit the memory of this machine, "
+            f"{memory / 1e9:,.0f} GB, got {needed / 1e9:,.0f} GB. Fix: lower --blocks, --width, "
+            "--intermediate-size or --lora-rank"
+        )
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from carryon.cache.store.top_blocks import Blocks
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import CarryOnSettings
 from carryon.train.kinds import get_kind
+from carryon.train.modules.card_checks import check_memory
 from carryon.train.modules.packed_attention import Packing
 from carryon.train.modules.taps import resolve_taps
 
@@ -84,7 +85,9 @@ def make_carryon(
         blocks: reads the base's last blocks; called only for a kind that needs them.
     """
     kind = get_kind(settings.kind)
-    facts = {"blocks": blocks()} if kind.needs_blocks else {"base_width": base_width}
+    own = blocks() if kind.needs_blocks else None
+    check_memory(settings, base_width=base_width, blocks=own)
+    facts = {"base_width": base_width} if own is None else {"blocks": own}
     return as_carryon(kind.make()(settings, **facts), settings)
 
 

@@ -3,7 +3,6 @@
 A line is a JSON object in metrics.jsonl. A tracker and callbacks get the same lines.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from carryon.cache.files.atomic import write_file
 from carryon.cache.optional import require
 from carryon.train.trainer.checkpoint import Progress
-from carryon.train.trainer.run_documents import append_line, read_whole_lines
+from carryon.train.trainer.run_documents import append_line, lines_bytes, read_whole_lines
 from carryon.train.trainer.step import StepFigures
 
 logger = logging.getLogger(__name__)
@@ -163,4 +162,4 @@ def rewind_metrics(path: Path, *, step: int) -> None:
         logger.warning(f"{path}: damaged lines are dropped: {', '.join(map(str, damaged))}")
     if os.path.lexists(path):
         kept = [line for line in lines if line["step"] <= step and RESULT not in line]
-        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("ascii"))
+        write_file(path, lines_bytes(kept))

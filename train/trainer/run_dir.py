@@ -12,7 +12,6 @@ result.json         the report, written last: a run with it is finished
 .lock               while a process trains: its id
 """
 
-import json
 import logging
 import os
 import shutil
@@ -31,7 +30,7 @@ from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.config import refuse_other_settings, with_current_names
 from carryon.train.trainer.checkpoint import saved_identity
-from carryon.train.trainer.run_documents import read_whole_lines
+from carryon.train.trainer.run_documents import lines_bytes, read_whole_lines
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +179,7 @@ def record_session(folder: RunFolder, *, step: int, processes: int) -> None:
             f"{folder.sessions}: damaged lines are dropped: {', '.join(map(str, damaged))}"
         )
     lines = [*sessions, {"step": step, **now}]
-    write_file(folder.sessions, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_file(folder.sessions, lines_bytes(lines))
     last = sessions[-1] if sessions else now
     changes = [
         f"{name} {last.get(name)} -> {value}"

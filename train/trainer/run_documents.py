@@ -2,12 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from carryon.cache.errors import DamagedFileError
-from carryon.cache.files.documents import read_sealed
+from carryon.cache.files.documents import DIGEST, digest_of, read_sealed, sealed
 from carryon.cache.files.full_disk import disk_full_named
 from carryon.cache.files.regular import open_below, open_regular
 
@@ -34,17 +35,27 @@ def read_values(kind: type[T], path: Path) -> T:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line to `path`, a regular file; a kill afterwards does not lose it."""
+    """Append one JSON line with its digest to a regular file; a kill afterwards keeps it."""
     with disk_full_named(path):
         handle = open_below(path.parent, path.name, flags=os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(_text(line))
+
+
+def lines_bytes(lines: Iterable[dict[str, Any]]) -> bytes:
+    """Return the content of a file of lines, each with its digest."""
+    return "".join(map(_text, lines)).encode("ascii")
+
+
+def _text(line: dict[str, Any]) -> str:
+    return json.dumps(sealed(line)) + "\n"
 
 
 def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Return the JSON lines of a file, and the numbers of damaged lines, counted from 1.
 
-    A last line that a kill cut off is neither. There are none where there is no file.
+    A last line that a kill cut off is neither. There are none where there is no file. Lines from
+    before digests were recorded have none; a file has them in each line or in no line.
 
     Raises:
         DamagedFileError: it is no regular file.
@@ -53,14 +64,24 @@ def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         return [], []
     with open_regular(path) as file:
         rows = file.read().split(b"\n")
+    has_digests = f'"{DIGEST}"'.encode() in b"".join(rows[:-1])
     lines, damaged = [], []
     for number, row in enumerate(rows[:-1], start=1):
-        try:
-            line = json.loads(row)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict) and type(line.get("step")) is int:
-            lines.append(line)
-        else:
+        line = _parse(row, has_digest=has_digests)
+        if line is None:
             damaged.append(number)
+        else:
+            lines.append(line)
     return lines, damaged
+
+
+def _parse(row: bytes, *, has_digest: bool) -> dict[str, Any] | None:
+    """Return the values of a line; None if it is damaged."""
+    try:
+        line = json.loads(row)
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            return None
+        found = line.pop(DIGEST, None)
+        return line if found == (digest_of(line) if has_digest else None) else None
+    except (ValueError, RecursionError):
+        return None

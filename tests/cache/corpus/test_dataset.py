@@ -835,6 +835,29 @@ def spell(tokenizer: PreTrainedTokenizerFast, tokens: Any) -> list[str]:  # noqa
     return [str(token) for token in tokenizer.convert_ids_to_tokens(tokens)]
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"prompt": 3, "completion": "x", "split": "held-out"},
+        {"prompt": "h", "completion": "x", "split": "heldout"},
+    ],
+)
+def test_bad_rows_that_are_marked_held_out_are_not_skipped_without_a_word(
+    tmp_path: Path, bad: dict[str, Any]
+) -> None:
+    good = {"prompt": "h", "completion": "xyz"}
+    path = write_lines(tmp_path / "data.jsonl", good, bad, good | {"prompt": 4})
+    corpus = read_corpus(
+        [path],
+        make_tokenizer(),
+        settings=CorpusSettings(),
+        data_settings=DataSettings(workers=1, bad_rows="skip"),
+        max_tokens=50,
+    )
+    [note] = [each for each in corpus.report.notes if each.reason == LOST_HELD_OUT]
+    assert (note.records, note.first) == (1, f"{path}:2")
+
+
 def test_held_out_records_without_a_sample_are_counted_and_warned_of(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "data.jsonl",

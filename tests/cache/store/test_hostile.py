@@ -281,6 +281,8 @@ VALUES = [
     ("parts.0.counts", {}),
     ("parts.0.counts.tokens", HUGE),
     ("profile_error", {"final": 3}),
+    ("profile_error", {"final": {"channel_relative_error": 1e6}}),
+    ("profile_error", {"final": {"kl": 1e300}}),
     ("versions", {"torch": 2}),
     ("forward", {"attention": 3}),
     ("files", {}),

@@ -18,6 +18,7 @@ from carryon.train.config import CarryOnSettings
 from carryon.train.inference.adapters import CarryOnSet
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.card_file import CARD, MAX_CARD_BYTES, WEIGHTS
+from carryon.train.modules.carryon import make_carryon
 from carryon.train.modules.serialization import (
     CarryOnCard,
     load_carryon,
@@ -257,3 +258,15 @@ def test_a_new_alpha_does_not_sign_damaged_weights(folder: Path) -> None:
     with pytest.raises(InputError, match="the file was changed"):
         write_alpha(folder, 0.5)
     _refused(folder)
+
+
+@pytest.mark.parametrize("sizes", [{"width": 65536, "heads": 8}, {"blocks": 1024, "width": 8192}])
+def test_a_module_larger_than_the_memory_of_the_machine_is_refused_before_it_is_built(
+    sizes: dict[str, int],
+) -> None:
+    shape = {"width": 65536, "blocks": 1024, "intermediate_size": 262144} | sizes
+    settings = CarryOnSettings(**shape)
+    start = time.perf_counter()
+    with pytest.raises(InputError, match="fit the memory of this machine.*Fix: lower --blocks"):
+        make_carryon(settings, base_width=16, blocks=lambda: pytest.fail("they are not needed"))
+    assert time.perf_counter() - start < 1

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from carryon.train.trainer.run_documents import append_line, read_whole_lines
+from carryon.train.trainer.run_documents import append_line, lines_bytes, read_whole_lines
 
 
 def test_lines_are_read_up_to_one_cut_off_by_a_kill(tmp_path: Path) -> None:
@@ -14,3 +14,22 @@ def test_lines_are_read_up_to_one_cut_off_by_a_kill(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"step": ')
     assert read_whole_lines(path) == (lines, [])
+
+
+def test_a_changed_number_in_a_line_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    lines = [{"step": step, "loss": 1.5, "rate": float("nan")} for step in range(3)]
+    path.write_bytes(lines_bytes(lines))
+    rows = path.read_text().splitlines(keepends=True)
+    for changed in ("1.5", "NaN", "sha256", '"step"', " "):
+        edited = rows[1].replace(changed, {" ": "\n"}.get(changed, changed[:-1] + "7"), 1)
+        path.write_text("".join([rows[0], edited, rows[2]]))
+        assert read_whole_lines(path)[1]
+    path.write_text("".join(rows))
+    assert repr(read_whole_lines(path)) == repr((lines, []))
+
+
+def test_lines_from_before_digests_were_recorded_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_text('{"step": 1, "loss": 2.5}\n[]\n{"step": 2}\n')
+    assert read_whole_lines(path) == ([{"step": 1, "loss": 2.5}, {"step": 2}], [2])
