@@ -36,11 +36,17 @@ def disk_full_named(path: Path) -> Iterator[None]:
 def disk_full_number(error: Exception) -> int | None:
     """Return the `errno` of an error that says 'no space left', or None.
 
-    Libraries in Rust, such as safetensors, only tell it in their text.
+    Libraries in other languages only tell it in their text: safetensors `(os error 28)`, Arrow
+    `[errno 28]`.
     """
-    if isinstance(error, OSError):
-        number = error.errno
-    else:
-        found = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        found = re.search(r"\b(?:os error|errno) (\d+)\b", str(error))
         number = int(found[1]) if found else None
     return number if number in _FULL else None
+
+
+def what_is_full(error: Exception) -> str | None:
+    """Return what an error that says 'no space left' means, or None."""
+    number = disk_full_number(error)
+    return None if number is None else _FULL[number][0]

@@ -18,6 +18,7 @@ from carryon.cache.files.atomic import (
     write_file,
 )
 from carryon.cache.files.documents import json_bytes, write_json
+from carryon.cache.files.full_disk import disk_full_number
 
 
 def test_a_file_appears_whole_and_replaces_what_was_there(tmp_path: Path) -> None:
@@ -192,3 +193,19 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
             pass
     assert (path / "weights").read_bytes() == b"ours"
     assert [each.name for each in tmp_path.iterdir()] == ["carryon"]
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC),
+        (OSError("Error writing bytes to file. Detail: [errno 27] File too large"), errno.EFBIG),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (OSError(errno.EACCES, "Permission denied"), None),
+        (ValueError("errno 280"), None),
+    ],
+)
+def test_a_full_disk_is_told_from_errors_of_libraries_too(
+    error: Exception, number: int | None
+) -> None:
+    assert disk_full_number(error) == number

@@ -261,6 +261,16 @@ BENCHMARKS = {
         about="commands killed at any instant end with the same bits",
         quick={"kills": 1},
     ),
+    "trust.full_disk": Benchmark(
+        place="trust.full_disks:measure_full_disks",
+        about="commands on a disk that becomes full: one line, then the same bits",
+        quick={"sizes": 1},
+    ),
+    "trust.writers": Benchmark(
+        place="trust.writers:measure_writers",
+        about="two commands at one folder: one works, one is refused",
+        quick={"pairs": 4},
+    ),
     "before.bits": Benchmark(
         place="before:measure_bits",
         about="bits of stores, runs, a sweep and a lineage against an earlier commit",

@@ -54,15 +54,17 @@ def merge(
         DiskFullError: no space left; nothing of the checkpoint remains.
         MissingError: there is no carry-on, or its base is not found.
         SettingMismatchError: the carry-on belongs to another base.
+        StoreBusyError: another process is writing `out`.
     """
     place = locate_carryon(carryon)
     card = read_card(place)
     _check_kind(card.settings, place, adapter=adapter)
     target = _replaceable(Path(out))
     forward = ForwardSettings(device=device, allow_pickle=allow_pickle)
-    loaded = load_own_base(card, base, forward=forward, folder=carryon)
-    module = load_for_base(place, loaded)
     with whole_folder(target) as partial:
+        _refuse_content(target, out)  # of another process that ended since
+        loaded = load_own_base(card, base, forward=forward, folder=carryon)
+        module = load_for_base(place, loaded)
         if adapter:
             _write_adapter(partial, loaded, module)
         else:
@@ -155,8 +157,7 @@ def _replaceable(out: Path) -> Path:
     recover_folder(target)
     if not target.exists():
         return target
-    if not target.is_dir() or any(target.iterdir()):
-        raise InputError(f"{out}: expected a new or empty folder, got one that is not empty")
+    _refuse_content(target, out)
     try:
         with whole_folder(target):
             pass
@@ -168,6 +169,11 @@ def _replaceable(out: Path) -> Path:
             f"Fix: --out {out / 'merged'}"
         ) from error
     return target
+
+
+def _refuse_content(target: Path, out: str | Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{out}: expected a new or empty folder, got one that is not empty")
 
 
 def _check_kind(settings: dict[str, Any], place: Path, *, adapter: bool) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from carryon.cache.errors import CarryOnError, DiskFullError
+from carryon.cache.files.full_disk import what_is_full
 
 
 def cache_folder() -> Path:
@@ -30,7 +31,8 @@ def writing_cache(folder: Path) -> Iterator[None]:
     except CarryOnError:
         raise  # some are OSErrors too, such as one of a file of the data
     except OSError as error:
+        reason = what_is_full(error) or error.strerror or error
         raise DiskFullError(
-            f"{folder}: the cache of samples cannot be written: {error.strerror or error}. Fix: "
-            "make room, or set CARRYON_CACHE to another folder"
+            f"{folder}: the cache of samples cannot be written: {reason}. Fix: make room, or set "
+            "CARRYON_CACHE to another folder"
         ) from error
