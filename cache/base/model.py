@@ -27,6 +27,7 @@ from carryon.cache.base.identity import (
 )
 from carryon.cache.base.lm_head import Head
 from carryon.cache.base.loading import (
+    BaseSource,
     locate_base,
     read_checkpoint_dtype,
     read_config,
@@ -89,15 +90,39 @@ def load_base(
             "chat_template_sha256": digest_chat_template(tokenizer),
         }
         refuse_other_digests(expected, digests, where=f"base {source}")
-    own_dtype = read_checkpoint_dtype(place)
-    how: dict[str, Any] = {"device": device, "attention": forward.attention}
-    how["allow_pickle"] = forward.allow_pickle
-    model = read_model(place, dtype=own_dtype, **how)
-    checkpoint_dtype: torch.dtype = model.dtype
-    weights_sha256 = digest_weights(model)  # before any change of dtype
+    model, checkpoint_dtype, weights_sha256 = _read_model(
+        place, forward, device=device, compute_dtype=compute_dtype
+    )
     if expected is not None:
         found = {"weights_sha256": weights_sha256}
         refuse_other_digests(expected, found, where=f"base {source}")
+    model.requires_grad_(False)
+    architecture = get_architecture(model)
+    return Base(
+        source=source,
+        model=model,
+        tokenizer=tokenizer,
+        identity=_identity(place, model, architecture, tokenizer, weights_sha256),
+        architecture=architecture,
+        device=device,
+        compute_dtype=compute_dtype,
+        checkpoint_dtype=checkpoint_dtype,
+        attention=str(model.config.get_text_config()._attn_implementation),
+    )
+
+
+def _read_model(
+    place: BaseSource, forward: ForwardSettings, *, device: torch.device, compute_dtype: torch.dtype
+) -> tuple[PreTrainedModel, torch.dtype, str]:
+    """Return the model in `compute_dtype`, and dtype and digest of its weights as saved."""
+    how: dict[str, Any] = {
+        "device": device,
+        "attention": forward.attention,
+        "allow_pickle": forward.allow_pickle,
+    }
+    model = read_model(place, dtype=read_checkpoint_dtype(place), **how)
+    checkpoint_dtype: torch.dtype = model.dtype
+    weights_sha256 = digest_weights(model)  # before any change of dtype
     if compute_dtype != checkpoint_dtype:
         if place.gguf_file is not None and compute_dtype == torch.float32:
             # Loading as float32 would skip the rounding that was just hashed.
@@ -105,9 +130,18 @@ def load_base(
         else:
             del model
             model = read_model(place, dtype=compute_dtype, **how)
-    model.requires_grad_(False)
-    architecture, config = get_architecture(model), model.config.get_text_config()
-    identity = BaseIdentity(
+    return model, checkpoint_dtype, weights_sha256
+
+
+def _identity(
+    place: BaseSource,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    weights_sha256: str,
+) -> BaseIdentity:
+    config = model.config.get_text_config()
+    return BaseIdentity(
         id=place.id,
         revision=getattr(model.config, "_commit_hash", None),
         architecture=type(model).__name__,
@@ -119,17 +153,6 @@ def load_base(
         weights_sha256=weights_sha256,
         tokenizer_sha256=digest_tokenizer(tokenizer),
         chat_template_sha256=digest_chat_template(tokenizer),
-    )
-    return Base(
-        source=source,
-        model=model,
-        tokenizer=tokenizer,
-        identity=identity,
-        architecture=architecture,
-        device=device,
-        compute_dtype=compute_dtype,
-        checkpoint_dtype=checkpoint_dtype,
-        attention=str(config._attn_implementation),
     )
 
 

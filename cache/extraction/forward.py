@@ -107,6 +107,18 @@ def run_units(
                 thread.submit(write_unit, root, manifest, unit_input, hidden, elapsed_s=elapsed_s)
             )
     receipts = [each.result() for each in writing]
+    elapsed_s = time.perf_counter() - started_at
+    return _report(root, manifest, receipts, elapsed_s=elapsed_s, is_finished=is_finished)
+
+
+def _report(
+    root: Path,
+    manifest: Manifest,
+    receipts: Sequence[Receipt],
+    *,
+    elapsed_s: float,
+    is_finished: bool,
+) -> ExtractReport:
     tokens = sum(receipt.num_tokens for receipt in receipts)
     return ExtractReport(
         store=str(root),
@@ -117,7 +129,7 @@ def run_units(
         computed_tokens=tokens,
         raw_bytes=raw_bytes(manifest, tokens),
         stored_bytes=sum(_stored_bytes(manifest, receipt) for receipt in receipts),
-        elapsed_s=round(time.perf_counter() - started_at, 3),
+        elapsed_s=round(elapsed_s, 3),
         is_finished=is_finished,
     )
 
