@@ -4,6 +4,8 @@ Choices depend on the reported hardware, never on a timing: equal machines give 
 """
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -12,6 +14,7 @@ from carryon.cache.errors import InputError
 DEFAULT_CHUNK = 2048
 """Positions of a chunk of the loss: a CPU's kernel is a quarter slower at 1,024, half as fast at
 512, and keeps the logits of a few hundred at a time; on an accelerator their logits fit."""
+_CPU_ROWS = 256
 _MMAP_THRESHOLD = -3  # as malloc.h has it
 
 
@@ -45,6 +48,30 @@ def pick_head_dtype(name: str, device: torch.device) -> torch.dtype:
 def pick_chunk(chunk_tokens: int) -> int:
     """Return the positions of a chunk of the loss; 0: DEFAULT_CHUNK."""
     return chunk_tokens or DEFAULT_CHUNK
+
+
+def rows_at_once(num_rows: int, device: torch.device) -> int:
+    """Return how many of `num_rows` rows of states to widen at one time, at least 1.
+
+    A CPU takes a few, so that the copies stay in its cache. On an accelerator many small kernels
+    take longer than one large one, and the copies are small beside the logits of a chunk.
+    """
+    return _CPU_ROWS if device.type == "cpu" else max(1, min(num_rows, 2 * DEFAULT_CHUNK))
+
+
+@contextmanager
+def attention_of_any_shape() -> Iterator[None]:
+    """Leave cuDNN's kernels out of torch's attention.
+
+    They are torch's first choice on some GPUs, but are compiled again for each number of rows and
+    tokens: about 0.1 s, where a batch of mixed lengths takes a few milliseconds.
+    """
+    before: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from carryon.cache.base.architecture import Architecture, first_tensor
 from carryon.cache.base.model import Base
+from carryon.cache.device import attention_of_any_shape
 from carryon.cache.settings import parse_tap
 
 
@@ -50,14 +51,15 @@ def capture(base: Base, taps: Sequence[str], token_ids: Tensor) -> dict[str, Ten
 
     token_ids = token_ids.to(base.device)
     watching = watch_taps(base.architecture, taps, keep)
-    with watching, torch.inference_mode(), suppress(_DeepestTapReached):
+    quietly = suppress(_DeepestTapReached)
+    with watching, torch.inference_mode(), attention_of_any_shape(), quietly:
         base.architecture.decoder(input_ids=token_ids, use_cache=False)
     return states
 
 
 def base_logits(base: Base, token_ids: Tensor) -> Tensor:
     """Return the base's own logits, [B, T, V] in its compute dtype, for token ids [B, T] int64."""
-    with torch.inference_mode():
+    with torch.inference_mode(), attention_of_any_shape():
         logits: Tensor = base.model(input_ids=token_ids.to(base.device), use_cache=False).logits
     return logits
 

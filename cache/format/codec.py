@@ -6,6 +6,9 @@ zarr-python spends three quarters of a read on tasks and copies; here a chunk is
 into its destination.
 """
 
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import google_crc32c
@@ -15,6 +18,8 @@ from numpy.typing import NDArray
 
 from carryon.cache.errors import DamagedStoreError
 
+_MAX_THREADS = 8
+"""Threads that encode a shard at most."""
 _CRC_BYTES = 4
 _HEADER_BYTES = 16  # of Blosc
 _ENTRY_BYTES = 16
@@ -54,12 +59,25 @@ def encode_shard(rows: NDArray[Any], *, rows_per_chunk: int) -> bytearray:
     """Return the stored bytes of a unit's `rows` [R, D]; R is a multiple of `rows_per_chunk`."""
     shard = bytearray()
     index = []
-    for first in range(0, rows.shape[0], rows_per_chunk):
-        chunk = encode_chunk(rows[first : first + rows_per_chunk])
+    parts = np.split(rows, range(rows_per_chunk, rows.shape[0], rows_per_chunk))
+    for chunk in _encoded(parts):
         index.append((len(shard), len(chunk)))
         shard += chunk
     entries = np.array(index, dtype="<u8").tobytes()
     return shard + entries + _crc(entries)
+
+
+def _encoded(parts: Sequence[NDArray[Any]]) -> Iterator[bytes]:
+    """Yield the chunks of `parts` in order.
+
+    Half of the cores encode, as the other half may compute states: one core is slower than a GPU.
+    """
+    threads = min(_MAX_THREADS, (os.cpu_count() or 1) // 2, len(parts))
+    if threads < 2:
+        yield from map(encode_chunk, parts)
+        return
+    with ThreadPoolExecutor(threads, "carryon-encoder") as pool:
+        yield from pool.map(encode_chunk, parts)
 
 
 def index_bytes(num_chunks: int) -> int:

@@ -15,6 +15,7 @@ from carryon.cache.base.model import Base, read_head
 from carryon.cache.corpus.dataset import Corpus
 from carryon.cache.corpus.report import Report
 from carryon.cache.corpus.samples import Sample, SampleTable
+from carryon.cache.device import attention_of_any_shape
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import plan_batches, plan_samples
@@ -117,7 +118,7 @@ def _run_bare(base: Base, unit_input: UnitInput, *, batch_tokens: int) -> None:
         for row, sample in enumerate(batch):
             tokens = unit_input.tokens[starts[sample] : starts[sample] + lengths[sample]]
             ids[row, : lengths[sample]] = tokens
-        with torch.inference_mode():
+        with torch.inference_mode(), attention_of_any_shape():
             base.architecture.decoder(
                 input_ids=torch.from_numpy(ids).to(base.device), use_cache=False
             )

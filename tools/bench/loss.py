@@ -33,7 +33,8 @@ LOSS_TARGET = 0.75
 FILTERED_TARGET = 1.0
 _CALLS = 3  # of each way per round
 _CHECKED = 64  # positions compared with the plain float32 formula
-_ROUNDING = 1e-6  # of float32 sums, relative to a gradient's norm
+_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+"""Of sums of products in each type, relative to a gradient's norm."""
 _SPREAD = 5.0
 """Standard deviation of a synthetic state's logits. It gives about as many probabilities above
 1e-3, 1e-4, 1e-5 and 1e-6 per position (25, 120, 450, 1,400) as SmolLM2-135M has on worked problems
@@ -195,7 +196,7 @@ def errors_of(given: LossInput) -> dict[str, float]:
     p = logits.detach().softmax(dim=1)
     left_out = torch.where(p < given.head.gradient_filter, p, 0.0).sum(dim=1)
     bounds = left_out * given.head.logit_scale * farthest_from_mean(given.head)
-    bounds += _ROUNDING * plain_gradient.norm(dim=1)
+    bounds += _ROUNDING[given.head.dtype] * plain_gradient.norm(dim=1)
     return errors | {
         "gradient_filter": given.head.gradient_filter,
         "left_out_mean": float(left_out.mean()),

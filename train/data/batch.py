@@ -51,7 +51,8 @@ class Batch:
 
     def packing(self) -> Packing:
         """Return where each token belongs, on the batch's device."""
-        return pack(torch.from_numpy(self.lengths).to(self.targets.device))
+        # Made on the host, where the lengths are: an accelerator would be waited for four times.
+        return pack(torch.from_numpy(self.lengths)).to(self.targets.device)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`; copies from pinned memory do not wait."""

@@ -28,6 +28,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from carryon.cache.base.architecture import get_architecture
 from carryon.cache.base.hooks import watch_taps
 from carryon.cache.base.model import Base, load_base
+from carryon.cache.device import attention_of_any_shape
 from carryon.cache.errors import InputError
 from carryon.cache.format.framing import Framing
 from carryon.cache.settings import ForwardSettings, apply_options
@@ -354,7 +355,8 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             dtype=self._compute_dtype,
         )
         if correction is None:
-            return self.base(**inputs)
+            with attention_of_any_shape():
+                return self.base(**inputs)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 "attention_mask: expected 0 and 1 for each token, [B, T], got "
@@ -375,6 +377,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             )
 
         with (
+            attention_of_any_shape(),  # each token that is generated makes another shape
             watch_taps(self._architecture, correction.lower_taps, states.__setitem__),
             self._architecture.decoder.register_forward_hook(correct),
         ):

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carryon.cache.device import rows_at_once
 from carryon.train.losses.frozen_head import FrozenHead, HeadBlock
-
-_ROWS_AT_ONCE = 256  # positions of a mean that are widened at one time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +40,8 @@ def block_softmax(
     if has_kernel(head) and (with_mean or head.dtype != torch.float32):
         return _by_attention(states, block, head)
     logits, slopes = block_logits(states, block, head, with_slopes=with_mean)
+    if logits.device.type != "cpu":
+        return _in_one_kernel(logits, slopes, block, head, with_mean=with_mean)
     log_sum = torch.logsumexp(logits, dim=1)
     if not with_mean:
         return BlockSoftmax(log_sum=log_sum, mean=None)
@@ -50,6 +51,29 @@ def block_softmax(
     if head.dtype == torch.float32:
         return BlockSoftmax(log_sum=log_sum, mean=None, weights=weights)
     return BlockSoftmax(log_sum=log_sum, mean=torch.mm(weights.to(head.dtype), block.weight))
+
+
+def _in_one_kernel(
+    logits: Tensor, slopes: Tensor | None, block: HeadBlock, head: FrozenHead, *, with_mean: bool
+) -> BlockSoftmax:
+    """Return the softmax of `logits`, which are overwritten.
+
+    An accelerator spends more time on passes over the logits than on the products: logsumexp and
+    the weights take twice as many as log_softmax.
+    """
+    top = logits.amax(dim=1)
+    logs = torch.log_softmax(logits, dim=1, out=logits)
+    log_sum = top - logs.amax(dim=1)
+    if not with_mean:
+        return BlockSoftmax(log_sum=log_sum, mean=None)
+    if slopes is not None or head.dtype == torch.float32:
+        weights = logs.exp_() if slopes is None else logs.exp_().mul_(slopes)
+        if head.dtype == torch.float32:
+            return BlockSoftmax(log_sum=log_sum, mean=None, weights=weights)
+        weights = weights.to(head.dtype)
+    else:
+        weights = torch.exp(logs, out=torch.empty_like(logs, dtype=head.dtype))
+    return BlockSoftmax(log_sum=log_sum, mean=torch.mm(weights, block.weight))
 
 
 def has_kernel(head: FrozenHead) -> bool:
@@ -83,7 +107,9 @@ def block_logits(
         logits = torch.mm(states, block.weight.t()).float()
     if block.bias is not None:
         logits.add_(block.bias)
-    return cap_(logits.mul_(head.logit_scale), head.softcap, with_slopes=with_slopes)
+    if head.logit_scale != 1:
+        logits.mul_(head.logit_scale)
+    return cap_(logits, head.softcap, with_slopes=with_slopes)
 
 
 def cap_(
@@ -113,7 +139,8 @@ def join_(log_sum: Tensor, mean: Tensor | None, part: BlockSoftmax, block: HeadB
     if mean is not None:
         ratio = torch.sigmoid(part_sum - log_sum).unsqueeze(1)
         if part.mean is not None:
-            parts = (torch.split(x, _ROWS_AT_ONCE) for x in (mean, part.mean, ratio))
+            rows = rows_at_once(len(mean), mean.device)
+            parts = (torch.split(x, rows) for x in (mean, part.mean, ratio))
             for total, new, weight in zip(*parts, strict=True):
                 total.lerp_(new.float(), weight)
         elif part.weights is not None:

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carryon.cache.device import rows_at_once
 from carryon.train.losses.block_softmax import block_logits, block_softmax, cap_, has_kernel, join_
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.gradient_filter import POSITIONS_AT_ONCE, filtered_softmax
-
-_ROWS_AT_ONCE = 256  # positions whose targets' rows are in float32 at one time
 
 
 def token_losses(states_MD: Tensor, targets_M: Tensor, *, head: FrozenHead, chunk: int) -> Tensor:
@@ -94,7 +93,7 @@ def _cross_entropy(
             else:
                 softmax = block_softmax(states[part], block, head, with_mean=with_gradient)
             join_(log_sums[part], None if means is None else means[part], softmax, block)
-    for part in _slices(len(states), _ROWS_AT_ONCE):
+    for part in _slices(len(states), rows_at_once(len(states), states.device)):
         rows = head.rows(targets[part]).float()
         logits, slopes = _target_logits(states[part], rows, targets[part], head)
         log_sums[part] -= logits
@@ -107,7 +106,7 @@ def _cross_entropy(
 def _least_log_sums(states: Tensor, targets: Tensor, head: FrozenHead) -> Tensor:
     """Return a lower bound of each log-sum-exp, the target's logit, [M] float32."""
     floors = torch.empty(len(states), dtype=torch.float32, device=states.device)
-    for part in _slices(len(states), _ROWS_AT_ONCE):
+    for part in _slices(len(states), rows_at_once(len(states), states.device)):
         rows = head.rows(targets[part]).float()
         floors[part], _ = _target_logits(states[part], rows, targets[part], head)
     return floors

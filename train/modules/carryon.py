@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from carryon.cache.device import rows_at_once
 from carryon.cache.errors import InputError
 from carryon.cache.store.top_blocks import Blocks
 from carryon.cache.store.view import StoreLike
@@ -17,8 +18,6 @@ from carryon.train.kinds import get_kind
 from carryon.train.modules.card_checks import check_memory
 from carryon.train.modules.packed_attention import Packing
 from carryon.train.modules.taps import resolve_taps
-
-_ROWS_AT_ONCE = 256  # rows of states that are in float32 beside their sum
 
 
 class CarryOn(nn.Module):
@@ -137,7 +136,8 @@ def customized_states(final: Tensor, delta: Tensor, *, alpha: float) -> Tensor:
     corrected = delta.to(torch.float32, copy=True) if alpha == 1 else alpha * delta.float()
     # In slices: a float32 copy of all is 42 MB for 2,048 tokens of a wide base. The states are
     # constant, so they are added outside of autograd.
-    parts = (torch.split(x, _ROWS_AT_ONCE) for x in (corrected.detach(), final, delta.detach()))
+    rows = rows_at_once(len(final), final.device)
+    parts = (torch.split(x, rows) for x in (corrected.detach(), final, delta.detach()))
     for sum_, state, change in zip(*parts, strict=True):
         exact = state.float()
         sum_.add_(exact)

@@ -8,12 +8,14 @@ Letters: N tokens of a batch, B samples, T longest sample, H heads, K head width
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from carryon.cache.device import attention_of_any_shape
 from carryon.cache.errors import InputError
 from carryon.train.modules.linear import recomputed
 
@@ -36,6 +38,13 @@ class Packing:
     longest: int
     """T."""
 
+    def to(self, device: torch.device) -> "Packing":
+        """Return the packing on `device`, copied without a wait."""
+        if device.type == "cpu":
+            return self
+        move = partial(_copied, device=device)
+        return replace(self, place=move(self.place), position_ids=move(self.position_ids))
+
 
 def pack(lengths: Tensor) -> Packing:
     """Return the packing of samples of `lengths` [B] int64, in order."""
@@ -49,6 +58,11 @@ def pack(lengths: Tensor) -> Packing:
         num_rows=len(lengths),
         longest=longest,
     )
+
+
+def _copied(tensor: Tensor, *, device: torch.device) -> Tensor:
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=device.type == "cuda")
 
 
 def register_packed_attention() -> None:
@@ -114,6 +128,8 @@ def _attention(
     dtype = value.dtype
     if query.device.type == "cpu":  # its backward kernel takes half the time in float32
         query, key, value = query.float(), key.float(), value.float()
+    else:  # autocast leaves values in bfloat16, but a rotation in float32 widens the others
+        query, key = query.to(dtype), key.to(dtype)
     return _within_samples(query, key, value, packing, **kwargs).to(dtype), None
 
 
@@ -136,7 +152,7 @@ def _within_samples(
     k_BHTK = _spread(key, packing).repeat_interleave(groups, dim=1)
     v_BHTK = _spread(value, packing).repeat_interleave(groups, dim=1)
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False), attention_of_any_shape():
         if softcap is None:
             out = nn.functional.scaled_dot_product_attention(
                 q_BHTK,

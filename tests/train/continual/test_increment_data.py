@@ -92,7 +92,8 @@ def test_the_monthly_command_exits_with_2_and_goes_on_once_the_store_is_back(
     root, store, _ = monthly
     old = store.rename(tmp_path / "january")
     make_tiny_store(store, samples_seed=2)
-    argv = ["update", "--lineage", str(root), "--store", str(store)]
+    argv = ["update", "--lineage", str(root), "--config", str(root / "config.yaml")]
+    argv += ["--device", "cpu", "--store", str(store)]
 
     assert main(argv) == 2
     assert "got other data" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -306,3 +307,20 @@ def test_alpha_out_of_range_is_refused(tiny_model: CarryOnForCausalLM) -> None:
     for alpha in (-0.1, 10.5, float("nan")):
         with pytest.raises(InputError, match="alpha: expected 0 to 10, got"):
             tiny_model(_tokens(1, 3), alpha=alpha)
+
+
+def test_no_kernel_that_is_compiled_for_each_length_is_called(
+    tiny_model: CarryOnForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = set()
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def record(*args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
+        allowed.add(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    for alpha in (0.0, 1.0):
+        tiny_model.generate(torch.tensor([[5, 9, 20]]), alpha=alpha, max_new_tokens=2)
+
+    assert allowed == {False}

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from carryon.cache import device
 from carryon.train.config import CarryOnSettings
-from carryon.train.modules import carryon as carryon_module
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.carryon import CarryOn, customized_states, num_parameters
 from carryon.train.modules.packed_attention import pack
@@ -68,7 +68,7 @@ def test_alpha_zero_is_the_base_bit_for_bit_after_training() -> None:
 def test_states_are_corrected_part_by_part(
     dtype: torch.dtype, alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(carryon_module, "_ROWS_AT_ONCE", 3)  # of 7
+    monkeypatch.setattr(device, "_CPU_ROWS", 3)  # of 7
     random = torch.Generator().manual_seed(8)
     final = torch.randn(7, WIDTH, generator=random).bfloat16()
     delta = torch.randn(7, WIDTH, generator=random).to(dtype).requires_grad_()
