@@ -24,9 +24,16 @@ from carryon.cache.store.verify import Depth
 from carryon.cache.store.verify import verify as verify_store
 from carryon.train.config import with_current_names
 from carryon.train.continual.lineage_dir import DOCUMENTS, open_lineage
+from carryon.train.cross_checks import (
+    Found,
+    check_files_of_run,
+    check_runs_of_lineage,
+    check_runs_of_sweep,
+)
 from carryon.train.kinds import get_kind
 from carryon.train.modules.card_file import CARD, README, WEIGHTS, check_digest, read_signed
 from carryon.train.modules.serialization import load_carryon, read_card, read_weights
+from carryon.train.settings_file import check_settings
 from carryon.train.trainer.checkpoint import BEST, LAST, OPTIMIZER, STATE, check_checkpoint
 from carryon.train.trainer.run_dir import FORMAT, RunFolder
 from carryon.train.trainer.run_documents import read_whole_lines
@@ -190,6 +197,7 @@ class _Walk:
         if is_finished or run.carryon.exists():
             self.check_carryon(run.carryon)
         self.check_checkpoints(run.checkpoints)
+        self._cross_check(run.identity, lambda: check_files_of_run(run))
 
     def check_sweep(self, root: Path) -> None:
         """Check the runs of a sweep, and what sums them up."""
@@ -198,12 +206,13 @@ class _Walk:
         for name, check in {SUMMARY: self._summary, CURVES: _check_png}.items():
             if os.path.lexists(root / name):
                 self._check(root / name, check)
+        self._cross_check(root / SUMMARY, lambda: check_runs_of_sweep(root))
 
     def check_checkpoints(self, folder: Path) -> None:
         """Check every step folder."""
         for name in (LAST, BEST):
             if os.path.lexists(folder / name):
-                self._check(folder / name, _check_pointer)
+                self._check(folder / name, lambda path: _check_pointer(path, self._sealed(path)))
         for path in sorted(folder.glob("step-*")):
             for name in (WEIGHTS, OPTIMIZER):
                 self.known.add(self._name(path / name))
@@ -216,7 +225,7 @@ class _Walk:
         self._check(root / DOCUMENTS[0], lambda _: open_lineage(root))
         for name in DOCUMENTS:
             if os.path.lexists(root / name):
-                check = self._sealed if name.endswith(".json") else _check_yaml
+                check = self._sealed if name.endswith(".json") else check_settings
                 self._check(root / name, check)
         for name in ("versions.png", "paths.png"):
             if os.path.lexists(root / name):
@@ -225,6 +234,7 @@ class _Walk:
             if run.is_dir():
                 self.check_run(run)
         self.check_checkpoints(root / "start")
+        self._cross_check(root / DOCUMENTS[0], lambda: check_runs_of_lineage(open_lineage(root)))
         store = root / "store"
         if store.is_dir():
             self.stores.append(store)
@@ -248,6 +258,19 @@ class _Walk:
             if problem not in self.problems:
                 self.problems.append(problem)
             return None
+
+    def _cross_check(self, path: Path, check: Callable[[], Found]) -> None:
+        """Note what a check finds; one that fails is a problem of `path`, unless that has one."""
+        named = {problem.path for problem in self.problems}
+        try:
+            for place, text in check():
+                if self._name(place) not in named:
+                    problem = FileProblem(path=self._name(place), text=text.splitlines()[0][:500])
+                    self.problems.append(problem)
+        except (CarryOnError, *_MALFORMED) as error:
+            if self._name(path) not in named:
+                text = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+                self.problems.append(FileProblem(path=self._name(path), text=text))
 
     def _sealed(self, path: Path) -> dict[str, Any]:
         values = read_sealed(path)
@@ -278,7 +301,7 @@ def _finite(folder: Path) -> None:
 
 def _check_config(path: Path, identity: Mapping[str, Any]) -> None:
     """Compare the settings of a run with those of its identity."""
-    config = with_current_names(yaml.safe_load(read_bounded(path, max_bytes=_MAX_TEXT_BYTES)))
+    config = check_settings(path)
     for name, value in with_current_names(identity).items():
         if name in config and config[name] != value:
             got = reprlib.repr(config[name])
@@ -291,15 +314,10 @@ def _check_lines(path: Path) -> None:
         raise InputError(f"{path}: damaged lines: {', '.join(map(str, damaged[:20]))}")
 
 
-def _check_pointer(path: Path) -> None:
-    named = read_object(path)["folder"]
+def _check_pointer(path: Path, pointer: Mapping[str, Any]) -> None:
+    named = pointer["folder"]
     if named not in {each.name for each in path.parent.glob("step-*")}:
         raise InputError(f"{path}: expected the name of a step folder, got {named!r:.80}")
-
-
-def _check_yaml(path: Path) -> None:
-    if not isinstance(yaml.safe_load(read_bounded(path, max_bytes=_MAX_TEXT_BYTES)), dict):
-        raise InputError(f"{path}: expected settings by name, got something else")
 
 
 def _check_png(path: Path) -> None:

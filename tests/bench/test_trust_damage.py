@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from carryon.tools.bench.trust.corruption import make_store_subject, make_subjects, run_trials
 from carryon.tools.bench.trust.damage import FAULTS, Changes, kind_of, plan_damages, read_folder
 
 _FOLDER = {
@@ -114,3 +115,13 @@ def test_a_damage_changes_the_folder_as_planned_and_locks_are_left_out(tmp_path:
             if content is not None
         }
         assert read_folder(tmp_path) == expected
+
+
+def test_damages_to_things_of_every_kind_are_noticed_and_give_no_other_numbers(
+    things: Things, tmp_path: Path
+) -> None:
+    made = [*make_subjects(things, tmp_path), make_store_subject(things)]
+    for outcome in run_trials(made, tmp_path / "trials", trials=12):
+        assert outcome.is_noticed, outcome
+        assert not outcome.is_wrong, outcome
+        assert not outcome.has_traceback, outcome

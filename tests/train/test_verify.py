@@ -8,9 +8,11 @@ import pytest
 from support.tiny_runs import TINY, train_tiny
 from support.tiny_train_stores import make_tiny_store
 
+from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.tools.cli.main import main
 from carryon.train.continual.lineage import update
 from carryon.train.modules.card_file import CARD
+from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.sweep import sweep
 from carryon.train.verify import folder_kind, verify_folder
 
@@ -149,7 +151,10 @@ def test_a_carryon_without_digests_passes_and_is_called_so(
 def test_a_setting_that_differs_from_the_runs_identity_is_named(made: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made / "run", tmp_path / "copy"))
     text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("epochs: 2", "epochs: 3"))
+    changed = text.replace("epochs: 2", "epochs: 3")
+    (folder / "config.yaml").write_text(changed)
+    assert "differ from the SHA-256 in its first line" in verify_folder(folder).problems[0].text
+    (folder / "config.yaml").write_text(changed.partition("\n")[2])  # as older runs have it
     [problem] = verify_folder(folder).problems
     assert "epochs: expected 2 as in run.json, got 3" in problem.text
 
@@ -164,3 +169,85 @@ def test_a_changed_number_in_a_line_of_a_run_is_named(
     [problem] = verify_folder(folder).problems
     assert problem.path == name
     assert "damaged lines: 1" in problem.text
+
+
+def other_run(made: Path, folder: Path) -> Path:
+    """A run of the same shape on the same store, with other weights."""
+    train_tiny(made / "store", folder, seed=5)
+    return folder
+
+
+FINISHED = ["sessions.jsonl", "metrics.jsonl", "contamination.json", "curves.png", "run.json"]
+FINISHED += ["result.json", "config.yaml", "checkpoints/last.json"]
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_file_of_a_finished_run_that_is_missing_or_from_another_run_is_named(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(made / "run", tmp_path / "copy"))
+    other = (other_run(made, tmp_path / "other") / name).read_bytes()
+    if other != (folder / name).read_bytes():
+        (folder / name).write_bytes(other)
+        named = {problem.path for problem in verify_folder(folder).problems}
+        assert name in named or (name == "result.json" and "metrics.jsonl" in named)
+    (folder / name).unlink()
+    assert name in {problem.path for problem in verify_folder(folder).problems}
+
+
+def test_checkpoints_that_were_removed_whole_are_no_damage(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "run", tmp_path / "copy"))
+    shutil.rmtree(folder / "checkpoints")
+    assert verify_folder(folder).is_sound
+
+
+def test_settings_changed_in_any_way_are_named(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "lineage", tmp_path / "copy"))
+    path = folder / "config.yaml"
+    content = path.read_bytes()
+    for place in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        assert [problem.path for problem in verify_folder(folder).problems] == ["config.yaml"]
+        if place > 100:
+            break
+
+
+def test_a_lineage_that_is_older_than_its_runs_is_named(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "lineage", tmp_path / "copy"))
+    shutil.copytree(folder / "versions/0001", folder / "versions/0002")
+    [problem] = verify_folder(folder).problems
+    assert problem.path == "lineage.json"
+    assert "expected the increment of 0002, got 1 increments" in problem.text
+
+
+def test_names_in_a_report_that_lead_out_of_the_run_are_not_followed(
+    made: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made / "run", tmp_path / "copy"))
+    values = read_sealed(folder / "result.json")
+    values["files"] |= {"../secret": "0" * 64}
+    write_json(folder / "result.json", sealed(values))
+    [problem] = verify_folder(folder).problems
+    assert problem.path == "result.json"
+    assert "expected names of a run's files, got '../secret'" in problem.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json"])
+def test_a_run_takes_no_numbers_from_a_file_of_another_run(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    expected = TrainReport.read(made / "run/result.json")
+    folder = Path(shutil.copytree(made / "run", tmp_path / "copy"))
+    foreign = (other_run(made, tmp_path / "other") / name).read_bytes()
+    if name == "metrics.jsonl":
+        (folder / "result.json").unlink()
+    (folder / name).write_bytes(foreign)
+    report = train_tiny(made / "store", folder)
+    assert report.carryon_nll == expected.carryon_nll
+    own, other = (
+        {line for line in path.read_text().splitlines() if "loss" in line}
+        for path in (made / "run/metrics.jsonl", folder / "metrics.jsonl")
+    )
+    assert other <= own

@@ -11,10 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from carryon.cache.errors import DamagedFileError, InputError, MissingError
-from carryon.cache.files.atomic import write_file
 from carryon.cache.files.documents import read_sealed
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.settings import DataSettings, apply_options
@@ -38,6 +35,7 @@ from carryon.train.data.datasets import StorePaths, open_data, store_paths
 from carryon.train.data.sampler import count_steps
 from carryon.train.modules.taps import resolve_taps
 from carryon.train.optim.lr_paths import BRANCH_SCHEDULES, branch_point
+from carryon.train.settings_file import write_settings
 from carryon.train.trainer.checkpoint import checkpoint_at, newest_checkpoint
 from carryon.train.trainer.finish import TrainReport, read_finished
 from carryon.train.trainer.run import Job
@@ -203,8 +201,7 @@ def add_increment(lineage: Lineage, parts: Sequence[str], settings: TrainSetting
     logger.info(
         f"{lineage.root}: increment {len(lineage.increments)}, {' '.join(parts)}: {steps} steps"
     )
-    config = yaml.safe_dump(settings.to_flat() | {"alpha": lineage.alpha}, sort_keys=False)
-    write_file(lineage.root / "config.yaml", config.encode())
+    write_settings(lineage.root / "config.yaml", settings.to_flat() | {"alpha": lineage.alpha})
     write_lineage(lineage)  # last: from here on the increment exists
     return lineage
 

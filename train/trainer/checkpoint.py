@@ -75,6 +75,8 @@ class Progress:
     """Sum of the losses of the targets."""
     line_grad_norm: float = 0.0
     """Largest norm of a gradient."""
+    metrics_sha256: str = ""
+    """Of the lines of metrics so far. Empty: not known."""
 
 
 START = Progress(step=0, epoch=0, step_in_epoch=0, tokens=0, targets=0, elapsed_s=0.0, wait_s=0.0)
@@ -307,7 +309,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def _name(pointer: Path, path: Path, progress: Progress) -> None:
-    write_json(pointer, {"folder": path.name, "best_nll": progress.best_nll})
+    write_json(pointer, sealed({"folder": path.name, "best_nll": progress.best_nll}))
 
 
 def _step_folder(folder: Path, step: int) -> Path:

@@ -9,16 +9,22 @@ from typing import Any
 import torch
 
 from carryon.cache.errors import CarryOnError, DamagedFileError, InputError
-from carryon.cache.files.documents import sealed, write_json
+from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
+from carryon.cache.files.regular import digest_file
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import CarryOnCard, check_carryon, save_carryon
 from carryon.train.plots import plot_curves
-from carryon.train.trainer.checkpoint import best_checkpoint, load_weights, newest_checkpoint
+from carryon.train.trainer.checkpoint import (
+    WEIGHTS,
+    best_checkpoint,
+    load_weights,
+    newest_checkpoint,
+)
 from carryon.train.trainer.distributed import Processes, wait_for_all
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.nll import Nll, measure_nlls, null_if_nan, shown_nll
 from carryon.train.trainer.run import Run
-from carryon.train.trainer.run_dir import RunFolder, library_versions
+from carryon.train.trainer.run_dir import RunFolder, finished_files, library_versions
 from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
 
@@ -109,8 +115,11 @@ def read_finished(root: str | Path) -> TrainReport:
     """
     folder = RunFolder(root)
     report = TrainReport.read(folder.result)
+    expected = read_sealed(folder.result).get(FILES, {}).get(f"carryon/{WEIGHTS}")
     try:
         check_carryon(folder.carryon)
+        if expected not in (None, digest_file(folder.carryon / WEIGHTS)):
+            raise DamagedFileError(f"{folder.result}: expected the report of the carry-on there")
     except CarryOnError as error:
         problem = str(error).partition(". Fix: ")[0]
         if newest_checkpoint(folder.checkpoints) is None:
@@ -181,7 +190,8 @@ def _saved_dtype(run: Run) -> torch.dtype:
 def _write(run: Run, nll: Nll, report: TrainReport) -> None:
     save_carryon(run.folder.carryon, run.carryon, _card(run, nll, report), dtype=_saved_dtype(run))
     plot_curves(read_metrics(run.folder.metrics), run.folder.curves)
-    write_json(run.folder.result, sealed(report.to_dict()))
+    document = report.to_dict() | {FILES: finished_files(run.folder)}
+    write_json(run.folder.result, sealed(document))
 
 
 def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:

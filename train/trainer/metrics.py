@@ -3,6 +3,7 @@
 A line is a JSON object in metrics.jsonl. A tracker and callbacks get the same lines.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.files.atomic import write_file
+from carryon.cache.files.regular import digest_file
 from carryon.cache.optional import require
 from carryon.train.trainer.checkpoint import Progress
 from carryon.train.trainer.run_documents import append_line, lines_bytes, read_whole_lines
@@ -149,10 +151,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return read_whole_lines(path)[0]
 
 
-def rewind_metrics(path: Path, *, step: int) -> None:
+def digest_of_metrics(path: Path) -> str:
+    """Return the SHA-256 of a metrics.jsonl; of a missing one an empty text."""
+    return digest_file(path) if path.is_file() else ""
+
+
+def rewind_metrics(path: Path, *, step: int, sha256: str = "") -> None:
     """Drop the lines after `step` and that of the result, which a resumed run writes again.
 
-    Damaged lines are dropped with a warning: no result depends on them.
+    Damaged lines are dropped with a warning, and all if they are not those of the run: no result
+    depends on them.
+
+    Args:
+        path: of metrics.jsonl.
+        step: of the checkpoint.
+        sha256: of the lines up to there. Empty: not known.
 
     Raises:
         DamagedFileError: it is no regular file.
@@ -162,4 +175,10 @@ def rewind_metrics(path: Path, *, step: int) -> None:
         logger.warning(f"{path}: damaged lines are dropped: {', '.join(map(str, damaged))}")
     if os.path.lexists(path):
         kept = [line for line in lines if line["step"] <= step and RESULT not in line]
-        write_file(path, lines_bytes(kept))
+        content = lines_bytes(kept)
+        if sha256 and not damaged and hashlib.sha256(content).hexdigest() != sha256:
+            logger.warning(
+                f"{path}: the lines up to step {step} are not those that this run wrote: dropped"
+            )
+            content = b""
+        write_file(path, content)

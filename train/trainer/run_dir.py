@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.atomic import PARTIAL, write_file
 from carryon.cache.files.documents import read_sealed, sealed, write_json
+from carryon.cache.files.regular import digest_file
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.config import refuse_other_settings, with_current_names
-from carryon.train.trainer.checkpoint import saved_identity
+from carryon.train.settings_file import write_settings
+from carryon.train.trainer.checkpoint import BEST, LAST, STATE, WEIGHTS, saved_identity
 from carryon.train.trainer.run_documents import lines_bytes, read_whole_lines
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def open_run_folder(
         write_json(folder.identity, sealed(document))
     else:
         refuse_other_settings(saved, identity, name=str(root))
-    write_file(folder.config, yaml.safe_dump(dict(config), sort_keys=False).encode())
+    write_settings(folder.config, config)
     return folder
 
 
@@ -165,6 +166,22 @@ def run_identity(
         free -= {"evaluate_every", "evaluate_tokens"}
     settings = {key: value for key, value in config.items() if key not in free}
     return {"store_fingerprint": store_fingerprint, **settings}
+
+
+def finished_files(folder: RunFolder) -> dict[str, str]:
+    """Return the SHA-256 of the files that a finished run leaves unchanged, by path below it.
+
+    Left out are settings, which may be given in another way later, and a carry-on's card, whose
+    alpha may be set.
+    """
+    paths = [folder.sessions, folder.contamination, folder.metrics, folder.curves]
+    paths += [folder.checkpoints / LAST, folder.checkpoints / BEST]
+    paths += [*folder.checkpoints.glob(f"step-*/{STATE}"), folder.carryon / WEIGHTS]
+    return {
+        path.relative_to(folder.root).as_posix(): digest_file(path)
+        for path in sorted(paths)
+        if path.is_file()
+    }
 
 
 def record_session(folder: RunFolder, *, step: int, processes: int) -> None:

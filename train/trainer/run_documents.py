@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from carryon.cache.errors import DamagedFileError
-from carryon.cache.files.documents import DIGEST, digest_of, read_sealed, sealed
+from carryon.cache.files.documents import DIGEST, FILES, digest_of, read_sealed, sealed
 from carryon.cache.files.full_disk import disk_full_named
 from carryon.cache.files.regular import open_below, open_regular
 
@@ -22,6 +22,7 @@ def read_values(kind: type[T], path: Path) -> T:
         DamagedFileError: as `read_sealed`, or a value is missing, unknown or of another type.
     """
     values = read_sealed(path)
+    values.pop(FILES, None)
     try:
         made = kind(**values)
     except TypeError as error:

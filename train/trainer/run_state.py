@@ -28,6 +28,7 @@ from carryon.train.trainer.metrics import (
     RESULT,
     Meter,
     MetricsLog,
+    digest_of_metrics,
     rewind_metrics,
     start_tracker,
 )
@@ -73,7 +74,11 @@ class RunState:
         self._meter = Meter(self.progress)
         self._log: MetricsLog | None = None
         if processes.is_first:
-            rewind_metrics(run.folder.metrics, step=-1 if self.is_new else self.progress.step)
+            rewind_metrics(
+                run.folder.metrics,
+                step=-1 if self.is_new else self.progress.step,
+                sha256=self.progress.metrics_sha256,
+            )
             record_session(run.folder, step=self.progress.step, processes=processes.size)
             tracker = start_tracker(
                 run.settings.run.tracker, folder=run.folder.root, config=run.settings.to_flat()
@@ -164,7 +169,10 @@ class RunState:
                 run.folder.checkpoints,
                 carryon=run.carryon,
                 optimizer=run.optimizer,
-                progress=self._meter.kept_in(self.progress),
+                progress=replace(
+                    self._meter.kept_in(self.progress),
+                    metrics_sha256=digest_of_metrics(run.folder.metrics),
+                ),
                 identity=run.identity,
                 keep=sys.maxsize if keeps_all else run.settings.run.keep_checkpoints,
             )

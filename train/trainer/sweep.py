@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files.documents import sealed, write_json
+from carryon.cache.files.documents import FILES, sealed, write_json
+from carryon.cache.files.regular import digest_file
 from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes, read_yaml
 from carryon.train.data.datasets import StorePaths, store_paths
 from carryon.train.plots import plot_runs
@@ -71,9 +72,10 @@ def sweep(
                 {"run": name, "changes": changes, **report.to_dict()}
                 for (name, changes), report in zip(runs.items(), reports, strict=True)
             ]
-            write_json(root / SUMMARY, sealed({"runs": rows}))
             metrics = {name: read_metrics(RunFolder(root / name).metrics) for name in runs}
             plot_runs(metrics, root / CURVES)
+            files = {CURVES: digest_file(root / CURVES)}
+            write_json(root / SUMMARY, sealed({"runs": rows, FILES: files}))
     return reports
 
 
