@@ -59,9 +59,11 @@ def check_files_of_run(run: RunFolder) -> Found:
 def check_runs_of_sweep(root: Path) -> Found:
     """Compare what sums up a sweep with the reports of its runs, and its picture with it.
 
-    Without it the runs are not finished.
+    It is written when all of them are finished.
     """
-    if not os.path.lexists(root / "sweep.json"):
+    reports = [path.parent / "result.json" for path in sorted(root.glob("*/run.json"))]
+    is_ended = all(map(os.path.lexists, reports))
+    if is_ended and not os.path.lexists(root / "sweep.json"):
         yield (
             root / "sweep.json",
             "expected the reports of the runs, got none. Fix: run the same command again, which "

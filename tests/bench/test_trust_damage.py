@@ -7,6 +7,7 @@ import pytest
 
 from carryon.tools.bench.trust.corruption import make_store_subject, make_subjects, run_trials
 from carryon.tools.bench.trust.damage import FAULTS, Changes, kind_of, plan_damages, read_folder
+from carryon.tools.bench.trust.table import Things
 
 _FOLDER = {
     "step-1/w.bin": bytes(range(200)),

@@ -46,8 +46,11 @@ def test_the_runs_of_a_sweep_are_verified(
     (out / "sweep.json").unlink()
     assert folder_kind(out) == "sweep"
     assert {each.path for each in verify_folder(out).problems} == {
-        "seed=2/carryon/carryon.safetensors"
+        "seed=2/carryon/carryon.safetensors",
+        "sweep.json",
     }
+    (out / "seed=1/result.json").unlink()  # a sweep that was killed
+    assert "sweep.json" not in {each.path for each in verify_folder(out).problems}
 
 
 def test_a_missing_run_of_a_sweep_is_named(made: Path, tmp_path: Path) -> None:
