@@ -74,7 +74,8 @@ def sweep(
             ]
             metrics = {name: read_metrics(RunFolder(root / name).metrics) for name in runs}
             plot_runs(metrics, root / CURVES)
-            files = {CURVES: digest_file(root / CURVES)}
+            plot = root / CURVES  # there is none without matplotlib
+            files = {CURVES: digest_file(plot)} if plot.is_file() else {}
             write_json(root / SUMMARY, sealed({"runs": rows, FILES: files}))
     return reports
 
