@@ -10,12 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.errors import DamagedFileError
+import yaml
+
+from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.documents import FILES, read_sealed
 from carryon.cache.files.regular import digest_file
 from carryon.train.config import setting_of, with_current_names
 from carryon.train.continual.lineage_dir import Lineage
 from carryon.train.modules.card_file import CARD
+from carryon.train.settings_file import check_settings
 from carryon.train.trainer.checkpoint import STATE
 from carryon.train.trainer.run_dir import RunFolder
 
@@ -98,6 +101,12 @@ def check_runs_of_lineage(lineage: Lineage) -> Found:
             if name := _difference(expected, identity):
                 text = f"{name}: expected {identity[name]!r:.80} as in {folder.name}"
                 yield document, f"{text}, got {expected[name]!r:.80}"
+    with suppress(InputError, OSError, ValueError, yaml.YAMLError):  # named by another check
+        config = check_settings(lineage.root / "config.yaml")
+        expected = lineage.settings | {"alpha": lineage.alpha}
+        if name := _difference(expected, config):
+            text = f"{name}: expected {expected[name]!r:.80} as in {document.name}"
+            yield lineage.root / "config.yaml", f"{text}, got {config[name]!r:.80}"
     is_released = count > 0 and lineage.version(count).result.exists()
     for run in _needed_runs(lineage, count if is_released else count - 1):
         if not os.path.lexists(run.result):

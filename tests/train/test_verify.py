@@ -12,6 +12,7 @@ from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.tools.cli.main import main
 from carryon.train.continual.lineage import update
 from carryon.train.modules.card_file import CARD
+from carryon.train.settings_file import check_settings, write_settings
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.sweep import sweep
 from carryon.train.verify import folder_kind, verify_folder
@@ -215,6 +216,15 @@ def test_settings_changed_in_any_way_are_named(made: Path, tmp_path: Path) -> No
         assert [problem.path for problem in verify_folder(folder).problems] == ["config.yaml"]
         if place > 100:
             break
+
+
+def test_settings_of_another_lineage_are_named(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "lineage", tmp_path / "copy"))
+    path = folder / "config.yaml"
+    write_settings(path, check_settings(path) | {"weight_decay": 0.5})
+    [problem] = verify_folder(folder).problems
+    assert problem.path == "config.yaml"
+    assert "weight_decay: expected" in problem.text
 
 
 def test_a_lineage_that_is_older_than_its_runs_is_named(made: Path, tmp_path: Path) -> None:
