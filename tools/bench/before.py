@@ -59,13 +59,18 @@ class Source:
         if self.is_old:
             texts = [RENAMED.get(text, text) for text in texts]
         command = [sys.executable, "-m", self.module, *texts]
-        environment = os.environ | {"PYTHONPATH": str(self.path)}
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=cwd, env=self.environment(), capture_output=True, text=True
+        )
         if done.returncode:
             raise InputError(f"carryon {texts[0]} failed in {self.path}: {done.stderr[-2000:]}")
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         result: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         return result
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables with which Python imports this checkout."""
+        return os.environ | {"PYTHONPATH": str(self.path)}
 
 
 def measure_bits(job: Job, *, commit: str = FIRST_LAYOUT, tokens: int = 30_000) -> None:
@@ -111,12 +116,12 @@ def _run(
     **options: int,
 ) -> Iterator[Figure]:
     write_named_corpus("python", job.work / "texts.jsonl", num_tokens=tokens)
-    with _sources(commit) as pair:
+    with sources(commit) as pair:
         yield from compare(pair, Path(job.base).resolve(), job.work, **options)
 
 
 @contextmanager
-def _sources(commit: str) -> Iterator[tuple[Source, Source]]:
+def sources(commit: str) -> Iterator[tuple[Source, Source]]:
     """Yield the earlier commit and this checkout."""
     with tempfile.TemporaryDirectory() as scratch:
         old, folder = Path(scratch) / "old", Path(scratch) / "old-path"

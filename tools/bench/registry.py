@@ -271,6 +271,11 @@ BENCHMARKS = {
         about="two commands at one folder: one works, one is refused",
         quick={"pairs": 4},
     ),
+    "trust.open": Benchmark(
+        place="trust.opening:measure_opening",
+        about="seconds to open a store and carry-ons, against an earlier commit",
+        quick={"units": 20, "samples": 2000, "widths": (16,), "rounds": 1},
+    ),
     "before.bits": Benchmark(
         place="before:measure_bits",
         about="bits of stores, runs, a sweep and a lineage against an earlier commit",

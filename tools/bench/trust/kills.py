@@ -64,7 +64,7 @@ def _kill_at(command: Command, trial: Path, change: int) -> None:
 def _kill_after_a_time(
     command: Command, trial: Path, longest_s: float, picks: random.Random
 ) -> None:
-    """Kill it once; of a run that ended before, the folder is made anew."""
+    """Kill it once; of a run that ended before, the folder is made again."""
     copy = trial.with_name("untouched")
     shutil.copytree(trial, copy, symlinks=True)
     for _ in range(_TRIES):

@@ -32,7 +32,7 @@ class Command:
     starts_from: Mapping[str, str]
     """Name in the trial -> name of the thing among those made."""
     out: str
-    """What it makes or changes."""
+    """Folder that is made or changed."""
     verified: str = ""
     """What `carryon verify` checks afterwards; nothing for a merged base, which is no folder of
     ours."""
