@@ -28,6 +28,7 @@ from carryon.train.modules.card_file import CARD, README, WEIGHTS, check_digest,
 from carryon.train.modules.carryon import CarryOn, make_carryon
 from carryon.train.modules.model_card import model_card
 from carryon.train.modules.taps import check_alpha
+from carryon.train.modules.undrawn import Undrawn
 
 FORMAT_VERSION = 1
 
@@ -266,9 +267,10 @@ def load_carryon(
     try:
         settings = CarryOnSettings.from_dict(card.settings)
         check_sizes(settings, card.base_width, weights)
-        carryon = make_carryon(settings, base_width=card.base_width, blocks=read_blocks)
+        with Undrawn():
+            carryon = make_carryon(settings, base_width=card.base_width, blocks=read_blocks)
         check_weights(weights, carryon.state_dict())
-        carryon.load_state_dict({name: weight.float() for name, weight in weights.items()})
+        carryon.load_state_dict(weights)  # widens in place: no second copy in memory
     except (RuntimeError, InputError) as error:
         raise _not_a_carryon(Path(folder), error) from error
     return carryon.eval(), card

@@ -243,3 +243,12 @@ def test_a_carryon_replaced_and_killed_before_any_change_is_the_old_or_the_new_o
         assert [path.name for path in copy.iterdir()] == ["carryon"]
     assert seen == sorted(seen)
     assert set(seen) == {0, 1}
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.bfloat16)
+    before = torch.random.get_rng_state()
+
+    load_carryon(tmp_path / "carryon")
+
+    assert torch.equal(torch.random.get_rng_state(), before)
