@@ -21,6 +21,8 @@ NLL_LABEL = "nats per supervised token"
 FEW_POINTS = 12
 """Lines of fewer points have markers on them."""
 
+_LARGEST = 1e30
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
@@ -135,7 +137,7 @@ def points(
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     """Draw the losses and the learning rate of a run against its steps."""
-    evaluations = [line for line in metrics if "held_out_nll" in line]
+    evaluations = [line for line in metrics if _is_drawn(line.get("held_out_nll"))]
     losses = [
         _line(metrics, "step", "loss", label="training loss", is_faint=True),
         _line(metrics, "step", "held_out_nll", label="held-out NLL"),
@@ -183,5 +185,10 @@ def plot_paths(rates: Mapping[str, Sequence[float]], path: Path, *, every: int =
 
 
 def _line(metrics: Sequence[dict[str, Any]], x: str, y: str, **style: Any) -> Line:  # noqa: ANN401
-    drawn = [line for line in metrics if y in line]
+    drawn = [line for line in metrics if _is_drawn(line.get(x)) and _is_drawn(line.get(y))]
     return Line(xs=[line[x] for line in drawn], ys=[line[y] for line in drawn], **style)
+
+
+def _is_drawn(value: object) -> bool:
+    """Tell whether a value from a file can stand on an axis; others would be drawn as text."""
+    return isinstance(value, int | float) and -_LARGEST < value < _LARGEST

@@ -16,6 +16,7 @@ from carryon.cache.base.loading import (
     read_generation_config,
     read_tokenizer,
 )
+from carryon.cache.errors import InputError
 
 if TYPE_CHECKING:
     from carryon.cache.base.model import Base
@@ -90,9 +91,33 @@ def get_context_tokens(config: Any, tokenizer: Tokenizer) -> int:  # noqa: ANN40
 
 
 def _end_tokens(generation: GenerationConfig | None, tokenizer: Tokenizer) -> tuple[int, ...]:
+    ids = end_ids(generation)
+    ends = [*ids, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])]
+    return tuple(dict.fromkeys(ends))
+
+
+def end_ids(generation: GenerationConfig | None) -> list[int]:
+    """Return the token ids that end generation by a generation config.
+
+    Raises:
+        InputError: one is no token id.
+    """
     ids = getattr(generation, "eos_token_id", None)
-    ends = [*(ids if isinstance(ids, list | tuple) else [ids]), tokenizer.eos_token_id]
-    return tuple(dict.fromkeys(int(end) for end in ends if end is not None))
+    listed = ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+    return [check_token_id("eos_token_id", each) for each in listed]
+
+
+def check_token_id(name: str, value: Any) -> int:  # noqa: ANN401 -- of a file of the base
+    """Return a token id of a base's generation config.
+
+    Raises:
+        InputError: it is none.
+    """
+    if type(value) is not int or not 0 <= value < 1 << 31:
+        raise InputError(
+            f"generation_config.json of the base: {name}: expected a token id, got {value!r:.80}"
+        )
+    return value
 
 
 def _size(config: Any, name: str) -> int | None:  # noqa: ANN401 -- any config

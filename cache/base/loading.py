@@ -5,6 +5,7 @@ whether it should.
 """
 
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
@@ -24,8 +25,12 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from carryon.cache.errors import InputError, MissingError
+from carryon.cache.errors import CarryOnError, InputError, MissingError
 from carryon.cache.optional import require
+
+_READ_WHOLE = (".json", ".jinja", ".txt", ".model")
+_MAX_DOCUMENT_BYTES = 96 << 20
+"""Twice the largest tokenizers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +84,7 @@ def locate_base(source: str) -> BaseSource:
                 f"base {source}: expected a folder saved by transformers, but it has no "
                 "config.json; give the folder of a model, or the .gguf file itself"
             )
+        _refuse_odd_files(path)
         return BaseSource(name=str(path.absolute()))
     looks_like_path = path.is_absolute() or source.startswith(".") or source.count("/") > 1
     if looks_like_path or path.suffix == ".gguf" or not source:
@@ -88,6 +94,28 @@ def locate_base(source: str) -> BaseSource:
         )
     name, _, revision = source.partition("@")
     return BaseSource(name=name, revision=revision or None)
+
+
+def _refuse_odd_files(folder: Path) -> None:
+    """Refuse what transformers would read for ever, or into more memory than there is.
+
+    Raises:
+        InputError: a document of a base is a device, pipe or dead link, or is very large.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in _READ_WHOLE and path.suffix != ".safetensors":
+            continue
+        try:
+            facts = path.stat()  # links are followed: the hub's cache is made of them
+        except OSError as error:
+            raise InputError(f"base {path}: expected a file: {error.strerror}") from error
+        if not stat.S_ISREG(facts.st_mode):
+            raise InputError(f"base {path}: expected a file, got a folder, pipe or device")
+        if path.suffix in _READ_WHOLE and facts.st_size > _MAX_DOCUMENT_BYTES:
+            raise InputError(
+                f"base {path}: expected at most {_MAX_DOCUMENT_BYTES:,} bytes, got "
+                f"{facts.st_size:,}"
+            )
 
 
 def read_tokenizer(source: BaseSource) -> Tokenizer:
@@ -193,7 +221,9 @@ def _loading(source: BaseSource, what: str) -> Iterator[None]:
             if source.gguf_file is not None:  # its bar obeys no switch
                 silence.enter_context(redirect_stderr(silence.enter_context(open(os.devnull, "w"))))
             yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except CarryOnError:
+        raise
+    except Exception as error:  # whatever transformers makes of files that anyone may have written
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         if "trust_remote_code" in str(error):
             raise InputError(

@@ -3,12 +3,19 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from carryon.cache.corpus.reading.file_kinds import stem_of
-from carryon.cache.corpus.reading.json_rows import BYTE_ORDER_MARK, iter_values, parse_line
+from carryon.cache.corpus.reading.json_rows import (
+    BYTE_ORDER_MARK,
+    MAX_RECORD_BYTES,
+    iter_values,
+    parse_line,
+    too_long,
+)
 from carryon.cache.corpus.reading.packing import open_file
 from carryon.cache.corpus.reading.tables import read_rows
 from carryon.cache.corpus.rows import BadRow, Row, Shard, Source
@@ -125,7 +132,10 @@ def _read_lines(shard: Shard) -> Iterator[Row | BadRow]:
         if not is_packed:
             stream.seek(shard.start)
         at, number, before = shard.start, shard.first_number, 0
-        for line in stream:  # bytes: only \n ends a line, and a bad byte has a line number
+        # Bytes: only \n ends a line, and a bad byte has a line number.
+        for line in iter(partial(stream.readline, MAX_RECORD_BYTES), b""):
+            if len(line) == MAX_RECORD_BYTES:
+                raise too_long(source.name, number)
             if not is_packed and at >= shard.stop:
                 break
             at += len(line)

@@ -5,6 +5,8 @@ Sealed documents from before digests were recorded have none, and are read witho
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from carryon.cache.files.regular import open_regular
 DIGEST = "sha256"
 FILES = "files"
 """Digests of the files beside a document; one with them has its own digest too."""
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escape that may be half a character."""
 MAX_BYTES = 64 << 20
 """Of a document. The largest is the state of a checkpoint: a few numbers a weight."""
 
@@ -24,12 +28,19 @@ def parse_json(content: bytes | str) -> Any:  # noqa: ANN401
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, is nested too deeply, or has NaN or Infinity.
+        ValueError: it is no JSON, is nested too deeply, or has NaN, Infinity or half a character.
     """
     try:
-        return json.loads(content, parse_constant=_refuse_constant)
+        return _whole(content, json.loads(content, parse_constant=_refuse_constant))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _whole(content: bytes | str, document: Any) -> Any:  # noqa: ANN401
+    """Return a document whose texts can be written as UTF-8; an escape may be half a character."""
+    if _HALF.search(content if isinstance(content, bytes) else content.encode()):
+        json.dumps(document, ensure_ascii=False).encode()  # a UnicodeEncodeError is a ValueError
+    return document
 
 
 def _refuse_constant(name: str) -> None:
@@ -67,10 +78,15 @@ def read_bounded(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
         DamagedFileError: it is no regular file, or is larger.
     """
     with open_regular(path) as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise DamagedFileError(f"{path}: expected at most {max_bytes:,} bytes, got more")
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise DamagedFileError(f"{path}: expected at most {max_bytes:,} bytes, got {size:,}")
+        return file.read(max_bytes)
+
+
+def digest_bounded(path: Path) -> str:
+    """Return the SHA-256 (hex) of a regular file; raises as `read_bounded` does."""
+    return hashlib.sha256(read_bounded(path)).hexdigest()
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -84,7 +100,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _parse_object(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(content)
+        document = _whole(content, json.loads(content))
     except RecursionError as error:
         raise DamagedFileError(f"{path}: expected JSON of a few levels, got deeper ones") from error
     except ValueError as error:

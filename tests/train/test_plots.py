@@ -1,6 +1,7 @@
 """Plots are written where matplotlib is installed; else a log line says how to install it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,14 @@ def test_without_matplotlib_a_log_line_says_how_to_install_it(
     [record] = caplog.records
     assert "gpt-carry-on[plot]" in record.message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_no_run_writes_are_not_drawn(tmp_path: Path) -> None:
+    sound = [{"step": step, "tokens": step, "loss": 1.0, "held_out_nll": 2.0} for step in range(3)]
+    odd: list[Any] = ["\x1b[31mred", float("nan"), 10**400, [], None, {"a": 1}]
+    names = ("tokens", "loss", "held_out_nll")
+    lines = [*sound, *({**line, name: value} for line in sound for name in names for value in odd)]
+    plot_curves(lines, tmp_path / "odd.png")
+    plot_runs({"a": lines}, tmp_path / "odd-runs.png")
+    assert (tmp_path / "odd.png").stat().st_size
+    assert (tmp_path / "odd-runs.png").stat().st_size

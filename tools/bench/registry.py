@@ -276,6 +276,11 @@ BENCHMARKS = {
         about="seconds to open a store and carry-ons, against an earlier commit",
         quick={"units": 20, "samples": 2000, "widths": (16,), "rounds": 1},
     ),
+    "trust.documents": Benchmark(
+        place="trust.hostile:measure_documents",
+        about="documents with any change: tracebacks, hangs, writes outside, memory; half an hour",
+        quick={"documents": 16},
+    ),
     "before.bits": Benchmark(
         place="before:measure_bits",
         about="bits of stores, runs, a sweep and a lineage against an earlier commit",

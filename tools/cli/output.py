@@ -1,19 +1,37 @@
-"""What a program writes: messages to stderr, results as JSON lines to stdout."""
+"""What a program writes: messages to stderr, results as JSON lines to stdout.
+
+Text from files may be hostile to a terminal: its control characters are shown by their codes.
+"""
 
 import json
 import logging
 import os
 import select
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
 from carryon.cache.progress import is_main_process
 
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories of characters that do not show, or change how others do."""
 LEVELS = ("debug", "info", "warning", "error")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+
+def visible(text: str) -> str:
+    """Return a text with characters that do not show, but line ends and tabs, as codes."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _HIDDEN and char not in "\n\t"
+        else char
+        for char in text
+    )
 
 
 def print_result(result: T, summary: str = "") -> T:
@@ -65,7 +83,7 @@ class _Handler(logging.Handler):
             discard(sys.stderr)
 
     def _show(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
+        text = visible(self.format(record))
         if record.levelno == logging.WARNING:
             text = f"warning: {text}"
         bars = sys.modules.get("tqdm")

@@ -21,7 +21,13 @@ from typing import Any
 
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.files.full_disk import disk_full_number
-from carryon.tools.cli.output import discard, has_reader, log_to_stderr, open_closed_streams
+from carryon.tools.cli.output import (
+    discard,
+    has_reader,
+    log_to_stderr,
+    open_closed_streams,
+    visible,
+)
 from carryon.tools.cli.parser import parse_call
 from carryon.tools.cli.table import format_table
 
@@ -128,7 +134,7 @@ class Program:
 
 def _fail(text: str, *, code: int = 2) -> int:
     try:
-        print(" ".join(text.split()), file=sys.stderr, flush=True)
+        print(visible(" ".join(text.split())), file=sys.stderr, flush=True)
     except OSError:  # nobody reads it
         discard(sys.stderr)
     return code

@@ -6,6 +6,7 @@ from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
+from carryon.tools.cli.output import visible
 from carryon.train.config import GenerateSettings
 
 COLUMN = 46
@@ -44,6 +45,10 @@ def generate(
 
     from carryon.train.inference.modeling import CarryOnForCausalLM
 
+    class VisibleStreamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(visible(text), stream_end=stream_end)
+
     model = CarryOnForCausalLM.from_pretrained(carryon, base=base, forward=forward)
     if not model.carryons.names and (compare or alpha not in (None, 1.0)):
         raise InputError(
@@ -51,13 +56,13 @@ def generate(
             "or top, which is merged into its base. Fix: generate with a bottleneck to compare"
         )
     if not compare:
-        streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = VisibleStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         text = model.answer(prompt, settings=settings, alpha=alpha, streamer=streamer)
         return {"answer": text}
     base_text = model.answer(prompt, settings=settings, alpha=0.0)
     text = model.answer(prompt, settings=settings, alpha=alpha)
     title = f"base + carry-on (alpha {model.alpha if alpha is None else alpha:g})"
-    print(side_by_side(("base", base_text), (title, text)))
+    print(visible(side_by_side(("base", base_text), (title, text))))
     return {"base_answer": base_text, "answer": text}
 
 

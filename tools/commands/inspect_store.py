@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from carryon.cache.corpus.report import Report, format_report, merge_reports
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.files.atomic import write_file
+from carryon.tools.cli.output import visible
 from carryon.tools.cli.table import format_table
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def inspect_store(
     if base or html:
         raise InputError("--base and --html: expected --sample beside them. Fix: --sample ID")
     facts = describe_store(opened)
-    print(json_format.dumps(facts) if json else format_facts(facts))
+    print(json_format.dumps(facts) if json else visible(format_facts(facts)))
     return facts
 
 

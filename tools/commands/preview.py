@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings, DataSettings, StoreSettings
-from carryon.tools.cli.output import print_result
+from carryon.tools.cli.output import print_result, visible
 from carryon.tools.commands.shown_samples import make_page, print_samples, show_sample
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def preview(
     shown = list(_show(records, tokenizer, facts.end_tokens))
     table = format_report(report)
     print_samples(shown)
-    print(f"\n{table}\n")
+    print(f"\n{visible(table)}\n")
     for line in warnings(report):
         logger.warning(line)
     if html:

@@ -6,7 +6,6 @@ Text of data is hostile: control characters are shown by their codes, and HTML i
 import html
 import os
 import sys
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from carryon.cache.corpus.pieces import Piece, cut_pieces
 from carryon.cache.corpus.samples import ROLES, Sample
+from carryon.tools.cli.output import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LEGEND = "prompt, [[target]], {special token}, {end token = stop}"
 _RESET, _GREY, _GREEN, _BOX = "\x1b[0m", "\x1b[90m", "\x1b[32m", "\x1b[7m"
-_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode categories of characters that do not show, or change how others do."""
 _MAX_CHARS, _MAX_PIECES = 1200, 400
 """Of a piece, and of a sample, on a terminal; the middle of what is longer is left out."""
 
@@ -83,18 +81,6 @@ def show_sample(
         pieces=cut_pieces(
             tokenizer, sample.tokens.tolist(), sample.loss_mask.tolist(), end_tokens=end_tokens
         ),
-    )
-
-
-def visible(text: str) -> str:
-    """Return a text with characters that do not show, but line ends and tabs, as codes."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in _HIDDEN and char not in "\n\t"
-        else char
-        for char in text
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from carryon.cache.base.facts import check_token_id, end_ids
 from carryon.cache.errors import InputError
 from carryon.train.config import ChatChoice, GenerateSettings
 from carryon.train.inference.prompts import encode_prompts
@@ -67,8 +68,10 @@ def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
 
 def _generation_config(model: "CarryOnForCausalLM", settings: GenerateSettings) -> Any:  # noqa: ANN401
     own: Any = model.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else model.tokenizer.eos_token_id
-    pad = own.pad_token_id if own.pad_token_id is not None else model.tokenizer.pad_token_id
+    eos: Any = end_ids(own) or model.tokenizer.eos_token_id
+    pad = model.tokenizer.pad_token_id
+    if own.pad_token_id is not None:
+        pad = check_token_id("pad_token_id", own.pad_token_id)
     sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
     if settings.temperature > 0:
         sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}

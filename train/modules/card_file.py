@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import DamagedFileError, InputError
-from carryon.cache.files.documents import FILES, read_sealed, sealed
-from carryon.cache.files.regular import digest_file
+from carryon.cache.files.documents import FILES, digest_bounded, read_sealed, sealed
+from carryon.cache.files.tensor_files import digest_tensors
 
 WEIGHTS = "carryon.safetensors"
 CARD = "carryon.json"
@@ -49,7 +49,8 @@ def check_digest(path: Path, expected: str | None) -> None:
         InputError: they differ, or it is no regular file.
     """
     try:
-        got = digest_file(_place(path))
+        place = _place(path)
+        got = digest_tensors(place) if path.name == WEIGHTS else digest_bounded(place)
     except DamagedFileError as error:
         raise InputError(f"{error}. Fix: download it again") from error
     if expected is not None and got != expected:

@@ -27,6 +27,7 @@ from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.atomic import recover_folders, whole_folder
 from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
 from carryon.cache.files.regular import digest_file
+from carryon.cache.files.tensor_files import digest_tensors
 from carryon.train.config import refuse_other_settings, with_current_names
 from carryon.train.modules.carryon import CarryOn
 
@@ -288,7 +289,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected checkpoint format {FORMAT_VERSION}, got {version}")
     files = state.get(FILES)
     for name in (WEIGHTS, OPTIMIZER):
-        if not isinstance(files, dict) or digest_file(path / name) != files.get(name):
+        if not isinstance(files, dict) or digest_tensors(path / name) != files.get(name):
             raise DamagedFileError(
                 f"{path / name}: the content differs from its SHA-256 in {STATE}"
             )

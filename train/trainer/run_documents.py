@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from carryon.cache.errors import DamagedFileError
-from carryon.cache.files.documents import DIGEST, FILES, digest_of, read_sealed, sealed
+from carryon.cache.files.documents import (
+    DIGEST,
+    FILES,
+    digest_of,
+    read_bounded,
+    read_sealed,
+    sealed,
+)
 from carryon.cache.files.full_disk import disk_full_named
-from carryon.cache.files.regular import open_below, open_regular
+from carryon.cache.files.regular import open_below
 
 T = TypeVar("T")
+_MAX_BYTES = 128 << 20
+"""Of lines: those of some hundred thousand evaluations."""
 
 
 def read_values(kind: type[T], path: Path) -> T:
@@ -59,12 +68,11 @@ def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     before digests were recorded have none; a file has them in each line or in no line.
 
     Raises:
-        DamagedFileError: it is no regular file.
+        DamagedFileError: it is no regular file, or is larger than any run writes.
     """
     if not os.path.lexists(path):
         return [], []
-    with open_regular(path) as file:
-        rows = file.read().split(b"\n")
+    rows = read_bounded(path, max_bytes=_MAX_BYTES).split(b"\n")
     has_digests = f'"{DIGEST}"'.encode() in b"".join(rows[:-1])
     lines, damaged = [], []
     for number, row in enumerate(rows[:-1], start=1):

@@ -10,7 +10,7 @@ from typing import Any
 
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.documents import FILES, sealed, write_json
-from carryon.cache.files.regular import digest_file
+from carryon.cache.files.regular import digest_file, refuse_links
 from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes, read_yaml
 from carryon.train.data.datasets import StorePaths, store_paths
 from carryon.train.plots import plot_runs
@@ -65,6 +65,8 @@ def sweep(
     root = Path(out)
     jobs = plan_jobs(root, (settings or TrainSettings()).with_options(**options), runs)
     paths, processes = store_paths(store), join_processes(jobs[0].settings.run.device)
+    for job in jobs:  # a run's own folder may be a link, but not one in a folder of others
+        refuse_links(root, Path(job.out))
     with open_to_write(root, kind="sweep") if processes.is_first else nullcontext():
         reports = train_jointly(paths, jobs)
         if processes.is_first:

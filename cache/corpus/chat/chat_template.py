@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
+from carryon.cache.corpus.chat.template_limits import compile_limited, limited_time
 from carryon.cache.corpus.records import Chat
 from carryon.cache.errors import InputError
 
@@ -129,13 +130,14 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            template: Any = _compile(source)
-            if spans is None:
-                return str(template.render(**variables))
-            blocks: list[str] = []
-            with template.environment.activate_tracker(blocks, spans):
-                blocks.extend(template.generate(**variables))
-            return "".join(blocks)
+            with limited_time():
+                template: Any = compile_limited(source)
+                if spans is None:
+                    return str(template.render(**variables))
+                blocks: list[str] = []
+                with template.environment.activate_tracker(blocks, spans):
+                    blocks.extend(template.generate(**variables))
+                return "".join(blocks)
         except Exception as error:  # a template is a program, which may raise anything
             raise UnfitError(f"{self.name} refuses the messages: {error}") from error
 
@@ -148,8 +150,9 @@ class ChatTemplate:
         for message, answer in ((probe, False), (_with_parts(probe), True)):
             chat = Chat(messages=[probe], is_trained=[False])
             variables = self._variables_of(chat) | {"messages": [message], "tools": None}
-            with suppress(Exception):  # a template is a program, which may raise anything
-                if _PROBE in _compile(source).render(**variables, add_generation_prompt=False):
+            with suppress(Exception), limited_time():  # a template may raise anything
+                template = compile_limited(source)
+                if _PROBE in template.render(**variables, add_generation_prompt=False):
                     return answer
         return False
 
@@ -162,13 +165,6 @@ class ChatTemplate:
 def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Tell whether a chat template of the tokenizer asks for today's date."""
     return "strftime_now" in str(tokenizer.chat_template or "")
-
-
-def _compile(source: str) -> Any:  # noqa: ANN401 -- a template of Jinja
-    # Its own function: apply_chat_template copies all messages at each of many calls
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    return _compile_jinja_template(source)
 
 
 def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,14 +1,15 @@
 """Rows of CSV, TSV, Parquet and Arrow files in batches of a few megabytes, for a table."""
 
 import csv
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from carryon.cache.corpus.reading.file_kinds import FileKind
+from carryon.cache.corpus.reading.json_rows import MAX_RECORD_BYTES, too_long
 from carryon.cache.corpus.reading.packing import open_file
 from carryon.cache.errors import InputError
 
@@ -67,7 +68,9 @@ def csv_batches(path: Path, kind: FileKind, name: str) -> "Iterator[RecordBatch]
 
     with open_file(path, kind.packing, name=name) as (stream, _), _any_cell_size():
         text = TextIOWrapper(stream, "utf-8-sig", newline="")
-        reader = csv.reader(text, delimiter="\t" if kind.kind == "tsv" else ",", strict=True)
+        reader = csv.reader(
+            _lines(text, name), delimiter="\t" if kind.kind == "tsv" else ",", strict=True
+        )
         try:
             columns = next(reader, [])
             if not columns or len(set(columns)) < len(columns):
@@ -102,10 +105,17 @@ def csv_batches(path: Path, kind: FileKind, name: str) -> "Iterator[RecordBatch]
             ) from error
 
 
+def _lines(text: TextIOWrapper, name: str) -> Iterator[str]:
+    for number, line in enumerate(iter(partial(text.readline, MAX_RECORD_BYTES), ""), start=1):
+        if len(line) == MAX_RECORD_BYTES:
+            raise too_long(name, number)
+        yield line
+
+
 @contextmanager
 def _any_cell_size() -> Iterator[None]:
-    """Lift the limit on the length of a cell (131,072), which is one for the whole process."""
-    before = csv.field_size_limit(sys.maxsize)
+    """Raise the limit on the length of a cell (131,072), which is one for the whole process."""
+    before = csv.field_size_limit(MAX_RECORD_BYTES)
     try:
         yield
     finally:

@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from carryon.cache.corpus.reading.json_rows import BYTE_ORDER_MARK, parse_line
+from carryon.cache.corpus.reading.json_rows import BYTE_ORDER_MARK, MAX_RECORD_BYTES, parse_line
 from carryon.cache.corpus.reading.packing import MAGIC, open_file, packing_of_magic
 from carryon.cache.errors import InputError
 
@@ -155,7 +156,7 @@ def _suffixes(path: Path) -> tuple[str, str]:
 def _first_line(path: Path, packing: str) -> bytes:
     """Return the first line that is not blank, without white space at its ends."""
     with open_file(path, packing, name=str(path)) as (stream, _):
-        for line in stream:
+        for line in iter(partial(stream.readline, MAX_RECORD_BYTES), b""):
             line = line.removeprefix(BYTE_ORDER_MARK).strip()
             if line:
                 return line

@@ -10,6 +10,8 @@ from carryon.cache.errors import InputError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 20
+MAX_RECORD_BYTES = 64 << 20
+"""Of one line or element; a file without ends of lines would else be read into memory."""
 _LONGEST_WORD = 16
 """An error so near the end of the text read so far may be of a word cut off there."""
 
@@ -19,6 +21,14 @@ def _refuse_constant(word: str) -> NoReturn:
 
 
 _LINE_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def too_long(name: str, line: int) -> InputError:
+    """Return the error of a record longer than any."""
+    return InputError(
+        f"{name}:{line}: expected records of less than {MAX_RECORD_BYTES:,} bytes, got a longer "
+        "one. Fix: repair the file, or split the record"
+    )
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -153,6 +163,8 @@ class _Text:
     def _fill(self) -> bool:
         """Read on, at least as much again as is kept, so that a long value costs linear time."""
         kept = self._text[self._at :]
+        if len(kept) >= MAX_RECORD_BYTES:
+            raise too_long(self._name, self.line)
         try:
             chunk = self._stream.read(max(_CHUNK_BYTES, len(kept)))
             more = self._decode(chunk, not chunk)

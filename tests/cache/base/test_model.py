@@ -1,6 +1,7 @@
 """Loading bases: their identity, their parts, and the bases that are refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from support.tiny_bases import (
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from carryon.cache.base.architecture import get_architecture, read_norm
+from carryon.cache.base.facts import check_token_id, read_facts
 from carryon.cache.base.hooks import base_logits, capture
 from carryon.cache.base.identity import BaseIdentity, digest_tokenizer, digest_weights
 from carryon.cache.base.lm_head import widen
@@ -249,3 +251,55 @@ def test_a_base_with_nan_in_a_weight_is_refused_by_the_name_of_the_weight(tmp_pa
         load_base(str(folder), forward=ForwardSettings(device="cpu"))
 
     assert "architecture" not in str(error.value)
+
+
+HOSTILE_FILES = {
+    "a number for a token": ("tokenizer_config.json", b'{"bos_token": 3}'),
+    "lists": ("config.json", b"[" * 100_000),
+    "no tokenizer": ("tokenizer.json", b'{"model": 1, "added_tokens": []}'),
+    "no tensors": ("model.safetensors", b"\xff" * 40),
+    "short": ("model.safetensors", b""),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_FILES)
+def test_a_base_with_any_file_changed_is_one_line(
+    tiny_base_folder: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    path, content = HOSTILE_FILES[name]
+    (folder / path).write_bytes(content)
+    with pytest.raises(InputError, match="could not be loaded") as raised:
+        load_base(str(folder), forward=ForwardSettings(device="cpu"))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["device", "pipe", "large"])
+def test_a_base_that_would_be_read_for_ever_is_refused(
+    tiny_base_folder: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    path = Path(shutil.copytree(tiny_base_folder, tmp_path / "base")) / name
+    path.unlink()
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    with pytest.raises(InputError, match="expected|could not be loaded"):
+        load_base(str(path.parent), forward=ForwardSettings(device="cpu"))
+
+
+@pytest.mark.parametrize("value", [1 << 70, -1, "x", 1.5])
+def test_no_token_id_in_a_generation_config_is_one_line(
+    tiny_base_folder: Path, tmp_path: Path, value: object
+) -> None:
+    folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(InputError) as raised:
+        read_facts(str(folder))
+    assert len(str(raised.value).splitlines()) == 1
+    with pytest.raises(InputError, match="pad_token_id: expected a token id"):
+        check_token_id("pad_token_id", value)

@@ -15,8 +15,10 @@ from support.tiny_stores import error_of
 
 from carryon.cache.corpus import files
 from carryon.cache.corpus.files import plan_shards, read_shard, scan_file
+from carryon.cache.corpus.reading import batches, json_rows
 from carryon.cache.corpus.reading.json_rows import iter_values
 from carryon.cache.corpus.rows import BadRow, Row, Shard, Source
+from carryon.cache.errors import InputError
 
 QUICK = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ROWS: list[dict[str, Any]] = [{"text": f"text {number}", "n": number} for number in range(200)]
@@ -373,3 +375,17 @@ def test_a_table_whose_cache_is_gone_is_refused_when_it_is_read(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"data\.parquet: expected an Arrow file, got"):
         read_all([source])
     assert fields_of(tmp_path, path) == ROWS  # opened again, it is made again
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"), [("x.jsonl", b""), ("x.json", b'[{"text": "'), ("x.csv", b"text\n")]
+)
+def test_a_record_without_an_end_is_refused_and_not_read_into_memory(
+    name: str, begin: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (files, json_rows, batches):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1000)
+    path = tmp_path / name
+    path.write_bytes(begin + b"x" * 5_000_000)
+    with pytest.raises(InputError, match=r":[12]: expected records of less than"):
+        read_all(open_in(tmp_path, [str(path)]))

@@ -1,18 +1,15 @@
 """Stores with random values in their documents, every digest valid: success, or one line."""
 
-import copy
 import json
 import resource
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.hostile_stores import replace_planned, sign_manifest, sign_receipt
 from support.tiny_stores import make_given, write_store
 
 from carryon.cache.errors import CarryOnError
@@ -21,6 +18,8 @@ from carryon.cache.files.documents import json_bytes
 from carryon.cache.format.zarr_metadata import receipt_path
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
+from carryon.tools.bench.trust.mutations import mutate
+from carryon.tools.bench.trust.signing import replace_planned, sign_manifest, sign_receipt
 
 VALUES = st.one_of(
     st.sampled_from([0, -1, 1, 7, 63, 64, 65, 10**6, 1 << 24, 1 << 31, 10**12, 1 << 63, 1 << 70]),
@@ -46,48 +45,7 @@ CHANGES = st.lists(
     min_size=1,
     max_size=3,
 )
-_DIGESTS = 0.1
 MAX_SECONDS, MAX_KILOBYTES = 5, 1 << 20
-
-
-def places_in(value: Any) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401
-    """Yield (container, key) of everything in a document."""
-    keys: list[Any] = []
-    if isinstance(value, dict):
-        keys = list(value)
-    elif isinstance(value, list):
-        keys = list(range(len(value)))
-    for key in keys:
-        yield value, key
-        yield from places_in(value[key])
-
-
-def is_digest(container: Any, key: Any) -> bool:  # noqa: ANN401
-    """Tell whether this is a digest, or a list of one."""
-    value = container[key]
-    text = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return isinstance(text, str) and len(text) in (8, 64)
-
-
-def mutate(values: dict[str, Any], changes: list[tuple[float, str, Any]]) -> None:
-    """Change values, names and lengths of a document."""
-    for where, kind, value in changes:
-        places = list(places_in(values))
-        few = [place for place in places if not is_digest(*place)]
-        places = few if where > _DIGESTS else places  # most of a document are digests
-        if not places:
-            return
-        container, key = places[int(where * len(places))]
-        if kind == "set":
-            container[key] = copy.deepcopy(value)
-        elif kind == "drop":
-            del container[key]
-        elif isinstance(container, list):
-            container.append(copy.deepcopy(value))
-        elif kind == "rename":
-            container[str(value)] = container.pop(key)
-        else:
-            container[str(value)] = copy.deepcopy(container[key])
 
 
 def use(root: Path) -> None:

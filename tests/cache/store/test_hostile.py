@@ -9,14 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.hostile_stores import (
-    garbage_chunk,
-    replace_of_unit,
-    replace_planned,
-    sign_manifest,
-    sign_receipt,
-    with_checksum,
-)
 from support.tiny_stores import (
     UNIT_TOKENS,
     WIDTH,
@@ -32,6 +24,14 @@ from carryon.cache.format.zarr_metadata import copy_path, receipt_path, row_path
 from carryon.cache.lock import LOCK_PATH, refuse_busy, write_lock
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
+from carryon.tools.bench.trust.signing import (
+    garbage_chunk,
+    replace_of_unit,
+    replace_planned,
+    sign_manifest,
+    sign_receipt,
+    with_checksum,
+)
 from carryon.tools.cli.main import main
 
 CANARY = b"of the user"

@@ -1,6 +1,7 @@
 """The `carryon` command: help, errors, exit codes."""
 
 import errno
+import logging
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from carryon.cache.errors import DiskFullError, InputError
 from carryon.tools.cli.main import CARRYON, main
 from carryon.tools.cli.options import options_of
+from carryon.tools.cli.output import log_to_stderr
 from carryon.tools.commands import inspect_store as inspect_file
 
 NAMES = sorted(CARRYON.commands)
@@ -155,3 +157,14 @@ def test_a_closed_pipe_is_no_error(argv: list[str]) -> None:
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("carryon 0.")
+
+
+def test_a_control_character_of_a_file_does_not_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["verify", "no/\x1b]0;title\x07\x9b2J"]) == 2
+    shown = capsys.readouterr().err
+    assert r"no/\x1b]0;title\x07\x9b2J" in shown
+    with log_to_stderr("info"):
+        logging.getLogger("carryon").warning("of a file: \x1b[31mred\r")
+    assert capsys.readouterr().err == "warning: of a file: \\x1b[31mred\\r\n"

@@ -1,7 +1,11 @@
 """Lines and documents of a run."""
 
+import os
 from pathlib import Path
 
+import pytest
+
+from carryon.cache.errors import DamagedFileError
 from carryon.train.trainer.run_documents import append_line, lines_bytes, read_whole_lines
 
 
@@ -33,3 +37,10 @@ def test_lines_from_before_digests_were_recorded_are_read(tmp_path: Path) -> Non
     path = tmp_path / "lines"
     path.write_text('{"step": 1, "loss": 2.5}\n[]\n{"step": 2}\n')
     assert read_whole_lines(path) == ([{"step": 1, "loss": 2.5}, {"step": 2}], [2])
+
+
+def test_lines_that_no_run_writes_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    os.truncate(tmp_path / "metrics.jsonl", 1 << 40)
+    with pytest.raises(DamagedFileError, match="expected at most"):
+        read_whole_lines(tmp_path / "metrics.jsonl")

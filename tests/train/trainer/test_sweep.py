@@ -9,7 +9,7 @@ import pytest
 from support.tiny_runs import TINY, assert_same_bits, metrics_without_times, train_tiny, without
 from support.tiny_train_stores import make_tiny_store
 
-from carryon.cache.errors import InputError, MissingError
+from carryon.cache.errors import InputError, MissingError, UnsafePathError
 from carryon.cache.store.reader import Store
 from carryon.train.trainer import finish, run_state
 from carryon.train.trainer import sweep as sweep_module
@@ -205,3 +205,12 @@ def test_a_file_of_something_else_than_runs_is_one_line(tmp_path: Path, text: st
     with pytest.raises(InputError, match=rf"{path}: expected .*") as caught:
         read_runs(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_a_sweep_that_is_a_link_is_refused(store: Path, tmp_path: Path) -> None:
+    for name in ("outside", "sweep"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sweep/seed=1").symlink_to("../outside")
+    with pytest.raises(UnsafePathError, match="expected a folder, got a link"):
+        sweep(store, out=tmp_path / "sweep", vary={"seed": [1, 2]}, settings=TINY)
+    assert not list((tmp_path / "outside").iterdir())

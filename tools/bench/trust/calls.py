@@ -44,6 +44,8 @@ _CHANGES = {
     "os.utime": 1,
 }
 """Events that change the disk: how many of their first arguments are paths."""
+_WITH_HANDLE = {"os.mkdir", "os.remove", "os.rmdir"}
+"""Events whose last argument may be the handle of the folder that a path is relative to."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _KILLED = -signal.SIGKILL
 
@@ -76,7 +78,7 @@ class Ended:
     seconds: float
     is_hung: bool
     changes: list[str] = field(default_factory=list)
-    """Each change to the disk, as far as it ended by itself: the event and its paths."""
+    """Each change to the disk, as far as it ended by itself: the event and its absolute paths."""
     peak_mb: float = 0.0
     """Most memory it had, 10^6 bytes; 0 if it was killed."""
 
@@ -260,19 +262,10 @@ def _watch(changes: list[str], limits: Limits, notes: Path) -> None:
     """Note each change to the disk before it happens; end or stop the process before one."""
 
     def see(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, _, flags = arguments
-            if not flags & _WRITES or str(path) == os.devnull:
-                return
-            names = [path]
-        elif event in _CHANGES:
-            names = list(arguments[: _CHANGES[event]])
-        else:
+        paths = changed_paths(event, arguments)
+        if not paths or paths[0].startswith(str(notes)):
             return
-        texts = [os.fsdecode(name) for name in names if not isinstance(name, int)]
-        if not texts or texts[0].startswith(str(notes)):
-            return
-        changes.append(" ".join([event, *texts]))
+        changes.append(" ".join([event, *paths]))
         if len(changes) == limits.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if len(changes) == limits.pause_at:
@@ -281,3 +274,20 @@ def _watch(changes: list[str], limits: Limits, notes: Path) -> None:
                 time.sleep(0.005)
 
     sys.addaudithook(see)
+
+
+def changed_paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
+    """Return the absolute paths that an audit event is about to change."""
+    if event == "open":
+        path, _, flags = arguments
+        names = [] if not flags & _WRITES or str(path) == os.devnull else [path]
+    else:
+        names = list(arguments[: _CHANGES.get(event, 0)])
+    folder = "."
+    if names and event in _WITH_HANDLE and arguments[-1] not in (None, -1):
+        folder = os.readlink(f"/proc/self/fd/{arguments[-1]}")
+    return [
+        os.path.abspath(os.path.join(folder, os.fsdecode(name)))
+        for name in names
+        if not isinstance(name, int)
+    ]

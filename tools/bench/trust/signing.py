@@ -1,17 +1,21 @@
 """Stores as a stranger would make them: any value, with every digest made valid again."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from carryon.cache.base.identity import digest_chat_template, digest_config, digest_tokenizer
 from carryon.cache.errors import CarryOnError
-from carryon.cache.files.documents import digest_of, json_bytes
+from carryon.cache.files.documents import digest_of, json_bytes, sealed
 from carryon.cache.format.codec import encode_chunk
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.format.receipt import origin_of, units_with_receipt
 from carryon.cache.format.zarr_metadata import copy_path, places, receipt_path
+from carryon.train.trainer.run_documents import lines_bytes
 
 Change = Callable[[dict[str, Any]], object]
 _CONTENT = ("forward", "corpus", "settings", "width", "rows_per_chunk", "head", "versions")
@@ -47,7 +51,7 @@ def sign_manifest(root: Path, change: Change) -> None:
         return
     for unit in sorted(units_with_receipt(root) & set(range(min(manifest.num_units, 100)))):
         origin = origin_of(manifest, unit)
-        sign_receipt(root, unit, lambda values, origin=origin: values.update(origin_sha256=origin))
+        sign_receipt(root, unit, partial(dict.update, origin_sha256=origin))
 
 
 def sign_receipt(root: Path, unit: int, change: Change) -> None:
@@ -106,3 +110,93 @@ def garbage_chunk(values: Any, harm: Callable[[bytearray], object]) -> bytes:  #
     frame = bytearray(encode_chunk(values)[:-4])
     harm(frame)
     return with_checksum(bytes(frame))
+
+
+def sign(root: Path, path: str) -> None:
+    """Make the digests of a store, run, lineage or carry-on valid for a file that has changed.
+
+    What no longer parses is left as it is, beside the digests of other files over it.
+
+    Args:
+        root: folder of the thing.
+        path: of the changed file, relative to it.
+    """
+    file = root / path
+    if (root / "zarr.json").exists():
+        _sign_of_store(root, path)
+    elif file.name == "carryon.json" or file.suffix == ".json":
+        _reseal(file, lambda values: None)
+    elif file.suffix == ".jsonl":
+        _sign_lines(file)
+    elif file.parent.name.startswith("step-"):
+        _reseal(file.parent / "state.json", lambda values: _vouch(values, file))
+    elif (file.parent / "carryon.json").exists():
+        _reseal(file.parent / "carryon.json", lambda values: _vouch(values, file))
+
+
+def sign_base(folder: Path, *documents: Path) -> None:
+    """Let cards and manifests vouch for a base in `folder`, as far as it can be loaded."""
+    digests = _digests_of_base(folder)
+    for path in documents:
+        _change_base(path, digests)
+
+
+def name_base(document: Path, name: str) -> None:
+    """Let a card or a manifest name its base by `name`."""
+    _change_base(document, {"id": name})
+
+
+def _change_base(path: Path, values: dict[str, Any]) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["base"].update(values)
+
+    if path.name == "zarr.json":
+        sign_manifest(path.parent, change)
+    else:
+        _reseal(path, change)
+
+
+def _digests_of_base(folder: Path) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    found: dict[str, Any] = {}
+    with contextlib.suppress(Exception):
+        found["config_sha256"] = digest_config(AutoConfig.from_pretrained(folder))
+    with contextlib.suppress(Exception):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        found["tokenizer_sha256"] = digest_tokenizer(tokenizer)
+        found["chat_template_sha256"] = digest_chat_template(tokenizer)
+    return found
+
+
+def _sign_of_store(root: Path, path: str) -> None:
+    content = (root / path).read_bytes()
+    with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        if path == "zarr.json":
+            sign_manifest(root, lambda values: None)
+        elif path.startswith("units/") and path.count("/") == 1 and path != "units/zarr.json":
+            sign_receipt(root, int(Path(path).stem), lambda values: None)
+        else:
+            replace_planned(root, path, content)
+
+
+def _sign_lines(file: Path) -> None:
+    rows = file.read_bytes().split(b"\n")
+    for number, row in enumerate(rows):
+        with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, RecursionError):
+            line = json.loads(row)
+            if line.pop("sha256", None) is not None:
+                rows[number] = lines_bytes([line]).rstrip(b"\n")
+    file.write_bytes(b"\n".join(rows))
+
+
+def _reseal(path: Path, change: Change) -> None:
+    with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        values = json.loads(path.read_bytes())
+        if values.pop("sha256", None) is not None:
+            change(values)
+            path.write_bytes(json_bytes(sealed(values)))
+
+
+def _vouch(values: dict[str, Any], file: Path) -> None:
+    values["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
