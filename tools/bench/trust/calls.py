@@ -286,8 +286,10 @@ def changed_paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
     folder = "."
     if names and event in _WITH_HANDLE and arguments[-1] not in (None, -1):
         folder = os.readlink(f"/proc/self/fd/{arguments[-1]}")
-    return [
+    paths = [
         os.path.abspath(os.path.join(folder, os.fsdecode(name)))
         for name in names
         if not isinstance(name, int)
     ]
+    is_there = event == "os.mkdir" and os.path.isdir(paths[0])  # then nothing is made
+    return [] if is_there else paths
