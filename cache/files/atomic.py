@@ -170,6 +170,14 @@ def sync_below(root: Path, paths: Iterable[Path]) -> None:
         list(pool.map(_sync, folders - {root.parent}))
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder: under its name it is whole, or not there; a kill leaves a `.partial` one."""
+    leaving = path.with_name(f".{path.name}.removed{PARTIAL}")
+    _remove(leaving)
+    path.rename(leaving)
+    shutil.rmtree(leaving)
+
+
 def sweep_partials(root: Path) -> int:
     """Remove the `.partial` files of killed writers below `root`; returns their number."""
     leftovers = [path for path in root.rglob(f".*{PARTIAL}") if path.is_file()]

@@ -12,6 +12,7 @@ from carryon.cache.errors import DiskFullError, StoreBusyError
 from carryon.cache.files.atomic import (
     disk_full_named,
     recover_folder,
+    remove_folder,
     sweep_partials,
     sync_below,
     whole_folder,
@@ -130,6 +131,18 @@ def test_replacing_a_folder_killed_before_any_change_leaves_the_old_or_the_new_o
     assert seen == [OLD] * num_old + [NEW] * (len(copies) - num_old)
     assert len(copies) - num_old >= 4
     assert content_of(root) == {f"folder/{name}": content for name, content in NEW.items()}
+
+
+def test_a_folder_removed_and_killed_before_any_change_is_whole_or_gone(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    fill(root / "folder", OLD)
+    copies = states_at_kills(
+        root, lambda: remove_folder(root / "folder"), at=lambda _: True, into=tmp_path / "killed"
+    )
+    assert len(copies) > len(OLD)
+    for copy in copies:
+        assert not (copy / "folder").exists() or content_of(copy / "folder") == OLD
+    assert content_of(root) == {}
 
 
 def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ however old it gets.
 """
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from carryon.cache.errors import DamagedFileError, InputError
-from carryon.cache.files.atomic import recover_folders, whole_folder
+from carryon.cache.files.atomic import recover_folders, remove_folder, whole_folder
 from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
 from carryon.cache.files.regular import digest_file
 from carryon.cache.files.tensor_files import digest_tensors
@@ -123,7 +122,7 @@ def save_checkpoint(
     newer = [each for each in folders if each > path]  # skipped as damaged when the run resumed
     for old in newer + [each for each in folders if each <= path][:-keep]:
         if old != best:
-            shutil.rmtree(old)
+            remove_folder(old)
     return path
 
 
