@@ -3,8 +3,9 @@
 The same prompts, settings and batches give the same answers. Letters: B prompts, T positions.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def answer_batch(
     config = _generation_config(model, settings)
     tokens = _pad_left(rows, config.pad_token_id or 0)  # [B, T] int64
     mask = _pad_left([[1] * len(row) for row in rows], 0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _no_defaults(model):
         torch.manual_seed(settings.seed)
         output = model.generate(
             tokens.to(model.device),
@@ -64,6 +65,21 @@ def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
         padding_value=pad,
         padding_side="left",
     )
+
+
+@contextmanager
+def _no_defaults(model: "CarryOnForCausalLM") -> Iterator[None]:
+    """Keep out what the base recommends, such as a repetition penalty.
+
+    transformers fills in with it whatever a call leaves open; a penalty changes greedy text, and
+    hits most an answer that repeats a number it has computed.
+    """
+    own, make_config = model.generation_config, cast(Any, GenerationConfig)
+    model.generation_config = make_config()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _generation_config(model: "CarryOnForCausalLM", settings: GenerateSettings) -> Any:  # noqa: ANN401

@@ -159,3 +159,13 @@ def test_answers_may_come_from_different_carryons(
     assert texts[0] == model.answer(prompts[0], settings=SHORT, alpha=0.0)
     assert texts[2] == model.answer(prompts[2], settings=SHORT)
     assert texts[1] != texts[2]
+
+
+def test_what_the_base_recommends_does_not_change_greedy_text(model: CarryOnForCausalLM) -> None:
+    settings = GenerateSettings(max_new_tokens=12, chat=False)
+    expected = model.answer("the an", settings=settings)
+    recommended = model.generation_config
+    recommended.repetition_penalty, recommended.bos_token_id = 9.0, 10**30
+
+    assert model.answer("the an", settings=settings) == expected
+    assert model.generation_config is recommended
