@@ -1,0 +1,150 @@
+"""Problems of tasks and of data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carryon.cache.errors import CarryOnError, InputError
+from carryon.train.inference.scoring.problems import Problem, read_problems
+
+LEGS = "leg_counting:min_animals=2,max_animals=4"
+
+
+def read(source: str, *, num: int = 100, seed: int = 0, rule: str = "auto") -> list[Problem]:
+    return read_problems(source, num=num, seed=seed, rule=rule)
+
+
+def write(path: Path, *records: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def key(problems: list[Problem]) -> list[tuple[str, str, str]]:
+    return [(problem.id, problem.question, problem.answer) for problem in problems]
+
+
+def test_a_task_has_its_own_verifier() -> None:
+    problems = read(LEGS, num=4, seed=3)
+    assert key(problems) == key(read(LEGS, num=4, seed=3))
+    assert key(problems) != key(read(LEGS, num=4, seed=4))
+    for problem in problems:
+        assert problem.rule.name == "task"
+        assert problem.is_right(problem.answer)
+        assert problem.is_right(f"4 + 3 = 7\nTherefore, the final answer is {problem.answer}.")
+        assert not problem.is_right(f"{problem.answer}1")
+        assert not problem.is_right("")
+    assert problems[0].metadata["source_dataset"] == "leg_counting"
+
+
+def test_a_verifier_that_knows_many_answers_needs_no_right_one() -> None:
+    [problem] = read("graph_color", num=1)
+    assert problem.answer == ""
+    assert not problem.is_right("blue")
+    with pytest.raises(InputError, match="the rule exact expects an answer, got ''"):
+        read("graph_color", num=1, rule="exact")
+
+
+@pytest.mark.parametrize("task", ["no_such_task", "chain_sum:terms=2", "chain_sum:min_terms"])
+def test_an_unknown_task_or_setting_is_refused(task: str) -> None:
+    with pytest.raises(InputError, match="task .*: expected a task of reasoning-gym"):
+        read(task, num=1)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "2 + 2?", "answer": "4"},
+        {"problem": "2 + 2?", "solution": 4},
+        {"prompt": "2 + 2?", "completion": "4"},
+        {"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": "4"},
+        {"messages": [{"role": "user", "content": "2 + 2?"}], "answer": "4"},
+        {
+            "messages": [
+                {"role": "user", "content": "2 + 2?"},
+                {"role": "assistant", "content": "4"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+    ],
+)
+def test_data_of_any_form_are_problems(record: dict[str, Any], tmp_path: Path) -> None:
+    [problem] = read(write(tmp_path / "data.jsonl", record))
+    assert (problem.question, problem.answer, problem.before) == ("2 + 2?", "4", ())
+    assert problem.rule.name == "last-number"
+    assert problem.id.startswith("data-")
+
+
+def test_messages_before_the_question_are_kept(tmp_path: Path) -> None:
+    messages = [
+        {"role": "system", "content": "Count."},
+        {"role": "user", "content": "a dog?"},
+        {"role": "assistant", "content": "four"},
+        {"role": "user", "content": "a bird?"},
+        {"role": "assistant", "content": "two"},
+    ]
+    [problem] = read(write(tmp_path / "data.jsonl", {"id": 7, "messages": messages}))
+    assert problem.id == "7"
+    assert (problem.question, problem.answer, problem.rule.name) == ("a bird?", "two", "end")
+    assert list(problem.before) == messages[:3]
+
+
+def test_only_held_out_records_are_posed_and_a_draw_repeats(tmp_path: Path) -> None:
+    records = [
+        {"question": f"{i}?", "answer": f"{i}", "split": "train" if i < 3 else "test"}
+        for i in range(20)
+    ]
+    path = write(tmp_path / "data.jsonl", *records)
+    assert [problem.answer for problem in read(path)] == [str(i) for i in range(3, 20)]
+    drawn = key(read(path, num=5, seed=1))
+    assert drawn == key(read(path, num=5, seed=1))
+    assert drawn != key(read(path, num=5, seed=2))
+    assert len(drawn) == 5
+
+
+@pytest.mark.parametrize(
+    ("answers", "rule"),
+    [
+        (["12", "$1,000"], "last-number"),
+        (["It is \\boxed{a}", "\\boxed{2}"], "boxed"),
+        (["Tom has 3 apples, eats 1.\n#### 2"] * 2, "last-number"),
+        (["blue", "12"], "end"),
+    ],
+)
+def test_a_rule_is_chosen_from_the_right_answers(
+    answers: list[str], rule: str, tmp_path: Path
+) -> None:
+    records = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    problems = read(write(tmp_path / "data.jsonl", *records))
+    assert {problem.rule.name for problem in problems} == {rule}
+    assert all(problem.is_right(problem.answer) for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("record", "rule", "text"),
+    [
+        ({"text": "a story"}, "auto", "expected messages, or question or prompt or problem"),
+        ({"question": "why?"}, "auto", "expected messages, or answer"),
+        ({"question": "why?", "answer": "blue"}, "last-number", "expects an answer with a number"),
+        ({"question": "why?", "answer": " "}, "end", "expects an answer"),
+        ({"question": "why?", "answer": "1"}, "task", "expects a task of reasoning-gym"),
+        ({"question": "why?", "answer": ["1"]}, "auto", "answer"),
+        ({"messages": [{"role": "user", "content": "why?"}]}, "auto", "then an assistant's answer"),
+    ],
+)
+def test_data_without_problems_are_refused(
+    record: dict[str, Any], rule: str, text: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "data.jsonl", record)
+    with pytest.raises(InputError, match=text) as caught:
+        read(path, rule=rule)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CarryOnError, match=r"none.jsonl: no such file"):
+        read(str(tmp_path / "none.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(CarryOnError, match=r"empty.jsonl: expected problems, got none"):
+        read(str(tmp_path / "empty.jsonl"))

@@ -1,0 +1,134 @@
+"""Rules that judge an answer, and how numbers are compared."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from carryon.cache.errors import InputError
+from carryon.train.inference.scoring.numbers import find_numbers, get_value
+from carryon.train.inference.scoring.problems import Problem
+from carryon.train.inference.scoring.rules import find_final, parse_rule
+
+
+def is_right(rule: str, text: str, right: str) -> bool:
+    parsed = parse_rule(rule)
+    return Problem(id="1", question="?", answer=right, rule=parsed).is_right(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1,000", 1000),
+        ("1000.0", 1000),
+        ("$12.50", Fraction(25, 2)),
+        ("50%", 50),
+        ("-3", -3),
+        ("\u22124", -4),
+        (".5", Fraction(1, 2)),
+        ("3/4", Fraction(3, 4)),
+        ("\\frac{1}{2}", Fraction(1, 2)),
+        ("$-5$", -5),
+        ("**34**.", 34),
+        ("34 legs", 34),
+        ("12\\text{ kg}", 12),
+        ("1e-2", Fraction(1, 100)),
+        ("3/0", None),
+        ("3-4", None),
+        ("1 and 2", None),
+        ("9" * 5000, None),
+        ("", None),
+    ],
+)
+def test_a_number_has_its_value_in_any_writing(text: str, value: Fraction | int | None) -> None:
+    assert get_value(text) == value
+
+
+def test_numbers_are_found_in_sentences() -> None:
+    assert find_numbers("12-5 = 7, of 1,000 or -3.") == ["12", "5", "7", "1,000", "-3"]
+    assert find_numbers("1,2,3 in v1.2") == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "right", "verdict"),
+    [
+        ("last-number", "12 + 30 = 42", "42", True),
+        ("last-number", "It is 1,042.", "1042", True),
+        ("last-number", "42.0", "So it is 42", True),
+        ("last-number", "42 and then 43", "42", False),
+        ("last-number", "none", "42", False),
+        ("boxed", "so \\boxed{\\frac{1}{2}}", "0.5", True),
+        ("boxed", "\\boxed{1} no, \\boxed{x_{2}}", "\\boxed{x_{2}}", True),
+        ("boxed", "\\boxed{5} and \\boxed{6", "5", True),
+        ("boxed", "5", "5", False),
+        ("after:####", "40 + 80 = 120\n#### 120 legs", "work\n#### 120", True),
+        ("after:####", "40 + 80 = 120\n#### 106", "120", False),
+        ("after:the answer is", "The Answer is: **blue**.\nYes", "Blue", True),
+        ("after:Answer", "Answer:\n\n 12", "12", True),
+        ("after:Answer", "12", "12", False),
+        (r"regex:= (\S+)", "1 = 2\n2 = 3", "3", True),
+        (r"regex:\d+ legs", "3 legs", "3 legs", True),
+        (r"regex:= (\d)", "three", "3", False),
+        ("exact", " 42\n", "42", True),
+        ("exact", "42.", "42", False),
+        ("exact", "It is 42", "42", False),
+        ("end", "It is Blue.", "blue", True),
+        ("end", "blue or red", "blue", False),
+        ("end", "it is unblue", "blue", False),
+        ("end", "so -7", "-7", True),
+        ("end", "", "blue", False),
+    ],
+)
+def test_rules_judge(rule: str, text: str, right: str, verdict: bool) -> None:
+    assert is_right(rule, text, right) is verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "final"),
+    [
+        ("1 + 1\nTherefore, the final answer is 2.", "2"),
+        ("The answer is 3. No: the answer is **4**", "4"),
+        ("<answer>5</answer> so", "5"),
+        ("Answer: \\boxed{6}", "6"),
+        ("work\n\nseven\n", "seven"),
+        ("", None),
+    ],
+)
+def test_the_final_answer_of_a_text(text: str, final: str | None) -> None:
+    assert find_final(text) == final
+
+
+def test_a_function_of_the_user_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rules_a.py").write_text(
+        "def near(text, problem):\n    return abs(int(text) - int(problem.answer)) < 2\n"
+        "def half(text, problem):\n    return 0.5\n"
+        "def odd(text, problem):\n    return 'yes'\n"
+    )
+    assert is_right("my_rules_a:near", "41", "42")
+    assert not is_right("my_rules_a:near", "40", "42")
+    assert not is_right("my_rules_a:half", "40", "42")
+    with pytest.raises(InputError, match=r"ValueError: invalid literal.* \(my_rules_a.py:2\)"):
+        is_right("my_rules_a:near", "many", "42")
+    with pytest.raises(InputError, match="expected true or false, or 0 to 1, got str"):
+        is_right("my_rules_a:odd", "many", "42")
+
+
+def test_a_faulty_module_is_named_with_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rules_b.py").write_text("x = 1\ny = 1 / 0\n")
+    with pytest.raises(InputError, match=r"ZeroDivisionError: .* \(my_rules_b.py:2\)"):
+        parse_rule("my_rules_b:near")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "last", "after:", "after: ", "regex:", "regex:(", "no_such_module_x:f", "json:nothing",
+     "string:digits", ":f", "json:"],
+)  # fmt: skip
+def test_a_wrong_rule_is_one_line(text: str) -> None:
+    with pytest.raises(InputError, match="^rule") as caught:
+        parse_rule(text)
+    assert "\n" not in str(caught.value)

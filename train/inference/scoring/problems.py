@@ -1,0 +1,230 @@
+"""Problems: questions with right answers, of a task of reasoning-gym or of the user's data."""
+
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.corpus.files import plan_shards, read_shard
+from carryon.cache.corpus.formats.contents import Chat, Completion, read_content
+from carryon.cache.corpus.formats.json_values import check_text
+from carryon.cache.corpus.reading.cache_folder import cache_folder
+from carryon.cache.corpus.records import kind_of, marks_held_out
+from carryon.cache.corpus.rows import BadRow, Row
+from carryon.cache.corpus.sources import open_sources
+from carryon.cache.errors import InputError, MissingError
+from carryon.cache.optional import require
+from carryon.cache.settings import DataSettings
+from carryon.train.inference.scoring.numbers import find_numbers, get_value
+from carryon.train.inference.scoring.rules import Rule, parse_rule
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+"""`task` for a task; for data `last-number`, `boxed` or `end`, as the right answers are."""
+QUESTION_KEYS = ("question", "prompt", "problem")
+ANSWER_KEYS = ("answer", "completion", "response", "solution")
+_MARKER = "####"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """A question with a right answer, and the rule that judges others."""
+
+    id: str
+    question: str
+    """The last turn of the user."""
+    answer: str
+    """The right answer, or one of them; empty where only a verifier knows."""
+    rule: Rule
+    before: tuple[Mapping[str, Any], ...] = ()
+    """Messages before the question, such as a system message."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    verify: Callable[[str], float] | None = None
+    """The task's own verifier: credit of an answer, 1 if it is right."""
+
+    def is_right(self, text: str) -> bool:
+        """Return whether an answer is right by the rule."""
+        return self.rule.is_right(text, self)
+
+
+def read_problems(source: str, *, num: int, seed: int, rule: str = AUTO) -> list[Problem]:
+    """Return problems of a task or of data; the same arguments give the same problems.
+
+    Data are read as a corpus is: prompts (`prompt`, `question` or messages) with right answers
+    (`answer`, `completion` or the last assistant turn). If some records are marked held out, only
+    those are posed.
+
+    Args:
+        source: a task of reasoning-gym, such as `chain_sum` or, with settings of it,
+            `chain_sum:min_terms=2,max_terms=2`; or a file, folder or data set on the hub.
+        num: number of problems; of data at most so many, drawn with the seed.
+        seed: of the task's generator, or of the draw from data.
+        rule: see `parse_rule`, or `auto`.
+
+    Raises:
+        InputError: no such task, setting or rule; a record without a question or answer; or an
+            answer that the rule cannot compare.
+        MissingError: the file is not there.
+        MissingExtraError: reasoning-gym is not installed.
+    """
+    parsed = None if rule == AUTO else parse_rule(rule)
+    task_rule = parsed or parse_rule("task")
+    if is_data(source):
+        problems = list(_read_data(source, parsed or parse_rule("end")))
+        problems = _draw(problems, num=num, seed=seed)
+        if parsed is None:
+            chosen = _choose_rule([problem.answer for problem in problems])
+            logger.info(f"{source}: answers are judged by the rule {chosen.name}")
+            problems = [replace(problem, rule=chosen) for problem in problems]
+    else:
+        problems = list(_make_task(source, num=num, seed=seed, rule=task_rule))
+    for problem in problems:
+        if lacking := problem.rule.lacks(problem):
+            raise InputError(
+                f"{problem.id}: the rule {problem.rule.name} expects {lacking}, got "
+                f"{problem.answer!a:.60}. Fix: another --rule"
+            )
+    return problems
+
+
+def is_data(source: str) -> bool:
+    """Return whether a text names data: a path, or a hub id; a task has no slash or dot."""
+    name = source.partition(":")[0]
+    return Path(source).exists() or Path(name).exists() or bool({"/", "."} & set(name))
+
+
+def _make_task(task: str, *, num: int, seed: int, rule: Rule) -> Iterator[Problem]:
+    gym = require("reasoning_gym", extra="demo", purpose="a task of reasoning-gym")
+    name, _, text = task.partition(":")
+    try:
+        settings = dict(_parse_setting(part) for part in text.split(",") if part)
+        made: Any = gym.create_dataset(name, size=num, seed=seed, **settings)
+        items = [made[index] for index in range(num)]
+    except (ValueError, TypeError, AssertionError, ImportError) as error:
+        known = "" if _is_task(name) else ", or a file that exists"
+        raise InputError(
+            f"task {task!r}: expected a task of reasoning-gym such as chain_sum, or with settings "
+            f"chain_sum:min_terms=2,max_terms=2{known}: {error}"
+        ) from error
+
+    def verifier(item: Mapping[str, Any]) -> Callable[[str], float]:
+        return lambda answer: float(made.score_answer(answer=answer, entry=item))
+
+    for index, item in enumerate(items):
+        answer = item["answer"]
+        yield Problem(
+            id=f"{name}-{seed}-{index}",
+            question=str(item["question"]),
+            answer="" if answer is None else str(answer),
+            rule=rule,
+            metadata=item["metadata"],
+            verify=verifier(item),
+        )
+
+
+def _is_task(name: str) -> bool:
+    return name in require("reasoning_gym.factory", extra="demo", purpose="a task").DATASETS
+
+
+def _parse_setting(part: str) -> tuple[str, Any]:
+    name, equals, value = part.partition("=")
+    if not equals:
+        raise ValueError(f"{part!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _read_data(source: str, rule: Rule) -> Iterator[Problem]:
+    rows: list[Row] = []
+    for shard in plan_shards(open_sources([source], DataSettings(), folder=cache_folder())):
+        for row in read_shard(shard):
+            if isinstance(row, BadRow):
+                raise InputError(f"{row.where}: {row.problem}")
+            rows.append(row)
+    held_out = [row for row in rows if marks_held_out(row)]
+    if 0 < len(held_out) < len(rows):
+        logger.info(f"{source}: {len(held_out):,} of {len(rows):,} records are held out: these")
+    if not rows:
+        raise MissingError(f"{source}: expected problems, got none")
+    for row in held_out or rows:
+        before, question, answer = _read_row(row)
+        given = row.fields.get("id")
+        metadata = row.fields.get("metadata")
+        yield Problem(
+            id=row.made_id if given is None else str(given),
+            question=question,
+            answer=answer,
+            rule=rule,
+            before=before,
+            metadata=metadata if isinstance(metadata, Mapping) else {},
+        )
+
+
+def _read_row(row: Row) -> tuple[tuple[Mapping[str, Any], ...], str, str]:
+    """Return the messages before the question, the question, and the right answer."""
+    if kind_of(row.fields) == "" and isinstance(row.fields.get("prompt"), list):
+        fields = {"messages": row.fields["prompt"], "answer": _read_field(row, ANSWER_KEYS)}
+        row = replace(row, fields=fields)
+    if kind_of(row.fields) in ("messages", "prompt and completion"):
+        content = read_content(row, kind_of(row.fields))
+        if isinstance(content, Completion):
+            return (), content.prompt, content.completion
+        assert isinstance(content, Chat)
+        return _split_chat(content.messages, row)
+    return (), _read_field(row, QUESTION_KEYS), _read_field(row, ANSWER_KEYS)
+
+
+def _split_chat(
+    messages: Any,  # noqa: ANN401 -- messages of a chat
+    row: Row,
+) -> tuple[tuple[Mapping[str, Any], ...], str, str]:
+    own = row.fields.get("answer")
+    last = len(messages) - (messages[-1]["role"] != "user")
+    if (
+        not last > 0
+        or messages[last - 1]["role"] != "user"
+        or (own is None and last == len(messages))
+    ):
+        raise InputError(
+            f"{row.where}: expected a user's question and then an assistant's answer, got "
+            f"{', '.join(str(message['role']) for message in messages[-3:])}"
+        )
+    answer = str(messages[-1]["content"] or "") if own is None else _read_field(row, ("answer",))
+    return tuple(messages[: last - 1]), str(messages[last - 1]["content"]), answer
+
+
+def _read_field(row: Row, keys: tuple[str, ...]) -> str:
+    key = next((key for key in keys if row.fields.get(key) is not None), "")
+    if not key:
+        raise InputError(
+            f"{row.where}: expected messages, or {' or '.join(keys)}, got "
+            f"{', '.join(map(str, list(row.fields)[:8])) or 'nothing'!a}"
+        )
+    value = row.fields[key]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return check_text(value, f"{row.where}: {key}")
+
+
+def _draw(problems: list[Problem], *, num: int, seed: int) -> list[Problem]:
+    if len(problems) <= num:
+        return problems
+    kept = random.Random(seed).sample(range(len(problems)), num)  # noqa: S311 -- no secret
+    return [problems[index] for index in sorted(kept)]
+
+
+def _choose_rule(answers: list[str]) -> Rule:
+    if all(get_value(answer) is not None for answer in answers):
+        return parse_rule("last-number")
+    if all("\\boxed" in answer for answer in answers):
+        return parse_rule("boxed")
+    is_worked = all(_MARKER in each or len(each.split()) > 8 for each in answers)
+    if is_worked and all(find_numbers(answer.strip().splitlines()[-1]) for answer in answers):
+        return parse_rule("last-number")
+    return parse_rule("end")

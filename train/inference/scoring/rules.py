@@ -1,0 +1,255 @@
+"""Rules: what of an answer counts, and whether it is right.
+
+    rule             an answer is right if
+    last-number      its last number is the right one
+    boxed            what its last \\boxed{} holds is
+    after:MARKER     what follows the last MARKER on its line, or on the next one, is
+    regex:PATTERN    the first group of the last match is
+    exact            it is the right one and nothing else, apart from space around it
+    end              it ends with the right one; for a number, its last number is
+    task             the task's own verifier gives it, or its final answer, full credit
+    module:function  the function, called with the text and the problem, returns true or 1
+
+Numbers are compared as numbers: 1,000, 1000.0 and $1000 are the same.
+"""
+
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from carryon.cache.errors import InputError
+from carryon.train.inference.scoring.numbers import (
+    ends_with,
+    find_numbers,
+    get_value,
+    is_same,
+    parse_number,
+)
+
+if TYPE_CHECKING:
+    from carryon.train.inference.scoring.problems import Problem
+
+NAMES = "last-number, boxed, after:MARKER, regex:PATTERN, exact, end, task or module:function"
+FULL_CREDIT = 1.0
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+_MARKER = re.compile(
+    r"(?:\banswer[*_]*\s*(?:is\b|[:=])|\bfinal answer\b|####\s*(?=[-$\d]))[\s:=*_]*", re.IGNORECASE
+)
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """Decides from an answer's text and a problem whether the answer is right."""
+
+    name: str
+    """As typed."""
+    find: Callable[[str], str | None]
+    """Returns what of an answer counts; None where there is none of it."""
+    judge: "Callable[[str, Problem], bool]"
+    """Returns whether what counts is right."""
+    lacks: "Callable[[Problem], str]" = lambda _: ""
+    """Returns what the rule needs and the problem does not have; empty if it has all."""
+
+    def is_right(self, text: str, problem: "Problem") -> bool:
+        """Return whether an answer to a problem is right.
+
+        Raises:
+            InputError: the rule is a function of the user that failed; the text has its place.
+        """
+        found = self.find(text)
+        return found is not None and self.judge(found, problem)
+
+
+def parse_rule(text: str) -> Rule:
+    """Return the rule that a text names.
+
+    Raises:
+        InputError: there is no such rule, or its pattern or function is wrong.
+    """
+    kind, colon, rest = text.partition(":")
+    if text in _PLAIN:
+        return _PLAIN[text]
+    if kind == "after" and rest.strip():
+        return _extracting(text, lambda answer: find_after(answer, rest))
+    if kind == "regex" and rest:
+        return _extracting(text, _pattern(text, rest))
+    if colon and kind not in ("after", "regex") and _FUNCTION.fullmatch(text):
+        return _calling(text)
+    raise InputError(f"rule: expected {NAMES}, got {text!r}. Fix: --rule last-number")
+
+
+def find_last_number(text: str) -> str | None:
+    """Return the last number of a text, as written."""
+    return next(reversed(find_numbers(text)), None)
+
+
+def find_boxed(text: str) -> str | None:
+    """Return what the last whole \\boxed{} holds."""
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for at in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            if not depth:
+                return text[start:at].strip()
+    return None
+
+
+def find_after(text: str, marker: str) -> str | None:
+    """Return what follows the last marker, ignoring case, up to the end of a line with text."""
+    at = text.casefold().rfind(marker.strip().casefold())
+    rest = text[at + len(marker.strip()) :].strip(" \t\r\n:*") if at >= 0 else ""
+    return rest.splitlines()[0].strip() if rest else None
+
+
+def find_final(text: str) -> str | None:
+    """Return the final answer of a text: tagged, boxed, behind `answer is` or the like, or its
+    last line."""
+    if tagged := _TAGGED.findall(text):
+        return str(tagged[-1]).strip()
+    if (boxed := find_boxed(text)) is not None:
+        return boxed
+    rests = [text[match.end() :].partition("\n")[0] for match in _MARKER.finditer(text)]
+    if marked := [rest.strip(" \t.*_") for rest in rests if rest.strip(" \t.*_")]:
+        return marked[-1]
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else None
+
+
+def _is_same(found: str, right: str) -> bool:
+    """Return whether a found part is the right answer; of a number its unit may be a sentence."""
+    if is_same(found, right):
+        return True
+    value, numbers = get_value(right), find_numbers(found.rpartition("=")[2])
+    return value is not None and bool(numbers) and parse_number(numbers[0]) == value
+
+
+def _extracting(name: str, find: Callable[[str], str | None]) -> Rule:
+    """Return a rule that compares a part of the answer with that part of the right one."""
+
+    def judge(found: str, problem: "Problem") -> bool:
+        return _is_same(found, find(problem.answer) or problem.answer)
+
+    return Rule(name=name, find=find, judge=judge, lacks=_lacks_answer)
+
+
+def _pattern(name: str, pattern: str) -> Callable[[str], str | None]:
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"rule {name!r}: expected a regular expression: {error}") from error
+
+    def find(text: str) -> str | None:
+        last = None
+        for last in compiled.finditer(text):  # noqa: B007 -- the last one counts
+            pass
+        return None if last is None else last[1 if compiled.groups else 0]
+
+    return find
+
+
+def _judge_number(found: str, problem: "Problem") -> bool:
+    return is_same(found, find_last_number(problem.answer) or problem.answer)
+
+
+def _judge_end(found: str, problem: "Problem") -> bool:
+    value = get_value(problem.answer)
+    if value is None:
+        return ends_with(found, problem.answer)
+    last = find_last_number(found)
+    return last is not None and parse_number(last) == value
+
+
+def _judge_task(found: str, problem: "Problem") -> bool:
+    assert problem.verify is not None
+    final = find_final(found)
+    if any(_credit(problem, each) >= FULL_CREDIT for each in {found, final} if each):
+        return True
+    is_number = get_value(problem.answer) is not None
+    return is_number and final is not None and _is_same(final, problem.answer)
+
+
+def _credit(problem: "Problem", text: str) -> float:
+    assert problem.verify is not None
+    try:
+        return float(problem.verify(text))
+    except Exception:  # noqa: BLE001 -- a verifier that cannot read an answer does not accept it
+        return 0.0
+
+
+def _lacks_number(problem: "Problem") -> str:
+    return "" if find_numbers(problem.answer) else "an answer with a number"
+
+
+def _lacks_answer(problem: "Problem") -> str:
+    return "" if problem.answer.strip() else "an answer"
+
+
+def _lacks_verifier(problem: "Problem") -> str:
+    return "" if problem.verify else "a task of reasoning-gym, which has a verifier"
+
+
+def _some(text: str) -> str | None:
+    return text.strip() or None
+
+
+_PLAIN = {
+    rule.name: rule
+    for rule in (
+        Rule(name="last-number", find=find_last_number, judge=_judge_number, lacks=_lacks_number),
+        _extracting("boxed", find_boxed),
+        Rule(
+            name="exact",
+            find=_some,
+            judge=lambda found, problem: found == problem.answer.strip(),
+            lacks=_lacks_answer,
+        ),
+        Rule(name="end", find=_some, judge=_judge_end, lacks=_lacks_answer),
+        Rule(name="task", find=_some, judge=_judge_task, lacks=_lacks_verifier),
+    )
+}
+
+
+def _calling(name: str) -> Rule:
+    """Return a rule of the user: a function in a module, of the working directory too."""
+    module_name, _, path = name.partition(":")
+    folder, before = str(Path.cwd()), list(sys.path)
+    sys.path.insert(0, folder)
+    try:
+        function: Any = importlib.import_module(module_name)
+        for part in path.split("."):
+            function = getattr(function, part)
+    except Exception as error:
+        raise InputError(
+            f"rule {name!r}: expected a function in a module that can be imported here: "
+            f"{_told(error)}"
+        ) from error
+    finally:
+        sys.path[:] = before
+    if not callable(function):
+        raise InputError(f"rule {name!r}: expected a function, got {type(function).__name__}")
+
+    def judge(text: str, problem: "Problem") -> bool:
+        try:
+            verdict = function(text, problem)
+        except Exception as error:
+            raise InputError(f"rule {name!r}: {_told(error)}") from error
+        if not isinstance(verdict, bool | int | float):
+            got = type(verdict).__name__
+            raise InputError(f"rule {name!r}: expected true or false, or 0 to 1, got {got}")
+        return verdict >= FULL_CREDIT
+
+    return Rule(name=name, find=_some, judge=judge)
+
+
+def _told(error: Exception) -> str:
+    """Return an error of the user's code with its place, on one line."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    own = [frame for frame in frames if "importlib" not in frame.filename]
+    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
