@@ -61,7 +61,7 @@ def read_problems(source: str, *, num: int, seed: int, rule: str = AUTO) -> list
     Args:
         source: a task of reasoning-gym, such as `chain_sum` or, with settings of it,
             `chain_sum:min_terms=2,max_terms=2`; or a file, folder or data set on the hub.
-        num: number of problems; of data at most so many, drawn with the seed.
+        num: number of problems; from data at most this many, drawn with the seed.
         seed: of the task's generator, or of the draw from data.
         rule: see `parse_rule`, or `auto`.
 

@@ -38,7 +38,8 @@ NAMES = "last-number, boxed, after:MARKER, regex:PATTERN, exact, end, task or mo
 FULL_CREDIT = 1.0
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _MARKER = re.compile(
-    r"(?:\banswer[*_]*\s*(?:is\b|[:=])|\bfinal answer\b|####\s*(?=[-$\d]))[\s:=*_]*", re.IGNORECASE
+    r"(?:\banswer[*_]*\s*(?:is\b|[:=])|\bfinal answer(?:\s+is)?\b|####\s*(?=[-$\d]))[\s:=*_]*",
+    re.IGNORECASE,
 )
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 
