@@ -279,7 +279,8 @@ class StoreSettings(Settings):
 
     taps: list[str] = bounded(["final"], min_items=1, is_unique=True)
     """Hidden states to keep: `final` (what the head reads), `prenorm` (before the base's last
-    norm), `layer.K` (after block K, counted from 1). Several in one pass are allowed."""
+    norm), `layer.K` (after block K, counted from 1), `layer.0` (the token's embedding, as it
+    enters the first block). Several in one pass are allowed."""
     profile: Literal["exact", "near", "compact"] = "exact"
     """`exact` keeps every bit; `near` and `compact` are smaller and record their error."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -328,7 +329,7 @@ class ForwardSettings(Settings):
 
 
 def parse_tap(name: str, *, num_layers: int) -> int | None:
-    """Return K of `layer.K`, or None for `final` and `prenorm`.
+    """Return K of `layer.K`, 0 for the embedding, or None for `final` and `prenorm`.
 
     Raises:
         InputError: no such tap in a base of `num_layers` blocks.
@@ -336,8 +337,18 @@ def parse_tap(name: str, *, num_layers: int) -> int | None:
     if name in ("final", "prenorm"):
         return None
     kind, _, number = name.partition(".")
-    if kind == "layer" and number.isdecimal() and 1 <= int(number) <= num_layers:
+    if kind == "layer" and number in map(str, range(num_layers + 1)):
         return int(number)
     raise InputError(
-        f"tap {name!r}: this base has final, prenorm and layer.1 to layer.{num_layers}"
+        f"tap {name!r}: this base has final, prenorm and layer.0 to layer.{num_layers}"
     )
+
+
+def tap_depth(name: str, *, num_layers: int) -> int:
+    """Return how many of the base's blocks a tap needs.
+
+    Raises:
+        InputError: no such tap in a base of `num_layers` blocks.
+    """
+    layer = parse_tap(name, num_layers=num_layers)
+    return num_layers if layer is None else layer

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from carryon.cache.base.architecture import Architecture, first_tensor
 from carryon.cache.base.model import Base
 from carryon.cache.device import attention_of_any_shape
-from carryon.cache.settings import parse_tap
+from carryon.cache.errors import InputError
+from carryon.cache.settings import parse_tap, tap_depth
 
 
 class _DeepestTapReached(Exception):  # noqa: N818 -- a signal, not an error
@@ -30,7 +31,7 @@ def capture(base: Base, taps: Sequence[str], token_ids: Tensor) -> dict[str, Ten
     The head and the blocks above the deepest tap are not run.
 
     Args:
-        taps: `final`, `prenorm`, `layer.K`; see carryon.cache.settings.
+        taps: `final`, `prenorm`, `layer.K` from 0; see carryon.cache.settings.
         token_ids: [B, T] int64, padded on the right with any valid token.
 
     Returns:
@@ -40,7 +41,7 @@ def capture(base: Base, taps: Sequence[str], token_ids: Tensor) -> dict[str, Ten
         InputError: the base has no such tap.
     """
     num_layers = base.identity.num_layers
-    depths = {tap: parse_tap(tap, num_layers=num_layers) or num_layers for tap in taps}
+    depths = {tap: tap_depth(tap, num_layers=num_layers) for tap in taps}
     deepest = max(depths.values(), default=num_layers)
     states: dict[str, Tensor] = {}
 
@@ -73,7 +74,8 @@ def watch_taps(
     States are [B, T, D], the model's own tensors, not copies.
 
     Raises:
-        InputError: the base has no such tap; no hook was set.
+        InputError: the base has no such tap; no hook was set. Or, in a forward pass, its first
+            block is called without a tensor.
     """
     num_layers = len(architecture.blocks)
     layers = {tap: parse_tap(tap, num_layers=num_layers) for tap in taps}
@@ -85,8 +87,26 @@ def watch_taps(
             assert states is not None  # get_architecture saw these modules return a tensor
             keep(tap, states)
 
+    def record_entering(
+        tap: str, module: nn.Module, args: tuple[object, ...], named: dict[str, object]
+    ) -> None:
+        if threading.get_ident() == thread:
+            states = first_tensor(args or named.get("hidden_states"))
+            if states is None:
+                raise InputError(
+                    f"tap {tap}: expected a first block that is called with hidden states, got "
+                    f"{type(module).__name__}, which is not. Fix: leave out {tap}"
+                )
+            keep(tap, states)
+
     with ExitStack() as hooks:
         for tap, layer in layers.items():
-            module = architecture.norm if layer is None else architecture.blocks[layer - 1]
-            hooks.enter_context(module.register_forward_hook(partial(record, tap)))
+            if layer == 0:  # what enters block 1: scaled, normed, with positions, as the base does
+                hook = architecture.blocks[0].register_forward_pre_hook(
+                    partial(record_entering, tap), with_kwargs=True
+                )
+            else:
+                module = architecture.norm if layer is None else architecture.blocks[layer - 1]
+                hook = module.register_forward_hook(partial(record, tap))
+            hooks.enter_context(hook)
         yield

@@ -46,7 +46,7 @@ FRAME_BYTES = 64
 """Of Blosc's header, the checksum and the entry in an index, for each chunk, rounded up."""
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
-_TAP = r"(?:final|prenorm|layer\.[1-9][0-9]{0,3})"
+_TAP = r"(?:final|prenorm|layer\.(?:0|[1-9][0-9]{0,3}))"
 _ARRAYS = (
     "units|samples/(?:start|length|id|held_out|group|role)"
     "|head/(?:lm_head|norm_weight|norm_bias|bias)"

@@ -248,6 +248,8 @@ def _tap_meaning(tap: str) -> str:
         return "after the final norm: input of the LM head"
     if tap == "prenorm":
         return "residual stream before the final norm"
+    if tap == "layer.0":
+        return "token embedding, as it enters the first block"
     return f"residual stream after block {tap.removeprefix('layer.')}, not normed"
 
 

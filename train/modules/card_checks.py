@@ -28,7 +28,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "versions": (dict,),
     "framing": (dict,),
 }
-_TAP = re.compile(r"final|prenorm|layer\.[1-9][0-9]{0,4}")
+_TAP = re.compile(r"final|prenorm|layer\.(?:0|[1-9][0-9]{0,4})")
 
 
 def check_values(values: Mapping[str, Any]) -> None:

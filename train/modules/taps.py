@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from carryon.cache.errors import InputError
-from carryon.cache.settings import parse_tap
+from carryon.cache.settings import tap_depth
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import CarryOnSettings
 from carryon.train.kinds import get_kind
@@ -56,8 +56,8 @@ def check_taps(store: StoreLike, taps: Sequence[str]) -> None:
         words = ["--taps", *store.taps, *missing]
         if "final" not in taps:  # a kind that merges, which needs the base's blocks too
             num_layers = int(store.base["num_layers"])
-            layers = [parse_tap(tap, num_layers=num_layers) or num_layers - 1 for tap in taps]
-            words += ["--with-blocks", str(num_layers - min(layers))]
+            depth = min(tap_depth(tap, num_layers=num_layers) for tap in taps)
+            words += ["--with-blocks", str(max(num_layers - depth, 1))]
         raise InputError(
             f"{store.root}: expected the taps {', '.join(taps)}, got {', '.join(store.taps)}. "
             f"Fix: extract again with {' '.join(words)}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.tiny_bases import FAMILIES, VOCAB_SIZE, make_tiny_base
 
-from carryon.cache.base.hooks import base_logits, capture
+from carryon.cache.base.hooks import base_logits, capture, watch_taps
 from carryon.cache.base.model import Base, load_base, read_head
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
@@ -40,11 +40,11 @@ def test_prenorm_through_the_stored_norm_gives_final(base: Base) -> None:
 def test_layers_are_the_models_own_hidden_states(base: Base) -> None:
     tokens = _tokens(2, 12)
     num_layers = base.identity.num_layers
-    taps = [f"layer.{k}" for k in range(1, num_layers + 1)]
+    taps = [f"layer.{k}" for k in range(num_layers + 1)]
     states = capture(base, [*taps, "prenorm", "final"], tokens)
     with torch.inference_mode():
         shown = base.model(input_ids=tokens, output_hidden_states=True).hidden_states
-    for k in range(1, num_layers):
+    for k in range(num_layers):
         torch.testing.assert_close(states[f"layer.{k}"], shown[k])
     torch.testing.assert_close(states["final"], shown[num_layers])  # transformers' last is normed
     assert torch.equal(states[f"layer.{num_layers}"], states["prenorm"])
@@ -53,7 +53,7 @@ def test_layers_are_the_models_own_hidden_states(base: Base) -> None:
 def test_padding_on_the_right_changes_nothing(base: Base) -> None:
     tokens = _tokens(2, 20)  # longer than the sliding window of the Gemma bases
     tokens[0, 11:] = 0
-    taps = ["final", "layer.1"]
+    taps = ["final", "layer.1", "layer.0"]
     padded, single = capture(base, taps, tokens), capture(base, taps, tokens[:1, :11])
     for tap in taps:
         torch.testing.assert_close(padded[tap][:1, :11], single[tap], rtol=1e-4, atol=1e-5)
@@ -79,8 +79,34 @@ def test_blocks_above_the_deepest_tap_are_not_run(tiny_base: Base) -> None:
     assert torch.equal(low["layer.1"], both["layer.1"])
 
 
+def test_the_embedding_needs_no_block(tiny_base: Base) -> None:
+    calls: list[int] = []
+    blocks = enumerate(tiny_base.architecture.blocks, start=1)
+    hooks = [
+        block.register_forward_hook(lambda *_, number=number: calls.append(number))
+        for number, block in blocks
+    ]
+    try:
+        alone = capture(tiny_base, ["layer.0"], _tokens(1, 6))["layer.0"]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not calls
+    embedding = tiny_base.model.get_input_embeddings()
+    assert torch.equal(alone, embedding(_tokens(1, 6)))
+
+
+def test_a_first_block_called_without_states_is_refused(tiny_base: Base) -> None:
+    architecture = tiny_base.architecture
+    with (
+        watch_taps(architecture, ["layer.0"], lambda *_: None),
+        pytest.raises(InputError, match=r"tap layer\.0: expected a first block .*leave out layer"),
+    ):
+        architecture.blocks[0](position_ids=torch.zeros(1, 6))
+
+
 def test_hooks_are_removed_afterwards_and_after_an_error(tiny_base: Base) -> None:
-    capture(tiny_base, ["final", "prenorm", "layer.1"], _tokens(1, 6))
+    capture(tiny_base, ["final", "prenorm", "layer.1", "layer.0"], _tokens(1, 6))
     capture(tiny_base, ["layer.1"], _tokens(1, 6))
     with pytest.raises(IndexError):
         capture(tiny_base, ["final", "prenorm", "layer.2"], torch.tensor([[VOCAB_SIZE]]))
@@ -90,8 +116,8 @@ def test_hooks_are_removed_afterwards_and_after_an_error(tiny_base: Base) -> Non
 
 
 def test_unknown_taps_are_refused(tiny_base: Base) -> None:
-    for tap in ("layer.0", "layer.3", "middle"):
-        with pytest.raises(InputError, match=r"final, prenorm and layer\.1 to layer\.2"):
+    for tap in ("layer.00", "layer.-1", "layer.3", "layer.01", "middle"):
+        with pytest.raises(InputError, match=r"final, prenorm and layer\.0 to layer\.2"):
             capture(tiny_base, ["final", tap], _tokens(1, 6))
 
 

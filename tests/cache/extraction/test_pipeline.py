@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from support.tiny_bases import FAMILIES, make_tiny_base
 from support.tiny_stores import FORWARD, SETTINGS, error_of, extract_tiny, files_below, receipts_in
 
 from carryon.cache import (
@@ -19,7 +21,8 @@ from carryon.cache import (
     repair,
     verify,
 )
-from carryon.cache.base.model import Base
+from carryon.cache.base.lm_head import widen
+from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import InputError, SettingMismatchError, UnfinishedStoreError
 from carryon.cache.format.zarr_metadata import receipt_path, shard_path
 
@@ -73,6 +76,26 @@ def test_the_same_rows_resume_and_others_are_refused(tiny_base: Base, store_tmp:
         base=tiny_base, data=[{"text": "another", "id": "x"}], out=root, append=True, **OPTIONS
     )
     assert store.num_samples == len(ROWS) + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_embedding_is_stored_as_the_base_reads_it(family: str, store_tmp: Path) -> None:
+    folder, root = make_tiny_base(store_tmp / "base", family), store_tmp / "store"
+    base = load_base(str(folder), forward=FORWARD)
+    store = extract(base=base, data=ROWS, out=root, taps=["layer.0", "final"], **OPTIONS)
+    for row in range(store.num_samples):
+        sample = store.read_sample(row)
+        tokens = torch.from_numpy(sample.tokens.astype(np.int64))[None]
+        with torch.inference_mode():
+            shown = base.model(input_ids=tokens, output_hidden_states=True).hidden_states
+        expected = shown[0][0].bfloat16().float().numpy()
+        np.testing.assert_array_equal(widen(sample.hidden["layer.0"]), expected)
+    (root / shard_path("layer.0", 1)).unlink()
+    before = files_below(root)
+    assert repair(root, base=base, forward=FORWARD).computed_units == [1]
+    assert {name: files_below(root)[name] for name in before if "hidden" in name} == {
+        name: content for name, content in before.items() if "hidden" in name
+    }
 
 
 def test_settings_are_given_as_objects_or_by_field_names(tiny_base: Base, store_tmp: Path) -> None:

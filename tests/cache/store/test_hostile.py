@@ -127,7 +127,7 @@ def test_a_path_that_no_store_has_is_refused_and_nothing_is_written_there(
 
 
 @pytest.mark.parametrize(
-    "tap", ["../../x", "layer.01", "layer.0", "Final", "final/..", "layer.1\n"]
+    "tap", ["../../x", "layer.01", "layer.00", "layer.-1", "Final", "final/..", "layer.1\n"]
 )
 def test_a_tap_of_another_name_is_refused(root: Path, tap: str) -> None:
     sign_manifest(root, lambda values: values["settings"].update(taps=["final", tap]))

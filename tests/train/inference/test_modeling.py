@@ -22,7 +22,7 @@ from carryon.train.modules.serialization import read_card, read_weights, save_ca
 
 FLOAT32 = ForwardSettings(device="cpu", compute_dtype="float32")
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
-TAPS = ("final", "layer.1")
+TAPS = ("final", "layer.1", "layer.0")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
