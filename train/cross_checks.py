@@ -15,6 +15,7 @@ import yaml
 from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.documents import FILES, read_sealed
 from carryon.cache.files.regular import digest_file
+from carryon.cache.files.tensor_files import digest_tensors
 from carryon.train.config import setting_of, with_current_names
 from carryon.train.continual.lineage_dir import Lineage
 from carryon.train.modules.card_file import CARD
@@ -125,7 +126,7 @@ def _needed_runs(lineage: Lineage, released: int) -> Iterator[RunFolder]:
 
 def _compare(path: Path, digest: object, *, by: str) -> Found:
     try:
-        got = digest_file(path)
+        got = digest_tensors(path) if path.suffix == ".safetensors" else digest_file(path)
     except (DamagedFileError, OSError) as error:
         yield path, str(error)
         return

@@ -86,8 +86,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     with disk_full_named(path):
         _make_folder(path.parent, is_synced=True)
-    with held(path.with_name(f".{path.name}.lock{PARTIAL}"), of=path, kind="folder"):
+    with one_writer(path):
         yield from _fill(path)
+
+
+@contextmanager
+def one_writer(path: Path) -> Iterator[None]:
+    """Hold what `whole_folder` holds of the folder `path`; the lock of a killed process goes.
+
+    Raises:
+        StoreBusyError: another process is writing it.
+    """
+    with held(path.with_name(f".{path.name}.lock{PARTIAL}"), of=path, kind="folder"):
+        yield
 
 
 def _fill(path: Path) -> Iterator[Path]:

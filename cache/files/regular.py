@@ -15,6 +15,7 @@ from pathlib import Path
 
 from carryon.cache.errors import DamagedFileError, UnsafePathError
 
+_MAX_DIGESTED_BYTES = 1 << 28
 _KINDS = {
     stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a folder",
@@ -148,6 +149,15 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def digest_file(path: Path) -> str:
-    """Return the SHA-256 (hex) of a regular file; raises as `open_regular` does."""
+    """Return the SHA-256 (hex) of a document or picture; that of weights is `digest_tensors`.
+
+    Raises:
+        DamagedFileError: it is no regular file, or so large that hashing it would only cost time.
+    """
     with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_DIGESTED_BYTES:
+            raise DamagedFileError(
+                f"{path}: expected at most {_MAX_DIGESTED_BYTES:,} bytes, got {size:,}"
+            )
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -47,6 +47,17 @@ def test_a_killed_command_ends_with_the_same_bits(
     assert what_is_wrong(things, name, tmp_path / "trial", again) == {}
 
 
+def test_a_merge_killed_behind_its_last_step_is_there_and_leaves_no_lock(
+    things: Things, tmp_path: Path
+) -> None:
+    trial = tmp_path / "trial"
+    command = things.start("merge", trial)
+    last = len(things.ended["merge"].changes)
+    assert call(command.words, cwd=trial, limits=Limits(kill_at=last)).was_killed
+
+    assert what_is_wrong(things, "merge", trial, call(command.words, cwd=trial)) == {}
+
+
 def test_what_differs_from_an_undisturbed_command_is_noticed(
     things: Things, tmp_path: Path
 ) -> None:

@@ -264,3 +264,17 @@ def test_a_run_takes_no_numbers_from_a_file_of_another_run(
         for path in (made / "run/metrics.jsonl", folder / "metrics.jsonl")
     )
     assert other <= own
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "curves.png", "carryon/carryon.safetensors"])
+def test_a_file_of_a_terabyte_of_nothing_is_named_at_once(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(made / "run", tmp_path / "run")
+    (tmp_path / "run" / name).touch()
+    with (tmp_path / "run" / name).open("r+b") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+
+    report = verify_folder(tmp_path / "run")
+
+    assert name in {problem.path for problem in report.problems}

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.base.recorded import load_recorded_base
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files.atomic import recover_folder, whole_folder
+from carryon.cache.files.atomic import one_writer, recover_folder, whole_folder
 from carryon.cache.optional import require
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.top_blocks import read_blocks, repeat_last
@@ -154,7 +154,9 @@ def _replaceable(out: Path) -> Path:
         InputError: it is not empty, or a mount point.
     """
     target = out.resolve()
-    recover_folder(target)
+    if target.parent.is_dir():
+        with one_writer(target):
+            recover_folder(target)
     if not target.exists():
         return target
     _refuse_content(target, out)

@@ -18,7 +18,7 @@ from torch import Tensor
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.cache.files.atomic import recover_folder, whole_file, whole_folder, write_file
 from carryon.cache.files.documents import write_json
-from carryon.cache.files.regular import digest_file
+from carryon.cache.files.tensor_files import digest_tensors
 from carryon.cache.format.framing import Framing
 from carryon.cache.format.manifest import sha256_hex
 from carryon.cache.store.top_blocks import Blocks
@@ -130,7 +130,7 @@ def write_carryon_files(
     }
     with whole_file(folder / WEIGHTS, is_synced=is_synced) as partial:
         save_file(saved, partial, metadata={"format": "pt"})
-    _write_card(folder, card, digest=digest_file(folder / WEIGHTS), is_synced=is_synced)
+    _write_card(folder, card, digest=digest_tensors(folder / WEIGHTS), is_synced=is_synced)
     return (folder / WEIGHTS).stat().st_size
 
 
@@ -146,7 +146,7 @@ def write_alpha(folder: str | Path, alpha: float) -> None:
     _write_card(
         root,
         replace(card, alpha=check_alpha(alpha)),
-        digest=digest or digest_file(root / WEIGHTS),
+        digest=digest or digest_tensors(root / WEIGHTS),
     )
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.atomic import recover_folders, remove_folder, whole_folder
 from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
-from carryon.cache.files.regular import digest_file
 from carryon.cache.files.tensor_files import digest_tensors
 from carryon.train.config import refuse_other_settings, with_current_names
 from carryon.train.modules.carryon import CarryOn
@@ -112,7 +111,7 @@ def save_checkpoint(
     with whole_folder(path) as partial:
         save_file(dict(carryon.state_dict()), partial / WEIGHTS)
         save_file(tensors, partial / OPTIMIZER)
-        state[FILES] = {name: digest_file(partial / name) for name in (WEIGHTS, OPTIMIZER)}
+        state[FILES] = {name: digest_tensors(partial / name) for name in (WEIGHTS, OPTIMIZER)}
         write_json(partial / STATE, sealed(state), is_synced=False)
     best = best_checkpoint(folder, progress)
     _name(folder / LAST, path, progress)

@@ -10,7 +10,7 @@ import torch
 
 from carryon.cache.errors import CarryOnError, DamagedFileError, InputError
 from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
-from carryon.cache.files.regular import digest_file
+from carryon.cache.files.tensor_files import digest_tensors
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import CarryOnCard, check_carryon, save_carryon
 from carryon.train.plots import plot_curves
@@ -118,7 +118,7 @@ def read_finished(root: str | Path) -> TrainReport:
     expected = read_sealed(folder.result).get(FILES, {}).get(f"carryon/{WEIGHTS}")
     try:
         check_carryon(folder.carryon)
-        if expected not in (None, digest_file(folder.carryon / WEIGHTS)):
+        if expected not in (None, digest_tensors(folder.carryon / WEIGHTS)):
             raise DamagedFileError(f"{folder.result}: expected the report of the carry-on there")
     except CarryOnError as error:
         problem = str(error).partition(". Fix: ")[0]
