@@ -98,6 +98,7 @@ def check_runs_of_lineage(lineage: Lineage) -> Found:
                 "path_alpha": lineage.alpha,
                 "ends": lineage.ends[: int(number)],
             }
+            yield from _check_place(folder)
             identity = _identity(folder / "run.json")
             if name := _difference(expected, identity):
                 text = f"{name}: expected {identity[name]!r:.80} as in {folder.name}"
@@ -112,6 +113,15 @@ def check_runs_of_lineage(lineage: Lineage) -> Found:
     for run in _needed_runs(lineage, count if is_released else count - 1):
         if not os.path.lexists(run.result):
             yield run.result, "expected the report of this run, on which later ones build, got none"
+
+
+def _check_place(folder: Path) -> Found:
+    """Compare where a run of a lineage says that it was written with where it lies."""
+    with suppress(InputError, OSError, ValueError, yaml.YAMLError):  # named by another check
+        out = check_settings(folder / "config.yaml").get("out")
+        own = f"{folder.parent.name}/{folder.name}"
+        if isinstance(out, str) and not f"/{out}".endswith(f"/{own}"):
+            yield folder / "config.yaml", f"out: expected a folder named {own}, got {out!a:.80}"
 
 
 def _needed_runs(lineage: Lineage, released: int) -> Iterator[RunFolder]:

@@ -278,3 +278,12 @@ def test_a_file_of_a_terabyte_of_nothing_is_named_at_once(
     report = verify_folder(tmp_path / "run")
 
     assert name in {problem.path for problem in report.problems}
+
+
+def test_settings_of_another_version_are_named(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "lineage", tmp_path / "copy"))
+    path = folder / "versions/0001/config.yaml"
+    write_settings(path, check_settings(path) | {"out": "lineage/versions/0002"})
+    [problem] = verify_folder(folder).problems
+    assert problem.path == "versions/0001/config.yaml"
+    assert "out: expected a folder named versions/0001, got" in problem.text
