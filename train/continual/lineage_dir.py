@@ -34,7 +34,7 @@ from carryon.train.continual.lineage_document import (
     refuse_link,
 )
 from carryon.train.optim.lr_paths import branch_point
-from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
+from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder, open_to_write
 
 FORMAT = "carryon-lineage"
 FORMAT_VERSION = 2
@@ -198,6 +198,10 @@ def lock_lineage(root: str | Path) -> Iterator[None]:
         for name in DOCUMENTS if is_first else ():
             for path in Path(root).glob(f".{name}.*{PARTIAL}"):
                 path.unlink()
+        for pattern in ("trunk/*", "versions/*") if is_first else ():
+            for lock in Path(root).glob(f"{pattern}/{FOLDER_LOCK}"):
+                with open_to_write(lock.parent, kind="run"):
+                    pass  # a run that has ended is not opened to write again
         yield
 
 
