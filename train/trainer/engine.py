@@ -5,10 +5,12 @@ the runs that need it takes its next step: runs at the same place then share one
 held-out samples.
 """
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 from carryon.cache.errors import InputError
@@ -16,19 +18,27 @@ from carryon.cache.progress import Progress
 from carryon.train.data.datasets import TrainData
 from carryon.train.data.joint_sampler import JointOrder, join_orders
 from carryon.train.data.loader import Stream, stream_bytes
+from carryon.train.losses.endings import Endings
 from carryon.train.trainer.distributed import Processes, sum_over_processes
 from carryon.train.trainer.nll import measure_nlls
 from carryon.train.trainer.run_state import RunState
 
+logger = logging.getLogger(__name__)
+
 
 def measure_base(states: Sequence[RunState]) -> None:
     """Measure the base for new runs: an untrained carry-on is the base."""
+    lines = []
     for group in _by_samples(states):
-        run = group[0].run
+        run, endings = group[0].run, Endings()
         jobs = [state.run.eval_job(with_base=True, with_carryon=False) for state in group]
-        nlls = measure_nlls(run.store, run.sampled, jobs, stream=run.data.settings)
+        nlls = measure_nlls(run.store, run.sampled, jobs, stream=run.data.settings, endings=endings)
         for state, nll in zip(group, nlls, strict=True):
             state.record_baseline(nll)
+        total = partial(sum_over_processes, device=run.head.device)
+        lines.append(endings.warning(run.store, total=total))
+    if lines and lines[0]:  # the samples of several groups differ only in their number
+        logger.warning(lines[0])
 
 
 def run_engine(

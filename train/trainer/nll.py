@@ -21,6 +21,7 @@ from carryon.train.data.sampler import count_steps, plan_pass, rank_rows
 from carryon.train.data.split import sample_units
 from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.cross_entropy import token_losses
+from carryon.train.losses.endings import Endings
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.taps import stream_taps
@@ -126,11 +127,16 @@ class _Losses:
 
 
 def measure_nlls(
-    store: StoreLike, samples: NDArray[np.int64], jobs: Sequence[EvalJob], *, stream: StreamSettings
+    store: StoreLike,
+    samples: NDArray[np.int64],
+    jobs: Sequence[EvalJob],
+    *,
+    stream: StreamSettings,
+    endings: Endings | None = None,
 ) -> list[Nll]:
     """Return the mean NLL of `samples` for each job, all in one pass over their units.
 
-    Sums are in float64; several processes share the samples.
+    Sums are in float64; several processes share the samples. `endings` also gets the base's losses.
 
     Raises:
         InputError: there is no supervised token in `samples`.
@@ -158,6 +164,7 @@ def measure_nlls(
     # Jobs with the same head share the base's losses.
     heads = {(id(job.head), job.chunk): job.head for job in jobs if job.needs_base}
     base_losses = {key: _Losses() for key in heads}
+    first_sums = next(iter(base_losses.values()), None)
     losses = [_Losses() for _ in jobs]
     targets = _Losses()
     with torch.no_grad(), reader as steps, in_eval_mode(job.carryon for job in jobs):
@@ -170,6 +177,8 @@ def measure_nlls(
                     states = base.at_pairs(batch, head)
                     found = token_losses(states, batch.targets, head=head, chunk=key[1])
                     sums.add(found, rows, size)
+                    if endings is not None and sums is first_sums:
+                        endings.add(found.double().cpu().numpy(), batch)
                 deltas: dict[int, Tensor] = {}  # once for all alphas
                 for job, sums in zip(jobs, losses, strict=True):
                     if job.carryon is None or not job.corrects:
