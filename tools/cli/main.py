@@ -43,7 +43,7 @@ CARRYON = Program(
         "update": "lineage data base alpha config",
         "evaluate": "store carryon samples alpha plot",
         "generate": "carryon prompt base alpha compare max_new_tokens",
-        "score": "carryon tasks base num out",
+        "score": "tasks carryon base arms rule num out html",
         "compare": "base data out methods seconds seeds",
         "plan-memory": "base_width vocab_size tokens_per_step limit config",
     },

@@ -1,78 +1,148 @@
-"""`carryon score`: exact match of base and customized model on generated answers."""
+"""`carryon score`: right answers of base, carry-on and other models, on tasks or data."""
 
-import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.cli.output import print_result
+from carryon.tools.cli.table import format_table
 from carryon.train.config import GenerateSettings
+
+if TYPE_CHECKING:
+    from carryon.train.inference.scoring.counts import ArmScore
+
+logger = logging.getLogger(__name__)
 
 
 def score(
     *,
-    carryon: str,
     tasks: list[str],
+    carryon: str = "",
     base: str | None = None,
+    arms: list[str] = [],  # noqa: B006 -- shown in the help, never changed
+    rule: str = "auto",
     num: int = 100,
     task_seed: int = 1_000_001,
-    alpha: float | None = None,
+    samples: int = 1,
+    examples: str = "",
+    store: list[str] = [],  # noqa: B006
+    drop_known: bool = False,
+    engine: Literal["auto", "transformers", "vllm"] = "auto",
     batch_rows: int = 16,
     out: str = "",
+    html: str = "",
     settings: GenerateSettings,
     forward: ForwardSettings,
 ) -> list[dict[str, Any]]:
-    """Count the right answers of base and customized model.
+    """Count the right answers of base, carry-on and other models side by side.
 
-    Problems come from reasoning-gym, each posed as a user turn. `exact` counts answers that equal
-    the right one; `generous` counts answers whose last number is the right one, which suits a
-    base that was not told the format. stdout gets a JSON line for each task.
+    Arms: base, carryon, carryon@ALPHA, carryon=FOLDER@ALPHA, merged=FOLDER, lora=FOLDER, each
+    also with +instruct:TEXT (behind the question) or +few-shot:K. Fractions have 95 % intervals;
+    each arm is compared with the first one by a sign test. The same command resumes. stdout gets
+    a JSON line for each task.
 
     Example:
-        carryon score --carryon run/carryon --tasks chain_sum:min_terms=2,max_terms=2
+        carryon score --carryon run/carryon --tasks leg_counting --arms base few-shot:4 carryon
 
     Args:
-        carryon: Folder of the carry-on, or its id on the hub.
-        tasks: Tasks of reasoning-gym, each NAME or NAME:SETTING=VALUE,...
+        tasks: Tasks of reasoning-gym, each NAME or NAME:SETTING=VALUE,...; or files of questions
+            with right answers.
+        carryon: Folder of the carry-on, or its id on the hub. Empty: none.
         base: The base: hub id, folder or .gguf file. Omitted: where it was at extraction.
-        num: Problems of each task.
+        arms: Models and ways to ask them; the first is what the others are compared with. Empty:
+            base, and carryon.
+        rule: Which answers are right: last-number, boxed, after:MARKER, regex:PATTERN, exact, end,
+            task (its own verifier) or module:function. `auto`: task, or for data a rule that fits
+            the right answers.
+        num: Problems of each task; of data at most this number, drawn with --task-seed.
         task_seed: Seed of the problems; take one far from the seed of the training problems.
-        alpha: Strength of the correction: 0 is the base, 1 the carry-on as trained. Omitted: the
-            alpha in the carry-on's card.
-        batch_rows: Problems answered at a time.
-        out: File for all questions and answers, as JSON lines. Empty: no file.
+        samples: Answers to each problem, for pass@k. More than 1 needs --temperature.
+        examples: Task or data whose solved problems few-shot shows. Empty: other problems of the
+            task.
+        store: Stores that models were trained on; problems whose question is in them are refused.
+        drop_known: Leave out the problems found in --store.
+        engine: What generates. `auto`: vLLM where it is installed, for ordinary checkpoints.
+        batch_rows: Problems answered at a time by transformers.
+        out: File for all answers, as JSON lines; it is resumed. Empty: a file in the cache.
+        html: Page with all questions, answers and verdicts. Empty: none.
         settings: How text is generated.
         forward: How the base is run.
     """
     from carryon.cache.files.atomic import write_file
-    from carryon.train.inference.accuracy import make_problems
-    from carryon.train.inference.accuracy import score as score_model
-    from carryon.train.inference.modeling import CarryOnForCausalLM
+    from carryon.tools.commands.pages.answers import make_answer_page
+    from carryon.train.inference.scoring.measure import measure
+    from carryon.train.inference.scoring.problems import read_problems
 
-    for name, value in (("--num", num), ("--batch-rows", batch_rows)):
+    for name, value in (("--num", num), ("--batch-rows", batch_rows), ("--samples", samples)):
         if value < 1:
             raise InputError(f"{name}: expected 1 or more, got {value}")
-    posed = {task: make_problems(task, num=num, seed=task_seed) for task in tasks}
-    model = CarryOnForCausalLM.from_pretrained(carryon, base=base, forward=forward)
-    documents, lines = [], []
-    for task, problems in posed.items():
-        before, after = (
-            score_model(model, problems, settings=settings, batch_rows=batch_rows, alpha=each)
-            for each in (0.0, alpha)
+    if samples > 1 and not settings.temperature:
+        raise InputError(
+            f"--samples: expected 1 for greedy answers, got {samples}. Fix: --temperature 0.8"
         )
-        document: dict[str, Any] = {"task": task, "num": num, "task_seed": task_seed}
-        document["alpha"] = model.alpha if alpha is None else alpha
-        for name, scores in (("base", before), ("customized", after)):
-            document |= {f"{name}_exact": scores.exact, f"{name}_generous": scores.generous}
-        summary = (
-            f"{task}: generous: base {before.generous:.1%}, customized {after.generous:.1%}; "
-            f"exact: base {before.exact:.1%}, customized {after.exact:.1%}"
+    problems = {
+        task: read_problems(task, num=num, seed=task_seed, rule=rule)
+        for task in dict.fromkeys(tasks)
+    }
+    measured = measure(
+        problems,
+        arms=arms,
+        base=base,
+        carryon=carryon,
+        examples=examples,
+        stores=store,
+        drop_known=drop_known,
+        seed=task_seed,
+        samples=samples,
+        settings=settings,
+        forward=forward,
+        engine=engine,
+        batch_rows=batch_rows,
+        out=Path(out) if out else None,
+    )
+    documents, tables = [], []
+    for task, result in measured.results.items():
+        table = format_table(table_of(result.scores))
+        tables.append(
+            f"{task} ({result.scores[0].problems:,} problems, rule {result.rule})\n{table}"
         )
-        documents.append(print_result(document, summary))
-        for problem, old, new in zip(problems, before.texts, after.texts, strict=True):
-            line = {"task": task, "question": problem.question, "right": problem.answer}
-            lines.append(json.dumps({**line, "base": old, "customized": new}) + "\n")
-    if out:
-        write_file(Path(out), "".join(lines).encode())
+        document = {"task": task, "num": result.scores[0].problems, "task_seed": task_seed}
+        document |= {"rule": result.rule, "samples": samples, "known": result.known}
+        document |= {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature}
+        document |= {"top_p": settings.top_p, "seed": settings.seed, "alpha": measured.alpha}
+        document["arms"] = [each.to_dict() for each in result.scores]
+        documents.append(print_result(document, tables[-1]))
+    logger.info(f"answers: {measured.path}")
+    if html:
+        title = f"Answers of {', '.join(measured.arms)}"
+        page = make_answer_page(measured.answers, title=title, table="\n\n".join(tables))
+        write_file(Path(html), page.encode())
+        logger.info(f"page: {html}")
+    if measured.unmeasured:
+        raise measured.unmeasured[0]
     return documents
+
+
+def table_of(scores: Sequence["ArmScore"]) -> list[list[str]]:
+    """Return the rows of a table of arms, its heading first."""
+    ks = [k for k in scores[0].pass_at if k != "1"]
+    heading = ["arm", "right", "accuracy", "95 %", "won", "lost", "p", "cut", "tokens/s"]
+    rows = [[*heading, *(f"pass@{k}" for k in ks)]]
+    for index, each in enumerate(scores):
+        paired = [str(each.won), str(each.lost), f"{each.p:.2g}"] if index else ["-"] * 3
+        rows.append(
+            [
+                each.arm if len(each.arm) <= 40 else f"{each.arm[:37]}...",
+                f"{each.right:g}",
+                f"{each.accuracy:.1%}",
+                f"{each.low:.1%} to {each.high:.1%}",
+                *paired,
+                f"{each.cut:.0%}",
+                f"{each.tokens_per_s:,.0f}",
+                *(f"{each.pass_at[k]:.1%}" for k in ks),
+            ]
+        )
+    return rows

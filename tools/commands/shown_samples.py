@@ -184,23 +184,24 @@ def make_page(samples: Sequence[ShownSample], *, title: str, table: str = "") ->
         table: text below the samples.
     """
     body = "\n".join(
-        f"<h2>{_escaped(sample.title)}</h2>\n"
+        f"<h2>{escaped(sample.title)}</h2>\n"
         f'<pre class="sample" dir="auto">{"".join(map(_tagged, sample.pieces))}</pre>'
         for sample in samples
     )
     return _PAGE.format(
-        title=_escaped(title),
+        title=escaped(title),
         body=body,
-        table=f"<h2>Records</h2>\n<pre>{_escaped(table)}</pre>" * bool(table),
+        table=f"<h2>Records</h2>\n<pre>{escaped(table)}</pre>" * bool(table),
     )
 
 
 def _tagged(piece: Piece) -> str:
     kinds = {"target": piece.is_target, "special": piece.is_special, "stop": piece.is_stop}
     classes = " ".join(name for name, is_so in kinds.items() if is_so)
-    text = _escaped(piece.text)
+    text = escaped(piece.text)
     return f'<span class="{classes}">{text}</span>' if classes else text
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return a text for HTML, with its control characters as codes."""
     return html.escape(visible(text))

@@ -5,6 +5,7 @@ The same prompts, settings and batches give the same answers. Letters: B prompts
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,6 +20,18 @@ from carryon.train.inference.prompts import encode_prompts
 
 if TYPE_CHECKING:
     from carryon.train.inference.modeling import CarryOnForCausalLM
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """An answer."""
+
+    text: str
+    """Without special tokens."""
+    num_tokens: int
+    """New tokens, the one that ended it included."""
+    is_cut: bool
+    """Whether it was ended by the limit of new tokens."""
 
 
 def answer_batch(
@@ -36,13 +49,37 @@ def answer_batch(
         InputError: an empty prompt, or one too long for the base.
     """
     rows = _encode(model, prompts, chat=settings.chat, carryons=generation.get("carryons"))
-    longest = max(len(row) for row in rows)
-    room = model.identity.context_tokens - settings.max_new_tokens
+    check_room(rows, settings=settings, context_tokens=model.identity.context_tokens)
+    return [each.text for each in generate_rows(model, rows, settings=settings, **generation)]
+
+
+def check_room(
+    rows: Sequence[Sequence[int]], *, settings: GenerateSettings, context_tokens: int
+) -> None:
+    """Check that prompts and new tokens fit in the base's context.
+
+    Raises:
+        InputError: they do not; the text has the longest prompt.
+    """
+    longest, room = max(map(len, rows)), context_tokens - settings.max_new_tokens
     if longest > room:
         raise InputError(
             f"prompt: expected at most {room} tokens, so that {settings.max_new_tokens} new ones "
-            f"fit in the base's {model.identity.context_tokens}, got {longest}"
+            f"fit in the base's {context_tokens}, got {longest}"
         )
+
+
+def generate_rows(
+    model: "CarryOnForCausalLM",
+    rows: Sequence[Sequence[int]],
+    *,
+    settings: GenerateSettings,
+    **generation: Any,  # noqa: ANN401
+) -> list[Generation]:
+    """Return the answer to each prompt, given as token ids, all generated in one batch.
+
+    `generation` is passed on to CarryOnForCausalLM.generate.
+    """
     config = _generation_config(model, settings)
     tokens = _pad_left(rows, config.pad_token_id or 0)  # [B, T] int64
     mask = _pad_left([[1] * len(row) for row in rows], 0)
@@ -54,8 +91,18 @@ def answer_batch(
             generation_config=config,
             **generation,
         )
-    texts: list[str] = model.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-    return texts
+    new = output[:, tokens.shape[1] :]
+    texts: list[str] = model.tokenizer.batch_decode(new, skip_special_tokens=True)
+    ends = torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else [])
+    is_end = torch.isin(new.cpu(), ends)  # [B, T]
+    return [
+        Generation(
+            text=text,
+            num_tokens=int(ended.int().argmax()) + 1 if ended.any() else len(ended),
+            is_cut=not ended.any() and len(ended) >= settings.max_new_tokens,
+        )
+        for text, ended in zip(texts, is_end, strict=True)
+    ]
 
 
 def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> Tensor:

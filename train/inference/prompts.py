@@ -1,9 +1,9 @@
 """Prompts as token ids, framed as the texts that a carry-on was trained on."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from carryon.cache.base.identity import digest_chat_template
 from carryon.cache.corpus.chat.chat_template import ChatTemplate
@@ -15,6 +15,9 @@ from carryon.train.config import ChatChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, which is a user turn; or messages, the last of them a user's."""
 
 
 def uses_template(
@@ -65,15 +68,15 @@ def framing_warnings(
 
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     framing: Framing,
     chat: ChatChoice,
 ) -> list[list[int]]:
     """Return the token ids of each prompt.
 
-    In a chat template a prompt is a user turn; a plain one stands behind the tokenizer's start
-    tokens.
+    In a chat template a prompt is a user turn, or messages; a plain one stands behind the
+    tokenizer's start tokens, messages one after another with an empty line between them.
 
     Raises:
         InputError: an empty prompt, or no chat template or one that refuses the prompt.
@@ -81,14 +84,14 @@ def encode_prompts(
     if uses_template(tokenizer, framing, chat):
         rows = _encode_chats(tokenizer, prompts, framing)
     else:
-        rows = [_encode_plain(tokenizer, prompt) for prompt in prompts]
+        rows = [_encode_plain(tokenizer, _joined(prompt)) for prompt in prompts]
     if not all(prompts) or not all(rows):
         raise InputError("prompt: expected some text, got none")
     return rows
 
 
 def _encode_chats(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], framing: Framing
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], framing: Framing
 ) -> list[list[int]]:
     if framing.chat_template:
         tokenizer = copy.copy(tokenizer)
@@ -101,11 +104,21 @@ def _encode_chats(
     )
     rows = []
     for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}]
-        chat = Chat(messages=messages, is_trained=[False])
+        messages: list[Mapping[str, Any]]
+        if isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt}]
+        else:
+            messages = list(prompt)
+        chat = Chat(messages=messages, is_trained=[False] * len(messages))
         text = template.render(chat, messages, add_generation_prompt=True)
         rows.append(list(tokenizer(text, add_special_tokens=False).input_ids))
     return rows
+
+
+def _joined(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(str(message["content"]) for message in prompt)
 
 
 def _encode_plain(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:

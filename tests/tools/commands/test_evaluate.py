@@ -1,4 +1,4 @@
-"""`carryon evaluate` with several alphas, and `carryon score`."""
+"""`carryon evaluate` with several alphas."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,6 @@ from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError
 from carryon.tools.cli.main import main
 from carryon.tools.commands.evaluate import parse_alphas
-from carryon.train.inference.accuracy import make_problems
-from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.serialization import read_card, save_carryon
 
 
@@ -94,52 +92,4 @@ def test_wrong_options_are_one_line(
 ) -> None:
     argv = ["evaluate", "--store", str(store_original), "--carryon", carryon, "--device", "cpu"]
     assert main([*argv, *options]) == 2
-    assert text in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_score_counts_right_answers_of_base_and_customized_model(
-    carryon: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["score", "--carryon", carryon, "--tasks", "chain_sum:min_terms=2,max_terms=2"]
-    argv += ["--num", "5", "--max-new-tokens", "4", "--batch-rows", "2", "--device", "cpu"]
-    assert main([*argv, "--compute-dtype", "float32", "--out", str(tmp_path / "texts")]) == 0
-    (line,) = _json_lines(capsys.readouterr().out)
-    assert (line["num"], line["alpha"]) == (5, 1.0)
-    for name in ("base_exact", "base_generous", "customized_exact", "customized_generous"):
-        assert 0 <= line[name] <= 1
-    texts = [json.loads(text) for text in (tmp_path / "texts").read_text().splitlines()]
-    assert len(texts) == 5
-    assert any(text["base"] != text["customized"] for text in texts)
-
-
-def test_score_poses_questions_as_the_task_has_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Silent:
-        alpha = 1.0
-
-        def answer(self, questions: list[str], **_: object) -> list[str]:
-            return [""] * len(questions)
-
-    monkeypatch.setattr(CarryOnForCausalLM, "from_pretrained", lambda *_, **__: Silent())
-    argv = ["score", "--carryon", "any", "--tasks", "gsm_symbolic", "--num", "1"]
-    assert main([*argv, "--out", str(tmp_path / "texts")]) == 0
-    line = json.loads((tmp_path / "texts").read_text())
-    [problem] = make_problems("gsm_symbolic", num=1, seed=1_000_001)
-    assert line["question"] == problem.question
-    assert line["question"].endswith("Do not include units.")
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (["--tasks", "no_such_task"], "expected a task of reasoning-gym"),
-        (["--tasks", "chain_sum", "--num", "0"], "--num: expected 1 or more, got 0"),
-        (["--tasks", "chain_sum", "--num", "1", "--max-new-tokens", "0"], "--max-new-tokens"),
-    ],
-)
-def test_score_refuses_wrong_options(
-    options: list[str], text: str, carryon: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["score", "--carryon", carryon, "--device", "cpu", *options]) == 2
     assert text in capsys.readouterr().err.splitlines()[-1]

@@ -3,7 +3,8 @@
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ AUTO = "auto"
 QUESTION_KEYS = ("question", "prompt", "problem")
 ANSWER_KEYS = ("answer", "completion", "response", "solution")
 _MARKER = "####"
+_EXAMPLE_SEEDS = 500_000
+"""Problem i of a task is drawn from seed + i, so examples lie this far from the problems."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,8 +77,8 @@ def read_problems(source: str, *, num: int, seed: int, rule: str = AUTO) -> list
     parsed = None if rule == AUTO else parse_rule(rule)
     task_rule = parsed or parse_rule("task")
     if is_data(source):
-        problems = list(_read_data(source, parsed or parse_rule("end")))
-        problems = _draw(problems, num=num, seed=seed)
+        problems = _read_data(source, parsed or parse_rule("end"))
+        problems = _draw(_with_unique_ids(problems), num=num, seed=seed)
         if parsed is None:
             chosen = _choose_rule([problem.answer for problem in problems])
             logger.info(f"{source}: answers are judged by the rule {chosen.name}")
@@ -89,6 +92,34 @@ def read_problems(source: str, *, num: int, seed: int, rule: str = AUTO) -> list
                 f"{problem.answer!a:.60}. Fix: another --rule"
             )
     return problems
+
+
+def read_examples(source: str, *, num: int, seed: int, posed: Sequence[Problem]) -> list[Problem]:
+    """Return problems that are none of those posed, to show with their answers in prompts.
+
+    Of a task they are drawn from a seed far from that of the problems; of data they are records
+    for training, or where none is marked as held out, records that are not posed.
+
+    Raises:
+        InputError: there are fewer than `num` with an answer.
+    """
+    rule = parse_rule("end")
+    if is_data(source):
+        rows, held_out = _read_rows(source)
+        others = [row for row in rows if row not in held_out] if held_out else rows
+        problems = [_to_problem(row, rule) for row in others]
+        random.Random(seed).shuffle(problems)  # noqa: S311 -- no secret
+    else:
+        start = seed + _EXAMPLE_SEEDS
+        problems = list(_make_task(source, num=2 * num + 8, seed=start, rule=rule))
+    questions = {problem.question for problem in posed}
+    fitting = [each for each in problems if each.answer and each.question not in questions]
+    if len(fitting) < num:
+        raise InputError(
+            f"few-shot: expected {num} solved problems in {source} besides those that are posed, "
+            f"got {len(fitting)}. Fix: --examples with other data, or a smaller --num"
+        )
+    return fitting[:num]
 
 
 def is_data(source: str) -> bool:
@@ -140,30 +171,37 @@ def _parse_setting(part: str) -> tuple[str, Any]:
         return name, value
 
 
-def _read_data(source: str, rule: Rule) -> Iterator[Problem]:
+def _read_data(source: str, rule: Rule) -> list[Problem]:
+    rows, held_out = _read_rows(source)
+    if 0 < len(held_out) < len(rows):
+        logger.info(f"{source}: {len(held_out):,} of {len(rows):,} records are held out: these")
+    return [_to_problem(row, rule) for row in held_out or rows]
+
+
+def _read_rows(source: str) -> tuple[list[Row], list[Row]]:
+    """Return all rows of data, and those that are marked held out."""
     rows: list[Row] = []
     for shard in plan_shards(open_sources([source], DataSettings(), folder=cache_folder())):
         for row in read_shard(shard):
             if isinstance(row, BadRow):
                 raise InputError(f"{row.where}: {row.problem}")
             rows.append(row)
-    held_out = [row for row in rows if marks_held_out(row)]
-    if 0 < len(held_out) < len(rows):
-        logger.info(f"{source}: {len(held_out):,} of {len(rows):,} records are held out: these")
     if not rows:
         raise MissingError(f"{source}: expected problems, got none")
-    for row in held_out or rows:
-        before, question, answer = _read_row(row)
-        given = row.fields.get("id")
-        metadata = row.fields.get("metadata")
-        yield Problem(
-            id=row.made_id if given is None else str(given),
-            question=question,
-            answer=answer,
-            rule=rule,
-            before=before,
-            metadata=metadata if isinstance(metadata, Mapping) else {},
-        )
+    return rows, [row for row in rows if marks_held_out(row)]
+
+
+def _to_problem(row: Row, rule: Rule) -> Problem:
+    before, question, answer = _read_row(row)
+    given, metadata = row.fields.get("id"), row.fields.get("metadata")
+    return Problem(
+        id=row.made_id if given is None else str(given),
+        question=question,
+        answer=answer,
+        rule=rule,
+        before=before,
+        metadata=metadata if isinstance(metadata, Mapping) else {},
+    )
 
 
 def _read_row(row: Row) -> tuple[tuple[Mapping[str, Any], ...], str, str]:
@@ -210,6 +248,14 @@ def _read_field(row: Row, keys: tuple[str, ...]) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return check_text(value, f"{row.where}: {key}")
+
+
+def _with_unique_ids(problems: list[Problem]) -> list[Problem]:
+    ids = Counter(problem.id for problem in problems)
+    [(most, times)] = ids.most_common(1)
+    if times > 1:
+        raise InputError(f"id: expected each once, got {most!a:.80} {times} times. Fix: other ids")
+    return problems
 
 
 def _draw(problems: list[Problem], *, num: int, seed: int) -> list[Problem]:

@@ -4,7 +4,7 @@
     last-number      its last number is the right one
     boxed            what its last \\boxed{} holds is
     after:MARKER     what follows the last MARKER on its line, or on the next one, is
-    regex:PATTERN    the first group of the last match is
+    regex:PATTERN    the first group of the last match, if not empty, is
     exact            it is the right one and nothing else, apart from space around it
     end              it ends with the right one; for a number, its last number is
     task             the task's own verifier gives it, or its final answer, full credit
@@ -146,10 +146,9 @@ def _pattern(name: str, pattern: str) -> Callable[[str], str | None]:
         raise InputError(f"rule {name!r}: expected a regular expression: {error}") from error
 
     def find(text: str) -> str | None:
-        last = None
-        for last in compiled.finditer(text):  # noqa: B007 -- the last one counts
-            pass
-        return None if last is None else last[1 if compiled.groups else 0]
+        group = 1 if compiled.groups else 0
+        parts = [match[group] for match in compiled.finditer(text) if match[group]]
+        return parts[-1] if parts else None
 
     return find
 

@@ -1,0 +1,231 @@
+"""`carryon score` on tiny bases, and on a real one."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_carryons import make_tiny_carryon
+from support.tiny_stores import extract_tiny
+
+from carryon.cache.base.model import Base
+from carryon.tools.cli.main import main
+from carryon.tools.demo.base_model import fetch_base
+from carryon.train.inference.modeling import CarryOnForCausalLM
+from carryon.train.modules.serialization import save_carryon
+
+QUESTIONS = ["the an", "in the thing", "on", "another thing there"]
+SHORT = ["--max-new-tokens", "4", "--device", "cpu", "--compute-dtype", "float32"]
+
+
+@pytest.fixture
+def carryon(tiny_base: Base, tmp_path: Path) -> str:
+    made, card = make_tiny_carryon(tiny_base)
+    save_carryon(tmp_path / "carryon", made, card, dtype=torch.float32)
+    return str(tmp_path / "carryon")
+
+
+@pytest.fixture
+def data(tiny_base: Base, tmp_path: Path) -> str:
+    """Questions; the base is right on all but the second."""
+    texts = CarryOnForCausalLM.from_base(tiny_base).answer(QUESTIONS, max_new_tokens=4)
+    texts[1] = "not this"
+    records = [
+        {"id": f"q{at}", "question": question, "answer": text}
+        for at, (question, text) in enumerate(zip(QUESTIONS, texts, strict=True))
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def odd_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A rule that random answers satisfy in about half of the cases."""
+    monkeypatch.chdir(tmp_path)
+    text = "def is_odd(text, problem):\n    return sum(map(ord, text)) % 2 == 1\n"
+    (tmp_path / "rules_of_test_score.py").write_text(text)
+    return "rules_of_test_score:is_odd"
+
+
+def run(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """Return the JSON line of a call that must succeed, and its messages."""
+    assert main(["score", *argv]) == 0, capsys.readouterr().err
+    output = capsys.readouterr()
+    [line] = output.out.splitlines()
+    return json.loads(line), output.err
+
+
+def test_arms_are_counted_side_by_side(
+    carryon: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, out = tmp_path / "page.html", tmp_path / "answers.jsonl"
+    arms = ["--arms", "base", "carryon@0", "carryon", "instruct:now", "few-shot:1"]
+    argv = ["--carryon", carryon, "--tasks", data, "--rule", "exact", *arms, *SHORT]
+    argv += ["--examples", "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"]
+    document, err = run([*argv, "--html", str(page), "--out", str(out)], capsys)
+    base, zero, full, instructed, few = document["arms"]
+    assert (base["right"], base["accuracy"], base["problems"]) == (3, 0.75, 4)
+    assert base["low"] < 0.75 < base["high"]
+    assert (zero["right"], zero["won"], zero["lost"], zero["p"]) == (3, 0, 0, 1.0)
+    assert full["right"] + instructed["right"] + few["right"] < 9
+    assert full["lost"] > 0
+    assert (document["rule"], document["alpha"], document["num"]) == ("exact", 1.0, 4)
+    assert "carryon@0" in err
+    assert "tokens/s" in err
+    html = page.read_text()
+    assert html.count('class="wrong"') + html.count('class="right"') == 20
+    assert "<script" not in html
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 21
+    assert {line["arm"] for line in lines[1:]} == set(arms[1:])
+
+
+def test_an_interrupted_call_resumes_and_changes_nothing(
+    carryon: str,
+    data: str,
+    odd_rule: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    argv = ["--carryon", carryon, "--tasks", data, "--rule", odd_rule, "--batch-rows", "1", *SHORT]
+    argv += ["--temperature", "0.9", "--samples", "2"]
+    expected, _ = run([*argv, "--out", str(whole)], capsys)
+    generate, calls = CarryOnForCausalLM.generate, []
+
+    def interrupt(self: CarryOnForCausalLM, *args: object, **given: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(self, *args, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CarryOnForCausalLM, "generate", interrupt)
+    assert main(["score", *argv, "--out", str(out)]) == 130
+    assert "run the same command to resume" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 4
+    document, err = run([*argv, "--out", str(out)], capsys)
+    assert "3 of 8 answers are there" in err
+    assert len(calls) == 4 + 13
+    run([*argv, "--out", str(out)], capsys)
+    assert len(calls) == 4 + 13
+
+    def texts(path: Path) -> dict[tuple[str, ...], str]:
+        lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        return {(x["arm"], x["id"], str(x["sample"])): x["text"] for x in lines}
+
+    assert texts(out) == texts(whole)
+    assert len(set(texts(out).values())) > 4
+    for arm, other in zip(document["arms"], expected["arms"], strict=True):
+        assert arm["right"] == other["right"]
+        assert arm["pass_at"].keys() == {"1", "2"}
+        assert arm["pass_at"]["1"] == pytest.approx(arm["accuracy"])
+
+
+def test_another_rule_judges_the_same_answers(
+    data: str, tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "answers.jsonl"
+    argv = ["--base", str(tiny_base_folder), "--tasks", data, "--out", str(out), *SHORT]
+    document, _ = run([*argv, "--rule", "exact"], capsys)
+    assert document["arms"][0]["right"] == 3
+    document, err = run([*argv, "--rule", r"regex:(?s).*"], capsys)
+    assert "4 of 4 answers are there" in err
+    assert [json.loads(line)["is_right"] for line in out.read_text().splitlines()[1:]].count(True)
+    assert main(["score", *argv, "--rule", "exact", "--seed", "5"]) == 2
+    assert "seed: expected 5, got answers made with 0" in capsys.readouterr().err
+
+
+def test_merged_models_and_adapters_are_arms(
+    data: str, tiny_base: Base, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    peft = pytest.importorskip("peft")
+    base = CarryOnForCausalLM.from_base(str(tiny_base_folder), device="cpu").base
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):  # of PEFT
+        peft.get_peft_model(base, config).save_pretrained(tmp_path / "lora")
+    arms = ["base", f"merged={tiny_base_folder}", f"lora={tmp_path / 'lora'}"]
+    argv = ["--base", str(tiny_base_folder), "--tasks", data, "--rule", "exact", "--arms", *arms]
+    document, _ = run([*argv, *SHORT], capsys)
+    assert [arm["right"] for arm in document["arms"]] == [3, 3, 3]  # a new LoRA changes nothing
+    assert main(["score", *argv[:-1], f"lora={tiny_base_folder}", *SHORT]) == 2
+    assert "expected a folder with adapter_model.safetensors" in capsys.readouterr().err
+
+
+def test_questions_in_a_training_store_are_refused_or_dropped(
+    tiny_base: Base, tiny_base_folder: Path, data: str, tmp_path: Path, store_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def turns(question: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+
+    corpus = tmp_path / "corpus.jsonl"
+    asked = ["In  the THING", "another thing there is", "on", "quite another"]
+    records = [
+        {"id": f"s{at}", "messages": turns(text), "split": "test" if text == "on" else "train"}
+        for at, text in enumerate(asked)
+    ]
+    corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
+    store = store_tmp / "known"
+    extract_tiny(tiny_base, corpus, store)
+    argv = ["--base", str(tiny_base_folder), "--tasks", data, "--rule", "exact", *SHORT]
+    assert main(["score", *argv, "--store", str(store)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 4 questions are in" in line
+    assert "such as q1. Fix: --drop-known" in line
+    document, _ = run([*argv, "--store", str(store), "--drop-known"], capsys)
+    assert (document["num"], document["known"]) == (3, 1)
+    assert document["arms"][0]["right"] == 3
+
+
+def test_a_task_has_a_line_with_every_number(
+    carryon: str, odd_rule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--carryon", carryon, "--tasks", "chain_sum:min_terms=2,max_terms=2", "--num", "3"]
+    document, _ = run([*argv, "--rule", odd_rule, "--seed", "3", *SHORT], capsys)
+    assert document["task"] == "chain_sum:min_terms=2,max_terms=2"
+    assert [arm["arm"] for arm in document["arms"]] == ["base", "carryon"]
+    assert document["arms"][0].keys() >= {"cut", "found", "tokens", "seconds", "tokens_per_s"}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--tasks", "no_such_task"], "expected a task of reasoning-gym"),
+        (["--tasks", "no/such.jsonl"], "no/such.jsonl"),
+        (["--tasks", "chain_sum", "--num", "0"], "--num: expected 1 or more, got 0"),
+        (["--tasks", "chain_sum", "--samples", "2"], "Fix: --temperature 0.8"),
+        (["--tasks", "chain_sum", "--rule", "best"], "rule: expected last-number"),
+        (["--tasks", "chain_sum", "--arms", "bases"], "arms: expected base"),
+        (["--tasks", "chain_sum", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--tasks", "gsm_symbolic", "--num", "2"], "2 of 2 prompts are longer, the first is gsm"),
+        (["--tasks", "chain_sum", "--rule", "boxed"], "rule: boxed finds nothing in any of the 6"),
+        (["--tasks", "chain_sum", "--rule", "exact"], "all 6 answers were cut at the limit"),
+    ],
+)
+def test_wrong_options_and_nothing_to_measure_are_one_line(
+    options: list[str], text: str, carryon: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["score", "--carryon", carryon, "--num", "3", *SHORT, *options]
+    assert main(argv) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert text in line
+    assert "error" in line
+
+
+@pytest.mark.real
+def test_a_real_base_answers_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real_base = tmp_path / "base"
+    fetch_base(real_base)
+    task = "leg_counting:min_animals=2,max_animals=2"
+    argv = ["--base", str(real_base), "--tasks", task, "--num", "4", "--max-new-tokens", "24"]
+    arms = ["--arms", "base", "few-shot:3"]
+    document, _ = run([*argv, *arms, "--out", str(tmp_path / "answers.jsonl")], capsys)
+    base, few = document["arms"]
+    assert 0 <= base["right"] <= 4
+    assert few["tokens"] < base["tokens"]  # bare answers are shown, so bare answers follow
+    assert few["found"] == 1.0

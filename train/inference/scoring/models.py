@@ -1,0 +1,205 @@
+"""The models of arms, each ready to answer prompts; a base is loaded once for all its arms."""
+
+import copy
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from carryon.cache.base.architecture import get_architecture
+from carryon.cache.base.model import load_base
+from carryon.cache.errors import InputError, MissingError
+from carryon.cache.files.documents import digest_of
+from carryon.cache.files.regular import digest_file
+from carryon.cache.format.framing import Framing
+from carryon.cache.optional import require
+from carryon.cache.settings import ForwardSettings
+from carryon.train.config import GenerateSettings
+from carryon.train.inference.adapters import DEFAULT
+from carryon.train.inference.generate import Generation, generate_rows
+from carryon.train.inference.merge import load_own_base
+from carryon.train.inference.modeling import CarryOnForCausalLM
+from carryon.train.inference.prompts import Prompt, encode_prompts
+from carryon.train.inference.scoring.arms import Arm
+from carryon.train.inference.scoring.vllm_engine import (
+    BATCH_ROWS,
+    Engine,
+    open_vllm,
+    uses_vllm,
+)
+from carryon.train.kinds import get_kind
+from carryon.train.modules.serialization import CarryOnCard, locate_carryon, read_card
+
+Answer = Callable[[Sequence[Sequence[int]], int], list[Generation]]
+_ADAPTER = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answerer:
+    """A model of an arm."""
+
+    digest: str
+    """Of its weights, as hex."""
+    context_tokens: int
+    encode: Callable[[Sequence[Prompt]], list[list[int]]]
+    """Returns the token ids of prompts."""
+    answer: Answer
+    """Returns answers to prompts of token ids, all in one batch; the number seeds sampling."""
+    batch_rows: int
+    """Answers generated at a time."""
+
+
+class Models:
+    """Loads the models of arms."""
+
+    def __init__(
+        self,
+        *,
+        base: str | None,
+        carryon: str | None,
+        forward: ForwardSettings,
+        settings: GenerateSettings,
+        engine: Engine,
+        batch_rows: int,
+    ) -> None:
+        """Load the base, and the carry-on if there is one.
+
+        Raises:
+            InputError: neither of them is given.
+            MissingError: one of them is not found.
+            SettingMismatchError: the carry-on was trained on another base.
+        """
+        self._forward, self._settings = forward, settings
+        self._engine, self._batch_rows = engine, batch_rows
+        self._engines = dict[str, Answer]()
+        self.card: CarryOnCard | None = None
+        if carryon:
+            place = locate_carryon(carryon)
+            self.card = read_card(place)
+            self.base = load_own_base(self.card, base, forward=forward, folder=carryon)
+        elif base:
+            self.base = load_base(base, forward=forward)
+        else:
+            raise InputError("base: expected a base or a carry-on, got neither. Fix: --base")
+        self._main = CarryOnForCausalLM.from_base(self.base)
+        self._carryon = carryon or ""
+        self._base_digest = digest_of(self.base.identity.to_dict())
+
+    @property
+    def framing(self) -> Framing:
+        """How prompts of all arms stand before the model: as in training of the carry-on."""
+        return Framing.from_dict(self.card.framing) if self.card else Framing()
+
+    @property
+    def alpha(self) -> float | None:
+        """Alpha in the card of the carry-on; None without one."""
+        return self.card.alpha if self.card else None
+
+    def open(self, arm: Arm) -> Answerer:
+        """Return the model of an arm.
+
+        Raises:
+            MissingError: its folder is not there.
+            InputError: alpha for a carry-on that is merged into its base.
+            SettingMismatchError: its carry-on was trained on another base.
+        """
+        source = arm.place or self.base.source
+        is_vllm = uses_vllm(arm, source, engine=self._engine)
+        if arm.model == "carryon":
+            return self._open_carryon(arm)
+        if arm.model == "merged":
+            other = load_base(arm.place, forward=self._forward)
+            model = CarryOnForCausalLM.from_base(other)
+            opened = self._answerer(model, digest_of(other.identity.to_dict()))
+            return self._with_vllm(opened, source) if is_vllm else opened
+        if arm.model == "lora":
+            return self._open_lora(arm)
+        opened = self._answerer(self._main, self._base_digest)
+        return self._with_vllm(opened, source) if is_vllm else opened
+
+    def _with_vllm(self, opened: Answerer, source: str) -> Answerer:
+        if source not in self._engines:
+            self._engines[source] = open_vllm(
+                source,
+                settings=self._settings,
+                context_tokens=opened.context_tokens,
+                dtype=str(self.base.compute_dtype).removeprefix("torch."),
+            )
+        digest = f"vllm-{opened.digest}"
+        answer = self._engines[source]
+        return replace(opened, digest=digest, answer=answer, batch_rows=BATCH_ROWS)
+
+    def _open_carryon(self, arm: Arm) -> Answerer:
+        folder = arm.place or self._carryon
+        place = locate_carryon(folder)
+        card = read_card(place)
+        digest = digest_of({"base": self._base_digest, "card": card.to_dict(), "alpha": arm.alpha})
+        if get_kind(card.settings.get("kind", "bottleneck")).merges:
+            if arm.alpha not in (None, 1.0):
+                raise InputError(
+                    f"arms: {arm.name}: expected no alpha for a carry-on of the kind native or "
+                    "top, which is merged into its base"
+                )
+            model = CarryOnForCausalLM.from_pretrained(folder, base=self.base)
+            return self._answerer(model, digest)
+        name = arm.place or DEFAULT
+        if name not in self._main.carryons.names:
+            self._main.add_carryon(name, folder)
+        return self._answerer(self._main, digest, name=name, alpha=arm.alpha)
+
+    def _open_lora(self, arm: Arm) -> Answerer:
+        peft: Any = require("peft", extra="lora", purpose=f"the arm {arm.name}")
+        weights = Path(arm.place) / _ADAPTER
+        if not weights.is_file():
+            raise MissingError(f"arms: {arm.name}: expected a folder with {_ADAPTER}, got none")
+        try:
+            with warnings.catch_warnings():  # PEFT reads a deprecated attribute of transformers
+                warnings.simplefilter("ignore", FutureWarning)
+                own = copy.deepcopy(self.base.model)
+                merged = peft.PeftModel.from_pretrained(own, arm.place).merge_and_unload()
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"arms: {arm.name}: expected a LoRA of this base: {reason:.300}"
+            ) from error
+        merged.requires_grad_(False)
+        adapted = replace(self.base, model=merged, architecture=get_architecture(merged))
+        digest = digest_of({"base": self._base_digest, "adapter": digest_file(weights)})
+        return self._answerer(CarryOnForCausalLM.from_base(adapted), digest)
+
+    def _answerer(
+        self,
+        model: CarryOnForCausalLM,
+        digest: str,
+        *,
+        name: str | None = None,
+        alpha: float | None = None,
+    ) -> Answerer:
+        tokenizer, framing = model.tokenizer, self.framing
+
+        def answer(rows: Sequence[Sequence[int]], seed: int) -> list[Generation]:
+            settings = replace(self._settings, seed=seed)
+            names = [name] * len(rows)
+            return generate_rows(model, rows, settings=settings, alpha=alpha, carryons=names)
+
+        return Answerer(
+            digest=digest[:32],
+            context_tokens=model.identity.context_tokens,
+            encode=lambda prompts: encode_prompts(
+                tokenizer, prompts, framing=framing, chat=self._settings.chat
+            ),
+            answer=answer,
+            batch_rows=self._batch_rows,
+        )
+
+
+def free_memory() -> None:
+    """Release the memory of models that are not used any more."""
+    gc.collect()
+    with suppress(RuntimeError):
+        torch.accelerator.empty_cache()
