@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from carryon.cache.corpus.records import refuse_shared_texts
 from carryon.cache.files.atomic import write_file
 from carryon.tools.compare.figure import Figure, print_json
-from carryon.train.config import CarryOnSettings, GenerateSettings, TrainSettings
+from carryon.train.config import CarryOnSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from carryon.train.inference.accuracy import Problem, Score
+    from carryon.train.inference.scoring.problems import Problem
     from carryon.train.trainer.finish import TrainReport
 
 logger = logging.getLogger(__name__)
@@ -59,12 +59,12 @@ def experiment_cot(
         tokens_per_step: Tokens of a step. Few of them are targets, so small steps learn more.
         learning_rate: Highest learning rate.
     """
-    from carryon.train.inference.accuracy import make_problems
+    from carryon.train.inference.scoring.problems import read_problems
 
     folder = Path(out)
-    held_out = make_problems(task, num=num, seed=HELD_OUT_SEED)
+    held_out = read_problems(task, num=num, seed=HELD_OUT_SEED, rule="exact")
     known = {problem.question for problem in held_out}
-    problems = make_problems(task, num=samples, seed=TRAINING_SEED)
+    problems = read_problems(task, num=samples, seed=TRAINING_SEED, rule="exact")
     train = [problem for problem in problems if problem.question not in known]
     halves = {"train": _records("train", train), "held-out": _records("held-out", held_out)}
     refuse_shared_texts(halves["train"], halves["held-out"])
@@ -76,17 +76,18 @@ def experiment_cot(
     )
     reports = [_train(folder, settings, seed) for seed in seeds]
     logger.info(f"answers to {num} problems, from the base and with each carry-on")
-    alone, scores = _answer(base, [report.carryon for report in reports], held_out)
+    alone, texts = _answer(base, [report.carryon for report in reports], held_out)
+    scores = [_share(each, held_out, rule="exact") for each in texts]
     figure = Figure(
         figure=f"cot.{task.partition(':')[0]}.exact",
-        value=statistics.mean(score.exact for score in scores),
+        value=statistics.mean(scores),
         target=TARGET,
         sense="at least",
         unit="of the answers, mean of the seeds",
         details={
-            "seeds": [score.exact for score in scores],
-            "base_generous": alone.generous,
-            "base_exact": alone.exact,
+            "seeds": scores,
+            "base_generous": _share(alone, held_out, rule="end"),
+            "base_exact": _share(alone, held_out, rule="exact"),
             "dropped_as_held_out": len(problems) - len(train),
             "train_s": [report.train_s for report in reports],
             "megabytes": reports[0].carryon_bytes / 1e6,
@@ -134,16 +135,22 @@ def _train(folder: Path, settings: TrainSettings, seed: int) -> "TrainReport":
 
 def _answer(
     base: str, carryons: Sequence[str], problems: Sequence["Problem"]
-) -> tuple["Score", list["Score"]]:
-    """Return the scores of the base alone and with each carry-on."""
-    from carryon.train.inference.accuracy import score
+) -> tuple[list[str], list[list[str]]]:
+    """Return the answers of the base alone and with each carry-on."""
     from carryon.train.inference.modeling import CarryOnForCausalLM
 
-    settings = GenerateSettings(max_new_tokens=_ANSWER_TOKENS)
-    scores: list[Score] = []
+    questions = [problem.question for problem in problems]
+    alone, texts = list[str](), list[list[str]]()
     for carryon in carryons:
         model = CarryOnForCausalLM.from_pretrained(carryon, base=base)
-        if not scores:
-            alone = score(model, problems, settings=settings, batch_rows=16, alpha=0.0)
-        scores.append(score(model, problems, settings=settings, batch_rows=16))
-    return alone, scores
+        alone = alone or model.answer(questions, max_new_tokens=_ANSWER_TOKENS, alpha=0.0)
+        texts.append(model.answer(questions, max_new_tokens=_ANSWER_TOKENS))
+    return alone, texts
+
+
+def _share(texts: Sequence[str], problems: Sequence["Problem"], *, rule: str) -> float:
+    """Return the fraction of answers that are right by a rule."""
+    from carryon.train.inference.scoring.rules import parse_rule
+
+    pairs = zip(texts, problems, strict=True)
+    return statistics.mean(parse_rule(rule).is_right(text, each) for text, each in pairs)

@@ -1,4 +1,4 @@
-"""Base and carry-on together: composed model, generation, evaluation, accuracy, merging.
+"""Base and carry-on together: composed model, generation, evaluation, scoring, merging.
 
 Nothing here trains.
 """

@@ -125,6 +125,20 @@ def test_an_interrupted_call_resumes_and_changes_nothing(
         assert arm["pass_at"]["1"] == pytest.approx(arm["accuracy"])
 
 
+def test_a_rule_that_fails_keeps_the_answers(
+    data: str, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "failing_rule_of_test.py").write_text("def f(text, problem):\n    return 1 / 0\n")
+    argv = ["--base", str(tiny_base_folder), "--tasks", data, "--out", "answers.jsonl", *SHORT]
+    assert main(["score", *argv, "--rule", "failing_rule_of_test:f"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "ZeroDivisionError: division by zero (failing_rule_of_test.py:2)" in line
+    _, err = run([*argv, "--rule", "exact"], capsys)
+    assert "4 of 4 answers are there" in err
+
+
 def test_another_rule_judges_the_same_answers(
     data: str, tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,6 @@
 """From problems and arms to counts: models loaded in turn, known questions refused, answers kept.
 
-Nothing is generated before every prompt that can be checked has been.
+Nothing is generated before the prompts of all arms on the base are known to fit.
 """
 
 import logging
@@ -17,12 +17,12 @@ from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
 from carryon.train.config import GenerateSettings
 from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
-from carryon.train.inference.scoring.arms import parse_arms
+from carryon.train.inference.scoring.arms import Arm, parse_arms
 from carryon.train.inference.scoring.counts import ArmScore, count, judge
 from carryon.train.inference.scoring.known import find_known
 from carryon.train.inference.scoring.models import Models, free_memory
 from carryon.train.inference.scoring.problems import Problem, read_examples
-from carryon.train.inference.scoring.run import answer_problems
+from carryon.train.inference.scoring.run import answer_problems, check_rooms
 from carryon.train.inference.scoring.vllm_engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ def measure(
     places = [base or models.base.source, carryon, *(arm.place for arm in parsed)]
     path = out or _default_path([deciding, list(arms), list(kept), *map(_fingerprint, places)])
     file = AnswerFile(path, deciding)
+    _check_prompts(parsed, models, kept, shown, settings)
     for arm in parsed:
         answer_problems(
             arm, models.open(arm), kept, examples=shown, file=file, settings=settings,
@@ -149,6 +150,22 @@ def measure(
         path=path,
         unmeasured=unmeasured,
     )
+
+
+def _check_prompts(
+    arms: Sequence[Arm],
+    models: Models,
+    problems: Mapping[str, Sequence[Problem]],
+    examples: Mapping[str, Sequence[Problem]],
+    settings: GenerateSettings,
+) -> None:
+    """Check the prompts of all arms on the base, before the first of them answers."""
+    posed = [(task, problem) for task, each in problems.items() for problem in each]
+    for arm in arms:
+        if arm.model != "merged":
+            prompts = [arm.make_prompt(problem, examples[task]) for task, problem in posed]
+            rows, room = models.encode(prompts), models.base.identity.context_tokens
+            check_rooms(arm, posed, rows, settings=settings, context_tokens=room)
 
 
 def _refuse_known(

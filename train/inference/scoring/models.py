@@ -100,6 +100,12 @@ class Models:
         """Alpha in the card of the carry-on; None without one."""
         return self.card.alpha if self.card else None
 
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the token ids of prompts for every arm but merged ones."""
+        return encode_prompts(
+            self.base.tokenizer, prompts, framing=self.framing, chat=self._settings.chat
+        )
+
     def open(self, arm: Arm) -> Answerer:
         """Return the model of an arm.
 

@@ -103,8 +103,8 @@ def find_boxed(text: str) -> str | None:
 
 def find_after(text: str, marker: str) -> str | None:
     """Return what follows the last marker, ignoring case, up to the end of a line with text."""
-    at = text.casefold().rfind(marker.strip().casefold())
-    rest = text[at + len(marker.strip()) :].strip(" \t\r\n:*") if at >= 0 else ""
+    ends = [match.end() for match in re.finditer(re.escape(marker.strip()), text, re.IGNORECASE)]
+    rest = text[ends[-1] :].strip(" \t\r\n:*") if ends else ""
     return rest.splitlines()[0].strip() if rest else None
 
 

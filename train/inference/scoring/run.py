@@ -42,7 +42,7 @@ def answer_problems(
 
     Raises:
         InputError: a prompt is too long for the model; nothing was generated. Or `file` has
-            answers of another model under the name of this arm.
+            answers of another model under the name of this arm. Or a rule of the user failed.
     """
     posed = [(task, problem) for task, each in problems.items() for problem in each]
     rows = model.encode([arm.make_prompt(problem, examples[task]) for task, problem in posed])
@@ -65,10 +65,13 @@ def answer_problems(
             seed = _seed(settings.seed, arm.name, posed[batch[0][0]][1].id, str(batch[0][1]))
             answers = model.answer([rows[at] for at, _ in batch], seed)
             share = (time.monotonic() - since) / len(batch)
-            file.append(
+            records = [
                 _record(arm, model, *posed[at], sample=sample, answer=answer, seconds=share)
                 for (at, sample), answer in zip(batch, answers, strict=True)
-            )
+            ]
+            file.append(records)  # before any rule of the user may fail
+            for (at, _), record in zip(batch, records, strict=True):
+                posed[at][1].is_right(record.text)
             num_tokens += sum(answer.num_tokens for answer in answers)
             progress.note = f"{num_tokens / (time.monotonic() - started):,.0f} tokens/s"
             progress.update(len(batch))
@@ -84,6 +87,10 @@ def _record(
     answer: Generation,
     seconds: float,
 ) -> Answer:
+    try:
+        is_right = problem.is_right(answer.text)
+    except InputError:  # a function of the user; raised again once the answer is kept
+        is_right = False
     return Answer(
         task=task,
         arm=arm.name,
@@ -93,7 +100,7 @@ def _record(
         question=problem.question,
         right=problem.answer,
         text=answer.text,
-        is_right=problem.is_right(answer.text),
+        is_right=is_right,
         tokens=answer.num_tokens,
         is_cut=answer.is_cut,
         seconds=seconds,

@@ -66,6 +66,8 @@ def test_numbers_are_found_in_sentences() -> None:
         ("after:the answer is", "The Answer is: **blue**.\nYes", "Blue", True),
         ("after:Answer", "Answer:\n\n 12", "12", True),
         ("after:Answer", "12", "12", False),
+        ("after:answer", "\u0130\u0130\u0130 answer 12", "12", True),
+        (r"regex:.*", "12", "12", True),
         (r"regex:= (\S+)", "1 = 2\n2 = 3", "3", True),
         (r"regex:\d+ legs", "3 legs", "3 legs", True),
         (r"regex:= (\d)", "three", "3", False),
