@@ -7,7 +7,8 @@
     regex:PATTERN    the first group of the last match, if not empty, is
     exact            it is the right one and nothing else, apart from space around it
     end              it ends with the right one; for a number, its last number is
-    task             the task's own verifier gives it, or its final answer, full credit
+    task             the task's own verifier gives full credit to it, to the answer that it marks as
+                     final, or to its last line; a right number counts without the exact wording
     module:function  the function, called with the text and the problem, returns true or 1
 
 Numbers are compared as numbers: 1,000, 1000.0 and $1000 are the same.
@@ -108,26 +109,30 @@ def find_after(text: str, marker: str) -> str | None:
     return rest.splitlines()[0].strip() if rest else None
 
 
-def find_final(text: str) -> str | None:
-    """Return the final answer of a text: tagged, boxed, behind `answer is` or the like, or its
-    last line."""
+def find_marked(text: str) -> str | None:
+    """Return the answer that a text marks as final: tagged, boxed, or behind `answer is`, ..."""
     if tagged := _TAGGED.findall(text):
         return str(tagged[-1]).strip()
     if (boxed := find_boxed(text)) is not None:
         return boxed
     rests = [text[match.end() :].partition("\n")[0] for match in _MARKER.finditer(text)]
-    if marked := [rest.strip(" \t.*_") for rest in rests if rest.strip(" \t.*_")]:
-        return marked[-1]
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else None
+    marked = [rest.strip(" \t.*_") for rest in rests if rest.strip(" \t.*_")]
+    return marked[-1] if marked else None
 
 
 def _is_same(found: str, right: str) -> bool:
-    """Return whether a found part is the right answer; of a number its unit may be a sentence."""
+    """Return whether a found part is the right answer.
+
+    Where that is a number, the part may be a sentence: what follows its last `=`, the number that
+    it begins with, or else its last one.
+    """
     if is_same(found, right):
         return True
-    value, numbers = get_value(right), find_numbers(found.rpartition("=")[2])
-    return value is not None and bool(numbers) and parse_number(numbers[0]) == value
+    value, part = get_value(right), found.rpartition("=")[2].strip(" \t\r\n*_`\"'")
+    numbers = find_numbers(part)
+    if value is None or not numbers:
+        return False
+    return parse_number(numbers[0 if part.startswith(numbers[0]) else -1]) == value
 
 
 def _extracting(name: str, find: Callable[[str], str | None]) -> Rule:
@@ -166,12 +171,13 @@ def _judge_end(found: str, problem: "Problem") -> bool:
 
 
 def _judge_task(found: str, problem: "Problem") -> bool:
-    assert problem.verify is not None
-    final = find_final(found)
+    marked = find_marked(found)
+    final = found.splitlines()[-1].strip() if marked is None else marked
     if any(_credit(problem, each) >= FULL_CREDIT for each in {found, final} if each):
         return True
-    is_number = get_value(problem.answer) is not None
-    return is_number and final is not None and _is_same(final, problem.answer)
+    if get_value(problem.answer) is None:
+        return False
+    return _judge_end(found, problem) if marked is None else _is_same(marked, problem.answer)
 
 
 def _credit(problem: "Problem", text: str) -> float:

@@ -8,7 +8,7 @@ import pytest
 from carryon.cache.errors import InputError
 from carryon.train.inference.scoring.numbers import find_numbers, get_value
 from carryon.train.inference.scoring.problems import Problem
-from carryon.train.inference.scoring.rules import find_final, parse_rule
+from carryon.train.inference.scoring.rules import find_marked, parse_rule
 
 
 def is_right(rule: str, text: str, right: str) -> bool:
@@ -92,12 +92,37 @@ def test_rules_judge(rule: str, text: str, right: str, verdict: bool) -> None:
         ("The answer is 3. No: the answer is **4**", "4"),
         ("<answer>5</answer> so", "5"),
         ("Answer: \\boxed{6}", "6"),
-        ("work\n\nseven\n", "seven"),
+        ("work\n\nseven\n", None),
         ("", None),
     ],
 )
-def test_the_final_answer_of_a_text(text: str, final: str | None) -> None:
-    assert find_final(text) == final
+def test_the_marked_answer_of_a_text(text: str, final: str | None) -> None:
+    assert find_marked(text) == final
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("16", True),
+        ("3 dogs have 12 legs and 2 birds have 4, so there are 16 legs.", True),
+        ("3 * 4 = 12, 2 * 2 = 4\n12 + 4 = 16", True),
+        ("The final answer is 16 legs, of 3 dogs and 2 birds.", True),
+        ("Answer: the dogs have 12 and the birds have 4, so 16", True),
+        ("The answer is 12 + 4 = 16.\nI hope that the 5 animals are well.", True),
+        ("**Answer:** \\boxed{16}", True),
+        ("There are 16 legs on 5 animals.", False),
+        ("The answer is 15. 16", False),
+        ("#### 106", False),
+        ("160", False),
+    ],
+)
+def test_a_task_takes_a_number_in_a_sentence(text: str, verdict: bool) -> None:
+    def verify(answer: str) -> float:  # as reasoning-gym does
+        return 1.0 if answer == "16" else 0.01
+
+    rule = parse_rule("task")
+    problem = Problem(id="1", question="?", answer="16", rule=rule, verify=verify)
+    assert problem.is_right(text) is verdict
 
 
 def test_a_function_of_the_user_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
