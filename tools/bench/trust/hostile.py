@@ -113,13 +113,18 @@ def _try_chunk(work: Path, given: Path, numbers: range) -> list[dict[str, Any]]:
         function = partial(try_documents, given, range(start, numbers.stop), skipped)
         limits = Limits(seconds=60 * len(numbers))
         ended = Call(["documents"], cwd=cwd, limits=limits, function=function).wait()
-        found = [json.loads(line) for line in (cwd / "outcomes.jsonl").read_text().splitlines()]
+        notes = cwd / "outcomes.jsonl"
+        found = (
+            [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+        )
         lines += [line for line in found if "faults" in line]
         shutil.rmtree(cwd)
         if ended.code == 0:
             break
-        if ended.code == _OWN_FAULT:
-            raise RuntimeError(f"documents {start} to {numbers.stop}: {ended.err}")
+        if ended.code == _OWN_FAULT or not found:
+            raise RuntimeError(
+                f"documents {start} to {numbers.stop} ended with {ended.code}: {ended.err}"
+            )
         last = found[-1]
         if "faults" not in last:  # it ended the process; otherwise that asked for a new one
             kind = "hang" if "most recent call first" in ended.err else "traceback"

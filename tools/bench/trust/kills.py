@@ -19,7 +19,9 @@ _TRIES = 20
 """Kills after a time that came too late are tried again, at most so often for each kill."""
 
 
-def measure_kills(job: Job, *, kills: int = 25) -> None:
+def measure_kills(
+    job: Job, *, kills: int = 25, commands: tuple[str, ...] = tuple(COMMANDS)
+) -> None:
     """Kill each command of the table, start it again, and compare with an undisturbed one.
 
     Half of the kills come before a change to the disk, spread over all changes; half after a
@@ -28,10 +30,11 @@ def measure_kills(job: Job, *, kills: int = 25) -> None:
     Args:
         job: input.
         kills: of each command.
+        commands: names in the table.
     """
     things = make_things(job.work)
     picks = random.Random(0)
-    for name in COMMANDS:
+    for name in commands:
         num_changes = len(things.ended[name].changes)
         survived, misses = 0, []
         for number in range(kills):
