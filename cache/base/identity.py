@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from carryon.cache.errors import SettingMismatchError
+from carryon.cache.errors import InputError, SettingMismatchError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+MAX_TOKEN_ID = 1 << 24
 _NOT_COMPUTED_WITH = {
     "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "is_decoder",
     "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
@@ -78,11 +79,28 @@ def digest_config(config: "PretrainedConfig") -> str:
     return _digest_json(_computed_with(config.to_dict()))
 
 
+def check_token_ids(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer with huge ids: its library ends the process when it writes their holes.
+
+    Raises:
+        InputError: a token id is beyond those of any base.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest > MAX_TOKEN_ID:
+        raise InputError(
+            f"tokenizer of the base: expected token ids up to {MAX_TOKEN_ID:,}, got {largest:,}"
+        )
+
+
 def digest_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return the SHA-256 (hex) of the rules by which text becomes token ids.
 
     Truncation and padding are left out: they are settings of a call.
+
+    Raises:
+        InputError: a token id is beyond those of any base.
     """
+    check_token_ids(tokenizer)
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         rules.pop("truncation", None)

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from carryon.cache.base.identity import check_token_ids
 from carryon.cache.errors import CarryOnError, InputError, MissingError
 from carryon.cache.optional import require
 
@@ -122,6 +123,7 @@ def read_tokenizer(source: BaseSource) -> Tokenizer:
     """Return the base's tokenizer; raises as `read_model` does."""
     with _loading(source, "tokenizer"):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
+    check_token_ids(tokenizer)
     return tokenizer
 
 

@@ -81,6 +81,16 @@ def test_tokenizer_digest_ignores_the_padding_of_a_call() -> None:
     assert digest_tokenizer(tokenizer) != before
 
 
+def test_a_tokenizer_with_huge_ids_is_refused(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["vocab"]["the"] = 4_294_967_290
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+
+    with pytest.raises(InputError, match=r"token ids up to 16,777,216, got 4,294,967,290"):
+        load_base(str(folder), forward=ForwardSettings())
+
+
 def test_float32_widens_the_checkpoints_own_values(tiny_base: Base, tiny_base_folder: Path) -> None:
     saved = load_file(tiny_base_folder / "model.safetensors")["model.embed_tokens.weight"]
     assert saved.dtype == torch.bfloat16

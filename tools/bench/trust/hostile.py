@@ -159,9 +159,10 @@ def try_documents(given: Path, numbers: range, skipped: int) -> None:
                 if number == numbers.start and place < skipped:
                     continue
                 make_canaries(folder)
+                line: dict[str, Any] = {"number": number, "place": place, "command": text}
+                _note(notes, line | {"document": "unknown", "change": "while it was signed"})
                 document, change = make_hostile(given, folder, number)
-                line: dict[str, Any] = {"number": number, "place": place}
-                line |= {"document": document, "change": change, "command": text}
+                line |= {"document": document, "change": change}
                 _note(notes, line)
                 line |= _try_command(text.split(), folder, out, changed)
                 _note(notes, line)
