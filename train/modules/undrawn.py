@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,7 +19,7 @@ _DRAWS = {
 
 
 class Undrawn(TorchFunctionMode):
-    """Leaves parameters as the memory was, where a module would fill them with random numbers.
+    """Fills parameters with zeros where a module would fill them with random numbers.
 
     Drawing takes longer than reading the weights from the disk. Other tensors are drawn: of those
     not all are loaded.
@@ -35,5 +36,6 @@ class Undrawn(TorchFunctionMode):
         if getattr(function, "__name__", "") in _DRAWS:
             filled = args[0] if args else named.get("tensor")
             if isinstance(filled, nn.Parameter):
-                return filled
+                with torch.no_grad():  # finite: some modules check how they start
+                    return filled.zero_()
         return function(*args, **named)
