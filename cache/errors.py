@@ -3,6 +3,7 @@
     CarryOnError
     |- InputError (ValueError)             a value or file given by the user is wrong
     |  |- KnownDataError                   data to append are in the store already
+    |  |- NothingRightError                no sampled answer is right, or none of them is new
     |  |- DamagedFileError                 a file of a run or carry-on is not as it was written
     |- MissingError (FileNotFoundError)    a path that should be there is not
     |- MissingExtraError (ImportError)     an optional package is not installed
@@ -28,6 +29,10 @@ class InputError(CarryOnError, ValueError):
 
 class KnownDataError(InputError):
     """Data to append to a store are in it already."""
+
+
+class NothingRightError(InputError):
+    """A corpus of sampled answers would be empty."""
 
 
 class DamagedFileError(InputError):

@@ -35,7 +35,7 @@ FLOORS = [
     {"train/cross_checks"},
     {"train/verify"},
     {"tools/cli"},
-    {"tools/demo"},
+    {"tools/demo", "tools/improve"},
     {"tools/compare"},
     {"tools/commands"},
     {"tools/bench"},

@@ -54,7 +54,9 @@ class Problem:
         return self.rule.is_right(text, self)
 
 
-def read_problems(source: str, *, num: int, seed: int, rule: str = AUTO) -> list[Problem]:
+def read_problems(
+    source: str, *, num: int, seed: int, rule: str = AUTO, is_training: bool = False
+) -> list[Problem]:
     """Return problems of a task or of data; the same arguments give the same problems.
 
     Data are read as a corpus is: prompts (`prompt`, `question` or messages) with right answers
@@ -67,6 +69,7 @@ def read_problems(source: str, *, num: int, seed: int, rule: str = AUTO) -> list
         num: number of problems; from data at most this many, drawn with the seed.
         seed: of the task's generator, or of the draw from data.
         rule: see `parse_rule`, or `auto`.
+        is_training: pose the records that are not held out.
 
     Raises:
         InputError: no such task, setting or rule; a record without a question or answer; or an
@@ -77,7 +80,7 @@ def read_problems(source: str, *, num: int, seed: int, rule: str = AUTO) -> list
     parsed = None if rule == AUTO else parse_rule(rule)
     task_rule = parsed or parse_rule("task")
     if is_data(source):
-        problems = _read_data(source, parsed or parse_rule("end"))
+        problems = _read_data(source, parsed or parse_rule("end"), is_training=is_training)
         problems = _draw(_with_unique_ids(problems), num=num, seed=seed)
         if parsed is None:
             chosen = _choose_rule([problem.answer for problem in problems])
@@ -171,8 +174,12 @@ def _parse_setting(part: str) -> tuple[str, Any]:
         return name, value
 
 
-def _read_data(source: str, rule: Rule) -> list[Problem]:
+def _read_data(source: str, rule: Rule, *, is_training: bool) -> list[Problem]:
     rows, held_out = _read_rows(source)
+    if is_training:
+        return [_to_problem(row, rule) for row in rows if row not in held_out] or [
+            _to_problem(row, rule) for row in rows
+        ]
     if 0 < len(held_out) < len(rows):
         logger.info(f"{source}: {len(held_out):,} of {len(rows):,} records are held out: these")
     return [_to_problem(row, rule) for row in held_out or rows]

@@ -55,7 +55,7 @@ def answer_problems(
     num_missing = sum(is_missing.values())
     if num_missing < len(jobs):
         logger.info(f"{arm.name}: {len(jobs) - num_missing:,} of {len(jobs):,} answers are there")
-    num_tokens, started = 0, time.monotonic()
+    num_tokens, num_right, num_done, started = 0, 0, 0, time.monotonic()
     with Progress(num_missing, name=f"answer {arm.name:.40}", unit="answers") as progress:
         for first in range(0, len(jobs), model.batch_rows):
             batch = [job for job in jobs[first : first + model.batch_rows] if is_missing[job]]
@@ -70,10 +70,12 @@ def answer_problems(
                 for (at, sample), answer in zip(batch, answers, strict=True)
             ]
             file.append(records)  # before any rule of the user may fail
+            num_done += len(records)
             for (at, _), record in zip(batch, records, strict=True):
-                posed[at][1].is_right(record.text)
+                num_right += posed[at][1].is_right(record.text)
             num_tokens += sum(answer.num_tokens for answer in answers)
-            progress.note = f"{num_tokens / (time.monotonic() - started):,.0f} tokens/s"
+            rate = num_tokens / (time.monotonic() - started)
+            progress.note = f"{num_right / num_done:.0%} right, {rate:,.0f} tokens/s"
             progress.update(len(batch))
 
 

@@ -1,0 +1,138 @@
+"""The commands of each round, as words after `carryon`. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.settings import ForwardSettings
+
+TEST_SEED = 1_000_001
+"""A million from the default seed of the training problems."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What all rounds have in common."""
+
+    root: Path
+    base: str
+    tasks: Sequence[str]
+    data: Sequence[str]
+    rule: str
+    num: int
+    samples: int
+    keep: int
+    instruction: str
+    instruct_unsolved: bool
+    temperature: float
+    max_new_tokens: int
+    keep_cut: bool
+    task_seed: int
+    test_num: int
+    test_seed: int
+    taps: Sequence[str]
+    extract_config: str
+    train_config: str
+    engine: str
+    batch_rows: int
+    forward: ForwardSettings = field(default_factory=ForwardSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: all that decides the results."""
+        return {**asdict(self), "root": ""}
+
+    @property
+    def store(self) -> Path:
+        """Folder of the store, to which every round appends."""
+        return self.root / "store"
+
+    def folder(self, number: int) -> Path:
+        """Return the folder of a round; 0 holds the answers of the base."""
+        return self.root / f"round-{number}"
+
+    def corpus(self, number: int) -> Path:
+        """Return the corpus of a round."""
+        return self.folder(number) / "corpus.jsonl"
+
+    def instructed(self, number: int) -> Path:
+        """Return the corpus of a round's instructed base on unsolved problems."""
+        return self.folder(number) / "instructed.jsonl"
+
+    def carryon(self, number: int) -> Path:
+        """Return the carry-on of a round."""
+        return self.folder(number) / "run" / "carryon"
+
+    def sample_argv(self, number: int, known: Sequence[Path]) -> list[str]:
+        """Return the command that samples: from the instructed base, then from the carry-on."""
+        if number == 1:
+            asked = ["--instruction", self.instruction] if self.instruction else []
+        else:
+            asked = ["--carryon", str(self.carryon(number - 1))]
+        return self._sample(number, self.corpus(number), [*asked, *_known(known)])
+
+    def instructed_argv(self, number: int, known: Sequence[Path]) -> list[str]:
+        """Return the command that samples from the instructed base what no other has solved."""
+        asked = ["--instruction", self.instruction, "--unsolved"]
+        return self._sample(number, self.instructed(number), [*asked, *_known(known)])
+
+    def extract_argv(self, number: int, corpora: Sequence[Path]) -> list[str]:
+        """Return the command that extracts a round's corpora, behind those of earlier rounds."""
+        argv = ["extract", "--base", self.base, "--data", *map(str, corpora)]
+        argv += ["--out", str(self.store), *["--append"] * (number > 1)]
+        argv += ["--taps", *self.taps] if self.taps else []
+        argv += ["--config", self.extract_config] if self.extract_config else []
+        return argv + self._forward()
+
+    def train_argv(self, number: int) -> list[str]:
+        """Return the command that trains on the whole store."""
+        argv = ["train", "--store", str(self.store), "--out", str(self.folder(number) / "run")]
+        argv += ["--config", self.train_config] if self.train_config else []
+        return argv + self._forward(("device",))
+
+    def score_argv(self, number: int) -> list[str]:
+        """Return the command that scores the test set: round 0 with the base."""
+        arms = ["carryon"]
+        if number == 0:
+            arms = ["base", *[f"instruct:{self.instruction}"] * bool(self.instruction)]
+        argv = ["score", "--base", self.base, *self._sources("--tasks", "--tasks")]
+        argv += ["--carryon", str(self.carryon(number))] if number else []
+        argv += ["--arms", *arms, "--num", str(self.test_num)]
+        argv += ["--task-seed", str(self.test_seed)]
+        argv += ["--max-new-tokens", str(self.max_new_tokens)]
+        argv += ["--out", str(self.folder(number) / "answers.jsonl")]
+        return argv + self._engine() + self._forward()
+
+    def _sample(self, number: int, out: Path, asked: Sequence[str]) -> list[str]:
+        # Problem i of a task is drawn from seed + i: rounds have different problems.
+        seed = self.task_seed + (number - 1) * self.num
+        argv = ["sample", "--base", self.base, *self._sources("--tasks", "--data")]
+        argv += ["--num", str(self.num), "--task-seed", str(seed), "--seed", str(number)]
+        argv += ["--samples", str(self.samples), "--keep", str(self.keep), *asked]
+        argv += ["--temperature", f"{self.temperature:g}", *["--keep-cut"] * self.keep_cut]
+        argv += ["--max-new-tokens", str(self.max_new_tokens), "--drop-long"]
+        argv += ["--test-num", str(self.test_num), "--test-seed", str(self.test_seed)]
+        return [*argv, "--out", str(out), *self._engine(), *self._forward()]
+
+    def _sources(self, tasks: str, data: str) -> list[str]:
+        argv = [tasks, *self.tasks] if self.tasks else []
+        argv += [data, *self.data] if self.data else []
+        return argv + (["--rule", self.rule] if self.rule != "auto" else [])
+
+    def _engine(self) -> list[str]:
+        engine = ["--engine", self.engine] if self.engine != "auto" else []
+        return [*engine, "--batch-rows", str(self.batch_rows)]
+
+    def _forward(self, only: Sequence[str] = ()) -> list[str]:
+        """Return the options of the base that are not the defaults."""
+        usual, argv = asdict(ForwardSettings()), list[str]()
+        for name, value in asdict(self.forward).items():
+            if value == usual[name] or (only and name not in only):
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            argv += [flag] if value is True else [flag, str(value)]
+        return argv
+
+
+def _known(paths: Sequence[Path]) -> list[str]:
+    return ["--known", *map(str, paths)] if paths else []

@@ -1,0 +1,214 @@
+"""`carryon sample`: verified answers of base or carry-on as a corpus."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from carryon.cache.errors import InputError, MissingError
+from carryon.cache.settings import ForwardSettings
+from carryon.tools.cli.output import print_result
+from carryon.train.config import GenerateSettings
+
+if TYPE_CHECKING:
+    from carryon.train.inference.scoring.problems import Problem
+
+logger = logging.getLogger(__name__)
+
+
+def sample(
+    *,
+    out: str,
+    base: str | None = None,
+    carryon: str = "",
+    tasks: list[str] = [],  # noqa: B006 -- shown in the help, never changed
+    data: list[str] = [],  # noqa: B006
+    rule: str = "auto",
+    num: int = 200,
+    samples: int = 8,
+    keep: int = 4,
+    instruction: str = "",
+    keep_instruction: bool = False,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    task_seed: int = 1,
+    test_num: int = 0,
+    test_seed: int = 1_000_001,
+    alpha: float | None = None,
+    keep_cut: bool = False,
+    known: list[str] = [],  # noqa: B006
+    unsolved: bool = False,
+    drop_long: bool = False,
+    held_out_ratio: float = 0.05,
+    engine: Literal["auto", "transformers", "vllm"] = "auto",
+    batch_rows: int = 16,
+    forward: ForwardSettings,
+) -> dict[str, Any]:
+    """Let base or carry-on answer problems, and keep the right answers as a corpus.
+
+    Each answer is judged by the rule; right ones are kept once each, as conversations for `carryon
+    extract --data`. Their field `sampled` tells task, problem, models and settings. All answers,
+    also wrong ones, are appended to a hidden file beside OUT (`.NAME.answers`) batch by batch:
+    after an interruption the same command resumes. The last line on stdout is a JSON line with
+    the counts.
+
+    Example:
+        carryon sample --base HuggingFaceTB/SmolLM2-135M-Instruct --tasks chain_sum
+        --instruction "Think step by step." --out corpus.jsonl
+
+    Args:
+        out: File of the corpus, as JSON lines.
+        base: The base: hub id, folder or .gguf file. Omitted: where it was at extraction of
+            --carryon.
+        carryon: Folder of the carry-on that answers, or its id on the hub. Empty: the base.
+        tasks: Tasks of reasoning-gym, each NAME or NAME:SETTING=VALUE,...
+        data: Files of questions with right answers; records marked held out are not posed.
+        rule: Which answers are right: last-number, boxed, after:MARKER, regex:PATTERN, exact, end,
+            task (its own verifier) or module:function. `auto`: task, or for data a rule that fits
+            the right answers.
+        num: Problems of each task; of data at most this number, drawn with --task-seed.
+        samples: Answers to each problem.
+        keep: Most right answers kept of a problem. 0: all.
+        instruction: Text behind each question, such as "Think step by step."; it is not stored.
+        keep_instruction: Store the instruction with the question.
+        temperature: Sampling temperature. 0: greedy, with --samples 1.
+        top_p: Nucleus sampling: sample from the most probable tokens up to this sum of
+            probabilities.
+        max_new_tokens: Maximum length of an answer, in tokens.
+        seed: Seed of sampling.
+        task_seed: Seed of the problems.
+        test_num: Problems of each task or data that carryon score will pose: questions equal to
+            one of them are left out. 0: none.
+        test_seed: Seed of those, --task-seed of carryon score.
+        alpha: Strength of the carry-on. Omitted: the alpha in its card.
+        keep_cut: Keep right answers that were cut at --max-new-tokens too.
+        known: Corpora of earlier samplings; answers in them are not kept again.
+        unsolved: Pose only the problems that --known has no answer to.
+        drop_long: Leave out, and count, problems that are too long for the base.
+        held_out_ratio: Fraction of problems whose records are marked held out.
+        engine: What generates. `auto`: vLLM where it is installed, for the base alone.
+        batch_rows: Answers that transformers generates at a time.
+        forward: How the base is run.
+    """
+    _check(locals())
+    from carryon.train.inference.sampling.sampler import Asking
+    from carryon.train.inference.sampling.sampler import sample as sample_answers
+
+    problems = read_sources(tasks, data, num=num, seed=task_seed, rule=rule)
+    if test_num:
+        problems = drop_tested(problems, num=test_num, seed=test_seed, rule=rule)
+    sampled = sample_answers(
+        problems,
+        base=base,
+        carryon=carryon,
+        alpha=alpha,
+        asking=Asking(
+            samples=samples,
+            instruction=instruction.strip(),
+            keep_instruction=keep_instruction,
+            keep=keep,
+            keep_cut=keep_cut,
+            known=known,
+            unsolved=unsolved,
+            drop_long=drop_long,
+            held_out_ratio=held_out_ratio,
+        ),
+        settings=GenerateSettings(
+            temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
+        ),
+        forward=forward,
+        engine=engine,
+        batch_rows=batch_rows,
+        origin={"task_seed": task_seed},
+        out=Path(out),
+    )
+    counts = sampled.counts
+    document = {"out": out, "answers": str(sampled.answers_path), **counts.to_dict()}
+    document |= {"dropped": sampled.dropped, "new_tokens": sampled.new_tokens}
+    document["seconds"] = round(sampled.seconds, 1)
+    return print_result(
+        document,
+        f"{out}: {counts.kept:,} records; of {counts.tried:,} answers {counts.right:,} right "
+        f"({counts.right / counts.tried:.0%}), {counts.cut:,} cut at the limit; left out: "
+        f"{counts.equal:,} equal ones, {counts.surplus:,} beyond --keep, {counts.right_cut:,} cut; "
+        f"{counts.unsolved:,} of {counts.problems:,} problems without a right answer",
+    )
+
+
+def read_sources(
+    tasks: list[str], data: list[str], *, num: int, seed: int, rule: str
+) -> "dict[str, list[Problem]]":
+    """Return the training problems of tasks and data.
+
+    Raises:
+        InputError: neither is given, or as `read_problems`.
+        MissingError: a file is not there.
+    """
+    from carryon.train.inference.scoring.problems import is_data, read_problems
+
+    if not tasks and not data:
+        raise InputError("--tasks: expected a task, or data, got neither. Fix: --tasks or --data")
+    for each in data:
+        if not is_data(each):
+            raise MissingError(f"--data: expected a file with problems, got none at {each}")
+    return {
+        source: read_problems(source, num=num, seed=seed, rule=rule, is_training=True)
+        for source in dict.fromkeys([*tasks, *data])
+    }
+
+
+def drop_tested(
+    problems: "dict[str, list[Problem]]", *, num: int, seed: int, rule: str
+) -> "dict[str, list[Problem]]":
+    """Return the problems whose question is not that of a test problem.
+
+    Raises:
+        InputError: none is left.
+    """
+    from carryon.train.inference.scoring.problems import read_problems
+
+    tested = {
+        _fold(problem.question)
+        for source in problems
+        for problem in read_problems(source, num=num, seed=seed, rule=rule)
+    }
+    left = {
+        source: [problem for problem in each if _fold(problem.question) not in tested]
+        for source, each in problems.items()
+    }
+    before, after = (sum(map(len, each.values())) for each in (problems, left))
+    if not after:
+        raise InputError(
+            f"--test-num: expected problems that are not in the test set, got {before:,} that all "
+            "are. Fix: mark some records as held out, or a smaller --test-num"
+        )
+    if after < before:
+        logger.info(f"{before - after:,} of {before:,} problems are in the test set: left out")
+    return {source: each for source, each in left.items() if each}
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _check(given: dict[str, Any]) -> None:
+    for name in ("num", "samples", "batch_rows"):
+        if given[name] < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, got {given[name]}")
+    if given["keep"] < 0:
+        raise InputError(f"--keep: expected 0 or more, got {given['keep']}")
+    if not 0 <= given["held_out_ratio"] < 1:
+        got = given["held_out_ratio"]
+        raise InputError(f"--held-out-ratio: expected 0 to below 1, got {got}")
+    if given["samples"] > 1 and not given["temperature"]:
+        raise InputError(
+            f"--samples: expected 1 for greedy answers, got {given['samples']}. "
+            "Fix: --temperature 0.8"
+        )
+    if given["unsolved"] and not given["known"]:
+        raise InputError("--unsolved: expected corpora in --known, got none. Fix: --known FILE")
+    if given["keep_instruction"] and not given["instruction"].strip():
+        raise InputError("--keep-instruction: expected an --instruction, got none")
+    if not given["base"] and not given["carryon"]:
+        raise InputError("--base: expected a base or a carry-on, got neither. Fix: --base")

@@ -1,0 +1,353 @@
+"""Sample answers, verify them by rules, and write the right ones as a corpus.
+
+All answers lie in a hidden file beside the corpus, appended batch by batch; the corpus is made of
+them at the end. So an interrupted sampling resumes, and more samples or another rule cost only the
+answers that are missing.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.errors import InputError, NothingRightError
+from carryon.cache.files.atomic import write_file
+from carryon.cache.files.documents import digest_of
+from carryon.cache.files.locked import held
+from carryon.cache.settings import ForwardSettings
+from carryon.train.config import GenerateSettings
+from carryon.train.inference.prompts import uses_template
+from carryon.train.inference.sampling.records import (
+    choose_held_out,
+    make_record,
+    read_known,
+    to_lines,
+)
+from carryon.train.inference.sampling.selection import Counts, Selection, select
+from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
+from carryon.train.inference.scoring.arms import Arm
+from carryon.train.inference.scoring.models import Answerer, Models
+from carryon.train.inference.scoring.problems import Problem
+from carryon.train.inference.scoring.run import answer_problems
+from carryon.train.inference.scoring.vllm_engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_SHOWN, _SHOWN_CHARS = 3, 80
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asking:
+    """How problems are posed, and which answers become records."""
+
+    samples: int = 8
+    """Answers to each problem."""
+    instruction: str = ""
+    """Text behind the question."""
+    keep_instruction: bool = False
+    """Store the question with the instruction."""
+    keep: int = 4
+    """Most records of a problem; 0: no limit."""
+    keep_cut: bool = False
+    """Keep right answers that were cut at the limit of new tokens."""
+    known: Sequence[str] = ()
+    """Corpora of earlier samplings, whose answers are not kept again."""
+    unsolved: bool = False
+    """Pose only the problems without an answer in `known`."""
+    drop_long: bool = False
+    """Leave out problems whose prompt is too long for the base."""
+    held_out_ratio: float = 0.05
+    """Fraction of problems whose records are marked held out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """A corpus that was written."""
+
+    path: Path
+    answers_path: Path
+    """File of all answers, right and wrong."""
+    counts: Counts
+    dropped: int
+    """Problems left out, as their prompt is too long."""
+    new_tokens: int
+    seconds: float
+    """Of generation, in this and earlier calls."""
+
+
+def sample(
+    problems: Mapping[str, Sequence[Problem]],
+    *,
+    base: str | None = None,
+    carryon: str = "",
+    alpha: float | None = None,
+    asking: Asking | None = None,
+    settings: GenerateSettings | None = None,
+    forward: ForwardSettings | None = None,
+    engine: Engine = "auto",
+    batch_rows: int = 16,
+    origin: Mapping[str, Any] | None = None,
+    out: Path,
+) -> Sampled:
+    """Sample answers to problems, and write the right ones to `out`; the same call resumes.
+
+    Args:
+        problems: of each task.
+        base: hub id, folder or .gguf file. None: where it was at extraction of the carry-on.
+        carryon: folder or hub id; empty: the base answers.
+        alpha: strength of the carry-on. None: its card's.
+        asking: None: the defaults.
+        settings: of generation. None: the defaults.
+        forward: of the base. None: the defaults.
+        engine: see `uses_vllm`.
+        batch_rows: answers that transformers generates at a time.
+        origin: facts for the provenance of each record, such as the seed of the problems.
+        out: the corpus, as JSON lines.
+
+    Raises:
+        NothingRightError: no answer is right, no new one is, or no problem is left to pose.
+        InputError: a prompt that is too long, or `out` is of another sampling or none.
+        MissingError: a model or corpus is not there.
+        SettingMismatchError: the carry-on was trained on another base.
+        StoreBusyError: another process samples into `out`.
+    """
+    asking = asking or Asking()
+    settings, forward = settings or GenerateSettings(), forward or ForwardSettings()
+    answers_path = out.with_name(f".{out.name}.answers")
+    _refuse_foreign(out, answers_path)
+    known = read_known(asking.known)
+    posed = _pose(problems, known, asking)
+    models = Models(
+        base=base,
+        carryon=carryon or None,
+        forward=forward,
+        settings=settings,
+        engine=engine,
+        batch_rows=batch_rows,
+    )
+    arm = Arm(
+        name="carryon" if carryon else "base",
+        model="carryon" if carryon else "base",
+        alpha=alpha if carryon else None,
+        instruction=asking.instruction,
+    )
+    model = models.open(arm)
+    kept_problems, dropped = _fit(posed, arm, model, asking, settings)
+    facts = _facts(models, asking, settings, carryon=carryon, alpha=alpha)
+    with held(out.with_name(f".{out.name}.lock"), of=out, kind="corpus"):
+        file = AnswerFile(answers_path, {**facts, "chat": settings.chat, "model": model.digest})
+        answer_problems(
+            arm,
+            model,
+            kept_problems,
+            examples={task: [] for task in kept_problems},
+            file=file,
+            settings=settings,
+            samples=asking.samples,
+        )
+        rows = {
+            task: _judged(task, each, arm, file, asking) for task, each in kept_problems.items()
+        }
+        selections = {
+            task: select(each, known=known, keep=asking.keep, keep_cut=asking.keep_cut)
+            for task, each in rows.items()
+        }
+        counts = add_counts([each.counts for each in selections.values()])
+        _refuse_nothing(rows, counts, kept_problems)
+        is_chat = uses_template(models.base.tokenizer, models.framing, settings.chat)
+        facts = {**(origin or {}), **facts}
+        records = _records(kept_problems, selections, arm, asking, facts, is_chat=is_chat)
+        write_file(out, to_lines(records))
+    answers = [answer for each in rows.values() for row in each for answer in row]
+    return Sampled(
+        path=out,
+        answers_path=answers_path,
+        counts=counts,
+        dropped=dropped,
+        new_tokens=sum(answer.tokens for answer in answers),
+        seconds=sum(answer.seconds for answer in answers),
+    )
+
+
+def add_counts(counts: Sequence[Counts]) -> Counts:
+    """Return the sums of counts."""
+    dicts = [each.to_dict() for each in counts]
+    return Counts(**{name: sum(each[name] for each in dicts) for name in Counts().to_dict()})
+
+
+def _refuse_foreign(out: Path, answers_path: Path) -> None:
+    if out.is_dir():
+        raise InputError(f"--out: expected a file for the corpus, got the folder {out}")
+    if out.exists() and not answers_path.exists():
+        raise InputError(
+            f"--out: expected a new file, or one that carryon sample has made, got {out}. "
+            "Fix: another --out"
+        )
+
+
+def _pose(
+    problems: Mapping[str, Sequence[Problem]], known: Mapping[str, Sequence[str]], asking: Asking
+) -> dict[str, Sequence[Problem]]:
+    """Return the problems to pose."""
+    if not asking.unsolved:
+        return dict(problems)
+    left = {
+        task: [problem for problem in each if problem.question not in known]
+        for task, each in problems.items()
+    }
+    total = sum(map(len, problems.values()))
+    num_left = sum(map(len, left.values()))
+    logger.info(f"{num_left:,} of {total:,} problems have no answer in --known: these")
+    if not num_left:
+        raise NothingRightError(
+            f"--unsolved: expected a problem without an answer in --known, got none of {total:,}. "
+            "Fix: leave out --unsolved, or raise --num"
+        )
+    return {task: each for task, each in left.items() if each}
+
+
+def _fit(
+    problems: Mapping[str, Sequence[Problem]],
+    arm: Arm,
+    model: Answerer,
+    asking: Asking,
+    settings: GenerateSettings,
+) -> tuple[dict[str, list[Problem]], int]:
+    """Return the problems whose prompt leaves room for an answer, and the number of others.
+
+    Raises:
+        InputError: some prompts are too long and may not be left out, or all are.
+    """
+    room = model.context_tokens - settings.max_new_tokens
+    kept, long = dict[str, list[Problem]](), list[tuple[Problem, int]]()
+    for task, each in problems.items():
+        rows = model.encode([arm.make_prompt(problem, ()) for problem in each])
+        sizes = [(problem, len(row)) for problem, row in zip(each, rows, strict=True)]
+        long += [(problem, size) for problem, size in sizes if size > room]
+        kept[task] = [problem for problem, size in sizes if size <= room]
+    if not long:
+        return kept, 0
+    total = sum(map(len, problems.values()))
+    line = (
+        f"prompt: expected at most {room} tokens, so that {settings.max_new_tokens} new ones fit "
+        f"in the base's {model.context_tokens}; {len(long):,} of {total:,} are longer, the first "
+        f"is {long[0][0].id} with {long[0][1]}"
+    )
+    if not asking.drop_long or len(long) == total:
+        fix = "a smaller --max-new-tokens" + ", or --drop-long" * (len(long) < total)
+        raise InputError(f"{line}. Fix: {fix}")
+    logger.warning(f"{line}: left out")
+    return {task: each for task, each in kept.items() if each}, len(long)
+
+
+def _facts(
+    models: Models,
+    asking: Asking,
+    settings: GenerateSettings,
+    *,
+    carryon: str,
+    alpha: float | None,
+) -> dict[str, Any]:
+    """Return what decides the answers, as the provenance of each record tells it."""
+    identity, card = models.base.identity, models.card
+    return {
+        "base": identity.id,
+        "base_sha256": identity.weights_sha256,
+        "carryon": carryon,
+        "carryon_sha256": digest_of(card.to_dict()) if card and carryon else "",
+        "alpha": alpha if alpha is not None or card is None else card.alpha,
+        "instruction": asking.instruction,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_new_tokens": settings.max_new_tokens,
+        "sample_seed": settings.seed,
+    }
+
+
+def _judged(
+    task: str, problems: Sequence[Problem], arm: Arm, file: AnswerFile, asking: Asking
+) -> list[list[Answer]]:
+    """Return for each problem its answers, judged by its rule; the file learns the verdicts."""
+    rows = [
+        [
+            replace(answer, is_right=problem.is_right(answer.text))
+            for number in range(asking.samples)
+            for answer in [file.answers[task, arm.name, problem.id, number]]
+        ]
+        for problem in problems
+    ]
+    file.replace(answer for row in rows for answer in row)
+    return rows
+
+
+def _refuse_nothing(
+    rows: Mapping[str, Sequence[Sequence[Answer]]],
+    counts: Counts,
+    problems: Mapping[str, Sequence[Problem]],
+) -> None:
+    """Refuse a corpus without records.
+
+    Raises:
+        NothingRightError: the text has the number of answers tried, and three of them.
+    """
+    if counts.kept:
+        return
+    if 0 < counts.right == counts.right_cut:
+        raise NothingRightError(
+            f"all {counts.right:,} right answers of {counts.tried:,} were cut at the limit of new "
+            "tokens. Fix: raise --max-new-tokens, or --keep-cut"
+        )
+    if counts.right:
+        raise NothingRightError(
+            f"all {counts.right:,} right answers of {counts.tried:,} are in --known, or their "
+            "problem has enough. Fix: raise --samples, --num or --keep"
+        )
+    rules = sorted({each.rule.name for row in problems.values() for each in row})
+    answers = [row[0] for each in rows.values() for row in each if row]
+    shown = "; ".join(
+        f"{' '.join(answer.text.split())!a:.{_SHOWN_CHARS}} (right: {answer.right!a:.40})"
+        for answer in answers[:_SHOWN]
+    )
+    raise NothingRightError(
+        f"none of {counts.tried:,} answers is right by the rule {', '.join(rules)}, "
+        f"{counts.cut:,} were cut at the limit; such as {shown}. Fix: another --instruction, "
+        "--rule or --max-new-tokens, or an easier task"
+    )
+
+
+def _records(
+    problems: Mapping[str, Sequence[Problem]],
+    selections: Mapping[str, Selection],
+    arm: Arm,
+    asking: Asking,
+    facts: Mapping[str, Any],
+    *,
+    is_chat: bool,
+) -> list[dict[str, Any]]:
+    """Return the records of the answers that are kept."""
+    pairs = [
+        (task, problem, answer)
+        for task, each in problems.items()
+        for problem, row in zip(each, selections[task].kept, strict=True)
+        for answer in row
+    ]
+    held_out = choose_held_out((problem for _, problem, _ in pairs), ratio=asking.held_out_ratio)
+    return [
+        make_record(
+            problem,
+            arm.make_prompt(problem, ())[-1]["content"]
+            if asking.keep_instruction
+            else problem.question,
+            answer.text,
+            is_chat=is_chat,
+            is_held_out=problem.id in held_out,
+            provenance={
+                "task": task,
+                "rule": problem.rule.name,
+                "sample": answer.sample,
+                **facts,
+            },
+        )
+        for task, problem, answer in pairs
+    ]

@@ -1,0 +1,94 @@
+"""Choose among sampled answers: right, whole, each once, and at most a number for each problem."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from carryon.train.inference.scoring.answer_file import Answer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Counts of answers and problems."""
+
+    problems: int = 0
+    tried: int = 0
+    """Answers."""
+    right: int = 0
+    cut: int = 0
+    """Answers that the limit of new tokens ended, right or wrong."""
+    right_cut: int = 0
+    """Right ones among them, which are left out."""
+    equal: int = 0
+    """Right answers left out since an equal one is kept."""
+    surplus: int = 0
+    """Right answers left out since their problem has enough."""
+    kept: int = 0
+    unsolved: int = 0
+    """Problems without any right answer."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """Answers to keep, by problem, and how many of which kind there were."""
+
+    kept: Sequence[Sequence[Answer]]
+    """For each problem."""
+    counts: Counts = field(default_factory=Counts)
+
+
+def select(
+    answers: Sequence[Sequence[Answer]],
+    *,
+    known: Mapping[str, Iterable[str]],
+    keep: int,
+    keep_cut: bool,
+) -> Selection:
+    """Return the answers to keep. Pure; earlier samples come before later ones.
+
+    Args:
+        answers: for each problem its answers.
+        known: question -> answers that earlier corpora hold: not kept again, and counted by `keep`.
+        keep: most answers for a problem, the known ones included. 0: no limit.
+        keep_cut: whether right answers that were cut at the limit of new tokens are kept.
+    """
+    kept, equal, surplus, right_cut = list[list[Answer]](), 0, 0, 0
+    for row in answers:
+        seen = {normalize(text) for each in row[:1] for text in known.get(each.question, ())}
+        room = keep - len(seen) if keep else len(row)
+        chosen = list[Answer]()
+        for answer in row:
+            if not answer.is_right:
+                continue
+            text = normalize(answer.text)
+            if answer.is_cut and not keep_cut:
+                right_cut += 1
+            elif text in seen:
+                equal += 1
+            elif len(chosen) >= room:
+                surplus += 1
+            else:
+                chosen.append(answer)
+                seen.add(text)
+        kept.append(chosen)
+    counts = Counts(
+        problems=len(answers),
+        tried=sum(map(len, answers)),
+        right=sum(answer.is_right for row in answers for answer in row),
+        cut=sum(answer.is_cut for row in answers for answer in row),
+        right_cut=right_cut,
+        equal=equal,
+        surplus=surplus,
+        kept=sum(map(len, kept)),
+        unsolved=sum(not any(answer.is_right for answer in row) for row in answers),
+    )
+    return Selection(kept=kept, counts=counts)
+
+
+def normalize(text: str) -> str:
+    """Return a text with single spaces, by which equal answers are found."""
+    return " ".join(text.split())
