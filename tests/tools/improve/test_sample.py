@@ -1,0 +1,195 @@
+"""`carryon sample` on a tiny base: corpora, resume, refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carryon.cache.store.reader import Store
+from carryon.tools.cli.main import main
+from carryon.train.inference.scoring.answer_file import AnswerFile
+
+
+def sample_argv(base: Path, out: str = "c.jsonl", *more: str) -> list[str]:
+    argv = ["sample", "--base", str(base), "--data", "problems.jsonl", "--out", out]
+    argv += ["--rule", "easy_rule:accept", "--samples", "4", "--max-new-tokens", "6"]
+    return [*argv, "--keep-cut", "--device", "cpu", "--compute-dtype", "float32", *more]
+
+
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> Any:  # noqa: ANN401
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_corpus_of_verified_answers_is_extracted(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--instruction", "think", "--keep", "3", "--task-seed", "5", "--seed", "7"]
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
+    facts = last_line(capsys)
+    records = read_lines(easy / "c.jsonl")
+    assert facts["tried"] == 64
+    assert facts["kept"] == len(records) > 16
+    assert facts["kept"] + facts["equal"] + facts["surplus"] == facts["right"] < 64
+    texts = [(each["messages"][0]["content"], each["messages"][1]["content"]) for each in records]
+    assert len(set(texts)) == len(texts)
+    assert not any("think" in question for question, _ in texts)
+    origin = records[0]["sampled"]
+    assert origin["task"] == "problems.jsonl"
+    assert origin["problem"].startswith("q")
+    assert (origin["task_seed"], origin["sample_seed"]) == (5, 7)
+    assert (origin["instruction"], origin["temperature"]) == ("think", 0.8)
+    assert (origin["carryon"], origin["carryon_sha256"]) == ("", "")
+    assert len(origin["base_sha256"]) == 64
+    per_problem = [each["sampled"]["problem"] for each in records]
+    assert max(map(per_problem.count, per_problem)) <= 3
+    extract = ["extract", "--base", str(tiny_base_folder), "--data", "c.jsonl", "--out", "store"]
+    assert main([*extract, "--device", "cpu"]) == 0
+    assert Store.open(easy / "store").num_samples == len(records)
+
+
+def test_the_instruction_is_stored_when_told(tiny_base_folder: Path, easy: Path) -> None:
+    more = ["--instruction", "think", "--keep-instruction", "--num", "2"]
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
+    records = read_lines(easy / "c.jsonl")
+    assert all(each["messages"][0]["content"].endswith("\n\nthink") for each in records)
+
+
+def test_an_interrupted_sampling_resumes_with_the_same_corpus(
+    tiny_base_folder: Path, easy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--batch-rows", "4"]
+    assert main(sample_argv(tiny_base_folder, "whole.jsonl", *more)) == 0
+    append, calls = AnswerFile.append, list[int]()
+
+    def stop(self: AnswerFile, answers: Any) -> None:  # noqa: ANN401
+        append(self, answers)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnswerFile, "append", stop)
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 130
+    assert len(read_lines(easy / ".c.jsonl.answers")) == 1 + 12
+    with (easy / ".c.jsonl.answers").open("ab") as file:
+        file.write(b'{"task": "cut off')
+    assert not (easy / "c.jsonl").exists()
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
+    assert len(calls) == 16
+    assert (easy / "c.jsonl").read_bytes() == (easy / "whole.jsonl").read_bytes()
+
+
+def test_more_samples_cost_only_those(tiny_base_folder: Path, easy: Path) -> None:
+    assert main(sample_argv(tiny_base_folder)) == 0
+    first = read_lines(easy / ".c.jsonl.answers")
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", "--samples", "5", "--keep", "0")) == 0
+    assert len(read_lines(easy / ".c.jsonl.answers")) == len(first) + 16
+    assert read_lines(easy / "c.jsonl")
+
+
+def test_another_setting_or_a_foreign_file_is_refused(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(sample_argv(tiny_base_folder)) == 0
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", "--temperature", "0.5")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "temperature: expected 0.5, got answers made with 0.8. Fix: another --out" in error
+    assert main(sample_argv(tiny_base_folder, "problems.jsonl")) == 2
+    assert "expected a new file" in capsys.readouterr().err
+    assert main(sample_argv(tiny_base_folder, str(easy))) == 2
+    assert "got the folder" in capsys.readouterr().err
+
+
+def test_an_empty_verified_set_shows_three_answers(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--rule", "easy_rule:refuse"]
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "none of 64 answers is right by the rule easy_rule:refuse" in error
+    assert error.count("(right: 'x')") == 3
+    assert not (easy / "c.jsonl").exists()
+
+
+def test_all_right_answers_cut_is_told(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--no-keep-cut", "--max-new-tokens", "1"]
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 2
+    assert "were cut at the limit of new tokens. Fix: raise" in capsys.readouterr().err
+
+
+def test_known_answers_are_left_out_and_solved_problems_too(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(sample_argv(tiny_base_folder, "a.jsonl", "--samples", "1")) == 0
+    num_solved = len(read_lines(easy / "a.jsonl"))
+    more = ["--known", "a.jsonl", "--unsolved"]
+    assert main(sample_argv(tiny_base_folder, "b.jsonl", *more)) == 0
+    assert last_line(capsys)["problems"] == 16 - num_solved
+    assert (
+        main(sample_argv(tiny_base_folder, "d.jsonl", "--samples", "1", "--known", "a.jsonl")) == 2
+    )
+    assert f"all {num_solved} right answers of 16 are in --known" in capsys.readouterr().err
+    more = ["--known", "a.jsonl", "b.jsonl", "--unsolved"]
+    assert main(sample_argv(tiny_base_folder, "e.jsonl", *more)) == 2
+    assert "expected a problem without an answer in --known" in capsys.readouterr().err
+
+
+def test_long_prompts_are_named_or_left_out(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (easy / "problems.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "long", "question": "z" * 3000, "answer": "x"}) + "\n")
+    more = ["--max-new-tokens", "20"]
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 17 are longer, the first is long with" in error
+    assert "--drop-long" in error
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more, "--drop-long")) == 0
+    assert last_line(capsys)["dropped"] == 1
+
+
+def test_test_problems_are_not_posed(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", "--test-num", "6")) == 0
+    assert last_line(capsys)["problems"] == 10
+    assert main(sample_argv(tiny_base_folder, "d.jsonl", "--test-num", "16")) == 2
+    assert "got 16 that all are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--samples", "0"], "--samples: expected 1 or more"),
+        (["--keep", "-1"], "--keep: expected 0 or more"),
+        (["--temperature", "0"], "--samples: expected 1 for greedy"),
+        (["--unsolved"], "--unsolved: expected corpora"),
+        (["--keep-instruction"], "expected an --instruction"),
+        (["--held-out-ratio", "1"], "--held-out-ratio: expected 0 to below 1"),
+        (["--known", "none.jsonl"], "expected a corpus of carryon sample, got none"),
+        (["--data", "none"], "--data: expected a file with problems"),
+        (["--rule", "nothing"], "rule: expected"),
+        (["--carryon", "none"], "none"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    more: list[str],
+    told: str,
+    tiny_base_folder: Path,
+    easy: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert not (easy / "c.jsonl").exists()
+
+
+def test_neither_tasks_nor_data(easy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--base", "none", "--out", str(easy / "c.jsonl")]) == 2
+    assert "expected a task, or data" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""Which sampled answers are kept, and the records that they become."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from carryon.cache.errors import InputError, MissingError
+from carryon.train.inference.sampling.records import (
+    choose_held_out,
+    make_record,
+    read_known,
+    to_lines,
+)
+from carryon.train.inference.sampling.selection import Counts, select
+from carryon.train.inference.scoring.answer_file import Answer
+from carryon.train.inference.scoring.problems import Problem
+from carryon.train.inference.scoring.rules import parse_rule
+
+
+def answer(text: str, *, is_right: bool = True, is_cut: bool = False, sample: int = 0) -> Answer:
+    return Answer(
+        task="t",
+        arm="base",
+        model="m",
+        id="p",
+        sample=sample,
+        question="What?",
+        right="4",
+        text=text,
+        is_right=is_right,
+        tokens=3,
+        is_cut=is_cut,
+        seconds=0.1,
+    )
+
+
+def problem(number: int = 0) -> Problem:
+    return Problem(id=f"p{number}", question="What?", answer="4", rule=parse_rule("end"))
+
+
+def test_right_answers_are_kept_once_each_up_to_the_limit() -> None:
+    row = [
+        answer("is 4"),
+        answer("is  4\n"),
+        answer("5", is_right=False),
+        answer("so 4", is_cut=True),
+        answer("it is 4"),
+        answer("4"),
+    ]
+    selection = select([row, []], known={}, keep=2, keep_cut=False)
+    assert [[each.text for each in kept] for kept in selection.kept] == [["is 4", "it is 4"], []]
+    assert selection.counts == Counts(
+        problems=2, tried=6, right=5, cut=1, right_cut=1, equal=1, surplus=1, kept=2, unsolved=1
+    )
+
+
+def test_known_answers_are_not_kept_again_and_count() -> None:
+    row = [answer("is 4"), answer("it is 4"), answer("4")]
+    selection = select([row], known={"What?": ["is  4"]}, keep=2, keep_cut=False)
+    assert [each.text for each in selection.kept[0]] == ["it is 4"]
+    assert (selection.counts.equal, selection.counts.surplus) == (1, 1)
+    free = select([row], known={}, keep=0, keep_cut=False)
+    assert free.counts.kept == 3
+
+
+def test_a_cut_answer_is_kept_only_when_told() -> None:
+    row = [answer("so 4", is_cut=True)]
+    assert select([row], known={}, keep=1, keep_cut=False).counts.kept == 0
+    assert select([row], known={}, keep=1, keep_cut=True).counts.kept == 1
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_record_is_read_back_as_known(tmp_path: Path, is_chat: bool) -> None:
+    record = make_record(
+        problem(), "What?", " is 4", is_chat=is_chat, is_held_out=True, provenance={"task": "t"}
+    )
+    assert record["split"] == "held-out"
+    assert record["id"].startswith("p0-")
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(to_lines([record, record]))
+    [texts] = [read_known([str(path)])["What?"]]
+    assert [text.strip() for text in texts] == ["is 4"] * 2
+
+
+def test_what_is_no_sampled_corpus_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"text": "a"}) + "\n")
+    with pytest.raises(InputError, match=r"c\.jsonl:1: expected a record of carryon sample"):
+        read_known([str(path)])
+    with pytest.raises(MissingError, match="got none at"):
+        read_known([str(tmp_path / "none")])
+
+
+def test_held_out_problems_are_the_same_in_every_corpus_and_never_all() -> None:
+    many = [problem(number) for number in range(400)]
+    chosen = choose_held_out(many, ratio=0.1)
+    assert 20 <= len(chosen) <= 60
+    assert choose_held_out(many[:200], ratio=0.1) == chosen & {each.id for each in many[:200]}
+    assert choose_held_out(many[:3], ratio=0.9999) == set()
