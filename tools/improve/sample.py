@@ -45,7 +45,7 @@ def sample(
     batch_rows: int = 16,
     forward: ForwardSettings,
 ) -> dict[str, Any]:
-    """Let base or carry-on answer problems, and keep the right answers as a corpus.
+    """Sample answers to problems, and keep the right ones as a corpus.
 
     Each answer is judged by the rule; right ones are kept once each, as conversations for `carryon
     extract --data`. Their field `sampled` tells task, problem, models and settings. All answers,

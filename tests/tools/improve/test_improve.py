@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from carryon.cache.errors import NothingRightError
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import main
@@ -118,17 +119,33 @@ def test_a_run_stopped_behind_any_command_resumes(
     assert stopped == whole
 
 
-def test_nothing_right_in_round_one_is_one_line(
+def test_nothing_right_at_all_is_one_line(
     tiny_base_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--rule", "easy_rule:rarely", "--max-new-tokens", "6"]
-    (work / "easy_rule2.py").write_text("def rarely(text, problem):\n    return 'score' in text\n")
-    argv = improve_argv(tiny_base_folder)
-    argv[argv.index("easy_rule:accept")] = "easy_rule2:rarely"
-    assert main(argv) == 2
-    assert more
+    assert main(improve_argv(tiny_base_folder, "out", "--rule", "easy_rule:refuse")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "all 8 answers were cut at the limit and none is right" in error
+    assert "answers were cut at the limit and none is right" in error
+
+
+def test_a_round_without_new_answers_is_the_last(
+    tiny_base_folder: Path,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    call = steps.call_command
+
+    def find_once(name: str, argv: Any) -> Any:  # noqa: ANN401
+        if name == "sample" and "--known" in argv:
+            raise NothingRightError("all 8 right answers of 9 are in --known")
+        return call(name, argv)
+
+    monkeypatch.setattr(steps, "call_command", find_once)
+    assert main(improve_argv(tiny_base_folder)) == 0
+    output = capsys.readouterr()
+    assert [each["name"] for each in last_line(output.out)["rounds"]][2:] == ["1"]
+    assert "warning: all 8 right answers of 9 are in --known" in output.err
+    assert "round 2 found no new right answer: stopped" in output.err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import main
+from carryon.tools.demo.base_model import fetch_base
 from carryon.train.inference.scoring.answer_file import AnswerFile
 
 
@@ -193,3 +194,18 @@ def test_wrong_input_is_one_line(
 def test_neither_tasks_nor_data(easy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "--base", "none", "--out", str(easy / "c.jsonl")]) == 2
     assert "expected a task, or data" in capsys.readouterr().err
+
+
+@pytest.mark.real
+def test_a_real_base_solves_some_sums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fetch_base(tmp_path / "base")
+    argv = ["sample", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "c.jsonl")]
+    argv += ["--tasks", "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"]
+    argv += ["--num", "4", "--samples", "4", "--max-new-tokens", "32", "--keep-cut"]
+    assert main([*argv, "--instruction", "Think step by step."]) == 0
+    facts = last_line(capsys)
+    assert facts["tried"] == 16
+    assert 1 <= facts["kept"] <= facts["right"] < 16
+    for record in read_lines(tmp_path / "c.jsonl"):
+        assert record["sampled"]["right"] in record["messages"][1]["content"]
+        assert "step by step" not in record["messages"][0]["content"]
