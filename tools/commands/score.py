@@ -37,7 +37,7 @@ def score(
     settings: GenerateSettings,
     forward: ForwardSettings,
 ) -> list[dict[str, Any]]:
-    """Count the right answers of base, carry-on and other models side by side.
+    """Count right answers of base, carry-on and other models side by side.
 
     Arms: base, carryon, carryon@ALPHA, carryon=FOLDER@ALPHA, merged=FOLDER, lora=FOLDER, each
     also with +instruct:TEXT (behind the question) or +few-shot:K. Fractions have 95 % intervals;
