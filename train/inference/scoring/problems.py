@@ -177,9 +177,9 @@ def _parse_setting(part: str) -> tuple[str, Any]:
 def _read_data(source: str, rule: Rule, *, is_training: bool) -> list[Problem]:
     rows, held_out = _read_rows(source)
     if is_training:
-        return [_to_problem(row, rule) for row in rows if row not in held_out] or [
-            _to_problem(row, rule) for row in rows
-        ]
+        is_held_out = {id(row) for row in held_out}
+        trained = [row for row in rows if id(row) not in is_held_out]
+        return [_to_problem(row, rule) for row in trained or rows]
     if 0 < len(held_out) < len(rows):
         logger.info(f"{source}: {len(held_out):,} of {len(rows):,} records are held out: these")
     return [_to_problem(row, rule) for row in held_out or rows]
