@@ -81,7 +81,8 @@ def check_runs_of_sweep(root: Path) -> Found:
                 text = f"{row['run']}: {name}: expected {report.get(name)!r:.80} as in its report"
                 yield root / "sweep.json", f"{text}, got {row.get(name)!r:.80}"
                 break
-    for name, digest in summary.get(FILES, {}).items():
+    files = summary.get(FILES)
+    for name, digest in files.items() if isinstance(files, dict) else ():
         if name == "curves.png":
             yield from _compare(root / name, digest, by="sweep.json")
 

@@ -10,9 +10,11 @@ import yaml
 from carryon.cache.errors import InputError
 from carryon.cache.files.atomic import write_file
 from carryon.cache.files.documents import read_bounded
-from carryon.train.config import MAX_YAML_BYTES, TrainSettings, with_current_names
+from carryon.train.config import TrainSettings, with_current_names
 
 _MARK = b"# sha256: "
+_MAX_BYTES = 1 << 15
+"""Ten times what is written; YAML is read slowly."""
 _OTHER_NAMES = {"store", "out", "alpha"}
 
 
@@ -29,7 +31,7 @@ def check_settings(path: Path) -> dict[str, Any]:
         InputError: they are not as they were written.
         ValueError, yaml.YAMLError: they are no YAML.
     """
-    content = read_bounded(path, max_bytes=MAX_YAML_BYTES)
+    content = read_bounded(path, max_bytes=_MAX_BYTES)
     values = yaml.safe_load(content)
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected settings by name, got something else")

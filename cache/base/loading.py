@@ -124,6 +124,11 @@ def read_tokenizer(source: BaseSource) -> Tokenizer:
     with _loading(source, "tokenizer"):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
     check_token_ids(tokenizer)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise InputError(
+            f"tokenizer of the base: model_max_length: expected a number, got "
+            f"{tokenizer.model_max_length!a:.80}"
+        )
     return tokenizer
 
 

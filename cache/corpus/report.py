@@ -80,9 +80,20 @@ class Report:
         """
         try:
             losses, notes = ([Loss(**each) for each in values[key]] for key in ("losses", "notes"))
+            for item in (*losses, *notes):
+                _check_counts(records=item.records, tokens=item.tokens)
+                if not isinstance(item.reason, str) or not isinstance(item.first, str):
+                    raise TypeError(f"reason and place of {item.reason!a:.80} as texts")
+            _check_counts(**{name: values[name] for name in ("records", "kept", "tokens")})
             return cls(**{**values, "losses": losses, "notes": notes})
         except (TypeError, KeyError) as error:
             raise InputError(f"report: expected the counts of a corpus, got {error}") from error
+
+
+def _check_counts(**counts: object) -> None:
+    for name, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise TypeError(f"{name}: {count!a:.80}")
 
 
 class Tally:

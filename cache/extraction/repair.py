@@ -14,7 +14,7 @@ from carryon.cache.base.recorded import load_recorded_base
 from carryon.cache.errors import DamagedStoreError, StoreError, UnsafePathError
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.resume import refuse_other_base
-from carryon.cache.files.atomic import sweep_partials, write_file
+from carryon.cache.files.atomic import remove_anything, sweep_partials, write_file
 from carryon.cache.files.regular import read_below
 from carryon.cache.format.head_arrays import encode_head
 from carryon.cache.format.manifest import (
@@ -102,7 +102,7 @@ def repair(
             refuse_other_base(manifest, loaded, name=str(root))
             restored += _restore_head(root, manifest, loaded, head_paths)
             for unit in units:
-                (root / receipt_path(unit)).unlink(missing_ok=True)
+                remove_anything(root / receipt_path(unit))
             run_units(
                 root,
                 manifest,

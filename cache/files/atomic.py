@@ -60,7 +60,7 @@ def whole_file(path: Path, *, is_synced: bool = True, root: Path | None = None) 
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     with disk_full_named(path):
         _make_folder(path.parent, is_synced=is_synced)
-        _remove(partial)  # of a killed process with this number; or a planted link
+        remove_anything(partial)  # of a killed process with this number; or a planted link
         try:
             yield partial
             if is_synced:
@@ -104,7 +104,7 @@ def one_writer(path: Path) -> Iterator[None]:
 def _fill(path: Path) -> Iterator[Path]:
     recover_folder(path)
     partial = path.with_name(f".{path.name}{PARTIAL}")
-    _remove(partial)
+    remove_anything(partial)
     with disk_full_named(path):
         partial.mkdir()
         try:
@@ -122,7 +122,7 @@ def _replace(path: Path, partial: Path) -> None:
     while True:
         if path.exists():
             if _aside(path).is_symlink():
-                _remove(_aside(path))
+                remove_anything(_aside(path))
             path.rename(_aside(path))
         try:
             partial.rename(path)
@@ -153,7 +153,7 @@ def recover_folders(parent: Path) -> None:
         recover_folder(parent / aside.name.removeprefix(".").removesuffix(REPLACED))
 
 
-def _remove(path: Path) -> None:
+def remove_anything(path: Path) -> None:
     """Remove a file, a link (not what it points to) or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -184,7 +184,7 @@ def sync_below(root: Path, paths: Iterable[Path]) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder: under its name it is whole, or not there; a kill leaves a `.partial` one."""
     leaving = path.with_name(f".{path.name}.removed{PARTIAL}")
-    _remove(leaving)
+    remove_anything(leaving)
     path.rename(leaving)
     shutil.rmtree(leaving)
 

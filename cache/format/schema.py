@@ -35,6 +35,7 @@ _MAX_SAMPLES = 1 << 32
 _MAX_PARTS = 1 << 16
 _MAX_WIDTH = 1 << 17
 _MAX_VOCABULARY = 1 << 24
+_MAX_LAYERS = 10_000
 _MAX_UNIT_TOKENS = 1 << 24
 _MAX_TAPS = 256
 _MAX_TEXT = 1 << 16
@@ -126,6 +127,8 @@ def check_manifest(values: Mapping[str, Any]) -> None:
 def _check_base(values: Mapping[str, Any]) -> None:
     base, forward = _mapping(values, "base"), _mapping(values, "forward")
     _text(base, "id")
+    if "num_layers" in base:
+        _whole(base, "num_layers", 1, _MAX_LAYERS)
     for name, value in base.items():
         if value is not None and not isinstance(value, int):
             _text(base, name)

@@ -287,3 +287,10 @@ def test_settings_of_another_version_are_named(made: Path, tmp_path: Path) -> No
     [problem] = verify_folder(folder).problems
     assert problem.path == "versions/0001/config.yaml"
     assert "out: expected a folder named versions/0001, got" in problem.text
+
+
+def test_settings_of_a_hundred_kilobytes_are_named_at_once(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "lineage", tmp_path / "copy"))
+    write_settings(folder / "versions/0001/config.yaml", {"taps": [None] * 20_000})
+    [problem] = verify_folder(folder).problems
+    assert problem.path == "versions/0001/config.yaml"

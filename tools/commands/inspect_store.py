@@ -75,7 +75,7 @@ def _show_sample(
             kinds = set(part.kinds)
     identity = store.manifest.base
     facts = read_facts(base or recorded_source(identity, where=store.root))
-    if digest_tokenizer(facts.tokenizer) != identity["tokenizer_sha256"]:
+    if digest_tokenizer(facts.tokenizer) != identity.get("tokenizer_sha256"):
         raise SettingMismatchError(
             f"{base or identity['id']}: expected the tokenizer that {store.root} was made with, "
             "got another. Fix: give its own base with --base"

@@ -179,7 +179,7 @@ def resolve_settings(settings: TrainSettings, base: Mapping[str, Any]) -> TrainS
     """Return settings with the taps that the kind of carry-on reads on `base`, once it is known."""
     if "num_layers" not in base:
         return settings
-    return replace(settings, carryon=resolve_taps(settings.carryon, base["num_layers"]))
+    return replace(settings, carryon=resolve_taps(settings.carryon, base.get("num_layers", 0)))
 
 
 def add_increment(lineage: Lineage, parts: Sequence[str], settings: TrainSettings) -> Lineage:

@@ -50,7 +50,7 @@ def get_base_states(store: StoreLike, *, device: torch.device) -> BaseStates:
         return BaseStates(tap="final")
     if "prenorm" in store.taps:
         return BaseStates(tap="prenorm", norm=store.head().norm)
-    num_layers = int(store.base["num_layers"])
+    num_layers = int(store.base.get("num_layers", 0))
     for number in range(1, 1 + store.num_blocks):
         tap = f"layer.{num_layers - number}"
         if tap in store.taps:

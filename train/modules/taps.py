@@ -55,7 +55,7 @@ def check_taps(store: StoreLike, taps: Sequence[str]) -> None:
     if missing:
         words = ["--taps", *store.taps, *missing]
         if "final" not in taps:  # a kind that merges, which needs the base's blocks too
-            num_layers = int(store.base["num_layers"])
+            num_layers = int(store.base.get("num_layers", 0))
             depth = min(tap_depth(tap, num_layers=num_layers) for tap in taps)
             words += ["--with-blocks", str(max(num_layers - depth, 1))]
         raise InputError(

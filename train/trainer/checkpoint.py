@@ -11,9 +11,10 @@ however old it gets.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def load_checkpoint(
     """
     state = _read_state(path)
     with _damage_named(path):
-        progress, saved = Progress(**state["progress"]), with_current_names(state["identity"])
+        progress, saved = _progress(state["progress"]), with_current_names(state["identity"])
         if path.name != _step_folder(path.parent, progress.step).name:
             raise DamagedFileError(f"{path}: expected the state of this step, got {progress.step}")
     refuse_other_settings(saved, identity, name=str(path))
@@ -292,6 +293,19 @@ def _read_state(path: Path) -> dict[str, Any]:
                 f"{path / name}: the content differs from its SHA-256 in {STATE}"
             )
     return state
+
+
+def _progress(values: Mapping[str, Any]) -> Progress:
+    """Build from plain values; raises TypeError where a number is something else."""
+    progress = Progress(**values)
+    for item in fields(Progress):
+        value = getattr(progress, item.name)
+        is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+        if item.name == "metrics_sha256":
+            is_number = isinstance(value, str)
+        if not is_number and not (item.name == "best_nll" and value is None):
+            raise TypeError(f"{item.name}: expected a number, got {value!a:.80}")
+    return progress
 
 
 @contextmanager

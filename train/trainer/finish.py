@@ -115,7 +115,8 @@ def read_finished(root: str | Path) -> TrainReport:
     """
     folder = RunFolder(root)
     report = TrainReport.read(folder.result)
-    expected = read_sealed(folder.result).get(FILES, {}).get(f"carryon/{WEIGHTS}")
+    files = read_sealed(folder.result).get(FILES)
+    expected = files.get(f"carryon/{WEIGHTS}") if isinstance(files, dict) else None
     try:
         check_carryon(folder.carryon)
         if expected not in (None, digest_tensors(folder.carryon / WEIGHTS)):

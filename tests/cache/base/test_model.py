@@ -91,6 +91,19 @@ def test_a_tokenizer_with_huge_ids_is_refused(tmp_path: Path, tiny_base_folder: 
         load_base(str(folder), forward=ForwardSettings())
 
 
+@pytest.mark.parametrize("value", ["layer.2", {}, [1]])
+def test_a_length_that_is_no_number_is_refused(
+    tmp_path: Path, tiny_base_folder: Path, value: object
+) -> None:
+    folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    document = json.loads((folder / "tokenizer_config.json").read_text())
+    document["model_max_length"] = value
+    (folder / "tokenizer_config.json").write_text(json.dumps(document))
+
+    with pytest.raises(InputError, match="model_max_length: expected a number|cannot be read"):
+        load_base(str(folder), forward=ForwardSettings())
+
+
 def test_float32_widens_the_checkpoints_own_values(tiny_base: Base, tiny_base_folder: Path) -> None:
     saved = load_file(tiny_base_folder / "model.safetensors")["model.embed_tokens.weight"]
     assert saved.dtype == torch.bfloat16

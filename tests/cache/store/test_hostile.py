@@ -16,7 +16,8 @@ from support.tiny_stores import (
     write_store,
 )
 
-from carryon.cache.errors import CarryOnError, DamagedStoreError, UnsafePathError
+from carryon.cache.corpus.report import Report
+from carryon.cache.errors import CarryOnError, DamagedStoreError, InputError, UnsafePathError
 from carryon.cache.extraction.repair import repair
 from carryon.cache.files.documents import json_bytes
 from carryon.cache.format.codec import encode_chunk, encode_shard
@@ -449,3 +450,16 @@ def test_an_id_that_is_no_text_is_named(root: Path) -> None:
     replace_planned(root, "samples/id/c/0/0", encode_chunk(rows))
     with pytest.raises(DamagedStoreError, match="the id of sample 0 is no text"):
         Store.open(root).sample_id(0)
+
+
+def test_a_folder_in_the_place_of_a_receipt_is_mended_without_a_traceback(root: Path) -> None:
+    (root / receipt_path(1)).unlink()
+    (root / receipt_path(1)).mkdir()
+    assert ends(lambda: repair(root, base="./no/such/base"))
+
+
+@pytest.mark.parametrize("losses", [[{"reason": "x", "records": [0], "tokens": 0, "first": ""}]])
+def test_counts_of_a_corpus_that_are_no_numbers_are_refused(losses: object) -> None:
+    values = {"records": 1, "kept": 1, "tokens": 1, "losses": losses, "notes": []}
+    with pytest.raises(InputError, match="expected the counts of a corpus"):
+        Report.from_dict(values)

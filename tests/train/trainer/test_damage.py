@@ -18,7 +18,7 @@ from support.tiny_runs import (
 from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import CarryOnError, InputError
-from carryon.cache.files.documents import write_json
+from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.train.trainer.checkpoint import OPTIMIZER, STATE, WEIGHTS
 from carryon.train.trainer.finish import TrainReport
 
@@ -84,6 +84,12 @@ def edit(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
     write_json(path, document)
 
 
+def resign(path: Path, **progress: object) -> None:
+    document = read_sealed(path)
+    document["progress"].update(progress)
+    write_json(path, sealed(document))
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a byte of a weight": lambda run: flip(step(run, 8) / WEIGHTS, -9),
     "a byte of the weights' header": lambda run: flip(step(run, 8) / WEIGHTS, 30),
@@ -99,6 +105,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "another step": lambda run: edit(run, lambda state: state["progress"].update(step=7)),
     "without its digest": lambda run: edit(run, lambda state: state.pop("sha256")),
     "nested too deeply": lambda run: (step(run, 8) / STATE).write_text("[" * 100_000),
+    "a text for a number, signed": lambda run: resign(step(run, 8) / STATE, line_targets="x"),
     "older weights": lambda run: shutil.copy(step(run, 6) / WEIGHTS, step(run, 8) / WEIGHTS),
     "an older step under a newer name": lambda run: shutil.copytree(
         step(run, 6), step(run, 8), dirs_exist_ok=True
@@ -276,3 +283,14 @@ def test_a_damaged_carryon_without_checkpoints_is_no_reason_to_train_for_days(
 
     with pytest.raises(InputError, match=r"SHA-256.*Fix: put a copy of the carry-on there, or del"):
         train_tiny(store, out, **BEST)
+
+
+def test_a_report_whose_digests_are_something_else_is_no_traceback(
+    store: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    write_json(run / "result.json", sealed(read_sealed(run / "result.json") | {"files": "x"}))
+
+    train_tiny(store, run, **BEST)
+
+    assert_same_bits(run, whole)
