@@ -4,12 +4,16 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from carryon.cache.errors import InputError, StoreBusyError
 from carryon.cache.files.full_disk import disk_full_named
+
+_LOOKS = 100
+"""One second in all."""
 
 
 @contextmanager
@@ -49,10 +53,19 @@ def take(handle: int, of: Path, *, kind: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
-        holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        holder = _read_holder(handle) or "unknown"
         raise StoreBusyError(
             f"{of}: process {holder} is writing to this {kind}. Fix: wait for it, or stop it"
         ) from error
+
+
+def _read_holder(handle: int) -> str:
+    """Return the number of the process that holds a lock, which it writes just after taking it."""
+    for _ in range(_LOOKS):
+        if holder := os.pread(handle, 32, 0).decode("ascii", "replace").strip():
+            return holder
+        time.sleep(0.01)
+    return ""
 
 
 def _locked(path: Path, of: Path, kind: str) -> int:

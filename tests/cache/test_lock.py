@@ -1,5 +1,8 @@
 """One writer a store."""
 
+import fcntl
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -65,3 +68,15 @@ def test_a_lock_within_a_lock_is_refused(tmp_path: Path) -> None:
         write_lock(tmp_path),
     ):
         pass
+
+
+def test_the_holder_is_named_though_it_writes_its_number_a_moment_later(tmp_path: Path) -> None:
+    (tmp_path / "units").mkdir()
+    handle = os.open(tmp_path / LOCK_PATH, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    timer = threading.Timer(0.1, lambda: os.pwrite(handle, b"4711", 0))
+    timer.start()
+    with pytest.raises(StoreBusyError, match="process 4711 is writing"), write_lock(tmp_path):
+        pass
+    timer.join()
+    os.close(handle)
