@@ -94,13 +94,14 @@ def pages_used(disk: Path) -> int:
 
 
 def _needed_pages(things: Things, name: str, work: Path) -> tuple[int, int]:
-    """Return the pages that a command leaves in use, and the bytes of its largest file."""
+    """Return the pages that a command leaves in use, and the bytes of its largest new file."""
     with small_disk(work / "disk") as disk:
         command = things.start(name, disk / "trial")
-        before = pages_used(disk)
+        before, there = pages_used(disk), set((disk / "trial").rglob("*"))
         ended = call(command.words, cwd=disk / "trial", own=_own(work))
         assert ended.code == 0, ended.err
         files = [path for path in (disk / "trial" / command.out).rglob("*") if path.is_file()]
+        files = [path for path in files if path not in there]
         return pages_used(disk) - before, max(path.stat().st_size for path in files)
 
 
