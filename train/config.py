@@ -6,10 +6,7 @@ one flat list of names. Importing this loads neither torch nor numpy.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, Self
-
-import yaml
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import Settings, apply_options, bounded, parse_options
@@ -27,8 +24,6 @@ FORMER_NAMES = {
     "held_out_share": "held_out_ratio",
 }
 """Names in carry-ons, runs and lineages saved before settings were renamed -> those of today."""
-MAX_YAML_BYTES = 1 << 20
-"""Of a file of settings."""
 OTHER_NAMES = FORMER_NAMES | {
     "lr": "learning_rate",
     "batch_size": "tokens_per_step",
@@ -324,33 +319,6 @@ def rate_warning(optimization: OptimizationSettings, carryon: CarryOnSettings) -
         f"{' with LoRA' if carryon.lora_rank else ''} ({default:g}), which begins as the base and "
         "may be worse than it after a few steps. Fix: leave out --learning-rate, or lower it"
     )
-
-
-PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
-"""Name -> file."""
-
-
-def read_yaml(path: Path) -> Any:  # noqa: ANN401
-    """Return what a YAML file of settings says.
-
-    Raises:
-        OSError: it cannot be read.
-        InputError: it is larger than MAX_YAML_BYTES, or no YAML of a few levels.
-    """
-    with path.open("rb") as file:
-        content = file.read(MAX_YAML_BYTES + 1)
-    if len(content) > MAX_YAML_BYTES:
-        raise InputError(f"{path}: expected at most {MAX_YAML_BYTES:,} bytes, got more")
-    try:
-        return yaml.safe_load(content.decode())
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: expected YAML: {' '.join(str(error).split()):.300}") from error
-
-
-def read_preset(name: str) -> dict[str, Any]:
-    """Return the settings of a preset by name."""
-    preset: dict[str, Any] = yaml.safe_load(PRESETS[name].read_text(encoding="ascii"))
-    return preset
 
 
 Changes = Mapping[str, Any]

@@ -84,11 +84,6 @@ def read_bounded(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
         return file.read(max_bytes)
 
 
-def digest_bounded(path: Path) -> str:
-    """Return the SHA-256 (hex) of a regular file; raises as `read_bounded` does."""
-    return hashlib.sha256(read_bounded(path)).hexdigest()
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; unlike that of `parse_json` it may hold NaN and Infinity.
 

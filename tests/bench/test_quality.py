@@ -14,10 +14,11 @@ from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
 from carryon.tools.bench.recode import recode_store
 from carryon.tools.compare.methods import same_size
-from carryon.train.config import PRESETS, CarryOnSettings, OptimizationSettings, TrainSettings
+from carryon.train.config import CarryOnSettings, OptimizationSettings, TrainSettings
 from carryon.train.data.datasets import open_data
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.carryon import num_parameters
+from carryon.train.settings_file import PRESETS
 
 
 @pytest.mark.parametrize("profile", list(STEPS))

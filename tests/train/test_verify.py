@@ -291,6 +291,6 @@ def test_settings_of_another_version_are_named(made: Path, tmp_path: Path) -> No
 
 def test_settings_of_a_hundred_kilobytes_are_named_at_once(made: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made / "lineage", tmp_path / "copy"))
-    write_settings(folder / "versions/0001/config.yaml", {"taps": [None] * 20_000})
+    write_settings(folder / "versions/0001/config.yaml", {"taps": [None] * 40_000})
     [problem] = verify_folder(folder).problems
     assert problem.path == "versions/0001/config.yaml"

@@ -13,15 +13,9 @@ from carryon.cache.store.reader import Store
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.recode import recode_store
 from carryon.tools.compare.methods import same_size
-from carryon.train.config import (
-    PRESETS,
-    CarryOnSettings,
-    Changes,
-    OptimizationSettings,
-    TrainSettings,
-    read_preset,
-)
+from carryon.train.config import CarryOnSettings, Changes, OptimizationSettings, TrainSettings
 from carryon.train.inference.evaluate import evaluate
+from carryon.train.settings_file import PRESETS, read_preset
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.sweep import sweep
 

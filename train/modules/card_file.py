@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import DamagedFileError, InputError
-from carryon.cache.files.documents import FILES, digest_bounded, read_sealed, sealed
+from carryon.cache.files.documents import FILES, read_sealed, sealed
+from carryon.cache.files.regular import digest_file
 from carryon.cache.files.tensor_files import digest_tensors
 
 WEIGHTS = "carryon.safetensors"
@@ -50,7 +51,7 @@ def check_digest(path: Path, expected: str | None) -> None:
     """
     try:
         place = _place(path)
-        got = digest_tensors(place) if path.name == WEIGHTS else digest_bounded(place)
+        got = digest_tensors(place) if path.name == WEIGHTS else digest_file(place)
     except DamagedFileError as error:
         raise InputError(f"{error}. Fix: download it again") from error
     if expected is not None and got != expected:

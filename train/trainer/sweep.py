@@ -11,9 +11,10 @@ from typing import Any
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.documents import FILES, sealed, write_json
 from carryon.cache.files.regular import digest_file, refuse_links
-from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes, read_yaml
+from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes
 from carryon.train.data.datasets import StorePaths, store_paths
 from carryon.train.plots import plot_runs
+from carryon.train.settings_file import read_yaml
 from carryon.train.trainer.distributed import join_processes
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics

@@ -14,7 +14,7 @@ from carryon.tools.cli.main import main
 from carryon.tools.cli.options import options_of
 from carryon.tools.cli.parser import parse_call
 from carryon.tools.commands.train import train
-from carryon.train.config import PRESETS, read_preset
+from carryon.train.settings_file import PRESETS, read_preset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
