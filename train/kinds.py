@@ -68,6 +68,8 @@ KINDS = {
     "custom": Kind(build="carryon.train.modules.carryon:refuse_custom"),
 }
 """Name -> entry. `custom` is the module that is passed to train(module=...)."""
+BUILT_IN = frozenset(KINDS)
+"""The kinds of this package; `register_kind` adds others to KINDS."""
 
 
 def register_kind(name: str, kind: Kind) -> None:

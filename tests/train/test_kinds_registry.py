@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from support.tiny_runs import train_tiny
 from support.tiny_train_stores import make_tiny_store
 from torch import Tensor, nn
@@ -38,6 +39,17 @@ class Linear(nn.Module):
         return customized_states(states["final"][positions_M], delta_MD, alpha=alpha)
 
 
+class Mixed(Linear):
+    """Mixes the states by a fixed matrix, which is drawn from a seed and not saved."""
+
+    def __init__(self, settings: CarryOnSettings, base_width: int) -> None:
+        super().__init__(settings, base_width)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            drawn = nn.Linear(base_width, base_width).weight.detach()
+        self.mix = drawn / drawn.norm()
+
+
 @pytest.fixture
 def linear() -> Iterator[None]:
     """A kind of one's own."""
@@ -56,6 +68,17 @@ def test_a_registered_kind_is_trained_saved_loaded_and_evaluated(tmp_path: Path)
     assert card.settings["kind"] == "linear"
     again = evaluate(store=str(store), carryon=str(out / "carryon"), device="cpu")
     assert again.carryon_nll == pytest.approx(report.carryon_nll, abs=1e-2)
+
+
+def test_what_a_kind_computes_from_what_it_draws_is_the_same_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS, "mixed", Kind(build=Mixed))
+    store, out = make_tiny_store(tmp_path / "store"), tmp_path / "run"
+    train_tiny(store, out, kind="mixed")
+    loaded, card = load_carryon(out / "carryon")
+    built = Mixed(loaded.settings, card.base_width)
+    assert torch.equal(loaded.mix, built.mix)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("linear")

@@ -6,6 +6,7 @@ before a module is built.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from carryon.cache.format.framing import Framing
 from carryon.cache.format.manifest import sha256_hex
 from carryon.cache.store.top_blocks import Blocks
 from carryon.train.config import CarryOnSettings, with_current_names
+from carryon.train.kinds import BUILT_IN
 from carryon.train.modules.card_checks import check_sizes, check_values, check_weights
 from carryon.train.modules.card_file import CARD, README, WEIGHTS, check_digest, read_signed, signed
 from carryon.train.modules.carryon import CarryOn, make_carryon
@@ -236,7 +238,8 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     root = Path(folder)
     check_carryon(root)
     try:
-        return load_file(root / WEIGHTS)
+        with torch.device("cpu"):  # the caller's default may be another
+            return load_file(root / WEIGHTS)
     except (SafetensorError, ValueError, KeyError) as error:  # or a dtype that torch lacks
         raise _not_a_carryon(root, error) from error
 
@@ -267,7 +270,9 @@ def load_carryon(
     try:
         settings = CarryOnSettings.from_dict(card.settings)
         check_sizes(settings, card.base_width, weights)
-        with Undrawn():
+        # A kind of the user's own may compute something from what it draws.
+        drawing = Undrawn() if settings.kind in BUILT_IN else nullcontext()
+        with torch.device("cpu"), drawing:
             carryon = make_carryon(settings, base_width=card.base_width, blocks=read_blocks)
         check_weights(weights, carryon.state_dict())
         carryon.load_state_dict(weights)  # widens in place: no second copy in memory

@@ -22,7 +22,7 @@ class Undrawn(TorchFunctionMode):
     """Fills parameters with zeros where a module would fill them with random numbers.
 
     Drawing takes longer than reading the weights from the disk. Other tensors are drawn: of those
-    not all are loaded.
+    not all are loaded. Only for modules that compute nothing from the parameters that they draw.
     """
 
     def __torch_function__(  # noqa: D105, PLW3201

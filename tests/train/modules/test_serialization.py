@@ -65,6 +65,15 @@ def test_what_is_saved_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
         assert torch.equal(weight, carryon.state_dict()[name].to(dtype).float()), name
 
 
+def test_the_weights_are_on_the_cpu_whatever_device_is_the_default(tmp_path: Path) -> None:
+    carryon = _carryon()
+    save_carryon(tmp_path / "carryon", carryon, _card(), dtype=torch.float32)
+    with torch.device("meta"):
+        loaded, _ = load_carryon(tmp_path / "carryon")
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, carryon.state_dict()[name]), name
+
+
 def test_the_folder_holds_safetensors_json_and_a_card_for_people(tmp_path: Path) -> None:
     save_carryon(tmp_path / "carryon", _carryon(), _card(), dtype=torch.bfloat16)
 
