@@ -118,22 +118,23 @@ def duplicate_line(
     name: str, folder: Content, _: Sequence[Content], picks: random.Random
 ) -> Changes | None:
     """Write a line of a .jsonl twice."""
-    lines = folder[name].splitlines(keepends=True)
-    if not name.endswith(".jsonl") or not lines:
-        return None
-    number = picks.randrange(len(lines))
-    return {name: b"".join([*lines[: number + 1], *lines[number:]])}
+    return _with_line(2, name, folder, picks)
 
 
 def drop_line(
     name: str, folder: Content, _: Sequence[Content], picks: random.Random
 ) -> Changes | None:
     """Drop a line of a .jsonl."""
+    return _with_line(0, name, folder, picks)
+
+
+def _with_line(times: int, name: str, folder: Content, picks: random.Random) -> Changes | None:
+    """Write one line of a .jsonl `times` times."""
     lines = folder[name].splitlines(keepends=True)
     if not name.endswith(".jsonl") or not lines:
         return None
     number = picks.randrange(len(lines))
-    return {name: b"".join([*lines[:number], *lines[number + 1 :]])}
+    return {name: b"".join([*lines[:number], *times * [lines[number]], *lines[number + 1 :]])}
 
 
 FAULTS: dict[str, Fault] = {

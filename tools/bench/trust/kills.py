@@ -16,7 +16,7 @@ from carryon.tools.bench.trust.table import (
 )
 
 _TRIES = 20
-"""Kills after a time that came too late are tried again, at most so often for each kill."""
+"""A kill behind the end of the command is tried again, at most so often."""
 
 
 def measure_kills(

@@ -78,6 +78,7 @@ COMMANDS: dict[str, Command] = {
         text=f"sweep --store store --out sweep {RUN_OPTIONS} --checkpoint-every 9 --vary seed=1,2",
         starts_from={"store": "store"},
         out="sweep",
+        verified="sweep",
     ),
     "update": Command(
         text=f"update --lineage lineage --store store#2 {RUN_OPTIONS}",
@@ -193,6 +194,12 @@ def what_is_wrong(things: Things, name: str, trial: Path, ended: Ended) -> dict[
         wrong["bits"] = [path for path in paths if bits.get(path) != expected.get(path)]
     if leftovers := leftovers_in(trial):
         wrong["leftovers"] = leftovers
+    if changed := [
+        target
+        for target, source in command.starts_from.items()
+        if target != command.out and _content(trial / target) != _content(things.folder / source)
+    ]:
+        wrong["changed inputs"] = changed
     if command.verified:
         checked = call(["verify", command.verified, "--full"], cwd=trial)
         if checked.code or json.loads(checked.out.splitlines()[-1]).get("unknown"):
@@ -205,6 +212,11 @@ def leftovers_in(trial: Path) -> list[str]:
     names = [path.relative_to(trial).as_posix() for path in trial.rglob(".*")]
     own = ("home/", "tmp/", "notes/")
     return [name for name in names if not name.startswith(own) and name != "store/units/.lock"]
+
+
+def _content(place: Path) -> dict[str, bytes]:
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    return {path.relative_to(place).as_posix(): path.read_bytes() for path in files}
 
 
 def _is_compared(name: str, path: Path) -> bool:
