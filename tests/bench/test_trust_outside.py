@@ -51,14 +51,16 @@ OTHERS = {
         "compare"
     ),
     "sample --base base --data first.jsonl --out corpus.jsonl --num 2 --samples 1 --device cpu "
-    "--max-new-tokens 4": "corpus.jsonl",
-    "improve --base base --data first.jsonl --out improved --rounds 1 --num 2 --device cpu": (
-        "improved"
-    ),
+    "--max-new-tokens 4 --rule operator:is_not --keep-cut": "corpus.jsonl",
+    "improve --base base --data first.jsonl --out improved --rounds 1 --num 2 --samples 1 "
+    "--device cpu --max-new-tokens 4 --rule operator:is_not --keep-cut": "improved",
     "plan-memory --base-width 64 --vocab-size 256": "",
 }
-"""Commands beside those of the table: words, and what they may write."""
-NEED_MORE = ("demo", "score", "compare", "update", "sample", "improve")
+"""Commands beside those of the table: words, and what they may write.
+
+`operator:is_not` is a rule that accepts every answer: the text is not the problem.
+"""
+NEED_MORE = ("demo", "score", "compare", "update", "improve")
 """Commands that a tiny base or corpus may end with a refusal."""
 ALL = {command.text: command.out for command in COMMANDS.values()} | OTHERS
 
