@@ -1,6 +1,7 @@
 """Damaged folders: `carryon verify` names the file, and no command gives other numbers."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,14 +15,11 @@ from carryon.tools.bench.trust.table import (
     COMMANDS,
     RUN_OPTIONS,
     STORE_OPTIONS,
-    TIMES,
     Things,
+    lasting,
     make_things,
     write_texts,
 )
-
-_OF_A_PLACE = {"out", "carryon", "train_s", *TIMES}
-"""Figures of a report that differ from folder to folder or run to run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,14 +218,14 @@ def _used(subject: Subject, place: Path, ended: Ended) -> dict[str, Any]:
     """
     if ended.code:
         raise RuntimeError(f"{subject.use} ended with code {ended.code}: {ended.err}")
-    used: dict[str, Any] = {"printed": _without_places(json.loads(ended.out.splitlines()[-1]))}
+    used: dict[str, Any] = {"printed": lasting(json.loads(ended.out.splitlines()[-1]))}
     for name in subject.made:
         for file in ("carryon.safetensors", "carryon.json"):
             path = place / name / "carryon" / file
             used[f"{name}/{file}"] = path.read_bytes() if path.exists() else None
         lines = (place / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         used[f"{name}/metrics"] = [
-            json.dumps(_without_places(json.loads(line)), sort_keys=True) for line in lines
+            json.dumps(lasting(json.loads(line)), sort_keys=True) for line in lines
         ]
     return used
 
@@ -245,20 +243,13 @@ def _difference(got: dict[str, Any], expected: dict[str, Any]) -> str:
     return f" other: {', '.join(names)}" if names else ""
 
 
-def _without_places(value: Any) -> Any:  # noqa: ANN401 -- JSON
-    if isinstance(value, list):
-        return [_without_places(each) for each in value]
-    if isinstance(value, dict):
-        kept = {key: each for key, each in value.items() if key not in _OF_A_PLACE}
-        return {key: _without_places(each) for key, each in kept.items()}
-    return value
-
-
 def _names(said: str, subject: Subject, damage: Damage) -> bool:
     """Tell whether a changed file or its folder is named; of a unit its number is enough."""
     for name in damage.changes:
         path = PurePosixPath(name)
-        if name in said or (path.parent.name and str(path.parent) in said):
+        if name in said or (
+            path.parent.name and re.search(rf"{re.escape(str(path.parent))}[:/]", said)
+        ):
             return True
         if name.startswith("units/") and f"unit {path.stem}" in said:
             return True

@@ -2,14 +2,13 @@
 
 import random
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from carryon.tools.bench.job import Job
 from carryon.tools.bench.trust.calls import Limits, call
 from carryon.tools.bench.trust.table import (
     COMMANDS,
-    Command,
     Things,
     make_things,
     what_is_wrong,
@@ -39,14 +38,18 @@ def measure_kills(
         survived, misses = 0, []
         for number in range(kills):
             trial = job.work / "trial"
-            command = things.start(name, trial)
-            if number % 2:
-                _kill_after_a_time(command, trial, things.ended[name].seconds, picks)
-            else:
-                _kill_at(command, trial, 1 + number * (num_changes - 1) // max(1, kills - 1))
-            if number % 3 == 2:
-                _kill_at(command, trial, picks.randint(1, num_changes))
-            wrong = _finish(things, name, trial)
+            limits = (
+                _after_times(things.ended[name].seconds, picks)
+                if number % 2
+                else _at_changes(1 + number * (num_changes - 1) // max(1, kills - 1))
+            )
+            if not kill(things, name, trial, limits):
+                misses.append({"kill": number, "wrong": "each kill lay behind the command's end"})
+                continue
+            words = COMMANDS[name].words
+            if number % 3 == 2:  # again, if the rest of the work takes so many changes
+                call(words, cwd=trial, limits=Limits(kill_at=picks.randint(1, num_changes)))
+            wrong = what_is_wrong(things, name, trial, call(words, cwd=trial))
             survived += not wrong
             misses += [{"kill": number, "wrong": wrong}] if wrong else []
             shutil.rmtree(trial)
@@ -60,29 +63,26 @@ def measure_kills(
         )
 
 
-def _kill_at(command: Command, trial: Path, change: int) -> None:
-    call(command.words, cwd=trial, limits=Limits(kill_at=change))
+def kill(things: Things, name: str, trial: Path, limits: Iterable[Limits]) -> bool:
+    """Make a trial whose command was killed by the first limits before its end; tell if one was.
 
-
-def _kill_after_a_time(
-    command: Command, trial: Path, longest_s: float, picks: random.Random
-) -> None:
-    """Kill it once; of a run that ended before, the folder is made again."""
-    copy = trial.with_name("untouched")
-    shutil.copytree(trial, copy, symlinks=True)
-    for _ in range(_TRIES):
-        ended = call(
-            command.words, cwd=trial, limits=Limits(kill_after_s=picks.uniform(0.02, longest_s))
-        )
-        if ended.was_killed:
-            break
-        longest_s = min(longest_s, ended.seconds)  # the first of all had to start the server
+    The first undisturbed command of all takes longer and changes more, as it fills caches.
+    """
+    for each in limits:
+        words = things.start(name, trial).words
+        if call(words, cwd=trial, limits=each).was_killed:
+            return True
         shutil.rmtree(trial)
-        shutil.copytree(copy, trial, symlinks=True)
-    shutil.rmtree(copy)
+    return False
 
 
-def _finish(things: Things, name: str, trial: Path) -> dict[str, Any]:
-    """Run the command to its end and return what is wrong then; nothing if all is as it was."""
-    ended = call(COMMANDS[name].words, cwd=trial)
-    return what_is_wrong(things, name, trial, ended)
+def _at_changes(change: int) -> Iterator[Limits]:
+    for _ in range(_TRIES):
+        yield Limits(kill_at=change)
+        change = max(1, change * 9 // 10)
+
+
+def _after_times(longest_s: float, picks: random.Random) -> Iterator[Limits]:
+    for _ in range(_TRIES):
+        yield Limits(kill_after_s=picks.uniform(0.02, longest_s))
+        longest_s = max(0.1, longest_s * 0.8)

@@ -21,6 +21,9 @@ _SHAPE = "--width 8 --blocks 1 --heads 2 --intermediate-size 8 --tokens-per-step
 RUN_OPTIONS = f"{_SHAPE} --epochs 2 --learning-rate 0.01 --device cpu"
 TIMES = {"tokens_per_second", "targets_per_second", "data_wait_ratio", "elapsed_s", "sha256"}
 """Entries of a line of metrics.jsonl that differ from run to run."""
+_REPORTS = ("result.json", "sweep.json", "lineage.json")
+_PASSING = TIMES | {"train_s", "out", "carryon", "files", "stores"}
+"""Entries of reports that differ from run to run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,15 +161,18 @@ def bits_of(root: Path) -> dict[str, str]:
     """Return the digests of what is to be the same to the bit, by path below `root`.
 
     Left out is what holds times or the place of the folder, and what is kept for a resume: of a
-    run counts the carry-on, and its metrics but for times; of a store all but the receipts, and
-    of its manifest the fingerprint, which leaves out where the base lay.
+    run counts the carry-on, and its metrics and report but for times; of a store all but the
+    receipts, and of its manifest the fingerprint, which leaves out where the base lay.
     """
     bits = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if not path.is_file():
             continue
-        if path.name == "metrics.jsonl":
+        if path.name in _REPORTS:
+            document = json.loads(path.read_bytes())
+            bits[name] = _digest(json.dumps(lasting(document), sort_keys=True).encode())
+        elif path.name == "metrics.jsonl":
             bits[name] = _digest(json.dumps(_without_times(path)).encode())
         elif name in ("zarr.json", "units/copy/zarr.json"):
             bits[name] = json.loads(path.read_bytes())["attributes"]["carryon"]["fingerprint"]
@@ -224,9 +230,16 @@ def _is_compared(name: str, path: Path) -> bool:
         return name.startswith("units/copy/")
     if path.parent.name == "carryon":
         return True
-    in_run = {"checkpoints", "config.yaml", "result.json", "sessions.jsonl", "curves.png"}
-    in_run |= {"sweep.json", "lineage.json", "run.json", "contamination.json", ".lock"}
+    in_run = {"checkpoints", "config.yaml", "sessions.jsonl", "curves.png"}
+    in_run |= {"run.json", "contamination.json", ".lock"}
     return in_run.isdisjoint(name.split("/"))
+
+
+def lasting(value: Any) -> Any:  # noqa: ANN401 -- plain JSON values
+    """Return a document without times, places, and digests of files that hold them."""
+    if isinstance(value, dict):
+        return {key: lasting(each) for key, each in value.items() if key not in _PASSING}
+    return [lasting(each) for each in value] if isinstance(value, list) else value
 
 
 def _without_times(path: Path) -> list[dict[str, object]]:
