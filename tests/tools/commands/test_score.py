@@ -1,7 +1,8 @@
 """`carryon score` on tiny bases, and on a real one."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from support.tiny_carryons import make_tiny_carryon
 from support.tiny_stores import extract_tiny
 
 from carryon.cache.base.model import Base
-from carryon.tools.cli.main import main
+from carryon.cache.errors import StoreBusyError
+from carryon.tools.cli.main import call_command, main
 from carryon.tools.demo.base_model import fetch_base
 from carryon.train.inference.modeling import CarryOnForCausalLM
+from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
 from carryon.train.modules.serialization import save_carryon
 
 QUESTIONS = ["the an", "in the thing", "on", "another thing there"]
@@ -139,16 +142,51 @@ def test_a_rule_that_fails_keeps_the_answers(
     assert "4 of 4 answers are there" in err
 
 
-def test_another_rule_judges_the_same_answers(
+def test_a_second_writer_is_refused_by_its_number(
+    data: str, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, append, refused = tmp_path / "answers.jsonl", AnswerFile.append, list[str]()
+    argv = ["--base", str(tiny_base_folder), "--tasks", data, "--rule", "exact", *SHORT]
+    argv += ["--batch-rows", "2", "--out", str(out)]
+
+    def write_twice(self: AnswerFile, answers: Iterable[Answer]) -> None:
+        append(self, answers)
+        with pytest.raises(StoreBusyError) as caught:
+            call_command("score", argv)
+        refused.append(str(caught.value))
+
+    monkeypatch.setattr(AnswerFile, "append", write_twice)
+    document, _ = run(argv, capsys)
+    line = f"{out}: process {os.getpid()} is writing to this file of answers. Fix: "
+    assert [text.startswith(line) for text in refused] == [True, True]
+    assert document["arms"][0]["right"] == 3
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".lock")] == []
+
+
+def test_a_killed_writer_leaves_no_lock(
     data: str, tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / ".answers.jsonl.lock").write_text("4711")  # the system dropped it with the process
+    argv = ["--base", str(tiny_base_folder), "--tasks", data, "--rule", "exact", *SHORT]
+    document, _ = run([*argv, "--out", str(tmp_path / "answers.jsonl")], capsys)
+    assert document["arms"][0]["problems"] == 4
+
+
+def test_another_rule_judges_the_same_answers(
+    data: str, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     out = tmp_path / "answers.jsonl"
     argv = ["--base", str(tiny_base_folder), "--tasks", data, "--out", str(out), *SHORT]
     document, _ = run([*argv, "--rule", "exact"], capsys)
     assert document["arms"][0]["right"] == 3
-    document, err = run([*argv, "--rule", r"regex:(?s).*"], capsys)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lenient_rule_of_test.py").write_text("def f(text, problem):\n    return True\n")
+    document, err = run([*argv, "--rule", "lenient_rule_of_test:f"], capsys)
     assert "4 of 4 answers are there" in err
-    assert [json.loads(line)["is_right"] for line in out.read_text().splitlines()[1:]].count(True)
+    assert document["arms"][0]["right"] == 4
+    assert all(json.loads(line)["is_right"] for line in out.read_text().splitlines()[1:])
     assert main(["score", *argv, "--rule", "exact", "--seed", "5"]) == 2
     assert "seed: expected 5, got answers made with 0" in capsys.readouterr().err
 
@@ -238,8 +276,14 @@ def test_a_real_base_answers_a_task(tmp_path: Path, capsys: pytest.CaptureFixtur
     task = "leg_counting:min_animals=2,max_animals=2"
     argv = ["--base", str(real_base), "--tasks", task, "--num", "4", "--max-new-tokens", "24"]
     arms = ["--arms", "base", "few-shot:3"]
-    document, _ = run([*argv, *arms, "--out", str(tmp_path / "answers.jsonl")], capsys)
+    out = tmp_path / "answers.jsonl"
+    document, _ = run([*argv, *arms, "--out", str(out)], capsys)
     base, few = document["arms"]
-    assert 0 <= base["right"] <= 4
+    for arm in document["arms"]:
+        lines = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+        answers = [each for each in lines if each["arm"] == arm["arm"]]
+        assert arm["right"] == sum(each["is_right"] for each in answers)
+        assert arm["tokens"] == sum(each["tokens"] for each in answers)
+        assert len({each["question"] for each in answers}) == arm["problems"] == 4
     assert few["tokens"] < base["tokens"]  # bare answers are shown, so bare answers follow
     assert few["found"] == 1.0

@@ -1,13 +1,15 @@
 """`carryon sample` on a tiny base: corpora, resume, refusals."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from carryon.cache.errors import StoreBusyError
 from carryon.cache.store.reader import Store
-from carryon.tools.cli.main import main
+from carryon.tools.cli.main import call_command, main
 from carryon.tools.demo.base_model import fetch_base
 from carryon.train.inference.scoring.answer_file import AnswerFile
 
@@ -82,6 +84,25 @@ def test_an_interrupted_sampling_resumes_with_the_same_corpus(
     assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
     assert len(calls) == 16
     assert (easy / "c.jsonl").read_bytes() == (easy / "whole.jsonl").read_bytes()
+
+
+def test_a_second_writer_is_refused_by_its_number(
+    tiny_base_folder: Path, easy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, refused = AnswerFile.append, list[str]()
+
+    def write_twice(self: AnswerFile, answers: Any) -> None:  # noqa: ANN401
+        append(self, answers)
+        with pytest.raises(StoreBusyError) as caught:
+            call_command("sample", sample_argv(tiny_base_folder)[1:])
+        refused.append(str(caught.value))
+
+    monkeypatch.setattr(AnswerFile, "append", write_twice)
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", "--batch-rows", "32")) == 0
+    line = f"c.jsonl: process {os.getpid()} is writing to this corpus. Fix: wait for it, or stop it"
+    assert refused == [line, line]
+    assert len(read_lines(easy / ".c.jsonl.answers")) == 1 + 64
+    assert not list(easy.glob(".*.lock"))
 
 
 def test_more_samples_cost_only_those(tiny_base_folder: Path, easy: Path) -> None:

@@ -7,7 +7,7 @@ answers that are missing.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from carryon.train.inference.sampling.records import (
 from carryon.train.inference.sampling.selection import Counts, Selection, select
 from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
 from carryon.train.inference.scoring.arms import Arm
+from carryon.train.inference.scoring.counts import judge
 from carryon.train.inference.scoring.models import Answerer, Models
 from carryon.train.inference.scoring.problems import Problem
 from carryon.train.inference.scoring.run import answer_problems
@@ -146,9 +147,8 @@ def sample(
             settings=settings,
             samples=asking.samples,
         )
-        rows = {
-            task: _judged(task, each, arm, file, asking) for task, each in kept_problems.items()
-        }
+        judged = judge(kept_problems, [arm], file=file, samples=asking.samples)
+        rows = {task: each[arm.name] for task, each in judged.items()}
         selections = {
             task: select(each, known=known, keep=asking.keep, keep_cut=asking.keep_cut)
             for task, each in rows.items()
@@ -263,22 +263,6 @@ def _facts(
         "max_new_tokens": settings.max_new_tokens,
         "sample_seed": settings.seed,
     }
-
-
-def _judged(
-    task: str, problems: Sequence[Problem], arm: Arm, file: AnswerFile, asking: Asking
-) -> list[list[Answer]]:
-    """Return for each problem its answers, judged by its rule; the file learns the verdicts."""
-    rows = [
-        [
-            replace(answer, is_right=problem.is_right(answer.text))
-            for number in range(asking.samples)
-            for answer in [file.answers[task, arm.name, problem.id, number]]
-        ]
-        for problem in problems
-    ]
-    file.replace(answer for row in rows for answer in row)
-    return rows
 
 
 def _refuse_nothing(

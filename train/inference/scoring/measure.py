@@ -13,6 +13,7 @@ from typing import Any
 from carryon.cache.corpus.reading.cache_folder import cache_folder
 from carryon.cache.errors import InputError
 from carryon.cache.files.documents import digest_of
+from carryon.cache.files.locked import held
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
 from carryon.train.config import GenerateSettings
@@ -96,6 +97,7 @@ def measure(
             answers.
         MissingError: a model or store is not there.
         SettingMismatchError: the carry-on or store belongs to another base.
+        StoreBusyError: another process writes to `out`.
     """
     settings, forward = settings or GenerateSettings(), forward or ForwardSettings()
     parsed = parse_arms(arms, has_carryon=bool(carryon))
@@ -124,15 +126,16 @@ def measure(
     }
     places = [base or models.base.source, carryon, *(arm.place for arm in parsed)]
     path = out or _default_path([deciding, list(arms), list(kept), *map(_fingerprint, places)])
-    file = AnswerFile(path, deciding)
-    _check_prompts(parsed, models, kept, shown, settings)
-    for arm in parsed:
-        answer_problems(
-            arm, models.open(arm), kept, examples=shown, file=file, settings=settings,
-            samples=samples,
-        )  # fmt: skip
-        free_memory()
-    judged = judge(kept, parsed, file=file, samples=samples)
+    with held(path.with_name(f".{path.name}.lock"), of=path, kind="file of answers"):
+        file = AnswerFile(path, deciding)
+        _check_prompts(parsed, models, kept, shown, settings)
+        for arm in parsed:
+            answer_problems(
+                arm, models.open(arm), kept, examples=shown, file=file, settings=settings,
+                samples=samples,
+            )  # fmt: skip
+            free_memory()
+        judged = judge(kept, parsed, file=file, samples=samples)
     results, unmeasured = dict[str, TaskResult](), list[InputError]()
     for task, posed in kept.items():
         try:
