@@ -69,11 +69,11 @@ def read_problems(
         num: number of problems; from data at most this many, drawn with the seed.
         seed: of the task's generator, or of the draw from data.
         rule: see `parse_rule`, or `auto`.
-        is_training: pose the records that are not held out.
+        is_training: pose the records that are not marked held out.
 
     Raises:
-        InputError: no such task, setting or rule; a record without a question or answer; or an
-            answer that the rule cannot compare.
+        InputError: no such task, setting or rule; a record without a question or answer; an
+            answer that the rule cannot compare; or for training, only records held out.
         MissingError: the file is not there.
         MissingExtraError: reasoning-gym is not installed.
     """
@@ -108,9 +108,8 @@ def read_examples(source: str, *, num: int, seed: int, posed: Sequence[Problem])
     """
     rule = parse_rule("end")
     if is_data(source):
-        rows, held_out = _read_rows(source)
-        others = [row for row in rows if row not in held_out] if held_out else rows
-        problems = [_to_problem(row, rule) for row in others]
+        trained, _ = _read_rows(source)
+        problems = [_to_problem(row, rule) for row in trained]
         random.Random(seed).shuffle(problems)  # noqa: S311 -- no secret
     else:
         start = seed + _EXAMPLE_SEEDS
@@ -175,27 +174,31 @@ def _parse_setting(part: str) -> tuple[str, Any]:
 
 
 def _read_data(source: str, rule: Rule, *, is_training: bool) -> list[Problem]:
-    rows, held_out = _read_rows(source)
+    trained, held_out = _read_rows(source)
     if is_training:
-        is_held_out = {id(row) for row in held_out}
-        trained = [row for row in rows if id(row) not in is_held_out]
-        return [_to_problem(row, rule) for row in trained or rows]
-    if 0 < len(held_out) < len(rows):
-        logger.info(f"{source}: {len(held_out):,} of {len(rows):,} records are held out: these")
-    return [_to_problem(row, rule) for row in held_out or rows]
+        if not trained:
+            raise InputError(
+                f"{source}: expected records to train on, got {len(held_out):,} that are all held "
+                "out. Fix: other data, or without their split"
+            )
+        return [_to_problem(row, rule) for row in trained]
+    if trained and held_out:
+        total = len(trained) + len(held_out)
+        logger.info(f"{source}: {len(held_out):,} of {total:,} records are held out: these")
+    return [_to_problem(row, rule) for row in held_out or trained]
 
 
 def _read_rows(source: str) -> tuple[list[Row], list[Row]]:
-    """Return all rows of data, and those that are marked held out."""
-    rows: list[Row] = []
+    """Return the rows of data that are for training, and those that are marked held out."""
+    trained, held_out = list[Row](), list[Row]()
     for shard in plan_shards(open_sources([source], DataSettings(), folder=cache_folder())):
         for row in read_shard(shard):
             if isinstance(row, BadRow):
                 raise InputError(f"{row.where}: {row.problem}")
-            rows.append(row)
-    if not rows:
+            (held_out if marks_held_out(row) else trained).append(row)
+    if not trained and not held_out:
         raise MissingError(f"{source}: expected problems, got none")
-    return rows, [row for row in rows if marks_held_out(row)]
+    return trained, held_out
 
 
 def _to_problem(row: Row, rule: Rule) -> Problem:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from carryon.cache.errors import CarryOnError, InputError
-from carryon.train.inference.scoring.problems import Problem, read_problems
+from carryon.train.inference.scoring.problems import Problem, read_examples, read_problems
 
 LEGS = "leg_counting:min_animals=2,max_animals=4"
 
@@ -101,6 +101,43 @@ def test_only_held_out_records_are_posed_and_a_draw_repeats(tmp_path: Path) -> N
     assert drawn == key(read(path, num=5, seed=1))
     assert drawn != key(read(path, num=5, seed=2))
     assert len(drawn) == 5
+
+
+def test_training_poses_the_records_that_are_not_held_out_equal_ones_too(tmp_path: Path) -> None:
+    records = [
+        {"id": f"r{at}", "question": "same?", "answer": "1", "split": split}
+        for at, split in enumerate(["train", "test", "train", "validation"])
+    ]
+    path = write(tmp_path / "data.jsonl", *records)
+    trained = read_problems(path, num=9, seed=0, is_training=True)
+    assert [problem.id for problem in trained] == ["r0", "r2"]
+    assert [problem.id for problem in read(path)] == ["r1", "r3"]
+    bare = write(tmp_path / "bare.jsonl", *({**record, "split": "train"} for record in records))
+    both = read_problems(bare, num=9, seed=0, is_training=True), read(bare)
+    assert [len(problems) for problems in both] == [4, 4]
+
+
+def test_data_that_are_all_held_out_are_not_trained_on(tmp_path: Path) -> None:
+    records = [{"question": f"{i}?", "answer": f"{i}", "split": "test"} for i in range(3)]
+    path = write(tmp_path / "data.jsonl", *records)
+    assert len(read(path)) == 3
+    with pytest.raises(InputError, match="expected records to train on, got 3 that are all held"):
+        read_problems(path, num=9, seed=0, is_training=True)
+
+
+def test_examples_are_records_for_training(tmp_path: Path) -> None:
+    records = [
+        {"question": f"{i}?", "answer": f"{i}", "split": "train" if i < 3 else "test"}
+        for i in range(20)
+    ]
+    path = write(tmp_path / "data.jsonl", *records)
+    shown = read_examples(path, num=3, seed=0, posed=read(path))
+    assert sorted(problem.answer for problem in shown) == ["0", "1", "2"]
+    with pytest.raises(InputError, match="expected 4 solved problems"):
+        read_examples(path, num=4, seed=0, posed=read(path))
+    bare = write(tmp_path / "bare.jsonl", *records[:3])
+    with pytest.raises(InputError, match="besides those that are posed, got 1"):
+        read_examples(bare, num=2, seed=0, posed=read(bare)[:2])
 
 
 @pytest.mark.parametrize(
