@@ -9,9 +9,10 @@ from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from carryon.cache.corpus.chat.template_limits import compile_limited, limited_time
+from carryon.cache.corpus.chat.template_limits import MAX_SECONDS, compile_limited
 from carryon.cache.corpus.records import Chat
 from carryon.cache.errors import InputError
+from carryon.cache.time_limit import limited_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,7 +131,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            with limited_time():
+            with limited_time(MAX_SECONDS):
                 template: Any = compile_limited(source)
                 if spans is None:
                     return str(template.render(**variables))
@@ -150,7 +151,7 @@ class ChatTemplate:
         for message, answer in ((probe, False), (_with_parts(probe), True)):
             chat = Chat(messages=[probe], is_trained=[False])
             variables = self._variables_of(chat) | {"messages": [message], "tools": None}
-            with suppress(Exception), limited_time():  # a template may raise anything
+            with suppress(Exception), limited_time(MAX_SECONDS):  # a template may raise anything
                 template = compile_limited(source)
                 if _PROBE in template.render(**variables, add_generation_prompt=False):
                     return answer

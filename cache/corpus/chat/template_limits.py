@@ -1,16 +1,11 @@
 """Limits on chat templates, which are programs and may come from anyone.
 
 The sandbox of Jinja keeps a template from files and code, not from loops without an end nor from
-texts of gigabytes. Time is that of the processor in the main thread, where a timer can be had.
+texts of gigabytes.
 """
 
 import operator
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from types import FrameType
 from typing import Any
 
 MAX_SECONDS = 1.0
@@ -21,7 +16,7 @@ _MAX_BITS = 10_000
 
 
 class TemplateLimitError(ValueError):
-    """A template takes more time or memory than any that is meant."""
+    """A template takes more memory than any that is meant."""
 
 
 @cache
@@ -34,30 +29,6 @@ def compile_limited(source: str) -> Any:  # noqa: ANN401 -- a template of Jinja
     environment.intercepted_binops = frozenset(["*", "**"])  # not computed while compiling either
     environment.binop_table = {**environment.binop_table, "*": _multiply, "**": _power}
     return environment.from_string(source)
-
-
-@contextmanager
-def limited_time() -> Iterator[None]:
-    """Stop the block after MAX_SECONDS.
-
-    Raises:
-        TemplateLimitError: it took longer.
-    """
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGVTALRM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TemplateLimitError(f"it takes more than {MAX_SECONDS} s")
-
-    signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
 
 
 def _multiply(left: Any, right: Any) -> Any:  # noqa: ANN401 -- values of a template

@@ -15,6 +15,7 @@ Numbers are compared as numbers: 1,000, 1000.0 and $1000 are the same.
 """
 
 import importlib
+import logging
 import re
 import sys
 import traceback
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import InputError
+from carryon.cache.time_limit import TimeLimitError, limited_time
 from carryon.train.inference.scoring.numbers import (
     ends_with,
     find_numbers,
@@ -37,6 +39,13 @@ if TYPE_CHECKING:
 
 NAMES = "last-number, boxed, after:MARKER, regex:PATTERN, exact, end, task or module:function"
 FULL_CREDIT = 1.0
+MAX_SECONDS = 10.0
+"""Of processor time for a pattern or a verifier on an answer; it takes milliseconds."""
+MAX_FUNCTION_SECONDS = 60.0
+"""Of processor time for a function of the user, which may import packages or run tests."""
+logger = logging.getLogger(__name__)
+_BETWEEN = re.compile("importlib|contextlib|time_limit")
+"""In the paths of files that are not the user's."""
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _MARKER = re.compile(
     r"(?:\banswer[*_]*\s*(?:is\b|[:=])|\bfinal answer(?:\s+is)?\b|####\s*(?=[-$\d]))[\s:=*_]*",
@@ -57,6 +66,8 @@ class Rule:
     """Returns whether what counts is right."""
     lacks: "Callable[[Problem], str]" = lambda _: ""
     """Returns what the rule needs and the problem does not have; empty if it has all."""
+    module: str | None = None
+    """Of a function of the user."""
 
     def is_right(self, text: str, problem: "Problem") -> bool:
         """Return whether an answer to a problem is right.
@@ -152,7 +163,13 @@ def _pattern(name: str, pattern: str) -> Callable[[str], str | None]:
 
     def find(text: str) -> str | None:
         group = 1 if compiled.groups else 0
-        parts = [match[group] for match in compiled.finditer(text) if match[group]]
+        try:
+            with limited_time(MAX_SECONDS):
+                parts = [match[group] for match in compiled.finditer(text) if match[group]]
+        except TimeLimitError as error:
+            raise InputError(
+                f"rule {name!r}: {error} on the answer {text!a:.60}. Fix: a simpler pattern"
+            ) from error
         return parts[-1] if parts else None
 
     return find
@@ -183,7 +200,11 @@ def _judge_task(found: str, problem: "Problem") -> bool:
 def _credit(problem: "Problem", text: str) -> float:
     assert problem.verify is not None
     try:
-        return float(problem.verify(text))
+        with limited_time(MAX_SECONDS):
+            return float(problem.verify(text))
+    except TimeLimitError as error:
+        logger.warning(f"{problem.id}: verifier: {error} on the answer {text!a:.60}: wrong")
+        return 0.0
     except Exception:  # noqa: BLE001 -- a verifier that cannot read an answer does not accept it
         return 0.0
 
@@ -242,7 +263,8 @@ def _calling(name: str) -> Rule:
 
     def judge(text: str, problem: "Problem") -> bool:
         try:
-            verdict = function(text, problem)
+            with limited_time(MAX_FUNCTION_SECONDS):
+                verdict = function(text, problem)
         except Exception as error:
             raise InputError(f"rule {name!r}: {_told(error)}") from error
         if not isinstance(verdict, bool | int | float):
@@ -250,12 +272,12 @@ def _calling(name: str) -> Rule:
             raise InputError(f"rule {name!r}: expected true or false, or 0 to 1, got {got}")
         return verdict >= FULL_CREDIT
 
-    return Rule(name=name, find=_some, judge=judge)
+    return Rule(name=name, find=_some, judge=judge, module=module_name)
 
 
 def _told(error: Exception) -> str:
     """Return an error of the user's code with its place, on one line."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
-    own = [frame for frame in frames if "importlib" not in frame.filename]
+    own = [frame for frame in frames if not _BETWEEN.search(frame.filename)]
     place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from carryon.cache.errors import InputError
+from carryon.train.inference.scoring import rules
 from carryon.train.inference.scoring.numbers import find_numbers, get_value
 from carryon.train.inference.scoring.problems import Problem
 from carryon.train.inference.scoring.rules import find_marked, parse_rule
@@ -159,3 +160,31 @@ def test_a_wrong_rule_is_one_line(text: str) -> None:
     with pytest.raises(InputError, match="^rule") as caught:
         parse_rule(text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_without_an_end_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "MAX_SECONDS", 0.1)
+    with pytest.raises(InputError, match="it takes more than 0.1 s on the answer 'aaa") as caught:
+        is_right(r"regex:(a+)+$", "a" * 60 + "b", "42")
+    assert "Fix: a simpler pattern" in str(caught.value)
+
+
+def test_a_verifier_without_an_end_accepts_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rules, "MAX_SECONDS", 0.1)
+    rule = parse_rule("task")
+    problem = Problem(id="p7", question="?", answer="x", rule=rule, verify=lambda text: eval(text))  # noqa: S307
+    assert not problem.is_right("9**9**9")
+    assert "p7: verifier: it takes more than 0.1 s on the answer '9**9**9': wrong" in caplog.text
+
+
+def test_a_function_without_an_end_is_named_with_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rules, "MAX_FUNCTION_SECONDS", 0.1)
+    text = "def f(text, problem):\n    while True:\n        pass\n"
+    (tmp_path / "my_rules_c.py").write_text(text)
+    with pytest.raises(InputError, match=r"it takes more than 0.1 s \(my_rules_c.py:[23]\)"):
+        is_right("my_rules_c:f", "many", "42")
