@@ -67,7 +67,8 @@ def _show_sample(
     from carryon.cache.base.identity import digest_tokenizer
     from carryon.cache.base.recorded import recorded_source
     from carryon.cache.corpus.samples import Sample
-    from carryon.tools.commands.shown_samples import make_page, print_samples, show_sample
+    from carryon.tools.commands.pages.samples import make_sample_page
+    from carryon.tools.commands.shown_samples import print_samples, show_sample
 
     index, kinds = _index_of(store, name), set()
     for part in store.manifest.parts:
@@ -96,7 +97,7 @@ def _show_sample(
         end_tokens=facts.end_tokens,
     )
     if html:
-        write_file(Path(html), make_page([shown], title=f"Sample of {store.root}").encode())
+        write_file(Path(html), make_sample_page([shown], title=f"Sample of {store.root}").encode())
     if is_json:
         print(json_format.dumps(shown.to_dict()))
     else:

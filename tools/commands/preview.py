@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings, DataSettings, StoreSettings
 from carryon.tools.cli.output import print_result, visible
-from carryon.tools.commands.shown_samples import make_page, print_samples, show_sample
+from carryon.tools.commands.pages.samples import make_sample_page
+from carryon.tools.commands.shown_samples import print_samples, show_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +85,7 @@ def preview(
     for line in warnings(report):
         logger.warning(line)
     if html:
-        page = make_page(shown, title=f"First samples of {' '.join(data)}", table=table)
+        page = make_sample_page(shown, title=f"First samples of {' '.join(data)}", table=table)
         write_file(Path(html), page.encode())
     kinds = Counter(record.kind for record in records)
     return print_result(

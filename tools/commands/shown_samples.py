@@ -1,9 +1,8 @@
-"""Samples for people: on a terminal, in a log, or as a page of HTML.
+"""Samples for people, on a terminal or in a log; `pages` has them as HTML.
 
-Text of data is hostile: control characters are shown by their codes, and HTML is escaped.
+Text of data is hostile: control characters are shown by their codes.
 """
 
-import html
 import os
 import sys
 from collections.abc import Sequence
@@ -141,67 +140,3 @@ def print_samples(samples: Sequence[ShownSample]) -> None:
     for sample in samples:
         text = format_sample(sample, is_coloured=is_coloured)
         print(f"\n{text.encode(encoding, 'backslashreplace').decode(encoding)}")
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --grey: #5f6368; --green: #0b5d1e; --tint: #d9f2df; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --grey: #a5aab0; --green: #a9e8b7; --tint: #173d22; }}
-}}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto;
-  padding: 0 1rem; }}
-h2 {{ font-size: 1rem; margin: 2rem 0 0.5rem; overflow-wrap: anywhere; }}
-pre {{ font: 13px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  margin: 0; padding: 0.75rem; border: 1px solid var(--grey); border-radius: 4px; }}
-.sample {{ color: var(--grey); }}
-.target {{ color: var(--green); background: var(--tint); }}
-.special {{ border: 1px solid; border-radius: 3px; padding: 0 2px; }}
-.stop::after {{ content: " stop"; font-style: italic; }}
-</style>
-<h1>{title}</h1>
-<p class="sample">Grey: prompt. <span class="target">Green: target, which the model learns to
-write.</span> <span class="special">Boxed</span>: special token.
-<span class="special target stop">Marked</span>: where it learns to stop.</p>
-{body}
-{table}
-</html>
-"""
-
-
-def make_page(samples: Sequence[ShownSample], *, title: str, table: str = "") -> str:
-    """Return an HTML page that needs nothing else and runs nothing.
-
-    Args:
-        samples: in full.
-        title: of the page.
-        table: text below the samples.
-    """
-    body = "\n".join(
-        f"<h2>{escaped(sample.title)}</h2>\n"
-        f'<pre class="sample" dir="auto">{"".join(map(_tagged, sample.pieces))}</pre>'
-        for sample in samples
-    )
-    return _PAGE.format(
-        title=escaped(title),
-        body=body,
-        table=f"<h2>Records</h2>\n<pre>{escaped(table)}</pre>" * bool(table),
-    )
-
-
-def _tagged(piece: Piece) -> str:
-    kinds = {"target": piece.is_target, "special": piece.is_special, "stop": piece.is_stop}
-    classes = " ".join(name for name, is_so in kinds.items() if is_so)
-    text = escaped(piece.text)
-    return f'<span class="{classes}">{text}</span>' if classes else text
-
-
-def escaped(text: str) -> str:
-    """Return a text for HTML, with its control characters as codes."""
-    return html.escape(visible(text))

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from carryon.cache.corpus.pieces import Piece
+from carryon.tools.commands.pages.samples import make_sample_page
 from carryon.tools.commands.shown_samples import (
     ShownSample,
     format_sample,
     has_colours,
-    make_page,
     visible,
 )
 
@@ -69,7 +69,7 @@ def test_in_colours_the_prompt_is_grey_and_targets_are_green() -> None:
 def test_characters_that_do_not_show_are_shown_by_their_codes(text: str, shown_as: str) -> None:
     assert visible(text) == shown_as
     sample = shown([piece(text), piece(text, "is_special")], name=text)
-    for form in (format_sample(sample, is_coloured=False), make_page([sample], title=text)):
+    for form in (format_sample(sample, is_coloured=False), make_sample_page([sample], title=text)):
         assert not set(form) & set("\x1b\r\u202e\u200b\u2028")
 
 
@@ -103,7 +103,7 @@ class Reader(HTMLParser):
 
 def test_the_page_marks_the_same_parts() -> None:
     reader = Reader()
-    reader.feed(make_page([shown()], title="T", table="a table"))
+    reader.feed(make_sample_page([shown()], title="T", table="a table"))
     for part in [("special", "<s>"), ("target", "tell"), ("target special stop", "</s>")]:
         assert part in reader.spans
     assert "a table" in [text for _, text in reader.spans]
@@ -112,7 +112,7 @@ def test_the_page_marks_the_same_parts() -> None:
 def test_hostile_text_is_no_part_of_the_page() -> None:
     hostile = '<script>alert(1)</script><img src=x onerror="a">&lt;"\'{{}}{body}'
     sample = shown([piece(hostile), piece(hostile, "is_special", "is_target")], name=hostile)
-    page = make_page([sample], title=hostile, table=hostile)
+    page = make_sample_page([sample], title=hostile, table=hostile)
     reader = Reader()
     reader.feed(page)
     assert not reader.tags & {"script", "img"}
