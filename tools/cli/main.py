@@ -59,6 +59,11 @@ def call_command(name: str, argv: Sequence[str]) -> Any:  # noqa: ANN401 -- each
     return CARRYON.call(name, argv)
 
 
+def check_command(name: str, argv: Sequence[str]) -> None:
+    """Check the options of `carryon NAME ARGV...` without running it."""
+    CARRYON.check(name, argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `carryon` with `argv` (default: the command line) and return its exit code."""
     return CARRYON.main(argv)

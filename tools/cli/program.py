@@ -72,6 +72,15 @@ class Program:
         with log_to_stderr(level):
             return function(*call.args, **call.kwargs)
 
+    def check(self, name: str, argv: Sequence[str]) -> None:
+        """Parse the options of the command `name`, and those in its config, without running it.
+
+        Raises:
+            InputError: one is unknown, missing, of the wrong type or out of range.
+        """
+        basic = self.basic.get(name, "").split()
+        parse_call(self.find(name), argv, prog=f"{self.prog} {name}", basic=basic)
+
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run with `argv` (default: the command line) and return the exit code."""
         words = list(sys.argv[1:] if argv is None else argv)

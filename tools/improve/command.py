@@ -4,6 +4,7 @@ Each step is a `carryon` command, logged as a user would type it and run in this
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,12 @@ from carryon.cache.errors import InputError
 from carryon.cache.files.documents import json_bytes, parse_json, read_bounded, write_json
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.cache.settings import ForwardSettings
+from carryon.tools.cli.main import check_command
 from carryon.tools.cli.output import print_result
+from carryon.tools.improve.inputs import Files, digest_inputs
 from carryon.tools.improve.plan import TEST_SEED, Plan
 from carryon.tools.improve.report import Row, format_rows, plot_rounds, read_scores
+from carryon.tools.improve.sample import check_numbers
 from carryon.tools.improve.steps import Step, run_step
 
 logger = logging.getLogger(__name__)
@@ -86,10 +90,11 @@ def improve(
         batch_rows: Answers that transformers generates at a time.
         forward: How the base is run.
     """
-    numbers = {"rounds": rounds, "num": num, "samples": samples, "test-num": test_num}
-    for name, value in numbers.items():
+    for name, value in (("--rounds", rounds), ("--test-num", test_num)):
         if value < 1:
-            raise InputError(f"--{name}: expected 1 or more, got {value}")
+            raise InputError(f"{name}: expected 1 or more, got {value}")
+    numbers = {"num": num, "samples": samples, "batch_rows": batch_rows, "keep": keep}
+    check_numbers({**numbers, "temperature": temperature})
     if not tasks and not data:
         raise InputError("--tasks: expected a task, or data, got neither. Fix: --tasks or --data")
     if tasks and task_seed < test_seed + test_num and test_seed < task_seed + rounds * num:
@@ -122,12 +127,17 @@ def improve(
         batch_rows=batch_rows,
         forward=forward,
     )
+    extract_argv = plan.extract_argv(1, [plan.corpus(1)])
+    for argv in (plan.sample_argv(1, []), extract_argv, plan.train_argv(1), plan.score_argv(1)):
+        check_command(argv[0], argv[1:])  # not first after hours of sampling
+    files = digest_inputs(plan)
     with folder_lock(plan.root, kind="folder of rounds"):
         _record_settings(plan)
-        rows = _score_base(plan)
+        rows = _score_base(plan, files)
         corpora: list[Path] = []
         for number in range(1, rounds + 1):
-            row = _run_round(plan, number, corpora, before=rows[-1].records if number > 1 else 0)
+            before = rows[-1].records if number > 1 else 0
+            row = _run_round(plan, number, corpora, before=before, files=files)
             if row is None:
                 logger.warning(f"round {number} found no new right answer: stopped")
                 break
@@ -140,9 +150,9 @@ def improve(
     )
 
 
-def _score_base(plan: Plan) -> list[Row]:
+def _score_base(plan: Plan, files: Mapping[str, Files]) -> list[Row]:
     """Return the rows of the base, plain and with the instruction."""
-    step = run_step(plan.folder(0) / "score.json", plan.score_argv(0))
+    step = run_step(plan.folder(0) / "score.json", plan.score_argv(0), files=files["score"])
     scores = read_scores(step.result)
     names = {name: f"base, {name}" if name != "base" else name for name in scores}
     return [
@@ -151,12 +161,15 @@ def _score_base(plan: Plan) -> list[Row]:
     ]
 
 
-def _run_round(plan: Plan, number: int, corpora: list[Path], *, before: int) -> Row | None:
+def _run_round(
+    plan: Plan, number: int, corpora: list[Path], *, before: int, files: Mapping[str, Files]
+) -> Row | None:
     """Run a round and return its row; None if it finds nothing new. `corpora` gets its own."""
     folder, seconds = plan.folder(number), dict[str, float]()
 
     def run(name: str, argv: list[str]) -> Step:
-        step = run_step(folder / f"{name}.json", argv, may_be_empty=number > 1)
+        path = folder / f"{name}.json"
+        step = run_step(path, argv, files=files[argv[0]], may_be_empty=number > 1)
         seconds[step.name] = seconds.get(step.name, 0.0) + step.seconds
         return step
 
@@ -184,7 +197,7 @@ def _ints(score: dict[str, float]) -> dict[str, Any]:
 
 
 def _record_settings(plan: Plan) -> None:
-    """Write the settings of all rounds, or compare them with those that are there.
+    """Write the settings of all rounds, or compare them with those of the steps that are done.
 
     Raises:
         InputError: the folder was made with other settings, or holds something else.
@@ -197,6 +210,7 @@ def _record_settings(plan: Plan) -> None:
                 f"--out: expected a new or empty folder or that of earlier rounds, got {plan.root} "
                 f"with {names[0]}. Fix: give another --out"
             )
+    if not any(plan.root.glob("round-*/*.json")):
         write_json(path, settings)
         return
     try:

@@ -192,20 +192,29 @@ def _fold(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _check(given: dict[str, Any]) -> None:
+def check_numbers(given: dict[str, Any]) -> None:
+    """Check the numbers of a sampling, by name.
+
+    Raises:
+        InputError: one is out of range.
+    """
     for name in ("num", "samples", "batch_rows"):
         if given[name] < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, got {given[name]}")
     if given["keep"] < 0:
         raise InputError(f"--keep: expected 0 or more, got {given['keep']}")
-    if not 0 <= given["held_out_ratio"] < 1:
-        got = given["held_out_ratio"]
-        raise InputError(f"--held-out-ratio: expected 0 to below 1, got {got}")
     if given["samples"] > 1 and not given["temperature"]:
         raise InputError(
             f"--samples: expected 1 for greedy answers, got {given['samples']}. "
             "Fix: --temperature 0.8"
         )
+
+
+def _check(given: dict[str, Any]) -> None:
+    check_numbers(given)
+    if not 0 <= given["held_out_ratio"] < 1:
+        got = given["held_out_ratio"]
+        raise InputError(f"--held-out-ratio: expected 0 to below 1, got {got}")
     if given["unsolved"] and not given["known"]:
         raise InputError("--unsolved: expected corpora in --known, got none. Fix: --known FILE")
     if given["keep_instruction"] and not given["instruction"].strip():

@@ -8,12 +8,14 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.errors import DamagedFileError, KnownDataError, NothingRightError
+from carryon.cache.errors import DamagedFileError, InputError, KnownDataError, NothingRightError
 from carryon.cache.files.documents import parse_json, read_bounded, write_json
 from carryon.tools.cli.main import call_command
+from carryon.tools.improve.inputs import Files
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +31,22 @@ class Step:
     """As the command returns it; None if it found nothing to do."""
 
 
-def run_step(path: Path, argv: Sequence[str], *, may_be_empty: bool = False) -> Step:
+def run_step(path: Path, argv: Sequence[str], *, files: Files, may_be_empty: bool = False) -> Step:
     """Run a command, logged as typed, unless `path` holds its result already.
 
     Args:
-        path: of the result.
+        path: of the result, in the folder of a round.
         argv: words after `carryon`.
+        files: digests of files that the command reads.
         may_be_empty: whether a sampling that finds nothing is a result, None.
 
     Raises:
+        InputError: the result is that of other words or files.
         CarryOnError: as the command does; the same call resumes it.
     """
     logger.info(f"\n$ {shlex.join(['carryon', *argv])}")
     if path.exists():
-        step = _read(path)
+        step = _read(path, words=_relative(argv, path.parents[1]), files=files)
         logger.info(f"done before, in {step.seconds:,.0f} s")
         return step
     started_at = time.perf_counter()
@@ -57,7 +61,8 @@ def run_step(path: Path, argv: Sequence[str], *, may_be_empty: bool = False) -> 
     except KnownDataError as error:  # stopped between the end of the append and this file
         logger.info(str(error))
     seconds = time.perf_counter() - started_at
-    write_json(path, {"argv": list(argv), "seconds": seconds, "result": _plain(result)})
+    document = {"argv": _relative(argv, path.parents[1]), "files": dict(files)}
+    write_json(path, {**document, "seconds": seconds, "result": _plain(result)})
     return Step(name=argv[0], seconds=seconds, result=result)
 
 
@@ -65,13 +70,44 @@ def _plain(result: Any) -> Any:  # noqa: ANN401
     return json.loads(json.dumps(result, default=str))
 
 
-def _read(path: Path) -> Step:
+def _relative(argv: Sequence[str], root: Path) -> list[str]:
+    """Return words with the paths of all rounds below their folder, which may be moved."""
+    return [word.removeprefix(f"{root}/") for word in argv]
+
+
+def _read(path: Path, *, words: Sequence[str], files: Files) -> Step:
     try:
         document = parse_json(read_bounded(path))
+        if "files" in document:  # not in older ones
+            _compare(path, document["argv"], words, document["files"], files)
         return Step(
             name=document["argv"][0],
             seconds=float(document["seconds"]),
             result=document["result"],
         )
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
         raise DamagedFileError(f"{path}: expected the result of a step. Fix: remove it") from error
+
+
+def _compare(
+    path: Path, old_words: Sequence[str], words: Sequence[str], old_files: Files, files: Files
+) -> None:
+    """Refuse a result of other words or files.
+
+    Raises:
+        InputError: the first difference.
+    """
+    for old, new in zip_longest(old_words, words, fillvalue=""):
+        if old != new:
+            raise InputError(
+                f"{path}: expected the result of this command, got that of one with {old!a:.80} "
+                f"in place of {new!a:.80}. Fix: give another --out"
+            )
+    for name in dict.fromkeys([*old_files, *files]):
+        if old_files.get(name) != files.get(name):
+            raise InputError(
+                f"{name}: expected the file that {path} was made with, got a changed one. "
+                "Fix: restore it, or give another --out"
+            )

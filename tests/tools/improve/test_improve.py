@@ -1,12 +1,13 @@
 """`carryon improve` on a tiny base: two rounds, resume at every step, refusals."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from carryon.cache.errors import NothingRightError
+from carryon.cache.errors import DamagedFileError, InputError, NothingRightError
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import main
@@ -76,8 +77,9 @@ def test_two_rounds_and_then_a_third(
     ]
     assert len(tested) == 4
     assert posed.isdisjoint(tested)
-    if (work / "out" / "accuracy.png").exists():
-        assert last_line(output.out)["plot"] == "out/accuracy.png"
+    has_plot = (work / "out" / "accuracy.png").exists()
+    assert has_plot == (find_spec("matplotlib") is not None)
+    assert last_line(output.out)["plot"] == "out/accuracy.png" * has_plot
 
     assert main(improve_argv(tiny_base_folder, "out", "--rounds", "3")) == 0
     output = capsys.readouterr()
@@ -86,6 +88,18 @@ def test_two_rounds_and_then_a_third(
     assert output.err.count("done before") == 2 + 8
     assert main(improve_argv(tiny_base_folder, "out", "--samples", "3")) == 2
     assert "--samples: expected 2 as in out/improve.json, got 3" in capsys.readouterr().err
+
+    for name in ("tiny.yaml", "problems.jsonl", "easy_rule.py"):
+        content = (work / name).read_bytes()
+        (work / name).write_bytes(content + b"\n")
+        assert main(improve_argv(tiny_base_folder)) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert name.partition(".")[0] in error
+        assert "was made with, got a changed one. Fix: restore it, or give another --out" in error
+        (work / name).write_bytes(content)
+    (work / "out").rename(work / "moved")
+    assert main(improve_argv(tiny_base_folder, str(work / "moved"))) == 0
+    assert last_line(capsys.readouterr().out)["rounds"] == rounds
 
 
 def test_a_run_stopped_behind_any_command_resumes(
@@ -127,6 +141,50 @@ def test_nothing_right_at_all_is_one_line(
     assert "answers were cut at the limit and none is right" in error
 
 
+def test_settings_are_kept_once_a_step_is_done(
+    tiny_base_folder: Path,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(name: str, argv: Any) -> Any:  # noqa: ANN401
+        raise InputError(f"{name} fails")
+
+    monkeypatch.setattr(steps, "call_command", fail)
+    for samples in ("2", "3"):
+        assert main(improve_argv(tiny_base_folder, "out", "--samples", samples)) == 2
+        assert capsys.readouterr().err.endswith("score fails\n")
+        assert json.loads((work / "out" / "improve.json").read_text())["samples"] == int(samples)
+
+
+def test_a_step_is_done_once_and_only_for_its_words_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[str]()
+    monkeypatch.setattr(steps, "call_command", lambda name, _: calls.append(name) or {"kept": 3})
+    path, files = tmp_path / "round-1" / "sample.json", {"questions.jsonl": "ab"}
+    argv = ["sample", "--num", "4", "--out", f"{tmp_path}/round-1/corpus.jsonl"]
+    first = steps.run_step(path, argv, files=files)
+    assert steps.run_step(path, argv, files=files) == first
+    assert calls == ["sample"]
+    with pytest.raises(InputError, match="got that of one with '4' in place of '5'"):
+        steps.run_step(path, [*argv[:2], "5", *argv[3:]], files=files)
+    with pytest.raises(InputError, match="got that of one with '' in place of '--keep-cut'"):
+        steps.run_step(path, [*argv, "--keep-cut"], files=files)
+    with pytest.raises(InputError, match=r"questions.jsonl: expected the file that .*sample.json"):
+        steps.run_step(path, argv, files={"questions.jsonl": "cd"})
+    with pytest.raises(InputError, match=r"other.jsonl: expected the file that"):
+        steps.run_step(path, argv, files=files | {"other.jsonl": "ab"})
+    document = json.loads(path.read_text())
+    assert document["argv"][-1] == "round-1/corpus.jsonl"
+    del document["files"]  # as older ones
+    path.write_text(json.dumps(document))
+    assert steps.run_step(path, argv, files=files) == first
+    path.write_text("{}")
+    with pytest.raises(DamagedFileError, match="expected the result of a step. Fix: remove it"):
+        steps.run_step(path, argv, files=files)
+
+
 def test_a_round_without_new_answers_is_the_last(
     tiny_base_folder: Path,
     work: Path,
@@ -152,6 +210,11 @@ def test_a_round_without_new_answers_is_the_last(
     ("more", "told"),
     [
         (["--rounds", "0"], "--rounds: expected 1 or more"),
+        (["--temperature", "0"], "--samples: expected 1 for greedy answers, got 2"),
+        (["--keep", "-1"], "--keep: expected 0 or more"),
+        (["--rule", "no_such_module:f"], "rule 'no_such_module:f': expected a function"),
+        (["--train-config", "typo.yaml"], "--config: expected a YAML file or one of"),
+        (["--extract-config", "tiny.yaml"], "tiny.yaml"),
         (["--tasks", "chain_sum", "--task-seed", "1000000"], "--test-seed: expected one far"),
         (["--test-num", "16"], "got 16 that all are"),
     ],
@@ -165,6 +228,8 @@ def test_wrong_input_is_one_line(
 ) -> None:
     assert main(improve_argv(tiny_base_folder, "out", *more)) == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
+    if "--test-num" not in more:
+        assert not (work / "out").exists()
 
 
 def test_a_foreign_folder_is_refused(
