@@ -6,7 +6,7 @@ from pathlib import Path
 
 from carryon.cache.files.documents import digest_of
 from carryon.tools.improve.plan import Plan
-from carryon.train.config import PRESETS
+from carryon.train.settings_file import PRESETS
 
 Files = Mapping[str, str]
 """File or folder as typed -> digest."""
