@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE_ROOT = {
     "cache/errors": set(),
     "cache/progress": set(),
+    "cache/time_limit": set(),
     "cache/versions": set(),
     "cache/buffers": set(),
     "cache/files": {"cache/errors"},
