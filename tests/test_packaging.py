@@ -11,7 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("cache", "train", "tools")
-NOT_INSTALLED = {"carryon.tools.bench", "carryon.tools.bench.trust"}
+NOT_INSTALLED = {
+    "carryon.tools.bench",
+    "carryon.tools.bench.accuracy",
+    "carryon.tools.bench.trust",
+}
 """Run from a checkout."""
 COMES_WITH_ANOTHER = {"huggingface_hub", "jinja2", "tokenizers"}
 """Imported, but not listed: transformers and torch bring them."""

@@ -281,6 +281,12 @@ BENCHMARKS = {
         about="documents with any change: tracebacks, hangs, writes outside, memory; half an hour",
         quick={"documents": 16},
     ),
+    "accuracy.copy": Benchmark(
+        place="accuracy.copying:measure_copying",
+        about="answers whose last line repeats the number that they computed, by taps",
+        needs="base",
+        quick={"samples": 24, "answers": 4, "epochs": 1, "max_new_tokens": 8},
+    ),
     "before.bits": Benchmark(
         place="before:measure_bits",
         about="bits of stores, runs, a sweep and a lineage against an earlier commit",
