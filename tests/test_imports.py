@@ -31,6 +31,7 @@ FLOORS = [
     {"train/modules"},
     {"train/data", "train/optim"},
     {"train/losses"},
+    {"train/mixing"},
     {"train/trainer"},
     {"train/inference", "train/continual"},
     {"train/cross_checks"},

@@ -1,0 +1,4 @@
+"""Vocabularies of tokenizers as bytes.
+
+No text is tokenized here.
+"""

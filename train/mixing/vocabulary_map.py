@@ -1,0 +1,243 @@
+"""Map from the tokens of one vocabulary to those of another, by their bytes.
+
+The rule. Let c be bytes that lie behind a state of the source and that the anchor has written
+already; often none. A token b of the source that begins with c and is longer says that the text
+goes on with r, the bytes of b behind c, and not with more bytes of a longer token of the source:
+that one would have been written instead. So
+
+1. b stands for the tokens a of the anchor for which b is the longest token of the source that
+   begins c + a (and is longer than c). Its mass is split among them in proportion to the anchor's
+   own probabilities.
+2. If there are none, since the anchor needs several tokens for r, its mass goes to the first of
+   them: the longest token of the anchor that begins r.
+3. If there is none either, or b stands for no text, the anchor's own distribution gets its mass.
+
+Tokens of equal bytes share their mass in proportion to the anchor's own probabilities. The stop
+tokens of the source stand together for those of the anchor. A token of the source that does not
+begin with c, or ends with it, says nothing about what follows.
+
+Every mass is given once, so a distribution stays one. With equal vocabularies each token stands
+for itself. Letters: V_A tokens of the anchor, V_B of the source.
+"""
+
+import hashlib
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from carryon.cache.corpus.vocabulary.token_bytes import digest_bytes
+from carryon.cache.errors import InputError
+from carryon.train.mixing.byte_trie import ROOT, ByteStrings, ByteTrie, Ints, build_trie
+
+RULE_VERSION = 1
+"""Of the rule above and of the projection; part of every digest."""
+_MAX_KEPT = 2048
+"""Spreads that are kept, most of them of a few hundred bytes: the last word of a text again and
+again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Spread:
+    """Where the mass of some tokens of the source goes: groups of tokens of the anchor."""
+
+    sources: Ints
+    """[m] tokens of the source."""
+    places: Ints
+    """[m] group of each; `num_groups`: the anchor's own distribution."""
+    members: Ints
+    """[k] tokens of the anchor; a token is in at most two groups."""
+    groups: Ints
+    """[k] group of each."""
+    num_groups: int
+    """Groups, each with a member at least."""
+
+
+class VocabularyMap:
+    """The map of a pair of vocabularies, made for covered bytes as they are asked for."""
+
+    def __init__(
+        self,
+        *,
+        source: Sequence[bytes | None],
+        anchor: Sequence[bytes | None],
+        source_stops: Sequence[int],
+        anchor_stops: Sequence[int],
+    ) -> None:
+        """Read two vocabularies; what stop tokens spell is not looked at.
+
+        Args:
+            source: bytes of each token of the source, one for each row of its head.
+            anchor: bytes of each token of the anchor, one for each row of its head.
+            source_stops: tokens with which the source ends a turn.
+            anchor_stops: tokens with which the anchor ends a turn.
+
+        Raises:
+            InputError: a stop token outside a vocabulary, or a vocabulary without text.
+        """
+        self.source = _without(source, source_stops, "source")
+        self.anchor = _without(anchor, anchor_stops, "anchor")
+        self.source_stops = tuple(sorted(set(source_stops)))
+        self.anchor_stops = tuple(sorted(set(anchor_stops)))
+        self._strings = ByteStrings.of(self.source), ByteStrings.of(self.anchor)
+        self._tries = build_trie(self._strings[0]), build_trie(self._strings[1])
+        self._order = sorted(
+            (number for number, token in enumerate(self.source) if token),
+            key=lambda number: self.source[number] or b"",
+        )
+        self._sorted = [self.source[number] or b"" for number in self._order]
+        self._anchors_by_node = _by_node(self._tries[1])
+        self._kept: OrderedDict[bytes, Spread] = OrderedDict()
+        self.whole = self._spread_whole()
+        """The spread of all tokens of the source, where nothing is covered."""
+
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) of both vocabularies, the stop tokens and the rule."""
+        parts = [
+            str(RULE_VERSION),
+            digest_bytes(self.source),
+            digest_bytes(self.anchor),
+            str(self.source_stops),
+            str(self.anchor_stops),
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def spread(self, covered: bytes) -> Spread:
+        """Return where the tokens go that begin with bytes, not none, and are longer."""
+        if covered in self._kept:
+            self._kept.move_to_end(covered)
+            return self._kept[covered]
+        start = self._tries[0].find(covered)
+        if start < 0:
+            sources = np.zeros(0, dtype=np.int64)
+        else:
+            first = bisect_left(self._sorted, covered)
+            stop = (
+                bisect_left(self._sorted, _successor(covered), lo=first)
+                if _successor(covered)
+                else len(self._sorted)
+            )
+            numbers = [n for n in self._order[first:stop] if self.source[n] != covered]
+            sources = np.array(numbers, dtype=np.int64)
+        spread = self._spread(sources, start=start, num_covered=len(covered))
+        self._kept[covered] = spread
+        if len(self._kept) > _MAX_KEPT:
+            self._kept.popitem(last=False)
+        return spread
+
+    def first_token(self, covered: bytes) -> int:
+        """Return the longest token of the source that begins bytes; the lowest of equal ones.
+
+        Raises:
+            InputError: there is none.
+        """
+        trie = self._tries[0]
+        node = int(trie.longest(ByteStrings.of([covered]), start=ROOT)[0])
+        if node < 0:
+            raise InputError(f"expected bytes that the source can write, got {covered!r}")
+        return int(np.flatnonzero(trie.ends == node)[0])
+
+    def _spread_whole(self) -> Spread:
+        """Return the spread of all tokens, [V_B] in order, with the stop tokens' group behind."""
+        sources = np.array(self._order, dtype=np.int64)
+        spread = self._spread(sources, start=ROOT, num_covered=0)
+        has_stops = bool(self.source_stops and self.anchor_stops)
+        num_groups = spread.num_groups + has_stops
+        places = np.full(len(self.source), num_groups, dtype=np.int64)
+        known = spread.places < spread.num_groups
+        places[spread.sources[known]] = spread.places[known]
+        members, groups = spread.members, spread.groups
+        if has_stops:
+            places[list(self.source_stops)] = spread.num_groups
+            members = np.append(members, self.anchor_stops)
+            groups = np.append(groups, [spread.num_groups] * len(self.anchor_stops))
+        return Spread(
+            sources=np.arange(len(self.source), dtype=np.int64),
+            places=places,
+            members=members,
+            groups=groups,
+            num_groups=num_groups,
+        )
+
+    def _spread(self, sources: Ints, *, start: int, num_covered: int) -> Spread:
+        trie, anchor_trie = self._tries
+        strings, anchor_strings = self._strings
+        if not len(sources):
+            return Spread(
+                sources=sources, places=sources, members=sources, groups=sources, num_groups=0
+            )
+        nodes = trie.ends[sources]
+        # 1. tokens of the anchor by the longest token of the source that begins them
+        best = trie.longest(anchor_strings, start=start)
+        split = np.flatnonzero(best >= 0)
+        split_nodes = np.unique(best[split])
+        at = np.searchsorted(split_nodes, nodes)
+        at[at == len(split_nodes)] = 0
+        has_split = split_nodes[at] == nodes if len(split_nodes) else np.zeros(len(nodes), bool)
+        # 2. the first piece of the others
+        others = sources[~has_split]
+        rests = ByteStrings(
+            data=strings.data,
+            starts=strings.starts[others] + num_covered,
+            lengths=strings.lengths[others] - num_covered,
+        )
+        pieces = anchor_trie.longest(rests, start=ROOT)
+        piece_nodes = np.unique(pieces[pieces >= 0])
+        num_groups = len(split_nodes) + len(piece_nodes)
+        places = np.full(len(sources), num_groups, dtype=np.int64)
+        places[has_split] = at[has_split]
+        first = len(split_nodes) + np.searchsorted(piece_nodes, pieces)
+        places[~has_split] = np.where(pieces >= 0, first, num_groups)
+        members, groups = self._members(piece_nodes)
+        return Spread(
+            sources=sources,
+            places=places,
+            members=np.concatenate([split, members]),
+            groups=np.concatenate(
+                [np.searchsorted(split_nodes, best[split]), groups + len(split_nodes)]
+            ),
+            num_groups=num_groups,
+        )
+
+    def _members(self, nodes: Ints) -> tuple[Ints, Ints]:
+        """Return the tokens of the anchor at nodes of its trie, and which node each is at."""
+        tokens, sorted_nodes = self._anchors_by_node
+        first = np.searchsorted(sorted_nodes, nodes, side="left")
+        counts = np.searchsorted(sorted_nodes, nodes, side="right") - first
+        groups = np.repeat(np.arange(len(nodes), dtype=np.int64), counts)
+        offsets = np.arange(len(groups), dtype=np.int64) - np.repeat(
+            np.cumsum(counts) - counts, counts
+        )
+        return tokens[first[groups] + offsets], groups
+
+
+def _by_node(trie: ByteTrie) -> tuple[Ints, Ints]:
+    """Return the tokens that end in a trie, by node, and their nodes."""
+    tokens = np.flatnonzero(trie.ends >= 0)
+    order = np.argsort(trie.ends[tokens], kind="stable")
+    return tokens[order], trie.ends[tokens[order]]
+
+
+def _successor(prefix: bytes) -> bytes:
+    """Return the first bytes that follow all that begin with `prefix`; none: empty."""
+    kept = prefix.rstrip(b"\xff")
+    return kept[:-1] + bytes([kept[-1] + 1]) if kept else b""
+
+
+def _without(
+    tokens: Sequence[bytes | None], stops: Sequence[int], name: str
+) -> tuple[bytes | None, ...]:
+    """Return a vocabulary whose stop tokens, and empty tokens, stand for no text."""
+    outside = [number for number in stops if not 0 <= number < len(tokens)]
+    if outside:
+        raise InputError(
+            f"stop tokens of the {name}: expected ids below {len(tokens):,}, got {outside[0]}"
+        )
+    kept = tuple(
+        (token or None) if number not in set(stops) else None for number, token in enumerate(tokens)
+    )
+    if not any(kept):
+        raise InputError(f"vocabulary of the {name}: expected tokens with bytes, got none")
+    return kept
