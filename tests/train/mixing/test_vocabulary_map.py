@@ -1,10 +1,15 @@
 """Which tokens of the anchor a token of the source stands for."""
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.spread_reference import project_plainly
+from transformers import AutoTokenizer
 
+from carryon.cache.corpus.vocabulary.token_bytes import token_bytes
 from carryon.cache.errors import InputError
 from carryon.train.mixing.vocabulary_map import Spread, VocabularyMap
 
@@ -124,3 +129,29 @@ def test_wrong_stop_tokens_and_empty_vocabularies_are_refused() -> None:
         make_map([b"a"], [b"a"], (3,))
     with pytest.raises(InputError, match="vocabulary of the anchor: expected tokens with bytes"):
         make_map([b"a"], [b"", None])
+
+
+@pytest.mark.real
+def test_the_map_of_two_real_vocabularies_places_every_token_by_its_bytes() -> None:
+    folders = os.environ.get("CARRYON_SMOLLM2"), os.environ.get("CARRYON_QWEN")
+    if not all(folder and (Path(folder) / "tokenizer.json").exists() for folder in folders):
+        pytest.skip("set CARRYON_SMOLLM2 and CARRYON_QWEN to folders with their tokenizer.json")
+    anchor, source = (token_bytes(AutoTokenizer.from_pretrained(folder)) for folder in folders)
+    vocabulary_map = make_map(list(source), list(anchor))
+    whole = vocabulary_map.whole
+    members: dict[int, list[bytes]] = {}
+    for member, group in zip(whole.members.tolist(), whole.groups.tolist(), strict=True):
+        members.setdefault(group, []).append(anchor[member] or b"")
+
+    assert len(members) == whole.num_groups
+    for token, place in zip(source, whole.places.tolist(), strict=True):
+        pieces = members.get(place, [])
+        assert bool(pieces) == bool(token)  # both have all bytes that text has
+        is_split = all(piece.startswith(token or b"") for piece in pieces)
+        assert is_split or (len(pieces) == 1 and token and token.startswith(pieces[0]))
+    pieces = {anchor[n]: g for n, g in zip(whole.members, whole.groups, strict=True)}
+    for text in (b" the", b"\n", b" return", "\u00e9".encode()):
+        assert whole.places[source.index(text)] == pieces[text]
+    crossing = vocabulary_map.spread(b" retu")
+    assert b" return" in {source[n] for n in crossing.sources}
+    assert {anchor[n] for n in crossing.members} >= {b"rn"}
