@@ -144,14 +144,16 @@ def test_the_map_of_two_real_vocabularies_places_every_token_by_its_bytes() -> N
         members.setdefault(group, []).append(anchor[member] or b"")
 
     assert len(members) == whole.num_groups
+    first_bytes = {token[:1] for token in anchor if token}  # not all 256 in SmolLM2's
     for token, place in zip(source, whole.places.tolist(), strict=True):
         pieces = members.get(place, [])
-        assert bool(pieces) == bool(token)  # both have all bytes that text has
+        assert bool(pieces) == bool(token and token[:1] in first_bytes)
+        if not pieces:
+            continue
         is_split = all(piece.startswith(token or b"") for piece in pieces)
         assert is_split or (len(pieces) == 1 and token and token.startswith(pieces[0]))
-    pieces = {anchor[n]: g for n, g in zip(whole.members, whole.groups, strict=True)}
     for text in (b" the", b"\n", b" return", "\u00e9".encode()):
-        assert whole.places[source.index(text)] == pieces[text]
+        assert text in members[int(whole.places[source.index(text)])]
     crossing = vocabulary_map.spread(b" retu")
     assert b" return" in {source[n] for n in crossing.sources}
     assert {anchor[n] for n in crossing.members} >= {b"rn"}
