@@ -2,7 +2,7 @@
 
 The rule. Let c be bytes that lie behind a state of the source and that the anchor has written
 already; often none. A token b of the source that begins with c and is longer says that the text
-goes on with r, the bytes of b behind c, and not with more bytes of a longer token of the source:
+continues with r, the bytes of b behind c, and not with more bytes of a longer token of the source:
 that one would have been written instead. So
 
 1. b stands for the tokens a of the anchor for which b is the longest token of the source that
