@@ -44,11 +44,6 @@ def test_tap_sets_start_with_the_default_and_hold_the_embedding() -> None:
     assert copying._tap_sets(2)[-1] == ["final", "layer.2", "layer.1", "layer.0"]
 
 
-def test_the_interval_is_wilsons() -> None:
-    assert copying._interval(0.5, 100) == (0.4038, 0.5962)
-    assert copying._interval(1.0, 100) == (0.963, 1.0)
-
-
 def test_a_run_reports_both_endings(tmp_path: Path) -> None:
     base = make_tiny_base(tmp_path / "base")
     figures = measure("accuracy.copy", tmp_path, base=str(base))

@@ -287,6 +287,12 @@ BENCHMARKS = {
         needs="base",
         quick={"samples": 24, "answers": 4, "epochs": 1, "max_new_tokens": 8},
     ),
+    "accuracy.answers": Benchmark(
+        place="accuracy.answers:measure_answers",
+        about="tokens/s of answers that are scored, vLLM against transformers",
+        needs="base",
+        quick={"answers": 4, "max_new_tokens": 4},
+    ),
     "before.bits": Benchmark(
         place="before:measure_bits",
         about="bits of stores, runs, a sweep and a lineage against an earlier commit",
@@ -320,8 +326,21 @@ EXPERIMENTS = {
         needs="store",
     ),
     "experiment-cot": Benchmark(
-        place="experiment_cot:experiment_cot",
-        about="exact match of answers to problems of reasoning-gym",
+        place="accuracy.experiment:experiment_cot",
+        about="right answers of carry-ons beside prompts and LoRA, on chains of thought",
+        needs="base",
+    ),
+    "cot-corpus": Benchmark(
+        place="accuracy.corpus:make_corpus", about="a step of experiment-cot: worked answers"
+    ),
+    "cot-mlp": Benchmark(
+        place="accuracy.mlp:train_mlp",
+        about="a step of experiment-cot: a carry-on without attention",
+        needs="store",
+    ),
+    "cot-lora": Benchmark(
+        place="accuracy.lora:train_lora",
+        about="a step of experiment-cot: LoRA against the clock",
         needs="base",
     ),
 }

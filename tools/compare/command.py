@@ -10,6 +10,7 @@ from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.files.documents import read_object, write_json
+from carryon.cache.settings import ForwardSettings
 from carryon.tools.compare.figure import Figure, print_json
 from carryon.tools.compare.settings import CompareSettings, get_methods, list_rows
 
@@ -54,7 +55,10 @@ def run_comparison(
     from carryon.tools.compare.row import best_rate
 
     folder = Path(out)
-    facts = _base_facts(base, folder, allow_pickle=settings.allow_pickle)
+    facts = read_base_facts(
+        base, folder, forward=ForwardSettings(allow_pickle=settings.allow_pickle)
+    )
+    (folder / "rows").mkdir(exist_ok=True)
     shape = {name: int(facts[name]) for name in ("num_layers", "width")}
     methods = get_methods(settings, **shape)
     _refuse_other_data(folder, {"data": data, **settings.shared()})
@@ -98,8 +102,12 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return [read_object(path) for path in sorted((folder / "rows").glob("*.json"))]
 
 
-def _base_facts(source: str, folder: Path, *, allow_pickle: bool) -> dict[str, Any]:
-    """Return the identity of the base, loaded the first time and then read from a file."""
+def read_base_facts(source: str, folder: Path, *, forward: ForwardSettings) -> dict[str, Any]:
+    """Return the identity of the base, loaded the first time and then read from FOLDER/base.json.
+
+    Raises:
+        InputError: the file is of another base.
+    """
     path = folder / "base.json"
     if path.exists():
         facts: dict[str, Any] = read_object(path)
@@ -109,11 +117,9 @@ def _base_facts(source: str, folder: Path, *, allow_pickle: bool) -> dict[str, A
             )
         return facts
     from carryon.cache.base.model import load_base
-    from carryon.cache.settings import ForwardSettings
 
-    identity = load_base(source, forward=ForwardSettings(allow_pickle=allow_pickle)).identity
-    facts = {"source": source, **identity.to_dict()}
-    (folder / "rows").mkdir(parents=True, exist_ok=True)  # only once the base is known to load
+    facts = {"source": source, **load_base(source, forward=forward).identity.to_dict()}
+    folder.mkdir(parents=True, exist_ok=True)  # only once the base is known to load
     write_json(path, facts)
     return facts
 

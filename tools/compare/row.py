@@ -206,7 +206,7 @@ def _train(
             middle_s = clock_s + (0.5 * took[-1] if took else 0.0)
             part = min(_PARTS - 1, int(_PARTS * middle_s / budget_s))
             now = learning_rate(part, num_steps=_PARTS, settings=optimization)
-            loss = _step(learner, optimizer, read(chosen), rate=now)
+            loss = descend(learner, optimizer, read(chosen), rate=now)
             took.append(time.perf_counter() - started_at)
             clock_s += took[-1]
             tokens += sum(len(train[index].tokens) for index in chosen.tolist())
@@ -228,7 +228,14 @@ def _train(
     }
 
 
-def _step(learner: Learner, optimizer: torch.optim.Optimizer, batch: Any, *, rate: float) -> float:  # noqa: ANN401
+def descend(
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    batch: Any,  # noqa: ANN401
+    *,
+    rate: float,
+) -> float:
+    """Take a step and return its mean loss."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     loss = learner.losses(batch).mean()
@@ -322,7 +329,7 @@ def _rehearse(setup: Setup, base: Base) -> dict[str, float]:
     for _ in range(_PILOT_STEPS):
         started_at = time.perf_counter()
         batch = read(next(steps)[1])
-        _step(learner, optimizer, batch, rate=1e-9)
+        descend(learner, optimizer, batch, rate=1e-9)
         speeds.append(batch.num_tokens / (time.perf_counter() - started_at))
     measured = {
         "extract": store.num_tokens / forward_s,

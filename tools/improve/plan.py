@@ -82,13 +82,13 @@ class Plan:
         argv += ["--out", str(self.store), *["--append"] * (number > 1)]
         argv += ["--taps", *self.taps] if self.taps else []
         argv += ["--config", self.extract_config] if self.extract_config else []
-        return argv + self._forward()
+        return argv + forward_argv(self.forward)
 
     def train_argv(self, number: int) -> list[str]:
         """Return the command that trains on the whole store."""
         argv = ["train", "--store", str(self.store), "--out", str(self.folder(number) / "run")]
         argv += ["--config", self.train_config] if self.train_config else []
-        return argv + self._forward(("device",))
+        return argv + forward_argv(self.forward, ("device",))
 
     def score_argv(self, number: int) -> list[str]:
         """Return the command that scores the test set: round 0 with the base."""
@@ -101,7 +101,7 @@ class Plan:
         argv += ["--task-seed", str(self.test_seed)]
         argv += ["--max-new-tokens", str(self.max_new_tokens)]
         argv += ["--out", str(self.folder(number) / "answers.jsonl")]
-        return argv + self._engine() + self._forward()
+        return argv + self._engine() + forward_argv(self.forward)
 
     def _sample(self, number: int, out: Path, asked: Sequence[str]) -> list[str]:
         # Problem i of a task is drawn from seed + i: rounds have different problems.
@@ -112,7 +112,7 @@ class Plan:
         argv += ["--temperature", f"{self.temperature:g}", *["--keep-cut"] * self.keep_cut]
         argv += ["--max-new-tokens", str(self.max_new_tokens), "--drop-long"]
         argv += ["--test-num", str(self.test_num), "--test-seed", str(self.test_seed)]
-        return [*argv, "--out", str(out), *self._engine(), *self._forward()]
+        return [*argv, "--out", str(out), *self._engine(), *forward_argv(self.forward)]
 
     def _sources(self, tasks: str, data: str) -> list[str]:
         argv = [tasks, *self.tasks] if self.tasks else []
@@ -123,15 +123,16 @@ class Plan:
         engine = ["--engine", self.engine] if self.engine != "auto" else []
         return [*engine, "--batch-rows", str(self.batch_rows)]
 
-    def _forward(self, only: Sequence[str] = ()) -> list[str]:
-        """Return the options of the base that are not the defaults."""
-        usual, argv = asdict(ForwardSettings()), list[str]()
-        for name, value in asdict(self.forward).items():
-            if value == usual[name] or (only and name not in only):
-                continue
-            flag = f"--{name.replace('_', '-')}"
-            argv += [flag] if value is True else [flag, str(value)]
-        return argv
+
+def forward_argv(forward: ForwardSettings, only: Sequence[str] = ()) -> list[str]:
+    """Return the options of the base that are not the defaults; of some names only, if given."""
+    usual, argv = asdict(ForwardSettings()), list[str]()
+    for name, value in asdict(forward).items():
+        if value == usual[name] or (only and name not in only):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        argv += [flag] if value is True else [flag, str(value)]
+    return argv
 
 
 def _known(paths: Sequence[Path]) -> list[str]:

@@ -14,7 +14,8 @@ from typing import Any
 
 from carryon.cache.errors import DamagedFileError, InputError, KnownDataError, NothingRightError
 from carryon.cache.files.documents import parse_json, read_bounded, write_json
-from carryon.tools.cli.main import call_command
+from carryon.tools.cli.main import CARRYON, call_command
+from carryon.tools.cli.program import Program
 from carryon.tools.improve.inputs import Files
 
 logger = logging.getLogger(__name__)
@@ -31,20 +32,28 @@ class Step:
     """As the command returns it; None if it found nothing to do."""
 
 
-def run_step(path: Path, argv: Sequence[str], *, files: Files, may_be_empty: bool = False) -> Step:
+def run_step(
+    path: Path,
+    argv: Sequence[str],
+    *,
+    files: Files,
+    may_be_empty: bool = False,
+    program: Program = CARRYON,
+) -> Step:
     """Run a command, logged as typed, unless `path` holds its result already.
 
     Args:
         path: of the result, in the folder of a round.
-        argv: words after `carryon`.
+        argv: words after `carryon`, or the name of another program.
         files: digests of files that the command reads.
         may_be_empty: whether a sampling that finds nothing is a result, None.
+        program: whose command it is.
 
     Raises:
         InputError: the result is that of other words or files.
         CarryOnError: as the command does; the same call resumes it.
     """
-    logger.info(f"\n$ {shlex.join(['carryon', *argv])}")
+    logger.info(f"\n$ {program.prog} {shlex.join(argv)}")
     if path.exists():
         step = _read(path, words=_relative(argv, path.parents[1]), files=files)
         logger.info(f"done before, in {step.seconds:,.0f} s")
@@ -53,7 +62,8 @@ def run_step(path: Path, argv: Sequence[str], *, files: Files, may_be_empty: boo
     result: Any = None
     try:
         with redirect_stdout(io.StringIO()):
-            result = call_command(argv[0], argv[1:])
+            call = call_command if program is CARRYON else program.call
+            result = call(argv[0], argv[1:])
     except NothingRightError as error:
         if not may_be_empty:
             raise
@@ -72,7 +82,7 @@ def _plain(result: Any) -> Any:  # noqa: ANN401
 
 def _relative(argv: Sequence[str], root: Path) -> list[str]:
     """Return words with the paths of all rounds below their folder, which may be moved."""
-    return [word.removeprefix(f"{root}/") for word in argv]
+    return [word.replace(f"{root}/", "") for word in argv]  # also in KEY=PATH
 
 
 def _read(path: Path, *, words: Sequence[str], files: Files) -> Step:

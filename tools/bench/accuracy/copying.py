@@ -4,7 +4,6 @@ Answers are a sum, `340 + 815 = 1155`, and a last line, `#### 1155` or a sentenc
 wrong: what counts is that the last line repeats them, on unseen problems.
 """
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,10 +12,12 @@ import numpy as np
 
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.store.reader import Store
+from carryon.tools.bench.accuracy.plan import middle_taps
 from carryon.tools.bench.job import Job
 from carryon.train.config import GenerateSettings, TrainSettings
 from carryon.train.inference.generate import answer_batch
 from carryon.train.inference.modeling import CarryOnForCausalLM
+from carryon.train.inference.scoring.comparison import wilson_interval
 from carryon.train.trainer.sweep import sweep
 
 ENDINGS = {"marked": "#### {}", "worded": "Therefore, the final answer is {}."}
@@ -66,7 +67,7 @@ def measure_copying(
             shares[name] = _share(pairs)
             details[name] = {
                 "copied": shares[name],
-                "interval": _interval(shares[name], answers),
+                "interval": list(wilson_interval(shares[name] * answers, answers)),
                 "well_formed": sum(pair is not None for pair in pairs) / answers,
                 "held_out_nll": report.carryon_nll,
                 "megabytes": report.carryon_bytes / 1e6,
@@ -91,7 +92,7 @@ def measure_copying(
 
 def _tap_sets(num_layers: int) -> list[list[str]]:
     """Return sets of taps to compare, that of the defaults first."""
-    high, low = f"layer.{-(-2 * num_layers // 3)}", f"layer.{-(-num_layers // 3)}"
+    high, low = middle_taps(num_layers)
     lists = [
         ["final"],
         ["final", "layer.0"],
@@ -148,12 +149,3 @@ def _answer(
 
 def _share(pairs: Sequence[tuple[str, str] | None]) -> float:
     return sum(pair is not None and pair[0] == pair[1] for pair in pairs) / len(pairs)
-
-
-def _interval(share: float, number: int) -> tuple[float, float]:
-    """Return Wilson's interval of 95 % for a share of `number` answers."""
-    z = 1.959964
-    middle = (share + z * z / (2 * number)) / (1 + z * z / number)
-    spread = math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
-    spread *= z / (1 + z * z / number)
-    return round(max(0.0, middle - spread), 4), round(min(1.0, middle + spread), 4)

@@ -1,0 +1,222 @@
+"""The steps of experiment-cot as data: commands, each with the file of its result. Pure.
+
+OUT/TASK/corpus.json            corpus.jsonl, and test.jsonl where templates are held out
+OUT/TASK/extract.json           store: of all kinds and seeds
+OUT/TASK/seed-S/KIND.json       KIND: a run
+OUT/TASK/seed-S/lora.json       lora: an adapter for PEFT, at the clock of the first kind
+OUT/TASK/seed-S/score-....json  counts of all arms; OUT/TASK/answers.jsonl has the answers
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from carryon.cache.errors import InputError
+from carryon.cache.settings import ForwardSettings
+from carryon.tools.bench.accuracy.recipes import TEST_SEED, TRAIN_SEED, Recipe
+from carryon.tools.compare.settings import LORA_RANK
+from carryon.tools.improve.plan import forward_argv
+
+MLP = "mlp"
+READABLE = "as-bottleneck"
+"""Folder in the run of an `mlp`: the carry-on for other programs."""
+KINDS = ("bottleneck", MLP, "top")
+LORA = "lora"
+PROMPTED = ("instruct", "few-shot")
+"""Arms of the base that are asked in another way."""
+_MOST_TOP_BLOCKS = 8
+
+
+def middle_taps(num_layers: int) -> list[str]:
+    """Return the taps at two thirds and at one third of a base's blocks."""
+    return [f"layer.{-(-2 * num_layers // 3)}", f"layer.{-(-num_layers // 3)}"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """What all tasks have in common."""
+
+    root: Path
+    base: str
+    num_layers: int
+    """Blocks of the base."""
+    seeds: Sequence[int]
+    num: int
+    """Test problems of a task."""
+    kinds: Sequence[str]
+    has_lora: bool
+    shots: int
+    """Worked answers in a few-shot prompt. 0: no such arm."""
+    rule: str
+    epochs: int
+    tokens_per_step: int
+    learning_rate: float
+    lora_rate: float
+    sampled_softmax: int
+    temperature: float
+    """Of sampled training answers."""
+    engine: str
+    batch_rows: int
+    forward: ForwardSettings = field(default_factory=ForwardSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse what no step would."""
+        for name, values, known in (("--kinds", self.kinds, KINDS), ("--seeds", self.seeds, None)):
+            if not values or len(set(values)) != len(values):
+                given = " ".join(map(str, values))
+                raise InputError(f"{name}: expected one or more, each once, got {given!a}")
+            if known and (wrong := [value for value in values if value not in known]):
+                raise InputError(f"{name}: expected some of {', '.join(known)}, got {wrong[0]!a}")
+        if self.has_lora and self.kinds[0] == "top":
+            raise InputError(
+                "--kinds: expected another kind before top with --lora, whose clock is that of the "
+                "first. Fix: --kinds bottleneck top"
+            )
+
+    @property
+    def taps(self) -> list[str]:
+        """Taps of `bottleneck` and `mlp`."""
+        return list(dict.fromkeys(["final", *middle_taps(self.num_layers)]))
+
+    @property
+    def top_blocks(self) -> int:
+        """Blocks that a `top` copies."""
+        return max(1, min(_MOST_TOP_BLOCKS, self.num_layers - 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """A command that is to be run once."""
+
+    result: Path
+    """File of its result."""
+    argv: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskPlan:
+    """The steps of a task, in order."""
+
+    corpus: Planned
+    extract: Planned
+    models: dict[tuple[int, str], Planned]
+    """(seed, kind or `lora`) -> its training."""
+    scores: dict[int, Planned]
+    """Seed -> the counts of its models beside the base."""
+    labels: list[str]
+    """Of the arms of each score, in their order."""
+    answers: Path
+
+    def steps(self) -> list[Planned]:
+        """Return the steps in the order in which they can run: seed by seed."""
+        steps = [self.corpus, self.extract]
+        for seed, score in self.scores.items():
+            steps += [step for (own, _), step in self.models.items() if own == seed]
+            steps.append(score)
+        return steps
+
+
+def plan_task(experiment: Experiment, recipe: Recipe) -> TaskPlan:
+    """Return the steps of a task."""
+    folder = experiment.root / recipe.name
+    models = {
+        (seed, kind): _train(experiment, folder, seed, kind)
+        for seed in experiment.seeds
+        for kind in experiment.kinds
+    }
+    if experiment.has_lora:
+        models |= {(seed, LORA): _train_lora(experiment, folder, seed) for seed in experiment.seeds}
+    prompted = [f"instruct:{recipe.instruction}"]
+    prompted += [f"few-shot:{experiment.shots}"] if experiment.shots else []
+    names = [*experiment.kinds, *[LORA] * experiment.has_lora]
+    return TaskPlan(
+        corpus=_make_corpus(experiment, recipe, folder),
+        extract=_extract(experiment, folder),
+        models=models,
+        scores={
+            seed: _score(experiment, recipe, folder, seed, ["base", *prompted])
+            for seed in experiment.seeds
+        },
+        labels=["base", *PROMPTED[: len(prompted)], *names],
+        answers=folder / "answers.jsonl",
+    )
+
+
+def _make_corpus(experiment: Experiment, recipe: Recipe, folder: Path) -> Planned:
+    test = ["--test-num", str(experiment.num), "--test-seed", str(TEST_SEED)]
+    out = ["--task-seed", str(TRAIN_SEED), *test, "--out", str(folder / "corpus.jsonl")]
+    if recipe.source == "chains":
+        argv = ["cot-corpus", "--task", recipe.task, "--samples", str(recipe.samples), *out]
+        argv += ["--test-out", str(folder / "test.jsonl")] if recipe.is_by_template else []
+        return Planned(result=folder / "corpus.json", argv=argv)
+    argv = ["sample", "--base", experiment.base, "--tasks", recipe.task, *out]
+    argv += ["--num", str(recipe.samples), "--samples", str(recipe.answers)]
+    argv += ["--keep", str(recipe.keep), "--instruction", recipe.instruction]
+    argv += ["--temperature", f"{experiment.temperature:g}", *_answering(experiment, recipe)]
+    return Planned(result=folder / "corpus.json", argv=argv)
+
+
+def _extract(experiment: Experiment, folder: Path) -> Planned:
+    argv = ["extract", "--base", experiment.base, "--data", str(folder / "corpus.jsonl")]
+    argv += ["--out", str(folder / "store"), "--taps"]
+    if "top" not in experiment.kinds:
+        argv += experiment.taps
+    else:
+        blocks = experiment.top_blocks
+        below = f"layer.{experiment.num_layers - blocks}"
+        argv += [*dict.fromkeys([*experiment.taps, below]), "--with-blocks", str(blocks)]
+    argv += forward_argv(experiment.forward)
+    return Planned(result=folder / "extract.json", argv=argv)
+
+
+def _train(experiment: Experiment, folder: Path, seed: int, kind: str) -> Planned:
+    own = folder / f"seed-{seed}"
+    argv = ["cot-mlp"] if kind == MLP else ["train", "--kind", kind]
+    argv += ["--store", str(folder / "store"), "--out", str(own / kind)]
+    if kind == "top":  # at the learning rate of its kind
+        argv += ["--blocks", str(experiment.top_blocks), "--lora-rank", str(LORA_RANK)]
+    else:
+        argv += ["--taps", *experiment.taps, "--learning-rate", f"{experiment.learning_rate:g}"]
+    argv += ["--seed", str(seed), "--epochs", str(experiment.epochs)]
+    argv += ["--tokens-per-step", str(experiment.tokens_per_step)]
+    argv += ["--sampled-softmax", str(experiment.sampled_softmax)]
+    argv += forward_argv(experiment.forward, ("device",))
+    return Planned(result=own / f"{kind}.json", argv=argv)
+
+
+def _train_lora(experiment: Experiment, folder: Path, seed: int) -> Planned:
+    own = folder / f"seed-{seed}"
+    argv = ["cot-lora", "--base", experiment.base, "--store", str(folder / "store")]
+    argv += ["--run", str(own / experiment.kinds[0]), "--out", str(own / LORA)]
+    argv += ["--seed", str(seed), "--learning-rate", f"{experiment.lora_rate:g}"]
+    argv += ["--tokens-per-step", str(experiment.tokens_per_step)]
+    argv += ["--sampled-softmax", str(experiment.sampled_softmax)]
+    return Planned(result=own / "lora.json", argv=argv + forward_argv(experiment.forward))
+
+
+def _score(
+    experiment: Experiment, recipe: Recipe, folder: Path, seed: int, asked: Sequence[str]
+) -> Planned:
+    own = folder / f"seed-{seed}"
+    trained = {
+        kind: f"carryon={own / kind / (READABLE if kind == MLP else 'carryon')}"
+        for kind in experiment.kinds
+    }
+    trained |= {LORA: f"lora={own / LORA}"} if experiment.has_lora else {}
+    source = str(folder / "test.jsonl") if recipe.is_by_template else recipe.task
+    argv = ["score", "--base", experiment.base, "--tasks", source]
+    argv += ["--arms", *asked, *trained.values(), "--num", str(experiment.num)]
+    argv += ["--task-seed", str(TEST_SEED)]
+    argv += ["--examples", str(folder / "corpus.jsonl")] if experiment.shots else []
+    argv += ["--store", str(folder / "store"), "--out", str(folder / "answers.jsonl")]
+    argv += _answering(experiment, recipe)
+    return Planned(result=own / f"score-{'-'.join(trained)}.json", argv=argv)
+
+
+def _answering(experiment: Experiment, recipe: Recipe) -> list[str]:
+    """Return the options of what generates and judges."""
+    argv = ["--max-new-tokens", str(recipe.max_new_tokens)]
+    argv += ["--rule", experiment.rule] if experiment.rule != "auto" else []
+    argv += ["--engine", experiment.engine] if experiment.engine != "auto" else []
+    argv += ["--batch-rows", str(experiment.batch_rows)]
+    return argv + forward_argv(experiment.forward)
