@@ -1,4 +1,4 @@
-"""Corpora of the benchmarks, and the experiment that teaches answers."""
+"""Corpora of the benchmarks."""
 
 import json
 import shutil
@@ -9,9 +9,6 @@ import pytest
 
 from carryon.cache.errors import InputError
 from carryon.tools.bench.corpora import write_named_corpus
-from carryon.tools.bench.experiment_cot import HELD_OUT_SEED, TRAINING_SEED, experiment_cot
-
-SUMS = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -68,35 +65,3 @@ def test_an_unknown_corpus_is_refused(tmp_path: Path) -> None:
         InputError, match="corpus 'x': expected gsm, python, pydoc, manpages, or LABEL=PATH"
     ):
         write("x", tmp_path, num_tokens=10)
-
-
-# Answers
-
-
-def test_held_out_problems_are_drawn_far_from_the_training_problems() -> None:
-    # Problem i of a generator is drawn from seed + i.
-    assert HELD_OUT_SEED - TRAINING_SEED >= 1_000_000
-
-
-def test_answers_are_taught_and_counted(
-    store_tmp: Path, tiny_base_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    [figure] = experiment_cot(
-        base=str(tiny_base_folder),
-        out=str(store_tmp / "cot"),
-        task=SUMS,
-        samples=20,
-        num=4,
-        seeds=[0],
-        epochs=1,
-    )
-    halves = questions_of(read_lines(store_tmp / "cot" / "corpus.jsonl"))
-    assert not set(halves["train"]) & set(halves["held-out"])
-    assert 0 <= figure["value"] <= 1
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figure
-
-
-def test_an_unknown_task_leaves_no_folder(tmp_path: Path, tiny_base_folder: Path) -> None:
-    with pytest.raises(InputError, match="expected a task of reasoning-gym"):
-        experiment_cot(base=str(tiny_base_folder), out=str(tmp_path / "cot"), task="nosuch")
-    assert not (tmp_path / "cot").exists()

@@ -1,5 +1,6 @@
-"""Benchmarks of what a carry-on does to answers, counted answer by answer.
+"""What a carry-on does to answers, counted answer by answer.
 
-Here: small synthetic tasks on a real base, each about one thing that answers need. Not here: scores
-on tasks that people care about, which the experiments measure.
+`copying` is a small synthetic task about one thing that answers need. `experiment` teaches tasks of
+reasoning-gym by recipes and counts right answers beside prompts and LoRA: its steps are planned as
+data, run as commands, and counted. Not here: how answers are judged (train/inference/scoring).
 """

@@ -137,7 +137,7 @@ def _train(
     steps = iter_steps(samples, len(samples), seed=settings.seed, tokens_per_step=tokens_per_step)
     clock_s, tokens, epoch, took = 0.0, 0, 0, list[float]()
     torch.manual_seed(settings.seed)
-    with Progress(budget_s, name="lora", unit="s") as progress:
+    with Progress(max(1, round(budget_s)), name="lora", unit="s") as progress:
         while not took or clock_s + 0.5 * statistics.median(took) < budget_s:
             started_at = time.perf_counter()
             epoch, chosen = next(steps)
@@ -148,7 +148,7 @@ def _train(
             clock_s += took[-1]
             tokens += sum(len(samples[index].tokens) for index in chosen.tolist())
             progress.note = f"loss {loss:.3f}"
-            progress.update(took[-1])
+            progress.update(int(clock_s) - int(clock_s - took[-1]))
     return {"train_s": clock_s, "tokens": tokens, "steps": len(took), "epochs": epoch + 1}
 
 

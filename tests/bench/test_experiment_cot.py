@@ -1,0 +1,427 @@
+"""The experiment of chains of thought: texts, steps, controls, counts, and a run on a tiny base."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reasoning_gym
+import torch
+from support.tiny_bases import make_tiny_base
+
+from carryon.cache.base.model import load_base
+from carryon.cache.errors import InputError
+from carryon.cache.extraction.pipeline import extract
+from carryon.cache.settings import ForwardSettings
+from carryon.cache.store.reader import Store
+from carryon.tools.bench.__main__ import main
+from carryon.tools.bench.accuracy import chains, experiment, plan, recipes, rows
+from carryon.tools.bench.accuracy.corpus import is_unseen_template, make_corpus
+from carryon.tools.bench.accuracy.lora import train_lora
+from carryon.tools.bench.accuracy.mlp import build_mlp, train_mlp
+from carryon.tools.bench.accuracy.report import write_report
+from carryon.tools.improve import steps
+from carryon.train.config import CarryOnSettings, TrainSettings
+from carryon.train.inference.scoring.comparison import Paired
+from carryon.train.inference.scoring.problems import Problem, read_problems
+from carryon.train.inference.scoring.rules import parse_rule
+from carryon.train.modules.packed_attention import pack
+from carryon.train.modules.serialization import load_carryon
+
+LEGS = "leg_counting:min_animals=2,max_animals=3"
+CPU = ForwardSettings(device="cpu", compute_dtype="float32")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# Texts
+
+
+def solve(expression: str) -> str:
+    problem = Problem(
+        id="p", question="", answer="", rule=parse_rule("end"), metadata={"expression": expression}
+    )
+    return chains.work_out(problem)
+
+
+@pytest.mark.parametrize(
+    ("expression", "lines"),
+    [
+        ("4 - 1 - 7", ["4 - 1 = 3", "3 - 7 = -4"]),
+        ("2 + 3 * 4", ["3 * 4 = 12", "2 + 12 = 14"]),
+        ("8 - -3", ["8 - (-3) = 11"]),
+        ("-( 2 + 5 ) * 3", ["2 + 5 = 7", "-7 * 3 = -21"]),
+        ("-7 / 2", ["-7 / 2 = -4"]),
+        ("6", []),
+    ],
+)
+def test_a_formula_is_worked_out_operation_by_operation(expression: str, lines: list[str]) -> None:
+    result = eval(expression.replace("/", "//"))  # noqa: S307 -- of the table above
+    assert solve(expression) == "\n".join([*lines, f"Therefore, the final answer is {result}."])
+
+
+def test_what_is_no_formula_of_whole_numbers_is_refused() -> None:
+    with pytest.raises(InputError, match="formula: expected whole numbers"):
+        solve("__import__('os')")
+
+
+@pytest.mark.parametrize("task", [LEGS, "chain_sum", "basic_arithmetic", "gsm_symbolic"])
+def test_chains_are_right_and_end_in_plain_words(task: str) -> None:
+    name = task.partition(":")[0]
+    for problem in read_problems(task, num=60, seed=7):
+        text = chains.write_chain(problem, task=name)
+        assert problem.is_right(text)
+        end = re.search(r"\nTherefore, the final answer is (-?[\d.]+)\.$", f"\n{text}")
+        assert end
+        assert float(end[1]) == float(problem.answer)
+        assert "####" not in text
+
+
+def test_a_corpus_has_no_question_of_the_test(tmp_path: Path) -> None:
+    # One digit: many questions are equal, within training and between training and test
+    task = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"
+    counts = make_corpus(task=task, out=str(tmp_path / "c.jsonl"), samples=150, test_num=60)
+    questions = [each["messages"][0]["content"] for each in read_lines(tmp_path / "c.jsonl")]
+    tested = {problem.question for problem in read_problems(task, num=60, seed=1_000_001)}
+    assert counts["kept"] == len(questions) == len(set(questions)) == 150 - counts["equal"]
+    assert counts["equal"] > 0
+    assert tested.isdisjoint(questions)
+    assert tested & {problem.question for problem in read_problems(task, num=150, seed=1)}
+
+
+def test_templates_of_the_test_are_in_no_training_text(tmp_path: Path) -> None:
+    corpus, test = tmp_path / "corpus.jsonl", tmp_path / "test.jsonl"
+    make_corpus(task="gsm_symbolic", out=str(corpus), samples=80, test_num=20, test_out=str(test))
+    trained = [each["sampled"]["problem"] for each in read_lines(corpus)]
+    tested = [each["id"] for each in read_lines(test)]
+    assert (len(trained), len(tested)) == (80, 20)
+
+    def templates(ids: list[str], *, seed: int, size: int) -> set[int]:
+        made = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed)
+        return {made.task_indices[int(each.rpartition("-")[2])] for each in ids}
+
+    seen = templates(trained, seed=1, size=160)
+    unseen = templates(tested, seed=1_000_001, size=200)
+    assert seen.isdisjoint(unseen)
+    assert all(map(is_unseen_template, unseen))
+    problems = read_problems(str(test), num=20, seed=0)
+    assert len(problems) == 20
+    with pytest.raises(InputError, match="--test-out: expected the task gsm_symbolic"):
+        make_corpus(task="chain_sum", out=str(corpus), test_out=str(test))
+
+
+# Steps
+
+
+def make_experiment(root: Path, **changes: Any) -> plan.Experiment:  # noqa: ANN401
+    given = plan.Experiment(
+        root=root,
+        base="base",
+        num_layers=30,
+        seeds=[0, 1],
+        num=200,
+        kinds=["bottleneck"],
+        has_lora=True,
+        shots=4,
+        rule="auto",
+        epochs=6,
+        tokens_per_step=384,
+        learning_rate=2e-3,
+        lora_rate=2e-3,
+        sampled_softmax=2048,
+        temperature=0.8,
+        engine="auto",
+        batch_rows=16,
+    )
+    return replace(given, **changes)
+
+
+def test_the_steps_of_a_task_in_order(tmp_path: Path) -> None:
+    own = plan.plan_task(make_experiment(tmp_path), recipes.RECIPES["chain_sum"])
+    names = [str(each.result.relative_to(tmp_path / "chain_sum")) for each in own.steps()]
+    assert names == [
+        "corpus.json",
+        "extract.json",
+        *(f"seed-0/{name}.json" for name in ("bottleneck", "lora", "score-bottleneck-lora")),
+        *(f"seed-1/{name}.json" for name in ("bottleneck", "lora", "score-bottleneck-lora")),
+    ]
+    assert own.labels == ["base", "instruct", "few-shot", "bottleneck", "lora"]
+    sample = own.corpus.argv
+    assert sample[0] == "sample"
+    assert "--keep-instruction" not in sample  # the instruction is not stored
+    assert sample[sample.index("--test-seed") + 1] == "1000001"
+    assert sample[sample.index("--task-seed") + 1] == "1"
+    at = own.extract.argv.index("--taps")
+    assert own.extract.argv[at + 1 : at + 4] == ["final", "layer.20", "layer.10"]
+
+
+def test_every_step_of_every_recipe_is_a_command_that_parses(tmp_path: Path) -> None:
+    given = make_experiment(tmp_path, kinds=["bottleneck", "mlp", "top"], forward=CPU)
+    for recipe in recipes.RECIPES.values():
+        own = plan.plan_task(given, recipe)
+        results = [each.result for each in own.steps()]
+        assert len(set(results)) == len(results)
+        for each in own.steps():
+            experiment._program(each).check(each.argv[0], each.argv[1:])
+        assert {"--with-blocks", "layer.22"} <= set(own.extract.argv)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"kinds": []}, "--kinds: expected one or more"),
+        ({"kinds": ["native"]}, "--kinds: expected some of bottleneck, mlp, top, got 'native'"),
+        ({"kinds": ["top"]}, "--kinds: expected another kind before top with --lora"),
+        ({"seeds": [1, 1]}, "--seeds: expected one or more, each once, got '1 1'"),
+    ],
+)
+def test_wrong_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=re.escape(text)):
+        make_experiment(tmp_path, **changes)
+
+
+def test_recipes_are_chosen_with_settings_of_their_own() -> None:
+    [one] = recipes.choose_recipes(["leg_counting:max_animals=3"], samples=9, max_new_tokens=8)
+    assert (one.name, one.task) == ("leg_counting-max_animals-3", "leg_counting:max_animals=3")
+    assert (one.samples, one.max_new_tokens, one.goal) == (9, 8, None)
+    with pytest.raises(InputError, match="--tasks: expected some of leg_counting, .*'nosuch'"):
+        recipes.choose_recipes(["nosuch"])
+    with pytest.raises(InputError, match="--tasks: expected each once, got chain_sum twice"):
+        recipes.choose_recipes(["chain_sum", "chain_sum"])
+
+
+# Controls
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base with room for worked problems."""
+    return make_tiny_base(
+        tmp_path_factory.mktemp("bases") / "long", context=1024, max_position_embeddings=1024
+    )
+
+
+@pytest.fixture(scope="module")
+def store(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of a few worked problems."""
+    folder = tmp_path_factory.mktemp("cot")
+    make_corpus(task=LEGS, out=str(folder / "c.jsonl"), samples=10, held_out_ratio=0.3)
+    base = load_base(str(base_folder), forward=CPU)
+    taps = ["final", "layer.1"]
+    extract(base=base, data=[folder / "c.jsonl"], out=folder / "store", taps=taps)
+    return folder / "store"
+
+
+def test_an_mlp_sees_one_token_at_a_time_and_is_read_as_a_bottleneck(
+    store: Path, tmp_path: Path
+) -> None:
+    settings = TrainSettings.from_options(
+        taps=["final", "layer.1"], width=8, heads=2, intermediate_size=8, blocks=2, epochs=1,
+        tokens_per_step=400, device="cpu", saved_dtype="float32",
+    )  # fmt: skip
+    result = train_mlp(store=str(store), out=str(tmp_path / "run"), settings=settings)
+    module, card = load_carryon(result["readable"])
+    assert card.settings["kind"] == "bottleneck"
+    original, _ = load_carryon(result["carryon"])
+    states = {tap: torch.randn(6, 16) for tap in ("final", "layer.1")}
+    positions, packing = torch.arange(6), pack(torch.tensor([6]))
+    with torch.no_grad():
+        deltas = [each.correct_packed(states, packing, positions) for each in (module, original)]
+        torch.testing.assert_close(deltas[0], deltas[1])
+        assert deltas[0].abs().max() > 0
+        states["final"][0] += 1.0
+        changed = module.correct_packed(states, packing, positions)
+    assert not torch.equal(changed[0], deltas[0][0])
+    assert torch.equal(changed[1:], deltas[0][1:])
+    assert result["num_parameters"] < sum(weight.numel() for weight in module.parameters())
+
+
+def test_an_mlp_starts_as_the_base() -> None:
+    settings = CarryOnSettings(kind="bottleneck", width=8, heads=2, intermediate_size=8)
+    module = build_mlp(settings, base_width=16)
+    delta = module.correct_packed(
+        {"final": torch.randn(3, 16)}, pack(torch.tensor([3])), torch.arange(3)
+    )
+    assert torch.equal(delta, torch.zeros(3, 16))
+
+
+@torch.no_grad()
+def plain_nll(model: Any, store: Store) -> float:  # noqa: ANN401
+    """Return the loss of the held-out targets by a whole forward pass of transformers."""
+    total, count = 0.0, 0
+    for index in store.sample_held_out.nonzero()[0].tolist():
+        read = store.read_sample(index, taps=[])
+        tokens = torch.from_numpy(read.tokens).long()
+        logits = model(tokens[None]).logits[0].double().log_softmax(-1)
+        for at in read.loss_mask.nonzero()[0].tolist():
+            if at:
+                total -= float(logits[at - 1, tokens[at]])
+                count += 1
+    return total / count
+
+
+def test_lora_is_saved_as_it_was_trained(base_folder: Path, store: Path, tmp_path: Path) -> None:
+    import peft
+
+    result = train_lora(
+        base=str(base_folder), store=str(store), out=str(tmp_path / "lora"), seconds=0.3,
+        learning_rate=1e-2, sampled_softmax=0, forward=CPU,
+    )  # fmt: skip
+    opened = Store.open(store)
+    model = load_base(str(base_folder), forward=CPU).model
+    assert plain_nll(model, opened) == pytest.approx(result["base_nll"], abs=0.02)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)  # PEFT reads a deprecated attribute
+        adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "lora"))
+    assert plain_nll(adapted, opened) == pytest.approx(result["lora_nll"], abs=0.02)
+    assert result["lora_nll"] < result["base_nll"] - 0.05
+    assert result["train_s"] >= 0.15
+    with pytest.raises(InputError, match="--run: expected a run or --seconds"):
+        train_lora(base="none", store=str(store), out="none", forward=CPU)
+
+
+# Counts
+
+
+def verdicts(text: str) -> dict[str, bool]:
+    return {f"p{number}": sign == "1" for number, sign in enumerate(text)}
+
+
+def test_rows_count_seeds_and_pairs() -> None:
+    given = {
+        "base": [verdicts("110000")],
+        "instruct": [verdicts("111000")],
+        "few-shot": [verdicts("001000")],
+        "bottleneck": [verdicts("011110"), verdicts("011100")],
+    }
+    made = rows.make_rows("t", given, cuts=dict.fromkeys(given, 0.0), costs={})
+    by_arm = {row.arm: row for row in made}
+    own = by_arm["bottleneck"]
+    assert own.right == [4, 3]
+    assert own.accuracy == pytest.approx(3.5 / 6)
+    assert own.worst == pytest.approx(3 / 6)
+    assert own.low < own.accuracy < own.high
+    # won p2, p3, p4 (in one seed of two); lost p0
+    assert own.against_base == Paired(won=3, lost=1, p=0.625)
+    # The instruction is right more often than the examples: won p3, p4; lost p0
+    assert own.against_prompt == Paired(won=2, lost=1, p=1.0)
+    assert by_arm["instruct"].against_base == Paired(won=1, lost=0, p=1.0)
+    for goal, value in (
+        (recipes.Goal(against="nothing", at_least=0.8), 3 / 6),
+        (recipes.Goal(against="base", at_least=0.0), 3 / 6 - 2 / 6),
+        (recipes.Goal(against="prompt", at_least=-0.03), 3 / 6 - 3 / 6),
+    ):
+        *_, figure = rows.figures_of(made, goal=goal, kind="bottleneck")
+        assert (figure.figure, figure.value) == ("cot.t.goal", pytest.approx(value))
+        assert figure.met is (value >= goal.at_least)
+    assert len(rows.figures_of(made, goal=None, kind="bottleneck")) == len(made)
+
+
+def test_a_report_shows_all_rows(tmp_path: Path) -> None:
+    given = {"base": [verdicts("10")], "bottleneck": [verdicts("11")]}
+    costs = {"bottleneck": rows.Costs(bytes=1_390_000, extract_s=60.0, train_s=47.4, nll=0.04)}
+    made = rows.make_rows("t", given, cuts=dict.fromkeys(given, 0.0), costs=costs)
+    assert write_report(tmp_path, made, {"base": "b"})
+    table = (tmp_path / "table.md").read_text()
+    assert "| t | bottleneck | 2 of 2 | 100.0% [34.2%, 100.0%] |" in table
+    assert "| 1.39 | 0.040 | 60 | 47 | 107 |" in table
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    document = json.loads((tmp_path / "table.json").read_text())
+    assert document["rows"][1]["clock_s"] == pytest.approx(107.4)
+
+
+# A run
+
+RULE = """
+def accept(text, problem):
+    return sum(map(ord, text)) % 4 != 0
+"""
+
+
+def argv_of(base: Path, *more: str) -> list[str]:
+    argv = ["experiment-cot", "--base", str(base), "--out", "out", "--tasks", LEGS]
+    argv += ["--num", "3", "--samples", "8", "--shots", "1", "--max-new-tokens", "4"]
+    argv += ["--rule", "easy_rule:accept", "--epochs", "1", "--tokens-per-step", "1024"]
+    argv += ["--sampled-softmax", "0", "--device", "cpu", "--compute-dtype", "float32"]
+    return [*argv, "--kinds", "bottleneck", "mlp", "--lora", *more]
+
+
+@pytest.mark.slow
+def test_a_task_is_taught_counted_and_resumed(
+    base_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "easy_rule.py").write_text(RULE)
+    argv = argv_of(base_folder, "--seeds", "0")
+    done = list[str]()
+    write_json = steps.write_json
+
+    def stop_behind_extraction(path: Path, document: Any) -> None:  # noqa: ANN401
+        write_json(path, document)
+        done.append(path.name)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "write_json", stop_behind_extraction)
+    assert main(argv) == 130
+    assert main(argv) == 0
+    expected = ["corpus", "extract", "bottleneck", "mlp", "lora", "score-bottleneck-mlp-lora"]
+    assert done == [f"{name}.json" for name in expected]  # each once
+    figures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    arms = ["base", "instruct", "few-shot", "bottleneck", "mlp", "lora"]
+    folder = tmp_path / "out" / "leg_counting-min_animals-2-max_animals-3"
+    assert [each["figure"] for each in figures] == [f"cot.{folder.name}.{arm}" for arm in arms]
+    answers = read_lines(folder / "answers.jsonl")[1:]
+    assert len(answers) == 3 * len(arms)
+    for arm, figure in zip(dict.fromkeys(each["arm"] for each in answers), figures, strict=True):
+        right = [each["is_right"] for each in answers if each["arm"] == arm]
+        assert figure["right"] == [sum(right)]
+    assert figures[-1]["clock_s"] >= 0.5 * figures[3]["clock_s"]  # LoRA's, and the first kind's
+
+    assert main(argv_of(base_folder, "--seeds", "0", "1")) == 0
+    assert done[6:] == [f"{name}.json" for name in expected[2:]]  # of the other seed
+    made = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert [len(row["right"]) for row in made] == [1, 1, 1, 2, 2, 2]
+    assert main([*argv_of(base_folder, "--seeds", "0"), "--samples", "9"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "expected the result of this command, got that of one with '8' in place of '9'" in line
+
+
+def test_wrong_words_leave_no_folder(
+    base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = ["experiment-cot", "--base", str(base_folder), "--out", str(out)]
+    assert main([*argv, "--tasks", "nosuch"]) == 2
+    assert "--tasks: expected some of leg_counting" in capsys.readouterr().err
+    assert main([*argv, "--num", "0"]) == 2
+    assert "--num: expected 1 or more, got 0" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.real
+def test_a_real_base_learns_to_end_in_plain_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from carryon.tools.demo.base_model import fetch_base
+
+    fetch_base(tmp_path / "base")
+    argv = ["experiment-cot", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
+    argv += ["--tasks", "leg_counting", "--seeds", "0", "--samples", "16", "--num", "4"]
+    argv += ["--shots", "2", "--max-new-tokens", "64", "--lora"]
+    assert main(argv) == 0
+    rows_ = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    nlls = {row["arm"]: row["costs"]["nll"] for row in rows_}
+    assert nlls["bottleneck"] < nlls["base"] - 0.2
+    assert nlls["lora"] < nlls["base"] - 0.2
+    answers = read_lines(tmp_path / "out" / "leg_counting" / "answers.jsonl")[1:]
+    by_arm = {each["arm"]: each for each in answers}
+    assert len(by_arm) == len(rows_) == 5
+    assert len(capsys.readouterr().out.splitlines()) == len(rows_) + 1
