@@ -47,7 +47,7 @@ def measure_kills(
                 misses.append({"kill": number, "wrong": "each kill lay behind the command's end"})
                 continue
             words = COMMANDS[name].words
-            if number % 3 == 2:  # again, if the rest of the work takes so many changes
+            if number % 3 == 2:  # again, if the rest of the work takes that many changes
                 call(words, cwd=trial, limits=Limits(kill_at=picks.randint(1, num_changes)))
             wrong = what_is_wrong(things, name, trial, call(words, cwd=trial))
             survived += not wrong
