@@ -58,11 +58,11 @@ def run_comparison(
     facts = read_base_facts(
         base, folder, forward=ForwardSettings(allow_pickle=settings.allow_pickle)
     )
-    (folder / "rows").mkdir(exist_ok=True)
     shape = {name: int(facts[name]) for name in ("num_layers", "width")}
     methods = get_methods(settings, **shape)
     _refuse_other_data(folder, {"data": data, **settings.shared()})
     prepare_material(settings, base=base, out=folder, data=data)
+    (folder / "rows").mkdir(exist_ok=True)
     rows = list_rows(settings, methods)
     todo = [row for row in rows if not (folder / "rows" / f"{row.name}.json").exists()]
     minutes = sum(row.seconds for row in todo) / 60
