@@ -12,6 +12,7 @@ def project_plainly(
     anchor: Vocabulary,
     *,
     covered: bytes = b"",
+    last: int | None = None,
     source_stops: Sequence[int] = (),
     anchor_stops: Sequence[int] = (),
 ) -> list[float]:
@@ -28,6 +29,13 @@ def project_plainly(
         token = source[number] if number not in source_stops else None
         if covered and not (token and token.startswith(covered) and token != covered):
             continue
+        if covered and last is not None and token:
+            before = anchor[last] or b""
+            after = token[len(covered) :]
+            letters = len(after) - len(after.lstrip(b"abc"))
+            longer = [before + after[:n] for n in range(1, letters + 1)]
+            if before and before[-1:] in b"abc" and any(t in pieces.values() for t in longer):
+                continue
         members: Sequence[int] = range(len(anchor))
         if number in source_stops and anchor_stops:
             members = sorted(set(anchor_stops))

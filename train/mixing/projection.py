@@ -11,7 +11,8 @@ source's tokens of P are t_1 .. t_K; s_0 is the state before t_1, s_k the one af
 exact state, and c_k the bytes of P behind s_k. Then
 
     reach_k = P(t_1 | s_0) * ... * P(t_k | s_(k-1))
-    cross_k = sum of P(b | s_k) over the tokens b that begin with c_k and are longer
+    cross_k = sum of P(b | s_k) over the tokens b that begin with c_k, are longer, and are not
+              contradicted by the anchor's last token
     mass    = sum_(k<K) reach_k * cross_k + reach_K
 
 and each part is given to the anchor's tokens by the rule of `vocabulary_map`, weighted by its part
@@ -64,6 +65,9 @@ class HealingStates:
     """[m] c_k, not empty."""
     next_tokens: Tensor
     """[m] int64 on the host: the source's token t_(k+1)."""
+    anchor_tokens: Tensor
+    """[m] int64 on the host: the anchor's token that ends at the position, which contradicts some
+    tokens that cross it; -1: none is looked at."""
 
     def between(self, start: int, stop: int) -> "HealingStates":
         """Return those of the positions from `start` to `stop`, counted from `start`."""
@@ -74,6 +78,7 @@ class HealingStates:
             states=self.states[first:last],
             covered=self.covered[first:last],
             next_tokens=self.next_tokens[first:last],
+            anchor_tokens=self.anchor_tokens[first:last],
         )
 
 
@@ -88,7 +93,10 @@ class ProjectedTargets:
 
 
 def heal_from_stable(
-    stable_states: Tensor, covered: Sequence[bytes], vocabulary_map: VocabularyMap
+    stable_states: Tensor,
+    covered: Sequence[bytes],
+    anchor_tokens: Tensor,
+    vocabulary_map: VocabularyMap,
 ) -> HealingStates:
     """Return one healing state for each position with covered bytes: the stable one.
 
@@ -97,6 +105,7 @@ def heal_from_stable(
     Args:
         stable_states: [n, D_B] states at the last token that no later byte can change.
         covered: [n] bytes behind it, empty where it ends with the position.
+        anchor_tokens: [n] the anchor's token that ends at each position; -1: not known.
         vocabulary_map: of source and anchor.
     """
     rows = [row for row, each in enumerate(covered) if each]
@@ -107,6 +116,7 @@ def heal_from_stable(
         states=stable_states[at.to(stable_states.device)],
         covered=[covered[row] for row in rows],
         next_tokens=torch.tensor(firsts, dtype=torch.int64),
+        anchor_tokens=anchor_tokens.cpu()[at].to(torch.int64),
     )
 
 
@@ -228,16 +238,22 @@ def _add_crossing_(
         logs = log_probabilities(healing.states[start:stop], head)
         tokens = healing.next_tokens[start:stop].to(logs.device).unsqueeze(1)
         log_next[start:stop] = logs.gather(1, tokens).squeeze(1).double().cpu()
-        by_bytes: dict[bytes, list[int]] = {}
+        by_bytes: dict[tuple[bytes, int], list[int]] = {}
         for number in range(start, stop):
-            by_bytes.setdefault(healing.covered[number], []).append(number)
-        for covered, numbers in by_bytes.items():
+            key = healing.covered[number], int(healing.anchor_tokens[number])
+            by_bytes.setdefault(key, []).append(number)
+        for (covered, anchor_token), numbers in by_bytes.items():
             spread = vocabulary_map.spread(covered)
             if not len(spread.sources):
                 continue
             at = torch.tensor(numbers)
             columns = torch.from_numpy(spread.sources).to(logs.device)
             chosen = logs[(at - start).to(logs.device)[:, None], columns]
+            if anchor_token >= 0:
+                is_out = vocabulary_map.contradicted(covered, anchor_token)
+                if is_out.all():
+                    continue
+                chosen[:, torch.from_numpy(is_out).to(chosen.device)] = -torch.inf
             log_sums = torch.logsumexp(chosen, dim=1, keepdim=True)
             log_cross[at] = log_sums.squeeze(1).double().cpu()
             # of total 1, however unlikely all of them are

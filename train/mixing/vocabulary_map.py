@@ -12,6 +12,10 @@ that one would have been written instead. So
    them: the longest token of the anchor that begins r.
 3. If there is none either, or b stands for no text, the anchor's own distribution gets its mass.
 
+A token that crosses the end of what is written says nothing if the anchor contradicts it: within a
+word, where letters follow letters, the anchor's last token l is followed by r only if no longer
+token of the anchor begins l + r; it would have been written in the place of l.
+
 Tokens of equal bytes share their mass in proportion to the anchor's own probabilities. The stop
 tokens of the source stand together for those of the anchor. A token of the source that does not
 begin with c, or ends with it, says nothing about what follows.
@@ -21,19 +25,24 @@ for itself. Letters: V_A tokens of the anchor, V_B of the source.
 """
 
 import hashlib
+import string
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from carryon.cache.corpus.vocabulary.token_bytes import digest_bytes
 from carryon.cache.errors import InputError
 from carryon.train.mixing.byte_trie import ROOT, ByteStrings, ByteTrie, Ints, build_trie
 
-RULE_VERSION = 1
+RULE_VERSION = 2
 """Of the rule above and of the projection; part of every digest."""
+_LETTERS = string.ascii_letters.encode()
+_MAX_LETTERS = 64
+"""Of the rest of a token; longer words are rarely one token."""
 _MAX_KEPT = 2048
 """Spreads that are kept, most of them of a few hundred bytes: the last word of a text again and
 again."""
@@ -126,6 +135,33 @@ class VocabularyMap:
         if len(self._kept) > _MAX_KEPT:
             self._kept.popitem(last=False)
         return spread
+
+    def contradicted(self, covered: bytes, anchor_token: int) -> NDArray[np.bool_]:
+        """Return which tokens of `spread(covered)` the anchor's last token contradicts, [m].
+
+        Only letters of ASCII that follow a letter are looked at: elsewhere the anchor's tokenizer
+        may have cut the text into words before it looked for tokens.
+
+        Args:
+            covered: as in `spread`.
+            anchor_token: the anchor's token that ends with the covered bytes.
+        """
+        sources = self.spread(covered).sources
+        last = self.anchor[anchor_token] or b""
+        if not last[-1:].isalpha() or not len(sources):
+            return np.zeros(len(sources), dtype=np.bool_)
+        trie, strings = self._tries[1], self._strings[0]
+        rests = ByteStrings(
+            data=strings.data,
+            starts=strings.starts[sources] + len(covered),
+            lengths=np.minimum(self._letters(len(covered), sources), _MAX_LETTERS),
+        )
+        return trie.longest(rests, start=int(trie.ends[anchor_token])) >= 0
+
+    def _letters(self, num_covered: int, sources: Ints) -> Ints:
+        """Return how many letters each token has behind its first bytes, up to another byte."""
+        texts = ((self.source[number] or b"")[num_covered:] for number in sources.tolist())
+        return np.array([len(text) - len(text.lstrip(_LETTERS)) for text in texts], dtype=np.int64)
 
     def first_token(self, covered: bytes) -> int:
         """Return the longest token of the source that begins bytes; the lowest of equal ones.

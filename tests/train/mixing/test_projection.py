@@ -25,6 +25,8 @@ ANCHOR: list[bytes | None] = [b"a", b"b", b"c", b"bc", b"abb", b"ca", b"ca", Non
 STOPS = (5,), (7, 9)
 WIDTHS = 6, 5
 COVERED = [b"", b"a", b"ab", b"c", b"", b"ca", b"cc"]
+LAST = torch.tensor([0, 0, 1, 2, 3, -1, 8])
+"""Tokens of the anchor that end there."""
 
 
 def make_frozen(rows: Tensor, dtype: torch.dtype = torch.float32) -> FrozenHead:
@@ -54,7 +56,7 @@ def make_case(dtype: torch.dtype = torch.float32) -> tuple[Heads, VocabularyMap,
 def make_stable(vocabulary_map: VocabularyMap) -> HealingStates:
     random = torch.Generator().manual_seed(4)
     states = torch.randn(len(COVERED), WIDTHS[0], generator=random)
-    return heal_from_stable(states, COVERED, vocabulary_map)
+    return heal_from_stable(states, COVERED, LAST, vocabulary_map)
 
 
 def probabilities(states: Tensor, head: FrozenHead) -> Tensor:
@@ -62,14 +64,20 @@ def probabilities(states: Tensor, head: FrozenHead) -> Tensor:
 
 
 def project_one(
-    heads: Heads, exact: Tensor, anchor: Tensor, healing: Sequence[tuple[Tensor, bytes, int]]
+    heads: Heads,
+    exact: Tensor,
+    anchor: Tensor,
+    healing: Sequence[tuple[Tensor, bytes, int]],
+    last: int | None = None,
 ) -> list[float]:
     """Return one projected distribution by plain sums in float64."""
     own = probabilities(anchor, heads.anchor).tolist()
     reach, parts = 1.0, []
     for state, covered, token in healing:
         probs = probabilities(state, heads.source).tolist()
-        part = project_plainly(probs, own, SOURCE, ANCHOR, covered=covered, source_stops=STOPS[0])
+        part = project_plainly(
+            probs, own, SOURCE, ANCHOR, covered=covered, last=last, source_stops=STOPS[0]
+        )
         parts.append([reach * each for each in part])
         reach *= probs[token]
     last = project_plainly(
@@ -100,14 +108,16 @@ def test_stable_and_exact_states_are_joined_as_by_plain_sums(dtype: torch.dtype)
     for row in range(len(COVERED)):
         own = [n for n, at in enumerate(healing.rows.tolist()) if at == row]
         steps = [(healing.states[n], healing.covered[n], int(healing.next_tokens[n])) for n in own]
-        expected = project_one(heads, states[row], anchors[row], steps)
+        last = int(LAST[row])
+        expected = project_one(heads, states[row], anchors[row], steps, last if last >= 0 else None)
         assert found[row].tolist() == pytest.approx(expected, abs=2e-6)
     assert found.sum(dim=1) == pytest.approx(torch.ones(len(COVERED)), abs=1e-5)
     assert features[:, FEATURES.index("top")].tolist() == found.amax(dim=1).tolist()
     entropy = -(found * found.log()).nan_to_num().sum(dim=1)
     assert features[:, 0].tolist() == pytest.approx(entropy.tolist(), abs=1e-5)
     assert features[0, 2] == features[4, 2] == features[6, 2] == 0  # no token begins with cc
-    assert all(0 < each < 1 for each in features[[1, 2, 3, 5], 2].tolist())
+    assert features[2, 2] == features[3, 2] == 0  # bc, ca: the anchor would have written them
+    assert all(0 < each < 1 for each in features[[1, 5], 2].tolist())
 
 
 def test_several_states_of_a_position_are_joined_along_its_branch() -> None:
@@ -120,6 +130,7 @@ def test_several_states_of_a_position_are_joined_along_its_branch() -> None:
         states=branch,
         covered=covered,
         next_tokens=torch.tensor(tokens),
+        anchor_tokens=torch.full((4,), -1),
     )
     found, _ = project_full(
         exact_states=states,
@@ -170,6 +181,7 @@ def test_the_next_byte_is_that_of_all_texts_that_the_source_can_write(written: b
             states=states[at],
             covered=[written[n:] for n in range(len(branch))],
             next_tokens=torch.tensor(branch),
+            anchor_tokens=torch.full((len(at),), -1),
         ),
         anchor_states=torch.randn(1, 4, generator=random),
         heads=Heads(

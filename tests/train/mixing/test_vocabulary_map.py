@@ -94,6 +94,39 @@ def test_a_token_of_the_source_never_stands_for_one_that_begins_with_a_longer_of
     )
 
 
+@settings(deadline=None, max_examples=100)
+@given(source=TOKENS, anchor=TOKENS, covered=st.text("abc", min_size=1, max_size=2))
+def test_tokens_that_the_anchor_contradicts_are_those_of_the_plain_rule(
+    source: list[bytes | None], anchor: list[bytes | None], covered: str
+) -> None:
+    if not any(source) or not any(anchor):
+        return
+    vocabulary_map, text = make_map(source, anchor), covered.encode()
+    spread = vocabulary_map.spread(text)
+    source_probs = some_probabilities(len(source), 1)
+    anchor_probs = some_probabilities(len(anchor), 2)
+    for last in range(len(anchor)):
+        kept = [0.0] * len(source)
+        for token, is_out in zip(
+            spread.sources, vocabulary_map.contradicted(text, last), strict=True
+        ):
+            kept[token] = 0.0 if is_out else source_probs[token]
+        expected = project_plainly(
+            source_probs, anchor_probs, source, anchor, covered=text, last=last
+        )
+        assert give(spread, kept, anchor_probs) == pytest.approx(expected, abs=1e-12)
+
+
+def test_only_letters_that_follow_letters_are_contradicted() -> None:
+    source: list[bytes | None] = [b"coded", b"code.x", b"code", b"  x", b" "]
+    anchor: list[bytes | None] = [b"code", b"coded", b"code.", b" ", b"  "]
+    vocabulary_map = make_map(source, anchor)
+
+    assert vocabulary_map.spread(b"code").sources.tolist() == [1, 0]
+    assert vocabulary_map.contradicted(b"code", 0).tolist() == [False, True]
+    assert not vocabulary_map.contradicted(b" ", 3).any()
+
+
 def test_bytes_of_which_all_are_255_are_found() -> None:
     tokens: list[bytes | None] = [b"\xff\xff\xff", b"\xff", b"\xff\xff"]
 
