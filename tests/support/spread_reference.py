@@ -33,8 +33,8 @@ def project_plainly(
             before = anchor[last] or b""
             after = token[len(covered) :]
             letters = len(after) - len(after.lstrip(b"abc"))
-            longer = [before + after[:n] for n in range(1, letters + 1)]
-            if before and before[-1:] in b"abc" and any(t in pieces.values() for t in longer):
+            is_one = letters and before + after[:letters] in pieces.values()
+            if before and before[-1:] in b"abc" and is_one:
                 continue
         members: Sequence[int] = range(len(anchor))
         if number in source_stops and anchor_stops:

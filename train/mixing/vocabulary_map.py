@@ -12,9 +12,9 @@ that one would have been written instead. So
    them: the longest token of the anchor that begins r.
 3. If there is none either, or b stands for no text, the anchor's own distribution gets its mass.
 
-A token that crosses the end of what is written says nothing if the anchor contradicts it: within a
-word, where letters follow letters, the anchor's last token l is followed by r only if no longer
-token of the anchor begins l + r; it would have been written in the place of l.
+A token that crosses the end of what is written says nothing if the anchor contradicts it: where the
+anchor's last token l and r are letters up to the next byte that is none, and l with those letters
+is one token of the anchor, that one would have been written in the place of l.
 
 Tokens of equal bytes share their mass in proportion to the anchor's own probabilities. The stop
 tokens of the source stand together for those of the anchor. A token of the source that does not
@@ -41,8 +41,6 @@ from carryon.train.mixing.byte_trie import ROOT, ByteStrings, ByteTrie, Ints, bu
 RULE_VERSION = 2
 """Of the rule above and of the projection; part of every digest."""
 _LETTERS = string.ascii_letters.encode()
-_MAX_LETTERS = 64
-"""Of the rest of a token; longer words are rarely one token."""
 _MAX_KEPT = 2048
 """Spreads that are kept, most of them of a few hundred bytes: the last word of a text again and
 again."""
@@ -98,6 +96,7 @@ class VocabularyMap:
         )
         self._sorted = [self.source[number] or b"" for number in self._order]
         self._anchors_by_node = _by_node(self._tries[1])
+        self._anchor_texts = frozenset(filter(None, self.anchor))
         self._kept: OrderedDict[bytes, Spread] = OrderedDict()
         self.whole = self._spread_whole()
         """The spread of all tokens of the source, where nothing is covered."""
@@ -148,20 +147,14 @@ class VocabularyMap:
         """
         sources = self.spread(covered).sources
         last = self.anchor[anchor_token] or b""
-        if not last[-1:].isalpha() or not len(sources):
-            return np.zeros(len(sources), dtype=np.bool_)
-        trie, strings = self._tries[1], self._strings[0]
-        rests = ByteStrings(
-            data=strings.data,
-            starts=strings.starts[sources] + len(covered),
-            lengths=np.minimum(self._letters(len(covered), sources), _MAX_LETTERS),
-        )
-        return trie.longest(rests, start=int(trie.ends[anchor_token])) >= 0
-
-    def _letters(self, num_covered: int, sources: Ints) -> Ints:
-        """Return how many letters each token has behind its first bytes, up to another byte."""
-        texts = ((self.source[number] or b"")[num_covered:] for number in sources.tolist())
-        return np.array([len(text) - len(text.lstrip(_LETTERS)) for text in texts], dtype=np.int64)
+        is_out = np.zeros(len(sources), dtype=np.bool_)
+        if not last[-1:].isalpha():
+            return is_out
+        for place, number in enumerate(sources.tolist()):
+            rest = (self.source[number] or b"")[len(covered) :]
+            letters = rest[: len(rest) - len(rest.lstrip(_LETTERS))]
+            is_out[place] = bool(letters) and last + letters in self._anchor_texts
+        return is_out
 
     def first_token(self, covered: bytes) -> int:
         """Return the longest token of the source that begins bytes; the lowest of equal ones.
