@@ -257,8 +257,10 @@ class RunSettings(Settings):
     evaluate_every: int = bounded(0, at_least=0)
     """Steps between evaluations on the held-out samples. 0: at the end of each epoch. The first and
     the last step are always evaluated."""
-    evaluate_tokens: int = bounded(65536, at_least=2)
-    """Maximum held-out tokens of an evaluation during the run; the last evaluation uses all."""
+    evaluate_tokens: int = bounded(0, at_least=0)
+    """Maximum held-out tokens of an evaluation during the run; the last evaluation uses all. 0: as
+    many as a tenth of the training time allows, at least 8 samples and 1,000 targets, at most
+    65,536 tokens. A resumed run keeps its number."""
     patience: int = bounded(0, at_least=0)
     """Evaluations in a row without a lower held-out loss after which the run stops early. 0:
     never."""

@@ -37,6 +37,8 @@ class Line:
     is_dashed: bool = False
     is_faint: bool = False
     """Thin and pale, for raw values behind a line that matters more."""
+    errors: Sequence[float] = ()
+    """Half the height of the bar at each point. Empty: no bars."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +110,16 @@ def lines(
             marker="o" if len(line.xs) < FEW_POINTS and not line.is_faint else None,
             markersize=4,
         )
+        if line.errors:
+            axes.errorbar(
+                list(line.xs),
+                list(line.ys),
+                yerr=list(line.errors),
+                fmt="none",
+                ecolor=axes.get_lines()[-1].get_color(),
+                elinewidth=0.8,
+                capsize=2,
+            )
     for name, level in (levels or {}).items():
         axes.axhline(level, linestyle=":", color="gray", label=name)
     axes.set(xlabel=x_label, ylabel=y_label)
@@ -137,19 +149,36 @@ def points(
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     """Draw the losses and the learning rate of a run against its steps."""
-    evaluations = [line for line in metrics if _is_drawn(line.get("held_out_nll"))]
+    during, after = _evaluations(metrics)
     losses = [
         _line(metrics, "step", "loss", label="training loss", is_faint=True),
-        _line(metrics, "step", "held_out_nll", label="held-out NLL"),
+        _line(during, "step", "held_out_nll", label="held-out NLL", color="C1", has_errors=True),
     ]
-    levels = {"base, held out": evaluations[0]["held_out_nll"]} if evaluations else {}
+    if after:
+        label = "held-out NLL, all samples"
+        losses.append(
+            _line(after, "step", "held_out_nll", label=label, color="C2", has_errors=True)
+        )
+    levels = {"base, held out": during[0]["held_out_nll"]} if during else {}
     rate = _line(metrics, "step", "learning_rate", color="gray", is_faint=True)
 
     def panel(axes: Axes) -> None:
         lines(axes, losses, x_label="step", y_label=NLL_LABEL, levels=levels)
         lines(axes.twinx(), [rate], x_label="step", y_label="learning rate (gray)")
 
-    return draw(path, panel)
+    scores = _line(metrics, "step", "accuracy", label="right answers")
+    if not scores.xs:
+        return draw(path, panel)
+    ends = [
+        _line(metrics, "step", f"accuracy_{end}", color="gray", is_dashed=True, label=label)
+        for end, label in (("low", "95 % interval"), ("high", ""))
+    ]
+
+    def score_panel(axes: Axes) -> None:
+        lines(axes, [scores, *ends], x_label="step", y_label="fraction of problems")
+        axes.set(ylim=(0, 1))
+
+    return draw(path, panel, score_panel)
 
 
 def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bool:
@@ -167,7 +196,8 @@ def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bo
         ]
         series += [
             _line(known, "tokens", "loss", color=color, is_faint=True),
-            _line(known, "tokens", "held_out_nll", label=name, color=color),
+            _line(_evaluations(known)[0], "tokens", "held_out_nll", label=name, color=color),
+            _line(_evaluations(known)[1], "tokens", "held_out_nll", color=color),
         ]
     return draw(
         path, lambda axes: lines(axes, series, x_label="tokens", y_label=NLL_LABEL), height=6
@@ -184,9 +214,35 @@ def plot_paths(rates: Mapping[str, Sequence[float]], path: Path, *, every: int =
     return draw(path, lambda axes: lines(axes, series, **style))
 
 
-def _line(metrics: Sequence[dict[str, Any]], x: str, y: str, **style: Any) -> Line:  # noqa: ANN401
+def _evaluations(
+    metrics: Sequence[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the evaluations on the samples of the first one, and those on others.
+
+    A line does not join the losses of other samples: the step between them is none of the run's.
+    """
+    lines = [line for line in metrics if _is_drawn(line.get("held_out_nll"))]
+    first = lines[0].get("held_out_targets") if lines else None
+    same = [line for line in lines if line.get("held_out_targets") == first]
+    return same, [line for line in lines if line.get("held_out_targets") != first]
+
+
+def _line(
+    metrics: Sequence[dict[str, Any]],
+    x: str,
+    y: str,
+    *,
+    has_errors: bool = False,
+    **style: Any,  # noqa: ANN401 -- fields of Line
+) -> Line:
     drawn = [line for line in metrics if _is_drawn(line.get(x)) and _is_drawn(line.get(y))]
-    return Line(xs=[line[x] for line in drawn], ys=[line[y] for line in drawn], **style)
+    errors = [line.get(f"{y}_se") for line in drawn] if has_errors else []
+    return Line(
+        xs=[line[x] for line in drawn],
+        ys=[line[y] for line in drawn],
+        errors=[each if _is_drawn(each) else 0.0 for each in errors],  # type: ignore[misc]
+        **style,
+    )
 
 
 def _is_drawn(value: object) -> bool:

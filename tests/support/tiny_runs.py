@@ -100,7 +100,14 @@ def metrics_without_times(out: Path) -> list[dict[str, Any]]:
 def without(report: TrainReport, *, out: str) -> TrainReport:
     """Return a report as of a run in another folder, without times."""
     return replace(
-        report, out=out, carryon="", train_s=0.0, tokens_per_second=0.0, data_wait_ratio=0.0
+        report,
+        out=out,
+        carryon="",
+        train_s=0.0,
+        tokens_per_second=0.0,
+        data_wait_ratio=0.0,
+        evaluate_s=0.0,
+        last_evaluate_s=0.0,
     )
 
 

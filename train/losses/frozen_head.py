@@ -90,6 +90,13 @@ class FrozenHead:
         return len(self.weight)
 
     @property
+    def trained_rows(self) -> int:
+        """Rows that a step multiplies for each target, without the step's own rare targets."""
+        if self.frequent is None:
+            return self.vocab_size
+        return sum(len(each.weight) for each in self.frequent.blocks) + self.frequent.num_sampled
+
+    @property
     def is_wide(self) -> bool:
         """Whether a CPU multiplies it by plain products."""
         return _is_wide(self.weight.shape[1], self.device, self.dtype)

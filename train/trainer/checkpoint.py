@@ -75,6 +75,8 @@ class Progress:
     """Sum of the losses of the targets."""
     line_grad_norm: float = 0.0
     """Largest norm of a gradient."""
+    evaluate_s: float = 0.0
+    """Seconds of evaluations during the run, that of the base included."""
     metrics_sha256: str = ""
     """Of the lines of metrics so far. Empty: not known."""
 

@@ -8,7 +8,8 @@ held-out samples.
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -16,11 +17,13 @@ from types import FrameType
 from carryon.cache.errors import InputError
 from carryon.cache.progress import Progress
 from carryon.train.data.datasets import TrainData
+from carryon.train.data.evaluation_set import choose_evaluated
 from carryon.train.data.joint_sampler import JointOrder, join_orders
 from carryon.train.data.loader import Stream, stream_bytes
-from carryon.train.losses.endings import Endings
+from carryon.train.losses.endings import MIN_ANSWERS, Endings
 from carryon.train.trainer.distributed import Processes, sum_over_processes
-from carryon.train.trainer.nll import measure_nlls
+from carryon.train.trainer.nll import EvalJob, measure_nlls
+from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -30,15 +33,31 @@ def measure_base(states: Sequence[RunState]) -> None:
     """Measure the base for new runs: an untrained carry-on is the base."""
     lines = []
     for group in _by_samples(states):
-        run, endings = group[0].run, Endings()
+        run, endings, started_at = group[0].run, Endings(), time.perf_counter()
         jobs = [state.run.eval_job(with_base=True, with_carryon=False) for state in group]
-        nlls = measure_nlls(run.store, run.sampled, jobs, stream=run.data.settings, endings=endings)
-        for state, nll in zip(group, nlls, strict=True):
-            state.record_baseline(nll)
+        nlls = measure_nlls(
+            run.store, run.evaluated, jobs, stream=run.data.settings, endings=endings
+        )
         total = partial(sum_over_processes, device=run.head.device)
+        _add_endings(run, jobs[:1], endings, total=total)
+        seconds = (time.perf_counter() - started_at) / len(group)
+        for state, nll in zip(group, nlls, strict=True):
+            state.record_baseline(nll, seconds=seconds)
         lines.append(endings.warning(run.store, total=total))
     if lines and lines[0]:  # the samples of several groups differ only in their number
         logger.warning(lines[0])
+
+
+def _add_endings(
+    run: Run, jobs: Sequence[EvalJob], endings: Endings, *, total: Callable[..., list[float]]
+) -> None:
+    """Measure answers of the training half too, if the held-out ones are too few for a warning."""
+    [count] = total(endings.sums[0])
+    if not 0 < count < MIN_ANSWERS:
+        return
+    train_half, lengths = run.data.split.train, run.store.sample_lengths
+    samples = choose_evaluated(train_half, lengths, targets_per_token=1.0, share=0.0)
+    measure_nlls(run.store, samples, jobs, stream=run.data.settings, endings=endings)
 
 
 def run_engine(
@@ -129,17 +148,18 @@ def raise_callback_errors(states: Sequence[RunState]) -> None:
 def _evaluate(states: Sequence[RunState]) -> None:
     """Evaluate the runs that wait for it, those on the same samples in one pass."""
     for group in _by_samples([state for state in states if state.awaits_evaluation]):
-        run = group[0].run
+        run, started_at = group[0].run, time.perf_counter()
         jobs = [state.run.eval_job(with_base=False, with_carryon=True) for state in group]
-        nlls = measure_nlls(run.store, run.sampled, jobs, stream=run.data.settings)
+        nlls = measure_nlls(run.store, run.evaluated, jobs, stream=run.data.settings)
+        seconds = (time.perf_counter() - started_at) / len(group)
         for state, nll in zip(group, nlls, strict=True):
-            state.record_evaluation(nll)
+            state.record_evaluation(nll, seconds=seconds)
 
 
 def _by_samples(states: Sequence[RunState]) -> list[list[RunState]]:
-    groups: dict[int, list[RunState]] = {}
+    groups: dict[bytes, list[RunState]] = {}
     for state in states:
-        groups.setdefault(state.run.settings.run.evaluate_tokens, []).append(state)
+        groups.setdefault(state.run.evaluated.tobytes(), []).append(state)
     return list(groups.values())
 
 

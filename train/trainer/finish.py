@@ -1,8 +1,9 @@
 """Finish runs: round the weights as saved, evaluate, and write carry-on, card, plot and report."""
 
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from carryon.train.trainer.run_dir import RunFolder, finished_files, library_ver
 from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
 
+_SCORES = ("accuracy", "accuracy_low", "accuracy_high", "scored")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainReport:
@@ -48,7 +51,7 @@ class TrainReport:
     num_targets: int
     """Targets trained on, in all epochs."""
     train_s: float
-    """Seconds of steps, without evaluations and checkpoints."""
+    """Seconds of steps, waiting for data included, without evaluations and checkpoints."""
     tokens_per_second: float
     """num_tokens / train_s."""
     data_wait_ratio: float
@@ -75,6 +78,17 @@ class TrainReport:
     """Standard error of carryon_nll."""
     nll_difference_se: float | None = None
     """Standard error of carryon_nll - base_nll, which are measured on the same targets."""
+    evaluate_s: float = 0.0
+    """Seconds of evaluations during the run, that of the base included, the last one not."""
+    last_evaluate_s: float = 0.0
+    """Seconds of the last evaluation, of base and carry-on on all held-out samples."""
+    accuracy: float | None = None
+    """Fraction of right answers of the finished carry-on. None: not scored."""
+    accuracy_low: float | None = None
+    """Lower end of its 95 % interval."""
+    accuracy_high: float | None = None
+    scored: int | None = None
+    """Problems that were answered."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -144,17 +158,19 @@ def finish_runs(states: Sequence[RunState], processes: Processes) -> list[TrainR
     steps = [_load_final_weights(state) for state in states]
     for state in states:
         _round_(state.run)
-    data = states[0].run.data
+    data, started_at = states[0].run.data, time.perf_counter()
     nlls = measure_nlls(
         data.store,
         data.split.held_out,
         [state.run.eval_job(with_base=True, with_carryon=True) for state in states],
         stream=data.settings,
     )
+    last_s = (time.perf_counter() - started_at) / len(states)
     reports = []
     for state, nll, step in zip(states, nlls, steps, strict=True):
-        state.record_result(nll)
-        reports.append(_report(state, nll, finished_with_step=step))
+        score = state.record_result(nll)
+        report = _report(state, nll, finished_with_step=step, last_evaluate_s=last_s)
+        reports.append(replace(report, **{name: score.get(name) for name in _SCORES}))
         if processes.is_first:
             _write(state.run, nll, reports[-1])
     wait_for_all()
@@ -181,15 +197,11 @@ def _round_(run: Run) -> None:
     with torch.no_grad():
         for weight in run.carryon.state_dict().values():
             if weight.is_floating_point():
-                weight.copy_(weight.to(_saved_dtype(run)))
-
-
-def _saved_dtype(run: Run) -> torch.dtype:
-    return torch.bfloat16 if run.settings.run.saved_dtype == "bfloat16" else torch.float32
+                weight.copy_(weight.to(run.saved_dtype))
 
 
 def _write(run: Run, nll: Nll, report: TrainReport) -> None:
-    save_carryon(run.folder.carryon, run.carryon, _card(run, nll, report), dtype=_saved_dtype(run))
+    save_carryon(run.folder.carryon, run.carryon, _card(run, nll, report), dtype=run.saved_dtype)
     plot_curves(read_metrics(run.folder.metrics), run.folder.curves)
     document = report.to_dict() | {FILES: finished_files(run.folder)}
     write_json(run.folder.result, sealed(document))
@@ -223,14 +235,16 @@ def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:
     )
 
 
-def _report(state: RunState, nll: Nll, *, finished_with_step: int) -> TrainReport:
+def _report(
+    state: RunState, nll: Nll, *, finished_with_step: int, last_evaluate_s: float
+) -> TrainReport:
     run, progress = state.run, state.progress
     weights = run.carryon.state_dict().values()
     return TrainReport(
         out=str(run.folder.root),
         carryon=str(run.folder.carryon),
         num_parameters=num_parameters(run.carryon),
-        carryon_bytes=sum(weight.numel() for weight in weights) * _saved_dtype(run).itemsize,
+        carryon_bytes=sum(weight.numel() for weight in weights) * run.saved_dtype.itemsize,
         num_steps=progress.step,
         num_tokens=progress.tokens,
         num_targets=progress.targets,
@@ -248,4 +262,6 @@ def _report(state: RunState, nll: Nll, *, finished_with_step: int) -> TrainRepor
         base_nll_se=null_if_nan(nll.base_se),
         carryon_nll_se=null_if_nan(nll.carryon_se),
         nll_difference_se=null_if_nan(nll.difference_se),
+        evaluate_s=round(progress.evaluate_s, 3),
+        last_evaluate_s=round(last_evaluate_s, 3),
     )

@@ -7,13 +7,16 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from carryon.cache.files.atomic import write_file
 from carryon.cache.files.regular import digest_file
 from carryon.cache.optional import require
+from carryon.train.config import CarryOnSettings
 from carryon.train.trainer.checkpoint import Progress
 from carryon.train.trainer.run_documents import append_line, lines_bytes, read_whole_lines
 from carryon.train.trainer.step import StepFigures
@@ -22,8 +25,20 @@ logger = logging.getLogger(__name__)
 
 Callback = Callable[[dict[str, Any]], object]
 """Gets each line of metrics.jsonl."""
+ScoreWeights = Callable[[CarryOnSettings, Mapping[str, Tensor]], Mapping[str, float]]
+"""Returns figures of a carry-on, `accuracy` among them, for a line of metrics.jsonl: from its
+settings and a copy of its weights as they would be saved. It may not change any random state."""
 RESULT = "is_result"
 """Marks the line with the loss of the finished carry-on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scoring:
+    """What scores a run on its way."""
+
+    every: int
+    """Steps between scores. The untrained and the finished carry-on are scored in any case."""
+    score: ScoreWeights
 
 
 class Meter:

@@ -72,6 +72,7 @@ class Nll:
             "held_out_nll": self.base if of_base else self.carryon,
             "held_out_nll_se": null_if_nan(self.base_se if of_base else self.carryon_se),
             "held_out_targets": self.targets,
+            "held_out_samples": self.samples,
         }
 
 

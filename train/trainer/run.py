@@ -15,6 +15,14 @@ from carryon.cache.store.view import StoreLike
 from carryon.train.config import CarryOnSettings, LossSettings, TrainSettings
 from carryon.train.data.contamination import Contamination
 from carryon.train.data.datasets import TrainData
+from carryon.train.data.evaluation_set import (
+    MAX_RATIO,
+    Work,
+    choose_evaluated,
+    count_evaluations,
+    evaluation_ratio,
+    first_samples,
+)
 from carryon.train.data.sampler import Window, count_steps
 from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
@@ -22,7 +30,7 @@ from carryon.train.losses.sampled_softmax import place_training_head
 from carryon.train.modules.carryon import CarryOn, as_carryon, build_carryon, num_parameters
 from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
-from carryon.train.trainer.metrics import Callback
+from carryon.train.trainer.metrics import Callback, Scoring
 from carryon.train.trainer.nll import EvalJob
 from carryon.train.trainer.run_dir import RunFolder, run_identity
 from carryon.train.trainer.segment import Segment, cut_epochs
@@ -41,6 +49,7 @@ class Job:
     module: nn.Module | None = None
     """The module to train. None: one of the kind that the settings name."""
     callbacks: Sequence[Callback] = ()
+    scoring: Scoring | None = None
 
     def resolved(self, data: TrainData) -> "Job":
         """Return the job with settings that fit the data and the module; see TrainData.resolve."""
@@ -88,8 +97,13 @@ class Run:
     """Positions whose logits exist at one time."""
     base: BaseStates | None
     """The base's own states, if the loss compares with them."""
+    evaluated: NDArray[np.int64]
+    """Held-out samples of an evaluation during the run."""
+    evaluation_ratio: float
+    """Expected seconds of these evaluations, per second of steps."""
     segment: Segment | None
     callbacks: Sequence[Callback]
+    scoring: Scoring | None
 
     @property
     def taps(self) -> list[str]:
@@ -103,6 +117,11 @@ class Run:
         return self.data.store
 
     @property
+    def saved_dtype(self) -> torch.dtype:
+        """Type of the finished weights."""
+        return torch.bfloat16 if self.settings.run.saved_dtype == "bfloat16" else torch.float32
+
+    @property
     def num_steps(self) -> int:
         """Steps of all epochs."""
         return sum(map(count_steps, self.epochs))
@@ -111,13 +130,6 @@ class Run:
     def windows(self) -> list[Window]:
         """The order of the whole run."""
         return [window for windows in self.epochs for window in windows]
-
-    @property
-    def sampled(self) -> NDArray[np.int64]:
-        """Held-out samples of an evaluation during the run."""
-        held_out = self.data.split.held_out
-        tokens = np.cumsum(self.store.sample_lengths[held_out])
-        return held_out[: max(1, int((tokens <= self.settings.run.evaluate_tokens).sum()))]
 
     def eval_job(self, *, with_base: bool, with_carryon: bool) -> EvalJob:
         """Return what an evaluation of this run measures."""
@@ -160,18 +172,79 @@ def prepare_run(
         carryon = as_carryon(job.module, settings.carryon)
     carryon = apply_memory_settings(carryon.to(device), settings.memory)
     epochs = data.plan(optimization)
+    if segment is not None:
+        epochs = cut_epochs(epochs, segment.stop)
+    plan = _plan_evaluations(
+        settings,
+        data,
+        epochs=epochs,
+        first=segment.first if segment else 0,
+        contamination=contamination,
+        carryon=carryon,
+        head=heads[settings.loss],
+    )
     return Run(
         settings=settings,
         folder=RunFolder(Path(job.out)),
         identity=identity,
         data=data,
         contamination=contamination,
-        epochs=cut_epochs(epochs, segment.stop) if segment else epochs,
+        epochs=epochs,
         carryon=carryon,
         optimizer=build_optimizer(carryon, optimization, settings.memory),
         head=heads[settings.loss],
         chunk=pick_chunk(settings.loss.chunk_tokens),
         base=get_base_states(data.store, device=device) if settings.loss.kl_weight else None,
+        evaluated=plan[0],
+        evaluation_ratio=plan[1],
         segment=segment,
         callbacks=job.callbacks,
+        scoring=job.scoring,
     )
+
+
+def _plan_evaluations(
+    settings: TrainSettings,
+    data: TrainData,
+    *,
+    epochs: list[list[Window]],
+    first: int,
+    contamination: Contamination,
+    carryon: CarryOn,
+    head: FrozenHead,
+) -> tuple[NDArray[np.int64], float]:
+    """Return the samples to evaluate during the run, and the seconds of it per second of steps."""
+    lengths, held_out = data.store.sample_lengths, data.split.held_out
+    steps = [step for windows in epochs for window in windows for step in window.steps][first:]
+    tokens = sum(int(lengths[batch].sum()) for step in steps for batch in step)
+    num_evaluations = count_evaluations(
+        epochs,
+        first=first,
+        every=settings.run.evaluate_every,
+        includes_last=settings.run.finishes_with_best,
+    )
+    work = Work(
+        weights=sum(weight.numel() for weight in carryon.parameters()),
+        width=data.store.width,
+        vocabulary=head.vocab_size,
+        trained_rows=head.trained_rows,
+    )
+    per_token = contamination.held_out_targets / int(lengths[held_out].sum())
+    density = contamination.train_targets / int(lengths[data.split.train].sum())
+
+    def ratio(samples: NDArray[np.int64]) -> float:
+        evaluated = int(lengths[samples].sum())
+        return evaluation_ratio(
+            work,
+            trained=(tokens, tokens * density),
+            evaluated=(evaluated, evaluated * per_token),
+            num_evaluations=num_evaluations,
+        )
+
+    if settings.run.evaluate_tokens:
+        given = settings.run.evaluate_tokens
+        samples = first_samples(held_out, lengths, max_tokens=given)
+    else:
+        share = MAX_RATIO / ratio(held_out)
+        samples = choose_evaluated(held_out, lengths, targets_per_token=per_token, share=share)
+    return samples, ratio(samples)

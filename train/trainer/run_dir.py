@@ -16,20 +16,21 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from carryon.cache.errors import DamagedFileError, InputError
+from carryon.cache.errors import CarryOnError, DamagedFileError, InputError
 from carryon.cache.files.atomic import PARTIAL, write_file
 from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.cache.files.regular import digest_file
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.config import refuse_other_settings, with_current_names
-from carryon.train.settings_file import write_settings
+from carryon.train.settings_file import check_settings, write_settings
 from carryon.train.trainer.checkpoint import BEST, LAST, STATE, WEIGHTS, saved_identity
 from carryon.train.trainer.run_documents import lines_bytes, read_whole_lines
 
@@ -155,6 +156,22 @@ def _read_identity(folder: RunFolder) -> dict[str, Any] | None:
     logger.warning(f"{problem}. It is written again, from the newest checkpoint")
     write_json(path, sealed(FORMAT | {"identity": saved, "versions": library_versions()}))
     return saved
+
+
+def saved_evaluate_tokens(root: str | Path) -> int:
+    """Return the `evaluate_tokens` of the run in a folder; 0 without one, or if it chose itself.
+
+    Runs from before it could be chosen have a number, and evaluations that belong together.
+    """
+    folder = RunFolder(root)
+    with suppress(OSError, ValueError, yaml.YAMLError, CarryOnError):
+        number = check_settings(folder.config).get("evaluate_tokens")
+        return number if type(number) is int and number > 0 else 0
+    with suppress(OSError, ValueError, CarryOnError):
+        identity = read_sealed(folder.identity).get("identity")
+        number = identity.get("evaluate_tokens") if isinstance(identity, dict) else 0
+        return number if type(number) is int and number > 0 else 0
+    return 0
 
 
 def run_identity(

@@ -1,8 +1,9 @@
 """A run in progress: its position, its steps, and what follows a step."""
 
+import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -32,11 +33,13 @@ from carryon.train.trainer.metrics import (
     rewind_metrics,
     start_tracker,
 )
-from carryon.train.trainer.nll import Nll
+from carryon.train.trainer.nll import Nll, shown_nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import record_session
 from carryon.train.trainer.segment import progress_at
 from carryon.train.trainer.step import NotFiniteError, take_step
+
+logger = logging.getLogger(__name__)
 
 NAMED_SAMPLES = 5
 """Maximum samples that an error names."""
@@ -141,24 +144,32 @@ class RunState:
         self._meter.add(figures)
         return self._follow_up(batches, rate)
 
-    def record_baseline(self, nll: Nll) -> None:
+    def record_baseline(self, nll: Nll, *, seconds: float) -> None:
         """Record the base's held-out loss, with which a run begins."""
+        self._add_evaluation(seconds)
         self._write({"step": 0, "epoch": 0, **nll.to_line(of_base=True)})
+        self._show("the base", nll.base, nll.base_se, nll)
+        if self.run.scoring is not None:
+            self._write_score()
         self.is_new = False
 
-    def record_evaluation(self, nll: Nll) -> None:
+    def record_evaluation(self, nll: Nll, *, seconds: float) -> None:
         """Record the held-out loss at the present step, and save a checkpoint that holds it."""
         self.awaits_evaluation = False
+        self._add_evaluation(seconds)
         self._write({"step": self.progress.step, "epoch": self.progress.epoch, **nll.to_line()})
+        self._show(f"step {self.progress.step:,}", nll.carryon, nll.carryon_se, nll)
         self.progress = with_evaluation(self.progress, nll.carryon)
         self.save()
 
-    def record_result(self, nll: Nll) -> None:
-        """Record the held-out loss of the finished carry-on, and close the log."""
+    def record_result(self, nll: Nll) -> Mapping[str, float]:
+        """Record loss and score of the finished carry-on, and close the log; returns the score."""
         progress = self.progress
         self._write({"step": progress.step, "epoch": progress.epoch, **nll.to_line(), RESULT: True})
+        score = self._try_score(result=True)
         if self._log is not None:
             self._log.close()
+        return score
 
     def save(self) -> None:
         """Save a checkpoint of the present step, unless it is saved."""
@@ -194,9 +205,52 @@ class RunState:
         if is_saved or self.awaits_evaluation or progress.step % settings.log_every == 0:
             line = self._meter.line(progress, learning_rate=rate) | self._tap_ratios(batches)
             self._write(line)
+        if not is_last and self.run.scoring and progress.step % self.run.scoring.every == 0:
+            self._try_score()
         if is_saved and not self.awaits_evaluation:
             self.save()
         return line
+
+    def _try_score(self, *, result: bool = False) -> Mapping[str, float]:
+        """Record a score, if there is to be one; an error is kept, as that of a callback."""
+        if self._log is None or self._log.error is not None:
+            return {}
+        try:
+            return self._write_score(result=result)
+        except Exception as error:
+            self._log.error = error
+            return {}
+
+    def _write_score(self, *, result: bool = False) -> Mapping[str, float]:
+        run, progress = self.run, self.progress
+        if run.scoring is None or self._log is None:
+            return {}
+        weights = {
+            name: weight.detach().to("cpu", run.saved_dtype, copy=True)
+            if weight.is_floating_point()
+            else weight.detach().to("cpu", copy=True)
+            for name, weight in run.carryon.state_dict().items()
+        }
+        score = run.scoring.score(run.settings.carryon, weights)
+        end = {RESULT: True} if result else {}
+        self._write({"step": progress.step, "epoch": progress.epoch, **score, **end})
+        logger.info(
+            f"{run.folder.root}: step {progress.step:,}: {score['accuracy']:.1%} right "
+            f"({score['accuracy_low']:.1%} to {score['accuracy_high']:.1%}) of "
+            f"{score['scored']:,} answers, {score['cut']:.0%} cut, in {score['score_s']:.0f} s"
+        )
+        return score
+
+    def _add_evaluation(self, seconds: float) -> None:
+        self.progress = replace(self.progress, evaluate_s=self.progress.evaluate_s + seconds)
+
+    def _show(self, name: str, value: float, se: float, nll: Nll) -> None:
+        if self._log is not None:
+            of_all = len(self.run.data.split.held_out)
+            logger.info(
+                f"{self.run.folder.root}: {name}: held-out NLL {shown_nll(value, se)} on "
+                f"{nll.targets:,} targets of {nll.samples:,} of {of_all:,} samples"
+            )
 
     def _tap_ratios(self, batches: Sequence[Batch]) -> dict[str, Any]:
         taps, carryon = self.run.settings.carryon.taps, self.run.carryon

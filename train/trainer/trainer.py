@@ -34,10 +34,15 @@ from carryon.train.trainer.engine import (
     stop_on_signal,
 )
 from carryon.train.trainer.finish import TrainReport, finish_runs, read_finished
-from carryon.train.trainer.metrics import Callback
+from carryon.train.trainer.metrics import Callback, Scoring
 from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Job, Run, prepare_run
-from carryon.train.trainer.run_dir import RunFolder, open_run_folder, open_to_write
+from carryon.train.trainer.run_dir import (
+    RunFolder,
+    open_run_folder,
+    open_to_write,
+    saved_evaluate_tokens,
+)
 from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
 
@@ -51,6 +56,7 @@ def train(
     settings: TrainSettings | None = None,
     module: nn.Module | None = None,
     callbacks: Sequence[Callback] = (),
+    scoring: Scoring | None = None,
     **options: Any,  # noqa: ANN401
 ) -> TrainReport:
     """Train a carry-on from a store, or from several, and write it to `out`/carryon.
@@ -73,6 +79,8 @@ def train(
             its kind with register_kind.
         callbacks: called with each line of metrics.jsonl, evaluations too, as a dict. An exception
             of one stops the run after the step, saves a checkpoint and is raised.
+        scoring: scores the carry-on every some steps, such as `open_scorer` of
+            inference/scoring/scorer.py. Its exceptions act as those of callbacks.
         options: fields of TrainSettings' groups by name, changed in `settings`.
 
     Raises:
@@ -83,7 +91,7 @@ def train(
         KeyboardInterrupt: Ctrl-C; a checkpoint is saved, and the same call resumes.
     """
     settings = (settings or TrainSettings()).with_options(**options)
-    job = Job(out=str(out), settings=settings, module=module, callbacks=callbacks)
+    job = Job(out=str(out), settings=settings, module=module, callbacks=callbacks, scoring=scoring)
     [report] = train_jointly(store_paths(store), [job])
     return report
 
@@ -169,7 +177,7 @@ def _prepare(
     data = open_data(paths, jobs[0].settings)
     if wrap_store is not None:
         data = replace(data, store=wrap_store(data.store))
-    jobs = [job.resolved(data) for job in jobs]
+    jobs = [_keep_evaluated(job.resolved(data)) for job in jobs]
     contamination = _contamination(data, jobs)
     identities = [job.identity(data) for job in jobs]
     pick_device(jobs[0].settings.run.device)
@@ -195,6 +203,14 @@ def _prepare(
                 logger.warning(warning)
         runs.append(run)
     return data, runs
+
+
+def _keep_evaluated(job: Job) -> Job:
+    """Return a job that chooses what to evaluate with the number that its run began with."""
+    if job.settings.run.evaluate_tokens:
+        return job
+    number = saved_evaluate_tokens(job.out)
+    return replace(job, settings=job.settings.with_options(evaluate_tokens=number))
 
 
 def _contamination(data: TrainData, jobs: Sequence[Job]) -> Contamination:
@@ -248,7 +264,8 @@ def _describe(run: Run) -> str:
     memory = stream_bytes(run.store, run.windows, taps=run.taps)
     return (
         f"train on {len(train_half)} samples, {int(lengths[train_half].sum())} tokens; "
-        f"{len(run.data.split.held_out)} samples held out\n"
+        f"{len(run.data.split.held_out)} samples held out, {len(run.evaluated)} of them "
+        f"evaluated during the run (about {run.evaluation_ratio:.0%} of the training time)\n"
         f"{run.settings.optimization.epochs} epochs, {run.num_steps} steps; "
         f"{num_parameters(run.carryon)} weights to train; on {run.head.device}, head in "
         f"{str(run.head.dtype).removeprefix('torch.')}; at most {memory / 1e6:.0f} MB of "

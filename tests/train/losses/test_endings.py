@@ -1,5 +1,6 @@
 """The warning about ends of answers that the base finds unlikely."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from carryon.train.losses.endings import LAST_TOKENS, MIN_ANSWERS, Endings
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store.open(make_tiny_store(tmp_path / "store"))
+    return Store.open(make_tiny_store(tmp_path / "store", num_held_out=MIN_ANSWERS))
 
 
 def make_batch(*spans: list[tuple[int, int]], length: int = 60) -> Batch:
@@ -112,3 +113,25 @@ def test_a_new_run_warns_once_with_the_bases_own_losses(
     losses, counts = endings.sums[1::2].sum(), endings.sums[2::2].sum()
     assert counts == report.held_out_targets
     assert losses / counts == pytest.approx(report.base_nll, rel=1e-5)
+
+
+def test_where_few_answers_are_held_out_those_of_the_training_half_count_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Endings] = []
+
+    def silent(endings: Endings, *_: object, **__: object) -> str:
+        seen.append(endings)
+        return ""
+
+    monkeypatch.setattr(Endings, "warning", silent)
+    few = make_tiny_store(tmp_path / "few", num_held_out=MIN_ANSWERS - 1)
+    train_tiny(few, tmp_path / "run", epochs=1)
+    texts = make_tiny_store(tmp_path / "texts", num_held_out=2, first_target=1)
+    report = train_tiny(texts, tmp_path / "text-run", epochs=1)
+    answered, whole = seen
+    assert answered.sums[0] == 24
+    assert whole.sums[0] == 0
+    assert json.loads((tmp_path / "text-run/metrics.jsonl").read_text().splitlines()[0])[
+        "held_out_nll"
+    ] == pytest.approx(report.base_nll)

@@ -103,6 +103,7 @@ def test_metrics_begin_with_the_base_and_end_with_the_carryon(
         "held_out_nll": report.base_nll,
         "held_out_nll_se": report.base_nll_se,
         "held_out_targets": report.held_out_targets,
+        "held_out_samples": report.held_out_samples,
     }
     assert evaluations[-1]["step"] == report.num_steps
     assert evaluations[-1]["held_out_nll"] == report.carryon_nll
