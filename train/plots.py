@@ -240,7 +240,7 @@ def _line(
     return Line(
         xs=[line[x] for line in drawn],
         ys=[line[y] for line in drawn],
-        errors=[each if _is_drawn(each) else 0.0 for each in errors],  # type: ignore[misc]
+        errors=[max(0.0, each) if _is_drawn(each) else 0.0 for each in errors],
         **style,
     )
 

@@ -14,6 +14,7 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "train.memory": (["memory.peak", "memory.plan"], {}),
     "train.data_wait": (["data_wait.share"], {}),
     "train.padding": (["padding.share"], {}),
+    "accuracy.evaluation": (["evaluation.ratio"], {}),
     "train.resume": (["resume.first_batch"], {}),
     "train.sweep": (["sweep.bytes", "sweep.wall"], {"mb_per_second": 300.0}),
     "train.profiles": (["trained_on.near", "trained_on.compact"], {}),

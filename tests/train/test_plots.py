@@ -1,5 +1,6 @@
 """Plots are written where matplotlib is installed; else a log line says how to install it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,30 @@ def test_values_that_no_run_writes_are_not_drawn(tmp_path: Path) -> None:
     plot_runs({"a": lines}, tmp_path / "odd-runs.png")
     assert (tmp_path / "odd.png").stat().st_size
     assert (tmp_path / "odd-runs.png").stat().st_size
+
+
+@pytest.mark.slow
+def test_losses_on_other_samples_are_not_joined_and_have_error_bars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[Line]] = []
+    drawn = plots.lines
+
+    def watched(axes: Axes, series: Sequence[Line], **style: Any) -> None:  # noqa: ANN401
+        seen.append(list(series))
+        drawn(axes, series, **style)
+
+    monkeypatch.setattr(plots, "lines", watched)
+    few = {"held_out_targets": 10, "held_out_nll_se": 0.25}
+    metrics: list[dict[str, Any]] = [
+        {"step": 0, "held_out_nll": 2.0, **few},
+        {"step": 0, "accuracy": 0.25, "accuracy_low": 0.1, "accuracy_high": 0.4},
+        {"step": 20, "held_out_nll": 1.2, **few},
+        {"step": 20, "held_out_nll": 1.5, "held_out_targets": 99, "held_out_nll_se": -1.0},
+    ]
+    assert plot_curves(metrics, tmp_path / "curves.png")
+    losses, _, scores = seen
+    _, during, after = losses
+    assert (list(during.ys), list(during.errors)) == ([2.0, 1.2], [0.25, 0.25])
+    assert (list(after.ys), list(after.errors)) == ([1.5], [0.0])
+    assert [list(line.ys) for line in scores] == [[0.25], [0.1], [0.4]]

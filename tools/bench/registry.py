@@ -127,6 +127,12 @@ BENCHMARKS = {
         needs="store",
         quick=_QUALITY,
     ),
+    "accuracy.evaluation": Benchmark(
+        place="signals:measure_evaluation",
+        about="seconds of evaluations during a run against those of its steps",
+        needs="store",
+        quick={"epochs": 1, "sampled": 20},
+    ),
     "train.sampled": Benchmark(
         place="quality:measure_sampled",
         about="speed and held-out loss with a sampled softmax against the exact loss",

@@ -15,8 +15,9 @@ from carryon.train.data.sampler import Window, count_steps
 
 MAX_RATIO = 0.1
 """Seconds of evaluations during a run, per second of its steps."""
-EVALUATION_COST = 1.0
-"""Seconds of a multiplication in an evaluation, in those of one in a training step."""
+EVALUATION_COST = 1.5
+"""Seconds of a multiplication in an evaluation, in those of one in a training step, with room for
+cores on which it is more: 1.3 with SmolLM2-135M and a sampled softmax on two cores."""
 MAX_TOKENS = 65_536
 """More are not evaluated on the way: the standard error is small, and the whole comes at the end.
 """

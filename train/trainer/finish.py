@@ -29,8 +29,6 @@ from carryon.train.trainer.run_dir import RunFolder, finished_files, library_ver
 from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
 
-_SCORES = ("accuracy", "accuracy_low", "accuracy_high", "scored")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainReport:
@@ -170,7 +168,15 @@ def finish_runs(states: Sequence[RunState], processes: Processes) -> list[TrainR
     for state, nll, step in zip(states, nlls, steps, strict=True):
         score = state.record_result(nll)
         report = _report(state, nll, finished_with_step=step, last_evaluate_s=last_s)
-        reports.append(replace(report, **{name: score.get(name) for name in _SCORES}))
+        if score:
+            report = replace(
+                report,
+                accuracy=score["accuracy"],
+                accuracy_low=score["accuracy_low"],
+                accuracy_high=score["accuracy_high"],
+                scored=int(score["scored"]),
+            )
+        reports.append(report)
         if processes.is_first:
             _write(state.run, nll, reports[-1])
     wait_for_all()

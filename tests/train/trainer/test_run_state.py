@@ -1,15 +1,19 @@
 """What a step draws, what follows it, and when a run ends."""
 
 import json
+import logging
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from support.tiny_runs import (
     TINY,
+    Killed,
     assert_same_bits,
+    kill_at,
     metrics_without_times,
     saved_weights,
     train_tiny,
@@ -18,6 +22,7 @@ from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError
 from carryon.tools.cli.main import call_command
+from carryon.train import sweep
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.trainer import finish, run_state
 from carryon.train.trainer.checkpoint import START, Progress, load_weights
@@ -197,3 +202,65 @@ def test_a_store_without_a_supervised_token_is_refused(tmp_path: Path) -> None:
         train_tiny(tmp_path / "store", tmp_path / "run")
 
     assert not (tmp_path / "run").exists()
+
+
+def test_a_large_held_out_half_is_evaluated_in_part_on_the_way_and_whole_at_the_end(
+    store_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = make_tiny_store(store_tmp / "store", num_samples=500, num_held_out=400, first_target=1)
+    with caplog.at_level(logging.INFO, logger="carryon"):
+        report = train_tiny(large, store_tmp / "run", finish_with="best", epochs=3)
+        again = train_tiny(large, store_tmp / "again", finish_with="best", epochs=3)
+
+    first, *during, last = _evaluations(store_tmp / "run")
+    samples = first["held_out_samples"]
+    assert 1000 <= first["held_out_targets"] < report.held_out_targets / 2
+    assert {line["held_out_samples"] for line in during} == {samples}
+    assert len(during) == 3
+    assert last["held_out_samples"] == report.held_out_samples == 400
+    assert first["held_out_nll"] != report.base_nll
+    best = min(during, key=lambda line: line["held_out_nll"])
+    assert report.finished_with_step == best["step"]
+    shown = f"step {best['step']}: held-out NLL {best['held_out_nll']:.4f} +- "
+    assert f"{shown}{best['held_out_nll_se']:.4f} on" in caplog.text
+    assert f"400 samples held out, {samples} of them evaluated during the run" in caplog.text
+    assert 0 < report.evaluate_s < 60
+    assert 0 < report.last_evaluate_s < 60
+    assert again.carryon_nll == report.carryon_nll
+    assert_same_bits(store_tmp / "again", store_tmp / "run")
+
+
+def test_runs_side_by_side_evaluate_what_they_evaluate_alone(store_tmp: Path) -> None:
+    large = make_tiny_store(store_tmp / "store", num_samples=900, num_held_out=800, first_target=1)
+    runs: dict[str, dict[str, Any]] = {"few": {}, "many": {"kl_weight": 0.0, "epochs": 1}}
+    runs["fixed"] = {"evaluate_tokens": 500}
+    sweep(large, out=store_tmp / "sweep", settings=TINY, runs=runs)
+    for name, changes in runs.items():
+        train_tiny(large, store_tmp / name, **changes)
+        alone, beside = _evaluations(store_tmp / name), _evaluations(store_tmp / "sweep" / name)
+        assert alone == beside
+    assert _evaluations(store_tmp / "fixed")[0]["held_out_targets"] < 500
+
+
+@pytest.mark.parametrize("lost", ["", "config.yaml", "run.json"])
+def test_a_run_from_before_resumes_with_its_own_number(
+    store_tmp: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = make_tiny_store(store_tmp / "store", num_samples=300, num_held_out=200, first_target=1)
+    given = {"finish_with": "best", "epochs": 3, "checkpoint_every": 2}
+    whole = train_tiny(large, store_tmp / "whole", evaluate_tokens=65536, **given)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 40)
+        with pytest.raises(Killed):
+            train_tiny(large, store_tmp / "run", evaluate_tokens=65536, **given)
+    if lost:
+        (store_tmp / "run" / lost).unlink()
+
+    resumed = train_tiny(large, store_tmp / "run", **given)  # evaluate_tokens as today: chosen
+
+    assert resumed.carryon_nll == whole.carryon_nll
+    assert_same_bits(store_tmp / "run", store_tmp / "whole")
+    assert _evaluations(store_tmp / "run") == _evaluations(store_tmp / "whole")
+    assert _evaluations(store_tmp / "run")[0]["held_out_samples"] == 200
+    config = yaml.safe_load((store_tmp / "run/config.yaml").read_text())
+    assert config["evaluate_tokens"] == 65536

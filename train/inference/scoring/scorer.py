@@ -69,7 +69,7 @@ class Scorer:
         card = replace(self._card, settings=settings.to_dict())
         with _unchanged():
             self._model.carryons.put(DEFAULT, weights, card, where="--score-every")
-            for batch in track(self._batches, name="score", unit="batch"):
+            for batch in track(self._batches, total=len(self._batches), name="score", unit="batch"):
                 rows = [row for _, row in batch]
                 answers = generate_rows(self._model, rows, settings=self._settings)
                 for (problem, _), answer in zip(batch, answers, strict=True):
