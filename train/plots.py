@@ -236,11 +236,12 @@ def _line(
     **style: Any,  # noqa: ANN401 -- fields of Line
 ) -> Line:
     drawn = [line for line in metrics if _is_drawn(line.get(x)) and _is_drawn(line.get(y))]
-    errors = [line.get(f"{y}_se") for line in drawn] if has_errors else []
+    given = [line.get(f"{y}_se") for line in drawn] if has_errors else []
+    errors = [float(each) if each and _is_drawn(each) else 0.0 for each in given]
     return Line(
         xs=[line[x] for line in drawn],
         ys=[line[y] for line in drawn],
-        errors=[max(0.0, each) if _is_drawn(each) else 0.0 for each in errors],
+        errors=[max(0.0, each) for each in errors],
         **style,
     )
 

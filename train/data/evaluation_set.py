@@ -16,8 +16,9 @@ from carryon.train.data.sampler import Window, count_steps
 MAX_RATIO = 0.1
 """Seconds of evaluations during a run, per second of its steps."""
 EVALUATION_COST = 1.5
-"""Seconds of a multiplication in an evaluation, in those of one in a training step, with room for
-cores on which it is more: 1.3 with SmolLM2-135M and a sampled softmax on two cores."""
+"""Seconds of a multiplication in an evaluation, in those of one in a training step, with some room.
+SmolLM2-135M, a bottleneck and 2,048 sampled negatives: 1.3 on two free cores, 0.5 on a busy one,
+which slows the many small operations of a step down most."""
 MAX_TOKENS = 65_536
 """More are not evaluated on the way: the standard error is small, and the whole comes at the end.
 """
