@@ -23,7 +23,7 @@ MAX_TOKENS = 65_536
 """More are not evaluated on the way: the standard error is small, and the whole comes at the end.
 """
 MIN_SAMPLES, MIN_TARGETS = 8, 1000
-"""Evaluated at any cost, where there are so many. Samples of a corpus differ by about 0.3 nats per
+"""Evaluated at any cost, where there are as many. Samples of a corpus differ by about 0.3 nats per
 target, so that the standard error is at most about 0.1 nats, and far smaller between two steps."""
 _STEPS_PER_OCTAVE = 2
 """Numbers of tokens are rounded down to powers of sqrt(2), so that similar runs share them."""

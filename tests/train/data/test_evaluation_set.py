@@ -69,7 +69,7 @@ def test_a_given_number_takes_the_first_samples_as_it_always_did() -> None:
 
 
 def windows(*steps: int) -> list[list[Window]]:
-    """Return epochs of windows with so many steps each."""
+    """Return epochs, each a window with this number of steps."""
     one = (np.array([0]),)
     return [[Window(units=(0,), steps=(one,) * count)] for count in steps]
 
