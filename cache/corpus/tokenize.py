@@ -99,6 +99,10 @@ class Encoder:
         self.name_of = tokenizer.convert_ids_to_tokens
         self._cache: dict[str, list[int]] = {}
 
+    def backend(self, *, is_next: bool) -> "Tokenizer":
+        """Return the tokenizer of a text, or of one that continues another."""
+        return self._next if is_next else self._first
+
     @property
     def required_end(self) -> int:
         """Return the end-of-text token.
