@@ -22,7 +22,7 @@ CACHE_ROOT = {
 }
 FLOORS = [
     {"cache/base", "cache/corpus"},
-    {"cache/format"},
+    {"cache/format", "cache/alignment"},
     {"cache/store"},
     {"cache/extraction"},
     {"train/kinds", "train/plots"},

@@ -62,14 +62,12 @@ class BoundaryRules:
 
     def opened_at(self, text: str) -> int:
         """Return where an added token may have begun at the end of a text; else its length."""
-        return next(
-            (
-                at
-                for at, char in enumerate(text)
-                if char in self.added_starts and text[at:] in self.added_parts
-            ),
-            len(text),
-        )
+        places = [text.find(first) for first in self.added_starts]
+        first = min((at for at in places if at >= 0), default=len(text))
+        for at in range(first, len(text)):
+            if text[at] in self.added_starts and text[at:] in self.added_parts:
+                return at
+        return len(text)
 
     def _hangs_together(self, piece: str, rest: str) -> bool:
         if rest.isspace() and piece.isspace():

@@ -122,30 +122,30 @@ class PrefixTokenizer:
     def _read_whole(self, text: str, *, is_next: bool) -> _Whole:
         encoding = self._encoder.backend(is_next=is_next).encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        offsets: list[tuple[int, int]] = encoding.offsets
         firsts = self._firsts(encoding, text, offsets)
-        bounds = [int(offsets[first, 0]) for first in firsts]
-        if bounds and bounds[0]:  # a normalizer has put nothing before the first character
-            bounds[0] = 0
+        bounds = [offsets[first][0] for first in firsts]
+        bounds[:1] = [0]
         return _Whole(text=text, ids=ids, is_next=is_next, bounds=bounds, firsts=firsts)
 
-    def _firsts(self, encoding: Any, text: str, offsets: NDArray[np.int64]) -> list[int]:  # noqa: ANN401
+    def _firsts(self, encoding: Any, text: str, offsets: list[tuple[int, int]]) -> list[int]:  # noqa: ANN401
         """Return the index of the first token of each piece."""
-        if not len(offsets):
-            return []
-        begins = np.ones(len(offsets), dtype=bool)
         if self._rules.has_pieces:
-            words = np.array(encoding.word_ids, dtype=np.int64)
-            begins[1:] = words[1:] != words[:-1]
-            return np.flatnonzero(begins).tolist()
-        pairs, starts, ends = self._rules.pairs, offsets[:, 0].tolist(), offsets[:, 1].tolist()
-        return [0] + [
-            index
-            for index in range(1, len(starts))
-            if starts[index] >= ends[index - 1]  # else two bytes of one character
-            and 0 < starts[index] < len(text)
-            and text[starts[index] - 1 : starts[index] + 1] not in pairs
-        ]
+            words: list[int] = encoding.word_ids
+            last, firsts = -1, []
+            for index, word in enumerate(words):
+                if word != last:
+                    firsts.append(index)
+                    last = word
+            return firsts
+        pairs, firsts = self._rules.pairs, [0]
+        for index in range(1, len(offsets)):
+            start = offsets[index][0]
+            # not between two bytes of one character
+            is_between = offsets[index - 1][1] <= start and start > 0
+            if is_between and text[start - 1 : start + 1] not in pairs:
+                firsts.append(index)
+        return firsts
 
     def _tails(self, whole: _Whole, spans: Sequence[tuple[int, int]]) -> list[_Tail]:
         """Return the tokens of parts of a text; those that are not known are tokenized at once."""
@@ -167,10 +167,10 @@ class PrefixTokenizer:
         return tails
 
     def _read_tail(self, text: str, encoding: Any) -> _Tail:  # noqa: ANN401
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        offsets: list[tuple[int, int]] = encoding.offsets
         firsts = self._firsts(encoding, text, offsets)
-        starts = [int(offsets[first, 0]) for first in firsts]
-        starts[0] = 0
+        starts = [offsets[first][0] for first in firsts]
+        starts[:1] = [0]
         piece = self._rules.first_unstable(text, starts)
         return _Tail(
             ids=tuple(encoding.ids),

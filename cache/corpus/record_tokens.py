@@ -46,6 +46,10 @@ class Piece:
     loss_mask: NDArray[np.uint8]
     """[T] uint8: 1 where the token is a training target."""
     role: int = 0
+    text: str = ""
+    """That was tokenized."""
+    cuts: tuple[int, ...] = ()
+    """Characters of it where generation begins."""
 
 
 class RecordTokens:
@@ -90,7 +94,8 @@ class RecordTokens:
                 count("no target")
                 return []
             tokens = yield content.text, ()
-            return [Piece(suffix="", tokens=tokens, loss_mask=self._encoder.mark(tokens, None))]
+            loss_mask = self._encoder.mark(tokens, None)
+            return [Piece(suffix="", tokens=tokens, loss_mask=loss_mask, text=content.text)]
         halves = []
         for role, half in enumerate((content.chosen, content.rejected), start=1):
             made = yield from (
@@ -137,7 +142,8 @@ class RecordTokens:
         loss_mask = self._encoder.mark(tokens, targets)
         if targets is None:
             loss_mask[tokens.ends == 0] = 0  # start tokens
-        return [Piece(suffix="", tokens=tokens, loss_mask=loss_mask)]
+        cuts = (length,)
+        return [Piece(suffix="", tokens=tokens, loss_mask=loss_mask, text=text, cuts=cuts)]
 
     def _chat(self, chat: Chat, mask: str, count: Count) -> Asks:
         only_last = mask == "completion" or self._settings.turns == "last"
@@ -151,7 +157,7 @@ class RecordTokens:
             rendering = conversation.render_all()
             tokens = yield rendering.text, ()
             loss_mask = self._encoder.mark(tokens, None)
-            return [Piece(suffix="", tokens=tokens, loss_mask=loss_mask)]
+            return [Piece(suffix="", tokens=tokens, loss_mask=loss_mask, text=rendering.text)]
         num_turns = len(conversation.trained)
         if not num_turns:
             count("no target")
@@ -209,4 +215,10 @@ class RecordTokens:
             if self._ends.isdisjoint(tokens.ids[first:last].tolist()):
                 count("target without an end token")
         suffix = "" if rendering.turn is None else f"@{rendering.turn}"
-        return Piece(suffix=suffix, tokens=tokens, loss_mask=loss_mask)
+        return Piece(
+            suffix=suffix,
+            tokens=tokens,
+            loss_mask=loss_mask,
+            text=rendering.text,
+            cuts=tuple(rendering.prompts),
+        )

@@ -1,0 +1,161 @@
+"""Where the texts of a conversation stand in its rendering, found with marks in their place.
+
+The same conversation is rendered with words that stand nowhere else; what lies between them is
+the template's. Texts are what messages say: reasoning, content, names and arguments of tool calls.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+from carryon.cache.corpus.records import Chat
+
+_FIELDS = ("reasoning_content", "content")
+_MARK = re.compile(r'"?(qz[0-9]+kv)"?')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MarkedChat:
+    """A conversation with marks for texts."""
+
+    chat: Chat
+    texts: Mapping[str, str]
+    """The text of each mark."""
+    quoted: frozenset[str]
+    """Marks for JSON, whose quotes belong to them."""
+
+
+def mark_chat(chat: Chat, *, whole_arguments: bool) -> MarkedChat:
+    """Return a conversation with a mark for each text that is not empty. Pure.
+
+    Args:
+        chat: the conversation.
+        whole_arguments: mark the arguments of a tool call as one JSON text, which not every
+            template can write; else each text in them.
+    """
+    numbers, texts, quoted = count(), dict[str, str](), set[str]()
+
+    def mark(text: str) -> str:
+        if not text.strip():
+            return text
+        name = f"qz{next(numbers)}kv"
+        texts[name] = text
+        return name
+
+    def mark_leaves(value: Any) -> Any:  # noqa: ANN401 -- JSON
+        if isinstance(value, Mapping):
+            return {key: mark_leaves(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [mark_leaves(item) for item in value]
+        return mark(value) if isinstance(value, str) else value
+
+    def mark_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+        function = call.get("function")
+        if not isinstance(function, Mapping):
+            return call
+        marked = {**function, "name": mark(str(function.get("name", "")))}
+        arguments = function.get("arguments")
+        if whole_arguments and isinstance(arguments, Mapping) and arguments:
+            name = mark(json.dumps(arguments, ensure_ascii=False))
+            quoted.add(name)
+            marked["arguments"] = name
+        elif "arguments" in function:
+            marked["arguments"] = mark_leaves(arguments)
+        return {**call, "function": marked}
+
+    messages = []
+    for message in chat.messages:
+        marked = dict(message)
+        for field in _FIELDS:
+            if isinstance(text := message.get(field), str):
+                marked[field] = mark(text)
+        if calls := message.get("tool_calls"):
+            marked["tool_calls"] = [mark_call(call) for call in calls]
+        messages.append(marked)
+    return MarkedChat(
+        chat=replace(chat, messages=messages), texts=texts, quoted=frozenset(quoted)
+    )
+
+
+def locate(marked: str, text: str, marks: MarkedChat) -> dict[str, tuple[int, int]] | None:
+    """Return (start, stop) of each marked text in a rendering, in order; None if it is another.
+
+    Args:
+        marked: rendering of the conversation with marks.
+        text: rendering of the conversation.
+        marks: the texts.
+    """
+    parts, names = _split(marked, marks)
+    if not text.startswith(parts[0]):
+        return None
+    at, places = len(parts[0]), dict[str, tuple[int, int]]()
+    for name, part in zip(names, parts[1:], strict=True):
+        is_last = name is names[-1] and len(places) + 1 >= len(set(names))
+        for spelling in _spellings(marks.texts[name]):
+            end = at + len(spelling)
+            if text.startswith(spelling, at) and text.startswith(part, end):
+                if is_last and end + len(part) != len(text):
+                    continue
+                places.setdefault(name, (at, end))
+                at = end + len(part)
+                break
+        else:
+            return None
+    return places if at == len(text) else None
+
+
+def common_places(
+    own: Mapping[str, tuple[int, int]],
+    other: Mapping[str, tuple[int, int]],
+    own_text: str,
+    other_text: str,
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]] | None:
+    """Return the places of texts that stand in both renderings; None if in another order.
+
+    Where one template trims white space, it is left out of the other's place.
+    """
+    names = [name for name in own if name in other]
+    if names != [name for name in other if name in own]:
+        return None
+    firsts, seconds = [], []
+    for name in names:
+        first, second = own[name], other[name]
+        if own_text[slice(*first)] != other_text[slice(*second)]:
+            first, second = _trim(own_text, first), _trim(other_text, second)
+        firsts.append(first)
+        seconds.append(second)
+    return firsts, seconds
+
+
+def _trim(text: str, place: tuple[int, int]) -> tuple[int, int]:
+    part = text[slice(*place)]
+    start = place[0] + len(part) - len(part.lstrip())
+    return start, start + len(part.strip())
+
+
+def _split(marked: str, marks: MarkedChat) -> tuple[list[str], list[str]]:
+    """Return the parts between marks, and the marks."""
+    parts, names, at = [], [], 0
+    for found in _MARK.finditer(marked):
+        name = found[1]
+        if name not in marks.texts:
+            continue
+        start, stop = found.span() if name in marks.quoted else found.span(1)
+        parts.append(marked[at:start])
+        names.append(name)
+        at = stop
+    return [*parts, marked[at:]], names
+
+
+def _spellings(text: str) -> Sequence[str]:
+    """Return how a template may write a text, the longest first."""
+    plain = [text, text.rstrip(), text.lstrip(), text.strip()]
+    escaped = [
+        json.dumps(each, ensure_ascii=is_ascii)[1:-1]
+        for each in plain
+        for is_ascii in (False, True)
+    ]
+    return sorted(dict.fromkeys([*plain, *escaped]), key=len, reverse=True)

@@ -1,0 +1,151 @@
+"""One sample as a tree of another base's tokens, and the tree's nodes that each anchor token sees.
+
+The trunk is the tokenization of the whole text; a beginning that is tokenized in another way
+branches off it. The path from the first node to any node is the tokenization of one beginning, so
+the state at a node knows nothing of what follows. Letters: n nodes, T anchor tokens.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carryon.cache.alignment.prefixes import Prefix, PrefixTokenizer, shifted
+
+_NOTHING = Prefix(num_shared=0, others=(), num_stable=0, stable_end=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenTree:
+    """Tokens of a base over all beginnings of a text that an anchor has."""
+
+    tokens: NDArray[np.int32]
+    """[n] token ids, the trunk first."""
+    parents: NDArray[np.int32]
+    """[n] the node before each, -1 for none; always a lower number."""
+    exact: NDArray[np.int32]
+    """[T] last node of the tokenization of what is known at the end of each anchor token; -1 where
+    the base has no token yet."""
+    stable: NDArray[np.int32]
+    """[T] the last node on its path that no later text can change; -1 for none."""
+    covered: NDArray[np.int32]
+    """[T] bytes that are known behind the end of the stable node."""
+    is_whole: NDArray[np.uint8]
+    """[T] 1 where the exact node ends with the last known byte, 0 where a character is begun."""
+
+
+def grow_tree(
+    text: str,
+    cuts: Sequence[int],
+    ends: NDArray[np.int64],
+    partial: NDArray[np.int32],
+    *,
+    start: NDArray[np.int32],
+    tokenizer: PrefixTokenizer,
+) -> TokenTree:
+    """Return the tree of a text.
+
+    Args:
+        text: as the base reads it; nothing behind the last end decides anything.
+        cuts: characters that no token reaches over.
+        ends: [T] characters of `text` that are known at each anchor token.
+        partial: [T] bytes that are known of the character behind them.
+        start: tokens that the base puts before the text.
+        tokenizer: of the base.
+
+    Raises:
+        NotStableError: the tokenizer cannot be aligned.
+    """
+    last = int(ends.max(initial=0))
+    inner = sorted({cut for cut in cuts if 0 < cut < last})
+    trunk: list[int] = start.tolist()
+    known: dict[int, Prefix] = {0: _ended(len(trunk), 0)}
+    wanted = np.unique(ends).tolist()
+    for low, high in pairwise([0, *inner, last]):
+        own = [end - low for end in wanted[bisect_left(wanted, low + 1) :] if end <= high]
+        prefixes = tokenizer.tokenize(text[low:high], {*own, high - low}, is_next=low > 0)
+        for end, prefix in zip(prefixes.ends, prefixes.found, strict=True):
+            known[low + end] = shifted(prefix, num_tokens=len(trunk), num_chars=low)
+        trunk += prefixes.tokens.tolist()
+        if high in cuts:  # generation begins here: nothing that follows is joined to it
+            known[high] = _ended(len(trunk), high)
+    return _place(text, trunk, known, ends, partial)
+
+
+def _ended(num_tokens: int, end: int) -> Prefix:
+    return Prefix(num_shared=num_tokens, others=(), num_stable=num_tokens, stable_end=end)
+
+
+def _place(
+    text: str,
+    trunk: list[int],
+    known: dict[int, Prefix],
+    ends: NDArray[np.int64],
+    partial: NDArray[np.int32],
+) -> TokenTree:
+    """Return the tree of a trunk with a branch for each beginning that leaves it."""
+    tokens, parents = trunk.copy(), list(range(-1, len(trunk) - 1))
+    children: dict[tuple[int, int], int] = {}
+    num_bytes = _byte_ends(text)
+    exact, stable, behind = {}, {}, {}
+    for end, prefix in sorted(known.items()):
+        node = prefix.num_shared - 1
+        for token in prefix.others:
+            at = children.setdefault((node, token), len(tokens))
+            if at == len(tokens):
+                tokens.append(token)
+                parents.append(node)
+            node = at
+        exact[end], stable[end] = node, prefix.num_stable - 1
+        behind[end] = int(num_bytes[end] - num_bytes[prefix.stable_end])
+    each = ends.tolist()
+    return TokenTree(
+        tokens=np.array(tokens, dtype=np.int32),
+        parents=np.array(parents, dtype=np.int32),
+        exact=np.array([exact[end] for end in each], dtype=np.int32),
+        stable=np.array([stable[end] for end in each], dtype=np.int32),
+        covered=np.array([behind[end] for end in each], dtype=np.int32) + partial,
+        is_whole=(partial == 0).astype(np.uint8),
+    )
+
+
+def _byte_ends(text: str) -> NDArray[np.int64]:
+    """Return, [characters + 1], the bytes of a text up to each character."""
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def depths(parents: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return the place of each node in its beginning, [n] from 0."""
+    places: list[int] = []
+    for parent in parents.tolist():
+        places.append(places[parent] + 1 if parent >= 0 else 0)
+    return np.array(places, dtype=np.int64)
+
+
+def visible(parents: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Return which nodes each node sees, [n, n]: itself and those before it on its path."""
+    num_nodes = len(parents)
+    is_trunk = parents == np.arange(-1, num_nodes - 1)
+    num_trunk = num_nodes if is_trunk.all() else int(np.argmin(is_trunk))
+    seen = np.zeros((num_nodes, num_nodes), dtype=np.bool_)
+    seen[:num_trunk, :num_trunk] = np.tri(num_trunk, dtype=np.bool_)
+    for node in range(num_trunk, num_nodes):
+        if parents[node] >= 0:
+            seen[node] = seen[parents[node]]
+        seen[node, node] = True
+    return seen
+
+
+def needed_nodes(parents: NDArray[np.int32], nodes: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Return which nodes lie on a path to some of `nodes`, [n]."""
+    needed = np.zeros(len(parents), dtype=np.bool_)
+    needed[nodes[nodes >= 0]] = True
+    for node in np.flatnonzero(parents >= 0)[::-1].tolist():
+        if needed[node]:
+            needed[parents[node]] = True
+    return needed
