@@ -74,6 +74,8 @@ class BoundaryRules:
             return True  # a newline may take in all white space before it
         if self.counts_from_right and rest.isdigit() and piece.strip().isdigit():
             return True
+        if piece[-1] == "'" and len(rest) < _LONGEST_CONTRACTION and rest.isalpha():
+            return True  # 'l may become the contraction 'll
         return (
             self.joins_contractions
             and rest[0] == "'"

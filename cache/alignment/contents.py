@@ -75,9 +75,7 @@ def mark_chat(chat: Chat, *, whole_arguments: bool) -> MarkedChat:
         if calls := message.get("tool_calls"):
             marked["tool_calls"] = [mark_call(call) for call in calls]
         messages.append(marked)
-    return MarkedChat(
-        chat=replace(chat, messages=messages), texts=texts, quoted=frozenset(quoted)
-    )
+    return MarkedChat(chat=replace(chat, messages=messages), texts=texts, quoted=frozenset(quoted))
 
 
 def locate(marked: str, text: str, marks: MarkedChat) -> dict[str, tuple[int, int]] | None:

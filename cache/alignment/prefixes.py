@@ -108,7 +108,9 @@ class PrefixTokenizer:
         found: list[Prefix] = [_EMPTY] * len(wanted)
         while waiting:
             starts = [whole.bounds[places[index]] for index in waiting]
-            tails = self._tails(whole, [(s, wanted[i]) for s, i in zip(starts, waiting, strict=True)])
+            tails = self._tails(
+                whole, [(s, wanted[i]) for s, i in zip(starts, waiting, strict=True)]
+            )
             again = []
             for index, start, tail in zip(waiting, starts, tails, strict=True):
                 if tail.is_sure or not places[index]:
@@ -161,9 +163,7 @@ class PrefixTokenizer:
             for text, encoding in zip(texts, encodings, strict=True):
                 made[is_next, text] = self._read_tail(text, encoding)
         tails = [made[key] if key in made else self._cache[key] for key in keys]
-        known.update(
-            (key, tail) for key, tail in made.items() if len(key[1]) <= _MAX_CACHED_CHARS
-        )
+        known.update((key, tail) for key, tail in made.items() if len(key[1]) <= _MAX_CACHED_CHARS)
         return tails
 
     def _read_tail(self, text: str, encoding: Any) -> _Tail:  # noqa: ANN401

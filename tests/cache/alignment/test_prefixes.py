@@ -1,0 +1,84 @@
+"""Tokens of beginnings of texts against the tokenizer itself, and against later edits."""
+
+import random
+
+import pytest
+from support.aligned_tokenizers import TEXTS, make_tokenizer
+
+from carryon.cache.alignment.boundaries import read_rules
+from carryon.cache.alignment.prefixes import PrefixTokenizer
+from carryon.cache.corpus.tokenize import Encoder
+from carryon.cache.errors import InputError
+
+KINDS = ["gpt2", "qwen", "o200k", "metaspace", "gemma"]
+SPLICES = [*"aZ7'\n\t <,(", "  ", "'s", "'ll", "\r\n", " \n ", "\u4f60", "\U0001f600", "im_start|>"]
+
+
+def make_text(draw: random.Random, *, is_nfc: bool) -> str:
+    """Return parts of the texts and splices, in any order."""
+    parts = []
+    for _ in range(draw.randint(3, 9)):
+        text = draw.choice(TEXTS)
+        start = draw.randrange(len(text))
+        parts += [text[start : start + draw.randint(1, 25)], draw.choice(SPLICES)]
+    text = "".join(parts)
+    return text.replace("\u0308", "").replace("\u0323", "") if is_nfc else text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_every_beginning_are_those_of_the_text_alone(kind: str) -> None:
+    encoder = Encoder(make_tokenizer(kind))
+    rules = read_rules(encoder, name=kind)
+    tokenizer = PrefixTokenizer(encoder, rules)
+    draw = random.Random(0)
+    for _ in range(12):
+        text = make_text(draw, is_nfc=rules.is_nfc)
+        made = tokenizer.tokenize(text, range(1, len(text) + 1), is_next=False)
+        for end, prefix in zip(made.ends, made.found, strict=True):
+            got = [*made.tokens[: prefix.num_shared].tolist(), *prefix.others]
+            assert got == encoder.encode(text[:end]).ids.tolist(), (text, end)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stable_tokens_stay_whatever_follows(kind: str) -> None:
+    encoder = Encoder(make_tokenizer(kind))
+    rules = read_rules(encoder, name=kind)
+    tokenizer = PrefixTokenizer(encoder, rules)
+    draw = random.Random(1)
+    for _ in range(40):
+        text = make_text(draw, is_nfc=rules.is_nfc)
+        end = draw.randint(1, len(text))
+        facts = []
+        for _ in range(4):
+            other = text[:end] + make_text(draw, is_nfc=rules.is_nfc)[draw.randrange(4) :]
+            made = tokenizer.tokenize(other, [end, len(other)], is_next=False)
+            prefix = made.found[made.ends.index(end)]
+            stable = made.tokens[: prefix.num_stable].tolist()
+            facts.append((stable, prefix.stable_end, prefix.num_stable))
+        assert all(fact == facts[0] for fact in facts), (text[:end], facts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_most_stable_boundaries_are_near_the_end(kind: str) -> None:
+    encoder = Encoder(make_tokenizer(kind))
+    tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name=kind))
+    text = TEXTS[0] + TEXTS[1]
+    made = tokenizer.tokenize(text, range(1, len(text)), is_next=False)
+    behind = [end - prefix.stable_end for end, prefix in zip(made.ends, made.found, strict=True)]
+    assert sum(behind) / len(behind) < 8
+
+
+def test_tokenizers_that_cannot_be_aligned_are_refused_by_name() -> None:
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    lower = make_tokenizer("gpt2")
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], 0))
+    cases = [
+        (lower, "normalizer of the kind Lowercase"),
+        (PreTrainedTokenizerFast(tokenizer_object=unigram), "kind Unigram"),
+    ]
+    for tokenizer, problem in cases:
+        with pytest.raises(InputError, match=problem):
+            read_rules(Encoder(tokenizer), name="base b")

@@ -1,0 +1,177 @@
+"""Records aligned between bases: what each anchor token sees, and that nothing of it is later."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support.aligned_tokenizers import BRACKETS, CHATML, TEXTS, make_tokenizer
+
+from carryon.cache.alignment.records import AlignedSample, Aligner, BaseTexts, path_to
+from carryon.cache.alignment.tree import visible
+from carryon.cache.corpus.records import read_record
+from carryon.cache.corpus.rows import Row
+from carryon.cache.errors import InputError
+from carryon.cache.settings import CorpusSettings
+
+PAIRS = [
+    ("gpt2", "qwen"),
+    ("gpt2", "o200k"),
+    ("qwen", "metaspace"),
+    ("metaspace", "gpt2"),
+    ("gemma", "qwen"),
+]
+CALL = {
+    "id": "1",
+    "type": "function",
+    "function": {"name": "add", "arguments": {"a": 12, "b": ["x y"]}},
+}
+CHAT = [
+    {"role": "user", "content": "  What is 12 + 30? " + TEXTS[3][:12]},
+    {"role": "assistant", "content": "Let me see: they've", "tool_calls": [CALL]},
+    {"role": "user", "content": "go on, \U0001f600\u4f60"},
+    {"role": "assistant", "content": TEXTS[1]},
+]
+
+
+def make_aligner(anchor: str, other: str, *, template: str = BRACKETS) -> Aligner:
+    """Return an aligner of two tokenizers."""
+    settings = CorpusSettings()
+    made = [
+        BaseTexts(
+            make_tokenizer(kind, template=each, vocab_size=size),
+            name=kind,
+            settings=settings,
+            max_tokens=512,
+            end_tokens=(),
+            vocab_size=None,
+        )
+        for kind, each, size in ((anchor, CHATML, 300), (other, template, 500))
+    ]
+    return Aligner(*made)
+
+
+def align(aligner: Aligner, fields: dict[str, Any]) -> list[AlignedSample]:
+    """Return the samples of a record."""
+    row = Row(
+        fields=fields, where="line 1", made_id="r", is_held_out=False, expected="", num_bytes=1
+    )
+    return list(aligner.align(read_record(row)))
+
+
+def seen_at(aligned: AlignedSample, row: int) -> tuple[Any, ...]:
+    """Return everything that is known at an anchor token."""
+    tree = aligned.tree
+    exact, stable = int(tree.exact[row]), int(tree.stable[row])
+    return (
+        path_to(tree, exact),
+        path_to(tree, stable),
+        int(tree.covered[row]),
+        int(tree.is_whole[row]),
+    )
+
+
+@pytest.mark.parametrize(("anchor", "other"), PAIRS)
+def test_a_text_is_seen_up_to_the_end_of_each_token(anchor: str, other: str) -> None:
+    aligner = make_aligner(anchor, other)
+    text = TEXTS[0] + TEXTS[3].replace("\u0308", "")
+    [made] = align(aligner, {"text": text})
+    encoder = aligner._other.encoder
+    for row, end in enumerate(made.sample.char_end.tolist()):
+        end -= not made.tree.is_whole[row]
+        path, stable, covered, is_whole = seen_at(made, row)
+        assert path == encoder.encode(text[:end]).ids.tolist()
+        assert path[: len(stable)] == stable
+        if is_whole and row + 1 < len(made.sample.tokens):
+            assert 0 <= covered <= len(text[:end].encode())
+    assert not made.tree.is_whole.all() or anchor == "gemma" or anchor == "metaspace"
+
+
+@pytest.mark.parametrize(("anchor", "other"), PAIRS)
+def test_later_text_changes_nothing_that_was_seen(anchor: str, other: str) -> None:
+    aligner = make_aligner(anchor, other)
+    draw = np.random.default_rng(0)
+    text = "".join(TEXTS[:4])
+    for _ in range(25):
+        at = int(draw.integers(1, len(text)))
+        stop = at + int(draw.integers(0, 6))
+        added = TEXTS[int(draw.integers(4))][: int(draw.integers(0, 9))]
+        edited = text[:at] + added + text[stop:]
+        first, second = (align(aligner, {"text": each})[0] for each in (text, edited))
+        for row in range(min(len(first.sample.tokens), len(second.sample.tokens))):
+            if first.sample.tokens[row] != second.sample.tokens[row]:
+                break
+            if max(first.sample.char_end[row], second.sample.char_end[row]) > at:
+                break
+            assert seen_at(first, row) == seen_at(second, row), (at, added, row)
+
+
+@pytest.mark.parametrize(("anchor", "other"), PAIRS)
+def test_a_conversation_is_seen_under_the_other_template(anchor: str, other: str) -> None:
+    aligner = make_aligner(anchor, other)
+    [made] = align(aligner, {"messages": CHAT})
+    encoder = aligner._other.encoder
+    [piece] = aligner._anchor.pieces(
+        read_record(
+            Row(
+                fields={"messages": CHAT},
+                where="",
+                made_id="r",
+                is_held_out=False,
+                expected="",
+                num_bytes=1,
+            )
+        )
+    )
+    prompt = piece.text.index("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")
+    row = int(np.flatnonzero(made.sample.char_end == prompt)[-1])
+    said = CHAT[0]["content"].strip()
+    expected = f"[system] You help.\n[user] {said}<|im_end|>[assistant] "
+    path, stable, covered, is_whole = seen_at(made, row)
+    assert path == stable == encoder.encode(expected).ids.tolist()
+    assert (covered, is_whole) == (0, 1)
+    arguments = piece.text.index('"x y"') + 3
+    row = int(np.searchsorted(made.sample.char_end, arguments))
+    end = int(made.sample.char_end[row])
+    known = expected + "Let me see: they've<add: " + piece.text[piece.text.index('{"a"') : end]
+    assert seen_at(made, row)[0] == encoder.encode_all([(known, [len(expected)])])[0].ids.tolist()
+
+
+def test_later_turns_change_nothing_that_was_seen() -> None:
+    aligner = make_aligner("gpt2", "qwen")
+    long, short = (align(aligner, {"messages": CHAT[:count]})[0] for count in (4, 2))
+    for row in range(len(short.sample.tokens)):
+        assert long.sample.tokens[row] == short.sample.tokens[row]
+        assert seen_at(long, row) == seen_at(short, row)
+
+
+def test_nodes_see_their_own_path_only() -> None:
+    tree = align(make_aligner("gpt2", "qwen"), {"text": TEXTS[1]})[0].tree
+    seen = visible(tree.parents)
+    assert len(tree.tokens) > int((tree.parents == np.arange(-1, len(tree.tokens) - 1)).sum())
+    for node in range(len(tree.tokens)):
+        path = tree.tokens[np.flatnonzero(seen[node])].tolist()
+        assert path == path_to(tree, node)
+
+
+def test_text_that_a_normalizer_changes_is_refused_with_its_id() -> None:
+    aligner = make_aligner("gpt2", "qwen")
+    assert align(aligner, {"text": "caf\u00e9 is fine"})
+    with pytest.raises(InputError, match="sample 'r': expected text in Unicode's form NFC"):
+        align(aligner, {"text": "cafe\u0301 is not"})
+
+
+def test_a_template_that_rewrites_turns_is_refused() -> None:
+    template = BRACKETS.replace(
+        "message['content'] |", "(message['content'] if loop.last else 'x' + message['content']) |"
+    )
+    with pytest.raises(InputError, match="rewrites earlier turns|sample"):
+        align(make_aligner("gpt2", "qwen", template=template), {"messages": CHAT})
+
+
+def test_prompts_and_completions_are_cut_where_generation_begins() -> None:
+    aligner = make_aligner("gpt2", "qwen")
+    [made] = align(aligner, {"prompt": "The quick", "completion": "er fox"})
+    row = int(np.flatnonzero(made.sample.char_end == 9)[-1])
+    path, stable, covered, _ = seen_at(made, row)
+    assert path == stable == aligner._other.encoder.encode("The quick").ids.tolist()
+    assert covered == 0
