@@ -7,9 +7,10 @@ Letters: B rows, T positions, D width, V vocabulary.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,12 @@ class _DeepestTapReached(Exception):  # noqa: N818 -- a signal, not an error
     """Ends a forward pass whose deeper blocks are not needed."""
 
 
-def capture(base: Base, taps: Sequence[str], token_ids: Tensor) -> dict[str, Tensor]:
+def capture(
+    base: Base,
+    taps: Sequence[str],
+    token_ids: Tensor,
+    inputs: Mapping[str, object] | None = None,
+) -> dict[str, Tensor]:
     """Return the hidden states of `token_ids` at each tap.
 
     The head and the blocks above the deepest tap are not run.
@@ -33,6 +39,7 @@ def capture(base: Base, taps: Sequence[str], token_ids: Tensor) -> dict[str, Ten
     Args:
         taps: `final`, `prenorm`, `layer.K` from 0; see carryon.cache.settings.
         token_ids: [B, T] int64, padded on the right with any valid token.
+        inputs: more arguments of the base, such as a mask.
 
     Returns:
         For each tap [B, T, D] in the base's compute dtype, on the base's device.
@@ -54,14 +61,21 @@ def capture(base: Base, taps: Sequence[str], token_ids: Tensor) -> dict[str, Ten
     watching = watch_taps(base.architecture, taps, keep)
     quietly = suppress(_DeepestTapReached)
     with watching, torch.inference_mode(), attention_of_any_shape(), quietly:
-        base.architecture.decoder(input_ids=token_ids, use_cache=False)
+        base.architecture.decoder(input_ids=token_ids, use_cache=False, **(inputs or {}))
     return states
 
 
-def base_logits(base: Base, token_ids: Tensor) -> Tensor:
-    """Return the base's own logits, [B, T, V] in its compute dtype, for token ids [B, T] int64."""
+def base_logits(
+    base: Base, token_ids: Tensor, inputs: Mapping[str, object] | None = None
+) -> Tensor:
+    """Return the base's own logits, [B, T, V] in its compute dtype, for token ids [B, T] int64.
+
+    `inputs` are more arguments of the base.
+    """
     with torch.inference_mode(), attention_of_any_shape():
-        logits: Tensor = base.model(input_ids=token_ids.to(base.device), use_cache=False).logits
+        untyped: Any = base.model
+        ids = token_ids.to(base.device)
+        logits: Tensor = untyped(input_ids=ids, use_cache=False, **(inputs or {})).logits
     return logits
 
 

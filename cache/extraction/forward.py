@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
 from carryon.cache.errors import DamagedStoreError
+from carryon.cache.extraction.aligned_forward import compute_aligned_states
 from carryon.cache.extraction.packing import plan_batches
+from carryon.cache.format.alignment import read_alignment, read_num_nodes
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
 from carryon.cache.format.zarr_metadata import (
@@ -76,6 +78,7 @@ def run_units(
     inputs = UnitInputs(root, manifest)
     num_tokens = sum(map(inputs.num_tokens, todo))
     keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
+    num_nodes = read_num_nodes(root, manifest) if manifest.alignment else np.empty(0, np.int32)
     is_finished = True
     writing: list[Future[Receipt]] = []  # at most the last of them is still at work
     started_at = time.perf_counter()
@@ -92,14 +95,18 @@ def run_units(
                     is_finished = False
                     break
             unit_started_at = time.perf_counter()
-            hidden = compute_states(
-                base,
-                manifest.taps,
-                unit_input,
-                keeps_bits=keeps_bits,
-                batch_tokens=batch_tokens,
-                progress=progress,
-            )
+            how: dict[str, Any] = {
+                "keeps_bits": keeps_bits,
+                "batch_tokens": batch_tokens,
+                "progress": progress,
+            }
+            if manifest.alignment:
+                trees = read_alignment(root, manifest, unit)
+                stop = unit_input.first_sample + len(unit_input.lengths)
+                sizes = num_nodes[unit_input.first_sample : stop]
+                hidden = compute_aligned_states(base, manifest.taps, trees, sizes, **how)
+            else:
+                hidden = compute_states(base, manifest.taps, unit_input, **how)
             elapsed_s = time.perf_counter() - unit_started_at
             written = sum(_stored_bytes(manifest, each.result()) for each in writing)
             progress.note = f"{written / 1e6:,.0f} MB written"

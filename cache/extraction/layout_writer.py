@@ -69,7 +69,7 @@ def plan_files(
     if skipped:
         yield SKIPPED_PATH, _json_lines(skipped)
     yield from encode_probe(probe)
-    yield from _documents(manifest).items()
+    yield from array_documents(manifest).items()
 
 
 def write_plan(root: Path, manifest: Manifest, files: Iterable[tuple[str, bytes]]) -> Manifest:
@@ -127,7 +127,7 @@ def append_plan(
     def added() -> Iterator[tuple[str, bytes]]:
         tables = encode_tables(samples, plan, manifest=new, root=root)
         lines = _append_lines(root, old, skipped)
-        for path, content in chain(_documents(new).items(), tables, lines):
+        for path, content in chain(array_documents(new).items(), tables, lines):
             digests[path] = sha256_hex(content)
             if path not in old.files:
                 yield path, content
@@ -190,7 +190,7 @@ def _unit_rows(
             yield row_path(name, first_unit + unit), encode_chunk(rows)
 
 
-def _documents(manifest: Manifest) -> dict[str, bytes]:
+def array_documents(manifest: Manifest) -> dict[str, bytes]:
     """Return the zarr.json of the groups and of all arrays over the token axis."""
     size, width, num_units = manifest.unit_tokens, manifest.width, manifest.num_units
     dtype, is_lossy = manifest.settings["dtype"], manifest.is_lossy

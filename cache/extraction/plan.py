@@ -80,7 +80,7 @@ def plan_extraction(
         StoreBusyError: another process writes to the store.
     """
     root = Path(out)
-    _refuse_foreign_folder(root)
+    refuse_foreign_folder(root)
     refuse_busy(root)
     pick_device(forward.device)  # refuses one that is not there
     facts = facts_of(base) if isinstance(base, Base) else read_facts(str(base))
@@ -197,7 +197,7 @@ def forward_facts(base: Base) -> dict[str, str]:
     return {"compute_dtype": dtype, "attention": base.attention}
 
 
-def _refuse_foreign_folder(root: Path) -> None:
+def refuse_foreign_folder(root: Path) -> None:
     """Refuse a file, and a folder that is neither empty nor a store, finished or not."""
     if not root.exists():
         return

@@ -24,7 +24,7 @@ from carryon.cache.format.schema import (
     MAX_DOCUMENT_BYTES,
     max_planned_bytes,
 )
-from carryon.cache.format.zarr_metadata import ROW_ARRAYS, array_document
+from carryon.cache.format.zarr_metadata import ALIGNED_ARRAYS, ROW_ARRAYS, array_document
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +156,7 @@ TABLE_TYPES = {
     "probe/top_ids": ("int32",),
     "probe/top_logits": ("float32",),
     "probe/states": ("float32",),
+    **{f"aligned/{name}": (kind,) for name, kind in ALIGNED_ARRAYS.items()},
 }
 """Types that each array of a plan can have; `probe/states` stands for that of each tap."""
 
@@ -311,10 +312,10 @@ def check_tokens(tokens: NDArray[np.int32], manifest: Manifest, *, name: str) ->
         DamagedStoreError: one is not; `name` says of which file.
     """
     least, most = int(tokens.min(initial=0)), int(tokens.max(initial=0))
-    if least < 0 or most >= manifest.head["vocab_size"]:
+    size = manifest.alignment.get("anchor_vocab_size", manifest.head["vocab_size"])
+    if least < 0 or most >= size:
         raise DamagedStoreError(
-            f"{name}: expected token ids from 0 to {manifest.head['vocab_size'] - 1}, got "
-            f"{least if least < 0 else most}",
+            f"{name}: expected token ids from 0 to {size - 1}, got {least if least < 0 else most}",
             fix="extract into another folder",
         )
 

@@ -107,13 +107,17 @@ class Manifest:
     profile_error: dict[str, dict[str, float]] = field(default_factory=dict)
     """For each tap of a lossy profile: relative error; for the tap the head reads also KL and
     top-1 agreement through the head."""
+    alignment: dict[str, Any] = field(default_factory=dict)
+    """Of a store that has the samples and rows of another, its anchor: fingerprint, base and
+    tokenizer of the anchor, digest of the alignment. Empty in a store of its own."""
     files: dict[str, list[str]] = field(default_factory=dict)
     """SHA-256 that each file written by planning may have; two while an append is under way."""
 
     @property
     def taps(self) -> list[str]:
-        """Taps of the store."""
-        return list(self.settings["taps"])
+        """Taps of the store; an aligned one has `stable` beside `final`."""
+        taps = list(self.settings["taps"])
+        return [*taps, "stable"] if self.alignment and "final" in taps else taps
 
     @property
     def num_blocks(self) -> int:
@@ -184,6 +188,8 @@ class Manifest:
         names = ("forward", "corpus", "settings", "width", "rows_per_chunk", "head", "versions")
         content = {name: getattr(self, name) for name in names}
         content |= {"format": FORMAT, "format_version": FORMAT_VERSION, "base": self.base_content}
+        if self.alignment:
+            content["alignment"] = self.alignment
         return content | {"parts": [part.to_dict() for part in self.parts]}
 
     def to_dict(self) -> dict[str, Any]:

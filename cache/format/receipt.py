@@ -60,8 +60,10 @@ def write_receipt(root: Path, receipt: Receipt) -> None:
 
 def origin_of(manifest: Manifest, unit: int) -> str:
     """Return the digest of what a unit is made with: base, forward, settings, its corpus."""
+    alignment = {"alignment": manifest.alignment} if manifest.alignment else {}
     return digest_of(
-        {
+        alignment
+        | {
             "base": manifest.base_content,
             "forward": manifest.forward,
             "settings": manifest.settings,

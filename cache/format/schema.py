@@ -13,6 +13,7 @@ from typing import Any
 
 from carryon.cache.format.quantization import STATE_TYPES, STEPS
 from carryon.cache.format.zarr_metadata import (
+    ALIGNED_ARRAYS,
     ROW_ARRAYS,
     channel_scale_path,
     row_path,
@@ -48,14 +49,17 @@ FRAME_BYTES = 64
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _TAP = r"(?:final|prenorm|layer\.(?:0|[1-9][0-9]{0,3}))"
+_STORED = rf"(?:stable|{_TAP})"
+"""`stable` is written beside `final` in aligned stores only; nobody asks for it by name."""
 _ARRAYS = (
     "units|samples/(?:start|length|id|held_out|group|role)"
     "|head/(?:lm_head|norm_weight|norm_bias|bias)"
-    rf"|probe/(?:rows|top_ids|top_logits|states/{_TAP})"
+    rf"|probe/(?:rows|top_ids|top_logits|states/{_STORED})"
+    rf"|aligned/(?:{'|'.join(ALIGNED_ARRAYS)})"
 )
 _PLANNED = re.compile(
-    "(?:hidden|samples|head|probe|probe/states|scale|scale/token|scale/channel"
-    rf"|{'|'.join(ROW_ARRAYS)}|(?:hidden|scale/token|scale/channel)/{_TAP})/zarr[.]json"
+    "(?:hidden|samples|head|probe|probe/states|scale|scale/token|scale/channel|aligned"
+    rf"|{'|'.join(ROW_ARRAYS)}|(?:hidden|scale/token|scale/channel)/{_STORED})/zarr[.]json"
     rf"|(?:{_ARRAYS})/(?:zarr[.]json|c/{_NUMBER}(?:/0)?)"
     rf"|blocks/(?:config[.]json|norm[.]safetensors|{_NUMBER}[.]safetensors)"
     "|skipped[.]jsonl"
@@ -116,11 +120,13 @@ def check_manifest(values: Mapping[str, Any]) -> None:
     _check_head(_mapping(values, "head"))
     _check_parts(values["parts"], unit_tokens)
     for tap, errors in _mapping(values, "profile_error").items():
-        if not is_tap(tap):
+        if not is_tap(tap) and tap != "stable":
             raise ValueError(f"profile_error: expected taps, got {_shown(tap)}")
         for name in _mapping({tap: errors}, tap):
             is_ratio = name.endswith("relative_error")
             _number(errors, name, -_MAX_NATS, _MAX_ERROR if is_ratio else _MAX_NATS)
+    if "alignment" in values:
+        _check_alignment(_mapping(values, "alignment"))
     _check_files(_mapping(values, "files"))
 
 
@@ -136,6 +142,16 @@ def _check_base(values: Mapping[str, Any]) -> None:
         for name in texts:
             _text(texts, name)
     _mapping(values, "corpus")
+
+
+def _check_alignment(facts: Mapping[str, Any]) -> None:
+    for name in ("anchor", "digest", "tokenizer_sha256", "anchor_tokenizer_sha256"):
+        if not _is_sha256(facts[name]):
+            raise ValueError(f"alignment: {name}: expected a SHA-256, got {_shown(facts[name])}")
+    _text(facts, "anchor_base")
+    _whole(facts, "anchor_vocab_size", 1, _MAX_VOCABULARY)
+    _whole(facts, "unit_nodes", 1, _MAX_UNIT_TOKENS * 16)
+    _whole(facts, "missing_samples", 0, _MAX_SAMPLES)
 
 
 def _check_head(head: Mapping[str, Any]) -> None:

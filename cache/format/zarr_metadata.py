@@ -23,6 +23,16 @@ HEAD_CHUNK_BYTES = 1 << 20
 """Size of a chunk of the head, raw: opening reads a few rows of it, training all."""
 ROW_ARRAYS = {"tokens": "int32", "loss_mask": "uint8", "char_end": "int32"}
 """Arrays [N] that planning writes, and their types."""
+ALIGNED_ARRAYS = {
+    "tokens": "int32",
+    "parents": "int32",
+    "exact": "int32",
+    "stable": "int32",
+    "covered": "int32",
+    "is_whole": "uint8",
+    "num_nodes": "int32",
+}
+"""Arrays below `aligned/` in a store that is aligned to another; see docs/mixing.md."""
 SKIPPED_PATH = "skipped.jsonl"
 """File of the rows that were left out (`--bad-rows skip`), a JSON line each; only if any were."""
 

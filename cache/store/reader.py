@@ -85,7 +85,12 @@ class Store(StoreLike):
 
     @classmethod
     def open(
-        cls, path: str | Path, *, allow_unfinished: bool = False, as_torch: bool = False
+        cls,
+        path: str | Path,
+        *,
+        allow_unfinished: bool = False,
+        as_torch: bool = False,
+        allow_aligned: bool = False,
     ) -> "Store":
         """Open and check the store at `path`.
 
@@ -96,16 +101,24 @@ class Store(StoreLike):
             allow_unfinished: also open a store whose extraction has not ended; only its finished
                 units can be read.
             as_torch: read units and samples as torch tensors, bfloat16 states as such.
+            allow_aligned: also open a store that is aligned to another one, whose tokens are not
+                those of its head.
 
         Raises:
             MissingError: there is no store.
-            InputError: the store has no such part.
+            InputError: the store has no such part, or is aligned to another one.
             UnfinishedStoreError: units are missing, and `allow_unfinished` is not set.
             DamagedStoreError: documents were changed, or head, norm and states do not belong
                 together (the probe).
         """
         root, part = split_name(str(path))
         manifest = read_manifest(root)
+        if manifest.alignment and not allow_aligned:
+            raise InputError(
+                f"{path}: expected a store of its own, got one that is aligned to the store "
+                f"{manifest.alignment['anchor'][:12]} of {manifest.alignment['anchor_base']}, "
+                "whose tokens it holds. Fix: give the anchor with --store"
+            )
         try:
             _check_documents(root, manifest)
         except DamagedStoreError:

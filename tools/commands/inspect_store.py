@@ -49,7 +49,7 @@ def inspect_store(
     """
     from carryon.cache.store.reader import Store
 
-    opened = Store.open(store, allow_unfinished=True)
+    opened = Store.open(store, allow_unfinished=True, allow_aligned=True)
     if sample:
         return _show_sample(opened, sample, base=base, html=html, is_json=json)
     if base or html:

@@ -1,0 +1,155 @@
+"""The base over trees of tokens: each node sees the nodes on its path only.
+
+Trees go through the base as rows with a mask and positions of their own, so a branch costs its own
+tokens and not its beginning again. Letters: B trees, L nodes of the longest, R rows, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from carryon.cache.alignment.tree import depths, visible
+from carryon.cache.base.hooks import capture
+from carryon.cache.base.model import Base
+from carryon.cache.errors import InputError
+from carryon.cache.extraction.packing import plan_batches
+from carryon.cache.format.alignment import UnitAlignment
+from carryon.cache.progress import Progress
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+"""Mean relative error of states at branches against rows of their own; a base that does not see
+the mask is off by more than a third."""
+_LONGEST_PROBE = 1100
+"""Nodes of the tree that a base is tried with: more than the windows of small bases."""
+
+
+def tree_inputs(base: Base, parents: Sequence[NDArray[np.int32]]) -> dict[str, Any]:
+    """Return mask and positions for trees of tokens, padded on the right.
+
+    Args:
+        base: that will run.
+        parents: of each tree, [n] each.
+    """
+    longest = max(map(len, parents))
+    seen = np.zeros((len(parents), longest, longest), dtype=np.bool_)
+    places = np.zeros((len(parents), longest), dtype=np.int64)
+    for row, each in enumerate(parents):
+        seen[row, : len(each), : len(each)] = visible(each)
+        places[row, : len(each)] = depths(each)
+    seen[:, range(longest), range(longest)] = True
+    config: Any = base.model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    mask: Tensor | dict[str, Tensor] = _mask(base, seen)
+    if window and ("sliding_attention" in kinds or not kinds):
+        distance = places[:, :, None] - places[:, None, :]
+        near = _mask(base, seen & (distance < window))
+        mask = {"full_attention": mask, "sliding_attention": near} if kinds else near
+    return {
+        "attention_mask": mask,
+        "position_ids": torch.from_numpy(places).to(base.device),
+    }
+
+
+def compute_aligned_states(
+    base: Base,
+    taps: Sequence[str],
+    alignment: UnitAlignment,
+    num_nodes: NDArray[np.int32],
+    *,
+    keeps_bits: bool,
+    batch_tokens: int,
+    progress: Progress | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Run the base over the trees of a unit.
+
+    Args:
+        base: of the store.
+        taps: of the store, with `stable`.
+        alignment: of the unit.
+        num_nodes: nodes of each of its samples.
+        keeps_bits: return bits of bfloat16.
+        batch_tokens: nodes in one forward pass, pads included.
+        progress: counts rows.
+
+    Returns:
+        For each tap [R, D]: uint16 bits of bfloat16 if `keeps_bits`, else float32. Rows without
+        a node are 0.
+    """
+    dtype = np.uint16 if keeps_bits else np.float32
+    shape = (len(alignment.exact), base.identity.width)
+    hidden: dict[str, NDArray[Any]] = {tap: np.zeros(shape, dtype) for tap in taps}
+    stops = np.cumsum(num_nodes)
+    starts = stops - num_nodes
+    has_nodes = np.flatnonzero(num_nodes)
+    run_taps = [tap for tap in taps if tap != "stable"]
+    for batch in plan_batches(num_nodes[has_nodes], batch_tokens=batch_tokens):
+        chosen = has_nodes[batch]
+        parents = [_local(alignment.parents, starts[x], stops[x]) for x in chosen]
+        ids = np.zeros((len(chosen), max(map(len, parents))), dtype=np.int64)
+        for row, sample in enumerate(chosen):
+            ids[row, : num_nodes[sample]] = alignment.tokens[starts[sample] : stops[sample]]
+        states = capture(base, run_taps, torch.from_numpy(ids), tree_inputs(base, parents))
+        count = 0
+        for tap in taps:
+            source = states["final" if tap == "stable" else tap]
+            kept = source.bfloat16().view(torch.uint16) if keeps_bits else source.float()
+            values = kept.cpu().numpy()
+            nodes = alignment.stable if tap == "stable" else alignment.exact
+            for row, sample in enumerate(chosen):
+                rows = np.flatnonzero((nodes >= starts[sample]) & (nodes < stops[sample]))
+                hidden[tap][rows] = values[row, nodes[rows] - starts[sample]]
+                count += len(rows) if tap == taps[0] else 0
+        if progress is not None:
+            progress.update(count)
+    return hidden
+
+
+def check_tree_forward(base: Base) -> None:
+    """Check that the base gives a branch of a tree the states of a row of its own.
+
+    Raises:
+        InputError: its layers are not plain attention, or take no mask.
+    """
+    name = base.identity.architecture
+    config: Any = base.model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    most = min(_LONGEST_PROBE, base.identity.context_tokens)
+    length = min(window + 8, most - 4) if window else min(24, most - 4)
+    draw = np.random.default_rng(0)
+    trunk = draw.integers(0, base.identity.vocab_size, size=length)
+    branch = draw.integers(0, base.identity.vocab_size, size=3)
+    fork = length - 4
+    parents = np.array([*range(-1, length - 1), fork, length, length + 1], dtype=np.int32)
+    ids = torch.from_numpy(np.concatenate([trunk, branch]))[None]
+    alone = torch.from_numpy(np.concatenate([trunk[: fork + 1], branch]))[None]
+    try:
+        made = capture(base, ["final"], ids, tree_inputs(base, [parents]))["final"][0, -3:]
+        expected = capture(base, ["final"], alone)["final"][0, -3:]
+        made, expected = made.float(), expected.float()
+        error = float(((made - expected).norm(dim=1) / expected.norm(dim=1)).mean())
+        problem = f"states that are off by {error:.3f}"
+    except Exception as caught:  # whatever an architecture makes of a mask that it does not expect
+        error, problem = float("inf"), f"{type(caught).__name__}: {caught!s:.120}"
+    if not error <= _TOLERANCE.get(base.compute_dtype, 6e-2):
+        raise InputError(
+            f"base {base.source}: expected attention layers that take a mask, to be aligned in one "
+            f"pass, got {name} with {problem}. Fix: use another base, or --attention sdpa"
+        )
+
+
+def _mask(base: Base, seen: NDArray[np.bool_]) -> Tensor:
+    """Return what is added to attention scores, [B, 1, L, L] in the compute dtype."""
+    mask = torch.zeros(seen.shape, dtype=base.compute_dtype)
+    mask.masked_fill_(torch.from_numpy(~seen), torch.finfo(base.compute_dtype).min)
+    return mask[:, None].to(base.device)
+
+
+def _local(parents: NDArray[np.int32], start: int, stop: int) -> NDArray[np.int32]:
+    """Return the parents within one sample's tree."""
+    own = parents[start:stop]
+    return np.where(own >= 0, own - start, -1).astype(np.int32)
