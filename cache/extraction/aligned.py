@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from carryon.cache.alignment.tree import needed_nodes
 from carryon.cache.base.hooks import base_logits, capture
@@ -37,13 +38,13 @@ from carryon.cache.format.codec import encode_chunk
 from carryon.cache.format.head_arrays import encode_head, head_facts
 from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
 from carryon.cache.format.probe import Probe, encode_probe
+from carryon.cache.format.quantization import STATE_TYPES
 from carryon.cache.format.zarr_metadata import (
     ROW_ARRAYS,
     chunk_rows,
     group_document,
     row_path,
 )
-from carryon.cache.format.quantization import STATE_TYPES
 from carryon.cache.lock import refuse_busy, write_lock
 from carryon.cache.settings import (
     CorpusSettings,
@@ -150,6 +151,22 @@ def plan_aligned(
     )
 
 
+def refuse_with_alignment(
+    *, append: bool = False, held_out: bool = False, dry_run: bool = False
+) -> None:
+    """Check that nothing is asked for that an aligned store has from its anchor.
+
+    Raises:
+        InputError: names the option.
+    """
+    for option, is_given in (("append", append), ("held-out", held_out), ("dry-run", dry_run)):
+        if is_given:
+            raise InputError(
+                f"--align-to: expected no --{option} beside it, as samples and rows are the "
+                f"anchor's, got --{option}. Fix: leave one of them out"
+            )
+
+
 def run_aligned(plan: AlignedPlan, *, max_disk_bytes: int | None = None) -> ExtractReport:
     """Carry out a plan, or the missing rest of it.
 
@@ -218,15 +235,16 @@ def _run_pilot(plan: AlignedPlan) -> list[PilotSample]:
             within = first - number * anchor.unit_tokens
             rows = np.arange(within, within + int(anchor.sample_lengths[sample]))
             rows = rows[unit.exact[rows] >= 0][:PILOT_TOKENS]
+            if not num_nodes[sample] or not len(rows) or len(pilot) == _PILOT_SAMPLES:
+                continue
             rows = rows[: int(np.argmin(np.diff(rows, append=-1) == 1)) + 1]  # without a gap
-            if num_nodes[sample] and len(rows) and len(pilot) < _PILOT_SAMPLES:
-                pilot.append(_pilot_sample(plan, number, rows))
+            pilot.append(_pilot_sample(plan, number, rows))
         if pilot:
             return pilot
     raise InputError(f"{plan.anchor.name}: expected a sample in the data, got none")
 
 
-def _pilot_sample(plan: AlignedPlan, number: int, rows: np.ndarray) -> PilotSample:
+def _pilot_sample(plan: AlignedPlan, number: int, rows: NDArray[np.int64]) -> PilotSample:
     unit, taps = plan.alignment.units[number], plan.manifest.taps
     kept = needed_nodes(unit.parents, unit.exact[rows])
     places = np.cumsum(kept) - 1

@@ -101,8 +101,9 @@ def align_to_anchor(
                 unknown += 1
                 if not drop_missing:
                     raise InputError(
-                        f"sample {aligned.sample.id!r}: expected samples of {anchor.name}, got one "
-                        "that it does not hold. Fix: give the anchor's own --data, or --drop-missing"
+                        f"sample {aligned.sample.id!r}: expected samples of {anchor.name}, got "
+                        "one that it does not hold. Fix: give the anchor's own --data, or "
+                        "--drop-missing"
                     )
                 continue
             _refuse_long(aligned, base)
@@ -111,8 +112,8 @@ def align_to_anchor(
     if missing and not drop_missing:
         raise InputError(
             f"sample {anchor.sample_id(missing[0])!r}: expected all {anchor.num_samples} samples "
-            f"of {anchor.name} in the data, got {len(found)}. Fix: give all of the anchor's --data, "
-            "or --drop-missing"
+            f"of {anchor.name} in the data, got {len(found)}. Fix: give all of the anchor's "
+            "--data, or --drop-missing"
         )
     if missing or unknown:
         logger.warning(

@@ -14,6 +14,7 @@ from typing import Any
 from carryon.cache.base.model import Base
 from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
+from carryon.cache.extraction.aligned import plan_aligned, refuse_with_alignment, run_aligned
 from carryon.cache.extraction.forward import ExtractReport, raw_bytes, run_units
 from carryon.cache.extraction.layout_writer import append_plan, plan_bytes, plan_files, write_plan
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
@@ -55,6 +56,8 @@ def extract(
     append: bool = False,
     max_disk_bytes: int | None = None,
     held_out: Collection[str] = (),
+    align_to: str | Path | None = None,
+    drop_missing: bool = False,
     **options: Any,  # noqa: ANN401
 ) -> Store:
     """Extract the hidden states of a corpus into the store at `out`, and open it.
@@ -78,6 +81,10 @@ def extract(
         max_disk_bytes: stop before the store would grow beyond it. The store is then opened
             unfinished; the same call with more room resumes it.
         held_out: ids of records or samples to hold out, besides those marked in the data.
+        align_to: a finished store of another base, made of the same data: the new store has its
+            samples and rows, and at each row this base's state over exactly the text that is known
+            there. Mask, lengths and units are those of that store.
+        drop_missing: with `align_to`, leave out, and count, samples that only one of both has.
         options: fields of the four settings by name, such as `taps` or `unit_tokens`.
 
     Raises:
@@ -100,6 +107,21 @@ def extract(
         forward or ForwardSettings(),
         data_settings or DataSettings(),
     )
+    if align_to is not None:
+        refuse_with_alignment(append=append, held_out=bool(held_out))
+        aligned = plan_aligned(
+            base=base,
+            data=data,
+            align_to=align_to,
+            out=out,
+            corpus=corpus,
+            store=store,
+            forward=forward,
+            data_settings=data_settings,
+            drop_missing=drop_missing,
+        )
+        report = run_aligned(aligned, max_disk_bytes=max_disk_bytes)
+        return Store.open(out, allow_unfinished=not report.is_finished, allow_aligned=True)
     plan = plan_extraction(
         base=base,
         data=data,

@@ -32,7 +32,7 @@ ALIGNED_ARRAYS = {
     "is_whole": "uint8",
     "num_nodes": "int32",
 }
-"""Arrays below `aligned/` in a store that is aligned to another; see docs/mixing.md."""
+"""Arrays below `aligned/` in a store that is aligned to another; see docs/store-format.md."""
 SKIPPED_PATH = "skipped.jsonl"
 """File of the rows that were left out (`--bad-rows skip`), a JSON line each; only if any were."""
 

@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.tools.cli.output import print_result
 from carryon.tools.cli.sizes import parse_bytes
@@ -11,6 +12,7 @@ from carryon.tools.cli.table import format_table
 
 if TYPE_CHECKING:
     from carryon.cache.extraction.estimate import Estimate
+    from carryon.cache.extraction.forward import ExtractReport
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,8 @@ def extract(
     append: bool = False,
     max_disk: str = "",
     dry_run: bool = False,
+    align_to: str = "",
+    drop_missing: bool = False,
     corpus: CorpusSettings,
     store: StoreSettings,
     forward: ForwardSettings,
@@ -53,12 +57,37 @@ def extract(
             limit the same command resumes. Empty: no limit.
         dry_run: Write nothing: run a few thousand tokens and estimate the size of each profile,
             and the time.
+        align_to: A finished store of another base, made of the same --data: the new store has its
+            samples and rows, with this base's states. Empty: a store of its own.
+        drop_missing: With --align-to: leave out, and count, samples that only one of both has.
         corpus: How text becomes samples.
         store: What the store holds.
         forward: How the base is run.
         data_settings: How the data are read.
     """
     max_disk_bytes = parse_bytes("--max-disk", max_disk) if max_disk else None
+    if align_to:
+        from carryon.cache.extraction.aligned import (
+            plan_aligned,
+            refuse_with_alignment,
+            run_aligned,
+        )
+
+        refuse_with_alignment(append=append, dry_run=dry_run)
+        aligned = plan_aligned(
+            base=base,
+            data=data,
+            align_to=align_to,
+            out=out,
+            corpus=corpus,
+            store=store,
+            forward=forward,
+            data_settings=data_settings,
+            drop_missing=drop_missing,
+        )
+        return _show(run_aligned(aligned, max_disk_bytes=max_disk_bytes), max_disk)
+    if drop_missing:
+        raise InputError("--drop-missing: expected --align-to beside it. Fix: --align-to STORE")
     from carryon.cache.extraction.pipeline import run_extraction
     from carryon.cache.extraction.plan import plan_extraction
 
@@ -77,7 +106,11 @@ def extract(
         expected = estimate(plan)
         facts = asdict(expected) | {"report": plan.manifest.parts[-1].report}
         return print_result(facts, _describe(expected))
-    report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
+    return _show(run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes), max_disk)
+
+
+def _show(report: "ExtractReport", max_disk: str) -> dict[str, Any]:
+    """Print the summary of an extraction."""
     if not report.is_finished:
         logger.warning(f"stopped at --max-disk {max_disk}. Fix: raise it to resume")
     return print_result(

@@ -70,6 +70,11 @@ def _show_sample(
     from carryon.tools.commands.pages.samples import make_sample_page
     from carryon.tools.commands.shown_samples import print_samples, show_sample
 
+    if alignment := store.manifest.alignment:
+        raise InputError(
+            f"--sample: expected a store of its own, got {store.name}, which holds the tokens of "
+            f"{alignment['anchor_base']}. Fix: inspect the store that it is aligned to"
+        )
     index, kinds = _index_of(store, name), set()
     for part in store.manifest.parts:
         if part.first_sample <= index < part.first_sample + part.num_samples:

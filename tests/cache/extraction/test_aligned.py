@@ -1,0 +1,268 @@
+"""A store aligned to another: states against plain forward passes, edits, refusals, resume."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.aligned_tokenizers import BRACKETS, CHATML, TEXTS, make_tokenizer
+from support.tiny_stores import small_pieces
+
+from carryon.cache.base.hooks import capture
+from carryon.cache.base.model import Base, load_base
+from carryon.cache.corpus.tokenize import Encoder
+from carryon.cache.errors import InputError, SettingMismatchError
+from carryon.cache.extraction.aligned import plan_aligned, run_aligned
+from carryon.cache.extraction.pipeline import extract
+from carryon.cache.extraction.repair import repair
+from carryon.cache.format.alignment import read_alignment
+from carryon.cache.settings import ForwardSettings, StoreSettings
+from carryon.cache.store.reader import Store
+from carryon.cache.store.verify import verify
+from carryon.tools.bench.families import make_family_base
+
+FORWARD = ForwardSettings(device="cpu", compute_dtype="float32", batch_tokens=512)
+SETTINGS = StoreSettings(dtype="float32", unit_tokens=256, taps=["layer.1", "final"])
+CALL = {
+    "id": "1",
+    "type": "function",
+    "function": {"name": "add", "arguments": {"a": 12, "b": "x y"}},
+}
+ROWS: list[dict[str, Any]] = [
+    {"id": "code", "text": TEXTS[1] + TEXTS[2]},
+    {"id": "words", "text": TEXTS[0] + TEXTS[3]},
+    {"id": "emoji", "text": "emoji \U0001f600\U0001f468\u200d\U0001f469 \u4f60\u597d"},
+    {"id": "pair", "prompt": "The quick", "completion": "er fox's den"},
+    {
+        "id": "chat",
+        "messages": [
+            {"role": "user", "content": "  What is 12 + 30? \u4e16\u754c"},
+            {"role": "assistant", "content": "Let me see: they've", "tool_calls": [CALL]},
+            {"role": "user", "content": "go on"},
+            {"role": "assistant", "content": TEXTS[1]},
+        ],
+    },
+]
+
+
+def make_base(folder: Path, kind: str, family: str = "llama", **changes: Any) -> Path:  # noqa: ANN401
+    """Save a tiny base with a tokenizer of a kind."""
+    size = changes.pop("vocab", 300)
+    template = changes.pop("template", CHATML)
+    return make_family_base(
+        folder,
+        family,
+        tokenizer=make_tokenizer(kind, vocab_size=size, template=template),
+        vocab_size=size + 300,
+        special_ids={"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1},
+        dtype=torch.float32,
+        seed=0,
+        **changes,
+    )
+
+
+def write(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Write rows as JSON lines, a file for each kind of record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for key in ("text", "prompt", "messages"):
+        own = [json.dumps(row) for row in rows if key in row]
+        if own:
+            (folder / f"{key}.jsonl").write_text("\n".join(own) + "\n")
+            paths.append(str(folder / f"{key}.jsonl"))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of another base."""
+    folder = tmp_path_factory.mktemp("anchor")
+    with small_pieces():
+        extract(
+            base=str(make_base(folder / "base", "gpt2", max_position_embeddings=512)),
+            data=write(ROWS, folder / "data"),
+            out=folder / "store",
+            store=SETTINGS,
+            forward=FORWARD,
+        )
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """The base that is aligned."""
+    folder = tmp_path_factory.mktemp("other")
+    path = make_base(
+        folder / "base", "qwen", vocab=420, template=BRACKETS, max_position_embeddings=512
+    )
+    return load_base(str(path), forward=FORWARD)
+
+
+def align(
+    base: Base,
+    anchor: Path,
+    out: Path,
+    rows: list[dict[str, Any]] = ROWS,
+    **changes: Any,  # noqa: ANN401
+) -> Store:
+    """Extract an aligned store, and open it."""
+    given = {"store": SETTINGS, "forward": FORWARD, **changes}
+    with small_pieces():
+        data = write(rows, out.parent / f"{out.name}-data")
+        run_aligned(plan_aligned(base=base, data=data, align_to=anchor, out=out, **given))
+    return Store.open(out, allow_aligned=True)
+
+
+def test_every_state_is_that_of_a_plain_pass_over_what_was_known(
+    anchor: Path, other: Base, tmp_path: Path
+) -> None:
+    store, whole = align(other, anchor, tmp_path / "b"), Store.open(anchor)
+    encoder = Encoder(other.tokenizer)
+    texts = {
+        row["id"]: row.get("text") or row.get("prompt", "") + row.get("completion", "")
+        for row in ROWS
+    }
+    checked = 0
+    for index in range(store.num_samples):
+        mine, theirs = store.read_sample(index), whole.read_sample(index, taps=[])
+        assert mine.id == theirs.id
+        for name in ("tokens", "loss_mask", "char_end"):
+            assert np.array_equal(getattr(mine, name), getattr(theirs, name))
+        unit, first = divmod(int(store.sample_starts[index]), store.unit_tokens)
+        trees = read_alignment(store.root, store.manifest, unit)
+        for row, end in enumerate(mine.char_end.tolist()):
+            at = first + row
+            for tap, node in (("final", trees.exact[at]), ("stable", trees.stable[at])):
+                path = []
+                while node >= 0:
+                    path.append(int(trees.tokens[node]))
+                    node = trees.parents[node]
+                if not path:
+                    assert not mine.hidden[tap][row].any()
+                    continue
+                ids = torch.tensor([path[::-1]])
+                expected = capture(other, ["final", "layer.1"], ids)
+                assert np.allclose(mine.hidden[tap][row], expected["final"][0, -1], atol=1e-5)
+                if tap == "final":
+                    layer = expected["layer.1"][0, -1]
+                    assert np.allclose(mine.hidden["layer.1"][row], layer, atol=1e-5)
+                    if mine.id in ("code", "words", "emoji"):
+                        known = texts[mine.id][: end - (not trees.is_whole[at])]
+                        assert path[::-1] == encoder.encode(known).ids.tolist()
+                        checked += 1
+    assert checked > 80
+
+
+def test_later_edits_change_no_earlier_state(anchor: Path, other: Base, tmp_path: Path) -> None:
+    tokenizer = str(anchor.parent / "base")
+    text = ROWS[0]["text"]
+    edited = text[:60] + "idening \U0001f600" + text[75:]
+    states = []
+    for number, each in enumerate((text, edited)):
+        rows = [{"id": "one", "text": each}]
+        root = tmp_path / f"a{number}"
+        with small_pieces():
+            extract(
+                base=tokenizer,
+                data=write(rows, tmp_path / f"d{number}"),
+                out=root,
+                store=SETTINGS,
+                forward=FORWARD,
+            )
+        store = align(other, root, tmp_path / f"b{number}", rows)
+        states.append(store.read_sample(0))
+    first, second = states
+    same = first.tokens[:40] == second.tokens[:40]
+    count = int(np.argmin(same & (first.char_end[:40] <= 60) & (second.char_end[:40] <= 60)))
+    assert count > 12
+    for tap in ("final", "layer.1", "stable"):
+        assert np.allclose(first.hidden[tap][:count], second.hidden[tap][:count], atol=1e-5)
+    assert not np.allclose(
+        first.hidden["final"][: count + 9], second.hidden["final"][: count + 9], atol=1e-5
+    )
+
+
+def test_an_aligned_store_says_so_and_is_not_trained_alone(
+    anchor: Path, other: Base, tmp_path: Path
+) -> None:
+    store = align(other, anchor, tmp_path / "b")
+    assert store.manifest.alignment["anchor"] == Store.open(anchor).fingerprint
+    assert store.taps == ["layer.1", "final", "stable"]
+    assert verify(tmp_path / "b", depth="full").is_complete
+    with pytest.raises(InputError, match="aligned to the store"):
+        Store.open(tmp_path / "b")
+    with pytest.raises(InputError, match="aligned to the store"):
+        align(other, tmp_path / "b", tmp_path / "c")
+
+
+def test_other_data_are_refused_by_name(anchor: Path, other: Base, tmp_path: Path) -> None:
+    changed = [{**ROWS[0], "text": ROWS[0]["text"].replace("width", "depth")}, *ROWS[1:]]
+    with pytest.raises(InputError, match="sample 'code': expected the text that"):
+        align(other, anchor, tmp_path / "b", changed)
+    with pytest.raises(InputError, match="sample 'new': expected samples of"):
+        align(other, anchor, tmp_path / "b", [*ROWS, {"id": "new", "text": "more"}])
+    with pytest.raises(InputError, match="sample 'words': expected all 5 samples"):
+        align(other, anchor, tmp_path / "b", [ROWS[0], *ROWS[2:]])
+    assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())
+
+
+def test_missing_samples_are_dropped_when_asked(anchor: Path, other: Base, tmp_path: Path) -> None:
+    store = align(other, anchor, tmp_path / "b", [ROWS[0], *ROWS[2:]], drop_missing=True)
+    assert store.manifest.alignment["missing_samples"] == 1
+    assert not store.read_sample("words").hidden["final"].any()
+    assert store.read_sample("code").hidden["final"].all(axis=1).all()
+    assert verify(tmp_path / "b", depth="full").is_complete
+
+
+def test_resume_and_repair_give_the_same_bits(anchor: Path, other: Base, tmp_path: Path) -> None:
+    align(other, anchor, tmp_path / "whole")
+    with small_pieces():
+        plan = plan_aligned(
+            base=other,
+            data=write(ROWS, tmp_path / "data"),
+            align_to=anchor,
+            out=tmp_path / "b",
+            store=SETTINGS,
+            forward=FORWARD,
+        )
+        run_aligned(plan)
+    expected = _states(tmp_path / "whole")
+    for path in list((tmp_path / "b" / "units").glob("*.json"))[-1:]:
+        if path.name != "zarr.json":
+            path.unlink()
+    align(other, anchor, tmp_path / "b")
+    assert _states(tmp_path / "b") == expected
+    shard = tmp_path / "b" / "hidden" / "stable" / "c" / "0" / "0"
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    with small_pieces():
+        assert repair(tmp_path / "b", base=other, forward=FORWARD).is_complete
+    assert _states(tmp_path / "b") == expected
+    with pytest.raises(SettingMismatchError):
+        align(other, anchor, tmp_path / "b", store=replace(SETTINGS, taps=["final"]))
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma2", "gemma3", "qwen2", "qwen3", "gpt2", "opt", "phi", "mixtral"]
+)
+def test_other_architectures_are_exact_or_refused(family: str, tmp_path: Path) -> None:
+    from carryon.cache.extraction.aligned_forward import check_tree_forward
+
+    base = load_base(str(make_base(tmp_path / family, "qwen", family)), forward=FORWARD)
+    check_tree_forward(base)
+
+
+def _states(root: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for folder in ("hidden", "aligned")
+        for path in sorted((root / folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_manifests_of_plain_stores_say_nothing_of_alignment(anchor: Path) -> None:
+    document = json.loads((anchor / "zarr.json").read_text())
+    assert "alignment" not in document["attributes"]["carryon"]
