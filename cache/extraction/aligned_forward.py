@@ -44,11 +44,12 @@ def tree_inputs(base: Base, parents: Sequence[NDArray[np.int32]]) -> dict[str, A
     config: Any = base.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
-    mask: Tensor | dict[str, Tensor] = _mask(base, seen)
+    full = _mask(base, seen)
+    mask: Tensor | dict[str, Tensor] = full
     if window and ("sliding_attention" in kinds or not kinds):
         distance = places[:, :, None] - places[:, None, :]
         near = _mask(base, seen & (distance < window))
-        mask = {"full_attention": mask, "sliding_attention": near} if kinds else near
+        mask = {"full_attention": full, "sliding_attention": near} if kinds else near
     return {
         "attention_mask": mask,
         "position_ids": torch.from_numpy(places).to(base.device),

@@ -160,6 +160,7 @@ def describe_store(store: "Store") -> dict[str, Any]:
         "tokens": store.num_tokens,
         "supervised_tokens": manifest.num_supervised,
         "corpus": manifest.corpus,
+        "alignment": manifest.alignment,
         "counts": dict(counts),
         "kinds": dict(kinds),
         "report": _report(manifest),
@@ -217,6 +218,7 @@ def format_facts(facts: dict[str, Any]) -> str:
             **{f"samples of {name}": value for name, value in facts["kinds"].items()},
             **{name: value for name, value in facts["counts"].items() if value},
         },
+        **({"aligned to": facts["alignment"]} if facts["alignment"] else {}),
         "bytes": _size_rows(facts) | {"all": facts["bytes"]},
         "made with": facts["versions"],
     }
@@ -252,6 +254,8 @@ def _shown_settings(corpus: dict[str, Any]) -> dict[str, Any]:
 def _tap_meaning(tap: str) -> str:
     if tap == "final":
         return "after the final norm: input of the LM head"
+    if tap == "stable":
+        return "as final, at the last token that no later text can change"
     if tap == "prenorm":
         return "residual stream before the final norm"
     if tap == "layer.0":
