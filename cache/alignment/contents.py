@@ -90,19 +90,20 @@ def locate(marked: str, text: str, marks: MarkedChat) -> dict[str, tuple[int, in
     if not text.startswith(parts[0]):
         return None
     at, places = len(parts[0]), dict[str, tuple[int, int]]()
-    for name, part in zip(names, parts[1:], strict=True):
-        is_last = name is names[-1] and len(places) + 1 >= len(set(names))
+    for number, (name, part) in enumerate(zip(names, parts[1:], strict=True), start=1):
         for spelling in _spellings(marks.texts[name]):
             end = at + len(spelling)
-            if text.startswith(spelling, at) and text.startswith(part, end):
-                if is_last and end + len(part) != len(text):
-                    continue
+            if not text.startswith(spelling, at):
+                continue
+            # one may end with the stop token, the other with a newline behind it
+            is_end = number == len(names) and _begin_alike(part, text[end:])
+            if is_end or (number < len(names) and text.startswith(part, end)):
                 places.setdefault(name, (at, end))
                 at = end + len(part)
                 break
         else:
             return None
-    return places if at == len(text) else None
+    return places
 
 
 def common_places(
@@ -126,6 +127,10 @@ def common_places(
         firsts.append(first)
         seconds.append(second)
     return firsts, seconds
+
+
+def _begin_alike(first: str, second: str) -> bool:
+    return first.startswith(second) or second.startswith(first)
 
 
 def _trim(text: str, place: tuple[int, int]) -> tuple[int, int]:

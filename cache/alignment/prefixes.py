@@ -221,7 +221,7 @@ def _join(whole: _Whole, place: int, start: int, tail: _Tail, end: int) -> Prefi
 
 
 def shifted(prefix: Prefix, *, num_tokens: int, num_chars: int) -> Prefix:
-    """Return the same beginning behind a text of so many tokens and characters."""
+    """Return the same beginning behind a text of other tokens and characters."""
     return replace(
         prefix,
         num_shared=prefix.num_shared + num_tokens,
