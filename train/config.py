@@ -12,7 +12,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import Settings, apply_options, bounded, parse_options
 from carryon.train.kinds import KINDS, get_kind, kind_problem
 
-LATER_SETTINGS = {"sampled_softmax": 0}
+LATER_SETTINGS: Mapping[str, Any] = {"sampled_softmax": 0, "mix": [], "mix_by": "probability"}
 """Settings that are younger than the first runs -> the value those runs had."""
 FORMER_NAMES = {
     "mlp_width": "intermediate_size",
@@ -69,7 +69,8 @@ class CarryOnSettings(Settings):
     kind: str = "bottleneck"
     """`bottleneck`: decoder blocks of a small width behind a bridge. `native`: new blocks of the
     base's class after its last. `top`: a copy of the base's last blocks. `native` and `top` need a
-    store with blocks of the base, and merge into an ordinary checkpoint."""
+    store with blocks of the base, and merge into an ordinary checkpoint. `none`: no correction;
+    with `mix`, the gate alone is trained."""
     taps: list[str] = bounded(["final"], min_items=1, is_unique=True)
     """Taps of the store that the carry-on reads. `native` always reads `prenorm`, `top` the tap
     below the copied blocks."""
@@ -190,6 +191,28 @@ class StreamSettings(Settings):
     read."""
     reader_threads: int = bounded(2, at_least=1)
     """Threads that read and decode units."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixSettings(Settings):
+    """Other bases."""
+
+    mix: list[str] = bounded([], is_unique=True)
+    """Stores of other bases, each written with `carryon extract --align-to STORE`. A gate mixes
+    their distributions with that of the carry-on, token by token. None given: one base."""
+    mix_by: Literal["probability", "state"] = "probability"
+    """How other bases are mixed in. `probability`: by their next-token distributions. `state`: by
+    their hidden states; not built yet."""
+
+    def problems(self) -> list[tuple[bool, str]]:
+        """Check that the way to mix exists."""
+        return [
+            (
+                self.mix_by == "state",
+                "mix_by: expected probability, as mixing by state is not built yet, got state. "
+                "Fix: --mix-by probability",
+            )
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,9 +366,27 @@ class TrainSettings:
     carryon: CarryOnSettings = field(default_factory=CarryOnSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
     stream: StreamSettings = field(default_factory=StreamSettings)
+    mixing: MixSettings = field(default_factory=MixSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
     run: RunSettings = field(default_factory=RunSettings)
+
+    def check_mix(self) -> None:
+        """Check what a mixture of several bases allows.
+
+        Raises:
+            InputError: a kind without weights alone, or a sampled softmax in a mixture.
+        """
+        if self.carryon.kind == "none" and not self.mixing.mix:
+            raise InputError(
+                "kind none: expected other bases to mix with, as nothing else is trained, got "
+                "none. Fix: add --mix STORE, or choose another --kind"
+            )
+        if self.mixing.mix and self.loss.sampled_softmax:
+            raise InputError(
+                "sampled_softmax: expected 0 with mix, whose gate compares exact probabilities, "
+                f"got {self.loss.sampled_softmax}. Fix: leave out --sampled-softmax"
+            )
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:  # noqa: ANN401

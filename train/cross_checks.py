@@ -26,7 +26,7 @@ from carryon.train.trainer.run_dir import RunFolder
 Found = Iterator[tuple[Path, str]]
 """File and what is wrong with it."""
 _FINISHED = re.compile(
-    r"(sessions|metrics)\.jsonl|contamination\.json|curves\.png|carryon/carryon\.safetensors"
+    r"(sessions|metrics)\.jsonl|contamination\.json|curves\.png|carryon/(carryon|gate)\.safetensors"
     r"|checkpoints/((last|best)\.json|step-\d+/state\.json)"
 )
 """Names of the files of a run whose digests its report holds."""

@@ -65,6 +65,7 @@ KINDS = {
         needs_blocks=True,
         merges="replace",
     ),
+    "none": Kind(build="carryon.train.modules.no_correction:NoCorrection", learning_rates=(3e-3,)),
     "custom": Kind(build="carryon.train.modules.carryon:refuse_custom"),
 }
 """Name -> entry. `custom` is the module that is passed to train(module=...)."""

@@ -31,7 +31,8 @@ from carryon.train.cross_checks import (
     check_runs_of_sweep,
 )
 from carryon.train.kinds import get_kind
-from carryon.train.modules.card_file import CARD, README, WEIGHTS, check_digest, read_signed
+from carryon.train.mixing.mixture import load_mixture
+from carryon.train.modules.card_file import CARD, GATE, README, WEIGHTS, check_digest, read_signed
 from carryon.train.modules.serialization import load_carryon, read_card, read_weights
 from carryon.train.settings_file import check_settings
 from carryon.train.trainer.checkpoint import BEST, LAST, OPTIMIZER, STATE, check_checkpoint
@@ -167,7 +168,7 @@ class _Walk:
         """Check a carry-on: its digests, and that its weights are those of its card."""
         for name in _HUB_FILES:
             self.known.add(self._name(folder / name))
-        card = self._check(folder / CARD, lambda _: read_card(folder))
+        card = self._check(folder / CARD, lambda _: read_card(folder, allow_mixture=True))
         signed = self._check(folder / CARD, read_signed)
         files: Mapping[str, str] = signed[1] if signed else {}
         if signed and not files:
@@ -178,7 +179,11 @@ class _Walk:
         if card is None:
             return
         is_whole = get_kind(card.settings["kind"]).needs_blocks
-        self._check(folder / WEIGHTS, lambda _: (_finite if is_whole else load_carryon)(folder))
+        load: Callable[[Path], object] = load_carryon
+        if card.mixture:
+            self.known.add(self._name(folder / GATE))
+            load = load_mixture
+        self._check(folder / WEIGHTS, lambda _: (_finite if is_whole else load)(folder))
 
     def check_run(self, root: Path) -> None:
         """Check a run: its documents, checkpoints and carry-on."""

@@ -157,6 +157,12 @@ def open_or_start(
             f"schedule: expected {', '.join(BRANCH_SCHEDULES)} for a branch, got "
             f"{settings.optimization.schedule}"
         )
+    if settings.mixing.mix:
+        raise InputError(
+            "mix: expected none in a lineage, whose versions are of one base, got "
+            f"{' '.join(settings.mixing.mix)}. Fix: carryon train --mix"
+        )
+    settings.check_mix()
     if settings.run.patience or settings.run.finishes_with_best:
         raise InputError(
             "patience and finish_with: expected 0 and last in a lineage, whose versions end with "

@@ -46,6 +46,8 @@ class TrainData:
     split: Split
     settings: StreamSettings
     """As given, except `window_units`, which the memory may lower."""
+    mix_fingerprints: tuple[str, ...] = ()
+    """Of the stores of other bases that are mixed in."""
     planned: dict[tuple[int, ...], list[Window]] = field(default_factory=dict)
     """Epochs planned so far, by the settings that decide them."""
 

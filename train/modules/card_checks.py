@@ -17,6 +17,17 @@ from carryon.train.modules.taps import check_alpha
 MAX_BASE_WIDTH = 1 << 17
 _MAX_TEXT = 4096
 _MAX_ITEMS = 1 << 16
+_MAX_SOURCES = 64
+SOURCE_FACTS = (
+    "name",
+    "base",
+    "revision",
+    "weights_sha256",
+    "tokenizer_sha256",
+    "vocabulary_map_sha256",
+    "store_fingerprint",
+)
+"""What a card says of each base that is mixed in."""
 _TYPES: dict[str, tuple[type, ...]] = {
     "settings": (dict,),
     "base_width": (int,),
@@ -27,6 +38,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "figures": (dict,),
     "versions": (dict,),
     "framing": (dict,),
+    "mixture": (dict,),
 }
 _TAP = re.compile(r"final|prenorm|layer\.(?:0|[1-9][0-9]{0,4})")
 
@@ -49,6 +61,8 @@ def check_values(values: Mapping[str, Any]) -> None:
         if values["base"].get(key) is not None:
             _check(f"base: {key}", values["base"][key], (str,))
     _check_split(values["split"])
+    if mixture := values.get("mixture"):
+        _check_mixture(mixture)
     check_alpha(values["alpha"])
     width = values["base"].get("width", values["base_width"])
     if not 1 <= values["base_width"] <= MAX_BASE_WIDTH or width != values["base_width"]:
@@ -77,6 +91,27 @@ def _check_split(split: Mapping[str, Any]) -> None:
         _check("split: stores", stores, (list,))
         for store in stores:
             _check("split: stores", store, (str,))
+
+
+def _check_mixture(mixture: Mapping[str, Any]) -> None:
+    if set(mixture) != {"by", "sources"}:
+        raise InputError(f"mixture: expected by and sources, got {sorted(map(str, mixture))!r:.80}")
+    _check("mixture: by", mixture["by"], (str,))
+    _check("mixture: sources", mixture["sources"], (list,))
+    for source in mixture["sources"]:
+        _check("mixture: sources", source, (dict,))
+        if set(source) != set(SOURCE_FACTS):
+            raise InputError(
+                f"mixture: sources: expected {', '.join(SOURCE_FACTS)}, got "
+                f"{sorted(map(str, source))!r:.80}"
+            )
+        for name in SOURCE_FACTS:
+            _check(f"mixture: sources: {name}", source[name], (str,))
+    if mixture["by"] != "probability" or not 1 <= len(mixture["sources"]) <= _MAX_SOURCES:
+        raise InputError(
+            f"mixture: expected 1 to {_MAX_SOURCES} sources by probability, got "
+            f"{len(mixture['sources'])} by {mixture['by']!a:.80}"
+        )
 
 
 def _check(name: str, value: Any, types: tuple[type, ...]) -> None:  # noqa: ANN401

@@ -14,6 +14,8 @@ from carryon.cache.files.regular import digest_file
 from carryon.cache.files.tensor_files import digest_tensors
 
 WEIGHTS = "carryon.safetensors"
+GATE = "gate.safetensors"
+"""Beside the weights of a carry-on that was trained in a mixture of several bases."""
 CARD = "carryon.json"
 README = "README.md"
 MAX_CARD_BYTES = 8 << 20
@@ -51,7 +53,7 @@ def check_digest(path: Path, expected: str | None) -> None:
     """
     try:
         place = _place(path)
-        got = digest_tensors(place) if path.name == WEIGHTS else digest_file(place)
+        got = digest_tensors(place) if path.name in (WEIGHTS, GATE) else digest_file(place)
     except DamagedFileError as error:
         raise InputError(f"{error}. Fix: download it again") from error
     if expected is not None and got != expected:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.cache.files.atomic import recover_folder, whole_file, whole_folder, write_file
@@ -26,7 +26,15 @@ from carryon.cache.store.top_blocks import Blocks
 from carryon.train.config import CarryOnSettings, with_current_names
 from carryon.train.kinds import BUILT_IN
 from carryon.train.modules.card_checks import check_sizes, check_values, check_weights
-from carryon.train.modules.card_file import CARD, README, WEIGHTS, check_digest, read_signed, signed
+from carryon.train.modules.card_file import (
+    CARD,
+    GATE,
+    README,
+    WEIGHTS,
+    check_digest,
+    read_signed,
+    signed,
+)
 from carryon.train.modules.carryon import CarryOn, make_carryon
 from carryon.train.modules.model_card import model_card
 from carryon.train.modules.taps import check_alpha
@@ -57,11 +65,17 @@ class CarryOnCard:
     """Versions of the libraries that trained it."""
     framing: dict[str, Any] = field(default_factory=dict)
     """How the training texts stood before the base, as `Framing.to_dict`. Empty: not known."""
+    mixture: dict[str, Any] = field(default_factory=dict)
+    """Other bases that its gate mixes in: `by`, and the facts of each of its `sources`. Empty: it
+    has no gate."""
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
+        """Return plain JSON values; without a gate as cards from before there were any."""
+        values = asdict(self)
+        if not self.mixture:
+            del values["mixture"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CarryOnCard":
@@ -75,7 +89,7 @@ class CarryOnCard:
         if version != FORMAT_VERSION:
             raise InputError(f"format version: expected {FORMAT_VERSION}, got {version}")
         expected = {item.name for item in fields(cls)}
-        if set(values) | {"framing"} != expected:
+        if set(values) | {"framing", "mixture"} != expected:
             raise InputError(f"expected the keys {sorted(expected)}, got {sorted(values)}")
         Framing.from_dict(values.get("framing", {}))
         for key in ("settings", "split"):
@@ -90,12 +104,25 @@ class CarryOnCard:
     def without_paths(self) -> "CarryOnCard":
         """Return the card to share: of the path of a local base, only the last part is left."""
         name = str(self.base.get("id"))
-        shown = Path(name).name if Path(name).is_absolute() else name
-        return replace(self, base=self.base | {"id": shown})
+        mixture = dict(self.mixture)
+        if mixture:
+            mixture["sources"] = [
+                each | {"base": _without_path(each["base"])} for each in mixture["sources"]
+            ]
+        return replace(self, base=self.base | {"id": _without_path(name)}, mixture=mixture)
+
+
+def _without_path(name: str) -> str:
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def save_carryon(
-    folder: str | Path, carryon: CarryOn, card: CarryOnCard, *, dtype: torch.dtype
+    folder: str | Path,
+    carryon: CarryOn,
+    card: CarryOnCard,
+    *,
+    dtype: torch.dtype,
+    gate: nn.Module | None = None,
 ) -> int:
     """Write a carry-on to `folder` atomically, replacing an existing one.
 
@@ -104,11 +131,15 @@ def save_carryon(
         carryon: the module.
         card: its facts.
         dtype: of the saved weights; bfloat16 halves the file and rounds each weight to 8 bits.
+        gate: of a mixture, saved in float32. None: there is none.
 
     Returns:
-        Bytes of the weights.
+        Bytes of the weights, without a gate's.
     """
     with whole_folder(Path(folder)) as partial:
+        if gate is not None:
+            weights = {name: weight.cpu() for name, weight in gate.state_dict().items()}
+            save_file(weights, partial / GATE, metadata={"format": "pt"})
         return write_carryon_files(
             partial, carryon.state_dict(), card, dtype=dtype, is_synced=False
         )
@@ -163,6 +194,8 @@ def check_carryon(folder: str | Path) -> None:
 def _check_carryon(root: Path) -> tuple[CarryOnCard, str | None]:
     card, digest = _read_card(root)
     check_digest(root / WEIGHTS, digest)
+    if card.mixture:
+        check_digest(root / GATE, read_signed(root / CARD)[1].get(GATE, ""))
     return card, digest
 
 
@@ -171,7 +204,10 @@ def _write_card(folder: Path, card: CarryOnCard, *, digest: str, is_synced: bool
     num_bytes = (folder / WEIGHTS).stat().st_size
     text = model_card(card.without_paths().to_dict(), num_bytes=num_bytes).encode()
     write_file(folder / README, text, is_synced=is_synced)
-    document = signed(card.to_dict(), files={WEIGHTS: digest, README: sha256_hex(text)})
+    files = {WEIGHTS: digest, README: sha256_hex(text)}
+    if card.mixture:
+        files[GATE] = digest_tensors(folder / GATE)
+    document = signed(card.to_dict(), files=files)
     write_json(folder / CARD, document, is_synced=is_synced)
 
 
@@ -197,7 +233,9 @@ def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401
     if revision:
         download = download | {"revision": revision}
     try:
-        return Path(snapshot_download(name, allow_patterns=[CARD, WEIGHTS, README], **download))
+        return Path(
+            snapshot_download(name, allow_patterns=[CARD, WEIGHTS, GATE, README], **download)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise MissingError(
@@ -206,9 +244,23 @@ def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401
         ) from error
 
 
-def read_card(folder: str | Path) -> CarryOnCard:
-    """Return the card of the carry-on in `folder`; raises as `load_carryon` does."""
-    return _read_card(Path(folder))[0]
+def read_card(folder: str | Path, *, allow_mixture: bool = False) -> CarryOnCard:
+    """Return the card of the carry-on in `folder`; raises as `load_carryon` does.
+
+    Args:
+        folder: of the carry-on.
+        allow_mixture: also return the card of one with a gate, which its own base alone is not
+            enough for.
+    """
+    card = _read_card(Path(folder))[0]
+    if card.mixture and not allow_mixture:
+        others = ", ".join(source["base"] for source in card.mixture["sources"])
+        raise InputError(
+            f"{folder}: expected a carry-on of one base, got a mixture of several bases, which "
+            f"needs {others} too; composition is not built yet. Fix: carryon evaluate --mix "
+            "STORE, or train one without --mix"
+        )
+    return card
 
 
 def _read_card(root: Path) -> tuple[CarryOnCard, str | None]:
@@ -245,19 +297,23 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def load_carryon(
-    folder: str | Path, *, blocks: Callable[[], Blocks] | None = None
+    folder: str | Path,
+    *,
+    blocks: Callable[[], Blocks] | None = None,
+    allow_mixture: bool = False,
 ) -> tuple[CarryOn, CarryOnCard]:
     """Return the carry-on in `folder`, weights in float32 on the CPU, and its card.
 
     Args:
         folder: of the carry-on.
         blocks: reads the last blocks of its base, for a kind that needs them.
+        allow_mixture: also return one with a gate, without its gate (`load_mixture`).
 
     Raises:
         MissingError: there is no carry-on.
-        InputError: a file is damaged, or the blocks are missing.
+        InputError: a file is damaged, the blocks are missing, or it is a mixture.
     """
-    card, weights = read_card(folder), read_weights(folder)
+    card, weights = read_card(folder, allow_mixture=allow_mixture), read_weights(folder)
 
     def read_blocks() -> Blocks:
         if blocks is None:

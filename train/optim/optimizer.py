@@ -66,16 +66,45 @@ class CompositeOptimizer(PlainOptimizer):
             weight.grad = None
 
 
+LR_FACTOR = "lr_factor"
+"""In a group of weights: its learning rate as a multiple of the run's. Without it: 1."""
+
+
 def build_optimizer(
-    carryon: CarryOn, settings: OptimizationSettings, memory: MemorySettings
+    carryon: CarryOn,
+    settings: OptimizationSettings,
+    memory: MemorySettings,
+    *,
+    gate: nn.Module | None = None,
+    gate_rate: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of the carry-on's trainable weights; only matrices decay.
+    """Return the optimizer of the trainable weights; only matrices decay.
+
+    Args:
+        carryon: whose weights are trained.
+        settings: of the optimizer.
+        memory: of the carry-on; a gate is small and stays in float32, with AdamW.
+        gate: trained beside it. None: there is none.
+        gate_rate: its peak learning rate.
 
     Raises:
         InputError: Muon with low-precision weights or state, or with step_in_backward.
     """
+    parts = _carryon_parts(carryon, settings, memory)
+    if gate is not None:
+        parts += _gate_parts(gate, settings, memory, rate=gate_rate)
+    if len(parts) == 1 and not memory.step_in_backward:
+        return parts[0]
+    return CompositeOptimizer(parts, in_backward=memory.step_in_backward)
+
+
+def _carryon_parts(
+    carryon: CarryOn, settings: OptimizationSettings, memory: MemorySettings
+) -> list[torch.optim.Optimizer]:
     weights = [weight for weight in carryon.parameters() if weight.requires_grad]
     adamw = partial(_adamw, settings=settings, memory=memory)
+    if not weights:  # of the kind `none`
+        return []
     if settings.optimizer == "muon":
         if (
             memory.weights_dtype == "bfloat16"
@@ -94,11 +123,21 @@ def build_optimizer(
             adjust_lr_fn="match_rms_adamw",  # so that one learning rate suits both
         )
         rest = [weight for weight in weights if id(weight) not in in_body]
-        return CompositeOptimizer([muon, adamw(rest)], in_backward=False)
+        return [muon, adamw(rest)]
     if memory.step_in_backward:
-        parts = [adamw([weight], first_index=index) for index, weight in enumerate(weights)]
-        return CompositeOptimizer(parts, in_backward=True)
-    return adamw(weights)
+        return [adamw([weight], first_index=index) for index, weight in enumerate(weights)]
+    return [adamw(weights)]
+
+
+def _gate_parts(
+    gate: nn.Module, settings: OptimizationSettings, memory: MemorySettings, *, rate: float
+) -> list[torch.optim.Optimizer]:
+    weights = list(gate.parameters())
+    each = [[weight] for weight in weights] if memory.step_in_backward else [weights]
+    parts = [_adamw(some, settings=settings, memory=MemorySettings()) for some in each]
+    for group in (group for part in parts for group in part.param_groups):
+        group[LR_FACTOR] = rate / settings.learning_rate
+    return parts
 
 
 def _adamw(

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from carryon.cache.errors import CarryOnError, DamagedFileError, InputError
 from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
 from carryon.cache.files.tensor_files import digest_tensors
+from carryon.train.mixing.mixture import MixedCarryOn, inner_carryon
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import CarryOnCard, check_carryon, save_carryon
 from carryon.train.plots import plot_curves
@@ -87,6 +88,9 @@ class TrainReport:
     accuracy_high: float | None = None
     scored: int | None = None
     """Problems that were answered."""
+    mixture: dict[str, Any] = field(default_factory=dict)
+    """Of a mixture of several bases, whose loss `carryon_nll` is: losses of its parts, and shares
+    of the gate (MixtureNll). Empty: there is no gate."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -200,14 +204,20 @@ def _load_final_weights(state: RunState) -> int:
 
 
 def _round_(run: Run) -> None:
-    with torch.no_grad():
-        for weight in run.carryon.state_dict().values():
+    with torch.no_grad():  # a gate is saved in float32
+        for weight in inner_carryon(run.carryon).state_dict().values():
             if weight.is_floating_point():
                 weight.copy_(weight.to(run.saved_dtype))
 
 
 def _write(run: Run, nll: Nll, report: TrainReport) -> None:
-    save_carryon(run.folder.carryon, run.carryon, _card(run, nll, report), dtype=run.saved_dtype)
+    save_carryon(
+        run.folder.carryon,
+        inner_carryon(run.carryon),
+        _card(run, nll, report),
+        dtype=run.saved_dtype,
+        gate=run.carryon.gate if isinstance(run.carryon, MixedCarryOn) else None,
+    )
     plot_curves(read_metrics(run.folder.metrics), run.folder.curves)
     document = report.to_dict() | {FILES: finished_files(run.folder)}
     write_json(run.folder.result, sealed(document))
@@ -238,14 +248,25 @@ def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:
         figures=figures,
         versions=library_versions(),
         framing=run.store.framing.to_dict(),
+        mixture=_mixture(run),
     )
+
+
+def _mixture(run: Run) -> dict[str, Any]:
+    """Return what the card says of the other bases."""
+    if run.projected is None:
+        return {}
+    return {
+        "by": run.settings.mixing.mix_by,
+        "sources": [source.facts() for source in run.projected.sources],
+    }
 
 
 def _report(
     state: RunState, nll: Nll, *, finished_with_step: int, last_evaluate_s: float
 ) -> TrainReport:
     run, progress = state.run, state.progress
-    weights = run.carryon.state_dict().values()
+    weights = inner_carryon(run.carryon).state_dict().values()
     return TrainReport(
         out=str(run.folder.root),
         carryon=str(run.folder.carryon),
@@ -270,4 +291,5 @@ def _report(
         nll_difference_se=null_if_nan(nll.difference_se),
         evaluate_s=round(progress.evaluate_s, 3),
         last_evaluate_s=round(last_evaluate_s, 3),
+        mixture=nll.mixture.to_dict() if nll.mixture else {},
     )

@@ -4,7 +4,8 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.progress import track
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import StreamSettings
+from carryon.train.data.batch import Batch
 from carryon.train.data.loader import Stream
 from carryon.train.data.sampler import count_steps, plan_pass, rank_rows
 from carryon.train.data.split import sample_units
@@ -23,6 +25,9 @@ from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.endings import Endings
 from carryon.train.losses.frozen_head import FrozenHead
+from carryon.train.mixing.mixture import MixedCarryOn
+from carryon.train.mixing.mixture_nll import MixtureNll, MixtureSums
+from carryon.train.mixing.projected import ProjectedSources
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.taps import stream_taps
 from carryon.train.trainer.distributed import current_processes, sum_over_processes
@@ -65,14 +70,18 @@ class Nll:
     """Standard error of `carryon`."""
     difference_se: float
     """Standard error of `carryon - base`, which is measured on the same targets."""
+    mixture: MixtureNll | None = None
+    """Of the parts of a mixture; `carryon` is then its loss. None: of a carry-on alone."""
 
     def to_line(self, *, of_base: bool = False) -> dict[str, Any]:
         """Return the loss of the carry-on, or of the base, for a line of metrics.jsonl."""
+        parts = self.mixture.to_dict() if self.mixture and not of_base else {}
         return {
             "held_out_nll": self.base if of_base else self.carryon,
             "held_out_nll_se": null_if_nan(self.base_se if of_base else self.carryon_se),
             "held_out_targets": self.targets,
             "held_out_samples": self.samples,
+            **({"mixture": parts} if parts else {}),
         }
 
 
@@ -99,6 +108,8 @@ class EvalJob:
     """Strength of the correction."""
     with_base: bool = False
     """Whether to measure the base too."""
+    projected: ProjectedSources | None = None
+    """Other bases that a carry-on with a gate is mixed with: its loss is then the mixture's."""
 
     @property
     def corrects(self) -> bool:
@@ -108,7 +119,12 @@ class EvalJob:
     @property
     def needs_base(self) -> bool:
         """Whether the base's own states are read."""
-        return self.with_base or (self.carryon is not None and not self.corrects)
+        return self.with_base or (self.carryon is not None and not self.corrects) or self.mixes
+
+    @property
+    def mixes(self) -> bool:
+        """Whether other bases are mixed in."""
+        return self.projected is not None and isinstance(self.carryon, MixedCarryOn)
 
 
 @dataclass(slots=True)
@@ -163,37 +179,49 @@ def measure_nlls(
         is_pinned=device.type == "cuda",
     )
     # Jobs with the same head share the base's losses.
-    heads = {(id(job.head), job.chunk): job.head for job in jobs if job.needs_base}
+    heads = {
+        (id(job.head), job.chunk): job.head
+        for job in jobs
+        if job.with_base or (job.carryon is not None and not job.corrects)
+    }
     base_losses = {key: _Losses() for key in heads}
     first_sums = next(iter(base_losses.values()), None)
     losses = [_Losses() for _ in jobs]
+    mixtures = [MixtureSums(job.projected) if job.projected else None for job in jobs]
     targets = _Losses()
     with torch.no_grad(), reader as steps, in_eval_mode(job.carryon for job in jobs):
         for batches in track(steps, total=count_steps(windows), name="evaluate", unit="batch"):
             for batch in (each.to(device) for each in batches):
                 rows, size = batch.rows_of_pairs(), len(batch.samples)
                 targets.add(torch.ones(len(rows)), rows, size)
+                of_base: dict[tuple[int, int], Tensor] = {}
                 for (key, head), sums in zip(heads.items(), base_losses.values(), strict=True):
                     assert base is not None
                     states = base.at_pairs(batch, head)
                     found = token_losses(states, batch.targets, head=head, chunk=key[1])
+                    of_base[key] = found
                     sums.add(found, rows, size)
                     if endings is not None and sums is first_sums:
                         endings.add(found.double().cpu().numpy(), batch)
                 deltas: dict[int, Tensor] = {}  # once for all alphas
-                for job, sums in zip(jobs, losses, strict=True):
-                    if job.carryon is None or not job.corrects:
+                for job, sums, mixture in zip(jobs, losses, mixtures, strict=True):
+                    if job.carryon is None or not (job.corrects or job.mixes):
                         continue
-                    if id(job.carryon) not in deltas:
-                        deltas[id(job.carryon)] = pair_delta(job.carryon, batch, head=job.head)
-                    found = losses_of_delta(
-                        job.carryon,
-                        deltas[id(job.carryon)],
-                        batch,
-                        head=job.head,
-                        chunk=job.chunk,
-                        alpha=job.alpha,
-                    )
+                    if not job.corrects:
+                        found = of_base[id(job.head), job.chunk]
+                    else:
+                        if id(job.carryon) not in deltas:
+                            deltas[id(job.carryon)] = pair_delta(job.carryon, batch, head=job.head)
+                        found = losses_of_delta(
+                            job.carryon,
+                            deltas[id(job.carryon)],
+                            batch,
+                            head=job.head,
+                            chunk=job.chunk,
+                            alpha=job.alpha,
+                        )
+                    if mixture is not None and base is not None:
+                        found = _mix(job, found, batch, base=base, sums=mixture)
                     sums.add(found, rows, size)
     [count] = sum_over_processes(targets.total, device=device)
     if count == 0:
@@ -204,15 +232,31 @@ def measure_nlls(
         total=math.nan, by_sample=[np.full_like(n, math.nan) for n in targets.by_sample]
     )
     results = []
-    for job, own in zip(jobs, losses, strict=True):
-        of_base = base_losses.get((id(job.head), job.chunk), absent)
+    total = partial(sum_over_processes, device=device)
+    for job, own, mixture in zip(jobs, losses, mixtures, strict=True):
+        base_sums = base_losses.get((id(job.head), job.chunk), absent)
         if job.carryon is None:
             own = absent
-        elif not job.corrects:
-            own = of_base
-        of_base = of_base if job.with_base else absent
-        results.append(_nll(of_base, own, targets, num_samples=len(samples), device=device))
+        elif not (job.corrects or job.mixes):
+            own = base_sums
+        base_sums = base_sums if job.with_base else absent
+        nll = _nll(base_sums, own, targets, num_samples=len(samples), device=device)
+        if mixture is not None and job.mixes:
+            nll = replace(nll, mixture=mixture.result(count, total))
+        results.append(nll)
     return results
+
+
+def _mix(
+    job: EvalJob, losses_M: Tensor, batch: Batch, *, base: BaseStates, sums: MixtureSums
+) -> Tensor:
+    """Return the losses of a mixture, [M], and count them and those of its parts."""
+    assert isinstance(job.carryon, MixedCarryOn)
+    assert job.projected is not None
+    pairs = job.projected.at_pairs(batch, device=losses_M.device)
+    mixed = job.carryon.mix(losses_M, base.at_pairs(batch, job.head), pairs)
+    sums.add(losses_M, mixed, pairs, batch.targets)
+    return mixed.losses
 
 
 def _nll(

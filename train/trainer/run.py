@@ -27,6 +27,8 @@ from carryon.train.data.sampler import Window, count_steps
 from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_softmax import place_training_head
+from carryon.train.mixing.mixture import MixedCarryOn, build_gate
+from carryon.train.mixing.projected import ProjectedSources
 from carryon.train.modules.carryon import CarryOn, as_carryon, build_carryon, num_parameters
 from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
@@ -34,6 +36,10 @@ from carryon.train.trainer.metrics import Callback, Scoring
 from carryon.train.trainer.nll import EvalJob
 from carryon.train.trainer.run_dir import RunFolder, run_identity
 from carryon.train.trainer.segment import Segment, cut_epochs
+
+GATE_RATE = 3e-3
+"""Peak learning rate of a gate, whatever that of its carry-on; alone, of the kind `none`, it has
+the run's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +71,8 @@ class Job:
     def identity(self, data: TrainData) -> dict[str, Any]:
         """Return what decides the result of a resolved job."""
         config = self.settings.to_flat() | {"window_units": data.settings.window_units}
+        if data.mix_fingerprints:
+            config["mix_fingerprints"] = list(data.mix_fingerprints)
         if self.segment is not None:
             config |= self.segment.identity()
         if self.module is not None:
@@ -96,7 +104,9 @@ class Run:
     chunk: int
     """Positions whose logits exist at one time."""
     base: BaseStates | None
-    """The base's own states, if the loss compares with them."""
+    """The base's own states, if the loss compares with them or a gate reads them."""
+    projected: ProjectedSources | None
+    """Other bases in the mixture. None: there are none."""
     evaluated: NDArray[np.int64]
     """Held-out samples of an evaluation during the run."""
     evaluation_ratio: float
@@ -138,6 +148,7 @@ class Run:
             head=self.head,
             chunk=self.chunk,
             with_base=with_base,
+            projected=self.projected,
         )
 
 
@@ -148,6 +159,7 @@ def prepare_run(
     identity: dict[str, Any],
     contamination: Contamination,
     heads: dict[LossSettings, FrozenHead],
+    projected: ProjectedSources | None = None,
 ) -> Run:
     """Plan the order, build the untrained carry-on and load the LM head; nothing is written.
 
@@ -157,6 +169,7 @@ def prepare_run(
         identity: see `Job.identity`.
         contamination: of the halves of the data.
         heads: of runs prepared before, by their settings; this run's is added.
+        projected: other bases in the mixture. None: there are none.
 
     Raises:
         InputError: the device does not exist.
@@ -171,6 +184,19 @@ def prepare_run(
     else:
         carryon = as_carryon(job.module, settings.carryon)
     carryon = apply_memory_settings(carryon.to(device), settings.memory)
+    gate = None
+    if projected is not None:
+        is_trained = projected.of_samples(data.split.train, data.store.sample_lengths)
+        width, seed = data.store.width, optimization.seed
+        gate = build_gate(projected, is_trained, width=width, seed=seed).to(device)
+    optimizer = build_optimizer(
+        carryon,
+        optimization,
+        settings.memory,
+        gate=gate,
+        gate_rate=optimization.learning_rate if settings.carryon.kind == "none" else GATE_RATE,
+    )
+    needs_base = settings.loss.kl_weight > 0 or gate is not None
     epochs = data.plan(optimization)
     if segment is not None:
         epochs = cut_epochs(epochs, segment.stop)
@@ -190,11 +216,12 @@ def prepare_run(
         data=data,
         contamination=contamination,
         epochs=epochs,
-        carryon=carryon,
-        optimizer=build_optimizer(carryon, optimization, settings.memory),
+        carryon=carryon if gate is None else MixedCarryOn(carryon, gate),
+        optimizer=optimizer,
         head=heads[settings.loss],
         chunk=pick_chunk(settings.loss.chunk_tokens),
-        base=get_base_states(data.store, device=device) if settings.loss.kl_weight else None,
+        base=get_base_states(data.store, device=device) if needs_base else None,
+        projected=projected,
         evaluated=plan[0],
         evaluation_ratio=plan[1],
         segment=segment,

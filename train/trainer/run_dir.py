@@ -30,6 +30,7 @@ from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.cache.files.regular import digest_file
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.config import refuse_other_settings, with_current_names
+from carryon.train.modules.card_file import GATE
 from carryon.train.settings_file import check_settings, write_settings
 from carryon.train.trainer.checkpoint import BEST, LAST, STATE, WEIGHTS, saved_identity
 from carryon.train.trainer.run_documents import lines_bytes, read_whole_lines
@@ -178,7 +179,7 @@ def run_identity(
     *, store_fingerprint: str, config: Mapping[str, Any], is_decided_by_evaluations: bool
 ) -> dict[str, Any]:
     """Return what decides a run's result: the store and the settings, without paths."""
-    free = {"store", "out", *FREE_SETTINGS}
+    free = {"store", "mix", "out", *FREE_SETTINGS}
     if is_decided_by_evaluations:
         free -= {"evaluate_every", "evaluate_tokens"}
     settings = {key: value for key, value in config.items() if key not in free}
@@ -193,7 +194,8 @@ def finished_files(folder: RunFolder) -> dict[str, str]:
     """
     paths = [folder.sessions, folder.contamination, folder.metrics, folder.curves]
     paths += [folder.checkpoints / LAST, folder.checkpoints / BEST]
-    paths += [*folder.checkpoints.glob(f"step-*/{STATE}"), folder.carryon / WEIGHTS]
+    paths += [*folder.checkpoints.glob(f"step-*/{STATE}")]
+    paths += [folder.carryon / WEIGHTS, folder.carryon / GATE]
     return {
         path.relative_to(folder.root).as_posix(): digest_file(path)
         for path in sorted(paths)

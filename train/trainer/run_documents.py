@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_origin
 
 from carryon.cache.errors import DamagedFileError
 from carryon.cache.files.documents import (
@@ -37,7 +37,8 @@ def read_values(kind: type[T], path: Path) -> T:
     except TypeError as error:
         raise DamagedFileError(f"{path}: {error!s:.200}") from error
     for item in fields(kind):  # type: ignore[arg-type]
-        value, types = getattr(made, item.name), cast("type", item.type)
+        value = getattr(made, item.name)
+        types = dict if get_origin(item.type) is dict else cast("type", item.type)
         is_taken = isinstance(value, types) or (isinstance(value, int) and isinstance(0.0, types))
         if isinstance(value, bool) or not is_taken:  # an int is a float; a bool is no number
             raise DamagedFileError(f"{path}: {item.name}: expected {types}, got {value!a:.80}")

@@ -14,6 +14,7 @@ import torch
 from carryon.cache.errors import InputError
 from carryon.train.data.batch import Batch
 from carryon.train.data.sampler import count_steps
+from carryon.train.mixing.mixture import inner_carryon
 from carryon.train.modules.bottleneck import Bottleneck
 from carryon.train.optim.lr_schedule import learning_rate
 from carryon.train.trainer.checkpoint import (
@@ -125,6 +126,7 @@ class RunState:
                     grad_clip=run.settings.optimization.grad_clip,
                     kl_weight=run.settings.loss.kl_weight,
                     base=run.base,
+                    projected=run.projected,
                 )
         except NotFiniteError as error:
             raise self._not_finite(error) from error
@@ -253,7 +255,7 @@ class RunState:
             )
 
     def _tap_ratios(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        taps, carryon = self.run.settings.carryon.taps, self.run.carryon
+        taps, carryon = self.run.settings.carryon.taps, inner_carryon(self.run.carryon)
         if len(taps) == 1 or not batches or not isinstance(carryon, Bottleneck):
             return {}
         batch = batches[0].to(self.run.head.device)

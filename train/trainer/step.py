@@ -15,8 +15,10 @@ from carryon.train.losses.base_states import BaseStates
 from carryon.train.losses.cross_entropy import base_divergences, token_losses
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_softmax import sampled_head
+from carryon.train.mixing.mixture import MixedCarryOn
+from carryon.train.mixing.projected import PairProjections, ProjectedSources
 from carryon.train.modules.carryon import CarryOn
-from carryon.train.optim.optimizer import CompositeOptimizer
+from carryon.train.optim.optimizer import LR_FACTOR, CompositeOptimizer
 from carryon.train.trainer.distributed import gather_lists, sum_gradients_, sum_over_processes
 
 
@@ -52,10 +54,11 @@ def take_step(
     grad_clip: float,
     kl_weight: float = 0.0,
     base: BaseStates | None = None,
+    projected: ProjectedSources | None = None,
 ) -> StepFigures:
     """Update the weights of `carryon` by the gradient of the batches' mean loss.
 
-    `base` is needed only with a `kl_weight`.
+    `base` is needed with a `kl_weight` and in a mixture, `projected` in a mixture.
 
     Raises:
         NotFiniteError: the loss or a gradient is not finite. No weight is updated, except by an
@@ -74,12 +77,19 @@ def take_step(
         optimizer if isinstance(optimizer, CompositeOptimizer) and optimizer.in_backward else None
     )
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(LR_FACTOR, 1.0)
     losses: list[Tensor] = []
     squares: list[Tensor] = []
     for number, batch in enumerate(batches):
+        pairs = projected.at_pairs(batch, device=head.device) if projected else None
         batch_losses, objective = _objective(
-            carryon, batch.to(head.device), head=head, chunk=chunk, kl_weight=kl_weight, base=base
+            carryon,
+            batch.to(head.device),
+            head=head,
+            chunk=chunk,
+            kl_weight=kl_weight,
+            base=base,
+            pairs=pairs,
         )
         losses.append(batch_losses.detach())
         mean = objective / max(1, num_targets)
@@ -119,12 +129,17 @@ def _objective(
     chunk: int,
     kl_weight: float,
     base: BaseStates | None,
+    pairs: PairProjections | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies [M], and the sum to minimize."""
     delta_MD = pair_delta(carryon, batch, head=head)
     states_MD = carryon.customize(batch.states, batch.positions, delta_MD, alpha=1.0)
     rows = sampled_head(head, batch.targets)
     losses = token_losses(states_MD, batch.targets, head=rows, chunk=chunk)
+    if pairs is not None:
+        assert base is not None
+        assert isinstance(carryon, MixedCarryOn)
+        losses = carryon.mix(losses, base.at_pairs(batch, head), pairs).losses
     if kl_weight == 0 or base is None:
         return losses, losses.sum()
     drift = base_divergences(states_MD, base.at_pairs(batch, head), head=head, chunk=chunk)

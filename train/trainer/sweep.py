@@ -11,7 +11,7 @@ from typing import Any
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.documents import FILES, sealed, write_json
 from carryon.cache.files.regular import digest_file, refuse_links
-from carryon.train.config import Changes, StreamSettings, TrainSettings, parse_changes
+from carryon.train.config import Changes, MixSettings, StreamSettings, TrainSettings, parse_changes
 from carryon.train.data.datasets import StorePaths, store_paths
 from carryon.train.plots import plot_runs
 from carryon.train.settings_file import read_yaml
@@ -107,7 +107,8 @@ def plan_jobs(root: Path, settings: TrainSettings, runs: Mapping[str, Changes]) 
         Job(out=str(root / name), settings=settings.with_options(**changes))
         for name, changes in runs.items()
     ]
-    shared = [item.name for item in fields(StreamSettings)] + ["device"]
+    shared = [item.name for group in (StreamSettings, MixSettings) for item in fields(group)]
+    shared.append("device")
     first = jobs[0].settings.to_flat()
     for name, job in zip(runs, jobs, strict=True):
         flat = job.settings.to_flat()

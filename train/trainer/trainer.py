@@ -23,7 +23,10 @@ from carryon.train.config import LossSettings, TrainSettings, rate_warning
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, Contamination, measure_contamination
 from carryon.train.data.datasets import StorePaths, TrainData, open_data, store_paths
 from carryon.train.data.loader import stream_bytes
+from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
+from carryon.train.mixing.projected import ProjectedSources, project_sources
+from carryon.train.mixing.sources import Source, open_sources
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import read_weights
 from carryon.train.trainer.distributed import Processes, join_processes, wait_for_all
@@ -174,7 +177,17 @@ def _prepare(
     reports: Mapping[str, TrainReport],
 ) -> tuple[TrainData, list[Run]]:
     """Check everything, then open the run folders; returns the runs that are not finished."""
+    for job in jobs:
+        job.settings.check_mix()
+        if job.settings.mixing.mix and job.scoring is not None:
+            raise InputError(
+                "score_every: expected 0 with mix, as answers of a mixture are not built yet. Fix: "
+                "leave out --score-every"
+            )
     data = open_data(paths, jobs[0].settings)
+    mix = jobs[0].settings.mixing.mix
+    sources = open_sources(data.store, mix) if mix else []
+    data = replace(data, mix_fingerprints=tuple(each.store.fingerprint for each in sources))
     if wrap_store is not None:
         data = replace(data, store=wrap_store(data.store))
     jobs = [_keep_evaluated(job.resolved(data)) for job in jobs]
@@ -182,6 +195,7 @@ def _prepare(
     identities = [job.identity(data) for job in jobs]
     pick_device(jobs[0].settings.run.device)
     heads: dict[LossSettings, FrozenHead] = {}
+    projected: ProjectedSources | None = None
     runs = []
     for job, identity in zip(jobs, identities, strict=True):
         folder = RunFolder(job.out)
@@ -196,7 +210,16 @@ def _prepare(
             if job.module is not None:
                 job.module.load_state_dict(read_weights(folder.carryon))
             continue
-        run = prepare_run(job, data, identity=identity, contamination=contamination, heads=heads)
+        if sources and projected is None:
+            projected = _project(data, sources, job, processes)
+        run = prepare_run(
+            job,
+            data,
+            identity=identity,
+            contamination=contamination,
+            heads=heads,
+            projected=projected,
+        )
         if processes.is_first:
             logger.info(_describe(run))
             if warning := rate_warning(run.settings.optimization, run.settings.carryon):
@@ -211,6 +234,20 @@ def _keep_evaluated(job: Job) -> Job:
         return job
     number = saved_evaluate_tokens(job.out)
     return replace(job, settings=job.settings.with_options(evaluate_tokens=number))
+
+
+def _project(
+    data: TrainData, sources: Sequence[Source], job: Job, processes: Processes
+) -> ProjectedSources:
+    """Return the projections of the sources; the first process computes what is not cached."""
+    device = pick_device(job.settings.run.device)
+    base = get_base_states(data.store, device=device)
+    options: dict[str, Any] = {"stream": data.settings, "loss": job.settings.loss, "device": device}
+    projected: ProjectedSources | None = None
+    if processes.is_first:
+        projected = project_sources(data.store, sources, base=base, **options)
+    wait_for_all()
+    return projected or project_sources(data.store, sources, base=base, **options)
 
 
 def _contamination(data: TrainData, jobs: Sequence[Job]) -> Contamination:

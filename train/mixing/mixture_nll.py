@@ -1,0 +1,87 @@
+"""Losses of a mixture and of its parts, summed over batches.
+
+Letters: M supervised pairs of a batch, S sources.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carryon.train.mixing.mixture import MixedLosses
+from carryon.train.mixing.projected import PairProjections, ProjectedSources
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureNll:
+    """Mean losses of the parts of a mixture, in nats per target, and what the gate gives them."""
+
+    carryon_nll: float
+    """Of base and carry-on, without the gate."""
+    source_nlls: dict[str, float]
+    """Of each source alone, by its projection."""
+    gate_shares: dict[str, float]
+    """Mean share of the carry-on (`carry-on`) and of each source. They sum to 1."""
+    target_shares: dict[str, float]
+    """Mean part of the target's probability that is theirs. They sum to 1."""
+    bytes_per_target: float
+    """Mean bytes of text of a target: nats per target divided by it are nats per byte."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+OWN = "carry-on"
+"""Name of the carry-on's share."""
+
+
+class MixtureSums:
+    """Sums over the batches of an evaluation, in float64."""
+
+    def __init__(self, projected: ProjectedSources) -> None:
+        """Begin at zero."""
+        self._names = projected.names
+        self._bytes = projected.token_bytes
+        self._sums = torch.zeros(2 + 3 * len(self._names) + 2, dtype=torch.float64)
+
+    def add(
+        self, carryon_M: Tensor, mixed: MixedLosses, pairs: PairProjections, targets_M: Tensor
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            carryon_M: [M] losses of the carry-on alone.
+            mixed: of the mixture.
+            pairs: of the sources.
+            targets_M: [M] token ids.
+        """
+        bytes_M = self._bytes[targets_M.cpu()]
+        parts = [
+            carryon_M.unsqueeze(1),
+            bytes_M.unsqueeze(1),
+            -pairs.log_probs,
+            mixed.gate,
+            mixed.targets,
+        ]
+        self._sums += torch.cat([part.double().sum(dim=0).cpu() for part in parts])
+
+    def result(self, count: float, sum_all: Callable[..., Sequence[float]]) -> MixtureNll:
+        """Return the means.
+
+        Args:
+            count: targets of all processes.
+            sum_all: sums numbers over all processes.
+        """
+        carryon, num_bytes, *rest = (value / count for value in sum_all(*self._sums.tolist()))
+        num_sources, names = len(self._names), [OWN, *self._names]
+        shares = rest[num_sources:]
+        return MixtureNll(
+            carryon_nll=carryon,
+            source_nlls=dict(zip(self._names, rest[:num_sources], strict=True)),
+            gate_shares=dict(zip(names, shares[: len(names)], strict=True)),
+            target_shares=dict(zip(names, shares[len(names) :], strict=True)),
+            bytes_per_target=num_bytes,
+        )

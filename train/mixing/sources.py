@@ -1,0 +1,153 @@
+"""The bases that are mixed with the anchor, each from a store that is aligned to the anchor's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from carryon.cache.errors import CarryOnError, InputError, SettingMismatchError
+from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
+from carryon.train.mixing.aligned_states import STABLE
+from carryon.train.mixing.vocabulary_map import VocabularyMap
+
+_DIGESTS = ("weights_sha256", "tokenizer_sha256")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Source:
+    """A base that is mixed with the anchor."""
+
+    name: str
+    """In reports: of its base, or the folder of its store."""
+    store: Store
+    """Aligned to the anchor's."""
+    vocabulary_map: VocabularyMap
+
+    def facts(self) -> dict[str, str]:
+        """Return what a card records of it."""
+        base = self.store.base
+        return {
+            "name": self.name,
+            "base": str(base.get("id")),
+            "revision": str(base.get("revision") or ""),
+            **{name: str(base.get(name)) for name in _DIGESTS},
+            "vocabulary_map_sha256": self.vocabulary_map.digest(),
+            "store_fingerprint": self.store.fingerprint,
+        }
+
+
+def open_sources(anchor: StoreLike, paths: Sequence[str]) -> list[Source]:
+    """Open the stores that are aligned to an anchor, and read the vocabularies of the bases.
+
+    Args:
+        anchor: the store that is trained on.
+        paths: folders of the others.
+
+    Raises:
+        InputError: a store is not aligned to this anchor, or given twice, or the bytes of a
+            vocabulary are not known.
+        SettingMismatchError: another tokenizer is found at the place of a base.
+    """
+    if not isinstance(anchor, Store):
+        raise InputError(
+            f"mix: expected one --store, to which the others are aligned, got {anchor.name}. Fix: "
+            "extract one store of all texts"
+        )
+    stores = [_open_aligned(anchor, path) for path in paths]
+    seen: dict[str, str] = {}
+    for store in stores:
+        if (other := seen.setdefault(store.fingerprint, store.name)) != store.name:
+            raise InputError(
+                f"mix: expected each base once, got {other} and {store.name}, which are one store"
+            )
+    words = [Vocabulary.read(store) for store in (anchor, *stores)]
+    names = _names(anchor, stores)
+    return [
+        Source(
+            name=name,
+            store=store,
+            vocabulary_map=VocabularyMap(
+                source=own.tokens,
+                anchor=words[0].tokens,
+                source_stops=own.stops,
+                anchor_stops=words[0].stops,
+            ),
+        )
+        for name, store, own in zip(names, stores, words[1:], strict=True)
+    ]
+
+
+def _open_aligned(anchor: Store, path: str) -> Store:
+    store = Store.open(path, allow_aligned=True)
+    facts = store.manifest.alignment
+    fix = f"Fix: carryon extract --align-to {anchor.root}"
+    if not facts:
+        what = "the anchor again" if store.fingerprint == anchor.fingerprint else "a store alone"
+        raise InputError(
+            f"mix: {path}: expected a store that is aligned to {anchor.name}, got {what}. {fix}"
+        )
+    if facts["anchor"] != anchor.fingerprint:
+        raise InputError(
+            f"mix: {path}: expected a store that is aligned to {anchor.name} "
+            f"({anchor.fingerprint[:12]}), got one that is aligned to the store "
+            f"{facts['anchor'][:12]} of {facts['anchor_base']}. {fix}"
+        )
+    if STABLE not in store.taps:
+        raise InputError(
+            f"mix: {path}: expected the tap final, got {', '.join(store.taps)}. {fix} --taps final"
+        )
+    return store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """Bytes of a base's tokens, and those that end a turn."""
+
+    tokens: Sequence[bytes | None]
+    stops: Sequence[int]
+
+    @classmethod
+    def read(cls, store: Store) -> "Vocabulary":
+        """Read the tokenizer of a store's base, at the place that the store names.
+
+        Raises:
+            InputError: it is not found there, or the bytes of its tokens are not known.
+            SettingMismatchError: another one is found there.
+        """
+        # Not needed by runs of one base, and slow to import.
+        from carryon.cache.base.facts import read_facts
+        from carryon.cache.base.identity import digest_tokenizer
+        from carryon.cache.base.recorded import recorded_source
+        from carryon.cache.corpus.vocabulary.token_bytes import token_bytes
+
+        size = int(store.manifest.head["vocab_size"])
+        try:
+            facts = read_facts(recorded_source(store.base, where=store.name))
+            tokens = token_bytes(facts.tokenizer, vocab_size=size)
+        except CarryOnError as error:
+            raise InputError(
+                f"mix: {store.name}: expected the tokenizer of its base, whose tokens are mixed by "
+                f"their bytes: {str(error).rstrip('.')}"
+            ) from error
+        _refuse_other_tokenizer(store.base, digest_tokenizer(facts.tokenizer), where=store.name)
+        stops = [token for token in facts.end_tokens if token < size]
+        return cls(tokens=tokens, stops=stops)
+
+
+def _refuse_other_tokenizer(base: Mapping[str, Any], digest: str, *, where: str) -> None:
+    expected = base.get("tokenizer_sha256")
+    if digest != expected:
+        raise SettingMismatchError(
+            f"mix: {where}: expected the tokenizer {str(expected)[:12]} at {base.get('id')}, got "
+            f"{digest[:12]}. Fix: put the base back that the store was made with"
+        )
+
+
+def _names(anchor: Store, stores: Sequence[Store]) -> list[str]:
+    """Return a name for each store: of its base, or of its folder where that tells more."""
+    bases = [Path(str(store.base.get("id"))).name for store in (anchor, *stores)]
+    if len(set(bases)) == len(bases):
+        return bases[1:]
+    folders = [store.root.name for store in stores]
+    return folders if len(set(folders)) == len(folders) else [store.name for store in stores]
