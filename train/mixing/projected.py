@@ -98,7 +98,8 @@ def rows_of(batch: Batch, starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the row of its store that each supervised pair of a batch lies at, [M]."""
     sample = batch.rows_of_pairs()
     first = np.cumsum(batch.lengths) - batch.lengths
-    return (starts[batch.samples] - first)[sample] + batch.positions.cpu().numpy()
+    rows: NDArray[np.int64] = (starts[batch.samples] - first)[sample]
+    return rows + batch.positions.cpu().numpy()
 
 
 def project_sources(
@@ -187,8 +188,8 @@ class _Walk:
             units=sample_units(store),
             tokens_per_step=_BATCH_TOKENS,
         )
-        options = {"taps": [self._base.tap], "settings": self._stream, "is_pinned": False}
-        with Stream(store, windows, **options) as steps:
+        taps = [self._base.tap]
+        with Stream(store, windows, taps=taps, settings=self._stream, is_pinned=False) as steps:
             total = count_steps(windows)
             for batches in track(steps, total=total, name=name, unit="batch"):
                 for batch in batches:  # of one unit, in stored order
