@@ -98,8 +98,9 @@ def rows_of(batch: Batch, starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the row of its store that each supervised pair of a batch lies at, [M]."""
     sample = batch.rows_of_pairs()
     first = np.cumsum(batch.lengths) - batch.lengths
-    rows: NDArray[np.int64] = (starts[batch.samples] - first)[sample]
-    return rows + batch.positions.cpu().numpy()
+    within: NDArray[np.int64] = batch.positions.cpu().numpy()
+    rows: NDArray[np.int64] = (starts[batch.samples] - first)[sample] + within
+    return rows
 
 
 def project_sources(
