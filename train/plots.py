@@ -166,9 +166,12 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
         lines(axes, losses, x_label="step", y_label=NLL_LABEL, levels=levels)
         lines(axes.twinx(), [rate], x_label="step", y_label="learning rate (gray)")
 
+    panels = [panel]
+    if shares := _gate_shares(during):
+        panels.append(lambda axes: lines(axes, shares, x_label="step", y_label="gate share"))
     scores = _line(metrics, "step", "accuracy", label="right answers")
     if not scores.xs:
-        return draw(path, panel)
+        return draw(path, *panels)
     ends = [
         _line(metrics, "step", f"accuracy_{end}", color="gray", is_dashed=True, label=label)
         for end, label in (("low", "95 % interval"), ("high", ""))
@@ -178,7 +181,7 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
         lines(axes, [scores, *ends], x_label="step", y_label="fraction of problems")
         axes.set(ylim=(0, 1))
 
-    return draw(path, panel, score_panel)
+    return draw(path, *panels, score_panel)
 
 
 def plot_runs(metrics: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> bool:
@@ -212,6 +215,18 @@ def plot_paths(rates: Mapping[str, Sequence[float]], path: Path, *, every: int =
     ]
     style: dict[str, Any] = {"x_label": "step", "y_label": "learning rate", "is_from_zero": True}
     return draw(path, lambda axes: lines(axes, series, **style))
+
+
+def _gate_shares(evaluations: Sequence[dict[str, Any]]) -> list[Line]:
+    """Return the share of each base of a mixture over the steps; none without a gate."""
+    rows = []
+    for line in evaluations:
+        mixture = line.get("mixture")
+        shares = mixture.get("gate_shares") if isinstance(mixture, dict) else None
+        if isinstance(shares, dict):
+            rows.append({"step": line.get("step")} | {f"of {key}": shares[key] for key in shares})
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
+    return [_line(rows, "step", name, label=name.removeprefix("of ")) for name in names[:10]]
 
 
 def _evaluations(

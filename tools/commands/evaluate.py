@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from carryon.cache.errors import InputError
 from carryon.tools.cli.output import print_result
+from carryon.tools.cli.table import format_table
 from carryon.train.config import LossSettings
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ def evaluate(
     *,
     store: str,
     carryon: str,
+    mix: list[str] = [],  # noqa: B006 -- shown in the help, never changed
     samples: Literal["auto", "held-out", "all"] = "auto",
     alpha: str = "",
     write_alpha: bool = False,
@@ -39,6 +41,8 @@ def evaluate(
     Args:
         store: Folder of the store.
         carryon: Folder of the carry-on, or its id on the hub.
+        mix: Stores of the other bases that the gate of the carry-on was trained with, each aligned
+            to --store. Empty: a carry-on of one base.
         samples: Samples to measure on: `held-out` from training, or `all`. `auto`: the held-out
             ones of a store that the carry-on was trained on, all of another store.
         alpha: Strength of the correction: 0 is the base, 1 the carry-on as trained. One number,
@@ -50,6 +54,7 @@ def evaluate(
     """
     from carryon.train.inference.evaluate import evaluate as evaluate_carryon
     from carryon.train.inference.evaluate import plot_alphas
+    from carryon.train.mixing.mixture_nll import mixture_rows
     from carryon.train.modules.serialization import write_alpha as write_to_folder
     from carryon.train.trainer.nll import shown_nll
 
@@ -59,7 +64,13 @@ def evaluate(
     if write_alpha and not Path(carryon).is_dir():
         raise InputError(f"--write-alpha: expected a folder as --carryon, got {carryon}")
     report = evaluate_carryon(
-        store, carryon=carryon, samples=samples, alphas=alphas, device=device, loss=loss
+        store,
+        carryon=carryon,
+        mix=mix,
+        samples=samples,
+        alphas=alphas,
+        device=device,
+        loss=loss,
     )
     if choice := report.choice:
         for each, nll, se in zip(choice.alphas, choice.nlls, choice.nll_ses, strict=True):
@@ -72,10 +83,14 @@ def evaluate(
             plot_alphas(choice, Path(plot))
     if write_alpha:
         write_to_folder(carryon, report.alpha)
+    if report.mixture:
+        rows = mixture_rows(report.base_nll, report.carryon_nll, report.mixture)
+        logger.info(format_table(rows))
+    what = "mixture" if report.mixture else "carry-on"
     return print_result(
         report.to_dict(),
         f"{report.num_targets:,} targets of {report.num_samples:,} samples ({report.samples}): NLL "
-        f"of the base {shown_nll(report.base_nll, report.base_nll_se)}, with the carry-on "
+        f"of the base {shown_nll(report.base_nll, report.base_nll_se)}, with the {what} "
         f"{shown_nll(report.carryon_nll, report.carryon_nll_se)} (alpha {report.alpha:g})",
     )
 

@@ -1,14 +1,18 @@
 """`carryon train`: a store in, a carry-on out."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.progress import is_main_process
 from carryon.tools.cli.output import print_result
+from carryon.tools.cli.table import format_table
 from carryon.train.config import TrainSettings
 
 if TYPE_CHECKING:
     from carryon.train.trainer.metrics import Scoring
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -64,6 +68,11 @@ def train(
     from carryon.train.trainer.trainer import train as train_carryon
 
     report = train_carryon(store, out=out, settings=settings, scoring=scoring)
+    if report.mixture:
+        from carryon.train.mixing.mixture_nll import mixture_rows
+
+        rows = mixture_rows(report.base_nll, report.carryon_nll, report.mixture)
+        logger.info(format_table(rows))
     return print_result(report.to_dict(), report.summary())
 
 

@@ -7,11 +7,12 @@ the report, but average over two alphas, of which neither need be the one that i
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from carryon.cache.device import pick_chunk, pick_device
@@ -20,7 +21,11 @@ from carryon.cache.settings import apply_options
 from carryon.cache.store.reader import Store
 from carryon.train.config import LossSettings, StreamSettings
 from carryon.train.data.split import refuse_pairs, split_samples
+from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import place_head
+from carryon.train.mixing.mixture import load_mixture
+from carryon.train.mixing.projected import ProjectedSources, project_sources
+from carryon.train.mixing.sources import open_sources, order_sources
 from carryon.train.modules.serialization import (
     CarryOnCard,
     check_base,
@@ -71,6 +76,9 @@ class EvaluateReport:
     carryon_perplexity: float
     choice: AlphaChoice | None
     """How alpha was chosen. None: only one was given."""
+    mixture: dict[str, Any] = field(default_factory=dict)
+    """Of a mixture of several bases, whose loss `carryon_nll` is: losses of its parts, and shares
+    of the gate (MixtureNll). Empty: there is no gate."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -81,6 +89,7 @@ def evaluate(
     store: str | Path,
     *,
     carryon: str | Path,
+    mix: Sequence[str | Path] = (),
     alphas: Sequence[float] | None = None,
     samples: Samples = "auto",
     device: str = "auto",
@@ -95,6 +104,7 @@ def evaluate(
     Args:
         store: folder of the store, or STORE#NUMBER for one part of it.
         carryon: folder of the carry-on, or its id on the hub.
+        mix: folders of the stores of the other bases, if the carry-on has a gate.
         alphas: strength of the correction. Of several, the best on one half of the samples is
             chosen and reported on the other half. None: the carry-on's own.
         samples: `held-out` takes those that training never saw, `all` every sample; `auto` is
@@ -105,22 +115,31 @@ def evaluate(
         options: fields of `stream` and `loss` by name, such as `chunk_tokens=512`.
 
     Raises:
-        SettingMismatchError: the carry-on belongs to another base.
+        SettingMismatchError: the carry-on belongs to another base, or its gate to others.
         InputError: an alpha is out of range, the store lacks a tap or holds preference pairs, or
             the samples are too few.
     """
     stream, loss = apply_options(options, stream or StreamSettings(), loss or LossSettings())
     opened = Store.open(store)
     refuse_pairs(opened)
-    module, card = load_carryon(locate_carryon(carryon), blocks=opened.blocks)
+    load = load_mixture if mix else load_carryon
+    module, card = load(locate_carryon(carryon), blocks=opened.blocks)
     check_base(card, opened.manifest.base, where=store)
     check_taps(opened, stream_taps(module.settings))
     rows, name = _pick_samples(opened, card, samples)
     place = pick_device(device)
     module, head = module.to(place), place_head(opened, loss, device=place)
     chunk = pick_chunk(loss.chunk_tokens)
+    projected = _project(opened, mix, card, stream=stream, loss=loss, device=place)
     jobs = [
-        EvalJob(carryon=module, head=head, chunk=chunk, alpha=check_alpha(alpha), with_base=True)
+        EvalJob(
+            carryon=module,
+            head=head,
+            chunk=chunk,
+            alpha=check_alpha(alpha),
+            with_base=True,
+            projected=projected,
+        )
         for alpha in alphas or [card.alpha]
     ]
     choice = None
@@ -157,7 +176,25 @@ def evaluate(
         base_perplexity=math.exp(nll.base),
         carryon_perplexity=math.exp(nll.carryon),
         choice=choice,
+        mixture=nll.mixture.to_dict() if nll.mixture else {},
     )
+
+
+def _project(
+    store: Store,
+    mix: Sequence[str | Path],
+    card: CarryOnCard,
+    *,
+    stream: StreamSettings,
+    loss: LossSettings,
+    device: torch.device,
+) -> ProjectedSources | None:
+    """Return the projections of the other bases; None without any."""
+    if not mix:
+        return None
+    sources = order_sources(open_sources(store, [str(path) for path in mix]), card.mixture)
+    base = get_base_states(store, device=device)
+    return project_sources(store, sources, base=base, stream=stream, loss=loss, device=device)
 
 
 def plot_alphas(choice: AlphaChoice, path: Path) -> bool:

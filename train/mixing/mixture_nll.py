@@ -3,7 +3,7 @@
 Letters: M supervised pairs of a batch, S sources.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +36,11 @@ class MixtureNll:
 
 OWN = "carry-on"
 """Name of the carry-on's share."""
+
+
+USUAL_GAIN = 0.02
+"""Nats a target that a mixture of bases of one tokenizer is better than the best of them at most,
+each with its own carry-on, in all measurements so far."""
 
 
 class MixtureSums:
@@ -85,3 +90,47 @@ class MixtureSums:
             target_shares=dict(zip(names, shares[len(names) :], strict=True)),
             bytes_per_target=num_bytes,
         )
+
+
+def mixture_rows(base_nll: float, nll: float, parts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return a table of a mixture and each of its parts, for people; the first row is its head.
+
+    Args:
+        base_nll: of the anchor alone.
+        nll: of the mixture.
+        parts: of `MixtureNll.to_dict`.
+    """
+    per_target = parts["bytes_per_target"]
+
+    def row(name: str, value: float, share: str = "") -> tuple[str, ...]:
+        cells = [f"{parts[kind][share]:.3f}" if share else "" for kind in _SHARES]
+        return (name, f"{value:.4f}", f"{value / per_target:.4f}" if per_target else "", *cells)
+
+    return [
+        ("", "nats per target", "per byte", "gate share", "share of target"),
+        row("base", base_nll),
+        row("carry-on without gate", parts["carryon_nll"], OWN),
+        *(row(name, value, name) for name, value in parts["source_nlls"].items()),
+        row("mixture", nll),
+    ]
+
+
+_SHARES = ("gate_shares", "target_shares")
+
+
+def leak_warning(nll: float, parts: MixtureNll, same_tokenizer: Sequence[str]) -> str:
+    """Return a warning about a gain that bases of one tokenizer hardly ever have; else nothing.
+
+    Args:
+        nll: of the mixture.
+        parts: of it.
+        same_tokenizer: names of the sources with the anchor's tokenizer.
+    """
+    best = min([parts.carryon_nll, *parts.source_nlls.values()])
+    if len(same_tokenizer) < len(parts.source_nlls) or best - nll <= USUAL_GAIN:
+        return ""
+    return (
+        f"the mixture is {best - nll:.3f} nats a target better than each of its bases, which have "
+        f"one tokenizer; {USUAL_GAIN} is usual. Fix: look for held-out text in the training half, "
+        "and train a carry-on of equal size on the best base alone"
+    )

@@ -12,6 +12,7 @@ from carryon.train.mixing.aligned_states import STABLE
 from carryon.train.mixing.vocabulary_map import VocabularyMap
 
 _DIGESTS = ("weights_sha256", "tokenizer_sha256")
+_SAME = (*_DIGESTS, "vocabulary_map_sha256")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -76,6 +77,27 @@ def open_sources(anchor: StoreLike, paths: Sequence[str]) -> list[Source]:
         )
         for name, store, own in zip(names, stores, words[1:], strict=True)
     ]
+
+
+def order_sources(sources: Sequence[Source], card: Mapping[str, Any]) -> list[Source]:
+    """Return sources in the order in which a gate was trained on them.
+
+    Args:
+        sources: to mix with.
+        card: `mixture` of a carry-on's card.
+
+    Raises:
+        SettingMismatchError: they are others.
+    """
+    given = {tuple(source.facts()[name] for name in _SAME): source for source in sources}
+    wanted = [tuple(each[name] for name in _SAME) for each in card["sources"]]
+    if set(given) != set(wanted) or len(sources) != len(wanted):
+        raise SettingMismatchError(
+            f"mix: expected stores of {', '.join(each['base'] for each in card['sources'])}, which "
+            "the gate was trained on, with the same weights, tokenizer and vocabulary map, got "
+            f"{', '.join(source.name for source in sources)}. Fix: give an aligned store of each"
+        )
+    return [given[each] for each in wanted]
 
 
 def _open_aligned(anchor: Store, path: str) -> Store:

@@ -32,16 +32,7 @@ The weights of the base model are not included.
 
 ## How to use
 
-```
-carryon generate --carryon . --prompt "..."
-```
-
-```python
-from carryon.train import CarryOnForCausalLM
-
-model = CarryOnForCausalLM.from_pretrained(".")  # or its hub id; base=... if the base has moved
-model.generate(**model.tokenizer("...", return_tensors="pt"))
-```
+{usage}
 
 ## Training data
 
@@ -55,10 +46,39 @@ Mean negative log-likelihood (NLL) in nats per target token, on samples held out
 | --- | --- |
 {figures}
 
-## Limitations
+{others}## Limitations
 
 It works only with the exact weights and tokenizer of its base model. Text unlike its training data
 has not been measured. Licence and biases of the base model and of the training data apply.
+"""
+
+_USAGE = """\
+```
+carryon generate --carryon . --prompt "..."
+```
+
+```python
+from carryon.train import CarryOnForCausalLM
+
+model = CarryOnForCausalLM.from_pretrained(".")  # or its hub id; base=... if the base has moved
+model.generate(**model.tokenizer("...", return_tensors="pt"))
+```"""
+_MIXTURE_USAGE = """\
+It is one part of a mixture of several bases, whose distributions a gate mixes. Generating
+text with several bases is not built yet.
+
+```
+carryon evaluate --store STORE --mix ALIGNED_STORE --carryon .
+```"""
+_OTHERS = """\
+## Other bases
+
+The gate in `gate.safetensors` mixes by {by}, in this order:
+
+| base | weights (SHA-256) | tokenizer | vocabulary map | store |
+| --- | --- | --- | --- | --- |
+{rows}
+
 """
 
 
@@ -84,7 +104,7 @@ def model_card(card: Mapping[str, Any], *, num_bytes: int) -> str:
     }
     if base.get("revision") is not None:  # a base on the hub
         metadata |= {"base_model": name, "base_model_relation": "adapter"}
-    figures = card["figures"].items()
+    figures, mixture = card["figures"].items(), card.get("mixture")
     return _CARD.format(
         metadata=yaml.safe_dump(metadata),
         base=name,
@@ -98,8 +118,20 @@ def model_card(card: Mapping[str, Any], *, num_bytes: int) -> str:
         framing=_prompt_format(Framing.from_dict(card["framing"])),
         versions=", ".join(f"{key} {value}" for key, value in card["versions"].items()),
         store=card["store_fingerprint"][:12],
+        usage=_MIXTURE_USAGE if mixture else _USAGE,
+        others=_other_bases(mixture) if mixture else "",
         figures="\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures),
     )
+
+
+def _other_bases(mixture: Mapping[str, Any]) -> str:
+    """Return the table of the bases that are mixed in."""
+    digests = ("weights_sha256", "tokenizer_sha256", "vocabulary_map_sha256", "store_fingerprint")
+    rows = [
+        f"| {each['base']} | {' | '.join(each[name][:12] for name in digests)} |"
+        for each in mixture["sources"]
+    ]
+    return _OTHERS.format(by=mixture["by"], rows="\n".join(rows))
 
 
 def _prompt_format(framing: Framing) -> str:

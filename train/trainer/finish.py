@@ -1,5 +1,6 @@
 """Finish runs: round the weights as saved, evaluate, and write carry-on, card, plot and report."""
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from carryon.cache.errors import CarryOnError, DamagedFileError, InputError
 from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
 from carryon.cache.files.tensor_files import digest_tensors
 from carryon.train.mixing.mixture import MixedCarryOn, inner_carryon
+from carryon.train.mixing.mixture_nll import leak_warning
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import CarryOnCard, check_carryon, save_carryon
 from carryon.train.plots import plot_curves
@@ -29,6 +31,8 @@ from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import RunFolder, finished_files, library_versions
 from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,9 +111,10 @@ class TrainReport:
 
     def losses(self) -> str:
         """Return the held-out losses with their standard errors, for people."""
+        what = "mixture" if self.mixture else "carry-on"
         return (
             f"held-out NLL of the base {shown_nll(self.base_nll, self.base_nll_se)}, with the "
-            f"carry-on {shown_nll(self.carryon_nll, self.carryon_nll_se)} on "
+            f"{what} {shown_nll(self.carryon_nll, self.carryon_nll_se)} on "
             f"{self.held_out_targets:,} targets"
         )
 
@@ -182,6 +187,7 @@ def finish_runs(states: Sequence[RunState], processes: Processes) -> list[TrainR
             )
         reports.append(report)
         if processes.is_first:
+            _warn_about_leak(state.run, nll)
             _write(state.run, nll, reports[-1])
     wait_for_all()
     return reports
@@ -233,6 +239,7 @@ def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:
         "held_out_contamination": report.held_out_contamination,
         "epochs": run.settings.optimization.epochs,
         "steps": report.finished_with_step,
+        **_mixture_figures(nll),
     }
     return CarryOnCard(
         settings=run.settings.carryon.to_dict(),
@@ -250,6 +257,32 @@ def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:
         framing=run.store.framing.to_dict(),
         mixture=_mixture(run),
     )
+
+
+def _warn_about_leak(run: Run, nll: Nll) -> None:
+    if run.projected is None or nll.mixture is None:
+        return
+    own = run.store.base.get("tokenizer_sha256")
+    alike = [
+        source.name
+        for source in run.projected.sources
+        if source.store.base.get("tokenizer_sha256") == own
+    ]
+    if warning := leak_warning(nll.carryon, nll.mixture, alike):
+        logger.warning(f"{run.folder.root}: {warning}")
+
+
+def _mixture_figures(nll: Nll) -> dict[str, float]:
+    """Return the figures of a mixture's parts, whose own loss is that of the carry-on."""
+    parts = nll.mixture
+    if parts is None:
+        return {}
+    return {
+        "held_out_nll_without_gate": round(parts.carryon_nll, 4),
+        **{f"held_out_nll_of_{name}": round(each, 4) for name, each in parts.source_nlls.items()},
+        **{f"gate_share_of_{name}": round(each, 4) for name, each in parts.gate_shares.items()},
+        "held_out_bytes_per_token": round(parts.bytes_per_target, 4),
+    }
 
 
 def _mixture(run: Run) -> dict[str, Any]:

@@ -117,7 +117,9 @@ class MetricsLog:
         append_line(self._path, line)
         if self._tracker is not None:
             ratios = line.get("tap_ratios", {})
+            shares = line.get("mixture", {}).get("gate_shares", {})
             values = line | {f"tap_ratio/{tap}": ratio for tap, ratio in ratios.items()}
+            values |= {f"gate_share/{name}": share for name, share in shares.items()}
             numbers = {key: value for key, value in values.items() if _is_number(value)}
             self._tracker.log(numbers, step=numbers.pop("step"))
         for callback in self._callbacks if self.error is None else ():

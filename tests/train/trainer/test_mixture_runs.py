@@ -1,20 +1,32 @@
 """Runs of a mixture: they resume to the bit, report their parts, and refuse what does not fit."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.mixed_stores import make_anchor, make_source
 from support.tiny_runs import TINY, Killed, assert_same_bits, kill_at, metrics_without_times
 
-from carryon.cache.errors import InputError
+from carryon.cache.base.lm_head import widen
+from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.store.reader import Store
+from carryon.tools.cli.main import main
 from carryon.train.continual.lineage import update
+from carryon.train.data.datasets import split_store
+from carryon.train.inference.evaluate import evaluate
+from carryon.train.losses.base_states import get_base_states
 from carryon.train.mixing.mixture import load_mixture
+from carryon.train.mixing.mixture_nll import MixtureNll, leak_warning
+from carryon.train.mixing.projected import project_sources
+from carryon.train.mixing.sources import open_sources
+from carryon.train.modules.packed_attention import pack
 from carryon.train.modules.serialization import load_carryon, read_card
+from carryon.train.plots import plot_curves
 from carryon.train.trainer import finish
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
@@ -172,3 +184,92 @@ def test_what_does_not_fit_a_mixture_is_refused(folder: Path, tmp_path: Path) ->
             tmp_path / "lineage", store=folder / "anchor", settings=TINY, mix=[str(folder / "good")]
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_gives_the_figures_of_the_run_whatever_the_order_of_the_stores(
+    folder: Path, finished: tuple[Path, TrainReport]
+) -> None:
+    _, report = finished
+    paths = [folder / "random", folder / "good"]
+    measured = evaluate(folder / "anchor", carryon=report.carryon, mix=paths, device="cpu")
+    assert measured.mixture == report.mixture
+    assert measured.carryon_nll == report.carryon_nll
+    gate_alone = evaluate(
+        folder / "anchor", carryon=report.carryon, mix=paths, alphas=[0.0], device="cpu"
+    )
+    assert gate_alone.mixture["carryon_nll"] == gate_alone.base_nll
+    assert gate_alone.carryon_nll < gate_alone.base_nll
+    with pytest.raises(InputError, match="Fix: carryon evaluate --mix STORE"):
+        evaluate(folder / "anchor", carryon=report.carryon, device="cpu")
+    with pytest.raises(SettingMismatchError, match="mix: expected stores of .*good-base"):
+        evaluate(folder / "anchor", carryon=report.carryon, mix=paths[:1], device="cpu")
+
+
+def test_the_mixture_s_loss_is_its_parts_mixed(
+    folder: Path, finished: tuple[Path, TrainReport]
+) -> None:
+    out, report = finished
+    mixed, _ = load_mixture(report.carryon)
+    anchor = Store.open(folder / "anchor")
+    base = get_base_states(anchor, device=torch.device("cpu"))
+    projected = project_sources(
+        anchor,
+        open_sources(anchor, [str(folder / "good"), str(folder / "random")]),
+        base=base,
+        stream=TINY.stream,
+        loss=TINY.loss,
+        device=torch.device("cpu"),
+    )
+    weight = torch.from_numpy(widen(anchor.head().weight))
+    total, count, num_bytes = 0.0, 0, 0
+    words = projected.sources[0].vocabulary_map.anchor
+    for index in split_store(anchor, TINY.stream).held_out.tolist():
+        sample = anchor.read_sample(index)
+        at = np.flatnonzero(sample.loss_mask[1:])
+        targets = torch.from_numpy(sample.tokens[at + 1].astype(np.int64))
+        states = {"final": torch.from_numpy(sample.hidden["final"])}
+        packing = pack(torch.tensor([len(sample.tokens)]))
+        with torch.no_grad():
+            delta = mixed.correct_packed(states, packing, torch.from_numpy(at))
+            logits = (states["final"][at] + delta) @ weight.t()
+            own = logits.log_softmax(dim=1).gather(1, targets[:, None])
+            places = np.searchsorted(projected.rows, anchor.sample_starts[index] + at)
+            shares = mixed.gate(states["final"][at], projected.features[places]).softmax(dim=1)
+            every = torch.cat([own, projected.log_probs[places]], dim=1).exp()
+            total -= float((shares * every).sum(dim=1).log().sum())
+        count += len(at)
+        num_bytes += sum(len(words[token] or b"") for token in targets.tolist())
+    assert report.carryon_nll == pytest.approx(total / count, rel=1e-4)
+    assert report.mixture["bytes_per_target"] == pytest.approx(num_bytes / count)
+
+
+def test_reports_and_card_name_the_parts(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--mix", str(folder / "good"), "--kind", "none", "--epochs", "1", "--device", "cpu"]
+    out = tmp_path / "run"
+    assert main(["train", "--store", str(folder / "anchor"), "--out", str(out), *argv]) == 0
+    text = capsys.readouterr().err
+    assert re.search(r"good-base +\d\.\d{4} +\d\.\d{4} +\d\.\d{3} +\d\.\d{3}", text)
+    card = (out / "carryon" / "README.md").read_text()
+    assert "## Other bases" in card
+    assert "carryon generate" not in card
+    assert re.search(r"\| gate share of good-base \| 0\.\d+ \|", card)
+    assert plot_curves(read_metrics(out / "metrics.jsonl"), tmp_path / "curves.png")
+    for command in (["generate", "--prompt", "x"], ["merge", "--out", str(tmp_path / "merged")]):
+        argv = [*command, "--carryon", str(out / "carryon"), "--base", str(folder / "anchor-base")]
+        assert main(argv) == 2
+        assert "composition is not built yet" in capsys.readouterr().err
+
+
+def test_a_gain_between_bases_of_one_tokenizer_is_suspected() -> None:
+    parts = MixtureNll(
+        carryon_nll=2.0,
+        source_nlls={"other": 2.1},
+        gate_shares={},
+        target_shares={},
+        bytes_per_target=3.0,
+    )
+    assert "0.050 nats a target better" in leak_warning(1.95, parts, ["other"])
+    assert not leak_warning(1.99, parts, ["other"])
+    assert not leak_warning(1.5, parts, [])
