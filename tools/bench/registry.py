@@ -139,6 +139,12 @@ BENCHMARKS = {
         needs="store",
         quick={**_QUALITY, "sampled": 1024},
     ),
+    "mixing.train": Benchmark(
+        place="mixing:measure_mixing",
+        about="gate and carry-on over several bases against each alone: loss, speed",
+        needs="store",
+        quick=_QUALITY,
+    ),
     "compose.generate": Benchmark(
         place="generate:measure_generation",
         about="generation speed with a carry-on against the base alone",

@@ -43,7 +43,8 @@ def run_named(
         python -m carryon.tools.bench store --base demo/base --store gsm=demo/store
 
     Args:
-        name: A group (store, train, compose, merge, paths) or one of its benchmarks (train.loss).
+        name: A group (store, train, mixing, compose, merge, paths) or one of its benchmarks
+            (train.loss).
         base: Hub id, folder or .gguf file.
         store: Extracted stores of that base, PATH or LABEL=PATH. The labels gsm and python have
             targets. Without one, benchmarks that need a store extract text with the base.
