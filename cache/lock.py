@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from carryon.cache.files.full_disk import disk_full_named
-from carryon.cache.files.locked import held, take
+from carryon.cache.files.locked import held, sign, take
 from carryon.cache.files.regular import open_below, refuse_links
 
 LOCK_PATH = "units/.lock"
@@ -39,6 +39,7 @@ def write_lock(root: Path) -> Iterator[None]:
     Raises:
         StoreBusyError: another process holds it; nothing was changed.
         DiskFullError: no space left for the lock.
+        InputError: the lock holds something else; nothing was changed.
         UnsafePathError: the lock is no regular file, or lies behind a link; nothing was changed.
     """
     path = root / LOCK_PATH
@@ -48,9 +49,7 @@ def write_lock(root: Path) -> Iterator[None]:
         handle = open_below(root, LOCK_PATH, flags=os.O_RDWR | os.O_CREAT)
     try:
         take(handle, root, kind="store")
-        with disk_full_named(path):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+        sign(handle, path)
         yield
         os.ftruncate(handle, 0)
     finally:

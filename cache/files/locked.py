@@ -14,6 +14,8 @@ from carryon.cache.files.full_disk import disk_full_named
 
 _LOOKS = 100
 """One second in all."""
+_MAX_BYTES = 20
+"""Of the number of a process."""
 
 
 @contextmanager
@@ -26,15 +28,13 @@ def held(path: Path, *, of: Path, kind: str) -> Iterator[None]:
         kind: of it, for errors.
 
     Raises:
-        InputError: `of` or the lock is something else.
+        InputError: `of` or the lock is something else; nothing was changed.
         StoreBusyError: another process holds the lock; nothing was changed.
         DiskFullError: no space left for the lock.
     """
     handle = _locked(path, of, kind)
     try:
-        with disk_full_named(path):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+        sign(handle, path)
         yield
     finally:
         if _is_at(path, handle):
@@ -43,9 +43,10 @@ def held(path: Path, *, of: Path, kind: str) -> Iterator[None]:
 
 
 def take(handle: int, of: Path, *, kind: str) -> None:
-    """Lock an open file, which holds the number of the process that has it.
+    """Lock an open file, which is empty or holds the number of the process that has or had it.
 
     Raises:
+        InputError: it holds something else, and may be any file by a hard link.
         StoreBusyError: another process has it.
     """
     try:
@@ -57,15 +58,36 @@ def take(handle: int, of: Path, *, kind: str) -> None:
         raise StoreBusyError(
             f"{of}: process {holder} is writing to this {kind}. Fix: wait for it, or stop it"
         ) from error
+    content = os.pread(handle, _MAX_BYTES + 1, 0)
+    if content and not _is_number(content):
+        raise InputError(
+            f"{of}: expected a lock with the number of a process, got another file under its "
+            "name. Fix: remove it"
+        )
+
+
+def sign(handle: int, path: Path) -> None:
+    """Write the number of this process to a lock that it has taken.
+
+    Raises:
+        DiskFullError: no space left for it.
+    """
+    with disk_full_named(path):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
 
 
 def _read_holder(handle: int) -> str:
     """Return the number of the process that holds a lock, which it writes just after taking it."""
     for _ in range(_LOOKS):
-        if holder := os.pread(handle, 32, 0).decode("ascii", "replace").strip():
-            return holder
+        if holder := os.pread(handle, _MAX_BYTES + 1, 0):
+            return holder.decode("ascii") if _is_number(holder) else ""
         time.sleep(0.01)
     return ""
+
+
+def _is_number(content: bytes) -> bool:
+    return len(content) <= _MAX_BYTES and content.isdigit()
 
 
 def _locked(path: Path, of: Path, kind: str) -> int:

@@ -80,3 +80,13 @@ def test_the_holder_is_named_though_it_writes_its_number_a_moment_later(tmp_path
         pass
     timer.join()
     os.close(handle)
+
+
+def test_a_holder_that_is_no_number_is_not_repeated(tmp_path: Path) -> None:
+    (tmp_path / "units").mkdir()
+    handle = os.open(tmp_path / LOCK_PATH, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    os.pwrite(handle, b"\x1b[2J now run this", 0)
+    with pytest.raises(StoreBusyError, match="process unknown is writing"), write_lock(tmp_path):
+        pass
+    os.close(handle)

@@ -157,6 +157,15 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_is_not_emptied(root: Pa
     assert (root.parent / "canary").read_bytes() == CANARY
 
 
+def test_a_lock_that_is_another_file_by_a_hard_link_is_not_emptied(root: Path) -> None:
+    lock = root / LOCK_PATH
+    lock.unlink(missing_ok=True)
+    lock.hardlink_to(root.parent / "canary")
+    for call in (lambda: refuse_busy(root), lambda: repair(root)):
+        assert "expected a lock with the number of a process, got another file" in ends(call)
+    assert (root.parent / "canary").read_bytes() == CANARY
+
+
 def test_a_folder_of_receipts_behind_a_link_is_refused_by_writers(root: Path) -> None:
     target = root.parent / "elsewhere"
     (root / "units").rename(target)

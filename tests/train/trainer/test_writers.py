@@ -104,6 +104,21 @@ def test_a_lock_that_is_a_link_is_not_followed(store: Path, tmp_path: Path) -> N
     assert mine.read_text() == "precious"
 
 
+def test_a_lock_that_is_another_file_by_a_hard_link_is_not_emptied(
+    store: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FOLDER_LOCK).hardlink_to(mine)
+
+    with pytest.raises(InputError, match="expected a lock with the number of a process"):
+        train_tiny(store, tmp_path / "run")
+
+    assert (tmp_path / "run" / FOLDER_LOCK).samefile(mine)
+    assert mine.read_text() == "precious"
+
+
 def test_what_a_killed_writer_left_half_written_is_removed(store: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train_tiny(store, out)
