@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from carryon.cache.base.facts import check_token_id, end_ids
 from carryon.cache.errors import InputError
@@ -20,6 +20,10 @@ from carryon.train.inference.prompts import encode_prompts
 
 if TYPE_CHECKING:
     from carryon.train.inference.modeling import CarryOnForCausalLM
+
+
+STAGE_TOKENS = 24
+"""New tokens between two looks at which rows of a batch have ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,28 +85,77 @@ def generate_rows(
     `generation` is passed on to CarryOnForCausalLM.generate.
     """
     config = _generation_config(model, settings)
-    tokens = _pad_left(rows, config.pad_token_id or 0)  # [B, T] int64
-    mask = _pad_left([[1] * len(row) for row in rows], 0)
     with torch.random.fork_rng(), _no_defaults(model):
         torch.manual_seed(settings.seed)
-        output = model.generate(
-            tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-            **generation,
-        )
-    new = output[:, tokens.shape[1] :]
+        new = _generate(model, rows, config=config, generation=generation)
     texts: list[str] = model.tokenizer.batch_decode(new, skip_special_tokens=True)
-    ends = torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else [])
-    is_end = torch.isin(new.cpu(), ends)  # [B, T]
     return [
         Generation(
             text=text,
-            num_tokens=int(ended.int().argmax()) + 1 if ended.any() else len(ended),
-            is_cut=not ended.any() and len(ended) >= settings.max_new_tokens,
+            num_tokens=len(tokens),
+            is_cut=tokens[-1] not in _ends(config) and len(tokens) >= settings.max_new_tokens,
         )
-        for text, ended in zip(texts, is_end, strict=True)
+        for text, tokens in zip(texts, new, strict=True)
     ]
+
+
+def _generate(
+    model: "CarryOnForCausalLM",
+    rows: Sequence[Sequence[int]],
+    *,
+    config: Any,  # noqa: ANN401
+    generation: dict[str, Any],
+) -> list[list[int]]:
+    """Return the new tokens of each row, the one that ended it included.
+
+    Rows that have ended leave the batch every STAGE_TOKENS: most answers are far shorter than the
+    longest one. All stay to the end where their carry-ons or other settings may differ by row.
+    """
+    generation = dict(generation)
+    names, alpha = generation.pop("carryons", None), generation.pop("alpha", None)
+    is_staged = (
+        not generation
+        and (names is None or len(set(names)) == 1)
+        and (alpha is None or isinstance(alpha, (int, float)))
+    )
+    tokens = _pad_left(rows, config.pad_token_id or 0).to(model.device)  # [B, T] int64
+    mask = _pad_left([[1] * len(row) for row in rows], 0).to(model.device)
+    new: list[list[int]] = [[] for _ in rows]
+    batch, ends = list(range(len(rows))), _ends(config)
+    going, num_left = set(batch), config.max_new_tokens
+    stage = STAGE_TOKENS if is_staged else num_left
+    config.return_dict_in_generate = True
+    cache: Any = None
+    while going and num_left:
+        config.max_new_tokens, length = min(stage, num_left), tokens.shape[1]
+        output: Any = model.generate(
+            tokens,
+            attention_mask=mask,
+            generation_config=config,
+            past_key_values=cache,
+            carryons=list(names)[: len(batch)] if names is not None else None,
+            alpha=alpha,
+            **generation,
+        )
+        tokens, cache = output.sequences, output.past_key_values
+        num_left -= tokens.shape[1] - length
+        for row, made in zip(batch, tokens[:, length:].tolist(), strict=True):
+            if row in going:
+                stop = next((at for at, each in enumerate(made, 1) if each in ends), None)
+                new[row] += made[:stop]
+                going -= {row} if stop else set()
+        mask = nn.functional.pad(mask, (0, tokens.shape[1] - length), value=1)
+        if len(going) < len(batch) and isinstance(cache, Cache):
+            places = [place for place, row in enumerate(batch) if row in going]
+            index = torch.tensor(places, dtype=torch.int64, device=model.device)
+            tokens, mask, batch = tokens[index], mask[index], [batch[place] for place in places]
+            cache.batch_select_indices(index)
+    return new
+
+
+def _ends(config: Any) -> list[int]:  # noqa: ANN401
+    ends = config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
