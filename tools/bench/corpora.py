@@ -16,7 +16,7 @@ import numpy as np
 
 from carryon.cache.errors import InputError
 from carryon.cache.files.atomic import write_file
-from carryon.tools.demo.corpus import make_corpus
+from carryon.tools.bench.gsm import make_corpus
 
 GSM = "gsm"
 PYTHON = "python"

@@ -40,7 +40,7 @@ def run_named(
     A benchmark without its input is skipped with a line on stderr.
 
     Example:
-        python -m carryon.tools.bench store --base demo/base --store gsm=demo/store
+        python -m carryon.tools.bench store --base demo/base --corpus gsm
 
     Args:
         name: A group (store, train, mixing, compose, merge, paths) or one of its benchmarks

@@ -17,34 +17,41 @@ from carryon.cache.errors import InputError
 from carryon.tools.cli.main import call_command
 from carryon.tools.cli.output import print_result
 from carryon.tools.cli.table import format_table
+from carryon.tools.demo.corpus import SCORED_SEED, TASK
 
 logger = logging.getLogger(__name__)
 
-ANSWER_TOKENS = 160
-"""Longest answer shown at the end."""
+TAPS = ["final", "layer.20", "layer.10"]
+"""`final` alone says what comes next; the layers below also say what stands here, which a worked
+answer copies. On this task each layer added is worth more in right answers than in loss."""
+ANSWER_TOKENS = 136
+"""Longest answer; worked answers to the training problems have up to 133 tokens."""
 
 
-def demo(*, out: str = "carryon-demo", samples: int = 200) -> dict[str, Any]:
+def demo(*, out: str = "carryon-demo", samples: int = 560, num: int = 120) -> dict[str, Any]:
     """Customize a real LLM in a few minutes on two CPU cores.
 
     The base is SmolLM2-135M-Instruct, from the hub or from a 93 MB package where there is no hub.
-    The corpus is GSM-symbolic problems with worked answers. Hidden states are extracted once. A
-    1 MB carry-on of two blocks is trained from them without the base, measured on held-out
-    problems, and answers one of them beside the base. Each command is logged, so that you can
-    repeat it. After an interruption the same command resumes.
+    The corpus is problems (how many legs have some animals) with answers worked out in plain
+    words. Hidden states are extracted once. A carry-on of 1.4 MB is trained from them without the
+    base. Then base and customized model answer problems that neither has seen, and one of them is
+    shown. Each command is logged, so that you can repeat it. After an interruption the same
+    command resumes.
 
     Example:
-        carryon demo --out my-demo --samples 1000
+        carryon demo --out my-demo
 
     Args:
         out: Folder for corpus, base, store and run.
-        samples: Training problems. More take longer and teach more; 1000 is the full run.
+        samples: Training problems. More take longer and teach more.
+        num: Unseen problems that both answer in the end.
     """
     from carryon.tools.demo.base_model import fetch_base
     from carryon.tools.demo.corpus import count_held_out, prepare_corpus
 
-    if samples < 8:
-        raise InputError(f"--samples: expected 8 or more problems, got {samples}")
+    for name, value in (("--samples", samples), ("--num", num)):
+        if value < 8:
+            raise InputError(f"{name}: expected 8 or more problems, got {value}")
     root = Path(out)
     refuse_foreign_folder(root)
     corpus, base = root / "corpus.jsonl", root / "base"
@@ -58,60 +65,88 @@ def demo(*, out: str = "carryon-demo", samples: int = 200) -> dict[str, Any]:
     logger.info(f"{base}: SmolLM2-135M-Instruct, {origin}")
     seconds["base"] = time.perf_counter() - started_at
     results: dict[str, Any] = {}
-    for argv in commands(root):
-        logger.info(f"\n$ {shlex.join(['carryon', *argv])}")
-        started_at = time.perf_counter()
-        output = io.StringIO()
-        with redirect_stdout(output):
-            results[argv[0]] = call_command(argv[0], argv[1:])
-        if argv[0] in ("inspect", "generate"):  # the others print a JSON line
-            logger.info(output.getvalue().rstrip())
-        seconds[argv[0]] = time.perf_counter() - started_at
+    for argv in commands(root, num=num):
+        results[argv[0]] = _run(argv, seconds)
+    question = question_won(root / "answers.jsonl")
+    results["generate"] = _run(answer_command(root, question), seconds)
     return print_result({"seconds": seconds, **results}, f"\n{summary(root, results, seconds)}")
 
 
-def commands(root: Path) -> list[list[str]]:
-    """Return the commands of the demo, as words after `carryon`."""
-    corpus, base, store, run = (
-        str(root / name) for name in ("corpus.jsonl", "base", "store", "run")
+def _run(argv: list[str], seconds: dict[str, float]) -> Any:  # noqa: ANN401 -- each has its own
+    """Run a command, logged as typed; its seconds are noted."""
+    logger.info(f"\n$ {shlex.join(['carryon', *argv])}")
+    started_at = time.perf_counter()
+    output = io.StringIO()
+    with redirect_stdout(output):
+        result = call_command(argv[0], argv[1:])
+    if argv[0] in ("inspect", "generate"):  # the others print a JSON line
+        logger.info(output.getvalue().rstrip())
+    seconds[argv[0]] = time.perf_counter() - started_at
+    return result
+
+
+def commands(root: Path, *, num: int) -> list[list[str]]:
+    """Return the commands of the demo up to the scores, as words after `carryon`."""
+    corpus, base, store, run, answers, page = (
+        str(root / name)
+        for name in ("corpus.jsonl", "base", "store", "run", "answers.jsonl", "answers.html")
     )
     carryon = f"{run}/carryon"
-    question = held_out_question(root / "corpus.jsonl")
+    shape = ["--taps", *TAPS, "--epochs", "8", "--learning-rate", "0.002"]
+    shape += ["--sampled-softmax", "2048"]
+    unseen = ["--tasks", TASK, "--task-seed", str(SCORED_SEED), "--num", str(num)]
     return [
-        ["extract", "--base", base, "--data", corpus, "--out", store],
+        ["extract", "--base", base, "--data", corpus, "--out", store, "--taps", *TAPS],
         ["inspect", store],
-        ["train", "--store", store, "--out", run, "--epochs", "3"],
-        ["evaluate", "--store", store, "--carryon", carryon],
-        ["generate", "--carryon", carryon, "--base", base, "--compare"]
-        + ["--max-new-tokens", str(ANSWER_TOKENS), "--prompt", question],
+        ["train", "--store", store, "--out", run, *shape],
+        ["score", "--carryon", carryon, "--base", base, *unseen, "--store", store, "--drop-known"]
+        + ["--max-new-tokens", str(ANSWER_TOKENS), "--batch-rows", "120"]
+        + ["--out", answers, "--html", page],
     ]
 
 
-def held_out_question(corpus: Path) -> str:
-    """Return the first held-out question of the corpus that needs no escapes in a shell."""
-    with corpus.open(encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines]
-    questions = [
-        str(record["messages"][0]["content"]) for record in records if record["split"] == "held-out"
+def answer_command(root: Path, question: str) -> list[str]:
+    """Return the command that answers a question with base and carry-on."""
+    return [
+        *("generate", "--carryon", str(root / "run/carryon"), "--base", str(root / "base")),
+        *("--compare", "--max-new-tokens", str(ANSWER_TOKENS), "--prompt", question),
     ]
-    return next((question for question in questions if "'" not in question), questions[0])
+
+
+def question_won(answers: Path) -> str:
+    """Return the shortest question that the carry-on answers right and the base wrong, if any."""
+    with answers.open(encoding="utf-8") as lines:
+        given = [json.loads(line) for line in lines][1:]  # behind the settings
+    right = {(each["question"], each["arm"]): each["is_right"] for each in given}
+    questions: list[str] = list(dict.fromkeys(each["question"] for each in given))
+    won = [
+        question
+        for question in questions
+        if right[question, "carryon"] and not right[question, "base"]
+    ]
+    return min(won or questions, key=len)
 
 
 def summary(root: Path, results: dict[str, Any], seconds: dict[str, float]) -> str:
     """Return the closing table."""
-    facts, trained, measured = (results[name] for name in ("inspect", "train", "evaluate"))
-    [tap] = facts["taps"]
-    stored = facts["array_bytes"][f"hidden/{tap}"]
+    facts, trained = results["inspect"], results["train"]
+    [scored] = results["score"]
+    stored = sum(facts["array_bytes"][f"hidden/{tap}"] for tap in facts["taps"])
     rows = [
-        ("held-out NLL, base", f"{measured['base_nll']:.3f} nats per answer token"),
-        ("held-out NLL, with carry-on", f"{measured['carryon_nll']:.3f}"),
-        ("carry-on", f"{trained['carryon_bytes'] / 1e6:.2f} MB"),
-        (
-            "hidden states in the store",
-            f"{stored / 1e6:.1f} MB, {facts['ratio_to_raw'][tap]:.3f} of raw bfloat16",
+        *(
+            (
+                f"right of {scored['num']} unseen problems, {each['arm']}",
+                f"{each['right']:.0f} ({each['low']:.0%} to {each['high']:.0%})",
+            )
+            for each in scored["arms"]
         ),
+        ("held-out NLL, base", f"{trained['base_nll']:.3f} nats per answer token"),
+        ("held-out NLL, with carry-on", f"{trained['carryon_nll']:.3f}"),
+        ("carry-on", f"{trained['carryon_bytes'] / 1e6:.2f} MB"),
+        ("hidden states in the store", f"{stored / 1e6:.1f} MB"),
         *((f"seconds, {name}", f"{value:.0f}") for name, value in seconds.items()),
         ("curves", str(root / "run" / "curves.png")),
+        ("all answers", str(root / "answers.html")),
     ]
     return format_table(rows)
 

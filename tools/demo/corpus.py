@@ -1,7 +1,8 @@
-"""The demo's corpus: GSM-symbolic problems with worked answers, as conversations.
+"""The demo's corpus: how many legs have some animals, worked in plain words, as conversations.
 
-Training and held-out problems come from seeds of the generator that are a million apart, and no
-held-out problem repeats a training problem. Nothing is downloaded.
+The questions are those of reasoning-gym's `leg_counting`. Training and held-out problems come from
+seeds of its generator that are a million apart, and no held-out problem repeats a training
+problem. Nothing is downloaded.
 """
 
 import json
@@ -15,15 +16,18 @@ from carryon.cache.errors import InputError
 from carryon.cache.files.atomic import write_file
 from carryon.cache.optional import require
 
+ANIMALS = {"min_animals": 2, "max_animals": 3}
+TASK = "leg_counting:" + ",".join(f"{name}={value}" for name, value in ANIMALS.items())
+"""As `carryon score --tasks` takes it."""
 TRAINING_SEED = 1
 HELD_OUT_SEED = 1_000_001
-REQUEST = " Give the result as your final answer. Do not include units."
-"""End of every question; removed, since the worked answers do neither."""
+SCORED_SEED = 2_000_001
+"""Of the problems that are answered in the end: they are in no half of the corpus."""
 
 
 def count_held_out(num_samples: int) -> int:
     """Return the number of held-out problems beside `num_samples` training problems."""
-    return 200 if num_samples >= 1000 else max(8, num_samples // 5)
+    return min(200, max(8, num_samples // 20))
 
 
 def make_corpus(num_samples: int) -> list[dict[str, Any]]:
@@ -36,7 +40,6 @@ def make_corpus(num_samples: int) -> list[dict[str, Any]]:
     """
     num_held_out = count_held_out(num_samples)
     train = list(_make_records("train", TRAINING_SEED, num_samples))
-    # The generator has 100 templates: a few problems are equal however far apart the seeds are.
     questions = {record["messages"][0]["content"] for record in train}
     spare = _make_records("held-out", HELD_OUT_SEED, 2 * num_held_out)
     others = (record for record in spare if record["messages"][0]["content"] not in questions)
@@ -47,12 +50,45 @@ def make_corpus(num_samples: int) -> list[dict[str, Any]]:
 
 def _make_records(split: str, seed: int, size: int) -> Iterator[dict[str, Any]]:
     gym = require("reasoning_gym", extra="demo", purpose="the demo's corpus")
-    for index, problem in enumerate(gym.create_dataset("gsm_symbolic", size=size, seed=seed)):
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS as LEGS
+
+    problems = gym.create_dataset("leg_counting", size=size, seed=seed, **ANIMALS)
+    for index, problem in enumerate(problems):
+        answer = work_out(problem["metadata"]["animals"], LEGS)
         messages = [
-            {"role": "user", "content": problem["question"].removesuffix(REQUEST)},
-            {"role": "assistant", "content": problem["metadata"]["answer_cot"]},
+            {"role": "user", "content": problem["question"]},
+            {"role": "assistant", "content": answer},
         ]
         yield {"id": f"{split}-{index}", "messages": messages, "split": split}
+
+
+def work_out(animals: dict[str, int], legs: dict[str, int]) -> str:
+    """Return the worked answer to a problem.
+
+    Each line takes the sum so far from the end of the line before, so that what is copied is never
+    far, and adds tens and ones apart: few words, but steps that a small base can take.
+
+    Args:
+        animals: animal -> how many there are.
+        legs: animal -> legs of one.
+    """
+    lines, total = [], 0
+    for animal, number in animals.items():
+        count = number * legs[animal]
+        plural = "s" if number > 1 else ""
+        product = f"{number} {animal}{plural}: {number} * {legs[animal]} = {count}"
+        lines.append(f"{product}, and {_add(total, count)}.")
+        total += count
+    lines.append(f"Therefore, the final answer is {total}.")
+    return "\n".join(lines)
+
+
+def _add(total: int, count: int) -> str:
+    ones = count % 10
+    tens = count - ones
+    if not (total and tens and ones):
+        return f"{total} + {count} = {total + count}"
+    return f"{total} + {tens} = {total + tens}, {total + tens} + {ones} = {total + count}"
 
 
 def prepare_corpus(path: Path, num_samples: int) -> None:
