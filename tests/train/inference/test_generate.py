@@ -11,6 +11,8 @@ from support.tiny_carryons import make_tiny_carryon
 from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError
 from carryon.train.config import GenerateSettings
+from carryon.train.inference import generate
+from carryon.train.inference.generate import generate_rows
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.serialization import save_carryon
 
@@ -169,3 +171,28 @@ def test_what_the_base_recommends_does_not_change_greedy_text(model: CarryOnForC
 
     assert model.answer("the an", settings=settings) == expected
     assert model.generation_config is recommended
+
+
+@pytest.mark.parametrize("carryons", [None, "default"])
+def test_rows_that_end_leave_the_batch_and_change_no_answer(
+    model: CarryOnForCausalLM, monkeypatch: pytest.MonkeyPatch, carryons: str | None
+) -> None:
+    rows = [model.tokenizer(f"{word} is")["input_ids"] for word in ("this", "a longer one", "x")]
+    settings = GenerateSettings(max_new_tokens=20)
+    named: dict[str, Any] = {} if carryons is None else {"carryons": [carryons] * len(rows)}
+    output = model.generate(torch.tensor([rows[0]]), do_sample=False, max_new_tokens=6)
+    # A token of the first answer that ends it, and others where they have it.
+    monkeypatch.setattr(model.generation_config, "eos_token_id", int(output[0, -1]))
+    monkeypatch.setattr(generate, "STAGE_TOKENS", 1000)
+    whole = generate_rows(model, rows, settings=settings, **named)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr(generate, "STAGE_TOKENS", 3)
+    staged = generate_rows(model, rows, settings=settings, **named)
+    assert staged == whole
+    assert whole[0].num_tokens <= 6
+    assert not whole[0].is_cut
+    assert sizes[0] == len(rows)
+    assert sizes[-1] < len(rows)
