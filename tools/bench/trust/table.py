@@ -22,7 +22,8 @@ RUN_OPTIONS = f"{_SHAPE} --epochs 2 --learning-rate 0.01 --device cpu"
 TIMES = {"tokens_per_second", "targets_per_second", "data_wait_ratio", "elapsed_s", "sha256"}
 """Entries of a line of metrics.jsonl that differ from run to run."""
 _REPORTS = ("result.json", "sweep.json", "lineage.json")
-_PASSING = TIMES | {"train_s", "out", "carryon", "files", "stores"}
+_PASSING = TIMES | {"train_s", "evaluate_s", "last_evaluate_s"}
+_PASSING |= {"out", "carryon", "files", "stores"}
 """Entries of reports that differ from run to run."""
 
 
