@@ -111,7 +111,7 @@ def _generate(
     Rows that have ended leave the batch every STAGE_TOKENS: most answers are far shorter than the
     longest one. All stay to the end where their carry-ons or other settings may differ by row.
     """
-    generation = dict(generation)
+    generation = {name: value for name, value in generation.items() if value is not None}
     names, alpha = generation.pop("carryons", None), generation.pop("alpha", None)
     is_staged = (
         not generation
@@ -145,12 +145,19 @@ def _generate(
                 new[row] += made[:stop]
                 going -= {row} if stop else set()
         mask = nn.functional.pad(mask, (0, tokens.shape[1] - length), value=1)
-        if len(going) < len(batch) and isinstance(cache, Cache):
+        if len(going) < len(batch) and _can_select(cache):
             places = [place for place, row in enumerate(batch) if row in going]
             index = torch.tensor(places, dtype=torch.int64, device=model.device)
             tokens, mask, batch = tokens[index], mask[index], [batch[place] for place in places]
             cache.batch_select_indices(index)
     return new
+
+
+def _can_select(cache: Any) -> bool:  # noqa: ANN401
+    """Tell whether rows of a cache can be taken out; layers of linear attention cannot."""
+    return isinstance(cache, Cache) and all(
+        hasattr(layer, "batch_select_indices") for layer in cache.layers
+    )
 
 
 def _ends(config: Any) -> list[int]:  # noqa: ANN401
