@@ -95,16 +95,13 @@ def prepare_corpus(path: Path, num_samples: int) -> None:
     """Write the corpus to `path` as JSON lines, unless it is there.
 
     Raises:
-        InputError: the existing corpus has another number of problems.
+        InputError: the existing corpus has other problems or answers.
     """
+    content = "".join(json.dumps(record) + "\n" for record in make_corpus(num_samples)).encode()
     if not path.exists():
-        lines = [json.dumps(record) + "\n" for record in make_corpus(num_samples)]
-        write_file(path, "".join(lines).encode())
-    num_held_out = count_held_out(num_samples)
-    with path.open("rb") as file:
-        num_problems = sum(1 for _ in file)
-    if num_problems != num_samples + num_held_out:
+        write_file(path, content)
+    elif path.read_bytes() != content:
         raise InputError(
-            f"{path}: expected {num_samples} + {num_held_out} held-out problems, got "
-            f"{num_problems}. Fix: give the --samples of the first run, or another --out"
+            f"{path}: expected the {num_samples} + {count_held_out(num_samples)} problems of this "
+            "version, got others. Fix: give the --samples of the first run, or another --out"
         )

@@ -80,7 +80,17 @@ def test_another_number_of_samples_is_refused(
     prepare_corpus(tmp_path / "corpus.jsonl", 8)
     prepare_corpus(tmp_path / "corpus.jsonl", 8)
     assert main(["demo", "--out", str(tmp_path), "--samples", "9"]) == 2
-    assert "expected 9 + 8 held-out problems, got 16" in capsys.readouterr().err
+    assert "expected the 9 + 8 problems of this version, got others" in capsys.readouterr().err
+
+
+def test_answers_in_other_words_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_corpus(tmp_path / "corpus.jsonl", 8)
+    text = (tmp_path / "corpus.jsonl").read_text()
+    (tmp_path / "corpus.jsonl").write_text(text.replace("Therefore, the", "So the"))
+    assert main(["demo", "--out", str(tmp_path), "--samples", "8"]) == 2
+    assert "got others. Fix: give the --samples" in capsys.readouterr().err
 
 
 def test_a_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
