@@ -114,17 +114,18 @@ def answer_command(root: Path, question: str) -> list[str]:
 
 
 def question_won(answers: Path) -> str:
-    """Return the shortest question that the carry-on answers right and the base wrong, if any."""
+    """Return the shortest question that the carry-on answers right and the base wrong, if any.
+
+    A question that only one of them has answered, in a run that was stopped, is passed over.
+    """
     with answers.open(encoding="utf-8") as lines:
         given = [json.loads(line) for line in lines][1:]  # behind the settings
-    right = {(each["question"], each["arm"]): each["is_right"] for each in given}
-    questions: list[str] = list(dict.fromkeys(each["question"] for each in given))
-    won = [
-        question
-        for question in questions
-        if right[question, "carryon"] and not right[question, "base"]
-    ]
-    return min(won or questions, key=len)
+    right: dict[str, dict[str, bool]] = {}
+    for each in given:
+        right.setdefault(each["question"], {})[each["arm"]] = each["is_right"]
+    both = [question for question, arms in right.items() if {"base", "carryon"} <= arms.keys()]
+    won = [each for each in both if right[each]["carryon"] and not right[each]["base"]]
+    return min(won or both, key=len)
 
 
 def summary(root: Path, results: dict[str, Any], seconds: dict[str, float]) -> str:

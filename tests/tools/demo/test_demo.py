@@ -65,6 +65,7 @@ def test_the_question_shown_is_one_that_the_carryon_won(tmp_path: Path) -> None:
     for question, rights in verdicts.items():
         for arm, is_right in zip(("base", "carryon"), rights, strict=True):
             lines.append({"question": question, "arm": arm, "is_right": is_right})
+    lines.append({"question": "?", "arm": "base", "is_right": False})  # stopped, fewer now
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert question_won(tmp_path / "answers.jsonl") == "won"
 
