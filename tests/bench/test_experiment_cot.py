@@ -12,7 +12,7 @@ import torch
 from support.tiny_bases import make_tiny_base
 
 from carryon.cache.base.model import load_base
-from carryon.cache.errors import InputError
+from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
@@ -332,6 +332,24 @@ def test_a_report_shows_all_rows(tmp_path: Path) -> None:
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     document = json.loads((tmp_path / "table.json").read_text())
     assert document["rows"][1]["clock_s"] == pytest.approx(107.4)
+
+
+def test_answers_other_than_those_that_were_counted_are_one_line(tmp_path: Path) -> None:
+    path, counted = tmp_path / "answers.jsonl", {"base": {"problems": 2, "right": 1.0}}
+    lines = [{"format": 1}]
+    lines += [{"arm": "base", "id": f"p{at}", "is_right": at == 1} for at in range(2)]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    path.write_text(text)
+    read = experiment.read_verdicts(path, counted)
+    assert read == {"base": verdicts("01")}
+    others = ["", text[:-9], text.replace("p1", "p0"), text.replace("true", "false"), "[]\n[]\n"]
+    for other in others:
+        path.write_text(other)
+        with pytest.raises(DamagedFileError, match="expected the answers that were scored"):
+            experiment.read_verdicts(path, counted)
+    path.unlink()
+    with pytest.raises(DamagedFileError, match=r"Fix: remove it, and .*score-\*\.json"):
+        experiment.read_verdicts(path, counted)
 
 
 # A run

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from carryon.cache.errors import InputError
+from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.documents import parse_json
 from carryon.cache.lock import folder_lock
 from carryon.cache.settings import ForwardSettings
@@ -158,42 +158,55 @@ def _run_task(recipe: Recipe, plan: TaskPlan) -> list[Row]:
         step.result: run_step(step.result, step.argv, files={}, program=_program(step))
         for step in plan.steps()
     }
-    scores = [done[step.result].result for step in plan.scores.values()]
-    names = {
-        label: [str(score[0]["arms"][at]["arm"]) for score in scores]
-        for at, label in enumerate(plan.labels)
-    }
-    cuts = {
-        label: mean(score[0]["arms"][at]["cut"] for score in scores)
-        for at, label in enumerate(plan.labels)
-    }
-    verdicts = _read_verdicts(plan.answers)
+    scores = [done[step.result].result[0]["arms"] for step in plan.scores.values()]
+    by_label = {label: [arms[at] for arms in scores] for at, label in enumerate(plan.labels)}
+    counted = {str(each["arm"]): each for arms in scores for each in arms}
+    verdicts = read_verdicts(plan.answers, counted)
     return make_rows(
         recipe.name,
         {
-            label: [verdicts[arm] for arm in dict.fromkeys(arms)]  # the base answers once
-            for label, arms in names.items()
+            label: [verdicts[arm] for arm in dict.fromkeys(str(each["arm"]) for each in arms)]
+            for label, arms in by_label.items()  # the base answers once
         },
-        cuts=cuts,
+        cuts={label: mean(each["cut"] for each in arms) for label, arms in by_label.items()},
         costs=_costs(plan, done),
     )
 
 
-def _read_verdicts(path: Path) -> dict[str, Verdicts]:
-    """Return the verdicts in a file of answers: arm -> problem -> whether it is right."""
+def read_verdicts(path: Path, counted: Mapping[str, Mapping[str, Any]]) -> dict[str, Verdicts]:
+    """Return the verdicts in a file of answers: arm -> problem -> whether it is right.
+
+    Args:
+        path: of the answers.
+        counted: arm -> its counts in the result of a score, which the file has to confirm.
+
+    Raises:
+        DamagedFileError: the file is not that of the scores.
+    """
     verdicts: dict[str, dict[str, bool]] = {}
-    with path.open("rb") as file:
-        next(file)  # the settings
-        for line in file:
-            answer = parse_json(line)
-            verdicts.setdefault(answer["arm"], {})[answer["id"]] = answer["is_right"]
+    try:
+        with path.open("rb") as file:
+            for line in list(file)[1:]:  # behind the settings
+                answer = parse_json(line)
+                verdicts.setdefault(answer["arm"], {})[answer["id"]] = answer["is_right"]
+        for arm, score in counted.items():
+            own = verdicts[arm]
+            if (len(own), sum(own.values())) != (score["problems"], score["right"]):
+                raise ValueError(f"{arm}: another count")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(
+            f"{path}: expected the answers that were scored, got others. Fix: remove it, and "
+            f"{path.parent / 'seed-*' / 'score-*.json'}, to answer again"
+        ) from error
     return dict(verdicts)
 
 
 def _costs(plan: TaskPlan, done: Mapping[Path, Step]) -> dict[str, Costs]:
     """Return what each trained arm took, and the loss of the base."""
+    from carryon.tools.bench.accuracy.lora import extraction_seconds
+
     store = Store.open(Path(plan.extract.argv[plan.extract.argv.index("--out") + 1]))
-    extract_s = sum(store.receipt(unit).elapsed_s for unit in range(store.num_units))
+    extract_s = extraction_seconds(store)
     by_label: dict[str, list[dict[str, Any]]] = {}
     for (_, label), step in plan.models.items():
         by_label.setdefault(label, []).append(done[step.result].result)
