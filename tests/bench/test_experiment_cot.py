@@ -81,6 +81,19 @@ def test_chains_are_right_and_end_in_plain_words(task: str) -> None:
         assert "####" not in text
 
 
+def test_legs_are_added_line_by_line() -> None:
+    animals = {"human": 1, "ant": 3, "woodlouse": 2}
+    problem = Problem(
+        id="p", question="", answer="", rule=parse_rule("end"), metadata={"animals": animals}
+    )
+    assert chains.write_chain(problem, task="leg_counting").splitlines() == [
+        "1 human: 1 * 2 = 2, and 0 + 2 = 2.",
+        "3 ants: 3 * 6 = 18, and 2 + 10 = 12, 12 + 8 = 20.",
+        "2 woodlouses: 2 * 14 = 28, and 20 + 20 = 40, 40 + 8 = 48.",
+        "Therefore, the final answer is 48.",
+    ]
+
+
 def test_a_corpus_has_no_question_of_the_test(tmp_path: Path) -> None:
     # One digit: many questions are equal, within training and between training and test
     task = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"

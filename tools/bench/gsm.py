@@ -7,14 +7,12 @@ than the one they computed.
 """
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
-from carryon.cache.corpus.records import refuse_shared_texts
 from carryon.cache.optional import require
+from carryon.tools.bench.accuracy.chains import in_plain_words
+from carryon.tools.demo.corpus import make_halves
 
-TRAINING_SEED = 1
-HELD_OUT_SEED = 1_000_001
 REQUEST = " Give the result as your final answer. Do not include units."
 """End of every question; removed, since the worked answers do neither."""
 
@@ -32,15 +30,7 @@ def make_corpus(num_samples: int) -> list[dict[str, Any]]:
     Raises:
         MissingExtraError: the package reasoning-gym is not installed.
     """
-    num_held_out = count_held_out(num_samples)
-    train = list(_make_records("train", TRAINING_SEED, num_samples))
-    # The generator has 100 templates: a few problems are equal however far apart the seeds are.
-    questions = {record["messages"][0]["content"] for record in train}
-    spare = _make_records("held-out", HELD_OUT_SEED, 2 * num_held_out)
-    others = (record for record in spare if record["messages"][0]["content"] not in questions)
-    held_out = list(islice(others, num_held_out))
-    refuse_shared_texts(train, held_out)
-    return train + held_out
+    return make_halves(_make_records, num_samples, count_held_out(num_samples))
 
 
 def _make_records(split: str, seed: int, size: int) -> Iterator[dict[str, Any]]:
@@ -48,11 +38,6 @@ def _make_records(split: str, seed: int, size: int) -> Iterator[dict[str, Any]]:
     for index, problem in enumerate(gym.create_dataset("gsm_symbolic", size=size, seed=seed)):
         messages = [
             {"role": "user", "content": problem["question"].removesuffix(REQUEST)},
-            {"role": "assistant", "content": _in_plain_words(problem["metadata"]["answer_cot"])},
+            {"role": "assistant", "content": in_plain_words(problem["metadata"]["answer_cot"])},
         ]
         yield {"id": f"{split}-{index}", "messages": messages, "split": split}
-
-
-def _in_plain_words(answer: str) -> str:
-    work, _, result = answer.partition("\n#### ")
-    return f"{work}\nTherefore, the final answer is {result}."

@@ -6,7 +6,7 @@ problem. Nothing is downloaded.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ TRAINING_SEED = 1
 HELD_OUT_SEED = 1_000_001
 SCORED_SEED = 2_000_001
 """Of the problems that are answered in the end: they are in no half of the corpus."""
+ENDING = "Therefore, the final answer is {}."
+"""Last line of a worked answer."""
 
 
 def count_held_out(num_samples: int) -> int:
@@ -38,12 +40,35 @@ def make_corpus(num_samples: int) -> list[dict[str, Any]]:
     Raises:
         MissingExtraError: the package reasoning-gym is not installed.
     """
-    num_held_out = count_held_out(num_samples)
-    train = list(_make_records("train", TRAINING_SEED, num_samples))
+    return make_halves(_make_records, num_samples, count_held_out(num_samples))
+
+
+def make_halves(
+    make_records: Callable[[str, int, int], Iterator[dict[str, Any]]],
+    num_samples: int,
+    num_held_out: int,
+) -> list[dict[str, Any]]:
+    """Return training records, then held-out ones with other questions.
+
+    Args:
+        make_records: called with the split, a seed of the generator and a number of problems.
+        num_samples: training problems.
+        num_held_out: held-out problems.
+
+    Raises:
+        InputError: most held-out problems repeat a training problem.
+    """
+    train = list(make_records("train", TRAINING_SEED, num_samples))
+    # Generators draw a few problems twice, however far apart the seeds are.
     questions = {record["messages"][0]["content"] for record in train}
-    spare = _make_records("held-out", HELD_OUT_SEED, 2 * num_held_out)
+    spare = make_records("held-out", HELD_OUT_SEED, 2 * num_held_out)
     others = (record for record in spare if record["messages"][0]["content"] not in questions)
     held_out = list(islice(others, num_held_out))
+    if len(held_out) < num_held_out:
+        raise InputError(
+            f"corpus: expected {num_held_out} held-out problems whose question no training problem "
+            f"has, got {len(held_out)}. Fix: fewer training problems"
+        )
     refuse_shared_texts(train, held_out)
     return train + held_out
 
@@ -79,7 +104,7 @@ def work_out(animals: dict[str, int], legs: dict[str, int]) -> str:
         product = f"{number} {animal}{plural}: {number} * {legs[animal]} = {count}"
         lines.append(f"{product}, and {_add(total, count)}.")
         total += count
-    lines.append(f"Therefore, the final answer is {total}.")
+    lines.append(ENDING.format(total))
     return "\n".join(lines)
 
 

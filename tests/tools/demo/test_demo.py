@@ -1,6 +1,7 @@
 """The demo: its parts, and all of it on the real base."""
 
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from carryon.cache.base.hooks import base_logits, capture
 from carryon.cache.base.lm_head import widen
 from carryon.cache.base.model import load_base
+from carryon.cache.errors import InputError
 from carryon.cache.format.probe import channel_relative_error
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
@@ -23,6 +25,7 @@ from carryon.tools.demo.corpus import (
     TRAINING_SEED,
     count_held_out,
     make_corpus,
+    make_halves,
     prepare_corpus,
     work_out,
 )
@@ -46,6 +49,18 @@ def test_no_held_out_problem_is_trained_on() -> None:
     assert halves["train"].isdisjoint(halves["held-out"])
     seeds = [TRAINING_SEED, HELD_OUT_SEED, SCORED_SEED]
     assert min(later - seed for seed, later in pairwise(seeds)) >= 1_000_000
+
+
+def test_too_few_held_out_problems_are_refused() -> None:
+    def make(split: str, seed: int, size: int) -> Iterator[dict[str, Any]]:
+        for number in range(size):
+            question = {"role": "user", "content": f"question {number}"}
+            answer = {"role": "assistant", "content": "yes"}
+            yield {"id": f"{split}-{number}", "split": split, "messages": [question, answer]}
+
+    assert [record["id"] for record in make_halves(make, 1, 1)] == ["train-0", "held-out-1"]
+    with pytest.raises(InputError, match="expected 4 held-out problems .* got 3. Fix: fewer"):
+        make_halves(make, 5, 4)
 
 
 def test_an_answer_is_worked_out_in_plain_words() -> None:

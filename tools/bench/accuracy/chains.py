@@ -6,13 +6,13 @@ the one they have computed.
 
 import ast
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 from carryon.cache.errors import InputError
 from carryon.cache.optional import require
+from carryon.tools.demo.corpus import ENDING
+from carryon.tools.demo.corpus import work_out as count_animals
 from carryon.train.inference.scoring.problems import Problem
 
-ENDING = "Therefore, the final answer is {}."
 _MARKER = "\n#### "
 _Operators = dict[type[ast.operator], tuple[str, Callable[[int, int], int]]]
 _OPERATORS: _Operators = {
@@ -39,21 +39,11 @@ def write_chain(problem: Problem, *, task: str) -> str:
 
 
 def count_legs(problem: Problem) -> str:
-    """Return the legs of each kind of animal, line by line, then their running sums."""
+    """Return the legs of each kind of animal with the sum so far, a line each, as in the demo."""
     require("reasoning_gym", extra="demo", purpose="the corpus of leg_counting")
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-    lines, counts = list[str](), list[int]()
-    for animal, number in problem.metadata["animals"].items():
-        counts.append(number * ANIMALS[animal])
-        named = f"{number} {animal}{'s' if number > 1 else ''}"
-        lines.append(f"{named}: {number} * {ANIMALS[animal]} = {counts[-1]} legs.")
-    sums = list(accumulate(counts))
-    steps = [
-        f"{before} + {more} = {after}."
-        for before, more, after in zip(sums, counts[1:], sums[1:], strict=False)
-    ]
-    return _join([*lines, *steps], sums[-1])
+    return count_animals(problem.metadata["animals"], ANIMALS)
 
 
 def work_out(problem: Problem) -> str:
@@ -65,7 +55,12 @@ def work_out(problem: Problem) -> str:
 
 def reword(problem: Problem) -> str:
     """Return the generator's own chain with its last line in plain words."""
-    work, _, result = problem.metadata["answer_cot"].rpartition(_MARKER)
+    return in_plain_words(problem.metadata["answer_cot"])
+
+
+def in_plain_words(chain: str) -> str:
+    """Return a chain that ends with a number behind the marker, with a sentence for its end."""
+    work, _, result = chain.rpartition(_MARKER)
     return _join([work], result)
 
 
