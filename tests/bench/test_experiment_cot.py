@@ -297,6 +297,17 @@ def test_lora_is_saved_as_it_was_trained(base_folder: Path, store: Path, tmp_pat
         train_lora(base="none", store=str(store), out="none", forward=CPU)
 
 
+def test_too_short_a_clock_for_lora_is_told(
+    base_folder: Path, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = train_lora(
+        base=str(base_folder), store=str(store), out=str(tmp_path / "lora"), seconds=1e-6,
+        sampled_softmax=0, forward=CPU,
+    )  # fmt: skip
+    assert result["steps"] == 1
+    assert "LoRA: expected 20 steps or more, got 1 in 0 s: it has learned little" in caplog.text
+
+
 # Counts
 
 

@@ -4,6 +4,7 @@ It trains on the samples of the carry-on's store, token by token the same, throu
 `carryon compare`, where LoRA is at its fastest. The result is an adapter for PEFT.
 """
 
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -37,7 +38,11 @@ from carryon.train.optim.lr_schedule import learning_rate as rate_at
 from carryon.train.optim.optimizer import build_optimizer
 from carryon.train.trainer.finish import read_finished
 
+logger = logging.getLogger(__name__)
+
 _PARTS = 1000  # of the budget, as steps of the schedule
+_FEW_STEPS = 20
+"""In fewer the warm-up is less than a step."""
 _EVALUATED_TOGETHER = 4
 ADAPTER = "adapter_model.safetensors"
 
@@ -149,6 +154,11 @@ def _train(
             tokens += sum(len(samples[index].tokens) for index in chosen.tolist())
             progress.note = f"loss {loss:.3f}"
             progress.update(int(clock_s) - int(clock_s - took[-1]))
+    if len(took) < _FEW_STEPS:
+        logger.warning(
+            f"LoRA: expected {_FEW_STEPS} steps or more, got {len(took)} in {budget_s:,.0f} s: it "
+            "has learned little, so its figures say little. Fix: more --samples or --epochs"
+        )
     return {"train_s": clock_s, "tokens": tokens, "steps": len(took), "epochs": epoch + 1}
 
 
