@@ -426,6 +426,10 @@ def test_a_task_is_taught_counted_and_resumed(
         right = [each["is_right"] for each in answers if each["arm"] == arm]
         assert figure["right"] == [sum(right)]
     assert figures[-1]["clock_s"] >= 0.5 * figures[3]["clock_s"]  # LoRA's, and the first kind's
+    costs = [figure["costs"] for figure in figures]
+    assert costs[3]["extract_s"] == costs[4]["extract_s"] > 0.0 == costs[5]["extract_s"]
+    counted = json.loads((folder / "seed-0" / f"{expected[-1]}.json").read_text())["result"][0]
+    assert [figure["cut"] for figure in figures] == [arm["cut"] for arm in counted["arms"]]
 
     assert main(argv_of(base_folder, "--seeds", "0", "1")) == 0
     assert done[6:] == [f"{name}.json" for name in expected[2:]]  # of the other seed
