@@ -106,6 +106,22 @@ def test_a_corpus_has_no_question_of_the_test(tmp_path: Path) -> None:
     assert tested & {problem.question for problem in read_problems(task, num=150, seed=1)}
 
 
+def test_wrong_chains_are_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(problem: Problem) -> str:
+        return chains.work_out(problem) if problem.id.endswith("2") else "It is 1,000,001."
+
+    monkeypatch.setitem(chains.WRITERS, "chain_sum", write)
+    out = tmp_path / "c.jsonl"
+    counts = make_corpus(task="chain_sum", out=str(out), samples=20, test_num=1)
+    assert (counts["kept"], counts["wrong"]) == (2, 18)
+    assert all(each["sampled"]["problem"].endswith("2") for each in read_lines(out))
+    monkeypatch.setitem(chains.WRITERS, "chain_sum", lambda _: "It is 1,000,001.")
+    with pytest.raises(InputError, match="chain is right .* got none of 20"):
+        make_corpus(task="chain_sum", out=str(out), samples=20, test_num=1)
+
+
 def test_templates_of_the_test_are_in_no_training_text(tmp_path: Path) -> None:
     corpus, test = tmp_path / "corpus.jsonl", tmp_path / "test.jsonl"
     make_corpus(task="gsm_symbolic", out=str(corpus), samples=80, test_num=20, test_out=str(test))
