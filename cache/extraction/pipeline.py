@@ -189,6 +189,12 @@ def _begin(plan: ExtractionPlan, max_disk_bytes: int | None) -> Manifest:
 def _resume(plan: ExtractionPlan, *, append: bool) -> Manifest:
     """Check that the existing store is of this plan, or append the plan to it."""
     root, old, new = plan.root, read_manifest(plan.root), plan.manifest
+    if old.alignment:
+        raise InputError(
+            f"{root}: expected a store of its own, got one that is aligned to the store "
+            f"{old.alignment['anchor'][:12]}. Fix: give its --align-to, without --append, or "
+            "another --out"
+        )
     refuse_other_settings(old, new, name=str(root))
     [part] = new.parts
     if not append:

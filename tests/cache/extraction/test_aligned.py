@@ -198,6 +198,24 @@ def test_an_aligned_store_says_so_and_is_not_trained_alone(
         align(other, tmp_path / "b", tmp_path / "c")
 
 
+def test_an_aligned_store_is_not_appended_to(anchor: Path, other: Base, tmp_path: Path) -> None:
+    align(other, anchor, tmp_path / "b")
+    before = (tmp_path / "b" / "zarr.json").read_bytes()
+    data = write([{"id": "new", "text": "more"}], tmp_path / "new")
+    for append in (True, False):
+        with pytest.raises(InputError, match="expected a store of its own, got one that is align"):
+            extract(
+                base=other,
+                data=data,
+                out=tmp_path / "b",
+                store=SETTINGS,
+                forward=FORWARD,
+                append=append,
+            )
+    assert (tmp_path / "b" / "zarr.json").read_bytes() == before
+    assert verify(tmp_path / "b", depth="full").is_complete
+
+
 def test_other_data_are_refused_by_name(anchor: Path, other: Base, tmp_path: Path) -> None:
     changed = [{**ROWS[0], "text": ROWS[0]["text"].replace("width", "depth")}, *ROWS[1:]]
     with pytest.raises(InputError, match="sample 'code': expected the text that"):
