@@ -22,7 +22,7 @@ from carryon.cache.base.model import Base
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.extraction.aligned_forward import compute_aligned_states
 from carryon.cache.extraction.packing import plan_batches
-from carryon.cache.format.alignment import read_alignment, read_num_nodes
+from carryon.cache.format.alignment import read_num_nodes, read_trees
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
 from carryon.cache.format.zarr_metadata import (
@@ -101,9 +101,16 @@ def run_units(
                 "progress": progress,
             }
             if manifest.alignment:
-                trees = read_alignment(root, manifest, unit)
                 stop = unit_input.first_sample + len(unit_input.lengths)
                 sizes = num_nodes[unit_input.first_sample : stop]
+                trees = read_trees(
+                    root,
+                    manifest,
+                    unit,
+                    num_nodes=sizes,
+                    starts=unit_input.starts,
+                    lengths=unit_input.lengths,
+                )
                 hidden = compute_aligned_states(base, manifest.taps, trees, sizes, **how)
             else:
                 hidden = compute_states(base, manifest.taps, unit_input, **how)

@@ -94,6 +94,9 @@ def read_alignment(root: Path, manifest: Manifest, unit: int) -> UnitAlignment:
     for name in _NODES:
         read = read_array(root, f"aligned/{name}", first=unit, stop=unit + 1, digests=digests)
         values[name] = read.reshape(-1)
+    shapes = {name: values[name].shape for name in _ROWS}
+    if set(shapes.values()) != {(rows,)} or len(values["tokens"]) != len(values["parents"]):
+        raise _damaged(root, unit, f"arrays of {rows} rows, and as many tokens as parents")
     count = int(np.count_nonzero(values["parents"] != _UNUSED))
     found = UnitAlignment(
         **{name: value[:count] if name in _NODES else value for name, value in values.items()}
@@ -108,22 +111,64 @@ def read_alignment(root: Path, manifest: Manifest, unit: int) -> UnitAlignment:
         and ((found.tokens >= 0) & (found.tokens < manifest.head["vocab_size"])).all()
     )
     if not is_sound:
-        raise DamagedStoreError(
-            f"{root}: aligned: unit {unit}: expected nodes of its {count} tokens, got others",
-            fix="extract into another folder",
-        )
+        raise _damaged(root, unit, f"nodes of its {count} tokens")
     return found
+
+
+def read_trees(
+    root: Path,
+    manifest: Manifest,
+    unit: int,
+    *,
+    num_nodes: NDArray[np.int32],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+) -> UnitAlignment:
+    """Read the alignment of a unit, and check that each sample sees its own tree only.
+
+    Args:
+        root: of the store.
+        manifest: of the store.
+        unit: number.
+        num_nodes: [s] nodes of each sample of the unit.
+        starts: [s] first row of each within the unit.
+        lengths: [s] rows of each.
+
+    Raises:
+        DamagedStoreError: as `read_alignment`, or a path leaves its tree, or there are more or
+            fewer nodes.
+    """
+    alignment = read_alignment(root, manifest, unit)
+    stops = np.cumsum(num_nodes, dtype=np.int64)
+    if int(num_nodes.sum(dtype=np.int64)) != len(alignment.tokens):
+        raise _damaged(root, unit, "as many nodes as its samples have")
+    firsts = stops - num_nodes
+    is_inside = (alignment.parents == -1) | (alignment.parents >= np.repeat(firsts, num_nodes))
+    low, high = (np.zeros(len(alignment.exact), dtype=np.int64) for _ in range(2))
+    for first, stop, start, length in zip(firsts, stops, starts, lengths, strict=True):
+        low[start : start + length], high[start : start + length] = first, stop
+    is_own = [(x == -1) | ((x >= low) & (x < high)) for x in (alignment.exact, alignment.stable)]
+    if not is_inside.all() or not all(each.all() for each in is_own):
+        raise _damaged(root, unit, "nodes of each sample's own tree")
+    return alignment
 
 
 def read_num_nodes(root: Path, manifest: Manifest) -> NDArray[np.int32]:
     """Return, [S], the nodes of each sample."""
     found: NDArray[np.int32] = read_array(root, "aligned/num_nodes", digests=manifest.files)
-    if len(found) != manifest.num_samples or (found < 0).any():
+    if found.shape != (manifest.num_samples,) or (found < 0).any():
         raise DamagedStoreError(
             f"{root}: aligned: expected nodes of {manifest.num_samples} samples",
             fix="extract into another folder",
         )
     return found
+
+
+def _damaged(root: Path, unit: int, expected: str) -> DamagedStoreError:
+    return DamagedStoreError(
+        f"{root}: aligned: unit {unit}: expected {expected}, got others",
+        fix="extract into another folder",
+    )
 
 
 def _encode(

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from carryon.cache.errors import CarryOnError, DamagedStoreError, StoreError, UnsafePathError
 from carryon.cache.files.regular import names_below, open_file_below, read_below, stat_below
+from carryon.cache.format.alignment import read_num_nodes, read_trees
 from carryon.cache.format.arrays import read_chunk, unit_array_info
 from carryon.cache.format.codec import decode_chunk, shard_index
 from carryon.cache.format.manifest import (
@@ -42,7 +44,7 @@ from carryon.cache.format.zarr_metadata import (
 from carryon.cache.progress import track
 from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_reader import check_finite, decode_shard
-from carryon.cache.store.shard_writer import UnitInputs
+from carryon.cache.store.shard_writer import UnitInput, UnitInputs
 
 Depth = Literal["quick", "sample", "full"]
 
@@ -277,6 +279,9 @@ class _Walk:
         try:
             store.check_tables()
             inputs = UnitInputs(self.root, self.manifest)
+            num_nodes = (
+                read_num_nodes(self.root, self.manifest) if self.manifest.alignment else None
+            )
         except CarryOnError as error:
             self.note("samples", None, error)
             return
@@ -289,6 +294,23 @@ class _Walk:
                 continue
             if (found.sha256, found.num_tokens) != (receipt.input_sha256, receipt.num_tokens):
                 self.note(receipt_path(unit), unit, "the receipt is for other tokens or samples")
+            if num_nodes is not None:
+                self._check_trees(found, num_nodes)
+
+    def _check_trees(self, unit: UnitInput, num_nodes: NDArray[np.int32]) -> None:
+        """Check the trees of an aligned store: every file can be as written, and point nowhere."""
+        sizes = num_nodes[unit.first_sample : unit.first_sample + len(unit.lengths)]
+        try:
+            read_trees(
+                self.root,
+                self.manifest,
+                unit.unit,
+                num_nodes=sizes,
+                starts=unit.starts,
+                lengths=unit.lengths,
+            )
+        except DamagedStoreError as error:
+            self.note("samples", None, error)
 
     def _where(self, path: str, unit: int, content: bytes) -> str:
         """Say which chunk of a changed file is damaged."""

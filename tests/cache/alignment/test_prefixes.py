@@ -59,6 +59,23 @@ def test_stable_tokens_stay_whatever_follows(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_nothing_within_a_begun_added_token_is_stable(kind: str) -> None:
+    encoder = Encoder(make_tokenizer(kind))
+    tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name=kind))
+    name = "<|im_start|>"
+    for before in ("say ", "x", ""):
+        for length in range(1, len(name)):
+            known = before + name[:length]
+            facts = []
+            for text in (before + name + "x", known + " y", known):
+                made = tokenizer.tokenize(text, [len(known), len(text)], is_next=False)
+                prefix = made.found[made.ends.index(len(known))]
+                facts.append((made.tokens[: prefix.num_stable].tolist(), prefix.stable_end))
+            assert facts[0] == facts[1] == facts[2], (known, facts)
+            assert facts[0][1] <= len(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_most_stable_boundaries_are_near_the_end(kind: str) -> None:
     encoder = Encoder(make_tokenizer(kind))
     tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name=kind))

@@ -10,6 +10,7 @@ from carryon.cache.alignment.records import AlignedSample, Aligner, BaseTexts, p
 from carryon.cache.alignment.tree import visible
 from carryon.cache.corpus.records import read_record
 from carryon.cache.corpus.rows import Row
+from carryon.cache.corpus.vocabulary.token_bytes import token_bytes
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings
 
@@ -84,6 +85,31 @@ def test_a_text_is_seen_up_to_the_end_of_each_token(anchor: str, other: str) -> 
         if is_whole and row + 1 < len(made.sample.tokens):
             assert 0 <= covered <= len(text[:end].encode())
     assert not made.tree.is_whole.all() or anchor == "gemma" or anchor == "metaspace"
+
+
+@pytest.mark.parametrize(("anchor", "other"), PAIRS[:2])
+def test_covered_bytes_are_those_between_the_stable_token_and_the_last_known_byte(
+    anchor: str, other: str
+) -> None:
+    aligner = make_aligner(anchor, other)
+    own, others = (
+        token_bytes(make_tokenizer(kind, vocab_size=size))
+        for kind, size in ((anchor, 300), (other, 500))
+    )
+    text = TEXTS[0] + TEXTS[3].replace("\u0308", "") + "\U0001f600\u4f60x"
+    [made] = align(aligner, {"text": text})
+    known, num_begun = b"", 0
+    for row, token in enumerate(made.sample.tokens.tolist()):
+        known += own[token] or b""
+        exact, stable, covered, is_whole = seen_at(made, row)
+        spelled, ended = (b"".join(others[x] or b"" for x in each) for each in (exact, stable))
+        whole = known.decode(errors="ignore").encode()
+        assert spelled == whole
+        assert is_whole == (whole == known)
+        assert len(ended) + covered == len(known)
+        num_begun += not is_whole
+    assert known == text.encode()
+    assert num_begun > 2
 
 
 @pytest.mark.parametrize(("anchor", "other"), PAIRS)

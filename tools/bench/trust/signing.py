@@ -38,6 +38,8 @@ def sign_manifest(root: Path, change: Change) -> None:
             for part in values["parts"]
         ]
         content = {name: values[name] for name in (*_CONTENT, *_NAMES)}
+        if values.get("alignment"):
+            content["alignment"] = values["alignment"]
         values["fingerprint"] = digest_of(content | {"base": base, "parts": parts})
     except (KeyError, TypeError, AttributeError, ValueError):
         pass  # without a fingerprint of what is no manifest
