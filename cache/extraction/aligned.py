@@ -6,6 +6,7 @@ The plan is written first, then units one by one, as in any extraction; the same
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,16 @@ from carryon.cache.extraction.aligned_forward import check_tree_forward, tree_in
 from carryon.cache.extraction.aligned_plan import (
     Alignment,
     align_to_anchor,
+    keep_settings,
     open_anchor,
     refuse_other_alignment,
 )
 from carryon.cache.extraction.forward import ExtractReport, run_units
-from carryon.cache.extraction.layout_writer import array_documents, write_plan
+from carryon.cache.extraction.layout_writer import (
+    array_documents,
+    refuse_large_plan,
+    write_plan,
+)
 from carryon.cache.extraction.pilot import PILOT_TOKENS, PilotSample, make_probe, measure_profile
 from carryon.cache.extraction.plan import forward_facts, refuse_foreign_folder
 from carryon.cache.extraction.resume import refuse_other_data, refuse_other_settings
@@ -106,14 +112,11 @@ def plan_aligned(
         StoreBusyError: another process writes to the store.
     """
     root, forward = Path(out), forward or ForwardSettings()
+    corpus, store = corpus or CorpusSettings(), store or StoreSettings()
     refuse_foreign_folder(root)
     refuse_busy(root)
     anchor = open_anchor(align_to)
-    store = replace(
-        store or StoreSettings(),
-        unit_tokens=anchor.unit_tokens,
-        seed=anchor.manifest.settings.get("seed", 0),
-    )
+    store = keep_settings(anchor, corpus, store)
     loaded = base if isinstance(base, Base) else load_base(str(base), forward=forward)
     for tap in store.taps:
         parse_tap(tap, num_layers=loaded.identity.num_layers)
@@ -122,24 +125,11 @@ def plan_aligned(
         anchor,
         loaded,
         data,
-        corpus=corpus or CorpusSettings(),
+        corpus=corpus,
         data_settings=data_settings or DataSettings(),
         drop_missing=drop_missing,
     )
     head = read_head(loaded)
-    row_bytes = loaded.identity.width * STATE_TYPES[store.dtype].itemsize
-    manifest = Manifest(
-        base=loaded.identity.to_dict(),
-        forward=forward_facts(loaded),
-        corpus=anchor.manifest.corpus,
-        settings=store.to_dict(),
-        parts=anchor.manifest.parts,
-        width=loaded.identity.width,
-        rows_per_chunk=chunk_rows(row_bytes=row_bytes, unit_tokens=store.unit_tokens),
-        head=head_facts(head),
-        versions=library_versions(),
-        alignment=alignment.facts,
-    )
     return AlignedPlan(
         root=root,
         anchor=anchor,
@@ -147,7 +137,26 @@ def plan_aligned(
         head=head,
         alignment=alignment,
         batch_tokens=forward.batch_tokens,
-        manifest=manifest,
+        manifest=_manifest(anchor, loaded, head, alignment, store),
+    )
+
+
+def _manifest(
+    anchor: Store, base: Base, head: Head, alignment: Alignment, store: StoreSettings
+) -> Manifest:
+    width = base.identity.width
+    row_bytes = width * STATE_TYPES[store.dtype].itemsize
+    return Manifest(
+        base=base.identity.to_dict(),
+        forward=forward_facts(base),
+        corpus=anchor.manifest.corpus,
+        settings=store.to_dict(),
+        parts=anchor.manifest.parts,
+        width=width,
+        rows_per_chunk=chunk_rows(row_bytes=row_bytes, unit_tokens=store.unit_tokens),
+        head=head_facts(head),
+        versions=library_versions(),
+        alignment=alignment.facts,
     )
 
 
@@ -171,6 +180,7 @@ def run_aligned(plan: AlignedPlan, *, max_disk_bytes: int | None = None) -> Extr
     """Carry out a plan, or the missing rest of it.
 
     Raises:
+        InputError: the plan is larger than `max_disk_bytes`; nothing was written.
         SettingMismatchError: the store was made with other settings; nothing was changed.
         DiskFullError: finished units are kept; the same call resumes.
     """
@@ -191,7 +201,9 @@ def run_aligned(plan: AlignedPlan, *, max_disk_bytes: int | None = None) -> Extr
                 pilot, plan.head, taps=plan.manifest.taps, profile=settings["profile"]
             )
             manifest = replace(plan.manifest, profile_error=errors)
-            manifest = write_plan(root, manifest, _files(plan, manifest, make_probe(pilot)))
+            files = partial(_files, plan, manifest, make_probe(pilot))
+            refuse_large_plan(files(), max_disk_bytes, root=root)
+            manifest = write_plan(root, manifest, files())
         return run_units(
             root,
             manifest,

@@ -29,12 +29,14 @@ from carryon.cache.corpus.rows import BadRow, Data
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.format.alignment import UnitAlignment
-from carryon.cache.settings import CorpusSettings, DataSettings
+from carryon.cache.settings import CorpusSettings, DataSettings, StoreSettings
 from carryon.cache.store.reader import Store
 
 logger = logging.getLogger(__name__)
 
 _ROWS = ("tokens", "loss_mask", "char_end")
+_TEMPLATE = ("chat_template", "chat_template_kwargs", "template_date")
+"""Settings of a corpus that each base has its own of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -60,6 +62,29 @@ def open_anchor(path: str | Path) -> Store:
         InputError: it is itself aligned to another store.
     """
     return Store.open(path)
+
+
+def keep_settings(anchor: Store, corpus: CorpusSettings, store: StoreSettings) -> StoreSettings:
+    """Return the settings of an aligned store: units and seed are the anchor's.
+
+    Raises:
+        InputError: another value than the anchor's is given for what is the anchor's; the default
+            cannot be told from nothing.
+    """
+    recorded = {"seed": 0, **anchor.manifest.settings}
+    kept = {name: recorded[name] for name in ("unit_tokens", "seed")}
+    cuts = {name: value for name, value in corpus.to_dict().items() if name not in _TEMPLATE}
+    cuts |= {name: getattr(store, name) for name in kept}
+    defaults = {**StoreSettings().to_dict(), **CorpusSettings().to_dict()}
+    old = {**defaults, **anchor.manifest.corpus, **kept}
+    for name, value in cuts.items():
+        if value not in (defaults.get(name, 0), old[name]):
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option}: expected {old[name]!s:.40}, which {anchor.name} was made with, got "
+                f"{value}. Fix: leave out {option}, as samples and rows are the anchor's"
+            )
+    return replace(store, **kept)
 
 
 def align_to_anchor(
@@ -131,7 +156,7 @@ def _readings(anchor: Store, base: Base, corpus: CorpusSettings) -> tuple[BaseTe
     facts = read_facts(recorded_source(anchor.base, where=anchor.root))
     where = f"base {anchor.base['id']}"
     refuse_other_digests(
-        {"tokenizer_sha256": anchor.base["tokenizer_sha256"]},
+        {"tokenizer_sha256": anchor.base.get("tokenizer_sha256")},
         {"tokenizer_sha256": digest_tokenizer(facts.tokenizer)},
         where=where,
     )
@@ -153,9 +178,6 @@ def _readings(anchor: Store, base: Base, corpus: CorpusSettings) -> tuple[BaseTe
             )
         )
     return readings[0], readings[1]
-
-
-_TEMPLATE = ("chat_template", "chat_template_kwargs", "template_date")
 
 
 def _ends(facts: BaseFacts) -> list[int]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from carryon.cache.base.lm_head import Head
 from carryon.cache.corpus.samples import SampleTable
-from carryon.cache.errors import StoreError
+from carryon.cache.errors import InputError, StoreError
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.extraction.sample_tables import encode_tables, refuse_known_ids
 from carryon.cache.files.atomic import sync_below, write_file
@@ -98,6 +98,21 @@ def write_plan(root: Path, manifest: Manifest, files: Iterable[tuple[str, bytes]
 def plan_bytes(files: Iterable[tuple[str, bytes]]) -> int:
     """Return the bytes of files of a plan, with their copies."""
     return sum(len(content) * len(places(path)) for path, content in files)
+
+
+def refuse_large_plan(
+    files: Iterable[tuple[str, bytes]], max_disk_bytes: int | None, *, root: Path
+) -> None:
+    """Check that the files of a plan are smaller than a limit.
+
+    Raises:
+        InputError: they are not.
+    """
+    if max_disk_bytes is not None and (needed := plan_bytes(files)) > max_disk_bytes:
+        raise InputError(
+            f"max_disk: expected more than {needed / 1e6:,.1f} MB, the size of the head and the "
+            f"plan of {root}, got {max_disk_bytes / 1e6:,.1f} MB"
+        )
 
 
 def append_plan(

@@ -16,7 +16,12 @@ from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.aligned import plan_aligned, refuse_with_alignment, run_aligned
 from carryon.cache.extraction.forward import ExtractReport, raw_bytes, run_units
-from carryon.cache.extraction.layout_writer import append_plan, plan_bytes, plan_files, write_plan
+from carryon.cache.extraction.layout_writer import (
+    append_plan,
+    plan_files,
+    refuse_large_plan,
+    write_plan,
+)
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.extraction.resume import (
@@ -107,31 +112,23 @@ def extract(
         forward or ForwardSettings(),
         data_settings or DataSettings(),
     )
+    inputs: dict[str, Any] = {
+        "base": base,
+        "data": data,
+        "out": out,
+        "corpus": corpus,
+        "store": store,
+        "forward": forward,
+        "data_settings": data_settings,
+    }
     if align_to is not None:
         refuse_with_alignment(append=append, held_out=bool(held_out))
-        aligned = plan_aligned(
-            base=base,
-            data=data,
-            align_to=align_to,
-            out=out,
-            corpus=corpus,
-            store=store,
-            forward=forward,
-            data_settings=data_settings,
-            drop_missing=drop_missing,
-        )
+        aligned = plan_aligned(**inputs, align_to=align_to, drop_missing=drop_missing)
         report = run_aligned(aligned, max_disk_bytes=max_disk_bytes)
         return Store.open(out, allow_unfinished=not report.is_finished, allow_aligned=True)
-    plan = plan_extraction(
-        base=base,
-        data=data,
-        out=out,
-        corpus=corpus,
-        store=store,
-        forward=forward,
-        data_settings=data_settings,
-        held_out=held_out,
-    )
+    if drop_missing:
+        raise InputError("drop_missing: expected align_to beside it. Fix: leave it out")
+    plan = plan_extraction(**inputs, held_out=held_out)
     report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
     if not report.is_finished:
         logger.warning("%s: stopped at max_disk_bytes=%s, unfinished", out, max_disk_bytes)
@@ -178,11 +175,7 @@ def _begin(plan: ExtractionPlan, max_disk_bytes: int | None) -> Manifest:
         blocks=block_files(plan.base, manifest.num_blocks),
         skipped=plan.skipped,
     )
-    if max_disk_bytes is not None and (needed := plan_bytes(files())) > max_disk_bytes:
-        raise InputError(
-            f"max_disk: expected more than {needed / 1e6:,.1f} MB, the size of the head and the "
-            f"plan of {plan.root}, got {max_disk_bytes / 1e6:,.1f} MB"
-        )
+    refuse_large_plan(files(), max_disk_bytes, root=plan.root)
     return write_plan(plan.root, manifest, files())
 
 

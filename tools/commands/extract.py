@@ -66,6 +66,15 @@ def extract(
         data_settings: How the data are read.
     """
     max_disk_bytes = parse_bytes("--max-disk", max_disk) if max_disk else None
+    inputs: dict[str, Any] = {
+        "base": base,
+        "data": data,
+        "out": out,
+        "corpus": corpus,
+        "store": store,
+        "forward": forward,
+        "data_settings": data_settings,
+    }
     if align_to:
         from carryon.cache.extraction.aligned import (
             plan_aligned,
@@ -74,32 +83,14 @@ def extract(
         )
 
         refuse_with_alignment(append=append, dry_run=dry_run)
-        aligned = plan_aligned(
-            base=base,
-            data=data,
-            align_to=align_to,
-            out=out,
-            corpus=corpus,
-            store=store,
-            forward=forward,
-            data_settings=data_settings,
-            drop_missing=drop_missing,
-        )
+        aligned = plan_aligned(**inputs, align_to=align_to, drop_missing=drop_missing)
         return _show(run_aligned(aligned, max_disk_bytes=max_disk_bytes), max_disk)
     if drop_missing:
         raise InputError("--drop-missing: expected --align-to beside it. Fix: --align-to STORE")
     from carryon.cache.extraction.pipeline import run_extraction
     from carryon.cache.extraction.plan import plan_extraction
 
-    plan = plan_extraction(
-        base=base,
-        data=data,
-        out=out,
-        corpus=corpus,
-        store=store,
-        forward=forward,
-        data_settings=data_settings,
-    )
+    plan = plan_extraction(**inputs)
     if dry_run:
         from carryon.cache.extraction.estimate import estimate
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +12,20 @@ from support.aligned_stores import FORWARD, ROWS, SETTINGS, align, make_base, wr
 from support.aligned_tokenizers import BRACKETS
 from support.tiny_stores import small_pieces
 
+from carryon.cache.alignment.tree import visible
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.extraction.aligned import plan_aligned, run_aligned
+from carryon.cache.extraction.aligned_forward import check_tree_forward, tree_inputs
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.extraction.repair import repair
 from carryon.cache.format.alignment import read_alignment
+from carryon.cache.settings import CorpusSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
+from carryon.tools.bench.families import FAMILIES, Family
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +153,62 @@ def test_an_aligned_store_is_not_appended_to(anchor: Path, other: Base, tmp_path
     assert verify(tmp_path / "b", depth="full").is_complete
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"corpus": CorpusSettings(max_tokens=100)}, "--max-tokens: expected 256, .* got 100"),
+        ({"corpus": CorpusSettings(mask="all")}, "--mask: expected auto, .* got all"),
+        ({"store": replace(SETTINGS, unit_tokens=128)}, "--unit-tokens: expected 256, .* got 128"),
+        ({"store": replace(SETTINGS, seed=3)}, "--seed: expected 0, .* got 3"),
+    ],
+)
+def test_settings_that_are_the_anchors_are_not_dropped_without_a_word(
+    anchor: Path, other: Base, tmp_path: Path, options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        align(other, anchor, tmp_path / "b", **options)
+    same = CorpusSettings(max_tokens=256)
+    assert align(other, anchor, tmp_path / "b", corpus=same).num_samples == len(ROWS)
+
+
+def test_drop_missing_is_not_ignored_in_a_store_of_its_own(other: Base, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="drop_missing: expected align_to"):
+        extract(base=other, data=ROWS, out=tmp_path / "b", forward=FORWARD, drop_missing=True)
+
+
+def test_a_second_run_with_another_alignment_is_refused(
+    anchor: Path, other: Base, tmp_path: Path
+) -> None:
+    align(other, anchor, tmp_path / "b")
+    before = _states(tmp_path / "b")
+    with pytest.raises(SettingMismatchError, match="alignment: digest: expected"):
+        align(other, anchor, tmp_path / "b", ROWS[1:], drop_missing=True)
+    assert _states(tmp_path / "b") == before
+
+
+def test_a_sample_longer_than_the_context_is_named(anchor: Path, tmp_path: Path) -> None:
+    path = make_base(tmp_path / "o", "qwen", max_position_embeddings=24)
+    short = load_base(str(path), forward=FORWARD)
+    with pytest.raises(InputError, match="sample 'code': expected at most 24 tokens, the context"):
+        align(short, anchor, tmp_path / "b")
+
+
+def test_a_plan_larger_than_the_limit_is_refused_before_it_is_written(
+    anchor: Path, other: Base, tmp_path: Path
+) -> None:
+    with small_pieces(), pytest.raises(InputError, match="max_disk: expected more than"):
+        extract(
+            base=other,
+            data=write(ROWS, tmp_path / "data"),
+            align_to=anchor,
+            out=tmp_path / "b",
+            store=SETTINGS,
+            forward=FORWARD,
+            max_disk_bytes=1000,
+        )
+    assert not (tmp_path / "b" / "head").exists()
+
+
 def test_other_data_are_refused_by_name(anchor: Path, other: Base, tmp_path: Path) -> None:
     changed = [{**ROWS[0], "text": ROWS[0]["text"].replace("width", "depth")}, *ROWS[1:]]
     with pytest.raises(InputError, match="sample 'code': expected the text that"):
@@ -194,14 +255,39 @@ def test_resume_and_repair_give_the_same_bits(anchor: Path, other: Base, tmp_pat
         align(other, anchor, tmp_path / "b", store=replace(SETTINGS, taps=["final"]))
 
 
-@pytest.mark.parametrize(
-    "family", ["gemma2", "gemma3", "qwen2", "qwen3", "gpt2", "opt", "phi", "mixtral"]
-)
-def test_other_architectures_are_exact_or_refused(family: str, tmp_path: Path) -> None:
-    from carryon.cache.extraction.aligned_forward import check_tree_forward
+HYBRIDS = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba": {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
+}
+"""Architectures that carry a state past a mask, or take none."""
 
+
+@pytest.mark.parametrize(
+    "family", ["gemma2", "gemma3", "qwen2", "qwen3", "gpt2", "opt", "phi", "mixtral", *HYBRIDS]
+)
+def test_architectures_are_exact_or_refused(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family in HYBRIDS:
+        plain = {} if family == "mamba" else FAMILIES["llama"].settings
+        recipe = Family(model_type=family, settings={**plain, **HYBRIDS[family]})
+        monkeypatch.setitem(FAMILIES, family, recipe)
     base = load_base(str(make_base(tmp_path / family, "qwen", family)), forward=FORWARD)
+    if family in HYBRIDS:
+        problem = "got .* with (states that are off by|[A-Za-z]*Error: )"
+        with pytest.raises(InputError, match=problem):
+            check_tree_forward(base)
+        return
     check_tree_forward(base)
+    draw = np.random.default_rng(0)
+    branches = [draw.integers(-1, node) for node in range(24, 40)]
+    parents = np.array([*range(-1, 23), *branches], dtype=np.int32)
+    tokens = torch.from_numpy(draw.integers(0, 300, len(parents)))
+    states = capture(base, ["final"], tokens[None], tree_inputs(base, [parents]))["final"][0]
+    for node, seen in enumerate(visible(parents)):
+        path = tokens[torch.from_numpy(seen)]
+        expected = capture(base, ["final"], path[None])["final"][0, -1]
+        assert torch.allclose(states[node], expected, atol=1e-4), node
 
 
 def _states(root: Path) -> dict[str, bytes]:

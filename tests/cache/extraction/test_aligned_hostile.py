@@ -12,7 +12,7 @@ from support.aligned_stores import FORWARD, ROWS, SETTINGS, align, make_base, wr
 from support.tiny_stores import small_pieces
 
 from carryon.cache.base.model import Base, load_base
-from carryon.cache.errors import DamagedStoreError
+from carryon.cache.errors import DamagedStoreError, SettingMismatchError
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.extraction.repair import repair
 from carryon.cache.format.alignment import read_alignment, read_num_nodes
@@ -143,3 +143,13 @@ def test_facts_of_an_alignment_are_checked(
     with pytest.raises(DamagedStoreError, match=name):
         read_manifest(root)
     assert main(["inspect", "store", str(root)]) == 2
+
+
+def test_an_anchor_that_names_no_tokenizer_is_refused(
+    given: tuple[Base, Path], tmp_path: Path
+) -> None:
+    base, folder = given
+    shutil.copytree(folder / "anchor", tmp_path / "anchor")
+    sign_manifest(tmp_path / "anchor", lambda values: values["base"].pop("tokenizer_sha256"))
+    with pytest.raises(SettingMismatchError, match="recorded tokenizer"):
+        align(base, tmp_path / "anchor", tmp_path / "b")
