@@ -188,6 +188,14 @@ def test_the_steps_of_a_task_in_order(tmp_path: Path) -> None:
     assert own.extract.argv[at + 1 : at + 4] == ["final", "layer.20", "layer.10"]
 
 
+def test_models_are_trained_with_the_seeds_of_their_folders(tmp_path: Path) -> None:
+    [recipe] = recipes.choose_recipes(["leg_counting"])
+    experiment_ = make_experiment(tmp_path, kinds=["bottleneck", "mlp", "top"], seeds=[3, 5])
+    for (seed, _), step in plan.plan_task(experiment_, recipe).models.items():
+        assert step.argv[step.argv.index("--seed") + 1] == str(seed)
+        assert step.result.parent.name == f"seed-{seed}"
+
+
 def test_every_step_of_every_recipe_is_a_command_that_parses(tmp_path: Path) -> None:
     given = make_experiment(tmp_path, kinds=["bottleneck", "mlp", "top"], forward=CPU)
     for recipe in recipes.RECIPES.values():
