@@ -31,7 +31,7 @@ from carryon.train.cross_checks import (
     check_runs_of_sweep,
 )
 from carryon.train.kinds import get_kind
-from carryon.train.mixing.mixture import load_mixture
+from carryon.train.mixing.mixture import load_gate
 from carryon.train.modules.card_file import CARD, GATE, README, WEIGHTS, check_digest, read_signed
 from carryon.train.modules.serialization import load_carryon, read_card, read_weights
 from carryon.train.settings_file import check_settings
@@ -179,11 +179,14 @@ class _Walk:
         if card is None:
             return
         is_whole = get_kind(card.settings["kind"]).needs_blocks
-        load: Callable[[Path], object] = load_carryon
+
+        def load(_: Path) -> object:
+            return _finite(folder) if is_whole else load_carryon(folder, allow_mixture=True)
+
+        self._check(folder / WEIGHTS, load)
         if card.mixture:
             self.known.add(self._name(folder / GATE))
-            load = load_mixture
-        self._check(folder / WEIGHTS, lambda _: (_finite if is_whole else load)(folder))
+            self._check(folder / GATE, lambda _: load_gate(folder, card))
 
     def check_run(self, root: Path) -> None:
         """Check a run: its documents, checkpoints and carry-on."""

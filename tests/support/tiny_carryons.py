@@ -10,7 +10,7 @@ from carryon.cache.files.documents import write_json
 from carryon.cache.files.regular import digest_file
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import build_bottleneck
-from carryon.train.modules.card_file import CARD, WEIGHTS, signed
+from carryon.train.modules.card_file import CARD, GATE, WEIGHTS, signed
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import CarryOnCard
 from support.tiny_bases import randomize_
@@ -54,4 +54,6 @@ def resign(folder: Path, **changes: Any) -> None:  # noqa: ANN401
         for name, value in values.items()
         if name not in ("files", "sha256") and value is not None
     }
-    write_json(folder / CARD, signed(kept, files={WEIGHTS: digest_file(folder / WEIGHTS)}))
+    names = [name for name in (WEIGHTS, GATE) if (folder / name).exists()]
+    files = {name: digest_file(folder / name) for name in names}
+    write_json(folder / CARD, signed(kept, files=files))

@@ -17,7 +17,7 @@ from carryon.cache.store.top_blocks import Blocks
 from carryon.train.mixing.gate import Gate, initial_shares, mixture_log_probs, target_shares
 from carryon.train.mixing.projected import PairProjections, ProjectedSources
 from carryon.train.modules.card_checks import check_weights
-from carryon.train.modules.card_file import GATE
+from carryon.train.modules.card_file import GATE, check_digest
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.packed_attention import Packing
 from carryon.train.modules.serialization import CarryOnCard, load_carryon
@@ -123,19 +123,33 @@ def load_mixture(
             f"{folder}: expected a carry-on with a gate, got one of a single base. Fix: leave out "
             "--mix"
         )
-    num_sources = len(card.mixture["sources"])
-    gate = Gate(
-        anchor_width=card.base_width,
-        source_widths=(),
-        num_sources=num_sources,
-        shares=torch.ones(1 + num_sources),
-        seed=0,
-    )
-    path = Path(folder) / GATE
+    return MixedCarryOn(carryon, load_gate(folder, card)).eval(), card
+
+
+def load_gate(folder: str | Path, card: CarryOnCard) -> Gate:
+    """Return the gate of a mixture, in float32 on the CPU.
+
+    Args:
+        folder: of the carry-on.
+        card: of it, with sources.
+
+    Raises:
+        InputError: the file is missing, damaged or of another gate.
+    """
+    path, num_sources = Path(folder) / GATE, len(card.mixture["sources"])
+    check_digest(path, None)  # its size, before it is read
     try:
-        weights = load_file(path)
+        with torch.device("cpu"):  # the caller's default may be another
+            gate = Gate(
+                anchor_width=card.base_width,
+                source_widths=(),
+                num_sources=num_sources,
+                shares=torch.ones(1 + num_sources),
+                seed=0,
+            )
+            weights = load_file(path)
         check_weights(weights, gate.state_dict())
         gate.load_state_dict(weights)
-    except (SafetensorError, ValueError, RuntimeError, InputError) as error:
+    except (SafetensorError, ValueError, KeyError, RuntimeError, InputError) as error:
         raise InputError(f"{path}: expected the gate of {folder}: {error!s:.300}") from error
-    return MixedCarryOn(carryon, gate).eval(), card
+    return gate

@@ -107,6 +107,10 @@ def _check_mixture(mixture: Mapping[str, Any]) -> None:
             )
         for name in SOURCE_FACTS:
             _check(f"mixture: sources: {name}", source[name], (str,))
+            if not source[name].isprintable():  # errors and the model card show them
+                raise InputError(
+                    f"mixture: sources: {name}: expected printable text, got {source[name]!a:.80}"
+                )
     if mixture["by"] != "probability" or not 1 <= len(mixture["sources"]) <= _MAX_SOURCES:
         raise InputError(
             f"mixture: expected 1 to {_MAX_SOURCES} sources by probability, got "

@@ -10,12 +10,14 @@ from typing import Any
 
 from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.documents import FILES, read_sealed, sealed
-from carryon.cache.files.regular import digest_file
+from carryon.cache.files.regular import digest_file, open_regular
 from carryon.cache.files.tensor_files import digest_tensors
 
 WEIGHTS = "carryon.safetensors"
 GATE = "gate.safetensors"
 """Beside the weights of a carry-on that was trained in a mixture of several bases."""
+MAX_GATE_BYTES = 32 << 20
+"""Of a gate: half of it is enough for the widest base and the most sources."""
 CARD = "carryon.json"
 README = "README.md"
 MAX_CARD_BYTES = 8 << 20
@@ -53,6 +55,8 @@ def check_digest(path: Path, expected: str | None) -> None:
     """
     try:
         place = _place(path)
+        if path.name == GATE:
+            _check_gate_size(place)
         got = digest_tensors(place) if path.name in (WEIGHTS, GATE) else digest_file(place)
     except DamagedFileError as error:
         raise InputError(f"{error}. Fix: download it again") from error
@@ -61,6 +65,13 @@ def check_digest(path: Path, expected: str | None) -> None:
             f"{path}: expected the SHA-256 {expected[:12]} that {CARD} records, got {got[:12]}: "
             "the file was changed. Fix: download it again, or run carryon train again"
         )
+
+
+def _check_gate_size(path: Path) -> None:
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+    if size > MAX_GATE_BYTES:
+        raise DamagedFileError(f"{path}: expected at most {MAX_GATE_BYTES:,} bytes, got {size:,}")
 
 
 def _place(path: Path) -> Path:

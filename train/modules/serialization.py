@@ -5,6 +5,7 @@ digests, not by a path. The card holds the SHA-256 of the weights and of itself;
 before a module is built.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -276,9 +277,16 @@ def _read_card(root: Path) -> tuple[CarryOnCard, str | None]:
         )
     values, files = read_signed(root / CARD)
     try:
-        return CarryOnCard.from_dict(values), files.get(WEIGHTS)
+        card = CarryOnCard.from_dict(values)
     except InputError as error:
         raise _not_a_carryon(root, error) from error
+    if not card.mixture and os.path.lexists(root / GATE):
+        raise InputError(
+            f"{root / GATE}: expected a card that names the other bases of the gate, got one of a "
+            "single base, which would answer without it. Fix: download the carry-on again, or "
+            "delete the gate"
+        )
+    return card, files.get(WEIGHTS)
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
