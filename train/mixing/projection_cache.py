@@ -5,6 +5,7 @@ that is not as it was written is computed again, with a warning.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from carryon.cache.corpus.reading.cache_folder import cache_folder, writing_cach
 from carryon.cache.errors import DamagedFileError, MissingError
 from carryon.cache.files.atomic import recover_folder, whole_folder
 from carryon.cache.files.documents import digest_of, read_sealed, sealed, write_json
+from carryon.cache.files.regular import open_regular
 from carryon.cache.files.tensor_files import digest_tensors
 from carryon.train.mixing.projection import FEATURES, ProjectedTargets
 from carryon.train.mixing.vocabulary_map import RULE_VERSION
 
 logger = logging.getLogger(__name__)
 _RECEIPT, _TENSORS = "projection.json", "projection.safetensors"
+_MAX_HEADER_BYTES = 1 << 16
+_ROUNDING = 1e-3
+"""By which a log-probability in float32 may be above 0."""
 
 
 def projection_key(
@@ -109,19 +114,35 @@ def _read(folder: Path, key: Mapping[str, Any]) -> ProjectedTargets:
     if receipt.get("key") != dict(key):
         raise DamagedFileError(f"{folder}: expected the projection of its key, got another one")
     path = folder / _TENSORS
+    _check_size(path, num_positions=key["positions"])
     if receipt.get("files") != {_TENSORS: digest_tensors(path)}:
         raise DamagedFileError(f"{path}: the content differs from its SHA-256: it was changed")
     try:
         tensors = load(path.read_bytes())
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError) as error:  # or a dtype that torch lacks
         raise DamagedFileError(f"{path}: expected tensors, got {error}") from error
     return _checked(tensors, num_positions=key["positions"], path=path)
 
 
+def _check_size(path: Path, *, num_positions: int) -> None:
+    most = _MAX_HEADER_BYTES + 4 * num_positions * (1 + len(FEATURES))
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+    if size > most:
+        raise DamagedFileError(f"{path}: expected at most {most:,} bytes, got {size:,}")
+
+
 def _checked(tensors: Mapping[str, Tensor], *, num_positions: int, path: Path) -> ProjectedTargets:
+    if set(tensors) != {"log_probs", "features"}:
+        names = sorted(tensors)
+        raise DamagedFileError(f"{path}: expected log_probs and features, got {names!a:.80}")
     shapes = {"log_probs": [num_positions], "features": [num_positions, len(FEATURES)]}
     for name, shape in shapes.items():
-        each = tensors.get(name)
-        if each is None or list(each.shape) != shape or each.dtype != torch.float32:
+        each = tensors[name]
+        if list(each.shape) != shape or each.dtype != torch.float32:
             raise DamagedFileError(f"{path}: expected {name} of shape {shape} in float32")
+        if each.numel() and not all(map(math.isfinite, map(float, each.aminmax()))):
+            raise DamagedFileError(f"{path}: expected finite {name}, got inf or NaN")
+    if num_positions and float(tensors["log_probs"].max()) > _ROUNDING:
+        raise DamagedFileError(f"{path}: expected log_probs of at most 0, got larger ones")
     return ProjectedTargets(log_probs=tensors["log_probs"], features=tensors["features"])

@@ -1,12 +1,18 @@
 """Projections on disk: found again by their key, computed again when a byte was changed."""
 
+import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from carryon.cache.files.documents import digest_of
+from carryon.cache.files.documents import digest_of, sealed, write_json
+from carryon.cache.files.tensor_files import digest_tensors
 from carryon.train.mixing.projection import FEATURES, ProjectedTargets
 from carryon.train.mixing.projection_cache import cached_projection, projection_key
 
@@ -106,3 +112,62 @@ def test_nothing_is_left_when_the_computation_fails(folder: Path) -> None:
         cached_projection(make_key(), fail)
 
     assert not folder.exists() or not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda each: each | {"log_probs": torch.tensor([-1.0, float("nan"), -2.0])}, "finite"),
+        (lambda each: each | {"features": each["features"] / 0}, "finite"),
+        (lambda each: each | {"log_probs": torch.tensor([-1.0, 0.5, -2.0])}, "at most 0"),
+        (lambda each: each | {"more": torch.zeros(3)}, "expected log_probs and features"),
+    ],
+    ids=["nan", "infinite", "no probability", "more"],
+)
+def test_numbers_that_no_projection_has_are_computed_again_whoever_signed_them(
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    text: str,
+) -> None:
+    key, compute = make_key(), Counted()
+    expected = cached_projection(key, compute)
+    place = folder / digest_of(key)
+    path = place / "projection.safetensors"
+    save_file(change(load_file(path)), path)
+    files = {path.name: digest_tensors(path)}
+    write_json(place / "projection.json", sealed({"key": key, "files": files}))
+    with caplog.at_level(logging.WARNING):
+        found = cached_projection(key, compute)
+
+    assert compute.calls == 2
+    assert text in caplog.text
+    assert torch.equal(found.log_probs, expected.log_probs)
+
+
+def test_a_file_that_is_larger_than_its_projection_is_not_read(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, compute = make_key(), Counted()
+    cached_projection(key, compute)
+    path = folder / digest_of(key) / "projection.safetensors"
+    size = 1 << 40  # of zeros, which take no room on the disk
+    tensor = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    header = json.dumps({"log_probs": tensor}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)
+    with caplog.at_level(logging.WARNING):
+        cached_projection(key, compute)
+
+    assert compute.calls == 2
+    assert "expected at most" in caplog.text
+
+
+def test_a_file_in_the_place_of_the_folder_is_replaced(folder: Path) -> None:
+    compute = Counted()
+    folder.mkdir(parents=True)
+    (folder / digest_of(make_key())).write_text("x")
+    for _ in range(2):
+        cached_projection(make_key(), compute)
+
+    assert compute.calls == 1
