@@ -16,7 +16,7 @@ from carryon.train.config import LossSettings, StreamSettings
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import frozen_head
 from carryon.train.mixing.projected import ProjectedSources, project_sources
-from carryon.train.mixing.projection import Heads, heal_from_stable, project_full
+from carryon.train.mixing.projection import Heads, HealingStates, heal_from_stable, project_full
 from carryon.train.mixing.sources import open_sources
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_each_position_is_the_projection_of_its_own_states(folder: Path, name: s
         for store in (anchor, source.store)
     )
     heads = Heads(anchor=own, source=other)
-    healed = 0
+    healed = inside_characters = 0
 
     @cache
     def read(unit: int) -> tuple[Unit, Unit, UnitAlignment]:
@@ -79,28 +79,40 @@ def test_each_position_is_the_projection_of_its_own_states(folder: Path, name: s
             continue
         covered = int(trees.covered[within])
         healing = None
+        text = b"".join(mapped.anchor[token] or b"" for token in mine.tokens[: within + 1])
+        stable = torch.from_numpy(theirs.hidden["stable"][within : within + 1])
+        exact = torch.from_numpy(theirs.hidden["final"][within : within + 1])
+        path, node = [], int(trees.exact[within])
+        while node not in (trees.stable[within], -1):
+            path.append(int(trees.tokens[node]))
+            node = int(trees.parents[node])
         if trees.is_whole[within]:
             if covered and trees.stable[within] < 0:
                 continue  # nothing to heal from
-            text = b"".join(mapped.anchor[token] or b"" for token in mine.tokens[: within + 1])
-            stable = torch.from_numpy(theirs.hidden["stable"][within : within + 1])
             healing = heal_from_stable(
                 stable,
                 [text[len(text) - covered :]],
                 torch.from_numpy(mine.tokens[within : within + 1]),
                 mapped,
             )
-            path, node = [], int(trees.exact[within])
-            while node != trees.stable[within]:
-                path.append(int(trees.tokens[node]))
-                node = int(trees.parents[node])
             if covered and healing.next_tokens.tolist() != path[-1:]:
                 continue  # a rare word: its first token is not the longest
             healed += covered > 0
         else:
-            continue
+            inside = text[len(text.decode(errors="ignore").encode()) :]
+            steps = [(exact, inside, mapped.first_token(inside))]
+            if path and trees.stable[within] >= 0:
+                steps.insert(0, (stable, text[len(text) - covered :], path[-1]))
+            healing = HealingStates(
+                rows=torch.zeros(len(steps), dtype=torch.int64),
+                states=torch.cat([state for state, _, _ in steps]),
+                covered=[behind for _, behind, _ in steps],
+                next_tokens=torch.tensor([token for _, _, token in steps]),
+                anchor_tokens=torch.tensor([int(mine.tokens[within])] * len(steps)),
+            )
+            inside_characters += 1
         expected, features = project_full(
-            exact_states=torch.from_numpy(theirs.hidden["final"][within : within + 1]),
+            exact_states=exact,
             healing=healing,
             anchor_states=state,
             heads=heads,
@@ -111,6 +123,7 @@ def test_each_position_is_the_projection_of_its_own_states(folder: Path, name: s
         assert float(projected.log_probs[at, 0]) == pytest.approx(wanted, abs=1e-3)
         assert torch.allclose(projected.features[at, 0], features[0], atol=1e-3)
     assert healed > 20
+    assert inside_characters >= 5
 
 
 def test_all_supervised_positions_are_there_once(folder: Path) -> None:

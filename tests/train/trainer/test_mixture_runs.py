@@ -20,6 +20,7 @@ from carryon.train.continual.lineage import update
 from carryon.train.data.datasets import split_store
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.losses.base_states import get_base_states
+from carryon.train.mixing.gate import initial_shares
 from carryon.train.mixing.mixture import load_mixture
 from carryon.train.mixing.mixture_nll import MixtureNll, leak_warning
 from carryon.train.mixing.projected import project_sources
@@ -241,6 +242,29 @@ def test_the_mixture_s_loss_is_its_parts_mixed(
         num_bytes += sum(len(words[token] or b"") for token in targets.tolist())
     assert report.carryon_nll == pytest.approx(total / count, rel=1e-4)
     assert report.mixture["bytes_per_target"] == pytest.approx(num_bytes / count)
+
+
+def test_the_gate_begins_at_the_shares_of_the_training_targets_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"kind": "none", "epochs": 1, "learning_rate": 1e-9}
+    report = mix(folder, tmp_path / "run", **changes)
+    anchor = Store.open(folder / "anchor")
+    projected = project_sources(
+        anchor,
+        open_sources(anchor, [str(folder / "good")]),
+        base=get_base_states(anchor, device=torch.device("cpu")),
+        stream=TINY.stream,
+        loss=TINY.loss,
+        device=torch.device("cpu"),
+    )
+    logs = torch.cat([projected.anchor.unsqueeze(1), projected.log_probs], dim=1)
+    split = split_store(anchor, TINY.stream)
+    is_trained = projected.of_samples(split.train, anchor.sample_lengths)
+    expected, of_all = initial_shares(logs[is_trained]), initial_shares(logs)
+    assert (expected - of_all).abs().max() > 1e-3
+    gate = load_mixture(report.carryon)[0].gate
+    torch.testing.assert_close(gate.out.bias.detach(), expected.log(), atol=1e-6, rtol=0)
 
 
 def test_reports_and_card_name_the_parts(
