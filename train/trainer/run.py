@@ -31,6 +31,7 @@ from carryon.train.mixing.mixture import MixedCarryOn, build_gate
 from carryon.train.mixing.projected import ProjectedSources
 from carryon.train.modules.carryon import CarryOn, as_carryon, build_carryon, num_parameters
 from carryon.train.modules.taps import stream_taps
+from carryon.train.optim.lr_schedule import learning_rate
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
 from carryon.train.trainer.metrics import Callback, Scoring
 from carryon.train.trainer.nll import EvalJob
@@ -135,6 +136,18 @@ class Run:
     def num_steps(self) -> int:
         """Steps of all epochs."""
         return sum(map(count_steps, self.epochs))
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        settings = self.settings.optimization
+        if self.segment is not None:
+            return self.segment.rate(step, settings)
+        return learning_rate(step, num_steps=self.num_steps, settings=settings)
+
+    def learns(self) -> bool:
+        """Return whether a step has a learning rate: every schedule may end at 0."""
+        first = self.segment.first if self.segment else 0
+        return any(self.rate(step) > 0 for step in range(first, self.num_steps))
 
     @property
     def windows(self) -> list[Window]:

@@ -16,7 +16,6 @@ from carryon.train.data.batch import Batch
 from carryon.train.data.sampler import count_steps
 from carryon.train.mixing.mixture import inner_carryon
 from carryon.train.modules.bottleneck import Bottleneck
-from carryon.train.optim.lr_schedule import learning_rate
 from carryon.train.trainer.checkpoint import (
     START,
     Progress,
@@ -113,7 +112,7 @@ class RunState:
             InputError: the loss or gradient is not finite; names samples.
         """
         run, started_at = self.run, time.perf_counter()
-        rate = self._rate(self.progress.step)
+        rate = self.run.rate(self.progress.step)
         try:
             with _seeded(run, self.progress.step):
                 figures = take_step(
@@ -266,12 +265,6 @@ class RunState:
     def _write(self, line: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(line)
-
-    def _rate(self, step: int) -> float:
-        run, settings = self.run, self.run.settings.optimization
-        if run.segment is not None:
-            return run.segment.rate(step, settings)
-        return learning_rate(step, num_steps=run.num_steps, settings=settings)
 
     def _not_finite(self, error: NotFiniteError) -> InputError:
         store, folder = self.run.store, self.run.folder

@@ -224,6 +224,13 @@ def _prepare(
             logger.info(_describe(run))
             if warning := rate_warning(run.settings.optimization, run.settings.carryon):
                 logger.warning(warning)
+            if not run.learns():
+                logger.warning(
+                    f"{job.out}: every step has the learning rate 0, so that nothing is learned: "
+                    f"{run.num_steps} steps, of which the last has --min-lr-ratio of the peak. "
+                    "Fix: more steps by a lower --tokens-per-step or more --epochs, or "
+                    "--min-lr-ratio 0.1"
+                )
         runs.append(run)
     return data, runs
 

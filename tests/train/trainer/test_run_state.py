@@ -264,3 +264,17 @@ def test_a_run_from_before_resumes_with_its_own_number(
     assert _evaluations(store_tmp / "run")[0]["held_out_samples"] == 200
     config = yaml.safe_load((store_tmp / "run/config.yaml").read_text())
     assert config["evaluate_tokens"] == 65536
+
+
+def test_a_run_whose_only_step_has_no_learning_rate_says_so(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one: dict[str, Any] = {"epochs": 1, "tokens_per_step": 1 << 20, "window_units": 99}
+    report = train_tiny(store, tmp_path / "run", **one)
+    assert report.num_steps == 1
+    assert report.carryon_nll == report.base_nll
+    assert caplog.text.count("every step has the learning rate 0") == 1
+    caplog.clear()
+    report = train_tiny(store, tmp_path / "other", min_lr_ratio=0.1, **one)
+    assert report.carryon_nll != report.base_nll
+    assert "every step" not in caplog.text
