@@ -25,7 +25,7 @@ FLOORS = [
     {"cache/format", "cache/alignment"},
     {"cache/store"},
     {"cache/extraction"},
-    {"train/kinds", "train/plots"},
+    {"train/kinds", "train/plots", "train/saved_settings"},
     {"train/config"},
     {"train/settings_file"},
     {"train/modules"},

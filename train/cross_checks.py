@@ -16,9 +16,9 @@ from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.documents import FILES, read_sealed
 from carryon.cache.files.regular import digest_file
 from carryon.cache.files.tensor_files import digest_tensors
-from carryon.train.config import setting_of, with_current_names
 from carryon.train.continual.lineage_dir import Lineage
 from carryon.train.modules.card_file import CARD
+from carryon.train.saved_settings import setting_of, with_current_names
 from carryon.train.settings_file import check_settings
 from carryon.train.trainer.checkpoint import STATE
 from carryon.train.trainer.run_dir import RunFolder

@@ -13,7 +13,8 @@ import yaml
 from carryon.cache.errors import InputError
 from carryon.cache.files.atomic import write_file
 from carryon.cache.files.documents import read_bounded
-from carryon.train.config import TrainSettings, with_current_names
+from carryon.train.config import TrainSettings
+from carryon.train.saved_settings import with_current_names
 
 _MARK = b"# sha256: "
 _MAX_BYTES = 1 << 17

@@ -22,7 +22,6 @@ from carryon.cache.format.manifest import MANIFEST_PATH
 from carryon.cache.lock import FOLDER_LOCK
 from carryon.cache.store.verify import Depth
 from carryon.cache.store.verify import verify as verify_store
-from carryon.train.config import with_current_names
 from carryon.train.continual.lineage_dir import DOCUMENTS, open_lineage
 from carryon.train.cross_checks import (
     Found,
@@ -34,6 +33,7 @@ from carryon.train.kinds import get_kind
 from carryon.train.mixing.mixture import load_gate
 from carryon.train.modules.card_file import CARD, GATE, README, WEIGHTS, check_digest, read_signed
 from carryon.train.modules.serialization import load_carryon, read_card, read_weights
+from carryon.train.saved_settings import with_current_names
 from carryon.train.settings_file import check_settings
 from carryon.train.trainer.checkpoint import BEST, LAST, OPTIMIZER, STATE, check_checkpoint
 from carryon.train.trainer.run_dir import FORMAT, RunFolder

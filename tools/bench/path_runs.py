@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.files.documents import write_json
 from carryon.tools.bench.path_plan import Lengths, PathSegment, Plan, PlannedVersion, State
-from carryon.train.config import TrainSettings, refuse_other_settings
+from carryon.train.config import TrainSettings
 from carryon.train.data.datasets import TrainData, open_data
 from carryon.train.data.sampler import count_steps
 from carryon.train.losses.frozen_head import FrozenHead, place_head
 from carryon.train.modules.carryon import CarryOn, build_carryon
+from carryon.train.saved_settings import refuse_other_settings
 from carryon.train.trainer.checkpoint import STATE, WEIGHTS
 from carryon.train.trainer.nll import EvalJob, Nll, measure_nlls
 from carryon.train.trainer.run import Job

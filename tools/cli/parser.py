@@ -18,7 +18,8 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import choices_of, parse_value
 from carryon.tools.cli.options import REQUIRED, Option, is_settings, options_of
 from carryon.tools.cli.output import LEVELS
-from carryon.train.config import OTHER_NAMES, with_current_names
+from carryon.train.config import OTHER_NAMES
+from carryon.train.saved_settings import with_current_names
 from carryon.train.settings_file import PRESETS, read_yaml
 
 _PRESETS = ", ".join(PRESETS)

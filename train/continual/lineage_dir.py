@@ -26,7 +26,7 @@ from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.atomic import PARTIAL, REPLACED
 from carryon.cache.files.documents import sealed, write_json
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
-from carryon.train.config import TrainSettings, setting_of, with_current_names
+from carryon.train.config import TrainSettings
 from carryon.train.continual.lineage_document import (
     check_lineage,
     read_document,
@@ -34,6 +34,7 @@ from carryon.train.continual.lineage_document import (
     refuse_link,
 )
 from carryon.train.optim.lr_paths import branch_point
+from carryon.train.saved_settings import setting_of, with_current_names
 from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder, open_to_write
 
 FORMAT = "carryon-lineage"

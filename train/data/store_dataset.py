@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import apply_options
-from carryon.train.config import StreamSettings, refuse_other_settings
+from carryon.train.config import StreamSettings
 from carryon.train.data.batch import Batch
 from carryon.train.data.datasets import (
     StorePaths,
@@ -32,6 +32,7 @@ from carryon.train.data.loader import Stream
 from carryon.train.data.mixture import open_stores
 from carryon.train.data.sampler import Window, count_steps, plan_pass, take_steps
 from carryon.train.data.split import sample_units
+from carryon.train.saved_settings import refuse_other_settings
 
 NO_TARGET = -100
 """Label of a token that is not a training target: torch's cross_entropy ignores it."""

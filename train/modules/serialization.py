@@ -24,7 +24,7 @@ from carryon.cache.files.tensor_files import digest_tensors
 from carryon.cache.format.framing import Framing
 from carryon.cache.format.manifest import sha256_hex
 from carryon.cache.store.top_blocks import Blocks
-from carryon.train.config import CarryOnSettings, with_current_names
+from carryon.train.config import CarryOnSettings
 from carryon.train.kinds import BUILT_IN
 from carryon.train.modules.card_checks import check_sizes, check_values, check_weights
 from carryon.train.modules.card_file import (
@@ -40,6 +40,7 @@ from carryon.train.modules.carryon import CarryOn, make_carryon
 from carryon.train.modules.model_card import model_card
 from carryon.train.modules.taps import check_alpha
 from carryon.train.modules.undrawn import Undrawn
+from carryon.train.saved_settings import with_current_names
 
 FORMAT_VERSION = 1
 

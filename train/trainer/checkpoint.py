@@ -27,8 +27,8 @@ from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.atomic import recover_folders, remove_folder, whole_folder
 from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
 from carryon.cache.files.tensor_files import digest_tensors
-from carryon.train.config import refuse_other_settings, with_current_names
 from carryon.train.modules.carryon import CarryOn
+from carryon.train.saved_settings import refuse_other_settings, with_current_names
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from carryon.cache.files.atomic import PARTIAL, write_file
 from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.cache.files.regular import digest_file
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
-from carryon.train.config import refuse_other_settings, with_current_names
 from carryon.train.modules.card_file import GATE
+from carryon.train.saved_settings import refuse_other_settings, with_current_names
 from carryon.train.settings_file import check_settings, write_settings
 from carryon.train.trainer.checkpoint import BEST, LAST, STATE, WEIGHTS, saved_identity
 from carryon.train.trainer.run_documents import lines_bytes, read_whole_lines

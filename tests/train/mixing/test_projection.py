@@ -59,6 +59,23 @@ def make_stable(vocabulary_map: VocabularyMap) -> HealingStates:
     return heal_from_stable(states, COVERED, LAST, vocabulary_map)
 
 
+def project_whole(
+    heads: Heads,
+    vocabulary_map: VocabularyMap,
+    states: Tensor,
+    anchors: Tensor,
+    healing: HealingStates | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the distributions and features of a case."""
+    return project_full(
+        exact_states=states,
+        healing=healing,
+        anchor_states=anchors,
+        heads=heads,
+        vocabulary_map=vocabulary_map,
+    )
+
+
 def probabilities(states: Tensor, head: FrozenHead) -> Tensor:
     return torch.softmax(states.double() @ head.weight.double().T, dim=-1)
 
@@ -97,13 +114,7 @@ def project_one(
 def test_stable_and_exact_states_are_joined_as_by_plain_sums(dtype: torch.dtype) -> None:
     heads, vocabulary_map, states, anchors = make_case(dtype)
     healing = make_stable(vocabulary_map)
-    found, features = project_full(
-        exact_states=states,
-        healing=healing,
-        anchor_states=anchors,
-        heads=heads,
-        vocabulary_map=vocabulary_map,
-    )
+    found, features = project_whole(heads, vocabulary_map, states, anchors, healing)
 
     for row in range(len(COVERED)):
         own = [n for n, at in enumerate(healing.rows.tolist()) if at == row]
@@ -132,13 +143,7 @@ def test_several_states_of_a_position_are_joined_along_its_branch() -> None:
         next_tokens=torch.tensor(tokens),
         anchor_tokens=torch.full((4,), -1),
     )
-    found, _ = project_full(
-        exact_states=states,
-        healing=healing,
-        anchor_states=anchors,
-        heads=heads,
-        vocabulary_map=vocabulary_map,
-    )
+    found, _ = project_whole(heads, vocabulary_map, states, anchors, healing)
 
     for row, at in ((0, []), (1, [0, 1]), (3, [2, 3])):
         steps = [(branch[n], covered[n], tokens[n]) for n in at]
@@ -198,12 +203,8 @@ def test_the_next_byte_is_that_of_all_texts_that_the_source_can_write(written: b
 def test_targets_are_those_of_the_whole_distributions_in_chunks_of_any_size(chunk: int) -> None:
     heads, vocabulary_map, states, anchors = make_case()
     targets = torch.tensor([0, 3, 2, 7, 9, 5, 8])
-    full, features = project_full(
-        exact_states=states,
-        healing=make_stable(vocabulary_map),
-        anchor_states=anchors,
-        heads=heads,
-        vocabulary_map=vocabulary_map,
+    full, features = project_whole(
+        heads, vocabulary_map, states, anchors, make_stable(vocabulary_map)
     )
     found = project_targets(
         exact_states=states,
@@ -264,13 +265,7 @@ def test_no_mass_of_stop_tokens_is_lost() -> None:
     vocabulary_map = VocabularyMap(
         source=source, anchor=ANCHOR, source_stops=STOPS[0], anchor_stops=STOPS[1]
     )
-    found, _ = project_full(
-        exact_states=states,
-        healing=None,
-        anchor_states=anchors,
-        heads=heads,
-        vocabulary_map=vocabulary_map,
-    )
+    found, _ = project_whole(heads, vocabulary_map, states, anchors, None)
 
     stops = probabilities(states, heads.source)[:, STOPS[0][0]]
     assert found[:, STOPS[1]].sum(dim=1).tolist() == pytest.approx(stops.tolist(), rel=1e-5)

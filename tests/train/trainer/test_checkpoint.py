@@ -9,15 +9,11 @@ from support.tiny_stores import states_at_kills
 
 from carryon.cache.errors import InputError
 from carryon.cache.files.documents import sealed, write_json
-from carryon.train.config import (
-    CarryOnSettings,
-    MemorySettings,
-    OptimizationSettings,
-    refuse_other_settings,
-)
+from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.optim.optimizer import build_optimizer
+from carryon.train.saved_settings import refuse_other_settings
 from carryon.train.trainer.checkpoint import (
     STATE,
     Progress,

@@ -86,25 +86,39 @@ def reference(
     return -mixture.gather(1, batch.targets.unsqueeze(1)).log().sum()
 
 
+def backward(
+    mixed: MixedCarryOn,
+    batch: Batch,
+    head: FrozenHead,
+    whole: Tensor,
+    features: Tensor,
+    *,
+    store: Store,
+    chunk: int,
+) -> Tensor:
+    """Return the losses of a training step, [M], and give the weights their gradients."""
+    at = batch.targets[:, None, None].expand(-1, NUM_SOURCES, 1)
+    pairs = PairProjections(log_probs=whole.gather(2, at).squeeze(2).log(), features=features)
+    losses, objective = _objective(
+        mixed,
+        batch,
+        head=head,
+        chunk=chunk,
+        kl_weight=0.0,
+        base=get_base_states(store, device=CPU),
+        pairs=pairs,
+    )
+    objective.backward()
+    return losses
+
+
 def test_loss_and_gradients_are_those_of_whole_distributions_mixed_by_the_gate(
     store: Store,
 ) -> None:
     batch, mixed = take_batch(store), make_mixture(store)
     head = place_head(store, LossSettings(head_dtype="float32"), device=CPU)
     whole, features = draw_sources(batch, head.vocab_size)
-    at = batch.targets[:, None, None].expand(-1, NUM_SOURCES, 1)
-    pairs = PairProjections(log_probs=whole.gather(2, at).squeeze(2).log(), features=features)
-
-    losses, objective = _objective(
-        mixed,
-        batch,
-        head=head,
-        chunk=3,
-        kl_weight=0.0,
-        base=get_base_states(store, device=CPU),
-        pairs=pairs,
-    )
-    objective.backward()
+    losses = backward(mixed, batch, head, whole, features, store=store, chunk=3)
     found = {name: weight.grad for name, weight in mixed.named_parameters()}
     mixed.zero_grad(set_to_none=True)
     expected = reference(mixed, batch, head, whole, features)
@@ -123,18 +137,7 @@ def test_without_a_carry_on_only_the_gate_has_weights(store: Store) -> None:
     batch, mixed = take_batch(store), make_mixture(store, "none")
     head = place_head(store, LossSettings(head_dtype="float32"), device=CPU)
     whole, features = draw_sources(batch, head.vocab_size)
-    at = batch.targets[:, None, None].expand(-1, NUM_SOURCES, 1)
-    pairs = PairProjections(log_probs=whole.gather(2, at).squeeze(2).log(), features=features)
-    losses, objective = _objective(
-        mixed,
-        batch,
-        head=head,
-        chunk=64,
-        kl_weight=0.0,
-        base=get_base_states(store, device=CPU),
-        pairs=pairs,
-    )
-    objective.backward()
+    losses = backward(mixed, batch, head, whole, features, store=store, chunk=64)
 
     expected = reference(mixed, batch, head, whole, features)
     assert losses.sum().item() == pytest.approx(expected.item(), rel=1e-5)
