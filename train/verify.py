@@ -180,8 +180,11 @@ class _Walk:
             return
         is_whole = get_kind(card.settings["kind"]).needs_blocks
 
-        def load(_: Path) -> object:
-            return _finite(folder) if is_whole else load_carryon(folder, allow_mixture=True)
+        def load(_: Path) -> None:
+            if is_whole:
+                _finite(folder)
+            else:
+                load_carryon(folder, allow_mixture=True)
 
         self._check(folder / WEIGHTS, load)
         if card.mixture:

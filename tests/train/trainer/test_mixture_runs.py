@@ -110,6 +110,8 @@ def test_the_finished_carry_on_has_its_gate_and_names_its_bases(
     out, report = finished
     mixed, card = load_mixture(report.carryon)
     assert mixed.gate.out.weight.abs().max() > 0
+    weight = mixed.gate.hidden.weight
+    assert not torch.equal(weight, weight.bfloat16().float())  # not rounded as the carry-on is
     good = Store.open(folder / "good", allow_aligned=True)
     first = card.mixture["sources"][0]
     assert first["name"] == "good-base"

@@ -21,11 +21,11 @@ from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import FrozenHead, place_head
 from carryon.train.mixing.gate import Gate
 from carryon.train.mixing.mixture import MixedCarryOn
-from carryon.train.mixing.projected import PairProjections
+from carryon.train.mixing.projected import PairProjections, ProjectedSources
 from carryon.train.mixing.projection import FEATURES
 from carryon.train.modules.carryon import CarryOn, build_carryon
 from carryon.train.optim.optimizer import LR_FACTOR, build_optimizer
-from carryon.train.trainer.step import _objective
+from carryon.train.trainer.step import _objective, take_step
 
 CPU = torch.device("cpu")
 SHAPE = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)
@@ -131,6 +131,41 @@ def test_loss_and_gradients_are_those_of_whole_distributions_mixed_by_the_gate(
         assert weight.grad is not None, name
         assert float(weight.grad.abs().max()) > 0, name
         assert torch.allclose(gradient, weight.grad, rtol=1e-3, atol=1e-4), name
+
+
+def test_a_step_reads_the_projections_at_the_rows_of_its_targets(store: Store) -> None:
+    unit, batch, mixed = store.read_unit(0), take_batch(store), make_mixture(store)
+    head = place_head(store, LossSettings(head_dtype="float32"), device=CPU)
+    whole, features = draw_sources(batch, head.vocab_size)
+    rows = [
+        int(store.sample_starts[sample]) + position - 1
+        for sample, first, length in zip(unit.samples, unit.starts, unit.lengths, strict=True)
+        for position in range(1, length)
+        if unit.loss_mask[first + position] == 1
+    ]
+    at = batch.targets[:, None, None].expand(-1, NUM_SOURCES, 1)
+    projected = ProjectedSources(
+        sources=[],
+        starts=store.sample_starts,
+        rows=np.array(rows),
+        anchor=torch.zeros(len(rows)),
+        log_probs=whole.gather(2, at).squeeze(2).log(),
+        features=features,
+        token_bytes=torch.zeros(head.vocab_size, dtype=torch.int64),
+    )
+    expected = reference(mixed, batch, head, whole, features).item()
+    figures = take_step(
+        mixed,
+        torch.optim.SGD(mixed.parameters()),
+        [batch],
+        head=head,
+        learning_rate=0.0,
+        chunk=3,
+        grad_clip=0.0,
+        base=get_base_states(store, device=CPU),
+        projected=projected,
+    )
+    assert figures.loss == pytest.approx(expected / len(rows), rel=1e-5)
 
 
 def test_without_a_carry_on_only_the_gate_has_weights(store: Store) -> None:
