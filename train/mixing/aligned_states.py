@@ -24,6 +24,8 @@ from carryon.train.mixing.vocabulary_map import VocabularyMap
 
 EXACT, STABLE = "final", "stable"
 """Taps of an aligned store."""
+_MOST_INSIDE = 3
+"""Bytes of a character of UTF-8 that is not whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -113,6 +115,8 @@ class AlignedStates:
         num_inside = 0 if aligned.is_whole[row] else num_covered - len(spelled)
         if num_inside < 0:  # a blank that the tokenizer puts before any text
             num_inside = 0
+        if num_inside > _MOST_INSIDE:  # no text gives that; a store of a stranger may
+            return []
         inside = _last_bytes(unit, row, num_inside, self._map.anchor)
         steps = []
         text = (spelled + inside)[-num_covered:]
