@@ -225,6 +225,7 @@ def test_the_mixture_s_loss_is_its_parts_mixed(
     )
     weight = torch.from_numpy(widen(anchor.head().weight))
     total, count, num_bytes = 0.0, 0, 0
+    of_gate, of_target = torch.zeros(3), torch.zeros(3)
     words = projected.sources[0].vocabulary_map.anchor
     for index in split_store(anchor, TINY.stream).held_out.tolist():
         sample = anchor.read_sample(index)
@@ -239,11 +240,17 @@ def test_the_mixture_s_loss_is_its_parts_mixed(
             places = np.searchsorted(projected.rows, anchor.sample_starts[index] + at)
             shares = mixed.gate(states["final"][at], projected.features[places]).softmax(dim=1)
             every = torch.cat([own, projected.log_probs[places]], dim=1).exp()
-            total -= float((shares * every).sum(dim=1).log().sum())
+            mixture = (shares * every).sum(dim=1, keepdim=True)
+            total -= float(mixture.log().sum())
+            of_gate += shares.sum(dim=0)
+            of_target += (shares * every / mixture).sum(dim=0)
         count += len(at)
         num_bytes += sum(len(words[token] or b"") for token in targets.tolist())
     assert report.carryon_nll == pytest.approx(total / count, rel=1e-4)
     assert report.mixture["bytes_per_target"] == pytest.approx(num_bytes / count)
+    for name, sums in (("gate_shares", of_gate), ("target_shares", of_target)):
+        expected = (sums / count).tolist()
+        assert list(report.mixture[name].values()) == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_the_gate_begins_at_the_shares_of_the_training_targets_alone(
