@@ -232,3 +232,15 @@ def make_tiny_hybrid(folder: Path) -> None:
         randomize_(model, seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def test_the_head_multiplies_no_slice_of_states(model: CarryOnForCausalLM) -> None:
+    """Torch copies the whole head for every row of a slice."""
+    shapes = list[tuple[bool, int]]()
+    watch = model.base.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: shapes.append((args[0].is_contiguous(), args[0].shape[1]))
+    )
+    model.answer(["one two three", "four five six"], max_new_tokens=3)
+    watch.remove()
+    assert shapes == [(True, 1)] * len(shapes)
+    assert shapes
