@@ -60,8 +60,18 @@ def test_worked_problems_have_no_question_in_both_halves(tmp_path: Path) -> None
     assert not set(halves["train"]) & set(halves["held-out"])
 
 
+def test_documentation_mixes_prose_and_code(tmp_path: Path) -> None:
+    records = write("mixed", tmp_path, num_tokens=4000)
+    assert records
+    for record in records:
+        assert record["id"].endswith((".md", ".rst", ".py"))
+        assert any(mark in record["text"] for mark in ("```", "::\n\n", ">>> ")) or (
+            record is records[-1]  # cut where the corpus is long enough
+        )
+
+
 def test_an_unknown_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="corpus 'x': expected gsm, python, pydoc, manpages, or LABEL=PATH"
+        InputError, match="corpus 'x': expected gsm, python, pydoc, manpages, mixed, or"
     ):
         write("x", tmp_path, num_tokens=10)

@@ -1,5 +1,6 @@
-"""Corpora for measurements: worked problems, code, reference pages, manual pages of this system."""
+"""Corpora for measurements: worked problems, code, reference and manual pages, documentation."""
 
+import ast
 import json
 import os
 import re
@@ -22,12 +23,20 @@ GSM = "gsm"
 PYTHON = "python"
 PYDOC = "pydoc"
 MANPAGES = "manpages"
+MIXED = "mixed"
 _GSM_TOKENS = 190
 """Mean tokens of a problem with its worked answer."""
-_CHARACTERS_PER_TOKEN = {PYTHON: 3.9, PYDOC: 4.0, MANPAGES: 3.6}
+_CHARACTERS_PER_TOKEN = {PYTHON: 3.9, PYDOC: 4.0, MANPAGES: 3.6, MIXED: 3.7}
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "encodings", "lib2to3", "pydoc_data"}
 """Folders of tests and tables."""
 _MAN = Path("/usr/share/man")
+_DOCUMENTATION = (".md", ".rst", ".py")
+_CODE = ("```", "::\n\n", ">>> ")
+"""Each marks code within prose."""
+_LEAST_CHARACTERS = 2_000
+"""Of the documentation in a file."""
+_PAGES_A_PACKAGE = 12
+"""Pages of one package repeat each other."""
 _PAGES_A_FAMILY = 2
 """Manual pages with the same first word (git-add, git-am) repeat each other."""
 _PAGE_CHARACTERS = 12_000
@@ -40,7 +49,8 @@ def write_named_corpus(name: str, path: Path, *, num_tokens: int) -> None:
 
     Args:
         name: `gsm` (worked problems, with their split), `python` (its standard library), `pydoc`
-            (its reference documentation) or `manpages` (English manual pages of this system).
+            (its reference documentation), `manpages` (English manual pages of this system) or
+            `mixed` (documentation of installed packages: prose with code).
         path: file to write.
         num_tokens: approximate size, for a tokenizer of about 50,000 tokens.
 
@@ -133,4 +143,48 @@ def _render_page(path: Path) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()[:_PAGE_CHARACTERS]
 
 
-_DOCUMENTS = {PYTHON: _read_standard_library, PYDOC: _read_reference, MANPAGES: _read_manual}
+def _read_documentation() -> Iterator[tuple[str, str]]:
+    """Yield documentation with code of installed packages, in a seeded random order.
+
+    A page is a text file, or the docstrings of a module.
+    """
+    root = Path(sysconfig.get_path("purelib"))
+    paths = sorted(
+        Path(folder, name)
+        for folder, _, names in os.walk(root)
+        for name in names
+        if name.endswith(_DOCUMENTATION) and ".dist-info" not in folder
+    )
+    seen: Counter[str] = Counter()
+    for index in np.random.default_rng(0).permutation(len(paths)).tolist():
+        place = paths[index].relative_to(root)
+        if seen[place.parts[0]] == _PAGES_A_PACKAGE:
+            continue
+        text = _read_page(paths[index])
+        if len(text) >= _LEAST_CHARACTERS and any(mark in text for mark in _CODE):
+            seen[place.parts[0]] += 1
+            yield place.as_posix(), text[:_PAGE_CHARACTERS]
+
+
+def _read_page(path: Path) -> str:
+    """Return the text of a file; of a module its docstrings, in order."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix != ".py":
+        return text
+    if ">>> " not in text:
+        return ""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError):  # a template of a module
+        return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in nodes if isinstance(node, kinds))
+    return "\n\n".join(each for each in found if each)
+
+
+_DOCUMENTS = {
+    PYTHON: _read_standard_library,
+    PYDOC: _read_reference,
+    MANPAGES: _read_manual,
+    MIXED: _read_documentation,
+}

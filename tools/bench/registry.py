@@ -342,6 +342,25 @@ EXPERIMENTS = {
         about="right answers of carry-ons beside prompts and LoRA, on chains of thought",
         needs="base",
     ),
+    "experiment-mix": Benchmark(
+        place="mixtures.experiment:experiment_mix",
+        about="a mixture of bases beside each base with its own carry-on, per byte",
+        needs="base",
+    ),
+    "mix-corpus": Benchmark(
+        place="mixtures.corpus:make_mix_corpus",
+        about="a step of experiment-mix: windows of documents, by half",
+    ),
+    "mix-bytes": Benchmark(
+        place="mixtures.measure:count_bytes",
+        about="a step of experiment-mix: held-out bytes of a store",
+        needs="store",
+    ),
+    "mix-places": Benchmark(
+        place="mixtures.measure:measure_places",
+        about="a step of experiment-mix: losses at straddled positions",
+        needs="store",
+    ),
     "cot-corpus": Benchmark(
         place="accuracy.corpus:make_corpus", about="a step of experiment-cot: worked answers"
     ),
