@@ -31,7 +31,7 @@ def score(
     store: list[str] = [],  # noqa: B006
     drop_known: bool = False,
     engine: Literal["auto", "transformers", "vllm"] = "auto",
-    batch_rows: int = 16,
+    batch_rows: int = 64,
     out: str = "",
     html: str = "",
     settings: GenerateSettings,
@@ -65,7 +65,7 @@ def score(
         store: Stores that models were trained on; problems whose question is in them are refused.
         drop_known: Leave out the problems found in --store.
         engine: What generates. `auto`: vLLM where it is installed, for ordinary checkpoints.
-        batch_rows: Problems answered at a time by transformers.
+        batch_rows: Problems answered at a time by transformers; fewer need less memory.
         out: File for all answers, as JSON lines; it is resumed. Empty: a file in the cache.
         html: Page with all questions, answers and verdicts. Empty: none.
         settings: How text is generated.

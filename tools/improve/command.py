@@ -48,7 +48,7 @@ def improve(
     extract_config: str = "",
     train_config: str = "",
     engine: Literal["auto", "transformers", "vllm"] = "auto",
-    batch_rows: int = 16,
+    batch_rows: int = 64,
     forward: ForwardSettings,
 ) -> dict[str, Any]:
     """Train carry-ons on their own verified answers, round by round.
@@ -87,7 +87,7 @@ def improve(
         extract_config: YAML file with more options of carryon extract. Empty: none.
         train_config: YAML file or preset with options of carryon train. Empty: its defaults.
         engine: What generates the base's answers. `auto`: vLLM where it is installed.
-        batch_rows: Answers that transformers generates at a time.
+        batch_rows: Answers that transformers generates at a time; fewer need less memory.
         forward: How the base is run.
     """
     for name, value in (("--rounds", rounds), ("--test-num", test_num)):

@@ -42,7 +42,7 @@ def sample(
     drop_long: bool = False,
     held_out_ratio: float = 0.05,
     engine: Literal["auto", "transformers", "vllm"] = "auto",
-    batch_rows: int = 16,
+    batch_rows: int = 64,
     forward: ForwardSettings,
 ) -> dict[str, Any]:
     """Sample answers to problems, and keep the right ones as a corpus.
@@ -88,7 +88,7 @@ def sample(
         drop_long: Leave out, and count, problems that are too long for the base.
         held_out_ratio: Fraction of problems whose records are marked held out.
         engine: What generates. `auto`: vLLM where it is installed, for the base alone.
-        batch_rows: Answers that transformers generates at a time.
+        batch_rows: Answers that transformers generates at a time; fewer need less memory.
         forward: How the base is run.
     """
     _check(locals())

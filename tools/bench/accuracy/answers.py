@@ -20,7 +20,7 @@ _SEED = 1_000_001
 
 
 def measure_answers(
-    job: Job, *, answers: int = 500, max_new_tokens: int = 60, batch_rows: int = 16
+    job: Job, *, answers: int = 500, max_new_tokens: int = 60, batch_rows: int = 64
 ) -> None:
     """Report the tokens/s of answers through vLLM against those through transformers."""
     try:

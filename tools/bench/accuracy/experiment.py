@@ -60,7 +60,7 @@ def experiment_cot(
     sampled_softmax: int = 2048,
     temperature: float = 0.8,
     engine: Literal["auto", "transformers", "vllm"] = "auto",
-    batch_rows: int = 16,
+    batch_rows: int = 64,
     forward: ForwardSettings,
 ) -> list[dict[str, Any]]:
     """Teach a base chains of thought with carry-ons, and count right answers beside other ways.
@@ -101,7 +101,7 @@ def experiment_cot(
         sampled_softmax: As of carryon train.
         temperature: Of the base's own answers that are sampled for training.
         engine: What generates the base's answers. `auto`: vLLM where it is installed.
-        batch_rows: Answers that transformers generates at a time.
+        batch_rows: Answers that transformers generates at a time; fewer need less memory.
         forward: How the base is run.
     """
     least = {"--num": (num, 1), "--samples": (samples, 0), "--shots": (shots, 0)}
