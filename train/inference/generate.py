@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig
 
 from carryon.cache.base.facts import check_token_id, end_ids
 from carryon.cache.errors import InputError
 from carryon.train.config import ChatChoice, GenerateSettings
+from carryon.train.inference.prefill import arrange, prefill
 from carryon.train.inference.prompts import encode_prompts
 
 if TYPE_CHECKING:
@@ -108,8 +108,9 @@ def _generate(
 ) -> list[list[int]]:
     """Return the new tokens of each row, the one that ended it included.
 
-    Rows that have ended leave the batch every STAGE_TOKENS: most answers are far shorter than the
-    longest one. All stay to the end where their carry-ons or other settings may differ by row.
+    What prompts share is read once. Rows that have ended leave the batch every STAGE_TOKENS: most
+    answers are far shorter than the longest one. All stay to the end, and are read whole, where
+    their carry-ons or other settings may differ by row.
     """
     generation = {name: value for name, value in generation.items() if value is not None}
     names, alpha = generation.pop("carryons", None), generation.pop("alpha", None)
@@ -118,26 +119,43 @@ def _generate(
         and (names is None or len(set(names)) == 1)
         and (alpha is None or isinstance(alpha, (int, float)))
     )
-    tokens = _pad_left(rows, config.pad_token_id or 0).to(model.device)  # [B, T] int64
-    mask = _pad_left([[1] * len(row) for row in rows], 0).to(model.device)
     new: list[list[int]] = [[] for _ in rows]
     batch, ends = list(range(len(rows))), _ends(config)
     going, num_left = set(batch), config.max_new_tokens
     stage = STAGE_TOKENS if is_staged else num_left
     config.return_dict_in_generate = True
-    cache: Any = None
-    while going and num_left:
-        config.max_new_tokens, length = min(stage, num_left), tokens.shape[1]
-        output: Any = model.generate(
-            tokens,
-            attention_mask=mask,
+
+    def go_on(tokens: Tensor, mask: Tensor, cache: Any, num_new: int, **options: Any) -> Any:  # noqa: ANN401
+        config.max_new_tokens = num_new
+        return model.generate(
+            tokens.to(model.device),
+            attention_mask=mask.to(model.device),
             generation_config=config,
             past_key_values=cache,
-            carryons=list(names)[: len(batch)] if names is not None else None,
+            carryons=list(names)[: len(tokens)] if names is not None else None,
             alpha=alpha,
-            **generation,
+            **options,
         )
-        tokens, cache = output.sequences, output.past_key_values
+
+    def read(tokens: Tensor, mask: Tensor, cache: Any) -> Any:  # noqa: ANN401
+        with torch.random.fork_rng():
+            return go_on(tokens, mask, cache, 1).past_key_values
+
+    pad = config.pad_token_id or 0
+    cache: Any = None
+    if is_staged:
+        tokens, mask, cache = prefill(
+            rows,
+            pad=pad,
+            read=read,
+            can_share=lambda cache: model.has_positions and _is_whole(cache),
+        )
+    else:
+        tokens, mask = arrange(rows, common=0, pad=pad)
+    while going and num_left:
+        length = tokens.shape[1]
+        output: Any = go_on(tokens, mask, cache, min(stage, num_left), **generation)
+        tokens, mask, cache = output.sequences, mask.to(model.device), output.past_key_values
         num_left -= tokens.shape[1] - length
         for row, made in zip(batch, tokens[:, length:].tolist(), strict=True):
             if row in going:
@@ -160,18 +178,16 @@ def _can_select(cache: Any) -> bool:  # noqa: ANN401
     )
 
 
+def _is_whole(cache: Any) -> bool:  # noqa: ANN401
+    """Tell whether a cache keeps every position: padding behind shared ones would fill a window."""
+    return _can_select(cache) and not any(
+        getattr(layer, "is_sliding", False) for layer in cache.layers
+    )
+
+
 def _ends(config: Any) -> list[int]:  # noqa: ANN401
     ends = config.eos_token_id
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
-
-
-def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
-    return pad_sequence(
-        [torch.tensor(row) for row in rows],
-        batch_first=True,
-        padding_value=pad,
-        padding_side="left",
-    )
 
 
 @contextmanager

@@ -186,6 +186,11 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         return str(ModelHubMixin.push_to_hub(shared, repo_id, **settings))
 
     @property
+    def has_positions(self) -> bool:
+        """Whether the base is told the position of each token, wherever padding stands."""
+        return "position_ids" in self._optional
+
+    @property
     def alpha(self) -> float:
         """Strength of the default carry-on in calls that give none; 0 without one."""
         return self.carryons.get(DEFAULT).card.alpha if DEFAULT in self.carryons.names else 0.0

@@ -17,6 +17,7 @@ from carryon.train.config import GenerateSettings
 from carryon.train.inference import generate
 from carryon.train.inference.generate import generate_rows
 from carryon.train.inference.modeling import CarryOnForCausalLM
+from carryon.train.inference.prefill import common_length
 from carryon.train.modules.serialization import save_carryon
 
 SHORT = GenerateSettings(max_new_tokens=6)
@@ -217,6 +218,40 @@ def test_rows_that_end_leave_the_batch_and_change_no_answer(
     assert sizes[0] == len(rows)
     if any(answer.is_cut for answer in whole) and not is_hybrid:
         assert sizes[-1] < len(rows)
+
+
+@pytest.mark.parametrize("shared", ["the in the an on in the on an", ""])
+def test_what_prompts_share_is_read_once_and_changes_no_answer(
+    family_model: CarryOnForCausalLM, shared: str
+) -> None:
+    model = family_model
+    is_hybrid = model.base.config.model_type == "lfm2"
+    ends = (" the", " in the an on", " on", " in the an on", " the")
+    rows = [model.tokenizer(shared + end)["input_ids"] for end in ends]
+    names: list[str | None] = [None if is_hybrid else "default"] * len(rows)
+    settings = GenerateSettings(max_new_tokens=12)
+    alone = [generate_rows(model, [row], settings=settings, carryons=names[:1])[0] for row in rows]
+    num_tokens: list[int] = []
+    hook = model.base.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: num_tokens.append(args[0].numel())
+    )
+    together = generate_rows(model, rows, settings=settings, carryons=names)
+    hook.remove()
+    assert together == alone
+    is_windowed = any(
+        kind == "sliding_attention"
+        for kind in getattr(model.base.config, "layer_types", None) or ()
+    )
+    if not is_hybrid and not is_windowed:
+        new = sum(answer.num_tokens for answer in alone)
+        common = len(model.tokenizer(shared)["input_ids"])
+        assert sum(num_tokens) <= common + 3 * 8 + 5 * 24 + new, "each prompt was read whole"
+
+
+def test_common_length_leaves_every_prompt_a_token() -> None:
+    assert common_length([[1, 2, 3], [1, 2]]) == 1
+    assert common_length([[1, 2, 3], [1, 2, 3]]) == 2
+    assert common_length([[1, 2, 3], [2, 2, 3]]) == 0
 
 
 def make_tiny_hybrid(folder: Path) -> None:
