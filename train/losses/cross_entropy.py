@@ -95,7 +95,10 @@ def _cross_entropy(
             join_(log_sums[part], None if means is None else means[part], softmax, block)
     for part in _slices(len(states), rows_at_once(len(states), states.device)):
         rows = head.rows(targets[part]).float()
-        logits, slopes = _target_logits(states[part], rows, targets[part], head)
+        logits, slopes = _target_logits(
+            states[part], rows, targets[part], head,
+            is_rounded=not (with_gradient and has_kernel(head)),
+        )  # fmt: skip
         log_sums[part] -= logits
         if means is not None:  # softmax - 1 at the target, softmax elsewhere
             means[part] -= rows if slopes is None else rows.mul_(slopes.unsqueeze(1))
@@ -108,16 +111,18 @@ def _least_log_sums(states: Tensor, targets: Tensor, head: FrozenHead) -> Tensor
     floors = torch.empty(len(states), dtype=torch.float32, device=states.device)
     for part in _slices(len(states), rows_at_once(len(states), states.device)):
         rows = head.rows(targets[part]).float()
-        floors[part], _ = _target_logits(states[part], rows, targets[part], head)
+        floors[part], _ = _target_logits(
+            states[part], rows, targets[part], head, is_rounded=not has_kernel(head)
+        )
     return floors
 
 
 def _target_logits(
-    states: Tensor, rows: Tensor, targets: Tensor, head: FrozenHead
+    states: Tensor, rows: Tensor, targets: Tensor, head: FrozenHead, *, is_rounded: bool
 ) -> tuple[Tensor, Tensor | None]:
     logits = (states.float() * rows).sum(dim=1)
-    if not has_kernel(head) and head.device.type == "cpu":
-        logits = logits.to(head.dtype).float()  # as `block_logits` has it in the log-sum-exp
+    if is_rounded and head.device.type == "cpu":
+        logits = logits.to(head.dtype).float()  # as a CPU's plain product has them
     if head.bias is not None:
         logits = logits + head.bias[targets]
     return cap_(logits * head.logit_scale, head.softcap, with_slopes=True)

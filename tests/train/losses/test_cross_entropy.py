@@ -249,3 +249,19 @@ def test_a_head_that_stays_in_the_host_gives_the_same_losses() -> None:
 
     expected = token_losses(states, _targets(), head=rounded, chunk=POSITIONS)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_loss_without_gradient_in_bfloat16_is_that_of_float32_on_average(case: Case) -> None:
+    random = torch.Generator().manual_seed(2)
+    states = torch.randn(4000, WIDTH, generator=random).bfloat16()
+    targets = torch.randint(0, VOCABULARY, (4000,), generator=random)
+    head = case.head(torch.bfloat16)
+    exact = replace(head, dtype=torch.float32)  # of the same weights
+    with torch.no_grad():
+        losses = token_losses(states, targets, head=head, chunk=CHUNK)
+        expected = token_losses(states.float(), targets, head=exact, chunk=CHUNK)
+    difference = losses - expected
+    assert abs(float(difference.mean())) < 1e-3
+    assert float(difference.abs().max()) < 0.1  # logits up to 16, rounded to 8 bits
+    assert float(difference.abs().max()) > 0
