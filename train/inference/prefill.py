@@ -16,7 +16,7 @@ LEAST_COMMON = 8
 
 def common_length(rows: Sequence[Sequence[int]]) -> int:
     """Return P, less than the length of every row: each keeps a token to go on from."""
-    first, last = min(rows), max(rows)
+    first, last = min(map(list, rows)), max(map(list, rows))
     room = min(map(len, rows)) - 1
     pairs = zip(first[:room], last[:room], strict=True)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), room)
