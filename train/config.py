@@ -161,18 +161,36 @@ class MixSettings(Settings):
     mix: list[str] = bounded([], is_unique=True)
     """Stores of other bases, each written with `carryon extract --align-to STORE`. A gate mixes
     their distributions with that of the carry-on, token by token. None given: one base."""
-    mix_by: Literal["probability", "state"] = "probability"
-    """How other bases are mixed in. `probability`: by their next-token distributions. `state`: by
-    their hidden states; not built yet."""
+    mix_by: Literal["probability", "state", "both"] = "probability"
+    """How other bases are mixed in. `probability`: a gate mixes their next-token distributions.
+    `state`: the carry-on reads their hidden states beside the base's own. `both`: both."""
+    mix_taps: list[str] = bounded(["final"], min_items=1, is_unique=True)
+    """Taps of the stores of other bases that the carry-on reads, with `mix_by` state or both."""
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the carry-on reads the states of other bases."""
+        return bool(self.mix) and self.mix_by != "probability"
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether a gate mixes distributions."""
+        return bool(self.mix) and self.mix_by != "state"
 
     def problems(self) -> list[tuple[bool, str]]:
-        """Check that the way to mix exists."""
+        """Check that what is given has an effect."""
+        is_by_state = self.mix_by != "probability"
         return [
             (
-                self.mix_by == "state",
-                "mix_by: expected probability, as mixing by state is not built yet, got state. "
-                "Fix: --mix-by probability",
-            )
+                is_by_state and not self.mix,
+                f"mix_by: expected with mix, got {self.mix_by} without another base. Fix: add "
+                "--mix STORE",
+            ),
+            (
+                not is_by_state and self.mix_taps != ["final"],
+                "mix_taps: expected with mix_by state or both, as distributions are of the tap "
+                f"final, got {' '.join(self.mix_taps)}. Fix: --mix-by both",
+            ),
         ]
 
 
@@ -336,14 +354,23 @@ class TrainSettings:
         """Check what a mixture of several bases allows.
 
         Raises:
-            InputError: a kind without weights alone, or a sampled softmax in a mixture.
+            InputError: a kind without weights alone, a kind that cannot read the states of other
+                bases, or a sampled softmax beside a gate.
         """
+        kind = self.carryon.kind
+        if self.mixing.reads_states and not get_kind(kind).reads_sources:
+            kinds = ", ".join(name for name, each in KINDS.items() if each.reads_sources)
+            raise InputError(
+                f"kind {kind}: expected one that reads the states of other bases ({kinds}) with "
+                f"mix_by {self.mixing.mix_by}, got {kind}. Fix: leave out --mix-by, or --kind "
+                "bottleneck"
+            )
         if self.carryon.kind == "none" and not self.mixing.mix:
             raise InputError(
                 "kind none: expected other bases to mix with, as nothing else is trained, got "
                 "none. Fix: add --mix STORE, or choose another --kind"
             )
-        if self.mixing.mix and self.loss.sampled_softmax:
+        if self.mixing.has_gate and self.loss.sampled_softmax:
             raise InputError(
                 "sampled_softmax: expected 0 with mix, whose gate compares exact probabilities, "
                 f"got {self.loss.sampled_softmax}. Fix: leave out --sampled-softmax"

@@ -32,6 +32,9 @@ class Kind:
     the settings and corrects `final`."""
     needs_blocks: bool = False
     """Whether it is built from the base's last blocks, which the store must then hold."""
+    reads_sources: bool = False
+    """Whether it can read the states of other bases too; `build` is then also given
+    `sources={tap: width}`, if there are any."""
     merges: Literal["", "append", "replace"] = ""
     """How its blocks merge into a checkpoint of the base: behind the base's blocks, or in place of
     the last ones. Empty: it does not merge."""
@@ -47,7 +50,9 @@ class Kind:
 
 KINDS = {
     "bottleneck": Kind(
-        build="carryon.train.modules.bottleneck:Bottleneck", learning_rates=(3e-3, 1e-3)
+        build="carryon.train.modules.bottleneck:Bottleneck",
+        learning_rates=(3e-3, 1e-3),
+        reads_sources=True,
     ),
     "native": Kind(
         build="carryon.train.modules.base_blocks:BlocksCarryOn",

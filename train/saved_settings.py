@@ -8,7 +8,12 @@ from typing import Any
 
 from carryon.cache.errors import InputError
 
-LATER_SETTINGS: Mapping[str, Any] = {"sampled_softmax": 0, "mix": [], "mix_by": "probability"}
+LATER_SETTINGS: Mapping[str, Any] = {
+    "sampled_softmax": 0,
+    "mix": [],
+    "mix_by": "probability",
+    "mix_taps": ["final"],
+}
 """Settings that are younger than the first runs -> the value those runs had."""
 FORMER_NAMES = {
     "mlp_width": "intermediate_size",

@@ -32,7 +32,12 @@ from carryon.train.cross_checks import (
 from carryon.train.kinds import get_kind
 from carryon.train.mixing.mixture import load_gate
 from carryon.train.modules.card_file import CARD, GATE, README, WEIGHTS, check_digest, read_signed
-from carryon.train.modules.serialization import load_carryon, read_card, read_weights
+from carryon.train.modules.serialization import (
+    CarryOnCard,
+    load_carryon,
+    read_card,
+    read_weights,
+)
 from carryon.train.saved_settings import with_current_names
 from carryon.train.settings_file import check_settings
 from carryon.train.trainer.checkpoint import BEST, LAST, OPTIMIZER, STATE, check_checkpoint
@@ -168,7 +173,7 @@ class _Walk:
         """Check a carry-on: its digests, and that its weights are those of its card."""
         for name in _HUB_FILES:
             self.known.add(self._name(folder / name))
-        card = self._check(folder / CARD, lambda _: read_card(folder, allow_mixture=True))
+        card = self._check(folder / CARD, lambda _: _any_card(folder))
         signed = self._check(folder / CARD, read_signed)
         files: Mapping[str, str] = signed[1] if signed else {}
         if signed and not files:
@@ -184,10 +189,10 @@ class _Walk:
             if is_whole:
                 _finite(folder)
             else:
-                load_carryon(folder, allow_mixture=True)
+                load_carryon(folder, allow_mixture=True, allow_states=True)
 
         self._check(folder / WEIGHTS, load)
-        if card.mixture:
+        if card.has_gate:
             self.known.add(self._name(folder / GATE))
             self._check(folder / GATE, lambda _: load_gate(folder, card))
 
@@ -302,6 +307,10 @@ class _Walk:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
+
+
+def _any_card(folder: Path) -> CarryOnCard:
+    return read_card(folder, allow_mixture=True, allow_states=True)
 
 
 def _finite(folder: Path) -> None:

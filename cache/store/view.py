@@ -77,6 +77,23 @@ class StoreLike(Protocol):
     def sample_roles(self) -> NDArray[np.uint8]:
         """[S] 0, or 1 and 2 for the chosen and the rejected answer of a preference pair."""
 
+    @property
+    def source_widths(self) -> dict[str, int]:
+        """Width of each tap that holds states of another base: none in a plain store."""
+        return {}
+
+    def tap_width(self, tap: str) -> int:  # noqa: ARG002 -- differs where bases are joined
+        """Return the width of the states at a tap."""
+        return self.width
+
+    def tap_dtype(self, tap: str) -> np.dtype[Any]:  # noqa: ARG002
+        """Return the array type of the states at a tap."""
+        return self.states_dtype
+
+    def row_bytes(self, taps: Sequence[str]) -> int:
+        """Return the bytes of a token's states at some taps, as they are read."""
+        return sum(self.tap_width(tap) * self.tap_dtype(tap).itemsize for tap in taps)
+
     def sample_id(self, sample: int) -> str:
         """Return the id of a sample."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.aligned_tokenizers import TEXTS
 from support.corpus_files import write_lines
 from support.mixed_stores import make_anchor, make_base, make_source
@@ -17,7 +18,8 @@ from carryon.tools.bench.__main__ import main
 from carryon.tools.bench.mixtures import measure, plan, report
 from carryon.tools.improve import steps
 from carryon.train.config import CarryOnSettings
-from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.mixing.gate import Gate
+from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
 
 
 def make_experiment(folder: Path, **changes: Any) -> plan.MixExperiment:  # noqa: ANN401
@@ -49,6 +51,13 @@ def test_bytes_of_a_carryon_are_those_of_its_weights(
     assert plan.carryon_bytes(width, num_taps, base_width) == 2 * count
 
 
+def build_gate_of(width: int) -> int:
+    """Return the number of weights of a gate for one source."""
+    shares = torch.ones(2)
+    gate = Gate(anchor_width=width, source_widths=(), num_sources=1, shares=shares, seed=0)
+    return sum(map(torch.numel, gate.state_dict().values()))
+
+
 def test_own_carryons_have_at_least_the_bytes_of_any_mixture(tmp_path: Path) -> None:
     experiment = make_experiment(tmp_path)
     for base in experiment.bases:
@@ -58,11 +67,24 @@ def test_own_carryons_have_at_least_the_bytes_of_any_mixture(tmp_path: Path) -> 
     assert experiment.budget > plan.carryon_bytes(128, 2, 576)
     runs = plan.plan_mix(experiment).runs
     assert {arm for _, arm in runs} == {
-        "carryon", "own-anchor", "own-source-1", "gate", "gate+carryon"
+        "carryon", "own-anchor", "own-source-1", "gate", "gate+carryon", "state", "both"
     }  # fmt: skip
     argv = runs[1, "own-source-1"].argv
     assert argv[argv.index("--store") + 1].endswith("stores/source-1")
     assert all("--patience" in each.argv for each in runs.values())
+    for arm in ("state", "both"):
+        argv = runs[0, arm].argv
+        at = argv.index("--mix-by")
+        assert argv[at : at + 5] == ["--mix-by", arm, "--mix-taps", "final", "layer.16"]
+    state = build_bottleneck(
+        CarryOnSettings(taps=["final", "layer.20"]), base_width=576, seed=0
+    ).state_dict()
+    mixed = Bottleneck(
+        CarryOnSettings(taps=["final", "layer.20"]), base_width=576, sources={"1:final": 896}
+    ).state_dict()
+    bridge = sum(map(torch.numel, mixed.values())) - sum(map(torch.numel, state.values()))
+    gate = build_gate_of(576)
+    assert experiment.budget >= plan.carryon_bytes(128, 2, 576) + 2 * bridge + 4 * gate
 
 
 def test_an_experiment_that_no_step_could_run_is_refused(tmp_path: Path) -> None:
@@ -122,7 +144,7 @@ def test_bytes_and_places_are_those_of_the_held_out_samples(tmp_path: Path) -> N
 
 
 def result(nll: float, *, shares: dict[str, float] | None = None, **more: Any) -> dict[str, Any]:  # noqa: ANN401
-    mixture = {"gate_shares": shares} if shares else {}
+    mixture = {} if shares is None else {"gate_shares": shares}
     return {
         "base_nll": 2.0, "carryon_nll": nll, "mixture": mixture, "carryon_bytes": 100,
         "num_parameters": 60, "finished_with_step": 5, "tokens_per_second": 1000.0, **more,
@@ -134,11 +156,13 @@ def test_figures_take_the_worst_seed(tmp_path: Path) -> None:
     shares = {"carry-on": 0.4, "b": 0.6}
     losses = {
         "carryon": (1.8, 1.7), "own-anchor": (1.75, 1.72), "own-source-1": (1.6, 1.5),
-        "gate": (1.7, 1.9), "gate+carryon": (1.5, 1.4),
+        "gate": (1.7, 1.9), "gate+carryon": (1.5, 1.4), "state": (1.65, 1.7), "both": (1.6, 1.6),
     }  # fmt: skip
     runs = {
         (seed, arm): result(
-            values[seed], shares=shares if arm.startswith("gate") else None, tokens_per_second=speed
+            values[seed],
+            shares={} if arm == "state" else shares if arm in plan.MIXTURES else None,
+            tokens_per_second=speed,
         )
         for arm, values in losses.items()
         for seed, speed in ((0, 900.0 if "+" in arm else 1000.0), (1, 1000.0))
@@ -153,14 +177,19 @@ def test_figures_take_the_worst_seed(tmp_path: Path) -> None:
     rows = report.make_rows(experiment, sizes, runs, places)
     assert [row.arm for row in rows] == ["anchor", "source-1", *losses]
     assert rows[1].per_byte == [1.0]
-    assert rows[-1].per_byte == pytest.approx([0.375, 0.35])
-    assert rows[-1].bytes == 100 + 4 * 10
+    by_arm = {row.arm: row for row in rows}
+    assert by_arm["gate+carryon"].per_byte == pytest.approx([0.375, 0.35])
+    assert by_arm["gate+carryon"].bytes == 100 + 4 * 10
+    assert by_arm["state"].bytes == 100
+    assert by_arm["state"].is_mixture is True
     figures = report.figures_of(experiment, rows, corpus={"shared_ratio": 0.01})
     by_name = {figure.figure: figure for figure in figures}
     assert by_name["mix.gate_gain"].value == pytest.approx(0.1)
     assert by_name["mix.gate_gain"].met is False
     assert by_name["mix.gain"].details["values"] == pytest.approx([0.25, 0.3])
     assert by_name["mix.gain"].met is True
+    assert by_name["mix.gain.state"].value == pytest.approx(0.0)
+    assert by_name["mix.gain.state"].details["values"] == pytest.approx([0.1, 0.0])
     assert by_name["mix.straddled.gate"].value == pytest.approx(0.1)
     assert by_name["mix.straddled.gate+carryon"].met is True
     assert by_name["mix.speed"].value == pytest.approx(0.9)

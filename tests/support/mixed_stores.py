@@ -49,7 +49,9 @@ def write_data(folder: Path, rows: list[dict[str, Any]] = ROWS) -> list[str]:
     ]
 
 
-def make_base(folder: Path, kind: str, *, vocab_size: int, seed: int = 0, steps: int = 0) -> Path:
+def make_base(
+    folder: Path, kind: str, *, vocab_size: int, seed: int = 0, steps: int = 0, width: int = 16
+) -> Path:
     """Save a tiny base with a tokenizer of a kind, trained on the texts for some steps."""
     path = make_family_base(
         folder,
@@ -60,6 +62,7 @@ def make_base(folder: Path, kind: str, *, vocab_size: int, seed: int = 0, steps:
         dtype=torch.float32,
         seed=seed,
         max_position_embeddings=512,
+        hidden_size=width,
     )
     if steps:
         _fit(path, steps)
@@ -108,10 +111,12 @@ def make_source(
     seed: int = 1,
     steps: int = 0,
     rows: list[dict[str, Any]] = ROWS,
+    width: int = 16,
     **changes: Any,  # noqa: ANN401
 ) -> Path:
     """Extract a store of another base that is aligned to the anchor's; return its folder."""
-    base = make_base(folder / f"{name}-base", kind, vocab_size=vocab_size, seed=seed, steps=steps)
+    sizes = {"vocab_size": vocab_size, "seed": seed, "steps": steps, "width": width}
+    base = make_base(folder / f"{name}-base", kind, **sizes)
     with small_pieces():
         plan = plan_aligned(
             base=load_base(str(base), forward=FORWARD),

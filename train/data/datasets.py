@@ -175,8 +175,7 @@ def window_units(store: StoreLike, settings: StreamSettings, *, taps: Sequence[s
     Raises:
         InputError: not even one fits.
     """
-    row_bytes = store.width * store.states_dtype.itemsize * len(taps)
-    two_units = int(2 * store.unit_tokens * row_bytes * ROOM)
+    two_units = int(2 * store.unit_tokens * store.row_bytes(taps) * ROOM)
     fitting = int(settings.host_memory_gb * 1e9) // max(1, two_units)
     if fitting < 1:
         raise InputError(

@@ -97,12 +97,13 @@ class Stream:
         """Return memory for a batch, with anything in it."""
         store = self._store
         lengths = store.sample_lengths[samples].astype(np.int64)
-        num_rows, dtype = int(lengths.sum()), store.states_dtype
+        num_rows = int(lengths.sum())
         room = _allocated_rows(num_rows, self._max_tokens)
         states = {}
         for tap in self._taps:
-            taken = self._memory.take(room * store.width * dtype.itemsize)
-            states[tap] = taken.view(dtype).reshape(room, store.width)[:num_rows]
+            taken = self._memory.take(room * store.row_bytes([tap]))
+            shape = (room, store.tap_width(tap))
+            states[tap] = taken.view(store.tap_dtype(tap)).reshape(shape)[:num_rows]
         return _BatchRows(
             samples=samples,
             lengths=lengths,
@@ -124,7 +125,7 @@ def stream_bytes(store: StoreLike, windows: Sequence[Window], *, taps: Sequence[
         for window in windows
     ]
     rows = 2 * max(map(sum, sizes), default=0) + max(map(max, sizes), default=0)
-    return rows * store.width * store.states_dtype.itemsize * len(taps)
+    return rows * store.row_bytes(taps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

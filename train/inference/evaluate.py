@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from carryon.cache.device import pick_chunk, pick_device
@@ -24,8 +23,14 @@ from carryon.train.data.split import refuse_pairs, split_samples
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import place_head
 from carryon.train.mixing.mixture import load_mixture
-from carryon.train.mixing.projected import ProjectedSources, project_sources
-from carryon.train.mixing.sources import open_sources, order_sources
+from carryon.train.mixing.projected import project_sources, token_bytes
+from carryon.train.mixing.sources import (
+    Source,
+    join_states,
+    open_sources,
+    order_sources,
+    warn_about_missing,
+)
 from carryon.train.modules.serialization import (
     CarryOnCard,
     check_base,
@@ -78,7 +83,7 @@ class EvaluateReport:
     """How alpha was chosen. None: only one was given."""
     mixture: dict[str, Any] = field(default_factory=dict)
     """Of a mixture of several bases, whose loss `carryon_nll` is: losses of its parts, and shares
-    of the gate (MixtureNll). Empty: there is no gate."""
+    of the gate (MixtureNll). Empty: it is of one base."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -120,17 +125,25 @@ def evaluate(
             the samples are too few.
     """
     stream, loss = apply_options(options, stream or StreamSettings(), loss or LossSettings())
-    opened = Store.open(store)
-    refuse_pairs(opened)
+    plain = Store.open(store)
+    refuse_pairs(plain)
     load = load_mixture if mix else load_carryon
-    module, card = load(locate_carryon(carryon), blocks=opened.blocks)
-    check_base(card, opened.manifest.base, where=store)
-    check_taps(opened, stream_taps(module.settings))
-    rows, name = _pick_samples(opened, card, samples)
+    module, card = load(locate_carryon(carryon), blocks=plain.blocks)
+    check_base(card, plain.manifest.base, where=store)
+    check_taps(plain, stream_taps(module.settings))
+    rows, name = _pick_samples(plain, card, samples)
+    sources = _open_sources(plain, mix, card)
+    opened = join_states(plain, sources)
     place = pick_device(device)
     module, head = module.to(place), place_head(opened, loss, device=place)
     chunk = pick_chunk(loss.chunk_tokens)
-    projected = _project(opened, mix, card, stream=stream, loss=loss, device=place)
+    projected = None
+    if card.has_gate:
+        base = get_base_states(opened, device=place)
+        projected = project_sources(
+            opened, sources, base=base, stream=stream, loss=loss, device=place
+        )
+    sizes = token_bytes(sources) if sources and projected is None else None
     jobs = [
         EvalJob(
             carryon=module,
@@ -139,6 +152,7 @@ def evaluate(
             alpha=check_alpha(alpha),
             with_base=True,
             projected=projected,
+            token_bytes=sizes,
         )
         for alpha in alphas or [card.alpha]
     ]
@@ -180,21 +194,13 @@ def evaluate(
     )
 
 
-def _project(
-    store: Store,
-    mix: Sequence[str | Path],
-    card: CarryOnCard,
-    *,
-    stream: StreamSettings,
-    loss: LossSettings,
-    device: torch.device,
-) -> ProjectedSources | None:
-    """Return the projections of the other bases; None without any."""
+def _open_sources(store: Store, mix: Sequence[str | Path], card: CarryOnCard) -> list[Source]:
+    """Return the other bases in the order of the card, and warn about samples without them."""
     if not mix:
-        return None
+        return []
     sources = order_sources(open_sources(store, [str(path) for path in mix]), card.mixture)
-    base = get_base_states(store, device=device)
-    return project_sources(store, sources, base=base, stream=stream, loss=loss, device=device)
+    warn_about_missing(store, sources)
+    return sources
 
 
 def plot_alphas(choice: AlphaChoice, path: Path) -> bool:

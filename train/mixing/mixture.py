@@ -18,7 +18,7 @@ from carryon.train.mixing.gate import Gate, initial_shares, mixture_log_probs, t
 from carryon.train.mixing.projected import PairProjections, ProjectedSources
 from carryon.train.modules.card_checks import check_weights
 from carryon.train.modules.card_file import GATE, check_digest
-from carryon.train.modules.carryon import CarryOn
+from carryon.train.modules.carryon import NO_SOURCES, CarryOn
 from carryon.train.modules.packed_attention import Packing
 from carryon.train.modules.serialization import CarryOnCard, load_carryon
 
@@ -35,6 +35,7 @@ class MixedCarryOn(CarryOn):
         """
         super().__init__()
         self.settings = carryon.settings
+        self.sources = carryon.sources if isinstance(carryon, CarryOn) else NO_SOURCES
         self.carryon = carryon
         self.gate = gate
 
@@ -106,23 +107,28 @@ def build_gate(projected: ProjectedSources, is_trained: Tensor, *, width: int, s
 
 def load_mixture(
     folder: str | Path, *, blocks: Callable[[], Blocks] | None = None
-) -> tuple[MixedCarryOn, CarryOnCard]:
-    """Return a carry-on with its gate, weights in float32 on the CPU, and its card.
+) -> tuple[CarryOn, CarryOnCard]:
+    """Return a carry-on that is mixed with other bases, and its card.
 
     Args:
         folder: of the carry-on.
         blocks: reads the last blocks of its base, for a kind that needs them.
 
+    Returns:
+        The carry-on, weights in float32 on the CPU; a `MixedCarryOn` if it has a gate.
+
     Raises:
         MissingError: there is no carry-on.
-        InputError: it has no gate, or a file is damaged.
+        InputError: it is of one base, or a file is damaged.
     """
-    carryon, card = load_carryon(folder, blocks=blocks, allow_mixture=True)
+    carryon, card = load_carryon(folder, blocks=blocks, allow_mixture=True, allow_states=True)
     if not card.mixture:
         raise InputError(
-            f"{folder}: expected a carry-on with a gate, got one of a single base. Fix: leave out "
-            "--mix"
+            f"{folder}: expected a carry-on of several bases, got one of a single base. Fix: leave "
+            "out --mix"
         )
+    if not card.has_gate:
+        return carryon, card
     return MixedCarryOn(carryon, load_gate(folder, card)).eval(), card
 
 

@@ -19,9 +19,9 @@ class MixtureNll:
     """Mean losses of the parts of a mixture, in nats per target, and what the gate gives them."""
 
     carryon_nll: float
-    """Of base and carry-on, without the gate."""
+    """Of base and carry-on, without the gate; by state with the other bases' states."""
     source_nlls: dict[str, float]
-    """Of each source alone, by its projection."""
+    """Of each source alone, by its projection. Empty: there is no gate, nor shares."""
     gate_shares: dict[str, float]
     """Mean share of the carry-on (`carry-on`) and of each source. They sum to 1."""
     target_shares: dict[str, float]
@@ -32,6 +32,22 @@ class MixtureNll:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
+
+
+def by_state(nll: float, bytes_per_target: float) -> MixtureNll:
+    """Return the parts of a mixture without a gate: there are none but its own loss.
+
+    Args:
+        nll: of the carry-on that reads the states of other bases.
+        bytes_per_target: mean bytes of text of a target.
+    """
+    return MixtureNll(
+        carryon_nll=nll,
+        source_nlls={},
+        gate_shares={},
+        target_shares={},
+        bytes_per_target=bytes_per_target,
+    )
 
 
 OWN = "carry-on"
@@ -100,16 +116,16 @@ def mixture_rows(base_nll: float, nll: float, parts: Mapping[str, Any]) -> list[
         nll: of the mixture.
         parts: of `MixtureNll.to_dict`.
     """
-    per_target = parts["bytes_per_target"]
+    per_target, has_gate = parts["bytes_per_target"], bool(parts["gate_shares"])
 
     def row(name: str, value: float, share: str = "") -> tuple[str, ...]:
-        cells = [f"{parts[kind][share]:.3f}" if share else "" for kind in _SHARES]
+        cells = [f"{parts[kind][share]:.3f}" if share else "" for kind in _SHARES * has_gate]
         return (name, f"{value:.4f}", f"{value / per_target:.4f}" if per_target else "", *cells)
 
     return [
-        ("", "nats per target", "per byte", "gate share", "share of target"),
+        ("", "nats per target", "per byte", *(("gate share", "share of target") * has_gate)),
         row("base", base_nll),
-        row("carry-on without gate", parts["carryon_nll"], OWN),
+        *([row("carry-on without gate", parts["carryon_nll"], OWN)] if has_gate else []),
         *(row(name, value, name) for name, value in parts["source_nlls"].items()),
         row("mixture", nll),
     ]

@@ -150,7 +150,6 @@ def project_sources(
         )
         for source in sources
     ]
-    words = sources[0].vocabulary_map.anchor
     return ProjectedSources(
         sources=list(sources),
         starts=anchor.sample_starts,
@@ -158,8 +157,14 @@ def project_sources(
         anchor=own.log_probs,
         log_probs=torch.stack([each.log_probs for each in found], dim=1),
         features=torch.stack([each.features for each in found], dim=1),
-        token_bytes=torch.tensor([len(word or b"") for word in words], dtype=torch.int64),
+        token_bytes=token_bytes(sources),
     )
+
+
+def token_bytes(sources: Sequence[Source]) -> Tensor:
+    """Return the bytes of each token of the anchor, [V] int64; 0 for those of no text."""
+    words = sources[0].vocabulary_map.anchor
+    return torch.tensor([len(word or b"") for word in words], dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

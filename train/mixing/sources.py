@@ -1,15 +1,24 @@
 """The bases that are mixed with the anchor, each from a store that is aligned to the anchor's."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.errors import CarryOnError, InputError, SettingMismatchError
+from carryon.cache.errors import (
+    CarryOnError,
+    InputError,
+    SettingMismatchError,
+    UnfinishedStoreError,
+)
 from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
+from carryon.train.data.joined_store import JoinedStore
 from carryon.train.mixing.aligned_states import STABLE
 from carryon.train.mixing.vocabulary_map import VocabularyMap
+
+logger = logging.getLogger(__name__)
 
 _DIGESTS = ("weights_sha256", "tokenizer_sha256")
 _SAME = (*_DIGESTS, "vocabulary_map_sha256")
@@ -24,11 +33,20 @@ class Source:
     store: Store
     """Aligned to the anchor's."""
     vocabulary_map: VocabularyMap
+    taps: Sequence[str] = ()
+    """Of its store that the carry-on reads; empty: only distributions are mixed."""
 
-    def facts(self) -> dict[str, str]:
+    @property
+    def missing_samples(self) -> int:
+        """Samples of the anchor that its store lacks, of which it has read nothing."""
+        return int(self.store.manifest.alignment["missing_samples"])
+
+    def facts(self) -> dict[str, Any]:
         """Return what a card records of it."""
         base = self.store.base
+        read = {"taps": list(self.taps), "width": self.store.width} if self.taps else {}
         return {
+            **read,
             "name": self.name,
             "base": str(base.get("id")),
             "revision": str(base.get("revision") or ""),
@@ -38,12 +56,15 @@ class Source:
         }
 
 
-def open_sources(anchor: StoreLike, paths: Sequence[str]) -> list[Source]:
+def open_sources(
+    anchor: StoreLike, paths: Sequence[str], *, taps: Sequence[str] = ()
+) -> list[Source]:
     """Open the stores that are aligned to an anchor, and read the vocabularies of the bases.
 
     Args:
         anchor: the store that is trained on.
         paths: folders of the others.
+        taps: of each that a carry-on reads.
 
     Raises:
         InputError: a store is not aligned to this anchor, or given twice, or the bytes of a
@@ -74,9 +95,31 @@ def open_sources(anchor: StoreLike, paths: Sequence[str]) -> list[Source]:
                 source_stops=own.stops,
                 anchor_stops=words[0].stops,
             ),
+            taps=taps,
         )
         for name, store, own in zip(names, stores, words[1:], strict=True)
     ]
+
+
+def join_states(anchor: StoreLike, sources: Sequence[Source]) -> StoreLike:
+    """Return the anchor's store with the taps of the sources that a carry-on reads beside its own.
+
+    Raises:
+        InputError: a store lacks a tap.
+    """
+    joined = [(source.store, source.taps) for source in sources if source.taps]
+    return JoinedStore(anchor, joined) if joined else anchor
+
+
+def warn_about_missing(anchor: StoreLike, sources: Sequence[Source]) -> None:
+    """Warn about samples that the store of a source lacks."""
+    for source in sources:
+        if source.missing_samples:
+            logger.warning(
+                f"{source.name}: {source.missing_samples:,} of {anchor.num_samples:,} samples are "
+                "not in its store: there the base's own distribution stands for it, and its states "
+                "are zeros. Fix: extract it again without --drop-missing"
+            )
 
 
 def order_sources(sources: Sequence[Source], card: Mapping[str, Any]) -> list[Source]:
@@ -89,7 +132,9 @@ def order_sources(sources: Sequence[Source], card: Mapping[str, Any]) -> list[So
     Raises:
         SettingMismatchError: they are others.
     """
-    given = {tuple(source.facts()[name] for name in _SAME): source for source in sources}
+    given: dict[Any, Source] = {
+        tuple(source.facts()[name] for name in _SAME): source for source in sources
+    }
     wanted = [tuple(each[name] for name in _SAME) for each in card["sources"]]
     if set(given) != set(wanted) or len(sources) != len(wanted):
         raise SettingMismatchError(
@@ -97,7 +142,8 @@ def order_sources(sources: Sequence[Source], card: Mapping[str, Any]) -> list[So
             "the gate was trained on, with the same weights, tokenizer and vocabulary map, got "
             f"{', '.join(source.name for source in sources)}. Fix: give an aligned store of each"
         )
-    return [given[each] for each in wanted]
+    taps = [each.get("taps", ()) for each in card["sources"]]
+    return [replace(given[key], taps=each) for key, each in zip(wanted, taps, strict=True)]
 
 
 def _open_aligned(anchor: Store, path: str) -> Store:
@@ -114,6 +160,17 @@ def _open_aligned(anchor: Store, path: str) -> Store:
             f"mix: {path}: expected a store that is aligned to {anchor.name} "
             f"({anchor.fingerprint[:12]}), got one that is aligned to the store "
             f"{facts['anchor'][:12]} of {facts['anchor_base']}. {fix}"
+        )
+    if (store.samples_digest, store.unit_tokens) != (anchor.samples_digest, anchor.unit_tokens):
+        raise InputError(
+            f"mix: {path}: expected the samples and rows of {anchor.name}, got others. {fix}"
+        )
+    if not store.manifest.head:
+        raise InputError(f"mix: {path}: expected a store with the base's head, got none. {fix}")
+    if len(store.finished_units) < store.num_units:
+        raise UnfinishedStoreError(
+            f"mix: {path}: expected {store.num_units} units, got {len(store.finished_units)}. "
+            "Fix: run its extraction again, which finishes it"
         )
     if STABLE not in store.taps:
         raise InputError(

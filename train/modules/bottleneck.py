@@ -5,7 +5,9 @@
     logits = W (x + alpha * delta)            W is the base's frozen head, not part of this module
 
 Each tap has its own norm and bridge; with several, a learned softmax over taps weighs them for
-each token. The corrected state is always that of the tap `final`, which feeds the head.
+each token. Taps of other bases have their own too; what these bridges give is added, which is one
+bridge from all their normed states side by side. The corrected state is always that of the tap
+`final`, which feeds the head.
 
 Letters: B rows, T positions, N tokens of a flat batch, D base width, d carry-on width, K taps, M
 chosen positions.
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.decoder import NORM_EPS, Decoder
@@ -27,9 +30,22 @@ from carryon.train.modules.packed_attention import Packing
 class Bottleneck(CarryOn):
     """Decoder blocks of a small width between a bridge and an output map."""
 
-    def __init__(self, settings: CarryOnSettings, *, base_width: int) -> None:
-        """Draw the weights from torch's global generator; the output map is zero."""
+    def __init__(
+        self,
+        settings: CarryOnSettings,
+        *,
+        base_width: int,
+        sources: Mapping[str, int] | None = None,
+    ) -> None:
+        """Draw the weights from torch's global generator; the output map is zero.
+
+        Args:
+            settings: kind and shape.
+            base_width: D.
+            sources: taps of other bases that it also reads -> their widths.
+        """
         super().__init__()
+        self.sources = dict(sources or {})
         self.settings = settings
         self.base_width = base_width
         width, num_taps = settings.width, len(settings.taps)
@@ -46,6 +62,9 @@ class Bottleneck(CarryOn):
         self.gate = Product(width, gate_width) if gate_width else None
         self.up = Product(width, base_width, bias=False)
         self.dropout = nn.Dropout(settings.dropout)
+        widths = self.sources.values()  # drawn last: its other weights are those of one base
+        self.source_norms = nn.ModuleList(nn.RMSNorm(each, eps=NORM_EPS) for each in widths)
+        self.source_bridges = nn.ModuleList(Product(each, width, bias=False) for each in widths)
         nn.init.zeros_(self.up.weight)
         for layer in (self.mixer, self.gate):
             if layer is not None:
@@ -107,7 +126,7 @@ class Bottleneck(CarryOn):
         return gated_product(u.view_as(u), self.gate, self.up, "sigmoid")
 
     def tap_ratios(self, states: Mapping[str, Tensor]) -> Tensor:
-        """Return each tap's weight for each token, [B, T, K]; they add up to 1."""
+        """Return each own tap's weight for each token, [B, T, K]; they add up to 1."""
         return self._enter(states)[1]
 
     def _enter(self, states: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -116,10 +135,22 @@ class Bottleneck(CarryOn):
             for tap, norm, bridge in zip(self.settings.taps, self.norms, self.bridges, strict=True)
         ]
         if self.mixer is None:
-            return bridged[0], torch.ones_like(bridged[0][..., :1])
+            return self._add_sources(bridged[0], states), torch.ones_like(bridged[0][..., :1])
         ratios_BTK = torch.softmax(self.mixer(torch.cat(bridged, dim=-1)), dim=-1)
         stacked_BTKd = torch.stack(bridged, dim=-2)
-        return (ratios_BTK.unsqueeze(-1) * stacked_BTKd).sum(dim=-2), ratios_BTK
+        entrance_BTd = (ratios_BTK.unsqueeze(-1) * stacked_BTKd).sum(dim=-2)
+        return self._add_sources(entrance_BTd, states), ratios_BTK
+
+    def _add_sources(self, entrance_BTd: Tensor, states: Mapping[str, Tensor]) -> Tensor:
+        parts = zip(self.sources, self.source_norms, self.source_bridges, strict=True)
+        for tap, norm, bridge in parts:
+            if tap not in states:
+                raise InputError(
+                    f"states: expected those of another base at {tap}, which the carry-on was "
+                    f"trained on, got {', '.join(states)}"
+                )
+            entrance_BTd = entrance_BTd + _bridge(states[tap], norm, bridge)
+        return entrance_BTd
 
 
 def _bridge(x_BTD: Tensor, norm: Any, bridge: Any) -> Tensor:  # noqa: ANN401 -- or of stacked_weights

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,10 @@ SOURCE_FACTS = (
     "store_fingerprint",
 )
 """What a card says of each base that is mixed in."""
+_OF_STATES = ("taps", "width")
+"""Besides, of a base whose states are read."""
+_WAYS = ("probability", "state", "both")
+_MAX_TAPS = 64
 _TYPES: dict[str, tuple[type, ...]] = {
     "settings": (dict,),
     "base_width": (int,),
@@ -93,6 +97,23 @@ def _check_split(split: Mapping[str, Any]) -> None:
             _check("split: stores", store, (str,))
 
 
+def _check_states(source: Mapping[str, Any]) -> None:
+    """Check what is said of the states of another base that are read."""
+    _check("mixture: sources: width", source["width"], (int,))
+    _check("mixture: sources: taps", source["taps"], (list,))
+    taps = source["taps"]
+    is_sound = 0 < len(taps) <= _MAX_TAPS and len({str(tap) for tap in taps}) == len(taps)
+    if not is_sound or not all(isinstance(tap, str) and _TAP.fullmatch(tap) for tap in taps):
+        raise InputError(
+            f"mixture: sources: taps: expected 1 to {_MAX_TAPS} of final, prenorm or layer.K, each "
+            f"once, got {taps!r:.80}"
+        )
+    if not 1 <= source["width"] <= MAX_BASE_WIDTH:
+        raise InputError(
+            f"mixture: sources: width: expected 1 to {MAX_BASE_WIDTH}, got {source['width']}"
+        )
+
+
 def _check_mixture(mixture: Mapping[str, Any]) -> None:
     if set(mixture) != {"by", "sources"}:
         raise InputError(f"mixture: expected by and sources, got {sorted(map(str, mixture))!r:.80}")
@@ -100,20 +121,23 @@ def _check_mixture(mixture: Mapping[str, Any]) -> None:
     _check("mixture: sources", mixture["sources"], (list,))
     for source in mixture["sources"]:
         _check("mixture: sources", source, (dict,))
-        if set(source) != set(SOURCE_FACTS):
+        expected = SOURCE_FACTS if mixture["by"] == "probability" else (*SOURCE_FACTS, *_OF_STATES)
+        if set(source) != set(expected):
             raise InputError(
-                f"mixture: sources: expected {', '.join(SOURCE_FACTS)}, got "
+                f"mixture: sources: expected {', '.join(expected)}, got "
                 f"{sorted(map(str, source))!r:.80}"
             )
+        if mixture["by"] != "probability":
+            _check_states(source)
         for name in SOURCE_FACTS:
             _check(f"mixture: sources: {name}", source[name], (str,))
             if not source[name].isprintable():  # errors and the model card show them
                 raise InputError(
                     f"mixture: sources: {name}: expected printable text, got {source[name]!a:.80}"
                 )
-    if mixture["by"] != "probability" or not 1 <= len(mixture["sources"]) <= _MAX_SOURCES:
+    if mixture["by"] not in _WAYS or not 1 <= len(mixture["sources"]) <= _MAX_SOURCES:
         raise InputError(
-            f"mixture: expected 1 to {_MAX_SOURCES} sources by probability, got "
+            f"mixture: expected 1 to {_MAX_SOURCES} sources by {', '.join(_WAYS)}, got "
             f"{len(mixture['sources'])} by {mixture['by']!a:.80}"
         )
 
@@ -133,7 +157,13 @@ def _named(types: tuple[type, ...]) -> str:
     return " or ".join(kind.__name__ for kind in types)
 
 
-def check_sizes(settings: CarryOnSettings, base_width: int, weights: Mapping[str, Tensor]) -> None:
+def check_sizes(
+    settings: CarryOnSettings,
+    base_width: int,
+    weights: Mapping[str, Tensor],
+    *,
+    source_widths: Collection[int] = (),
+) -> None:
     """Compare the sizes of a carry-on with its weights, before a module of them is built.
 
     A module that passes has at most a few times the values of the file; `check_weights` then
@@ -152,6 +182,13 @@ def check_sizes(settings: CarryOnSettings, base_width: int, weights: Mapping[str
             "intermediate_size": settings.blocks * block,
         }
         most |= {"width": num_values, "intermediate_size": num_values}
+        bridges = sum(source_widths) * settings.width
+        if len(source_widths) > len(weights) or bridges > num_values:
+            raise InputError(
+                f"mixture: expected taps of other bases that fit the {len(weights)} tensors with "
+                f"{num_values:,} values in the weights file, got {len(source_widths)} of "
+                f"{sum(source_widths):,} channels"
+            )
     elif get_kind(settings.kind).needs_blocks:
         needed["lora_rank"], most["lora_rank"] = settings.lora_rank, num_values
     else:
@@ -164,13 +201,20 @@ def check_sizes(settings: CarryOnSettings, base_width: int, weights: Mapping[str
             )
 
 
-def check_memory(settings: CarryOnSettings, *, base_width: int, blocks: Blocks | None) -> None:
+def check_memory(
+    settings: CarryOnSettings,
+    *,
+    base_width: int,
+    blocks: Blocks | None,
+    source_widths: Collection[int] = (),
+) -> None:
     """Refuse a module whose weights alone do not fit this machine; nothing is built.
 
     Args:
         settings: perhaps a stranger's, each within its own limits.
         base_width: D.
         blocks: the base's last blocks, for a kind made of them.
+        source_widths: of the taps of other bases.
 
     Raises:
         InputError: names the sizes.
@@ -178,6 +222,7 @@ def check_memory(settings: CarryOnSettings, *, base_width: int, blocks: Blocks |
     if settings.kind == "bottleneck":
         a_block = settings.width * (4 * settings.width + 3 * settings.intermediate_size)
         ends = (len(settings.taps) + 2) * settings.width * base_width
+        ends += sum(source_widths) * settings.width
     elif blocks is not None:
         sizes = [
             weight.numel() + settings.lora_rank * sum(weight.shape)

@@ -17,7 +17,10 @@ from carryon.train.config import CarryOnSettings
 from carryon.train.kinds import get_kind
 from carryon.train.modules.card_checks import check_memory
 from carryon.train.modules.packed_attention import Packing
-from carryon.train.modules.taps import resolve_taps
+from carryon.train.modules.taps import resolve_taps, stream_taps
+
+NO_SOURCES: Mapping[str, int] = {}
+"""Of a carry-on of one base alone."""
 
 
 class CarryOn(nn.Module):
@@ -29,6 +32,8 @@ class CarryOn(nn.Module):
 
     settings: CarryOnSettings
     """Its shape. `as_carryon` sets it on a module that has none."""
+    sources: Mapping[str, int] = NO_SOURCES
+    """Taps of other bases that it reads beside those of the settings -> their widths."""
 
     def correct_packed(
         self, states: Mapping[str, Tensor], packing: Packing, positions_M: Tensor
@@ -59,10 +64,22 @@ class CarryOn(nn.Module):
         return customized_states(states["final"][positions_M], delta_MD, alpha=alpha)
 
 
-def build_carryon(settings: CarryOnSettings, store: StoreLike, *, seed: int) -> CarryOn:
+def build_carryon(
+    settings: CarryOnSettings,
+    store: StoreLike,
+    *,
+    seed: int,
+    sources: Mapping[str, int] | None = None,
+) -> CarryOn:
     """Return an untrained carry-on of any kind for a store; equal arguments give equal bits.
 
     torch's global generator is left as it was.
+
+    Args:
+        settings: kind and shape.
+        store: of its base.
+        seed: of the weights.
+        sources: taps of other bases that it also reads -> their widths.
 
     Raises:
         InputError: the store lacks the blocks that the kind needs.
@@ -70,11 +87,23 @@ def build_carryon(settings: CarryOnSettings, store: StoreLike, *, seed: int) -> 
     settings = resolve_taps(settings, store.base.get("num_layers", 0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make_carryon(settings, base_width=store.width, blocks=store.blocks)
+        return make_carryon(
+            settings, base_width=store.width, blocks=store.blocks, sources=sources or {}
+        )
+
+
+def taps_of(carryon: CarryOn) -> list[str]:
+    """Return the taps to read for a carry-on: its own, and those of other bases."""
+    others = carryon.sources if isinstance(carryon, CarryOn) else ()
+    return [*stream_taps(carryon.settings), *others]
 
 
 def make_carryon(
-    settings: CarryOnSettings, *, base_width: int, blocks: Callable[[], Blocks]
+    settings: CarryOnSettings,
+    *,
+    base_width: int,
+    blocks: Callable[[], Blocks],
+    sources: Mapping[str, int] = NO_SOURCES,
 ) -> CarryOn:
     """Return an untrained carry-on, its weights drawn from torch's global generator.
 
@@ -82,11 +111,21 @@ def make_carryon(
         settings: kind and shape.
         base_width: D.
         blocks: reads the base's last blocks; called only for a kind that needs them.
+        sources: taps of other bases that it also reads -> their widths.
+
+    Raises:
+        InputError: the kind reads no other bases, or the module does not fit the memory.
     """
     kind = get_kind(settings.kind)
+    if sources and not kind.reads_sources:
+        raise InputError(
+            f"kind {settings.kind}: expected one that reads the states of other bases, got one "
+            "that does not. Fix: --kind bottleneck"
+        )
     own = blocks() if kind.needs_blocks else None
-    check_memory(settings, base_width=base_width, blocks=own)
-    facts = {"base_width": base_width} if own is None else {"blocks": own}
+    check_memory(settings, base_width=base_width, blocks=own, source_widths=sources.values())
+    facts: dict[str, Any] = {"base_width": base_width} if own is None else {"blocks": own}
+    facts |= {"sources": sources} if sources else {}
     return as_carryon(kind.make()(settings, **facts), settings)
 
 

@@ -64,19 +64,25 @@ model = CarryOnForCausalLM.from_pretrained(".")  # or its hub id; base=... if th
 model.generate(**model.tokenizer("...", return_tensors="pt"))
 ```"""
 _MIXTURE_USAGE = """\
-It is one part of a mixture of several bases, whose distributions a gate mixes. Generating
+It is one part of a mixture of several bases. Generating
 text with several bases is not built yet.
 
 ```
 carryon evaluate --store STORE --mix ALIGNED_STORE --carryon .
 ```"""
+_WAYS = {
+    "probability": "The gate in `gate.safetensors` mixes their distributions with the carry-on's",
+    "state": "The carry-on reads their states",
+    "both": "The carry-on reads their states, and the gate in `gate.safetensors` mixes their "
+    "distributions with its own",
+}
 _OTHERS = """\
 ## Other bases
 
-The gate in `gate.safetensors` mixes by {by}, in this order:
+{way}, in this order:
 
-| base | weights (SHA-256) | tokenizer | vocabulary map | store |
-| --- | --- | --- | --- | --- |
+| base | weights (SHA-256) | tokenizer | vocabulary map | store | taps |
+| --- | --- | --- | --- | --- | --- |
 {rows}
 
 """
@@ -128,10 +134,11 @@ def _other_bases(mixture: Mapping[str, Any]) -> str:
     """Return the table of the bases that are mixed in."""
     digests = ("weights_sha256", "tokenizer_sha256", "vocabulary_map_sha256", "store_fingerprint")
     rows = [
-        f"| {each['base']} | {' | '.join(each[name][:12] for name in digests)} |"
+        f"| {each['base']} | {' | '.join(each[name][:12] for name in digests)} | "
+        f"{', '.join(each.get('taps', ['-']))} |"
         for each in mixture["sources"]
     ]
-    return _OTHERS.format(by=mixture["by"], rows="\n".join(rows))
+    return _OTHERS.format(way=_WAYS[mixture["by"]], rows="\n".join(rows))
 
 
 def _prompt_format(framing: Framing) -> str:

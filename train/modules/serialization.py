@@ -38,7 +38,7 @@ from carryon.train.modules.card_file import (
 )
 from carryon.train.modules.carryon import CarryOn, make_carryon
 from carryon.train.modules.model_card import model_card
-from carryon.train.modules.taps import check_alpha
+from carryon.train.modules.taps import check_alpha, source_tap
 from carryon.train.modules.undrawn import Undrawn
 from carryon.train.saved_settings import with_current_names
 
@@ -68,9 +68,23 @@ class CarryOnCard:
     framing: dict[str, Any] = field(default_factory=dict)
     """How the training texts stood before the base, as `Framing.to_dict`. Empty: not known."""
     mixture: dict[str, Any] = field(default_factory=dict)
-    """Other bases that its gate mixes in: `by`, and the facts of each of its `sources`. Empty: it
-    has no gate."""
+    """Other bases that are mixed in: `by`, and the facts of each of its `sources`. Empty: it is of
+    one base."""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether a gate mixes the distributions of other bases."""
+        return bool(self.mixture) and self.mixture["by"] != "state"
+
+    @property
+    def source_widths(self) -> dict[str, int]:
+        """Taps of other bases that it reads -> their widths."""
+        return {
+            source_tap(number, tap): source["width"]
+            for number, source in enumerate(self.mixture.get("sources", ()), 1)
+            for tap in source.get("taps", ())
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; without a gate as cards from before there were any."""
@@ -196,7 +210,7 @@ def check_carryon(folder: str | Path) -> None:
 def _check_carryon(root: Path) -> tuple[CarryOnCard, str | None]:
     card, digest = _read_card(root)
     check_digest(root / WEIGHTS, digest)
-    if card.mixture:
+    if card.has_gate:
         check_digest(root / GATE, read_signed(root / CARD)[1].get(GATE, ""))
     return card, digest
 
@@ -207,7 +221,7 @@ def _write_card(folder: Path, card: CarryOnCard, *, digest: str, is_synced: bool
     text = model_card(card.without_paths().to_dict(), num_bytes=num_bytes).encode()
     write_file(folder / README, text, is_synced=is_synced)
     files = {WEIGHTS: digest, README: sha256_hex(text)}
-    if card.mixture:
+    if card.has_gate:
         files[GATE] = digest_tensors(folder / GATE)
     document = signed(card.to_dict(), files=files)
     write_json(folder / CARD, document, is_synced=is_synced)
@@ -246,15 +260,25 @@ def locate_carryon(source: str | Path, **download: Any) -> Path:  # noqa: ANN401
         ) from error
 
 
-def read_card(folder: str | Path, *, allow_mixture: bool = False) -> CarryOnCard:
+def read_card(
+    folder: str | Path, *, allow_mixture: bool = False, allow_states: bool = False
+) -> CarryOnCard:
     """Return the card of the carry-on in `folder`; raises as `load_carryon` does.
 
     Args:
         folder: of the carry-on.
-        allow_mixture: also return the card of one with a gate, which its own base alone is not
-            enough for.
+        allow_mixture: also return the card of one that is mixed with other bases, which its own
+            base alone is not enough for.
+        allow_states: also if it reads their states.
     """
     card = _read_card(Path(folder))[0]
+    if card.source_widths and not allow_states:
+        others = ", ".join(source["base"] for source in card.mixture["sources"])
+        raise InputError(
+            f"{folder}: expected a carry-on that reads the states of one base, got one that also "
+            f"reads those of {others}, which only carryon train and evaluate give it so far. Fix: "
+            "carryon evaluate --mix STORE, or train with --mix-by probability"
+        )
     if card.mixture and not allow_mixture:
         others = ", ".join(source["base"] for source in card.mixture["sources"])
         raise InputError(
@@ -281,7 +305,7 @@ def _read_card(root: Path) -> tuple[CarryOnCard, str | None]:
         card = CarryOnCard.from_dict(values)
     except InputError as error:
         raise _not_a_carryon(root, error) from error
-    if not card.mixture and os.path.lexists(root / GATE):
+    if not card.has_gate and os.path.lexists(root / GATE):
         raise InputError(
             f"{root / GATE}: expected a card that names the other bases of the gate, got one of a "
             "single base, which would answer without it. Fix: download the carry-on again, or "
@@ -310,6 +334,7 @@ def load_carryon(
     *,
     blocks: Callable[[], Blocks] | None = None,
     allow_mixture: bool = False,
+    allow_states: bool = False,
 ) -> tuple[CarryOn, CarryOnCard]:
     """Return the carry-on in `folder`, weights in float32 on the CPU, and its card.
 
@@ -317,12 +342,14 @@ def load_carryon(
         folder: of the carry-on.
         blocks: reads the last blocks of its base, for a kind that needs them.
         allow_mixture: also return one with a gate, without its gate (`load_mixture`).
+        allow_states: also return one that reads the states of other bases.
 
     Raises:
         MissingError: there is no carry-on.
         InputError: a file is damaged, the blocks are missing, or it is a mixture.
     """
-    card, weights = read_card(folder, allow_mixture=allow_mixture), read_weights(folder)
+    card = read_card(folder, allow_mixture=allow_mixture, allow_states=allow_states)
+    weights = read_weights(folder)
 
     def read_blocks() -> Blocks:
         if blocks is None:
@@ -334,11 +361,14 @@ def load_carryon(
 
     try:
         settings = CarryOnSettings.from_dict(card.settings)
-        check_sizes(settings, card.base_width, weights)
+        sources = card.source_widths
+        check_sizes(settings, card.base_width, weights, source_widths=sources.values())
         # A kind of the user's own may compute something from what it draws.
         drawing = Undrawn() if settings.kind in BUILT_IN else nullcontext()
         with torch.device("cpu"), drawing:
-            carryon = make_carryon(settings, base_width=card.base_width, blocks=read_blocks)
+            carryon = make_carryon(
+                settings, base_width=card.base_width, blocks=read_blocks, sources=sources
+            )
         check_weights(weights, carryon.state_dict())
         carryon.load_state_dict(weights)  # widens in place: no second copy in memory
     except (RuntimeError, InputError) as error:

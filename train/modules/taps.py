@@ -45,6 +45,16 @@ def stream_taps(carryon: CarryOnSettings) -> list[str]:
     return list(dict.fromkeys(["final", *carryon.taps]))
 
 
+def source_tap(number: int, tap: str) -> str:
+    """Return the name of a tap of another base among those that a carry-on reads.
+
+    Args:
+        number: of the base among those that are mixed in, from 1.
+        tap: of its store.
+    """
+    return f"{number}:{tap}"
+
+
 def check_taps(store: StoreLike, taps: Sequence[str]) -> None:
     """Refuse a store that lacks one of `taps`.
 

@@ -94,7 +94,7 @@ class TrainReport:
     """Problems that were answered."""
     mixture: dict[str, Any] = field(default_factory=dict)
     """Of a mixture of several bases, whose loss `carryon_nll` is: losses of its parts, and shares
-    of the gate (MixtureNll). Empty: there is no gate."""
+    of the gate (MixtureNll). Empty: it is of one base."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -277,8 +277,9 @@ def _mixture_figures(nll: Nll) -> dict[str, float]:
     parts = nll.mixture
     if parts is None:
         return {}
+    gate = {"held_out_nll_without_gate": round(parts.carryon_nll, 4)} if parts.gate_shares else {}
     return {
-        "held_out_nll_without_gate": round(parts.carryon_nll, 4),
+        **gate,
         **{f"held_out_nll_of_{name}": round(each, 4) for name, each in parts.source_nlls.items()},
         **{f"gate_share_of_{name}": round(each, 4) for name, each in parts.gate_shares.items()},
         "held_out_bytes_per_token": round(parts.bytes_per_target, 4),
@@ -287,11 +288,11 @@ def _mixture_figures(nll: Nll) -> dict[str, float]:
 
 def _mixture(run: Run) -> dict[str, Any]:
     """Return what the card says of the other bases."""
-    if run.projected is None:
+    if not run.sources:
         return {}
     return {
         "by": run.settings.mixing.mix_by,
-        "sources": [source.facts() for source in run.projected.sources],
+        "sources": [source.facts() for source in run.sources],
     }
 
 

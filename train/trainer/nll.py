@@ -26,10 +26,9 @@ from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.endings import Endings
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.mixing.mixture import MixedCarryOn
-from carryon.train.mixing.mixture_nll import MixtureNll, MixtureSums
+from carryon.train.mixing.mixture_nll import MixtureNll, MixtureSums, by_state
 from carryon.train.mixing.projected import ProjectedSources
-from carryon.train.modules.carryon import CarryOn
-from carryon.train.modules.taps import stream_taps
+from carryon.train.modules.carryon import CarryOn, taps_of
 from carryon.train.trainer.distributed import current_processes, sum_over_processes
 from carryon.train.trainer.step import losses_of_delta, pair_delta
 
@@ -110,6 +109,8 @@ class EvalJob:
     """Whether to measure the base too."""
     projected: ProjectedSources | None = None
     """Other bases that a carry-on with a gate is mixed with: its loss is then the mixture's."""
+    token_bytes: Tensor | None = None
+    """[V] bytes of each token, of a carry-on that only reads the states of other bases."""
 
     @property
     def corrects(self) -> bool:
@@ -166,7 +167,7 @@ def measure_nlls(
         tokens_per_step=min(BATCH_TOKENS, BATCH_BYTES // (2 * store.width)),
     )
     device = jobs[0].head.device
-    taps = [tap for job in jobs if job.carryon for tap in stream_taps(job.carryon.settings)]
+    taps = [tap for job in jobs if job.carryon for tap in taps_of(job.carryon)]
     base: BaseStates | None = None
     if any(job.needs_base for job in jobs):
         base = get_base_states(store, device=device)
@@ -189,11 +190,15 @@ def measure_nlls(
     losses = [_Losses() for _ in jobs]
     mixtures = [MixtureSums(job.projected) if job.projected else None for job in jobs]
     targets = _Losses()
+    bytes_of_targets = [0 for _ in jobs]
     with torch.no_grad(), reader as steps, in_eval_mode(job.carryon for job in jobs):
         for batches in track(steps, total=count_steps(windows), name="evaluate", unit="batch"):
             for batch in (each.to(device) for each in batches):
                 rows, size = batch.rows_of_pairs(), len(batch.samples)
                 targets.add(torch.ones(len(rows)), rows, size)
+                for index, job in enumerate(jobs):
+                    if job.token_bytes is not None:
+                        bytes_of_targets[index] += int(job.token_bytes[batch.targets.cpu()].sum())
                 of_base: dict[tuple[int, int], Tensor] = {}
                 for (key, head), sums in zip(heads.items(), base_losses.values(), strict=True):
                     assert base is not None
@@ -233,7 +238,7 @@ def measure_nlls(
     )
     results = []
     total = partial(sum_over_processes, device=device)
-    for job, own, mixture in zip(jobs, losses, mixtures, strict=True):
+    for job, own, mixture, num_bytes in zip(jobs, losses, mixtures, bytes_of_targets, strict=True):
         base_sums = base_losses.get((id(job.head), job.chunk), absent)
         if job.carryon is None:
             own = absent
@@ -243,6 +248,9 @@ def measure_nlls(
         nll = _nll(base_sums, own, targets, num_samples=len(samples), device=device)
         if mixture is not None and job.mixes:
             nll = replace(nll, mixture=mixture.result(count, total))
+        elif job.token_bytes is not None and job.carryon is not None:
+            [of_all] = total(float(num_bytes))
+            nll = replace(nll, mixture=by_state(nll.carryon, of_all / count))
         results.append(nll)
     return results
 

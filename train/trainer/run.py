@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.store.view import StoreLike
@@ -28,9 +28,15 @@ from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_softmax import place_training_head
 from carryon.train.mixing.mixture import MixedCarryOn, build_gate
-from carryon.train.mixing.projected import ProjectedSources
-from carryon.train.modules.carryon import CarryOn, as_carryon, build_carryon, num_parameters
-from carryon.train.modules.taps import stream_taps
+from carryon.train.mixing.projected import ProjectedSources, token_bytes
+from carryon.train.mixing.sources import Source
+from carryon.train.modules.carryon import (
+    CarryOn,
+    as_carryon,
+    build_carryon,
+    num_parameters,
+    taps_of,
+)
 from carryon.train.optim.lr_schedule import learning_rate
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
 from carryon.train.trainer.metrics import Callback, Scoring
@@ -107,7 +113,9 @@ class Run:
     base: BaseStates | None
     """The base's own states, if the loss compares with them or a gate reads them."""
     projected: ProjectedSources | None
-    """Other bases in the mixture. None: there are none."""
+    """Distributions of other bases, which a gate mixes. None: there are none."""
+    sources: Sequence[Source]
+    """Other bases in the mixture."""
     evaluated: NDArray[np.int64]
     """Held-out samples of an evaluation during the run."""
     evaluation_ratio: float
@@ -120,7 +128,7 @@ class Run:
     def taps(self) -> list[str]:
         """Taps to read for a step."""
         base_taps = [] if self.base is None else [self.base.tap]
-        return list(dict.fromkeys([*stream_taps(self.settings.carryon), *base_taps]))
+        return list(dict.fromkeys([*taps_of(self.carryon), *base_taps]))
 
     @property
     def store(self) -> StoreLike:
@@ -162,7 +170,13 @@ class Run:
             chunk=self.chunk,
             with_base=with_base,
             projected=self.projected,
+            token_bytes=self.token_bytes,
         )
+
+    @property
+    def token_bytes(self) -> Tensor | None:
+        """Bytes of each token of a mixture without a gate, which has them itself."""
+        return token_bytes(self.sources) if self.sources and self.projected is None else None
 
 
 def prepare_run(
@@ -173,6 +187,7 @@ def prepare_run(
     contamination: Contamination,
     heads: dict[LossSettings, FrozenHead],
     projected: ProjectedSources | None = None,
+    sources: Sequence[Source] = (),
 ) -> Run:
     """Plan the order, build the untrained carry-on and load the LM head; nothing is written.
 
@@ -182,7 +197,8 @@ def prepare_run(
         identity: see `Job.identity`.
         contamination: of the halves of the data.
         heads: of runs prepared before, by their settings; this run's is added.
-        projected: other bases in the mixture. None: there are none.
+        projected: distributions of other bases, which a gate mixes. None: there are none.
+        sources: other bases in the mixture.
 
     Raises:
         InputError: the device does not exist.
@@ -193,7 +209,12 @@ def prepare_run(
     if settings.loss not in heads:  # first: it sets what happens to memory that is freed
         heads[settings.loss] = place_training_head(data.store, settings.loss, device=device)
     if job.module is None:
-        carryon = build_carryon(settings.carryon, data.store, seed=optimization.seed)
+        carryon = build_carryon(
+            settings.carryon,
+            data.store,
+            seed=optimization.seed,
+            sources=data.store.source_widths,
+        )
     else:
         carryon = as_carryon(job.module, settings.carryon)
     carryon = apply_memory_settings(carryon.to(device), settings.memory)
@@ -235,6 +256,7 @@ def prepare_run(
         chunk=pick_chunk(settings.loss.chunk_tokens),
         base=get_base_states(data.store, device=device) if needs_base else None,
         projected=projected,
+        sources=sources,
         evaluated=plan[0],
         evaluation_ratio=plan[1],
         segment=segment,

@@ -21,14 +21,21 @@ from carryon.cache.files.documents import sealed, write_json
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings, TrainSettings, rate_warning
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, Contamination, measure_contamination
-from carryon.train.data.datasets import StorePaths, TrainData, open_data, store_paths
+from carryon.train.data.datasets import (
+    StorePaths,
+    TrainData,
+    open_data,
+    store_paths,
+    window_units,
+)
 from carryon.train.data.loader import stream_bytes
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.mixing.projected import ProjectedSources, project_sources
-from carryon.train.mixing.sources import Source, open_sources
+from carryon.train.mixing.sources import Source, join_states, open_sources, warn_about_missing
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import read_weights
+from carryon.train.modules.taps import resolve_taps, stream_taps
 from carryon.train.trainer.distributed import Processes, join_processes, wait_for_all
 from carryon.train.trainer.engine import (
     measure_base,
@@ -185,9 +192,7 @@ def _prepare(
                 "leave out --score-every"
             )
     data = open_data(paths, jobs[0].settings)
-    mix = jobs[0].settings.mixing.mix
-    sources = open_sources(data.store, mix) if mix else []
-    data = replace(data, mix_fingerprints=tuple(each.store.fingerprint for each in sources))
+    data, sources = _open_mixture(data, jobs[0].settings)
     if wrap_store is not None:
         data = replace(data, store=wrap_store(data.store))
     jobs = [_keep_evaluated(job.resolved(data)) for job in jobs]
@@ -210,7 +215,7 @@ def _prepare(
             if job.module is not None:
                 job.module.load_state_dict(read_weights(folder.carryon))
             continue
-        if sources and projected is None:
+        if job.settings.mixing.has_gate and projected is None:
             projected = _project(data, sources, job, processes)
         run = prepare_run(
             job,
@@ -219,6 +224,7 @@ def _prepare(
             contamination=contamination,
             heads=heads,
             projected=projected,
+            sources=sources,
         )
         if processes.is_first:
             logger.info(_describe(run))
@@ -233,6 +239,28 @@ def _prepare(
                 )
         runs.append(run)
     return data, runs
+
+
+def _open_mixture(data: TrainData, settings: TrainSettings) -> tuple[TrainData, list[Source]]:
+    """Open the stores of other bases; their states, if they are read, are joined to the data."""
+    mixing = settings.mixing
+    if not mixing.mix:
+        return data, []
+    taps = mixing.mix_taps if mixing.reads_states else ()
+    sources = open_sources(data.store, mixing.mix, taps=taps)
+    warn_about_missing(data.store, sources)
+    joined = join_states(data.store, sources)
+    data = replace(
+        data,
+        store=joined,
+        mix_fingerprints=tuple(each.store.fingerprint for each in sources),
+    )
+    if joined.source_widths:
+        carryon = resolve_taps(settings.carryon, joined.base.get("num_layers", 0))
+        read = [*stream_taps(carryon), *joined.source_widths]
+        units = window_units(joined, settings.stream, taps=read)
+        data = replace(data, settings=replace(data.settings, window_units=units))
+    return data, sources
 
 
 def _keep_evaluated(job: Job) -> Job:

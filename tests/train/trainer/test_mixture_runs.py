@@ -174,8 +174,6 @@ def test_what_does_not_fit_a_mixture_is_refused(folder: Path, tmp_path: Path) ->
         mix(folder, tmp_path / "run", sampled_softmax=8)
     with pytest.raises(InputError, match="kind none: expected other bases to mix with"):
         mix(folder, tmp_path / "run", mix=[], kind="none")
-    with pytest.raises(InputError, match="mix_by: expected probability"):
-        mix(folder, tmp_path / "run", mix_by="state")
     with pytest.raises(InputError, match="mix: expected each once"):
         mix(folder, tmp_path / "run", "good", "good")
     with pytest.raises(InputError, match="got the anchor again"):

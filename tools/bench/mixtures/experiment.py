@@ -63,8 +63,9 @@ def experiment_mix(
     The first base is the anchor. Documents are split into halves and cut into windows; each base
     gets a store of them, and the others one that is aligned to the anchor's. With each seed are
     trained: the anchor's carry-on, each base's own carry-on that has the bytes of the largest
-    mixture or a little more, the gate alone, and the gate with the carry-on. All stop early by the
-    held-out loss. Each step is a command, logged as typed; the same command resumes.
+    mixture or a little more, the gate alone, the gate with the carry-on, a carry-on that reads the
+    other bases' states, and that one with the gate. All stop early by the held-out loss. Each step
+    is a command, logged as typed; the same command resumes.
 
     OUT/table.md, table.json and losses.png hold the result, in nats per byte of the same held-out
     text; each figure is a JSON line on stdout.

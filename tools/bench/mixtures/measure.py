@@ -22,9 +22,10 @@ from carryon.train.data.split import sample_units
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import place_head
-from carryon.train.mixing.mixture import load_mixture
+from carryon.train.mixing.mixture import MixedCarryOn, load_mixture
 from carryon.train.mixing.projected import project_sources, rows_of
-from carryon.train.mixing.sources import Vocabulary, open_sources, order_sources
+from carryon.train.mixing.sources import Vocabulary, join_states, open_sources, order_sources
+from carryon.train.modules.carryon import taps_of
 from carryon.train.trainer.step import losses_of_delta, pair_delta
 
 _BATCH_TOKENS = 2048
@@ -110,17 +111,21 @@ def _held_out_losses(
     module, head = module.to(device).eval(), place_head(store, loss, device=device)
     base = get_base_states(store, device=device)
     sources = order_sources(open_sources(store, mix), card.mixture)
-    projected = project_sources(store, sources, base=base, stream=stream, loss=loss, device=device)
+    joined = join_states(store, sources)
+    projected = None
+    if card.has_gate:
+        options: dict[str, Any] = {"stream": stream, "loss": loss, "device": device}
+        projected = project_sources(store, sources, base=base, **options)
     windows = plan_pass(
         np.flatnonzero(store.sample_held_out),
         lengths=store.sample_lengths,
         units=sample_units(store),
         tokens_per_step=_BATCH_TOKENS,
     )
-    taps = list(dict.fromkeys([*card.settings["taps"], "final", base.tap]))
+    taps = list(dict.fromkeys([*taps_of(module), base.tap]))
     chunk = pick_chunk(loss.chunk_tokens)
     found: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = []
-    with Stream(store, windows, taps=taps, settings=stream, is_pinned=False) as steps:
+    with Stream(joined, windows, taps=taps, settings=stream, is_pinned=False) as steps:
         for batch in (each.to(device) for batches in steps for each in batches):
             if not batch.num_targets:
                 continue
@@ -129,7 +134,9 @@ def _held_out_losses(
             own = losses_of_delta(
                 module, pair_delta(module, batch, head=head), batch, head=head, chunk=chunk, alpha=1
             )
-            mixed = module.mix(own, states, projected.at_pairs(batch, device=device)).losses
+            mixed = own
+            if projected is not None and isinstance(module, MixedCarryOn):
+                mixed = module.mix(own, states, projected.at_pairs(batch, device=device)).losses
             rows = rows_of(batch, store.sample_starts)
             found.append((rows, alone.float().cpu().numpy(), mixed.float().cpu().numpy()))
     return (

@@ -20,7 +20,10 @@ from carryon.tools.improve.plan import forward_argv
 from carryon.train.config import CarryOnSettings
 
 ALONE, GATE, GATED = "carryon", "gate", "gate+carryon"
-MIXTURES = (GATE, GATED)
+STATE, BOTH = "state", "both"
+MIXTURES = (GATE, GATED, STATE, BOTH)
+_READING = (STATE, BOTH)
+"""Those whose carry-on reads the other bases' states."""
 _HEADS = 4
 _GATE_BYTES = 4 * (32 + 5 + 1) * 64
 """Of the gate's weights in float32, but those of its states."""
@@ -195,7 +198,12 @@ def _train(experiment: MixExperiment, seed: int, arm: str) -> Planned:
     width = experiment.own_width(base) if arm in own else experiment.width
     folder = experiment.root / f"seed-{seed}"
     argv = ["train", "--store", _store(experiment, base), "--out", str(folder / arm)]
-    argv += ["--mix", *_aligned(experiment)] if arm in MIXTURES else []
+    if arm in MIXTURES:
+        argv += ["--mix", *_aligned(experiment)]
+    if arm in _READING:
+        taps = [set(base.taps) for base in experiment.bases[1:]]
+        common = [tap for tap in experiment.bases[1].taps if all(tap in each for each in taps)]
+        argv += ["--mix-by", arm, "--mix-taps", *common]
     if arm == GATE:
         argv += ["--kind", "none"]
     else:

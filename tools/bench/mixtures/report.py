@@ -12,7 +12,15 @@ from typing import Any
 
 from carryon.cache.files.atomic import write_file
 from carryon.cache.files.documents import write_json
-from carryon.tools.bench.mixtures.plan import ALONE, GATE, GATED, MixExperiment, own_arm
+from carryon.tools.bench.mixtures.plan import (
+    ALONE,
+    BOTH,
+    GATE,
+    GATED,
+    STATE,
+    MixExperiment,
+    own_arm,
+)
 from carryon.tools.compare.figure import Figure
 from carryon.train.mixing.mixture_nll import USUAL_GAIN
 from carryon.train.plots import draw
@@ -35,6 +43,7 @@ class Row:
     steps: list[int] | None = None
     """Of the weights that were kept, the best on the held-out text."""
     tokens_per_second: list[float] | None = None
+    is_mixture: bool = False
     gate_shares: list[dict[str, float]] | None = None
     straddled: list[dict[str, Any]] | None = None
     """Losses of the anchor and of the mixture there."""
@@ -78,6 +87,7 @@ def make_rows(
                 bytes=own[0]["carryon_bytes"] + _gate_bytes(own[0]),
                 steps=[each["finished_with_step"] for each in own],
                 tokens_per_second=[each["tokens_per_second"] for each in own],
+                is_mixture=is_mixture,
                 gate_shares=[each["mixture"]["gate_shares"] for each in own]
                 if is_mixture
                 else None,
@@ -95,7 +105,7 @@ def _bytes_per_target(size: Mapping[str, int]) -> float:
 
 def _gate_bytes(report: Mapping[str, Any]) -> int:
     """Return the bytes of a mixture's gate, which is saved in float32 beside the carry-on."""
-    if not report["mixture"]:
+    if not report["mixture"] or not report["mixture"]["gate_shares"]:
         return 0
     of_carryon = int(report["carryon_bytes"]) // 2  # in bfloat16
     return 4 * (int(report["num_parameters"]) - of_carryon)
@@ -135,6 +145,11 @@ def figures_of(
     gate = [anchor - each for each in by_arm[GATE].per_target]
     add("gate_gain", gate, target.format("anchor"), target=LEAST_GATE_GAIN, sense="at least")
     own = by_arm[own_arm(experiment.anchor)].per_target
+    for arm in (STATE, BOTH):
+        if arm in by_arm:
+            better = gain(arm, by_arm[ALONE].per_target, own)
+            unit = target.format("better of the anchor's carry-ons")
+            add(f"gain.{arm}", better, unit, sense="at least")
     add(
         "gain",
         gain(GATED, by_arm[ALONE].per_target, own),
@@ -177,7 +192,7 @@ def _against_best(
     """Return the best mixture against the best base with its own carry-on, per byte."""
     owns = {own_arm(base): by_arm[own_arm(base)].per_byte for base in experiment.bases}
     best_own = min(owns, key=lambda arm: mean(owns[arm]))
-    mixtures = [arm for arm in by_arm if by_arm[arm].gate_shares is not None]
+    mixtures = [arm for arm in by_arm if by_arm[arm].is_mixture]
     best = min(mixtures, key=lambda arm: mean(by_arm[arm].per_byte))
     differences = [
         own - min(each) for own, *each in zip(by_arm[best].per_byte, *owns.values(), strict=True)
@@ -260,7 +275,7 @@ def write_report(
             [middle - min(row.per_byte) for row, middle in zip(rows, means, strict=True)],
             [max(row.per_byte) - middle for row, middle in zip(rows, means, strict=True)],
         ]
-        colors = ["C1" if row.gate_shares else "C0" if row.bytes else "0.7" for row in rows]
+        colors = ["C1" if row.is_mixture else "C0" if row.bytes else "0.7" for row in rows]
         axes.bar(at, means, yerr=ends, color=colors, capsize=3)
         axes.set_xticks(at, [row.arm for row in rows], rotation=40, ha="right")
         axes.set(ylabel="nats per byte of held-out text", ylim=(0.9 * min(means), None))
