@@ -15,6 +15,7 @@ from transformers import Cache, GenerationConfig
 from carryon.cache.base.facts import check_token_id, end_ids
 from carryon.cache.errors import InputError
 from carryon.train.config import ChatChoice, GenerateSettings
+from carryon.train.inference.draw import sampling_processors
 from carryon.train.inference.prefill import arrange, prefill
 from carryon.train.inference.prompts import encode_prompts
 
@@ -85,9 +86,12 @@ def generate_rows(
     `generation` is passed on to CarryOnForCausalLM.generate.
     """
     config = _generation_config(model, settings)
+    processors: Any = None
+    if settings.temperature > 0:
+        processors = sampling_processors(temperature=settings.temperature, top_p=settings.top_p)
     with torch.random.fork_rng(), _no_defaults(model):
         torch.manual_seed(settings.seed)
-        new = _generate(model, rows, config=config, generation=generation)
+        new = _generate(model, rows, config=config, processors=processors, generation=generation)
     texts: list[str] = model.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [
         Generation(
@@ -104,6 +108,7 @@ def _generate(
     rows: Sequence[Sequence[int]],
     *,
     config: Any,  # noqa: ANN401
+    processors: Any,  # noqa: ANN401
     generation: dict[str, Any],
 ) -> list[list[int]]:
     """Return the new tokens of each row, the one that ended it included.
@@ -131,6 +136,7 @@ def _generate(
             tokens.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
+            logits_processor=processors,
             past_key_values=cache,
             carryons=list(names)[: len(tokens)] if names is not None else None,
             alpha=alpha,
@@ -211,16 +217,13 @@ def _generation_config(model: "CarryOnForCausalLM", settings: GenerateSettings) 
     pad = model.tokenizer.pad_token_id
     if own.pad_token_id is not None:
         pad = check_token_id("pad_token_id", own.pad_token_id)
-    sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
-    if settings.temperature > 0:
-        sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     # A new config: the base's may sample, or hold settings that greedy search warns about.
     make_config: Any = GenerationConfig
     return make_config(
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=eos,
         pad_token_id=pad if pad is not None else (eos[0] if isinstance(eos, list) else eos),
-        **sampling,
+        do_sample=False,  # draw.py draws
     )
 
 
