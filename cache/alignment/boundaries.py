@@ -62,8 +62,10 @@ class BoundaryRules:
 
     def opened_at(self, text: str) -> int:
         """Return where an added token may have begun at the end of a text; else its length."""
-        places = [text.find(first) for first in self.added_starts]
-        first = min((at for at in places if at >= 0), default=len(text))
+        places = [text.find(first) for first in self.added_starts if first in text]
+        if not places:
+            return len(text)
+        first = min(places)
         for at in range(first, len(text)):
             if text[at] in self.added_starts and text[at:] in self.added_parts:
                 return at

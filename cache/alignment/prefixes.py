@@ -7,7 +7,8 @@ whole text do new tokens come in. Letters: T tokens of a text, E beginnings.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,19 +41,72 @@ class Prefix:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prefixes:
-    """A text's tokens and those of its beginnings."""
+    """A text's tokens and those of its beginnings; fields of all as arrays, see Prefix."""
 
     tokens: NDArray[np.int32]
     """[T] of the whole text."""
-    ends: list[int]
+    ends: NDArray[np.int64]
     """[E] characters of each beginning, ascending."""
-    found: list[Prefix]
-    """[E] its tokens."""
+    num_shared: NDArray[np.int64]
+    """[E]."""
+    others: dict[int, tuple[int, ...]]
+    """Of the beginnings that have some, by their index."""
+    num_stable: NDArray[np.int64]
+    """[E]."""
+    stable_end: NDArray[np.int64]
+    """[E]."""
+
+    def at(self, end: int) -> Prefix:
+        """Return the tokens of the beginning with so many characters."""
+        index = int(np.searchsorted(self.ends, end))
+        return Prefix(
+            num_shared=int(self.num_shared[index]),
+            others=self.others.get(index, ()),
+            num_stable=int(self.num_stable[index]),
+            stable_end=int(self.stable_end[index]),
+        )
+
+    def part(self, count: int) -> "Prefixes":
+        """Return the first beginnings."""
+        return Prefixes(
+            tokens=self.tokens,
+            ends=self.ends[:count],
+            num_shared=self.num_shared[:count],
+            others={index: ids for index, ids in self.others.items() if index < count},
+            num_stable=self.num_stable[:count],
+            stable_end=self.stable_end[:count],
+        )
+
+    def shifted(self, *, num_tokens: int, num_chars: int) -> "Prefixes":
+        """Return the same beginnings behind a text of other tokens and characters."""
+        return replace(
+            self,
+            ends=self.ends + num_chars,
+            num_shared=self.num_shared + num_tokens,
+            num_stable=self.num_stable + num_tokens,
+            stable_end=self.stable_end + num_chars,
+        )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Tail:
-    """Tokens of the last words of a beginning."""
+def join(parts: Sequence[Prefixes]) -> Prefixes:
+    """Return the beginnings of all parts of a text, each already shifted to its place."""
+    others: dict[int, tuple[int, ...]] = {}
+    num_before = 0
+    for part in parts:
+        others |= {num_before + index: ids for index, ids in part.others.items()}
+        num_before += len(part.ends)
+    return Prefixes(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        ends=np.concatenate([part.ends for part in parts]),
+        num_shared=np.concatenate([part.num_shared for part in parts]),
+        others=others,
+        num_stable=np.concatenate([part.num_stable for part in parts]),
+        stable_end=np.concatenate([part.stable_end for part in parts]),
+    )
+
+
+class _Tail(NamedTuple):
+    """Tokens of the last words of a beginning; a tuple, as there are millions."""
 
     ids: tuple[int, ...]
     num_stable: int
@@ -67,11 +121,12 @@ class _Whole:
     """A text as it is tokenized, with the boundaries that tails may begin at."""
 
     text: str
-    ids: list[int]
+    ids: NDArray[np.int32]
+    """[T]."""
     is_next: bool
-    bounds: list[int]
+    bounds: NDArray[np.int64]
     """Characters where a piece begins, ascending from 0."""
-    firsts: list[int]
+    firsts: NDArray[np.int64]
     """Index of the first token of each piece."""
 
 
@@ -81,7 +136,7 @@ class PrefixTokenizer:
     def __init__(self, encoder: Encoder, rules: BoundaryRules) -> None:
         """Start with an empty cache."""
         self._encoder, self._rules = encoder, rules
-        self._cache: dict[tuple[bool, str], _Tail] = {}
+        self._caches: tuple[dict[str, _Tail], dict[str, _Tail]] = ({}, {})
 
     def tokenize(self, text: str, ends: Iterable[int], *, is_next: bool) -> Prefixes:
         """Return the tokens of a text and of its beginnings.
@@ -94,41 +149,62 @@ class PrefixTokenizer:
         Raises:
             NotStableError: a token taken for stable is not one of the whole text.
         """
-        whole, wanted = self._read_whole(text, is_next=is_next), sorted(set(ends))
-        opened = self._opened(text) if self._rules.added_starts else {}
-        numbers = np.searchsorted(whole.bounds, wanted).tolist()
+        whole = self._read_whole(text, is_next=is_next)
+        wanted = np.array(sorted(set(ends)), dtype=np.int64)
+        found = _Found.of(len(wanted))
+        pieces = np.searchsorted(whole.bounds, wanted)
+        places, is_word = self._first_places(whole, wanted, pieces)
+        waiting = np.arange(len(wanted))
+        while len(waiting):
+            starts = whole.bounds[places[waiting]]
+            tails = self._tails(whole, starts.tolist(), wanted[waiting].tolist())
+            is_done = np.fromiter((tail.is_sure for tail in tails), np.bool_, count=len(tails))
+            is_done |= (places[waiting] == 0) | is_word[waiting]
+            found.join_(whole, waiting, places[waiting], tails, is_done)
+            waiting = waiting[~is_done]
+            places[waiting] = np.maximum(2 * places[waiting] - pieces[waiting], 0)
+        return Prefixes(
+            tokens=whole.ids,
+            ends=wanted,
+            num_shared=found.num_shared,
+            others=found.others,
+            num_stable=found.num_stable,
+            stable_end=found.stable_end,
+        )
+
+    def _first_places(
+        self, whole: _Whole, wanted: NDArray[np.int64], pieces: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the piece at which the tail of each beginning starts, [E], and if it is sure."""
         steps = 1 if self._rules.has_pieces else 0
-        places = [max(number - 1 - steps, 0) for number in numbers]
-        for index, end in enumerate(wanted):
-            while places[index] and whole.bounds[places[index]] >= opened.get(end, end):
-                places[index] -= 1
-            if end in opened:
-                places[index] = max(places[index] - steps, 0)
-        waiting = list(range(len(wanted)))
-        found: list[Prefix] = [_EMPTY] * len(wanted)
-        while waiting:
-            starts = [whole.bounds[places[index]] for index in waiting]
-            tails = self._tails(
-                whole, [(s, wanted[i]) for s, i in zip(starts, waiting, strict=True)]
-            )
-            again = []
-            for index, start, tail in zip(waiting, starts, tails, strict=True):
-                if tail.is_sure or not places[index]:
-                    found[index] = _join(whole, places[index], start, tail, wanted[index])
-                else:
-                    places[index] = max(2 * places[index] - numbers[index], 0)
-                    again.append(index)
-            waiting = again
-        return Prefixes(tokens=np.array(whole.ids, dtype=np.int32), ends=wanted, found=found)
+        places: NDArray[np.int64] = np.maximum(pieces - 1 - steps, 0)
+        is_word = np.zeros(len(wanted), dtype=np.bool_)
+        if self._rules.has_pieces:
+            is_word = _end_in_words(whole.text, whole.bounds[pieces - 1], wanted)
+            places[is_word] = pieces[is_word] - 1
+        opened = self._opened(whole.text) if self._rules.added_starts else {}
+        for end, begun in opened.items():
+            index = int(np.searchsorted(wanted, end))
+            if index == len(wanted) or wanted[index] != end:
+                continue
+            before = int(np.searchsorted(whole.bounds, begun)) - 1
+            places[index] = max(min(int(pieces[index]) - 1 - steps, before) - steps, 0)
+            is_word[index] = False
+        return places, is_word
 
     def _read_whole(self, text: str, *, is_next: bool) -> _Whole:
         encoding = self._encoder.backend(is_next=is_next).encode(text, add_special_tokens=False)
-        ids: list[int] = encoding.ids
         offsets: list[tuple[int, int]] = encoding.offsets
         firsts = self._firsts(encoding, text, offsets)
-        bounds = [offsets[first][0] for first in firsts]
-        bounds[:1] = [0]
-        return _Whole(text=text, ids=ids, is_next=is_next, bounds=bounds, firsts=firsts)
+        bounds = np.array([offsets[first][0] for first in firsts], dtype=np.int64)
+        bounds[:1] = 0
+        return _Whole(
+            text=text,
+            ids=np.array(encoding.ids, dtype=np.int32),
+            is_next=is_next,
+            bounds=bounds,
+            firsts=np.array(firsts, dtype=np.int64),
+        )
 
     def _firsts(self, encoding: Any, text: str, offsets: list[tuple[int, int]]) -> list[int]:  # noqa: ANN401
         """Return the index of the first token of each piece."""
@@ -149,21 +225,32 @@ class PrefixTokenizer:
                 firsts.append(index)
         return firsts
 
-    def _tails(self, whole: _Whole, spans: Sequence[tuple[int, int]]) -> list[_Tail]:
-        """Return the tokens of parts of a text; those that are not known are tokenized at once."""
-        keys = [(whole.is_next or start > 0, whole.text[start:end]) for start, end in spans]
-        known = self._cache if len(self._cache) < _MAX_CACHED else {}
-        fresh = {key: None for key in keys if key not in self._cache}
-        made: dict[tuple[bool, str], _Tail] = {}
-        for is_next in (False, True):
-            texts = [text for flag, text in fresh if flag is is_next]
-            encodings = self._encoder.backend(is_next=is_next).encode_batch(
-                texts, add_special_tokens=False
-            )
-            for text, encoding in zip(texts, encodings, strict=True):
-                made[is_next, text] = self._read_tail(text, encoding)
-        tails = [made[key] if key in made else self._cache[key] for key in keys]
-        known.update((key, tail) for key, tail in made.items() if len(key[1]) <= _MAX_CACHED_CHARS)
+    def _tails(self, whole: _Whole, starts: list[int], ends: list[int]) -> list[_Tail]:
+        """Return the tokens of parts of a text."""
+        parts = [whole.text[start:end] for start, end in zip(starts, ends, strict=True)]
+        tails = self._look_up(parts, is_next=True)
+        if self._encoder.has_prefix and not whole.is_next:
+            at_start = [index for index, start in enumerate(starts) if not start]
+            others = self._look_up([parts[index] for index in at_start], is_next=False)
+            for index, tail in zip(at_start, others, strict=True):
+                tails[index] = tail
+        return tails
+
+    def _look_up(self, parts: Sequence[str], *, is_next: bool) -> list[_Tail]:
+        """Return the tokens of texts; those that are not known are tokenized at once."""
+        cache = self._caches[is_next]
+        fresh = [part for part in dict.fromkeys(parts) if part not in cache]
+        encodings = self._encoder.backend(is_next=is_next).encode_batch(
+            fresh, add_special_tokens=False
+        )
+        made = {
+            part: self._read_tail(part, encoding)
+            for part, encoding in zip(fresh, encodings, strict=True)
+        }
+        tails = [made[part] if part in made else cache[part] for part in parts]
+        if len(cache) < _MAX_CACHED:
+            short = (part for part in fresh if len(part) <= _MAX_CACHED_CHARS)
+            cache.update((part, made[part]) for part in short)
         return tails
 
     def _read_tail(self, text: str, encoding: Any) -> _Tail:  # noqa: ANN401
@@ -193,38 +280,104 @@ class PrefixTokenizer:
         return opened
 
 
-_EMPTY = Prefix(num_shared=0, others=(), num_stable=0, stable_end=0)
+def _end_in_words(
+    text: str, starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Tell which beginnings end within a piece of ASCII letters, with or without a blank before.
+
+    Such a piece begins there whatever follows. No regular expression of a byte-level tokenizer
+    looks further than to the first character that is no white space, or behind a run of digits,
+    and both are part of the beginning; a letter behind an apostrophe may be a contraction and is
+    left out. So its tokens depend on nothing before it, and are found in the cache more often.
+
+    Args:
+        text: the whole text.
+        starts: [E] where the piece begins in which a beginning ends.
+        ends: [E] of the beginnings, more than `starts`.
+    """
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    lower = points | 0x20
+    is_letter = (lower >= ord("a")) & (lower <= ord("z"))
+    before = np.concatenate([[0], np.cumsum(is_letter)])
+    firsts = starts + (points[starts] == ord(" "))
+    is_plain = (firsts < ends) & (before[ends] - before[firsts] == ends - firsts)
+    return is_plain & (points[np.maximum(starts - 1, 0)] != ord("'"))
 
 
-def _join(whole: _Whole, place: int, start: int, tail: _Tail, end: int) -> Prefix:
-    """Return a beginning: the whole text's tokens before its tail, and the tail's."""
-    before, ids = whole.firsts[place], tail.ids
-    shared = 0
-    if whole.ids[before : before + len(ids)] == list(ids):
-        shared = len(ids)
-    else:
-        most = min(len(ids), len(whole.ids) - before)
-        while shared < most and ids[shared] == whole.ids[before + shared]:
-            shared += 1
-    if tail.num_stable > shared:
-        raise NotStableError(
-            f"characters {start} to {end}: expected the same first {tail.num_stable} tokens "
-            f"whatever follows, got {shared} of them in the whole text. Fix: use another base, as "
-            "this tokenizer cannot be aligned"
-        )
-    return Prefix(
-        num_shared=before + shared,
-        others=ids[shared:],
-        num_stable=before + tail.num_stable,
-        stable_end=start + tail.stable_end,
-    )
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Found:
+    """Tokens of beginnings as they are found; see Prefixes."""
+
+    num_shared: NDArray[np.int64]
+    num_stable: NDArray[np.int64]
+    stable_end: NDArray[np.int64]
+    others: dict[int, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, count: int) -> "_Found":
+        """Return room for so many."""
+        shared, stable, end = (np.zeros(count, dtype=np.int64) for _ in range(3))
+        return cls(num_shared=shared, num_stable=stable, stable_end=end, others={})
+
+    def join_(
+        self,
+        whole: _Whole,
+        indices: NDArray[np.int64],
+        places: NDArray[np.int64],
+        tails: Sequence[_Tail],
+        is_done: NDArray[np.bool_],
+    ) -> None:
+        """Add the beginnings that are the whole text's tokens before a tail, and the tail's.
+
+        Args:
+            whole: the text.
+            indices: of the beginnings.
+            places: piece at which each tail starts.
+            tails: of each.
+            is_done: which are added.
+        """
+        chosen = [tail for tail, done in zip(tails, is_done.tolist(), strict=True) if done]
+        if not chosen:
+            return
+        indices, places = indices[is_done], places[is_done]
+        ids, num_stable, stable_end, _ = zip(*chosen, strict=True)
+        before = whole.firsts[places]
+        shared = _count_shared(whole.ids, before, ids)
+        stable = np.array(num_stable, dtype=np.int64)
+        if bool((stable > shared).any()):
+            worst = int(np.argmax(stable > shared))
+            raise NotStableError(
+                f"the tokens from character {whole.bounds[places[worst]]}: expected the same first "
+                f"{stable[worst]} tokens whatever follows, got {shared[worst]} of them in the "
+                "whole text. Fix: use another base, as this tokenizer cannot be aligned"
+            )
+        self.num_shared[indices] = before + shared
+        self.num_stable[indices] = before + stable
+        self.stable_end[indices] = whole.bounds[places] + np.array(stable_end, dtype=np.int64)
+        lengths = np.fromiter(map(len, ids), np.int64, count=len(ids))
+        for number in np.flatnonzero(shared < lengths).tolist():
+            self.others[int(indices[number])] = ids[number][int(shared[number]) :]
 
 
-def shifted(prefix: Prefix, *, num_tokens: int, num_chars: int) -> Prefix:
-    """Return the same beginning behind a text of other tokens and characters."""
-    return replace(
-        prefix,
-        num_shared=prefix.num_shared + num_tokens,
-        num_stable=prefix.num_stable + num_tokens,
-        stable_end=prefix.stable_end + num_chars,
-    )
+def _count_shared(
+    whole: NDArray[np.int32], before: NDArray[np.int64], ids: Sequence[tuple[int, ...]]
+) -> NDArray[np.int64]:
+    """Return how many tokens of each tail are those of the whole text at its place, [tails].
+
+    Args:
+        whole: [T].
+        before: [tails] tokens of the whole text before each tail.
+        ids: of each tail.
+    """
+    lengths = np.fromiter(map(len, ids), np.int64, count=len(ids))
+    flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(lengths.sum()))
+    number = np.repeat(np.arange(len(ids)), lengths)
+    offset = np.arange(len(flat)) - (np.cumsum(lengths) - lengths)[number]
+    at = before[number] + offset
+    is_other = at >= len(whole)
+    is_other[~is_other] = whole[at[~is_other]] != flat[~is_other]
+    others = np.flatnonzero(is_other)
+    differing, firsts = np.unique(number[others], return_index=True)
+    shared = lengths
+    shared[differing] = offset[others[firsts]]
+    return shared

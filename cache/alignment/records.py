@@ -40,7 +40,8 @@ from carryon.cache.settings import CorpusSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHECKED_SAMPLES, _CHECKED_ROWS = 64, 6
+_CHECKED_SAMPLES, _CHECKED_ROWS, _CHECKED_CHARS = 32, 6, 2000
+"""The last row of a sample, and rows of its first characters: each costs its whole beginning."""
 _START_CHARS = 256
 
 
@@ -298,7 +299,9 @@ def check_tree(
     Raises:
         NotStableError: one is another.
     """
-    for row in np.unique(np.linspace(0, len(ends) - 1, num_rows).astype(int)).tolist():
+    num_short = max(1, int(np.searchsorted(ends, _CHECKED_CHARS, side="right")))
+    rows = np.linspace(0, num_short - 1, num_rows - 1).astype(int)
+    for row in np.unique([*rows, len(ends) - 1]).tolist():
         end = int(ends[row])
         known = [(text[:end], list(cuts))] if end else []
         expected = [int(x) for tokens in encoder.encode_all(known) for x in tokens.ids]

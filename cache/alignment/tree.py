@@ -5,7 +5,6 @@ branches off it. The path from the first node to any node is the tokenization of
 the state at a node knows nothing of what follows. Letters: n nodes, T anchor tokens.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,9 +12,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.alignment.prefixes import Prefix, PrefixTokenizer, shifted
-
-_NOTHING = Prefix(num_shared=0, others=(), num_stable=0, stable_end=0)
+from carryon.cache.alignment.prefixes import Prefixes, PrefixTokenizer, join
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -61,53 +58,68 @@ def grow_tree(
     """
     last = int(ends.max(initial=0))
     inner = sorted({cut for cut in cuts if 0 < cut < last})
-    trunk: list[int] = start.tolist()
-    known: dict[int, Prefix] = {0: _ended(len(trunk), 0)}
-    wanted = np.unique(ends).tolist()
+    wanted, is_cut = np.unique(ends), set(cuts)
+    trunk, num_tokens = [start], len(start)
+    found = [_ended(num_tokens, 0)]
     for low, high in pairwise([0, *inner, last]):
-        own = [end - low for end in wanted[bisect_left(wanted, low + 1) :] if end <= high]
-        prefixes = tokenizer.tokenize(text[low:high], {*own, high - low}, is_next=low > 0)
-        for end, prefix in zip(prefixes.ends, prefixes.found, strict=True):
-            known[low + end] = shifted(prefix, num_tokens=len(trunk), num_chars=low)
-        trunk += prefixes.tokens.tolist()
-        if high in cuts:  # generation begins here: nothing that follows is joined to it
-            known[high] = _ended(len(trunk), high)
-    return _place(text, trunk, known, ends, partial)
+        if low == high:
+            continue
+        span = slice(*np.searchsorted(wanted, [low + 1, high + 1]).tolist())
+        own = (wanted[span] - low).tolist()
+        prefixes = tokenizer.tokenize(text[low:high], [*own, high - low], is_next=low > 0)
+        # generation begins at a cut: nothing that follows is joined to it
+        kept = prefixes.part(len(prefixes.ends) - (high in is_cut))
+        found.append(kept.shifted(num_tokens=num_tokens, num_chars=low))
+        trunk.append(prefixes.tokens)
+        num_tokens += len(prefixes.tokens)
+        if high in is_cut:
+            found.append(_ended(num_tokens, high))
+    return _place(text, np.concatenate(trunk), join(found), ends, partial)
 
 
-def _ended(num_tokens: int, end: int) -> Prefix:
-    return Prefix(num_shared=num_tokens, others=(), num_stable=num_tokens, stable_end=end)
+def _ended(num_tokens: int, end: int) -> Prefixes:
+    """Return a beginning that ends with its last token whatever follows."""
+    one = np.array([num_tokens], dtype=np.int64)
+    return Prefixes(
+        tokens=np.empty(0, dtype=np.int32),
+        ends=np.array([end], dtype=np.int64),
+        num_shared=one,
+        others={},
+        num_stable=one,
+        stable_end=np.array([end], dtype=np.int64),
+    )
 
 
 def _place(
     text: str,
-    trunk: list[int],
-    known: dict[int, Prefix],
+    trunk: NDArray[np.int32],
+    known: Prefixes,
     ends: NDArray[np.int64],
     partial: NDArray[np.int32],
 ) -> TokenTree:
     """Return the tree of a trunk with a branch for each beginning that leaves it."""
-    tokens, parents = trunk.copy(), list(range(-1, len(trunk) - 1))
+    tokens: list[int] = []
+    parents: list[int] = []
     children: dict[tuple[int, int], int] = {}
-    num_bytes = _byte_ends(text)
-    exact, stable, behind = {}, {}, {}
-    for end, prefix in sorted(known.items()):
-        node = prefix.num_shared - 1
-        for token in prefix.others:
-            at = children.setdefault((node, token), len(tokens))
-            if at == len(tokens):
+    exact = known.num_shared - 1
+    for index, others in sorted(known.others.items()):
+        node = int(exact[index])
+        for token in others:
+            at = children.setdefault((node, token), len(trunk) + len(tokens))
+            if at == len(trunk) + len(tokens):
                 tokens.append(token)
                 parents.append(node)
             node = at
-        exact[end], stable[end] = node, prefix.num_stable - 1
-        behind[end] = int(num_bytes[end] - num_bytes[prefix.stable_end])
-    each = ends.tolist()
+        exact[index] = node
+    num_bytes = _byte_ends(text)
+    behind = num_bytes[known.ends] - num_bytes[known.stable_end]
+    rows = np.searchsorted(known.ends, ends)
     return TokenTree(
-        tokens=np.array(tokens, dtype=np.int32),
-        parents=np.array(parents, dtype=np.int32),
-        exact=np.array([exact[end] for end in each], dtype=np.int32),
-        stable=np.array([stable[end] for end in each], dtype=np.int32),
-        covered=np.array([behind[end] for end in each], dtype=np.int32) + partial,
+        tokens=np.concatenate([trunk, np.array(tokens, dtype=np.int32)]),
+        parents=np.concatenate([np.arange(-1, len(trunk) - 1), parents]).astype(np.int32),
+        exact=exact[rows].astype(np.int32),
+        stable=(known.num_stable - 1)[rows].astype(np.int32),
+        covered=behind[rows].astype(np.int32) + partial,
         is_whole=(partial == 0).astype(np.uint8),
     )
 

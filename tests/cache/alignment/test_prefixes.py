@@ -34,7 +34,8 @@ def test_tokens_of_every_beginning_are_those_of_the_text_alone(kind: str) -> Non
     for _ in range(12):
         text = make_text(draw, is_nfc=rules.is_nfc)
         made = tokenizer.tokenize(text, range(1, len(text) + 1), is_next=False)
-        for end, prefix in zip(made.ends, made.found, strict=True):
+        for end in range(1, len(text) + 1):
+            prefix = made.at(end)
             got = [*made.tokens[: prefix.num_shared].tolist(), *prefix.others]
             assert got == encoder.encode(text[:end]).ids.tolist(), (text, end)
 
@@ -52,7 +53,7 @@ def test_stable_tokens_stay_whatever_follows(kind: str) -> None:
         for _ in range(4):
             other = text[:end] + make_text(draw, is_nfc=rules.is_nfc)[draw.randrange(4) :]
             made = tokenizer.tokenize(other, [end, len(other)], is_next=False)
-            prefix = made.found[made.ends.index(end)]
+            prefix = made.at(end)
             stable = made.tokens[: prefix.num_stable].tolist()
             facts.append((stable, prefix.stable_end, prefix.num_stable))
         assert all(fact == facts[0] for fact in facts), (text[:end], facts)
@@ -69,7 +70,7 @@ def test_nothing_within_a_begun_added_token_is_stable(kind: str) -> None:
             facts = []
             for text in (before + name + "x", known + " y", known):
                 made = tokenizer.tokenize(text, [len(known), len(text)], is_next=False)
-                prefix = made.found[made.ends.index(len(known))]
+                prefix = made.at(len(known))
                 facts.append((made.tokens[: prefix.num_stable].tolist(), prefix.stable_end))
             assert facts[0] == facts[1] == facts[2], (known, facts)
             assert facts[0][1] <= len(before)
@@ -81,8 +82,7 @@ def test_most_stable_boundaries_are_near_the_end(kind: str) -> None:
     tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name=kind))
     text = TEXTS[0] + TEXTS[1]
     made = tokenizer.tokenize(text, range(1, len(text)), is_next=False)
-    behind = [end - prefix.stable_end for end, prefix in zip(made.ends, made.found, strict=True)]
-    assert sum(behind) / len(behind) < 8
+    assert (made.ends - made.stable_end).mean() < 8
 
 
 def test_tokenizers_that_cannot_be_aligned_are_refused_by_name() -> None:
