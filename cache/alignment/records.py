@@ -189,6 +189,10 @@ class Aligner:
                 known = find_known(sample.tokens, sample.char_end, self._broken)
                 yield self._grow(sample, text, cuts, map_known(known, own, places), start)
 
+    def answer_start(self, record: Record) -> int:
+        """Return the character at which generation begins in the anchor's text of a record."""
+        return self._anchor.pieces(record)[0].cuts[0]
+
     def _align_text(self, record: Record, text: str) -> Iterator[AlignedSample]:
         anchor, encoder = self._anchor, self._other.encoder
         if not text.strip():

@@ -1,12 +1,20 @@
 """The benchmark of mixtures runs on tiny stores; no figure of it is asserted."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support.aligned_tokenizers import make_tokenizer
 from support.benchmarks import measure, names_of
 from support.mixed_stores import make_anchor, make_source
 
+from carryon.cache.alignment.records import AlignedSample, Aligner, BaseTexts
+from carryon.cache.corpus.records import Record
 from carryon.cache.errors import InputError
+from carryon.cache.settings import CorpusSettings
+from carryon.tools.bench.alignment import PROSE, count_leaks
 
 
 def test_a_mixture_is_measured_against_its_parts(tmp_path: Path) -> None:
@@ -20,3 +28,46 @@ def test_a_mixture_is_measured_against_its_parts(tmp_path: Path) -> None:
     assert len(figures[1].details["gains"]) == 3
     with pytest.raises(InputError, match="expected the anchor's store and one that is aligned"):
         measure("mixing.train", tmp_path, given_stores=stores[:1])
+
+
+def test_alignment_is_timed_and_edits_are_counted(tmp_path: Path) -> None:
+    anchor = make_anchor(tmp_path)
+    stores = [str(anchor), str(make_source(tmp_path, anchor))]
+
+    speed = measure("mixing.align", tmp_path, given_stores=stores)
+    leaks = measure("mixing.leak", tmp_path, given_stores=stores)
+
+    assert names_of([*speed, *leaks]) == ["mixing.align", "mixing.leak"]
+    assert speed[0].details["tokens"] > 1000
+    assert leaks[0].value == 0
+    assert leaks[0].details["edits"] == 20
+    assert leaks[0].details["compared"] > 100
+    with pytest.raises(InputError, match="expected a store of each of two bases"):
+        measure("mixing.leak", tmp_path, given_stores=stores[:1])
+
+
+class _Leaky(Aligner):
+    """Says at each position how long the text is."""
+
+    def align(self, record: Record) -> Iterator[AlignedSample]:
+        for each in super().align(record):
+            length = np.full_like(each.tree.covered, each.sample.char_end[-1])
+            yield replace(each, tree=replace(each.tree, covered=length))
+
+
+def test_a_position_that_knows_what_follows_is_counted() -> None:
+    readings = [
+        BaseTexts(
+            make_tokenizer(kind),
+            name=kind,
+            settings=CorpusSettings(),
+            max_tokens=512,
+            end_tokens=(),
+            vocab_size=None,
+        )
+        for kind in ("gpt2", "qwen")
+    ]
+    leaks = count_leaks([_Leaky(*readings)] * 2, PROSE, edits=8)
+    assert leaks.changed > 8
+    assert "edited at" in leaks.first
+    assert count_leaks([Aligner(*readings)] * 2, PROSE, edits=8).changed == 0

@@ -62,8 +62,9 @@ def write_named_corpus(name: str, path: Path, *, num_tokens: int) -> None:
     if name == GSM:
         records = iter(make_corpus(max(8, num_tokens // _GSM_TOKENS)))
     elif name in _DOCUMENTS:
-        documents = _DOCUMENTS[name]()
-        records = _take(documents, num_characters=int(num_tokens * _CHARACTERS_PER_TOKEN[name]))
+        characters = int(num_tokens * _CHARACTERS_PER_TOKEN[name])
+        documents = iter_documents(name, num_characters=characters)
+        records = ({"id": document, "text": text} for document, text in documents)
     else:
         raise InputError(
             f"corpus {name!r}: expected {GSM}, {', '.join(_DOCUMENTS)}, or LABEL=PATH of your files"
@@ -71,14 +72,14 @@ def write_named_corpus(name: str, path: Path, *, num_tokens: int) -> None:
     write_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
-def _take(documents: Iterator[tuple[str, str]], *, num_characters: int) -> Iterator[dict[str, Any]]:
-    """Yield documents as records until they have `num_characters`."""
+def iter_documents(name: str, *, num_characters: int) -> Iterator[tuple[str, str]]:
+    """Yield id and text of the documents of a corpus until they have `num_characters`."""
     left = num_characters
-    for name, text in documents:
+    for document, text in _DOCUMENTS[name]():
         if left <= 0:
             return
         if text.strip():
-            yield {"id": name, "text": text[:left]}
+            yield document, text[:left]
             left -= len(text)
 
 

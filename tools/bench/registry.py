@@ -145,6 +145,18 @@ BENCHMARKS = {
         needs="store",
         quick=_QUALITY,
     ),
+    "mixing.align": Benchmark(
+        place="alignment:measure_alignment",
+        about="seconds to align 1M tokens with the tokenizers of two stores' bases",
+        needs="store",
+        quick={"tokens": 2000},
+    ),
+    "mixing.leak": Benchmark(
+        place="alignment:measure_leaks",
+        about="aligned positions that an edit of later text changes",
+        needs="store",
+        quick={"edits": 20},
+    ),
     "compose.generate": Benchmark(
         place="generate:measure_generation",
         about="generation speed with a carry-on against the base alone",

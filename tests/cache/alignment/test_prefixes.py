@@ -2,11 +2,13 @@
 
 import random
 
+import numpy as np
 import pytest
 from support.aligned_tokenizers import TEXTS, make_tokenizer
 
 from carryon.cache.alignment.boundaries import read_rules
 from carryon.cache.alignment.prefixes import PrefixTokenizer
+from carryon.cache.alignment.tree import grow_tree
 from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.errors import InputError
 
@@ -99,3 +101,14 @@ def test_tokenizers_that_cannot_be_aligned_are_refused_by_name() -> None:
     for tokenizer, problem in cases:
         with pytest.raises(InputError, match=problem):
             read_rules(Encoder(tokenizer), name="base b")
+
+
+def test_a_sample_that_ends_before_any_text_of_the_other_base_has_no_tree() -> None:
+    encoder = Encoder(make_tokenizer("qwen"))
+    tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name="b"))
+    zeros = np.zeros(3, dtype=np.int64)
+    start = np.array([7], dtype=np.int32)
+    tree = grow_tree("abc", (1,), zeros, zeros.astype(np.int32), start=start, tokenizer=tokenizer)
+    assert tree.tokens.tolist() == [7]
+    assert tree.exact.tolist() == tree.stable.tolist() == [0, 0, 0]
+    assert tree.covered.tolist() == [0, 0, 0]
