@@ -28,6 +28,7 @@ CARRYON = Program(
         "update": "carryon.tools.commands.update:update",
         "versions": "carryon.tools.commands.versions:versions",
         "evaluate": "carryon.tools.commands.evaluate:evaluate",
+        "gates": "carryon.tools.commands.gates:gates",
         "generate": "carryon.tools.commands.generate:generate",
         "merge": "carryon.tools.commands.merge:merge",
         "score": "carryon.tools.commands.score:score",

@@ -68,14 +68,14 @@ def _show_sample(
     from carryon.cache.base.recorded import recorded_source
     from carryon.cache.corpus.samples import Sample
     from carryon.tools.commands.pages.samples import make_sample_page
-    from carryon.tools.commands.shown_samples import print_samples, show_sample
+    from carryon.tools.commands.shown_samples import index_of, print_samples, show_sample
 
     if alignment := store.manifest.alignment:
         raise InputError(
             f"--sample: expected a store of its own, got {store.name}, which holds the tokens of "
             f"{alignment['anchor_base']}. Fix: inspect the store that it is aligned to"
         )
-    index, kinds = _index_of(store, name), set()
+    index, kinds = index_of(store, name), set()
     for part in store.manifest.parts:
         if part.first_sample <= index < part.first_sample + part.num_samples:
             kinds = set(part.kinds)
@@ -108,19 +108,6 @@ def _show_sample(
     else:
         print_samples([shown])
     return shown.to_dict()
-
-
-def _index_of(store: "Store", name: str) -> int:
-    """Return the index of the sample that an id, or else a number, names."""
-    try:
-        return store.index_of(name)
-    except InputError as error:
-        is_number = name.isascii() and name.isdecimal() and len(name) < 19
-        if is_number and int(name) < store.num_samples:
-            return int(name)
-        raise InputError(
-            f"--sample: expected an id, or a number from 0 to {store.num_samples - 1}, got {name!r}"
-        ) from error
 
 
 def describe_store(store: "Store") -> dict[str, Any]:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from carryon.cache.corpus.pieces import Piece, cut_pieces
 from carryon.cache.corpus.samples import ROLES, Sample
+from carryon.cache.errors import InputError
 from carryon.tools.cli.output import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from carryon.cache.store.reader import Store
 
 LEGEND = "prompt, [[target]], {special token}, {end token = stop}"
 _RESET, _GREY, _GREEN, _BOX = "\x1b[0m", "\x1b[90m", "\x1b[32m", "\x1b[7m"
@@ -140,3 +143,20 @@ def print_samples(samples: Sequence[ShownSample]) -> None:
     for sample in samples:
         text = format_sample(sample, is_coloured=is_coloured)
         print(f"\n{text.encode(encoding, 'backslashreplace').decode(encoding)}")
+
+
+def index_of(store: "Store", name: str) -> int:
+    """Return the index of the sample that an id, or else a number, names.
+
+    Raises:
+        InputError: there is no such sample.
+    """
+    try:
+        return store.index_of(name)
+    except InputError as error:
+        is_number = name.isascii() and name.isdecimal() and len(name) < 19
+        if is_number and int(name) < store.num_samples:
+            return int(name)
+        raise InputError(
+            f"--sample: expected an id, or a number from 0 to {store.num_samples - 1}, got {name!r}"
+        ) from error
