@@ -301,7 +301,8 @@ def _end_in_words(
     before = np.concatenate([[0], np.cumsum(is_letter)])
     firsts = starts + (points[starts] == ord(" "))
     is_plain = (firsts < ends) & (before[ends] - before[firsts] == ends - firsts)
-    return is_plain & (points[np.maximum(starts - 1, 0)] != ord("'"))
+    is_word: NDArray[np.bool_] = is_plain & (points[np.maximum(starts - 1, 0)] != ord("'"))
+    return is_word
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

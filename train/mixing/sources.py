@@ -16,6 +16,7 @@ from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
 from carryon.train.data.joined_store import JoinedStore
 from carryon.train.mixing.aligned_states import STABLE
+from carryon.train.mixing.vocabulary_cache import Words, cached_words
 from carryon.train.mixing.vocabulary_map import VocabularyMap
 
 logger = logging.getLogger(__name__)
@@ -188,30 +189,37 @@ class Vocabulary:
 
     @classmethod
     def read(cls, store: Store) -> "Vocabulary":
-        """Read the tokenizer of a store's base, at the place that the store names.
+        """Read the vocabulary of a store's base: from the cache, or at the place that it names.
 
         Raises:
             InputError: it is not found there, or the bytes of its tokens are not known.
             SettingMismatchError: another one is found there.
         """
-        # Not needed by runs of one base, and slow to import.
-        from carryon.cache.base.facts import read_facts
-        from carryon.cache.base.identity import digest_tokenizer
-        from carryon.cache.base.recorded import recorded_source
-        from carryon.cache.corpus.vocabulary.token_bytes import token_bytes
-
         size = int(store.manifest.head["vocab_size"])
-        try:
-            facts = read_facts(recorded_source(store.base, where=store.name))
-            tokens = token_bytes(facts.tokenizer, vocab_size=size)
-        except CarryOnError as error:
-            raise InputError(
-                f"mix: {store.name}: expected the tokenizer of its base, whose tokens are mixed by "
-                f"their bytes: {str(error).rstrip('.')}"
-            ) from error
-        _refuse_other_tokenizer(store.base, digest_tokenizer(facts.tokenizer), where=store.name)
-        stops = [token for token in facts.end_tokens if token < size]
+        tokens, stops = cached_words(
+            store.base, vocab_size=size, compute=lambda: _read_words(store, size)
+        )
         return cls(tokens=tokens, stops=stops)
+
+
+def _read_words(store: Store, size: int) -> Words:
+    """Return the bytes of the tokens of a store's base and its stop tokens, from its tokenizer."""
+    # Not needed by runs of one base, and slow to import.
+    from carryon.cache.base.facts import read_facts
+    from carryon.cache.base.identity import digest_tokenizer
+    from carryon.cache.base.recorded import recorded_source
+    from carryon.cache.corpus.vocabulary.token_bytes import token_bytes
+
+    try:
+        facts = read_facts(recorded_source(store.base, where=store.name))
+        tokens = token_bytes(facts.tokenizer, vocab_size=size)
+    except CarryOnError as error:
+        raise InputError(
+            f"mix: {store.name}: expected the tokenizer of its base, whose tokens are mixed by "
+            f"their bytes: {str(error).rstrip('.')}"
+        ) from error
+    _refuse_other_tokenizer(store.base, digest_tokenizer(facts.tokenizer), where=store.name)
+    return tokens, [token for token in facts.end_tokens if token < size]
 
 
 def _refuse_other_tokenizer(base: Mapping[str, Any], digest: str, *, where: str) -> None:
