@@ -57,7 +57,7 @@ class Prefixes:
     """[E]."""
 
     def at(self, end: int) -> Prefix:
-        """Return the tokens of the beginning with so many characters."""
+        """Return the tokens of the beginning of `end` characters."""
         index = int(np.searchsorted(self.ends, end))
         return Prefix(
             num_shared=int(self.num_shared[index]),
@@ -316,7 +316,7 @@ class _Found:
 
     @classmethod
     def of(cls, count: int) -> "_Found":
-        """Return room for so many."""
+        """Return room for some beginnings."""
         shared, stable, end = (np.zeros(count, dtype=np.int64) for _ in range(3))
         return cls(num_shared=shared, num_stable=stable, stable_end=end, others={})
 

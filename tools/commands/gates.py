@@ -17,10 +17,10 @@ def gates(
     mix: list[str],
     carryon: str,
     sample: str,
-    out: str,
+    out: str = "gates.html",
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Write a page of a sample's text, coloured by the base that each token leaned on.
+    """Show which base each token of a sample leaned on, as a page of HTML.
 
     A mixture has a gate, which gives each base a share before the next token is known. The page
     shows the base with the largest share as background, the one that gave most of the token's
@@ -43,7 +43,7 @@ def gates(
     from carryon.cache.files.atomic import write_file
     from carryon.cache.store.reader import Store
     from carryon.tools.commands.pages.gates import make_gate_page
-    from carryon.tools.commands.shown_samples import index_of
+    from carryon.tools.commands.pages.shown_samples import index_of
     from carryon.train.inference.token_shares import measure_token_shares
 
     if not mix:

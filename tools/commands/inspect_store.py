@@ -68,7 +68,7 @@ def _show_sample(
     from carryon.cache.base.recorded import recorded_source
     from carryon.cache.corpus.samples import Sample
     from carryon.tools.commands.pages.samples import make_sample_page
-    from carryon.tools.commands.shown_samples import index_of, print_samples, show_sample
+    from carryon.tools.commands.pages.shown_samples import index_of, print_samples, show_sample
 
     if alignment := store.manifest.alignment:
         raise InputError(

@@ -10,13 +10,13 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings, DataSettings, StoreSettings
 from carryon.tools.cli.output import print_result, visible
 from carryon.tools.commands.pages.samples import make_sample_page
-from carryon.tools.commands.shown_samples import print_samples, show_sample
+from carryon.tools.commands.pages.shown_samples import print_samples, show_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from carryon.cache.corpus.first_rows import RecordSamples
-    from carryon.tools.commands.shown_samples import ShownSample
+    from carryon.tools.commands.pages.shown_samples import ShownSample
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import pytest
 
 from carryon.cache.corpus.pieces import Piece
 from carryon.tools.commands.pages.samples import make_sample_page
-from carryon.tools.commands.shown_samples import (
+from carryon.tools.commands.pages.shown_samples import (
     ShownSample,
     format_sample,
     has_colours,

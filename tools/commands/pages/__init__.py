@@ -1,4 +1,4 @@
-"""Pages of HTML that commands write: text of data and models, escaped.
+"""Text of data and models for people, escaped: on a terminal, and as pages of HTML.
 
 No command is here.
 """

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from carryon.cache.corpus.pieces import Piece
 from carryon.tools.commands.pages.document import escaped, make_document
-from carryon.tools.commands.shown_samples import ShownSample
+from carryon.tools.commands.pages.shown_samples import ShownSample
 
 _STYLE = """\
 body { max-width: 70rem; }

@@ -1,4 +1,4 @@
-"""Samples for people, on a terminal or in a log; `pages` has them as HTML.
+"""Samples for people, on a terminal or in a log; `samples` has them as HTML.
 
 Text of data is hostile: control characters are shown by their codes.
 """
