@@ -161,3 +161,31 @@ def needed_nodes(parents: NDArray[np.int32], nodes: NDArray[np.int32]) -> NDArra
         if needed[node]:
             needed[parents[node]] = True
     return needed
+
+
+def split_tree(parents: NDArray[np.int32], *, max_nodes: int) -> list[NDArray[np.int64]]:
+    """Return parts of a tree, each with all nodes on the paths to its nodes; together all of it.
+
+    Args:
+        parents: [n].
+        max_nodes: of a part, at least those of the longest path.
+    """
+    parts: list[NDArray[np.int64]] = []
+    before, part = parents.tolist(), set[int]()
+    for node in range(len(before)):
+        path = _missing(node, before, part)
+        if part and len(part) + len(path) > max_nodes:
+            parts.append(np.array(sorted(part), dtype=np.int64))
+            part = set()
+            path = _missing(node, before, part)
+        part.update(path)
+    return [*parts, np.array(sorted(part), dtype=np.int64)]
+
+
+def _missing(node: int, parents: Sequence[int], part: set[int]) -> list[int]:
+    """Return a node and those before it on its path, up to one of a part."""
+    path = []
+    while node >= 0 and node not in part:
+        path.append(node)
+        node = parents[node]
+    return path

@@ -4,7 +4,7 @@ Trees go through the base as rows with a mask and positions of their own, so a b
 tokens and not its beginning again. Letters: B trees, L nodes of the longest, R rows, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carryon.cache.alignment.tree import depths, visible
+from carryon.cache.alignment.tree import depths, split_tree, visible
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
-from carryon.cache.errors import InputError
+from carryon.cache.errors import DamagedStoreError, InputError
 from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.format.alignment import UnitAlignment
 from carryon.cache.progress import Progress
@@ -25,6 +25,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 the mask is off by more than a third."""
 _LONGEST_PROBE = 1100
 """Nodes of the tree that a base is tried with: more than the windows of small bases."""
+
+MAX_NODES = 1 << 14
+"""Of a tree that goes through the base at one time: its mask takes 0.5 GB in bfloat16."""
 
 
 def tree_inputs(base: Base, parents: Sequence[NDArray[np.int32]]) -> dict[str, Any]:
@@ -88,26 +91,68 @@ def compute_aligned_states(
     starts = stops - num_nodes
     has_nodes = np.flatnonzero(num_nodes)
     run_taps = [tap for tap in taps if tap != "stable"]
+    is_done = np.zeros(len(alignment.exact), dtype=np.bool_)
     for batch in plan_batches(num_nodes[has_nodes], batch_tokens=batch_tokens):
         chosen = has_nodes[batch]
-        parents = [_local(alignment.parents, starts[x], stops[x]) for x in chosen]
-        ids = np.zeros((len(chosen), max(map(len, parents))), dtype=np.int64)
-        for row, sample in enumerate(chosen):
-            ids[row, : num_nodes[sample]] = alignment.tokens[starts[sample] : stops[sample]]
-        states = capture(base, run_taps, torch.from_numpy(ids), tree_inputs(base, parents))
-        count = 0
-        for tap in taps:
-            source = states["final" if tap == "stable" else tap]
-            kept = source.bfloat16().view(torch.uint16) if keeps_bits else source.float()
-            values = kept.cpu().numpy()
-            nodes = alignment.stable if tap == "stable" else alignment.exact
-            for row, sample in enumerate(chosen):
-                rows = np.flatnonzero((nodes >= starts[sample]) & (nodes < stops[sample]))
-                hidden[tap][rows] = values[row, nodes[rows] - starts[sample]]
-                count += len(rows) if tap == taps[0] else 0
-        if progress is not None:
-            progress.update(count)
+        trees = [_local(alignment.parents, starts[x], stops[x]) for x in chosen]
+        for parts in _split(base, trees):
+            parents = [_of_part(tree, part) for tree, part in zip(trees, parts, strict=True)]
+            ids = np.zeros((len(chosen), max(map(len, parents))), dtype=np.int64)
+            for row, (sample, part) in enumerate(zip(chosen, parts, strict=True)):
+                ids[row, : len(part)] = alignment.tokens[starts[sample] + part]
+            states = capture(base, run_taps, torch.from_numpy(ids), tree_inputs(base, parents))
+            before = int(is_done.sum())
+            for tap in taps:
+                source = states["final" if tap == "stable" else tap]
+                kept = source.bfloat16().view(torch.uint16) if keeps_bits else source.float()
+                values = kept.cpu().numpy()
+                nodes = alignment.stable if tap == "stable" else alignment.exact
+                for row, (sample, part) in enumerate(zip(chosen, parts, strict=True)):
+                    places = np.full(num_nodes[sample], -1, dtype=np.int64)
+                    places[part] = np.arange(len(part))
+                    own = np.flatnonzero((nodes >= starts[sample]) & (nodes < stops[sample]))
+                    at = places[nodes[own] - starts[sample]]
+                    hidden[tap][own[at >= 0]] = values[row, at[at >= 0]]
+                    if tap == taps[0]:
+                        is_done[own[at >= 0]] = True
+            if progress is not None:
+                progress.update(int(is_done.sum()) - before)
     return hidden
+
+
+def _split(base: Base, trees: Sequence[NDArray[np.int32]]) -> Iterator[list[NDArray[np.int64]]]:
+    """Yield which nodes of a batch's trees go through the base at one time: mostly all.
+
+    The mask grows with the square of a tree, and a store may say that a tree has any size. So one
+    that is larger than the base's longest text would need is taken in parts.
+
+    Raises:
+        DamagedStoreError: a path is longer than the base can read.
+    """
+    context = base.identity.context_tokens
+    for tree in trees:
+        if len(tree) > context and (deepest := int(depths(tree).max()) + 1) > context:
+            raise DamagedStoreError(
+                f"aligned: expected paths of at most {context} tokens, the context of "
+                f"{base.source}, got {deepest}",
+                fix="extract into another folder",
+            )
+    if max(map(len, trees)) <= MAX_NODES:
+        yield [np.arange(len(tree)) for tree in trees]
+        return
+    for number, tree in enumerate(trees):
+        deepest = int(depths(tree).max()) + 1
+        # a quarter at least is new in each part, so that all of them cost a few times the tree
+        for part in split_tree(tree, max_nodes=max(MAX_NODES, deepest + deepest // 4)):
+            none = np.empty(0, dtype=np.int64)
+            yield [part if number == other else none for other in range(len(trees))]
+
+
+def _of_part(parents: NDArray[np.int32], part: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return the parents within some nodes of a tree, which hold the paths to all of them."""
+    places = np.cumsum(np.bincount(part, minlength=len(parents))) - 1
+    own = parents[part]
+    return np.where(own >= 0, places[own], -1).astype(np.int32)
 
 
 def check_tree_forward(base: Base) -> None:
