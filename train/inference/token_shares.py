@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError
 from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings, StreamSettings
 from carryon.train.data.loader import Stream
 from carryon.train.data.sampler import plan_pass
@@ -22,10 +23,11 @@ from carryon.train.data.split import sample_units
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import place_head
-from carryon.train.mixing.mixture import load_mixture
+from carryon.train.mixing.mixture import MixedCarryOn, load_mixture
 from carryon.train.mixing.mixture_nll import OWN
 from carryon.train.mixing.projected import project_sources
-from carryon.train.mixing.sources import open_sources, order_sources
+from carryon.train.mixing.sources import join_states, open_sources, order_sources
+from carryon.train.modules.carryon import taps_of
 from carryon.train.modules.serialization import check_base, locate_carryon
 from carryon.train.modules.taps import check_taps, stream_taps
 from carryon.train.trainer.step import losses_of_delta, pair_delta
@@ -87,16 +89,22 @@ def measure_token_shares(
     stream, loss = stream or StreamSettings(), loss or LossSettings()
     module, card = load_mixture(locate_carryon(carryon), blocks=store.blocks)
     check_base(card, store.manifest.base, where=str(store.root))
+    if not isinstance(module, MixedCarryOn):
+        raise InputError(
+            f"{carryon}: expected a carry-on with a gate, got one that reads the states of other "
+            "bases, which has no shares. Fix: train with --mix-by probability"
+        )
     check_taps(store, stream_taps(module.settings))
     place = pick_device(device)
-    module, head = module.to(place), place_head(store, loss, device=place)
-    base = get_base_states(store, device=place)
+    module, head = module.to(place).eval(), place_head(store, loss, device=place)
     sources = order_sources(open_sources(store, mix), card.mixture)
-    taps = list(dict.fromkeys([*stream_taps(module.settings), base.tap]))
-    batch = _read_batch(store, index, taps=taps, stream=stream).to(place)
+    joined = join_states(store, sources)
+    base = get_base_states(joined, device=place)
+    taps = list(dict.fromkeys([*taps_of(module), base.tap]))
+    batch = _read_batch(joined, index, taps=taps, stream=stream).to(place)
     if not batch.num_targets:
         raise InputError(f"{store.sample_id(index)!r}: expected a sample with targets, got none")
-    projected = project_sources(store, sources, base=base, stream=stream, loss=loss, device=place)
+    projected = project_sources(joined, sources, base=base, stream=stream, loss=loss, device=place)
     chunk = pick_chunk(loss.chunk_tokens)
     with torch.no_grad():
         own = base.at_pairs(batch, head)
@@ -124,7 +132,7 @@ def measure_token_shares(
 
 
 def _read_batch(
-    store: Store, index: int, *, taps: Sequence[str], stream: StreamSettings
+    store: StoreLike, index: int, *, taps: Sequence[str], stream: StreamSettings
 ) -> "Batch":
     """Return one sample as a batch."""
     windows = plan_pass(

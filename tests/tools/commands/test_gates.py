@@ -50,13 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_source(root, anchor, name="other")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "plot_curves", lambda metrics, path: False)
-        train(anchor, out=root / "run", settings=TINY, mix=[str(root / "other")])
+        for by, name in (("probability", "run"), ("both", "both"), ("state", "state")):
+            changes = {"epochs": 1, "mix_by": by, "taps": ["final"]}
+            train(anchor, out=root / name, settings=TINY, mix=[str(root / "other")], **changes)
     return root
 
 
-def test_shares_of_all_samples_are_those_of_an_evaluation(folder: Path) -> None:
+@pytest.mark.parametrize("run", ["run", "both"])
+def test_shares_of_all_samples_are_those_of_an_evaluation(folder: Path, run: str) -> None:
     store, mix = Store.open(folder / "anchor"), [str(folder / "other")]
-    carryon = folder / "run" / "carryon"
+    carryon = folder / run / "carryon"
     report = evaluate(folder / "anchor", carryon=carryon, mix=mix, samples="all")
     each = [
         measure_token_shares(store, index, carryon=carryon, mix=mix)
@@ -88,6 +91,9 @@ def test_the_command_writes_a_page(folder: Path, capsys: pytest.CaptureFixture[s
     assert len([title for title in page.titles if "gate" in title]) == result["targets"]
     assert "<|im_start|>" in page.text  # a special token under its name
     assert "def area(width, height):" in page.text
+    states = [each.replace("/run/", "/state/") for each in options]
+    assert main(["gates", *states, "--out", str(out)]) == 2
+    assert "expected a carry-on with a gate, got one that reads" in capsys.readouterr().err
     assert main(["gates", *options, "--out", str(folder)]) == 2
     assert "--out: expected a file" in capsys.readouterr().err
     assert main(["gates", *options[:-1], "none", "--out", str(out)]) == 2
