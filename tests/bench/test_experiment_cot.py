@@ -69,11 +69,11 @@ def test_what_is_no_formula_of_whole_numbers_is_refused() -> None:
         solve("__import__('os')")
 
 
-@pytest.mark.parametrize("task", [LEGS, "chain_sum", "basic_arithmetic", "gsm_symbolic"])
-def test_chains_are_right_and_end_in_plain_words(task: str) -> None:
-    name = task.partition(":")[0]
-    for problem in read_problems(task, num=60, seed=7):
-        text = chains.write_chain(problem, task=name)
+@pytest.mark.parametrize("wording", chains.WRITERS)
+def test_chains_are_right_and_end_in_plain_words(wording: str) -> None:
+    name = wording.partition("-")[0]
+    for problem in read_problems(LEGS if name == "leg_counting" else name, num=60, seed=7):
+        text = chains.write_chain(problem, wording=wording)
         assert problem.is_right(text)
         end = re.search(r"\nTherefore, the final answer is (-?[\d.]+)\.$", f"\n{text}")
         assert end
@@ -86,7 +86,15 @@ def test_legs_are_added_line_by_line() -> None:
     problem = Problem(
         id="p", question="", answer="", rule=parse_rule("end"), metadata={"animals": animals}
     )
-    assert chains.write_chain(problem, task="leg_counting").splitlines() == [
+    assert chains.write_chain(problem, wording="leg_counting").splitlines() == [
+        "1 human: 1 * 2 = 2",
+        "3 ants: 3 * 6 = 18",
+        "2 + 18 = 20",
+        "2 woodlouses: 2 * 14 = 28",
+        "20 + 28 = 48",
+        "Therefore, the final answer is 48.",
+    ]
+    assert chains.write_chain(problem, wording="leg_counting-steps").splitlines() == [
         "1 human: 1 * 2 = 2, and 0 + 2 = 2.",
         "3 ants: 3 * 6 = 18, and 2 + 10 = 12, 12 + 8 = 20.",
         "2 woodlouses: 2 * 14 = 28, and 20 + 20 = 40, 40 + 8 = 48.",

@@ -23,27 +23,44 @@ _OPERATORS: _Operators = {
 }
 
 
-def write_chain(problem: Problem, *, task: str) -> str:
+def write_chain(problem: Problem, *, wording: str) -> str:
     """Return the worked answer to a problem.
 
     Args:
         problem: of reasoning-gym, whose metadata say how it was made.
-        task: name of the generator.
+        wording: name of its writer: that of the generator, or another one.
 
     Raises:
-        InputError: no chain can be written for the task.
+        InputError: there is no such writer.
     """
-    if task not in WRITERS:
-        raise InputError(f"task: expected one of {', '.join(WRITERS)}, got {task!r}")
-    return WRITERS[task](problem)
+    if wording not in WRITERS:
+        raise InputError(f"--wording: expected one of {', '.join(WRITERS)}, got {wording!r}")
+    return WRITERS[wording](problem)
 
 
 def count_legs(problem: Problem) -> str:
-    """Return the legs of each kind of animal with the sum so far, a line each, as in the demo."""
+    """Return the legs of each kind of animal, a line each, and their sums."""
+    lines, total = list[str](), 0
+    for place, (animal, number) in enumerate(problem.metadata["animals"].items()):
+        legs = number * _legs()[animal]
+        lines.append(
+            f"{number} {animal}{'s' * (number > 1)}: {number} * {_legs()[animal]} = {legs}"
+        )
+        total += legs
+        lines += [f"{total - legs} + {legs} = {total}"] if place else []
+    return _join(lines, total)
+
+
+def count_in_steps(problem: Problem) -> str:
+    """Return the same as the demo has it for a small base: tens and ones are added apart."""
+    return count_animals(problem.metadata["animals"], _legs())
+
+
+def _legs() -> dict[str, int]:
     require("reasoning_gym", extra="demo", purpose="the corpus of leg_counting")
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-    return count_animals(problem.metadata["animals"], ANIMALS)
+    return ANIMALS
 
 
 def work_out(problem: Problem) -> str:
@@ -66,11 +83,12 @@ def in_plain_words(chain: str) -> str:
 
 WRITERS: dict[str, Callable[[Problem], str]] = {
     "leg_counting": count_legs,
+    "leg_counting-steps": count_in_steps,
     "chain_sum": work_out,
     "basic_arithmetic": work_out,
     "gsm_symbolic": reword,
 }
-"""By name of the generator."""
+"""By name of the wording: that of the generator, or with more behind it."""
 
 
 def _join(lines: Sequence[str], result: object) -> str:

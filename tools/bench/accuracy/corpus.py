@@ -36,6 +36,7 @@ def make_corpus(
     test_seed: int = TEST_SEED,
     held_out_ratio: float = 0.05,
     test_out: str = "",
+    wording: str = "",
 ) -> dict[str, Any]:
     """Write worked answers to problems of a task as a corpus; a step of experiment-cot.
 
@@ -55,7 +56,9 @@ def make_corpus(
         held_out_ratio: Fraction of problems whose records are marked held out.
         test_out: File for the test problems. They are then from templates of gsm_symbolic that no
             training problem is from. Empty: none, and all templates are for training.
+        wording: Another wording of the task's chains. Empty: the task's own.
     """
+    wording = wording or task.partition(":")[0]
     if test_out:
         wanted = math.ceil(_SPARE * samples), math.ceil(_SPARE * _UNSEEN_EVERY * test_num)
         problems = _with_templates(task, wanted[0], seed=task_seed, is_unseen=False)[:samples]
@@ -65,7 +68,7 @@ def make_corpus(
         problems = read_problems(task, num=samples, seed=task_seed)
         tests = read_problems(task, num=test_num, seed=test_seed)
     kept, dropped = _drop_equal(problems, tests)
-    pairs = [(each, write_chain(each, task=task.partition(":")[0])) for each in kept]
+    pairs = [(each, write_chain(each, wording=wording)) for each in kept]
     right = [(problem, text) for problem, text in pairs if problem.is_right(text)]
     if not right:
         raise InputError(

@@ -15,7 +15,7 @@ from carryon.cache.lock import folder_lock
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.accuracy.plan import LORA, Experiment, Planned, TaskPlan, plan_task
-from carryon.tools.bench.accuracy.recipes import RECIPES, Recipe, choose_recipes
+from carryon.tools.bench.accuracy.recipes import DEFAULT_RECIPES, Recipe, choose_recipes
 from carryon.tools.bench.accuracy.report import HEADING, cells_of, write_report
 from carryon.tools.bench.accuracy.rows import Costs, Row, Verdicts, figures_of, make_rows
 from carryon.tools.cli.main import CARRYON
@@ -44,7 +44,7 @@ def experiment_cot(
     *,
     base: str,
     out: str,
-    tasks: list[str] = list(RECIPES)[:3],  # noqa: B006 -- shown in the help, never changed
+    tasks: list[str] = list(DEFAULT_RECIPES),  # noqa: B006 -- shown in the help, never changed
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     num: int = 200,
     samples: int = 0,
@@ -80,10 +80,10 @@ def experiment_cot(
     Args:
         base: The base: hub id, folder or .gguf file.
         out: Folder of the experiment.
-        tasks: Recipes: leg_counting, chain_sum, gsm_symbolic, gsm_symbolic-own,
-            gsm_symbolic-templates (tested on unseen templates), basic_arithmetic, letter_counting,
-            simple_equations, chain_sum-chains; each also with settings of its task,
-            NAME:SETTING=VALUE,...
+        tasks: Recipes: leg_counting, leg_counting-steps (worded for a small base), chain_sum,
+            gsm_symbolic, gsm_symbolic-own, gsm_symbolic-templates (tested on unseen templates),
+            basic_arithmetic, letter_counting, simple_equations, chain_sum-chains; each also with
+            settings of its task, NAME:SETTING=VALUE,...
         seeds: Seeds of weights and sample order.
         num: Test problems of each task.
         samples: Training problems of each task. 0: as its recipe says.

@@ -147,6 +147,7 @@ def _make_corpus(experiment: Experiment, recipe: Recipe, folder: Path) -> Planne
     out = ["--task-seed", str(TRAIN_SEED), *test, "--out", str(folder / "corpus.jsonl")]
     if recipe.source == "chains":
         argv = ["cot-corpus", "--task", recipe.task, "--samples", str(recipe.samples), *out]
+        argv += ["--wording", recipe.wording] if recipe.wording else []
         argv += ["--test-out", str(folder / "test.jsonl")] if recipe.is_by_template else []
         return Planned(result=folder / "corpus.json", argv=argv)
     argv = ["sample", "--base", experiment.base, "--tasks", recipe.task, *out]

@@ -37,6 +37,8 @@ class Recipe:
     """Training problems."""
     max_new_tokens: int
     """Of every answer, sampled or tested."""
+    wording: str = ""
+    """Of written chains (chains.py). Empty: that of the generator."""
     instruction: str = INSTRUCTION
     """Behind the question: of the sampled base, and of the prompted arm."""
     answers: int = 4
@@ -55,8 +57,12 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(
-            name="leg_counting", task=_LEGS, source="chains", samples=760, max_new_tokens=192,
+            name="leg_counting", task=_LEGS, source="chains", samples=400, max_new_tokens=192,
             goal=Goal(against="nothing", at_least=0.8),
+        ),
+        Recipe(
+            name="leg_counting-steps", task=_LEGS, source="chains", samples=760,
+            max_new_tokens=192, wording="leg_counting-steps",
         ),
         Recipe(
             name="chain_sum", task=_SUMS, source="own", samples=300, max_new_tokens=160,
@@ -92,6 +98,7 @@ RECIPES = {
     )
 }  # fmt: skip
 """By name."""
+DEFAULT_RECIPES = ("leg_counting", "chain_sum", "gsm_symbolic")
 
 
 def choose_recipes(
