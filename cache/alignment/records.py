@@ -4,6 +4,7 @@ Both bases read the same record, each with its own tokenizer and chat template. 
 of a sample.
 """
 
+import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -149,6 +150,8 @@ class AlignedSample:
     """As the anchor reads it."""
     tree: TokenTree
     """Of the other base, with a row for each of the anchor's tokens."""
+    text_sha256: bytes
+    """Of the UTF-8 of the anchor's text, up to the sample's end."""
 
 
 class Aligner:
@@ -187,7 +190,9 @@ class Aligner:
                         "got a later piece. Fix: extract the anchor with --long truncate"
                     )
                 known = find_known(sample.tokens, sample.char_end, self._broken)
-                yield self._grow(sample, text, cuts, map_known(known, own, places), start)
+                stop = int(known.ends.max(initial=0))
+                mapped = map_known(known, own, places)
+                yield self._grow(sample, text, cuts, mapped, start, read=piece.text[:stop])
 
     def answer_start(self, record: Record) -> int:
         """Return the character at which generation begins in the anchor's text of a record."""
@@ -209,7 +214,8 @@ class Aligner:
             own = Known(ends=known.ends - first, partial=known.partial)
             stop = max(int(sample.char_end.max(initial=0)), first)
             anchor.refuse_normalized(text[first:stop], sample=sample.id)
-            yield self._grow(sample, text[first:stop], (), own, start)
+            read = text[first:stop]
+            yield self._grow(sample, read, (), own, start, read=read)
             first = stop
 
     def _other_text(self, record: Record, piece: Piece) -> tuple[str, tuple[int, ...]]:
@@ -274,6 +280,8 @@ class Aligner:
         cuts: Sequence[int],
         known: Known,
         start: NDArray[np.int32],
+        *,
+        read: str,
     ) -> AlignedSample:
         stop = int(known.ends.max(initial=0))
         self._other.refuse_normalized(text[:stop], sample=sample.id)
@@ -286,7 +294,8 @@ class Aligner:
                 check_tree(tree, text, cuts, known.ends, encoder=self._other.encoder)
         except NotStableError as error:
             raise NotStableError(f"sample {sample.id!r}: {error}") from error
-        return AlignedSample(sample=sample, tree=tree)
+        digest = hashlib.sha256(read.encode("utf-8", "surrogatepass")).digest()
+        return AlignedSample(sample=sample, tree=tree, text_sha256=digest)
 
 
 def check_tree(

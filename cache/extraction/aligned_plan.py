@@ -240,6 +240,10 @@ def _arrange(
             trees.append((int(start), found[index].tree))
             num_nodes[index] = len(found[index].tree.tokens)
         units.append(_join_trees(trees, anchor.unit_tokens))
+    texts = hashlib.sha256()
+    for index in sorted(found):
+        texts.update(hashlib.sha256(found[index].sample.id.encode()).digest())
+        texts.update(found[index].text_sha256)
     digest = hashlib.sha256(num_nodes.tobytes())
     for each in units:
         digest.update(each.digest())
@@ -250,6 +254,7 @@ def _arrange(
         "anchor_vocab_size": int(anchor.manifest.head["vocab_size"]),
         "tokenizer_sha256": base.identity.tokenizer_sha256,
         "digest": digest.hexdigest(),
+        "text_sha256": texts.hexdigest(),
         "missing_samples": missing,
         "unit_nodes": max(1, *(len(each.tokens) for each in units)),
     }
@@ -286,7 +291,8 @@ def refuse_other_alignment(old: Mapping[str, Any], new: Mapping[str, Any], *, na
         SettingMismatchError: names what differs.
     """
     for key in sorted({*old, *new}):
-        if old.get(key) != new.get(key):
+        is_older = key == "text_sha256" and key not in old
+        if old.get(key) != new.get(key) and not is_older:
             raise SettingMismatchError(
                 f"{name}: alignment: {key}: expected {str(old.get(key, 'none'))[:12]}, which the "
                 f"store was made with, got {str(new.get(key, 'none'))[:12]}. Fix: give the same "

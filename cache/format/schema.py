@@ -148,6 +148,9 @@ def _check_alignment(facts: Mapping[str, Any]) -> None:
     for name in ("anchor", "digest", "tokenizer_sha256", "anchor_tokenizer_sha256"):
         if not _is_sha256(facts[name]):
             raise ValueError(f"alignment: {name}: expected a SHA-256, got {_shown(facts[name])}")
+    if not _is_sha256(facts.get("text_sha256", facts["digest"])):  # not in older stores
+        got = _shown(facts["text_sha256"])
+        raise ValueError(f"alignment: text_sha256: expected a SHA-256, got {got}")
     _text(facts, "anchor_base")
     _whole(facts, "anchor_vocab_size", 1, _MAX_VOCABULARY)
     _whole(facts, "unit_nodes", 1, _MAX_UNIT_TOKENS * 16)

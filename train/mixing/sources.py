@@ -84,6 +84,7 @@ def open_sources(
             raise InputError(
                 f"mix: expected each base once, got {other} and {store.name}, which are one store"
             )
+    _refuse_other_texts(stores)
     words = [Vocabulary.read(store) for store in (anchor, *stores)]
     names = _names(anchor, stores)
     return [
@@ -166,8 +167,6 @@ def _open_aligned(anchor: Store, path: str) -> Store:
         raise InputError(
             f"mix: {path}: expected the samples and rows of {anchor.name}, got others. {fix}"
         )
-    if not store.manifest.head:
-        raise InputError(f"mix: {path}: expected a store with the base's head, got none. {fix}")
     if len(store.finished_units) < store.num_units:
         raise UnfinishedStoreError(
             f"mix: {path}: expected {store.num_units} units, got {len(store.finished_units)}. "
@@ -178,6 +177,22 @@ def _open_aligned(anchor: Store, path: str) -> Store:
             f"mix: {path}: expected the tap final, got {', '.join(store.taps)}. {fix} --taps final"
         )
     return store
+
+
+def _refuse_other_texts(stores: Sequence[Store]) -> None:
+    """Check that stores with all samples were made of the same bytes; older ones do not say."""
+    said = [
+        (store.name, facts["text_sha256"])
+        for store in stores
+        if "text_sha256" in (facts := store.manifest.alignment) and not facts["missing_samples"]
+    ]
+    for name, digest in said[1:]:
+        if digest != said[0][1]:
+            raise InputError(
+                f"mix: {name}: expected the texts that {said[0][0]} was made of "
+                f"({said[0][1][:12]}), got others ({digest[:12]}). Fix: carryon extract "
+                "--align-to with the same --data for both"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

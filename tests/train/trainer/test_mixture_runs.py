@@ -244,7 +244,8 @@ def test_the_mixture_s_loss_is_its_parts_mixed(
             of_target += (shares * every / mixture).sum(dim=0)
         count += len(at)
         num_bytes += sum(len(words[token] or b"") for token in targets.tolist())
-    assert report.carryon_nll == pytest.approx(total / count, rel=1e-4)
+    # A CPU's head in bfloat16 rounds its logits
+    assert report.carryon_nll == pytest.approx(total / count, rel=5e-4)
     assert report.mixture["bytes_per_target"] == pytest.approx(num_bytes / count)
     for name, sums in (("gate_shares", of_gate), ("target_shares", of_target)):
         expected = (sums / count).tolist()

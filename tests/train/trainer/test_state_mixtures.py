@@ -14,7 +14,7 @@ from support.tiny_carryons import resign
 from support.tiny_runs import TINY, Killed, assert_same_bits, kill_at
 
 from carryon.cache.base.lm_head import widen
-from carryon.cache.errors import InputError
+from carryon.cache.errors import InputError, StoreError
 from carryon.cache.format.alignment import read_alignment
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.mixtures.measure import measure_places
@@ -143,7 +143,8 @@ def test_losses_are_those_of_the_aligned_rows_side_by_side(
             logits = (states["final"] + delta)[at] @ weight.t()
             total -= float(logits.log_softmax(dim=1).gather(1, targets[:, None]).sum())
         count += len(at)
-    assert report.carryon_nll == pytest.approx(total / count, rel=1e-4)
+    # A CPU's head in bfloat16 rounds its logits
+    assert report.carryon_nll == pytest.approx(total / count, rel=5e-4)
     paths = [folder / "lacking", folder / "good"]
     measured = evaluate(folder / "anchor", carryon=report.carryon, mix=paths, device="cpu")
     assert measured.carryon_nll == report.carryon_nll
@@ -213,7 +214,7 @@ def test_states_and_distributions_are_mixed_together(
     )  # fmt: skip
     parts = [places[name] for name in ("straddled", "elsewhere")]
     total = sum(part["targets"] * part["mixture_nll"] for part in parts)
-    assert total / report.held_out_targets == pytest.approx(report.carryon_nll, rel=1e-4)
+    assert total / report.held_out_targets == pytest.approx(report.carryon_nll, rel=5e-4)
 
 
 def test_the_table_of_a_run_by_state_has_no_shares(
@@ -251,7 +252,39 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     assert mix(folder, tmp_path / "sampled", sampled_softmax=8, epochs=1).num_steps > 0
 
 
-def test_stores_of_other_samples_or_without_head_are_refused(
+def test_a_store_without_head_is_refused_where_its_distribution_is_mixed(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "headless"
+    shutil.copytree(folder / "good", copy)
+    shutil.rmtree(copy / "head")
+    changes: dict[str, Any] = {"mix": [str(copy)], "mix_by": "both", "kind": "bottleneck"}
+    with pytest.raises(StoreError, match="headless.*head"):
+        mix(folder, tmp_path / "run", **changes)
+
+
+def test_stores_of_other_texts_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    anchor = Store.open(folder / "anchor")
+    good, lacking = (
+        Store.open(folder / name, allow_aligned=True).manifest.alignment
+        for name in ("good", "lacking")
+    )
+    assert good["text_sha256"] != lacking["text_sha256"]  # of other samples
+    assert len(open_sources(anchor, [str(folder / name) for name in ("good", "lacking")])) == 2
+    opened = Store.open
+
+    def whole(path: Any, **options: Any) -> Store:  # noqa: ANN401
+        store = opened(path, **options)
+        facts = store.manifest.alignment | {"missing_samples": 0}
+        store.manifest = replace(store.manifest, alignment=facts)
+        return store
+
+    monkeypatch.setattr(Store, "open", whole)
+    with pytest.raises(InputError, match="lacking: expected the texts that .*good was made of"):
+        open_sources(anchor, [str(folder / name) for name in ("good", "lacking")])
+
+
+def test_stores_of_other_samples_are_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = make_anchor(tmp_path, rows=ROWS[:9], seed=3)
