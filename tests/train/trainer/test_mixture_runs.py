@@ -249,7 +249,7 @@ def test_the_mixture_s_loss_is_its_parts_mixed(
     assert report.mixture["bytes_per_target"] == pytest.approx(num_bytes / count)
     for name, sums in (("gate_shares", of_gate), ("target_shares", of_target)):
         expected = (sums / count).tolist()
-        assert list(report.mixture[name].values()) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert list(report.mixture[name].values()) == pytest.approx(expected, rel=5e-3, abs=1e-5)
 
 
 def test_the_gate_begins_at_the_shares_of_the_training_targets_alone(
