@@ -105,7 +105,7 @@ def join(parts: Sequence[Prefixes]) -> Prefixes:
     )
 
 
-class _Tail(NamedTuple):
+class Tail(NamedTuple):
     """Tokens of the last words of a beginning; a tuple, as there are millions."""
 
     ids: tuple[int, ...]
@@ -136,7 +136,7 @@ class PrefixTokenizer:
     def __init__(self, encoder: Encoder, rules: BoundaryRules) -> None:
         """Start with an empty cache."""
         self._encoder, self._rules = encoder, rules
-        self._caches: tuple[dict[str, _Tail], dict[str, _Tail]] = ({}, {})
+        self._caches: tuple[dict[str, Tail], dict[str, Tail]] = ({}, {})
 
     def tokenize(self, text: str, ends: Iterable[int], *, is_next: bool) -> Prefixes:
         """Return the tokens of a text and of its beginnings.
@@ -192,6 +192,15 @@ class PrefixTokenizer:
             is_word[index] = False
         return places, is_word
 
+    def tail(self, text: str, *, is_next: bool) -> Tail:
+        """Return the tokens of a text, not empty, that begins where a piece does.
+
+        Args:
+            text: the last words of a beginning.
+            is_next: whether anything stands before it.
+        """
+        return self._look_up([text], is_next=is_next)[0]
+
     def _read_whole(self, text: str, *, is_next: bool) -> _Whole:
         encoding = self._encoder.backend(is_next=is_next).encode(text, add_special_tokens=False)
         offsets: list[tuple[int, int]] = encoding.offsets
@@ -225,7 +234,7 @@ class PrefixTokenizer:
                 firsts.append(index)
         return firsts
 
-    def _tails(self, whole: _Whole, starts: list[int], ends: list[int]) -> list[_Tail]:
+    def _tails(self, whole: _Whole, starts: list[int], ends: list[int]) -> list[Tail]:
         """Return the tokens of parts of a text."""
         parts = [whole.text[start:end] for start, end in zip(starts, ends, strict=True)]
         tails = self._look_up(parts, is_next=True)
@@ -236,7 +245,7 @@ class PrefixTokenizer:
                 tails[index] = tail
         return tails
 
-    def _look_up(self, parts: Sequence[str], *, is_next: bool) -> list[_Tail]:
+    def _look_up(self, parts: Sequence[str], *, is_next: bool) -> list[Tail]:
         """Return the tokens of texts; those that are not known are tokenized at once."""
         cache = self._caches[is_next]
         fresh = [part for part in dict.fromkeys(parts) if part not in cache]
@@ -253,13 +262,13 @@ class PrefixTokenizer:
             cache.update((part, made[part]) for part in short)
         return tails
 
-    def _read_tail(self, text: str, encoding: Any) -> _Tail:  # noqa: ANN401
+    def _read_tail(self, text: str, encoding: Any) -> Tail:  # noqa: ANN401
         offsets: list[tuple[int, int]] = encoding.offsets
         firsts = self._firsts(encoding, text, offsets)
         starts = [offsets[first][0] for first in firsts]
         starts[:1] = [0]
         piece = self._rules.first_unstable(text, starts)
-        return _Tail(
+        return Tail(
             ids=tuple(encoding.ids),
             num_stable=firsts[piece],
             stable_end=starts[piece],
@@ -325,7 +334,7 @@ class _Found:
         whole: _Whole,
         indices: NDArray[np.int64],
         places: NDArray[np.int64],
-        tails: Sequence[_Tail],
+        tails: Sequence[Tail],
         is_done: NDArray[np.bool_],
     ) -> None:
         """Add the beginnings that are the whole text's tokens before a tail, and the tail's.

@@ -44,13 +44,30 @@ def tree_inputs(base: Base, parents: Sequence[NDArray[np.int32]]) -> dict[str, A
         seen[row, : len(each), : len(each)] = visible(each)
         places[row, : len(each)] = depths(each)
     seen[:, range(longest), range(longest)] = True
+    return attention_inputs(base, seen, places, places)
+
+
+def attention_inputs(
+    base: Base,
+    seen: NDArray[np.bool_],
+    places: NDArray[np.int64],
+    key_places: NDArray[np.int64],
+) -> dict[str, Any]:
+    """Return mask and positions of tokens, by which of all tokens each of them sees.
+
+    Args:
+        base: that will run.
+        seen: [B, L, K]; K tokens, those that are cached first.
+        places: [B, L] position of each in its text.
+        key_places: [B, K] likewise of all.
+    """
     config: Any = base.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     full = _mask(base, seen)
     mask: Tensor | dict[str, Tensor] = full
     if window and ("sliding_attention" in kinds or not kinds):
-        distance = places[:, :, None] - places[:, None, :]
+        distance = places[:, :, None] - key_places[:, None, :]
         near = _mask(base, seen & (distance < window))
         mask = {"full_attention": full, "sliding_attention": near} if kinds else near
     return {

@@ -18,6 +18,7 @@ from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import Bottleneck
 from carryon.train.modules.card_checks import check_sizes, check_weights
 from carryon.train.modules.carryon import CarryOn
+from carryon.train.modules.no_correction import NoCorrection
 from carryon.train.modules.serialization import CarryOnCard, check_base
 from carryon.train.modules.stacked_weights import with_weights
 from carryon.train.modules.taps import check_alpha
@@ -75,7 +76,7 @@ class CarryOnSet:
         where = where or f"carry-on {name}"
         check_base(card, self._base, where=where)
         kind = card.settings.get("kind", "bottleneck")
-        if kind != "bottleneck":
+        if kind not in ("bottleneck", "none"):
             raise InputError(
                 f"{where}: expected a bottleneck, got the kind {kind}. Fix: carryon merge makes a "
                 "checkpoint of a native or top"
@@ -147,7 +148,8 @@ class CarryOnSet:
                 f"got {len(alphas)}"
             )
         checked = [check_alpha(each) for each in alphas]
-        return slots, [0.0 if s == NOBODY else a for s, a in zip(slots, checked, strict=True)]
+        corrects = {slot: self._corrects(slot) for slot in slots}
+        return slots, [a if corrects[s] else 0.0 for s, a in zip(slots, checked, strict=True)]
 
     def modules(
         self, slots: Sequence[int], *, device: torch.device, dtype: torch.dtype
@@ -168,7 +170,7 @@ class CarryOnSet:
             return kept
         if set(used) - {NOBODY, *self._loaded}:
             raise InputError("carryons: expected carry-ons that are loaded, got one that is not")
-        rows = [None if slot == NOBODY else self._loaded[slot] for slot in used]
+        rows = [self._loaded[slot] if self._corrects(slot) else None for slot in used]
         shapes = {id(row.shape): row.shape for row in rows if row is not None}
         modules = [
             with_weights(
@@ -184,10 +186,16 @@ class CarryOnSet:
             self._batches.pop(list(self._batches)[0], None)  # other threads may do so too
         return modules
 
+    def _corrects(self, slot: int) -> bool:
+        """Return whether a slot's carry-on has anything to add; the kind `none` has not."""
+        loaded = self._loaded.get(slot)  # None: dropped since its batch began
+        return slot != NOBODY and not (loaded and isinstance(loaded.shape, NoCorrection))
+
     def _shape_of(self, card: CarryOnCard) -> CarryOn:
         settings = replace(CarryOnSettings.from_dict(card.settings), dropout=0.0)
         key = json.dumps([settings.to_dict(), card.base_width], sort_keys=True)
         if key not in self._shapes:
+            make = Bottleneck if settings.kind == "bottleneck" else NoCorrection
             with torch.random.fork_rng(devices=[]):
-                self._shapes[key] = Bottleneck(settings, base_width=card.base_width)
+                self._shapes[key] = make(settings, base_width=card.base_width)
         return self._shapes[key]

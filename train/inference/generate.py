@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 STAGE_TOKENS = 24
 """New tokens between two looks at which rows of a batch have ended."""
+_SOURCE_TEXTS = "source_texts"
+"""The prompts of a batch as the other bases of a mixture read them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +39,35 @@ class Generation:
     """New tokens, the one that ended it included."""
     is_cut: bool
     """Whether it was ended by the limit of new tokens."""
+
+
+def answer_all(
+    model: "CarryOnForCausalLM",
+    prompts: Sequence[str],
+    *,
+    settings: GenerateSettings,
+    batch_rows: int,
+    carryons: Sequence[str | None] | None,
+    **generation: Any,  # noqa: ANN401
+) -> list[str]:
+    """Return the answer to each prompt; prompts of about equal length are in one batch.
+
+    `generation` is passed on to CarryOnForCausalLM.generate; the rest is as in its `answer`.
+    """
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # less padding
+    for first in range(0, len(order), batch_rows):
+        rows = order[first : first + batch_rows]
+        batch = answer_batch(
+            model,
+            [prompts[row] for row in rows],
+            settings=settings,
+            carryons=None if carryons is None else [carryons[row] for row in rows],
+            **generation,
+        )
+        for row, text in zip(rows, batch, strict=True):
+            answers[row] = text
+    return answers
 
 
 def answer_batch(
@@ -55,6 +86,8 @@ def answer_batch(
     """
     rows = _encode(model, prompts, chat=settings.chat, carryons=generation.get("carryons"))
     check_room(rows, settings=settings, context_tokens=model.identity.context_tokens)
+    names = generation.get("carryons")
+    generation |= model.read_prompts(prompts, chat=settings.chat, carryons=names)
     return [each.text for each in generate_rows(model, rows, settings=settings, **generation)]
 
 
@@ -120,7 +153,7 @@ def _generate(
     generation = {name: value for name, value in generation.items() if value is not None}
     names, alpha = generation.pop("carryons", None), generation.pop("alpha", None)
     is_staged = (
-        not generation
+        set(generation) <= {_SOURCE_TEXTS}  # which only the first stage reads
         and (names is None or len(set(names)) == 1)
         and (alpha is None or isinstance(alpha, (int, float)))
     )
@@ -149,18 +182,19 @@ def _generate(
 
     pad = config.pad_token_id or 0
     cache: Any = None
-    if is_staged:
+    if is_staged and model.shares_prompts:
         tokens, mask, cache = prefill(
             rows,
             pad=pad,
             read=read,
-            can_share=lambda cache: model.has_positions and _is_whole(cache),
+            can_share=_is_whole,
         )
     else:
         tokens, mask = arrange(rows, common=0, pad=pad)
     while going and num_left:
         length = tokens.shape[1]
         output: Any = go_on(tokens, mask, cache, min(stage, num_left), **generation)
+        generation.pop(_SOURCE_TEXTS, None)
         tokens, mask, cache = output.sequences, mask.to(model.device), output.past_key_values
         num_left -= tokens.shape[1] - length
         for row, made in zip(batch, tokens[:, length:].tolist(), strict=True):

@@ -1,5 +1,6 @@
 """Merge a `native` or `top` into its base: an ordinary model of the base's class."""
 
+import copy
 import errno
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from carryon.cache.base.architecture import get_architecture
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.base.recorded import load_recorded_base
 from carryon.cache.errors import InputError, MissingError
@@ -118,6 +120,15 @@ def load_for_base(place: Path, base: Base) -> BlocksCarryOn:
     module, _ = load_carryon(place, blocks=lambda: read_blocks(base, number))
     assert isinstance(module, BlocksCarryOn)
     return module
+
+
+def merge_in_memory(place: Path, base: Base, *, is_shared: bool) -> Base:
+    """Return a base with the `native` or `top` in folder `place`: a copy if others use it."""
+    module = load_for_base(place, base)
+    if is_shared:
+        model = copy.deepcopy(base.model)
+        base = replace(base, model=model, architecture=get_architecture(model))
+    return merge_into(base, module)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,18 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
-from carryon.cache.base.architecture import get_architecture
 from carryon.cache.base.hooks import watch_taps
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.device import attention_of_any_shape
 from carryon.cache.errors import InputError
 from carryon.cache.format.framing import Framing
 from carryon.cache.settings import ForwardSettings, apply_options
-from carryon.train.config import GenerateSettings
+from carryon.train.config import ChatChoice, GenerateSettings
 from carryon.train.inference.adapters import DEFAULT, Alpha, CarryOnSet, Names
 from carryon.train.inference.correction import get_correction
-from carryon.train.inference.generate import answer_batch
-from carryon.train.inference.merge import load_for_base, load_own_base, merge_into
-from carryon.train.inference.prompts import framing_warnings
+from carryon.train.inference.generate import answer_all
+from carryon.train.inference.merge import load_own_base, merge_in_memory
+from carryon.train.inference.prompts import Prompt, framing_warnings
 from carryon.train.kinds import get_kind
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import (
@@ -131,10 +130,12 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         folder: str | Path,
         *,
         base: str | Path | Base | None = None,
+        mix: Sequence[str | Path | Base] = (),
+        mix_device: Sequence[str] = (),
         forward: ForwardSettings | None = None,
         **options: Any,  # noqa: ANN401
     ) -> "CarryOnForCausalLM":
-        """Load a carry-on and its base.
+        """Load a carry-on and its base; a mixture is a MixedForCausalLM.
 
         A `native` or `top` is merged into the base in memory: `base` is then the customized
         model, without carry-ons, and alpha has no effect.
@@ -143,7 +144,10 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             folder: a carry-on, as `carryon train` writes it, or its id on the hub.
             base: a loaded base, or its hub id, folder or .gguf file. None: where it was at
                 extraction.
-            forward: how to load and run the base. None: the defaults.
+            mix: the other bases of a mixture, in the order of its card. Empty: where they were at
+                extraction.
+            mix_device: device of each of them, or one for all. Empty: that of the base.
+            forward: how to load and run the bases. None: the defaults.
             options: fields of `forward` by name, such as `device="cpu"`, or options of
                 huggingface_hub: revision, token, cache_dir, ...
 
@@ -155,14 +159,16 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         own = {name: options.pop(name) for name in names}
         [forward] = apply_options(own, forward or ForwardSettings())
         place = locate_carryon(folder, **options)
-        card = read_card(place)
+        card = read_card(place, allow_mixture=True)
         loaded = load_own_base(card, base, forward=forward, folder=folder)
+        if card.mixture or mix or mix_device:
+            from carryon.train.inference.mixing.modeling import load_mixed  # is built on this one
+
+            return load_mixed(
+                place, card, loaded, mix=mix, mix_device=mix_device, forward=forward, where=folder
+            )
         if get_kind(card.settings.get("kind", "bottleneck")).merges:
-            module = load_for_base(place, loaded)
-            if loaded is base:  # others may use it
-                model = copy.deepcopy(loaded.model)
-                loaded = replace(loaded, model=model, architecture=get_architecture(model))
-            merged = cls(merge_into(loaded, module))
+            merged = cls(merge_in_memory(place, loaded, is_shared=loaded is base))
             merged._framing = Framing.from_dict(card.framing)
             return merged
         customized = cls(loaded)
@@ -186,8 +192,11 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         return str(ModelHubMixin.push_to_hub(shared, repo_id, **settings))
 
     @property
-    def has_positions(self) -> bool:
-        """Whether the base is told the position of each token, wherever padding stands."""
+    def shares_prompts(self) -> bool:
+        """Whether what prompts share may be read once, with padding behind it.
+
+        The base has to be told the position of each token.
+        """
         return "position_ids" in self._optional
 
     @property
@@ -254,21 +263,26 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         for line in set(chain.from_iterable(lines)) - self._warnings:
             logger.warning(line)
             self._warnings.add(line)
-        answers = [""] * len(texts)
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # less padding
-        for first in range(0, len(order), batch_rows):
-            rows = order[first : first + batch_rows]
-            batch = answer_batch(
-                self,
-                [texts[row] for row in rows],
-                settings=settings,
-                carryons=None if carryons is None else [carryons[row] for row in rows],
-                alpha=alpha,
-                streamer=streamer,
-            )
-            for row, text in zip(rows, batch, strict=True):
-                answers[row] = text
+        answers = answer_all(
+            self,
+            texts,
+            settings=settings,
+            batch_rows=batch_rows,
+            carryons=carryons,
+            alpha=alpha,
+            streamer=streamer,
+        )
         return answers[0] if isinstance(prompts, str) else answers
+
+    def read_prompts(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        chat: ChatChoice,
+        carryons: Sequence[str | None] | None = None,
+    ) -> dict[str, Any]:
+        """Return what `generate` needs besides the token ids of prompts: nothing for one base."""
+        return {}
 
     def framings(self, carryons: Sequence[str | None] | None, *, num_rows: int) -> list[Framing]:
         """Return for each row how the training texts of its carry-on were framed.

@@ -15,17 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carryon.cache.errors import InputError
 from carryon.cache.format.alignment import UnitAlignment, read_alignment
 from carryon.cache.store.reader import Store
 from carryon.cache.store.samples import Unit
+from carryon.train.mixing.healing import MOST_INSIDE, Step, count_inside, healing_steps
 from carryon.train.mixing.projection import HealingStates
 from carryon.train.mixing.vocabulary_map import VocabularyMap
 
 EXACT, STABLE = "final", "stable"
 """Taps of an aligned store."""
-_MOST_INSIDE = 3
-"""Bytes of a character of UTF-8 that is not whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -101,7 +99,7 @@ class AlignedStates:
         unit = store.read_unit(number, taps=[EXACT, STABLE])
         return unit, read_alignment(store.root, store.manifest, number)
 
-    def _steps(self, unit: Unit, aligned: UnitAlignment, row: int) -> list[tuple[bool, bytes, int]]:
+    def _steps(self, unit: Unit, aligned: UnitAlignment, row: int) -> list[Step]:
         """Return the states to heal a row from: whether stable, bytes covered, next token."""
         num_covered = int(aligned.covered[row])
         if not num_covered:
@@ -111,23 +109,22 @@ class AlignedStates:
             tokens.append(int(aligned.tokens[node]))
             node = int(aligned.parents[node])
         tokens.reverse()
-        spelled = b"".join(self._map.source[token] or b"" for token in tokens)
-        num_inside = 0 if aligned.is_whole[row] else num_covered - len(spelled)
-        if num_inside < 0:  # a blank that the tokenizer puts before any text
-            num_inside = 0
-        if num_inside > _MOST_INSIDE:  # no text gives that; a store of a stranger may
+        num_inside = count_inside(
+            tokens,
+            num_covered=num_covered,
+            is_whole=bool(aligned.is_whole[row]),
+            vocabulary_map=self._map,
+        )
+        if num_inside > MOST_INSIDE:  # no text gives that; a store of a stranger may
             return []
         inside = _last_bytes(unit, row, num_inside, self._map.anchor)
-        steps = []
-        text = (spelled + inside)[-num_covered:]
-        if stable >= 0 and tokens and len(text) == num_covered:
-            steps.append((True, text, tokens[0]))
-        if len(inside) == num_inside > 0:
-            try:
-                steps.append((False, inside, self._map.first_token(inside)))
-            except InputError:  # a vocabulary without these bytes
-                return []
-        return steps
+        return healing_steps(
+            tokens,
+            inside if len(inside) == num_inside else b"",
+            num_covered=num_covered,
+            has_stable=stable >= 0,
+            vocabulary_map=self._map,
+        )
 
 
 def _last_bytes(unit: Unit, row: int, count: int, tokens: Sequence[bytes | None]) -> bytes:

@@ -117,6 +117,22 @@ def mixture_log_probs(gate_logits: Tensor, anchor: Tensor, sources: Tensor) -> T
 
 
 @torch.no_grad()
+def mixture_distribution(gate_logits: Tensor, anchor: Tensor, sources: Sequence[Tensor]) -> Tensor:
+    """Return log sum_s g_s p_s of all tokens, [n, V] float32.
+
+    Args:
+        gate_logits: [n, 1 + S].
+        anchor: [n, V] log-probabilities by the anchor with its carry-on.
+        sources: S times [n, V] log-probabilities.
+    """
+    log_gate = torch.log_softmax(gate_logits, dim=1)
+    mixed = anchor.float() + log_gate[:, :1]
+    for number, source in enumerate(sources, 1):
+        mixed = torch.logaddexp(mixed, source + log_gate[:, number : number + 1])
+    return mixed
+
+
+@torch.no_grad()
 def target_shares(gate_logits: Tensor, anchor: Tensor, sources: Tensor) -> Tensor:
     """Return which part of the target's probability is of which source, [n, 1 + S], of sum 1.
 

@@ -325,6 +325,16 @@ def _add_spread_(
         out[rows] += rest.unsqueeze(1) * anchor[rows]
 
 
+def own_features(logs: Tensor) -> Tensor:
+    """Return the features of a base as a source of itself, [n, FEATURES].
+
+    Args:
+        logs: [n, V] log-probabilities.
+    """
+    entropy, top = _entropy(logs), logs.amax(dim=1).exp()
+    return torch.stack([entropy, top, torch.zeros_like(top), entropy, top], dim=1)
+
+
 def _entropy(logs: Tensor) -> Tensor:
     """Return the entropy in nats, [n], of log-probabilities [n, V]; those of 0 may be -inf."""
     kept = logs.clamp_min(-1e4)

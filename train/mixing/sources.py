@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import (
     CarryOnError,
@@ -18,6 +18,9 @@ from carryon.train.data.joined_store import JoinedStore
 from carryon.train.mixing.aligned_states import STABLE
 from carryon.train.mixing.vocabulary_cache import Words, cached_words
 from carryon.train.mixing.vocabulary_map import VocabularyMap
+
+if TYPE_CHECKING:
+    from carryon.cache.base.facts import BaseFacts
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +219,24 @@ class Vocabulary:
         )
         return cls(tokens=tokens, stops=stops)
 
+    @classmethod
+    def of(cls, facts: "BaseFacts", size: int) -> "Vocabulary":
+        """Return the vocabulary of a base.
+
+        Args:
+            facts: of the base.
+            size: rows of its head.
+
+        Raises:
+            InputError: the bytes of its tokens are not known.
+        """
+        from carryon.cache.corpus.vocabulary.token_bytes import token_bytes
+
+        return cls(
+            tokens=token_bytes(facts.tokenizer, vocab_size=size),
+            stops=[token for token in facts.end_tokens if token < size],
+        )
+
 
 def _read_words(store: Store, size: int) -> Words:
     """Return the bytes of the tokens of a store's base and its stop tokens, from its tokenizer."""
@@ -223,18 +244,17 @@ def _read_words(store: Store, size: int) -> Words:
     from carryon.cache.base.facts import read_facts
     from carryon.cache.base.identity import digest_tokenizer
     from carryon.cache.base.recorded import recorded_source
-    from carryon.cache.corpus.vocabulary.token_bytes import token_bytes
 
     try:
         facts = read_facts(recorded_source(store.base, where=store.name))
-        tokens = token_bytes(facts.tokenizer, vocab_size=size)
+        found = Vocabulary.of(facts, size)
     except CarryOnError as error:
         raise InputError(
             f"mix: {store.name}: expected the tokenizer of its base, whose tokens are mixed by "
             f"their bytes: {str(error).rstrip('.')}"
         ) from error
     _refuse_other_tokenizer(store.base, digest_tokenizer(facts.tokenizer), where=store.name)
-    return tokens, [token for token in facts.end_tokens if token < size]
+    return found.tokens, found.stops
 
 
 def _refuse_other_tokenizer(base: Mapping[str, Any], digest: str, *, where: str) -> None:

@@ -1,0 +1,212 @@
+"""A source of a mixture as it generates: tokenizer and vocabulary map now, weights when it runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from carryon.cache.alignment.boundaries import read_rules
+from carryon.cache.alignment.prefixes import PrefixTokenizer
+from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
+from carryon.cache.base.identity import digest_tokenizer
+from carryon.cache.base.model import Base, load_base
+from carryon.cache.base.recorded import recorded_source
+from carryon.cache.corpus.tokenize import Encoder
+from carryon.cache.errors import InputError, MissingError, SettingMismatchError
+from carryon.cache.settings import ForwardSettings
+from carryon.train.losses.frozen_head import CPU_BLOCK_ROWS, FrozenHead
+from carryon.train.mixing.sources import Vocabulary
+from carryon.train.mixing.vocabulary_map import VocabularyMap
+
+
+@dataclass(kw_only=True, slots=True)
+class BaseCost:
+    """What a base has cost since the model was loaded or its costs were reset."""
+
+    name: str
+    seconds: float = 0.0
+    """In its forward passes, without heads."""
+    tokens: int = 0
+    """Tokens that it has run, pads left out."""
+    tokens_again: int = 0
+    """Those of them that it ran in the place of tokens that were cropped."""
+
+    def reset(self) -> None:
+        """Begin at zero."""
+        self.seconds, self.tokens, self.tokens_again = 0.0, 0, 0
+
+
+class SourceBase:
+    """A base that is mixed with the anchor."""
+
+    def __init__(
+        self,
+        recorded: Mapping[str, str],
+        place: str | Path | Base | None,
+        *,
+        anchor: Vocabulary,
+        forward: ForwardSettings,
+        where: str | Path,
+    ) -> None:
+        """Read its tokenizer, and compare it with the one of training.
+
+        Args:
+            recorded: what the card of the carry-on says of it.
+            place: the loaded base, or its hub id, folder or .gguf file. None: where it was at
+                extraction.
+            anchor: the vocabulary of the anchor.
+            forward: how it is run.
+            where: the carry-on, for errors.
+
+        Raises:
+            MissingError: there is no such base.
+            SettingMismatchError: it is another one than in training.
+            InputError: its tokenizer cannot be aligned.
+        """
+        self._recorded, self._where = recorded, where
+        self.name = recorded["name"]
+        self.forward = forward
+        self.cost = BaseCost(name=self.name)
+        self._loaded: Base | None = None
+        if isinstance(place, Base):
+            self._loaded, self.place = place, place.source
+            self._check("weights_sha256", place.identity.weights_sha256)
+            self.facts = facts_of(place)
+        else:
+            self.place, self.facts = self._read_facts(place)
+        self._check("tokenizer_sha256", digest_tokenizer(self.facts.tokenizer))
+        self.encoder = Encoder(self.facts.tokenizer)
+        rules = read_rules(self.encoder, name=self.name)
+        self.tokenizer = PrefixTokenizer(self.encoder, rules)
+        self.start: tuple[int, ...] = tuple(self.encoder.start.tolist())
+        self.vocabulary_map = self._map(anchor)
+
+    @cached_property
+    def base(self) -> Base:
+        """The base, loaded at the first use.
+
+        Raises:
+            SettingMismatchError: its weights are others than in training.
+        """
+        if self._loaded is None:
+            loaded = load_base(self.place, forward=self.forward)
+            self._check("weights_sha256", loaded.identity.weights_sha256)
+            self._loaded = loaded
+        return self._loaded
+
+    @cached_property
+    def head(self) -> FrozenHead:
+        """The head of the loaded base, not copied."""
+        return head_in_place(self.base)
+
+    def _read_facts(self, place: str | Path | None) -> tuple[str, BaseFacts]:
+        try:
+            recorded = {
+                "id": self._recorded["base"],
+                "revision": self._recorded["revision"] or None,
+            }
+            source = str(place) if place else recorded_source(recorded, where=self._where)
+            return source, read_facts(source)
+        except MissingError as error:
+            raise MissingError(
+                f"{self._where}: mix: the base {self._recorded['base']} that it was trained with "
+                f"was not found. Fix: give its place with --mix. {error}"
+            ) from error
+
+    def _check(self, name: str, digest: str) -> None:
+        expected = self._recorded[name]
+        if digest != expected:
+            what = name.removesuffix("_sha256")
+            raise SettingMismatchError(
+                f"mix: {self.place}: expected the {what} of {self._recorded['base']}, which "
+                f"{self._where} was trained with ({expected[:12]}), got others ({digest[:12]}). "
+                "Fix: give the bases of its card, in that order"
+            )
+
+    def _map(self, anchor: Vocabulary) -> VocabularyMap:
+        loaded = self._loaded
+        size = self.facts.vocab_size if loaded is None else loaded.architecture.head.out_features
+        if size is None:  # a config that does not name it
+            size = self.base.architecture.head.out_features
+        own = Vocabulary.of(self.facts, size)
+        found = VocabularyMap(
+            source=own.tokens,
+            anchor=anchor.tokens,
+            source_stops=own.stops,
+            anchor_stops=anchor.stops,
+        )
+        self._check("vocabulary_map_sha256", found.digest())
+        return found
+
+
+def vocabulary_of(base: Base) -> Vocabulary:
+    """Return the vocabulary of a loaded base.
+
+    Raises:
+        InputError: the bytes of its tokens are not known.
+    """
+    return Vocabulary.of(facts_of(base), base.architecture.head.out_features)
+
+
+def head_in_place(base: Base) -> FrozenHead:
+    """Return the head of a loaded base as the projection multiplies it; nothing is copied."""
+    head = base.architecture.head
+    weight = head.weight.detach()
+    is_cpu = weight.device.type == "cpu"
+    return FrozenHead(
+        weight=weight,
+        bias=None if head.bias is None else head.bias.detach().float(),
+        logit_scale=base.architecture.logit_scale,
+        softcap=base.architecture.softcap,
+        dtype=weight.dtype,
+        device=weight.device,
+        block_rows=CPU_BLOCK_ROWS if is_cpu and weight.dtype != torch.float32 else len(weight),
+    )
+
+
+def place_sources(
+    recorded: list[Mapping[str, str]],
+    places: list[str | Path | Base],
+    devices: list[str],
+    *,
+    anchor: Base,
+    forward: ForwardSettings,
+    where: str | Path,
+) -> list[SourceBase]:
+    """Return the sources of a mixture, none of them loaded yet.
+
+    Args:
+        recorded: what the card says of each.
+        places: of each, in this order; empty: where they were at extraction.
+        devices: of each, or one for all; empty: that of the anchor.
+        anchor: the anchor's base.
+        forward: how the anchor is run.
+        where: the carry-on, for errors.
+
+    Raises:
+        InputError: not one place or device for each.
+        MissingError: a base is not there.
+        SettingMismatchError: a base is another one than in training.
+    """
+    names = ", ".join(each["base"] for each in recorded)
+    for option, given in (("mix", places), ("mix-device", devices)):
+        is_one = option == "mix-device" and len(given) == 1
+        if given and len(given) != len(recorded) and not is_one:
+            raise InputError(
+                f"--{option}: expected one for each of {names}, which {where} was trained with, "
+                f"got {len(given)}. Fix: give {len(recorded)}, in that order, or leave it out"
+            )
+    used = devices or [str(anchor.device)]
+    vocabulary = vocabulary_of(anchor)
+    return [
+        SourceBase(
+            each,
+            places[number] if places else None,
+            anchor=vocabulary,
+            forward=replace(forward, device=used[number if len(used) > 1 else 0]),
+            where=where,
+        )
+        for number, each in enumerate(recorded)
+    ]
