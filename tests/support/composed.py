@@ -46,7 +46,7 @@ def generate(model: Any, texts: list[str], *, use_cache: bool = True, **settings
     tokenizer = model.tokenizer
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
     batch = tokenizer(texts, return_tensors="pt", padding=True)
-    given: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, **settings}
+    given: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, **settings}
     with torch.no_grad():
         out: Tensor = model.generate(
             batch.input_ids,

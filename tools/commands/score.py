@@ -32,6 +32,8 @@ def score(
     drop_known: bool = False,
     engine: Literal["auto", "transformers", "vllm"] = "auto",
     batch_rows: int = 64,
+    mix: list[str] = [],  # noqa: B006
+    mix_device: list[str] = [],  # noqa: B006
     out: str = "",
     html: str = "",
     settings: GenerateSettings,
@@ -66,6 +68,9 @@ def score(
         drop_known: Leave out the problems found in --store.
         engine: What generates. `auto`: vLLM where it is installed, for ordinary checkpoints.
         batch_rows: Problems answered at a time by transformers; fewer need less memory.
+        mix: The other bases of a mixture, in the order of its card. Omitted: where they were at
+            extraction.
+        mix_device: Device of each of them, or one for all. Omitted: that of the base.
         out: File for all answers, as JSON lines; it is resumed. Empty: a file in the cache.
         html: Page with all questions, answers and verdicts. Empty: none.
         settings: How text is generated.
@@ -101,6 +106,8 @@ def score(
         forward=forward,
         engine=engine,
         batch_rows=batch_rows,
+        mix=mix,
+        mix_device=mix_device,
         out=Path(out) if out else None,
     )
     documents, tables = [], []

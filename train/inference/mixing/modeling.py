@@ -4,6 +4,7 @@ At each step the log-probabilities of the mixture stand in the place of the anch
 `generate` of transformers does the rest. Letters: B rows, T positions.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from carryon.train.mixing.mixture import load_gate
 from carryon.train.modules.card_file import GATE
 from carryon.train.modules.serialization import CarryOnCard, read_weights
 
+logger = logging.getLogger(__name__)
 _KINDS = ("bottleneck", "none")
 
 
@@ -79,9 +81,16 @@ class MixedForCausalLM(CarryOnForCausalLM):
             raise InputError(
                 "input_ids: expected token ids, whose text the other bases read, got none"
             )
+        kind = self.carryons.get(DEFAULT).card.settings.get("kind")
+        if settings.get("alpha") is not None and kind == "none":
+            raise InputError(
+                "alpha: expected none for a mixture of the kind none, which corrects nothing, got "
+                f"{settings['alpha']}. Fix: leave out --alpha"
+            )
         settings["prompts"] = Prompts(length=given.shape[1], texts=source_texts)
-        # As a tensor, which generation repeats for beams and several sequences of a prompt.
+        # As tensors, which generation repeats for beams and several sequences of a prompt.
         settings["prompt_rows"] = torch.arange(len(given))
+        settings["is_mixed"] = self._is_mixed(settings.get("carryons"), num_rows=len(given))
         return super().generate(inputs, *args, **settings)
 
     def forward(
@@ -96,6 +105,7 @@ class MixedForCausalLM(CarryOnForCausalLM):
         alpha: Alpha = None,
         prompts: Prompts | None = None,
         prompt_rows: Tensor | None = None,
+        is_mixed: Tensor | None = None,
         **inputs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401 -- the output class of the base's architecture
         """Return the anchor's output, with log-probabilities of the mixture as logits.
@@ -133,11 +143,12 @@ class MixedForCausalLM(CarryOnForCausalLM):
         own_mask = None if attention_mask is None else attention_mask[:, -num_new:]
         cost.tokens += num_rows * num_new if own_mask is None else int(own_mask.sum())
         if session is None:
-            slots, _ = self.carryons.resolve(carryons, alpha, num_rows=num_rows)
+            if is_mixed is None:
+                is_mixed = self._is_mixed(carryons, num_rows=num_rows)
             session = self.composition.begin(
                 prompts,
                 prompt_rows=range(num_rows) if prompt_rows is None else prompt_rows.tolist(),
-                is_mixed=[slot == self.carryons.slot(DEFAULT) for slot in slots],
+                is_mixed=is_mixed.tolist(),
             )
             keep_session(output.get("past_key_values"), session)
         kept = torch.arange(num_new)
@@ -163,6 +174,11 @@ class MixedForCausalLM(CarryOnForCausalLM):
         )
         output["logits"] = torch.stack(mixed, dim=1)
         return output
+
+    def _is_mixed(self, carryons: Names, *, num_rows: int) -> Tensor:
+        """Return which rows have the carry-on that the gate was trained with, [B] bool."""
+        slots, _ = self.carryons.resolve(carryons, None, num_rows=num_rows)
+        return torch.tensor(slots) == self.carryons.slot(DEFAULT)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the default carry-on and the gate, without the weights of any base."""
@@ -199,11 +215,7 @@ def load_mixed(
         MissingError: a base is not there.
         SettingMismatchError: a base is another one than in training.
     """
-    if not card.mixture:
-        raise InputError(
-            f"{where}: expected a mixture of several bases with --mix, got a carry-on of one. Fix: "
-            "leave out --mix and --mix-device"
-        )
+    refuse_without_mixture(card, True, where=where)
     kind = card.settings.get("kind", "bottleneck")
     if kind not in _KINDS:
         raise InputError(
@@ -218,3 +230,32 @@ def load_mixed(
     model = MixedForCausalLM(base, Composition(base, sources, load_gate(place, card)))
     model.carryons.put(DEFAULT, read_weights(place), card, where=str(place))
     return model
+
+
+def refuse_without_mixture(card: CarryOnCard, is_mixed: bool, *, where: str | Path) -> None:
+    """Check that other bases are given to a mixture only.
+
+    Args:
+        card: of the carry-on.
+        is_mixed: whether other bases, or devices of theirs, are given.
+        where: name of the carry-on, for the error.
+
+    Raises:
+        InputError: they are given to a carry-on of one base.
+    """
+    if is_mixed and not card.mixture:
+        raise InputError(
+            f"{where}: expected a mixture of several bases with --mix, got a carry-on of one. Fix: "
+            "leave out --mix and --mix-device"
+        )
+
+
+def log_costs(model: MixedForCausalLM) -> None:
+    """Log what each base has cost, and begin to count again."""
+    for cost in model.costs:
+        if cost.tokens:
+            logger.info(
+                f"{cost.name}: {cost.seconds:.1f} s, {cost.tokens:,} tokens, "
+                f"{cost.tokens_again:,} of them in the place of cropped ones"
+            )
+        cost.reset()

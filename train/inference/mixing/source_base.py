@@ -83,6 +83,11 @@ class SourceBase:
         self.start: tuple[int, ...] = tuple(self.encoder.start.tolist())
         self.vocabulary_map = self._map(anchor)
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether its weights are in memory."""
+        return self._loaded is not None
+
     @cached_property
     def base(self) -> Base:
         """The base, loaded at the first use.

@@ -72,6 +72,8 @@ def measure(
     forward: ForwardSettings | None = None,
     engine: Engine = "auto",
     batch_rows: int = 16,
+    mix: Sequence[str] = (),
+    mix_device: Sequence[str] = (),
     out: Path | None = None,
 ) -> Measured:
     """Let arms answer problems, and count; the same call resumes.
@@ -90,6 +92,8 @@ def measure(
         forward: of the base. None: the defaults.
         engine: see `uses_vllm`.
         batch_rows: answers that transformers generates at a time.
+        mix: places of the other bases of a mixture. Empty: where they were at extraction.
+        mix_device: device of each of them, or one for all. Empty: that of the base.
         out: file of answers. None: a file in the cache, named by all settings.
 
     Raises:
@@ -113,6 +117,8 @@ def measure(
         settings=settings,
         engine=engine,
         batch_rows=batch_rows,
+        mix=mix,
+        mix_device=mix_device,
     )
     kept = _refuse_known(problems, models, stores, drop_known=drop_known)
     deciding = {
@@ -124,7 +130,7 @@ def measure(
         "compute_dtype": str(models.base.compute_dtype).removeprefix("torch."),
         "examples": [[examples, seed]] if shots else [],
     }
-    places = [base or models.base.source, carryon, *(arm.place for arm in parsed)]
+    places = [base or models.base.source, carryon, *(arm.place for arm in parsed), *mix]
     path = out or _default_path([deciding, list(arms), list(kept), *map(_fingerprint, places)])
     with held(path.with_name(f".{path.name}.lock"), of=path, kind="file of answers"):
         file = AnswerFile(path, deciding)
@@ -134,6 +140,7 @@ def measure(
                 arm, models.open(arm), kept, examples=shown, file=file, settings=settings,
                 samples=samples,
             )  # fmt: skip
+            models.log_costs()
             free_memory()
         judged = judge(kept, parsed, file=file, samples=samples)
     results, unmeasured = dict[str, TaskResult](), list[InputError]()

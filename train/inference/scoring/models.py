@@ -23,6 +23,11 @@ from carryon.train.config import GenerateSettings
 from carryon.train.inference.adapters import DEFAULT
 from carryon.train.inference.generate import Generation, generate_rows
 from carryon.train.inference.merge import load_own_base
+from carryon.train.inference.mixing.modeling import (
+    MixedForCausalLM,
+    log_costs,
+    refuse_without_mixture,
+)
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.prompts import Prompt, encode_prompts
 from carryon.train.inference.scoring.arms import Arm
@@ -35,7 +40,7 @@ from carryon.train.inference.scoring.vllm_engine import (
 from carryon.train.kinds import get_kind
 from carryon.train.modules.serialization import CarryOnCard, locate_carryon, read_card
 
-Answer = Callable[[Sequence[Sequence[int]], int], list[Generation]]
+Answer = Callable[[Sequence[Sequence[int]], int, Sequence[Prompt]], list[Generation]]
 _ADAPTER = "adapter_model.safetensors"
 
 
@@ -49,7 +54,8 @@ class Answerer:
     encode: Callable[[Sequence[Prompt]], list[list[int]]]
     """Returns the token ids of prompts."""
     answer: Answer
-    """Returns answers to prompts of token ids, all in one batch; the number seeds sampling."""
+    """Returns answers to prompts of token ids, all in one batch. The number seeds sampling; the
+    prompts are there for other bases of a mixture, which read them in tokens of their own."""
     batch_rows: int
     """Answers generated at a time."""
 
@@ -66,8 +72,12 @@ class Models:
         settings: GenerateSettings,
         engine: Engine,
         batch_rows: int,
+        mix: Sequence[str] = (),
+        mix_device: Sequence[str] = (),
     ) -> None:
         """Load the base, and the carry-on if there is one.
+
+        `mix` and `mix_device` are places and devices of the other bases, if it is a mixture.
 
         Raises:
             InputError: neither of them is given.
@@ -77,10 +87,13 @@ class Models:
         self._forward, self._settings = forward, settings
         self._engine, self._batch_rows = engine, batch_rows
         self._engines = dict[str, Answer]()
+        self._mix, self._mix_device = mix, mix_device
+        self._mixtures = dict[str, MixedForCausalLM]()
         self.card: CarryOnCard | None = None
         if carryon:
             place = locate_carryon(carryon)
-            self.card = read_card(place)
+            self.card = read_card(place, allow_mixture=True)
+            refuse_without_mixture(self.card, bool(mix or mix_device), where=carryon)
             self.base = load_own_base(self.card, base, forward=forward, folder=carryon)
         elif base:
             self.base = load_base(base, forward=forward)
@@ -143,8 +156,10 @@ class Models:
     def _open_carryon(self, arm: Arm) -> Answerer:
         folder = arm.place or self._carryon
         place = locate_carryon(folder)
-        card = read_card(place)
+        card = read_card(place, allow_mixture=True)
         digest = digest_of({"base": self._base_digest, "card": card.to_dict(), "alpha": arm.alpha})
+        if card.mixture:
+            return self._answerer(self._mixture(folder), digest, name=DEFAULT, alpha=arm.alpha)
         if get_kind(card.settings.get("kind", "bottleneck")).merges:
             if arm.alpha not in (None, 1.0):
                 raise InputError(
@@ -157,6 +172,25 @@ class Models:
         if name not in self._main.carryons.names:
             self._main.add_carryon(name, folder)
         return self._answerer(self._main, digest, name=name, alpha=arm.alpha)
+
+    def _mixture(self, folder: str) -> MixedForCausalLM:
+        if folder not in self._mixtures:
+            is_main = folder == self._carryon  # others name their bases themselves
+            model = CarryOnForCausalLM.from_pretrained(
+                folder,
+                base=self.base,
+                mix=self._mix if is_main else (),
+                mix_device=self._mix_device if is_main else (),
+                forward=self._forward,
+            )
+            assert isinstance(model, MixedForCausalLM)
+            self._mixtures[folder] = model
+        return self._mixtures[folder]
+
+    def log_costs(self) -> None:
+        """Log what each base of a mixture has cost since the last call."""
+        for model in self._mixtures.values():
+            log_costs(model)
 
     def _open_lora(self, arm: Arm) -> Answerer:
         peft: Any = require("peft", extra="lora", purpose=f"the arm {arm.name}")
@@ -188,10 +222,15 @@ class Models:
     ) -> Answerer:
         tokenizer, framing = model.tokenizer, self.framing
 
-        def answer(rows: Sequence[Sequence[int]], seed: int) -> list[Generation]:
+        def answer(
+            rows: Sequence[Sequence[int]], seed: int, prompts: Sequence[Prompt]
+        ) -> list[Generation]:
             settings = replace(self._settings, seed=seed)
             names = [name] * len(rows)
-            return generate_rows(model, rows, settings=settings, alpha=alpha, carryons=names)
+            more = model.read_prompts(prompts, chat=settings.chat, carryons=names)
+            return generate_rows(
+                model, rows, settings=settings, alpha=alpha, carryons=names, **more
+            )
 
         return Answerer(
             digest=digest[:32],

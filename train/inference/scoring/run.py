@@ -45,7 +45,8 @@ def answer_problems(
             answers of another model under the name of this arm. Or a rule of the user failed.
     """
     posed = [(task, problem) for task, each in problems.items() for problem in each]
-    rows = model.encode([arm.make_prompt(problem, examples[task]) for task, problem in posed])
+    prompts = [arm.make_prompt(problem, examples[task]) for task, problem in posed]
+    rows = model.encode(prompts)
     check_rooms(arm, posed, rows, settings=settings, context_tokens=model.context_tokens)
     _refuse_other_model(arm, model, file)
     known = file.answers_to(arm.name, posed)
@@ -63,7 +64,8 @@ def answer_problems(
                 continue
             since = time.monotonic()
             seed = _seed(settings.seed, arm.name, posed[batch[0][0]][1].id, str(batch[0][1]))
-            answers = model.answer([rows[at] for at, _ in batch], seed)
+            asked = [prompts[at] for at, _ in batch]
+            answers = model.answer([rows[at] for at, _ in batch], seed, asked)
             share = (time.monotonic() - since) / len(batch)
             records = [
                 _record(arm, model, *posed[at], sample=sample, answer=answer, seconds=share)

@@ -10,6 +10,7 @@ import torch
 from carryon.cache.errors import InputError, MissingExtraError
 from carryon.train.config import GenerateSettings
 from carryon.train.inference.generate import Generation
+from carryon.train.inference.prompts import Prompt
 from carryon.train.inference.scoring.arms import Arm
 
 Engine = Literal["auto", "transformers", "vllm"]
@@ -45,7 +46,7 @@ def uses_vllm(arm: Arm, source: str, *, engine: Engine) -> bool:
 
 def open_vllm(
     source: str, *, settings: GenerateSettings, context_tokens: int, dtype: str
-) -> Callable[[Sequence[Sequence[int]], int], list[Generation]]:
+) -> Callable[[Sequence[Sequence[int]], int, Sequence[Prompt]], list[Generation]]:
     """Return a function that answers prompts of token ids; the number seeds sampling."""
     vllm: Any = importlib.import_module("vllm")
     given: dict[str, Any] = {"model": source, "dtype": dtype, "max_model_len": context_tokens}
@@ -54,7 +55,9 @@ def open_vllm(
         given["gpu_memory_utilization"] = _MEMORY_RATIO * free / total
     engine = vllm.LLM(**given)
 
-    def answer(rows: Sequence[Sequence[int]], seed: int) -> list[Generation]:
+    def answer(
+        rows: Sequence[Sequence[int]], seed: int, prompts: Sequence[Prompt]
+    ) -> list[Generation]:
         sampling = [
             vllm.SamplingParams(
                 max_tokens=settings.max_new_tokens,
@@ -64,8 +67,8 @@ def open_vllm(
             )
             for row in range(len(rows))
         ]
-        prompts = [{"prompt_token_ids": list(row)} for row in rows]
-        results = [each.outputs[0] for each in engine.generate(prompts, sampling, use_tqdm=False)]
+        tokens = [{"prompt_token_ids": list(row)} for row in rows]
+        results = [each.outputs[0] for each in engine.generate(tokens, sampling, use_tqdm=False)]
         return [
             Generation(
                 text=result.text,
