@@ -65,9 +65,17 @@ model.generate(**model.tokenizer("...", return_tensors="pt"))
 ```"""
 _MIXTURE_USAGE = """\
 It is one part of a mixture of several bases. Generating
-text with several bases is not built yet.
+text with those that it reads the states of is not built yet.
 
 ```
+carryon evaluate --store STORE --mix ALIGNED_STORE --carryon .
+```"""
+_GATE_USAGE = """\
+It is one part of a mixture of several bases, whose distributions a gate mixes. It generates
+with all of them; `--mix` names their places, in the order below, if they have moved.
+
+```
+carryon generate --carryon . --prompt "..."
 carryon evaluate --store STORE --mix ALIGNED_STORE --carryon .
 ```"""
 _WAYS = {
@@ -124,10 +132,16 @@ def model_card(card: Mapping[str, Any], *, num_bytes: int) -> str:
         framing=_prompt_format(Framing.from_dict(card["framing"])),
         versions=", ".join(f"{key} {value}" for key, value in card["versions"].items()),
         store=card["store_fingerprint"][:12],
-        usage=_MIXTURE_USAGE if mixture else _USAGE,
+        usage=_usage(mixture),
         others=_other_bases(mixture) if mixture else "",
         figures="\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures),
     )
+
+
+def _usage(mixture: Mapping[str, Any] | None) -> str:
+    if not mixture:
+        return _USAGE
+    return _GATE_USAGE if mixture["by"] == "probability" else _MIXTURE_USAGE
 
 
 def _other_bases(mixture: Mapping[str, Any]) -> str:

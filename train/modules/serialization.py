@@ -283,8 +283,8 @@ def read_card(
         others = ", ".join(source["base"] for source in card.mixture["sources"])
         raise InputError(
             f"{folder}: expected a carry-on of one base, got a mixture of several bases, which "
-            f"needs {others} too. Fix: carryon generate, score or evaluate, each with --mix, or "
-            "train one without --mix"
+            f"needs {others} too. Fix: carryon evaluate --mix STORE, carryon generate, or train "
+            "one without --mix"
         )
     return card
 
