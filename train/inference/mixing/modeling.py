@@ -46,6 +46,11 @@ class MixedForCausalLM(CarryOnForCausalLM):
         self.composition = composition
 
     @property
+    def shares_prompts(self) -> bool:
+        """False: the other bases read each prompt as a whole."""
+        return False
+
+    @property
     def costs(self) -> list[BaseCost]:
         """What each base has cost: seconds, tokens, tokens in the place of cropped ones."""
         return self.composition.costs
@@ -211,11 +216,17 @@ def load_mixed(
         where: name of the carry-on, for errors.
 
     Raises:
-        InputError: no mixture, not one place or device for each, or a kind that is merged.
+        InputError: no mixture by probability, not one place or device for each, or a merged kind.
         MissingError: a base is not there.
         SettingMismatchError: a base is another one than in training.
     """
     refuse_without_mixture(card, True, where=where)
+    if card.mixture["by"] != "probability":
+        raise InputError(
+            f"{where}: expected a mixture by probability, got one by {card.mixture['by']}, which "
+            "does not generate yet. Fix: carryon evaluate --mix STORE, or train with --mix-by "
+            "probability"
+        )
     kind = card.settings.get("kind", "bottleneck")
     if kind not in _KINDS:
         raise InputError(

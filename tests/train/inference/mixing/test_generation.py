@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from carryon.cache.base.model import load_base
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.tools.cli.main import main
 from carryon.train.inference import generate as generate_module
-from carryon.train.inference.mixing.modeling import MixedForCausalLM, log_costs
+from carryon.train.inference.mixing.modeling import MixedForCausalLM, load_mixed, log_costs
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.serialization import read_card
 
@@ -174,3 +175,12 @@ def test_commands_answer_with_a_mixture(
     scored = ["score", "--tasks", str(questions), *own, *short, "--rule", "operator:is_not"]
     assert main([*scored, "--out", str(tmp_path / "answers.jsonl")]) == 0
     assert "good-base: " in capsys.readouterr().err
+
+
+def test_a_mixture_by_state_is_refused(folder: Path, tmp_path: Path) -> None:
+    place = folder / "bottleneck" / "carryon"
+    card = read_card(place, allow_mixture=True)
+    other = replace(card, mixture={**card.mixture, "by": "both"})
+    base = load_base(str(folder / "anchor-base"), forward=FORWARD)
+    with pytest.raises(InputError, match="a mixture by probability, got one by both"):
+        load_mixed(place, other, base, mix=(), mix_device=(), forward=FORWARD, where=place)
