@@ -87,10 +87,10 @@ def test_legs_are_added_line_by_line() -> None:
         id="p", question="", answer="", rule=parse_rule("end"), metadata={"animals": animals}
     )
     assert chains.write_chain(problem, wording="leg_counting").splitlines() == [
-        "1 human: 1 * 2 = 2",
-        "3 ants: 3 * 6 = 18",
+        "1 human has 2 legs: 1 * 2 = 2",
+        "3 ants have 6 legs: 3 * 6 = 18",
         "2 + 18 = 20",
-        "2 woodlouses: 2 * 14 = 28",
+        "2 woodlouses have 14 legs: 2 * 14 = 28",
         "20 + 28 = 48",
         "Therefore, the final answer is 48.",
     ]

@@ -39,15 +39,17 @@ def write_chain(problem: Problem, *, wording: str) -> str:
 
 
 def count_legs(problem: Problem) -> str:
-    """Return the legs of each kind of animal, a line each, and their sums."""
+    """Return the legs of each kind of animal, a line each, and their sums.
+
+    What an animal has is said right behind its name, before it is multiplied: there a carry-on
+    learns it from a few examples.
+    """
     lines, total = list[str](), 0
     for place, (animal, number) in enumerate(problem.metadata["animals"].items()):
-        legs = number * _legs()[animal]
-        lines.append(
-            f"{number} {animal}{'s' * (number > 1)}: {number} * {_legs()[animal]} = {legs}"
-        )
-        total += legs
-        lines += [f"{total - legs} + {legs} = {total}"] if place else []
+        each, who = _legs()[animal], "1 {} has" if number == 1 else f"{number} {{}}s have"
+        lines.append(f"{who.format(animal)} {each} legs: {number} * {each} = {number * each}")
+        total += number * each
+        lines += [f"{total - number * each} + {number * each} = {total}"] if place else []
     return _join(lines, total)
 
 

@@ -57,7 +57,7 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(
-            name="leg_counting", task=_LEGS, source="chains", samples=400, max_new_tokens=192,
+            name="leg_counting", task=_LEGS, source="chains", samples=500, max_new_tokens=192,
             goal=Goal(against="nothing", at_least=0.8),
         ),
         Recipe(
