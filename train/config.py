@@ -261,7 +261,7 @@ class RunSettings(Settings):
     the last step are always evaluated."""
     evaluate_tokens: int = bounded(0, at_least=0)
     """Maximum held-out tokens of an evaluation during the run; the last evaluation uses all. 0: as
-    many as a tenth of the training time allows, at least 8 samples and 1,000 targets, at most
+    many as a tenth of the training time allows, at least 6 samples and 500 targets, at most
     65,536 tokens. A resumed run keeps its number."""
     patience: int = bounded(0, at_least=0)
     """Evaluations in a row without a lower held-out loss after which the run stops early. 0:

@@ -22,9 +22,9 @@ an evaluation are large, those of a step many and small."""
 MAX_TOKENS = 65_536
 """More are not evaluated on the way: the standard error is small, and the whole comes at the end.
 """
-MIN_SAMPLES, MIN_TARGETS = 8, 1000
+MIN_SAMPLES, MIN_TARGETS = 6, 500
 """Evaluated at any cost, where there are as many. Samples of a corpus differ by about 0.3 nats per
-target, so that the standard error is at most about 0.1 nats, and far smaller between two steps."""
+target, so that the standard error is at most about 0.12 nats, and far smaller between two steps."""
 _STEPS_PER_OCTAVE = 2
 """Numbers of tokens are rounded down to powers of sqrt(2), so that similar runs share them."""
 _GOLDEN = (math.sqrt(5) - 1) / 2
