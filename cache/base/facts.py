@@ -15,6 +15,7 @@ from carryon.cache.base.loading import (
     read_config,
     read_generation_config,
     read_tokenizer,
+    say_slow,
 )
 from carryon.cache.errors import InputError
 
@@ -43,11 +44,12 @@ class BaseFacts:
     """Width of the hidden states."""
 
 
-def read_facts(source: str) -> BaseFacts:
+def read_facts(source: str, *, like: str | None = None) -> BaseFacts:
     """Return the facts of a base that is not loaded.
 
     Args:
         source: hub id, folder or .gguf file.
+        like: digest of a recorded tokenizer, as of `read_tokenizer`.
 
     Raises:
         MissingError: there is no such base.
@@ -55,7 +57,8 @@ def read_facts(source: str) -> BaseFacts:
         MissingExtraError: a .gguf file without the package gguf.
     """
     place: BaseSource = locate_base(source)
-    tokenizer = read_tokenizer(place)
+    say_slow(source, gguf_file=place.gguf_file)
+    tokenizer = read_tokenizer(place, like=like)
     whole = read_config(place)
     config = whole.get_text_config()
     return BaseFacts(

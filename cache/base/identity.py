@@ -110,6 +110,26 @@ def digest_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
     return _digest_json(rules)
 
 
+def recorded_normalizer(tokenizer: "PreTrainedTokenizerBase", digest: str) -> str | None:
+    """Return the normalizer of the recorded tokenizer if nothing else differs: "NFC" or "".
+
+    None: it is equal, or another one. A base in a .gguf file has no normalizer where transformers
+    gives the same base in a folder one.
+
+    Args:
+        tokenizer: of a base.
+        digest: recorded of a tokenizer, by `digest_tokenizer`.
+    """
+    if not tokenizer.is_fast or digest_tokenizer(tokenizer) == digest:
+        return None
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+    for name, normalizer in (("NFC", {"type": "NFC"}), ("", None)):
+        if _digest_json(rules | {"normalizer": normalizer}) == digest:
+            return name
+    return None
+
+
 def digest_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Return the SHA-256 (hex) of the chat template, or None where there is none."""
     template = tokenizer.chat_template

@@ -4,17 +4,20 @@ Errors of transformers become one line. It runs no code that comes with a base, 
 whether it should.
 """
 
+import logging
 import os
 import stat
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers.normalizers import NFC
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,13 +25,22 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from carryon.cache.base.identity import check_token_ids
+from carryon.cache.base.identity import check_token_ids, recorded_normalizer
 from carryon.cache.errors import CarryOnError, InputError, MissingError
 from carryon.cache.optional import require
 
+logger = logging.getLogger(__name__)
+
+CONVERSION = "carryon_conversion.json"
+"""File in a folder that `conversion.py` has made: its tokenizer.json is read as it is.
+
+transformers would add to it what its model type usually has: to Qwen's, a normalizer (NFC) that
+the tokenizer of a .gguf file lacks.
+"""
 _READ_WHOLE = (".json", ".jinja", ".txt", ".model")
 _MAX_DOCUMENT_BYTES = 96 << 20
 """Twice the largest tokenizers."""
@@ -119,15 +131,40 @@ def _refuse_odd_files(folder: Path) -> None:
             )
 
 
-def read_tokenizer(source: BaseSource) -> Tokenizer:
-    """Return the base's tokenizer; raises as `read_model` does."""
+@cache
+def say_slow(source: str, *, gguf_file: str | None) -> None:
+    """Log, once for each base, that a .gguf file is unpacked at every start."""
+    if gguf_file is not None:
+        logger.info(
+            f"base {source}: unpacking a .gguf file, which takes minutes for a large base at every "
+            f"start; carryon convert {source} --out FOLDER, once, makes it load in seconds"
+        )
+
+
+def read_tokenizer(source: BaseSource, *, like: str | None = None) -> Tokenizer:
+    """Return the base's tokenizer; raises as `read_model` does.
+
+    Args:
+        source: of the base.
+        like: digest of a tokenizer that a store or carry-on records. Where only the normalizer
+            differs, the recorded one is put in its place, and a note is logged. None: any.
+    """
+    is_converted = source.is_local and Path(source.name, CONVERSION).is_file()
+    reader: Any = PreTrainedTokenizerFast if is_converted else AutoTokenizer
     with _loading(source, "tokenizer"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
+        tokenizer: Tokenizer = reader.from_pretrained(source.name, **source.arguments())
     check_token_ids(tokenizer)
     if not isinstance(tokenizer.model_max_length, int | float):
         raise InputError(
             f"tokenizer of the base: model_max_length: expected a number, got "
             f"{tokenizer.model_max_length!a:.80}"
+        )
+    name = None if like is None else recorded_normalizer(tokenizer, like)
+    if name is not None:
+        tokenizer.backend_tokenizer.normalizer = NFC() if name else None
+        logger.info(
+            f"base {source.id}: its tokenizer differs from the recorded one only in its "
+            f"normalizer; the recorded one is used: {name or 'none'}"
         )
     return tokenizer
 
@@ -139,6 +176,7 @@ def read_model(
     device: torch.device,
     attention: str,
     allow_pickle: bool = False,
+    shows_progress: bool = False,
 ) -> PreTrainedModel:
     """Return the base's model in evaluation mode, every weight from its checkpoint.
 
@@ -148,6 +186,7 @@ def read_model(
         device: to load it to.
         attention: backend of transformers; `sdpa` becomes eager where an architecture lacks it.
         allow_pickle: read weights in pickle files too, not in safetensors only.
+        shows_progress: show the bars of transformers for a local base too, on a terminal.
 
     Raises:
         MissingError: it is not on the hub, or the hub cannot be reached.
@@ -159,7 +198,8 @@ def read_model(
         # Without dequantize the weights stay packed: 15 s to load 135M, and not plain tensors.
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     auto: Any = AutoModelForCausalLM
-    with _loading(source, "weights" if allow_pickle else "model"):
+    what = "weights" if allow_pickle else "model"
+    with _loading(source, what, shows_progress=shows_progress):
         model, report = auto.from_pretrained(
             source.name,
             dtype=dtype,
@@ -213,19 +253,20 @@ def read_checkpoint_dtype(source: BaseSource) -> torch.dtype | str:
 
 
 @contextmanager
-def _loading(source: BaseSource, what: str) -> Iterator[None]:
+def _loading(source: BaseSource, what: str, *, shows_progress: bool = False) -> Iterator[None]:
     """Turn errors of transformers into one line; silence it for a local base.
 
-    Progress bars stay on for the hub, where a download may take minutes.
+    Progress bars stay on for the hub, where a download may take minutes, and where asked for.
     """
     log: Any = transformers.utils.logging
     verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
-    if source.is_local or not sys.stderr.isatty():
+    is_silent = (source.is_local and not shows_progress) or not sys.stderr.isatty()
+    if is_silent:
         log.disable_progress_bar()
     try:
         with ExitStack() as silence:
-            if source.gguf_file is not None:  # its bar obeys no switch
+            if source.gguf_file is not None and is_silent:  # its bar obeys no switch
                 silence.enter_context(redirect_stderr(silence.enter_context(open(os.devnull, "w"))))
             yield
     except CarryOnError:

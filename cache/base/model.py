@@ -33,6 +33,7 @@ from carryon.cache.base.loading import (
     read_config,
     read_model,
     read_tokenizer,
+    say_slow,
 )
 from carryon.cache.device import multiplies_bfloat16, pick_device
 from carryon.cache.settings import ForwardSettings
@@ -63,7 +64,11 @@ class Base:
 
 
 def load_base(
-    source: str, *, forward: ForwardSettings, expected: Mapping[str, Any] | None = None
+    source: str,
+    *,
+    forward: ForwardSettings,
+    expected: Mapping[str, Any] | None = None,
+    like: str | None = None,
 ) -> Base:
     """Load a frozen base, ready to run. No code and, unless allowed, no pickle of it is read.
 
@@ -71,6 +76,7 @@ def load_base(
         source: hub id (`name/repo` or `name/repo@revision`), folder, or .gguf file.
         forward: device, compute dtype and attention backend.
         expected: digests that it must have, by their names in BaseIdentity. None: any.
+        like: digest of a recorded tokenizer, as of `read_tokenizer`. None: the expected one.
 
     Raises:
         SettingMismatchError: it has another digest than an expected one.
@@ -82,7 +88,8 @@ def load_base(
     place = locate_base(source)
     device = pick_device(forward.device)
     compute_dtype = _pick_compute_dtype(forward.compute_dtype, device)
-    tokenizer = read_tokenizer(place)
+    say_slow(source, gguf_file=place.gguf_file)
+    tokenizer = read_tokenizer(place, like=like or (expected or {}).get("tokenizer_sha256"))
     if expected is not None:
         digests = {
             "config_sha256": digest_config(read_config(place)),

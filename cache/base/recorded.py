@@ -54,6 +54,12 @@ def load_recorded_base(
     return base
 
 
+def tokenizer_of(recorded: Mapping[str, Any]) -> str | None:
+    """Return the digest of the tokenizer that a file records of its base; None for none."""
+    digest = recorded.get("tokenizer_sha256")
+    return digest if isinstance(digest, str) else None
+
+
 def recorded_source(recorded: Mapping[str, Any], *, where: str | Path) -> str:
     """Return the name of the base that the file `where` records, and log it.
 

@@ -15,6 +15,7 @@ from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
 from carryon.cache.base.identity import digest_chat_template
 from carryon.cache.base.lm_head import Head
 from carryon.cache.base.model import Base, load_base, read_head
+from carryon.cache.base.recorded import tokenizer_of
 from carryon.cache.corpus.chat.template_settings import resolve_settings
 from carryon.cache.corpus.dataset import Corpus, read_corpus
 from carryon.cache.corpus.report import format_report, warnings
@@ -83,7 +84,8 @@ def plan_extraction(
     refuse_foreign_folder(root)
     refuse_busy(root)
     pick_device(forward.device)  # refuses one that is not there
-    facts = facts_of(base) if isinstance(base, Base) else read_facts(str(base))
+    like = _stored_tokenizer(root)
+    facts = facts_of(base) if isinstance(base, Base) else read_facts(str(base), like=like)
     _check_sizes(facts, store)
     limit = min(facts.context_tokens, store.unit_tokens)
     if corpus.max_tokens > limit:
@@ -105,7 +107,7 @@ def plan_extraction(
     )
     log_report(texts)
     units = plan_samples(texts.samples, unit_tokens=store.unit_tokens, seed=store.seed)
-    loaded = base if isinstance(base, Base) else load_base(str(base), forward=forward)
+    loaded = base if isinstance(base, Base) else load_base(str(base), forward=forward, like=like)
     loaded = _with_tokenizer(loaded, tokenizer)
     _check_sizes(facts_of(loaded), store)
     head = read_head(loaded)
@@ -146,6 +148,13 @@ def _stored_date(root: Path) -> str:
     if not manifest_path(root).exists():
         return ""
     return str(read_manifest(root).corpus.get("template_date", ""))
+
+
+def _stored_tokenizer(root: Path) -> str | None:
+    """Return the digest of the tokenizer that an existing store was made with; None for none."""
+    if not manifest_path(root).exists():
+        return None
+    return tokenizer_of(read_manifest(root).base)
 
 
 def _with_tokenizer(base: Base, tokenizer: Tokenizer) -> Base:

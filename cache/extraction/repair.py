@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from carryon.cache.base.model import Base, load_base, read_head
-from carryon.cache.base.recorded import load_recorded_base
+from carryon.cache.base.recorded import load_recorded_base, tokenizer_of
 from carryon.cache.errors import DamagedStoreError, StoreError, UnsafePathError
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.resume import refuse_other_base
@@ -126,7 +126,9 @@ def _load(
 ) -> Base:
     """Return the base, by default the one that the manifest names."""
     if base:
-        return base if isinstance(base, Base) else load_base(str(base), forward=forward)
+        if isinstance(base, Base):
+            return base
+        return load_base(str(base), forward=forward, like=tokenizer_of(manifest.base))
     return load_recorded_base(
         manifest.base,
         where=root,

@@ -19,6 +19,7 @@ CARRYON = Program(
     commands={
         "demo": "carryon.tools.demo.command:demo",
         "preview": "carryon.tools.commands.preview:preview",
+        "convert": "carryon.tools.commands.checkpoints.convert:convert",
         "extract": "carryon.tools.commands.extract:extract",
         "inspect": "carryon.tools.commands.inspect_store:inspect_store",
         "verify": "carryon.tools.commands.verify:verify",
@@ -30,7 +31,7 @@ CARRYON = Program(
         "evaluate": "carryon.tools.commands.evaluate:evaluate",
         "gates": "carryon.tools.commands.gates:gates",
         "generate": "carryon.tools.commands.generate:generate",
-        "merge": "carryon.tools.commands.merge:merge",
+        "merge": "carryon.tools.commands.checkpoints.merge:merge",
         "score": "carryon.tools.commands.score:score",
         "sample": "carryon.tools.improve.sample:sample",
         "improve": "carryon.tools.improve.command:improve",

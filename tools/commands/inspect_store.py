@@ -65,7 +65,7 @@ def _show_sample(
     """Print a sample; return its facts."""
     from carryon.cache.base.facts import read_facts
     from carryon.cache.base.identity import digest_tokenizer
-    from carryon.cache.base.recorded import recorded_source
+    from carryon.cache.base.recorded import recorded_source, tokenizer_of
     from carryon.cache.corpus.samples import Sample
     from carryon.tools.commands.pages.samples import make_sample_page
     from carryon.tools.commands.pages.shown_samples import index_of, print_samples, show_sample
@@ -80,7 +80,9 @@ def _show_sample(
         if part.first_sample <= index < part.first_sample + part.num_samples:
             kinds = set(part.kinds)
     identity = store.manifest.base
-    facts = read_facts(base or recorded_source(identity, where=store.root))
+    facts = read_facts(
+        base or recorded_source(identity, where=store.root), like=tokenizer_of(identity)
+    )
     if digest_tokenizer(facts.tokenizer) != identity.get("tokenizer_sha256"):
         raise SettingMismatchError(
             f"{base or identity['id']}: expected the tokenizer that {store.root} was made with, "

@@ -88,9 +88,7 @@ def download_gguf(scratch: Path) -> Path:
 
 def unpack_gguf(gguf: Path, folder: Path) -> None:
     """Write the base in `gguf` to `folder` as bfloat16 safetensors, with its tokenizer."""
-    from carryon.cache.base.model import load_base
-    from carryon.cache.settings import ForwardSettings
+    from carryon.cache.base.conversion import write_base
+    from carryon.cache.base.loading import locate_base
 
-    base = load_base(str(gguf), forward=ForwardSettings(device="cpu", compute_dtype="bfloat16"))
-    base.model.save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
+    write_base(locate_base(str(gguf)), folder)

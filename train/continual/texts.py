@@ -56,6 +56,7 @@ def extract_texts(
         KnownDataError: only some of the texts are a part of the store.
     """
     from carryon.cache.base.model import load_base
+    from carryon.cache.base.recorded import tokenizer_of
     from carryon.cache.extraction.pipeline import extract
 
     if not base:
@@ -66,7 +67,8 @@ def extract_texts(
     old = read_manifest(root) if manifest_path(root).exists() else None
     facts = {name: old.forward[name] for name in ("compute_dtype", "attention")} if old else {}
     forward = ForwardSettings(device=settings.run.device, allow_pickle=allow_pickle)
-    loaded = load_base(base, forward=replace(forward, **facts))
+    like = tokenizer_of(old.base if old else lineage.base)
+    loaded = load_base(base, forward=replace(forward, **facts), like=like)
     if lineage.increments:
         refuse_changed_base(lineage, loaded.identity.to_dict(), name=base)
     given: dict[str, Any]

@@ -1,7 +1,6 @@
 """Merge a `native` or `top` into its base: an ordinary model of the base's class."""
 
 import copy
-import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from safetensors.torch import save_file
 
 from carryon.cache.base.architecture import get_architecture
 from carryon.cache.base.model import Base, load_base
-from carryon.cache.base.recorded import load_recorded_base
+from carryon.cache.base.recorded import load_recorded_base, tokenizer_of
 from carryon.cache.errors import InputError, MissingError
-from carryon.cache.files.atomic import one_writer, recover_folder, whole_folder
+from carryon.cache.files.atomic import whole_folder
+from carryon.cache.files.new_folder import refuse_content, replaceable
 from carryon.cache.optional import require
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.top_blocks import read_blocks, repeat_last
@@ -61,10 +61,10 @@ def merge(
     place = locate_carryon(carryon)
     card = read_card(place)
     _check_kind(card.settings, place, adapter=adapter)
-    target = _replaceable(Path(out))
+    target = replaceable(Path(out), name="merged")
     forward = ForwardSettings(device=device, allow_pickle=allow_pickle)
     with whole_folder(target) as partial:
-        _refuse_content(target, out)  # of another process that ended since
+        refuse_content(target, out)  # of another process that ended since
         loaded = load_own_base(card, base, forward=forward, folder=carryon)
         module = load_for_base(place, loaded)
         if adapter:
@@ -108,7 +108,7 @@ def load_own_base(
                 f"with base. {error}"
             ) from error
     elif not isinstance(base, Base):
-        base = load_base(str(base), forward=forward)
+        base = load_base(str(base), forward=forward, like=tokenizer_of(card.base))
     check_base(card, base.identity.to_dict(), where=f"base {base.source}")
     return base
 
@@ -156,37 +156,6 @@ def _append_blocks(base: Base, more: int) -> None:
         maker: Any = type(blocks[0])
         block = maker(text, index).to(device=base.device, dtype=base.compute_dtype)
         blocks.append(block.eval().requires_grad_(False))
-
-
-def _replaceable(out: Path) -> Path:
-    """Return the folder to write, links followed, after checking that a new one can take its name.
-
-    Raises:
-        InputError: it is not empty, or a mount point.
-    """
-    target = out.resolve()
-    if target.parent.is_dir():
-        with one_writer(target):
-            recover_folder(target)
-    if not target.exists():
-        return target
-    _refuse_content(target, out)
-    try:
-        with whole_folder(target):
-            pass
-    except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.EXDEV):
-            raise
-        raise InputError(
-            f"{out}: expected a new or empty folder, got a mount point, which cannot be replaced. "
-            f"Fix: --out {out / 'merged'}"
-        ) from error
-    return target
-
-
-def _refuse_content(target: Path, out: str | Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{out}: expected a new or empty folder, got one that is not empty")
 
 
 def _check_kind(settings: dict[str, Any], place: Path, *, adapter: bool) -> None:
