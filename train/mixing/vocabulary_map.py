@@ -26,21 +26,23 @@ for itself. Letters: V_A tokens of the anchor, V_B of the source.
 
 import hashlib
 import string
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.corpus.vocabulary.token_bytes import digest_bytes
 from carryon.cache.errors import InputError
-from carryon.train.mixing.byte_trie import ROOT, ByteStrings, ByteTrie, Ints, build_trie
+from carryon.train.mixing.byte_trie import ROOT, ByteTrie, Ints, build_trie, ranges, walk_both
 
 RULE_VERSION = 2
 """Of the rule above and of the projection; part of every digest."""
-_LETTERS = string.ascii_letters.encode()
+_IS_LETTER: NDArray[np.bool_] = np.isin(
+    np.arange(256), np.frombuffer(string.ascii_letters.encode(), dtype=np.uint8)
+)
 _MAX_KEPT = 2048
 """Spreads that are kept, most of them of a few hundred bytes: the last word of a text again and
 again."""
@@ -88,15 +90,8 @@ class VocabularyMap:
         self.anchor = _without(anchor, anchor_stops, "anchor")
         self.source_stops = tuple(sorted(set(source_stops)))
         self.anchor_stops = tuple(sorted(set(anchor_stops)))
-        self._strings = ByteStrings.of(self.source), ByteStrings.of(self.anchor)
-        self._tries = build_trie(self._strings[0]), build_trie(self._strings[1])
-        self._order = sorted(
-            (number for number, token in enumerate(self.source) if token),
-            key=lambda number: self.source[number] or b"",
-        )
-        self._sorted = [self.source[number] or b"" for number in self._order]
+        self._tries = build_trie(self.source), build_trie(self.anchor)
         self._anchors_by_node = _by_node(self._tries[1])
-        self._anchor_texts = frozenset(filter(None, self.anchor))
         self._kept: OrderedDict[bytes, Spread] = OrderedDict()
         self.whole = self._spread_whole()
         """The spread of all tokens of the source, where nothing is covered."""
@@ -117,19 +112,7 @@ class VocabularyMap:
         if covered in self._kept:
             self._kept.move_to_end(covered)
             return self._kept[covered]
-        start = self._tries[0].find(covered)
-        if start < 0:
-            sources = np.zeros(0, dtype=np.int64)
-        else:
-            first = bisect_left(self._sorted, covered)
-            stop = (
-                bisect_left(self._sorted, _successor(covered), lo=first)
-                if _successor(covered)
-                else len(self._sorted)
-            )
-            numbers = [n for n in self._order[first:stop] if self.source[n] != covered]
-            sources = np.array(numbers, dtype=np.int64)
-        spread = self._spread(sources, start=start, num_covered=len(covered))
+        spread = self._spread(self._node(covered))
         self._kept[covered] = spread
         if len(self._kept) > _MAX_KEPT:
             self._kept.popitem(last=False)
@@ -145,16 +128,19 @@ class VocabularyMap:
             covered: as in `spread`.
             anchor_token: the anchor's token that ends with the covered bytes.
         """
-        sources = self.spread(covered).sources
-        last = self.anchor[anchor_token] or b""
-        is_out = np.zeros(len(sources), dtype=np.bool_)
-        if not last[-1:].isalpha():
-            return is_out
-        for place, number in enumerate(sources.tolist()):
-            rest = (self.source[number] or b"")[len(covered) :]
-            letters = rest[: len(rest) - len(rest.lstrip(_LETTERS))]
-            is_out[place] = bool(letters) and last + letters in self._anchor_texts
-        return is_out
+        trie, anchor_trie = self._tries
+        start, end = self._node(covered), int(anchor_trie.ends[anchor_token])
+        if start < 0:
+            return np.zeros(0, dtype=np.bool_)
+        first, stop = trie.first[start], trie.stop[start]
+        is_out = np.zeros(stop - first, dtype=np.bool_)
+        if (self.anchor[anchor_token] or b"")[-1:].isalpha():
+            nodes, ends = walk_both(trie, anchor_trie, start=(start, end), is_followed=_IS_LETTER)
+            # a node counts for the tokens below it that have no further letter
+            nodes, ends = nodes[1:], ends[1:]
+            is_one = (ends >= 0) & anchor_trie.is_end[ends]
+            _paint_(is_out, trie.first[nodes] - first, trie.stop[nodes] - first, is_one)
+        return is_out[len(trie.ends_at(start)) :]
 
     def first_token(self, covered: bytes) -> int:
         """Return the longest token of the source that begins bytes; the lowest of equal ones.
@@ -163,15 +149,19 @@ class VocabularyMap:
             InputError: there is none.
         """
         trie = self._tries[0]
-        node = int(trie.longest(ByteStrings.of([covered]), start=ROOT)[0])
-        if node < 0:
+        ends = [node for node in trie.path(covered) if trie.is_end[node]]
+        if not ends:
             raise InputError(f"expected bytes that the source can write, got {covered!r}")
-        return int(np.flatnonzero(trie.ends == node)[0])
+        return int(trie.ends_at(ends[-1])[0])
+
+    def _node(self, covered: bytes) -> int:
+        """Return the node of bytes, not none, in the source's trie, -1 if there is none."""
+        path = self._tries[0].path(covered)
+        return path[-1] if len(path) == len(covered) else -1
 
     def _spread_whole(self) -> Spread:
         """Return the spread of all tokens, [V_B] in order, with the stop tokens' group behind."""
-        sources = np.array(self._order, dtype=np.int64)
-        spread = self._spread(sources, start=ROOT, num_covered=0)
+        spread = self._spread(ROOT)
         has_stops = bool(self.source_stops and self.anchor_stops)
         num_groups = spread.num_groups + has_stops
         places = np.full(len(self.source), num_groups, dtype=np.int64)
@@ -190,43 +180,47 @@ class VocabularyMap:
             num_groups=num_groups,
         )
 
-    def _spread(self, sources: Ints, *, start: int, num_covered: int) -> Spread:
+    def _spread(self, start: int) -> Spread:
+        """Return where the tokens below a node of the source go; -1: of none."""
         trie, anchor_trie = self._tries
-        strings, anchor_strings = self._strings
-        if not len(sources):
-            return Spread(
-                sources=sources, places=sources, members=sources, groups=sources, num_groups=0
-            )
-        nodes = trie.ends[sources]
+        if start < 0 or trie.stop[start] - trie.first[start] == len(trie.ends_at(start)):
+            none = np.zeros(0, dtype=np.int64)
+            return Spread(sources=none, places=none, members=none, groups=none, num_groups=0)
+        first, stop = trie.first[start] + len(trie.ends_at(start)), trie.stop[start]
+        sources = trie.order[first:stop]
+        nodes, anchor_nodes = walk_both(trie, anchor_trie, start=(start, ROOT))
+        is_in_both = anchor_nodes > ROOT
+        nodes, anchor_nodes = nodes[is_in_both], anchor_nodes[is_in_both]
         # 1. tokens of the anchor by the longest token of the source that begins them
-        best = trie.longest(anchor_strings, start=start)
-        split = np.flatnonzero(best >= 0)
-        split_nodes = np.unique(best[split])
-        at = np.searchsorted(split_nodes, nodes)
-        at[at == len(split_nodes)] = 0
-        has_split = split_nodes[at] == nodes if len(split_nodes) else np.zeros(len(nodes), bool)
+        best = np.full(len(anchor_trie.order), -1, dtype=np.int64)
+        is_end = trie.is_end[nodes]
+        at = anchor_nodes[is_end]
+        _paint_(best, anchor_trie.first[at], anchor_trie.stop[at], nodes[is_end])
+        has_best = np.flatnonzero(best >= 0)
+        split, best = anchor_trie.order[has_best], best[has_best]
+        by_number = np.argsort(split)
+        split, best = split[by_number], best[by_number]
+        split_nodes = np.unique(best)
+        ends = trie.ends[sources]
+        has_split = np.isin(ends, split_nodes)
         # 2. the first piece of the others
-        others = sources[~has_split]
-        rests = ByteStrings(
-            data=strings.data,
-            starts=strings.starts[others] + num_covered,
-            lengths=strings.lengths[others] - num_covered,
-        )
-        pieces = anchor_trie.longest(rests, start=ROOT)
-        piece_nodes = np.unique(pieces[pieces >= 0])
+        pieces = np.full(len(sources), -1, dtype=np.int64)
+        is_end = anchor_trie.is_end[anchor_nodes]
+        at = nodes[is_end]
+        _paint_(pieces, trie.first[at] - first, trie.stop[at] - first, anchor_nodes[is_end])
+        others = pieces[~has_split]
+        piece_nodes = np.unique(others[others >= 0])
         num_groups = len(split_nodes) + len(piece_nodes)
         places = np.full(len(sources), num_groups, dtype=np.int64)
-        places[has_split] = at[has_split]
-        first = len(split_nodes) + np.searchsorted(piece_nodes, pieces)
-        places[~has_split] = np.where(pieces >= 0, first, num_groups)
+        places[has_split] = np.searchsorted(split_nodes, ends[has_split])
+        numbers = len(split_nodes) + np.searchsorted(piece_nodes, others)
+        places[~has_split] = np.where(others >= 0, numbers, num_groups)
         members, groups = self._members(piece_nodes)
         return Spread(
             sources=sources,
             places=places,
             members=np.concatenate([split, members]),
-            groups=np.concatenate(
-                [np.searchsorted(split_nodes, best[split]), groups + len(split_nodes)]
-            ),
+            groups=np.concatenate([np.searchsorted(split_nodes, best), groups + len(split_nodes)]),
             num_groups=num_groups,
         )
 
@@ -234,12 +228,9 @@ class VocabularyMap:
         """Return the tokens of the anchor at nodes of its trie, and which node each is at."""
         tokens, sorted_nodes = self._anchors_by_node
         first = np.searchsorted(sorted_nodes, nodes, side="left")
-        counts = np.searchsorted(sorted_nodes, nodes, side="right") - first
-        groups = np.repeat(np.arange(len(nodes), dtype=np.int64), counts)
-        offsets = np.arange(len(groups), dtype=np.int64) - np.repeat(
-            np.cumsum(counts) - counts, counts
-        )
-        return tokens[first[groups] + offsets], groups
+        stop = np.searchsorted(sorted_nodes, nodes, side="right")
+        groups = np.repeat(np.arange(len(nodes), dtype=np.int64), stop - first)
+        return tokens[ranges(first, stop)], groups
 
 
 def _by_node(trie: ByteTrie) -> tuple[Ints, Ints]:
@@ -249,10 +240,9 @@ def _by_node(trie: ByteTrie) -> tuple[Ints, Ints]:
     return tokens[order], trie.ends[tokens[order]]
 
 
-def _successor(prefix: bytes) -> bytes:
-    """Return the first bytes that follow all that begin with `prefix`; none: empty."""
-    kept = prefix.rstrip(b"\xff")
-    return kept[:-1] + bytes([kept[-1] + 1]) if kept else b""
+def _paint_(values: NDArray[Any], first: Ints, stop: Ints, new: NDArray[Any]) -> None:
+    """Give ranges of values new ones; where they overlap, later ones stay."""
+    values[ranges(first, stop)] = np.repeat(new, stop - first)
 
 
 def _without(

@@ -19,6 +19,12 @@ TOKENS = st.lists(
     max_size=14,
 )
 
+WORDS_AND_POINTS = st.lists(
+    st.binary(min_size=0, max_size=5).map(lambda b: bytes(b"aab."[x % 4] for x in b)),
+    min_size=1,
+    max_size=14,
+)
+
 
 def make_map(
     source: list[bytes | None],
@@ -95,7 +101,11 @@ def test_a_token_of_the_source_never_stands_for_one_that_begins_with_a_longer_of
 
 
 @settings(deadline=None, max_examples=100)
-@given(source=TOKENS, anchor=TOKENS, covered=st.text("abc", min_size=1, max_size=2))
+@given(
+    source=TOKENS | WORDS_AND_POINTS,
+    anchor=TOKENS | WORDS_AND_POINTS,
+    covered=st.text("ab.", min_size=1, max_size=2),
+)
 def test_tokens_that_the_anchor_contradicts_are_those_of_the_plain_rule(
     source: list[bytes | None], anchor: list[bytes | None], covered: str
 ) -> None:
