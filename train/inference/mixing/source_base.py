@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.cache.settings import ForwardSettings
 from carryon.train.losses.frozen_head import CPU_BLOCK_ROWS, FrozenHead
 from carryon.train.mixing.sources import Vocabulary
+from carryon.train.mixing.vocabulary_cache import Words, cached_words
 from carryon.train.mixing.vocabulary_map import VocabularyMap
 
 
@@ -135,7 +137,12 @@ class SourceBase:
         size = self.facts.vocab_size if loaded is None else loaded.architecture.head.out_features
         if size is None:  # a config that does not name it
             size = self.base.architecture.head.out_features
-        own = Vocabulary.of(self.facts, size)
+        names = ("revision", "weights_sha256", "tokenizer_sha256")
+        own = _vocabulary(
+            {"id": self._recorded["base"]} | {name: self._recorded[name] or None for name in names},
+            self.facts,
+            size,
+        )
         found = VocabularyMap(
             source=own.tokens,
             anchor=anchor.tokens,
@@ -152,7 +159,19 @@ def vocabulary_of(base: Base) -> Vocabulary:
     Raises:
         InputError: the bytes of its tokens are not known.
     """
-    return Vocabulary.of(facts_of(base), base.architecture.head.out_features)
+    identity, size = base.identity.to_dict(), base.architecture.head.out_features
+    return _vocabulary(identity, facts_of(base), size)
+
+
+def _vocabulary(identity: Mapping[str, Any], facts: BaseFacts, size: int) -> Vocabulary:
+    """Return the vocabulary of a base, as training has kept it in the cache, or read now."""
+
+    def read() -> Words:
+        found = Vocabulary.of(facts, size)
+        return found.tokens, found.stops
+
+    tokens, stops = cached_words(identity, vocab_size=size, compute=read)
+    return Vocabulary(tokens=tokens, stops=stops)
 
 
 def head_in_place(base: Base) -> FrozenHead:

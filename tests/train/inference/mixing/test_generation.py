@@ -14,6 +14,7 @@ from support.mixed_stores import make_base
 from transformers import TextStreamer
 
 from carryon.cache.base.model import load_base
+from carryon.cache.corpus import vocabulary
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.tools.cli.main import main
 from carryon.train.inference import generate as generate_module
@@ -117,6 +118,20 @@ def test_loaded_bases_and_other_places_are_taken(folder: Path, model: MixedForCa
     again = load(folder, mix=places, mix_device=["cpu"])
     assert [source.is_loaded for source in again.composition.sources] == [False, True]
     assert torch.equal(generate(again, TEXTS), generate(model, TEXTS))
+
+
+def test_vocabularies_come_from_the_cache_of_training(
+    folder: Path, model: MixedForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("a vocabulary is read again")
+
+    monkeypatch.setattr(vocabulary.token_bytes, "token_bytes", read)
+    digests = [
+        [source.vocabulary_map.digest() for source in each.composition.sources]
+        for each in (load(folder), model)
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_wrong_bases_are_refused(folder: Path, tmp_path: Path) -> None:
