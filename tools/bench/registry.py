@@ -157,6 +157,11 @@ BENCHMARKS = {
         needs="store",
         quick={"edits": 20},
     ),
+    "mixing.generation": Benchmark(
+        place="mixed_generation:measure_mixed_generation",
+        about="text of a mixture with and without a cache, and its speed beside its bases",
+        quick={**_TEXT, "prompts": 4},
+    ),
     "compose.generate": Benchmark(
         place="generate:measure_generation",
         about="generation speed with a carry-on against the base alone",
