@@ -65,10 +65,14 @@ def measure_mixed_generation(
         [(carryon, card)] = make_carryons(
             bases[0], 1, max_bytes=carryon_bytes, tokens=tokens[0][:1]
         )
-        for model in (alone, mixed):
-            model.carryons.put(DEFAULT, carryon.state_dict(), card)
+        for each in (alone, mixed):
+            each.carryons.put(DEFAULT, carryon.state_dict(), card)
         same = _count_same(mixed, texts, rows=rows, new_tokens=new_tokens)
-        details = {"bases": [base.identity.id for base in bases], "dtype": dtype, "rows": rows}
+        details: dict[str, Any] = {
+            "bases": [base.identity.id for base in bases],
+            "dtype": dtype,
+            "rows": rows,
+        }
         job.report(
             f"mixing.same_text.batch-{rows}",
             same / len(texts),
@@ -78,12 +82,12 @@ def measure_mixed_generation(
             **details,
         )
         others = [base.model for base in bases[1:]]
-        models = {"mixture": mixed, "anchor": alone}
+        models: dict[str, Any] = {"mixture": mixed, "anchor": alone}
         models |= {f"source-{number}": other for number, other in enumerate(others, 1)}
         given = [tokens[0], *tokens]
         ways = {
-            name: partial(generation_speed, model, each, new_tokens=new_tokens)
-            for (name, model), each in zip(models.items(), given, strict=True)
+            name: partial(generation_speed, model, prompt, new_tokens=new_tokens)
+            for (name, model), prompt in zip(models.items(), given, strict=True)
         }
         for way in ways.values():
             way()  # warm up
