@@ -71,3 +71,12 @@ def test_a_position_that_knows_what_follows_is_counted() -> None:
     assert leaks.changed > 8
     assert "edited at" in leaks.first
     assert count_leaks([Aligner(*readings)] * 2, PROSE, edits=8).changed == 0
+
+
+def test_generation_is_compared_with_and_without_a_cache(tmp_path: Path) -> None:
+    sizes = {"prompts": 2, "batch_sizes": (2,), "carryon_bytes": 4096}
+    figures = measure("mixing.generation", tmp_path, sizes=sizes)
+
+    assert names_of(figures) == ["mixing.same_text.batch-2", "mixing.generation.batch-2"]
+    assert figures[0].value == 1
+    assert figures[1].value > 0
