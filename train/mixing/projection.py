@@ -142,6 +142,7 @@ def project_targets(
         targets: [n] int64: the anchor's next token.
         chunk_positions: positions of a chunk. 0: as many as fit CHUNK_BYTES.
     """
+    _check(exact_states, healing, anchor_states, heads, vocabulary_map)
     size = chunk_positions or positions_at_once(heads)
     log_probs, features = [], []
     for start in range(0, len(exact_states), size):
@@ -178,7 +179,12 @@ def project_full(
     products. On an accelerator sums are in no fixed order. Arguments are those of
     `project_targets`; all positions are held at one time.
     """
-    return _project(exact_states, healing, anchor_states, heads, vocabulary_map)
+    _check(exact_states, healing, anchor_states, heads, vocabulary_map)
+    states = [exact_states] if healing is None else [exact_states, healing.states]
+    wide = [each.to(heads.source.device, torch.float32) for each in states]
+    # one product: for a few rows it takes as long as reading the weights
+    logs = log_probabilities(torch.cat(wide), heads.source)
+    return _project(exact_states, healing, anchor_states, heads, vocabulary_map, source_logs=logs)
 
 
 def positions_at_once(heads: Heads) -> int:
@@ -193,8 +199,13 @@ def _project(
     anchor_states: Tensor,
     heads: Heads,
     vocabulary_map: VocabularyMap,
+    *,
+    source_logs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(exact_states, healing, anchor_states, heads, vocabulary_map)
+    """Return what `project_full` does; `source_logs` [n + m, V_B] are overwritten, None: computed.
+
+    They are of the exact states, then of those before them.
+    """
     logs = log_probabilities(anchor_states, heads.anchor)
     anchor_entropy = _entropy(logs)
     anchor = logs.exp_()
@@ -204,8 +215,13 @@ def _project(
     crossing = torch.zeros(len(anchor), device=device)
     out = torch.zeros_like(anchor)
     if healing is not None and len(healing.rows):
-        crossing = _add_crossing_(out, healing, anchor, heads.source, vocabulary_map)
-    exact = log_probabilities(exact_states, heads.source).exp_().to(device)
+        known = None if source_logs is None else source_logs[len(anchor) :]
+        crossing = _add_crossing_(out, healing, anchor, heads.source, vocabulary_map, known=known)
+    if source_logs is None:
+        exact = log_probabilities(exact_states, heads.source)
+    else:
+        exact = source_logs[: len(anchor)]
+    exact = exact.exp_().to(device)
     _add_spread_(
         out,
         torch.arange(len(out), device=device),
@@ -226,8 +242,13 @@ def _add_crossing_(
     anchor: Tensor,
     head: FrozenHead,
     vocabulary_map: VocabularyMap,
+    *,
+    known: Tensor | None,
 ) -> Tensor:
-    """Add the parts that cross the positions to `out`; return their share of `mass`, [n]."""
+    """Add the parts that cross the positions to `out`; return their share of `mass`, [n].
+
+    `known` are log-probabilities of the healing states, [m, V_B]; None: computed.
+    """
     num_positions, device = len(out), out.device
     size = max(1, num_positions)  # as many as the exact states, so that no more is held
     parts: list[tuple[Tensor, Spread, Tensor]] = []
@@ -235,7 +256,10 @@ def _add_crossing_(
     log_cross = torch.full((len(healing.rows),), -torch.inf, dtype=torch.float64)
     for start in range(0, len(healing.rows), size):
         stop = min(start + size, len(healing.rows))
-        logs = log_probabilities(healing.states[start:stop], head)
+        if known is None:
+            logs = log_probabilities(healing.states[start:stop], head)
+        else:
+            logs = known[start:stop]
         tokens = healing.next_tokens[start:stop].to(logs.device).unsqueeze(1)
         log_next[start:stop] = logs.gather(1, tokens).squeeze(1).double().cpu()
         by_bytes: dict[tuple[bytes, int], list[int]] = {}
