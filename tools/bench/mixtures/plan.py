@@ -144,7 +144,8 @@ def own_arm(base: BaseFacts) -> str:
 
 def plan_mix(experiment: MixExperiment) -> MixPlan:
     """Return all steps of an experiment."""
-    arms = [ALONE, *map(own_arm, experiment.bases), *MIXTURES]
+    own, *others = map(own_arm, experiment.bases)
+    arms = [ALONE, own, *MIXTURES, *others]  # large bases have the largest heads: those last
     keys = [(seed, arm) for seed in experiment.seeds for arm in arms]
     return MixPlan(
         corpus=_corpus(experiment),
