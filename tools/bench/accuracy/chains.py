@@ -62,7 +62,8 @@ def _legs() -> dict[str, int]:
     require("reasoning_gym", extra="demo", purpose="the corpus of leg_counting")
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-    return ANIMALS
+    legs: dict[str, int] = ANIMALS
+    return legs
 
 
 def work_out(problem: Problem) -> str:
