@@ -1,12 +1,22 @@
 """`carryon plan-memory`: peak memory of training, estimated before a run."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from carryon.cache.errors import InputError
 from carryon.tools.cli.output import print_result
 from carryon.tools.cli.sizes import parse_bytes
 from carryon.tools.cli.table import format_table
-from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
+from carryon.train.config import (
+    CarryOnSettings,
+    LossSettings,
+    MemorySettings,
+    MixSettings,
+    TrainSettings,
+)
+
+if TYPE_CHECKING:
+    from carryon.train.trainer.memory_estimate import SourceCase
 
 
 def plan_memory(
@@ -21,6 +31,7 @@ def plan_memory(
     carryon: CarryOnSettings,
     loss: LossSettings,
     memory: MemorySettings,
+    mixing: MixSettings,
 ) -> dict[str, Any]:
     """Estimate the peak memory of training; nothing is run.
 
@@ -42,6 +53,7 @@ def plan_memory(
         carryon: The shape of the carry-on.
         loss: LM-head loss.
         memory: Memory settings.
+        mixing: Other bases, whose stores are opened.
     """
     from carryon.train.trainer.memory_estimate import MemoryCase, leaner_settings
     from carryon.train.trainer.memory_estimate import plan_memory as plan
@@ -56,6 +68,12 @@ def plan_memory(
         carryon=carryon,
         loss=loss,
         memory=memory,
+        sources=_read_sources(
+            TrainSettings(mixing=mixing, carryon=carryon, loss=loss),
+            vocab_size=vocab_size,
+            supervised_ratio=supervised_ratio,
+        ),
+        has_gate=mixing.has_gate,
     )
     max_bytes = parse_bytes("--limit", limit) if limit else sys.maxsize
     tried: list[dict[str, Any]] = [
@@ -71,3 +89,46 @@ def plan_memory(
         summary += f"\n\n--limit {limit}: {answer}"
     document = {**tried[-1], "limit": max_bytes if limit else None, "fits": fits, "tried": tried}
     return print_result(document, summary)
+
+
+def _read_sources(
+    settings: TrainSettings, *, vocab_size: int, supervised_ratio: float
+) -> list["SourceCase"]:
+    """Read from their stores what decides the memory of other bases.
+
+    Raises:
+        InputError: a store is aligned to no other or to that of another base, or lacks a tap.
+    """
+    from carryon.cache.store.reader import Store
+    from carryon.train.trainer.memory_estimate import SourceCase
+
+    settings.check_mix()
+    mixing, sources = settings.mixing, []
+    for path in mixing.mix:
+        store = Store.open(path, allow_aligned=True)
+        facts = store.manifest.alignment
+        if not facts:
+            raise InputError(
+                f"--mix: {path}: expected a store that is aligned to another, got a store alone. "
+                "Fix: carryon extract --align-to"
+            )
+        if facts["anchor_vocab_size"] != vocab_size:
+            raise InputError(
+                f"--vocab-size: expected {facts['anchor_vocab_size']} as of the base that {path} "
+                f"is aligned to, got {vocab_size}"
+            )
+        taps = mixing.mix_taps if mixing.reads_states else []
+        if missing := [tap for tap in taps if tap not in store.taps]:
+            raise InputError(
+                f"--mix-taps: {path}: expected {', '.join(store.taps)}, got {', '.join(missing)}"
+            )
+        sources.append(
+            SourceCase(
+                width=store.width,
+                vocab_size=int(store.manifest.head["vocab_size"]),
+                taps=taps,
+                num_targets=int(store.num_tokens * supervised_ratio),
+                head_bytes=4 if store.head(is_mapped=True).weight.dtype == "float32" else 2,
+            )
+        )
+    return sources

@@ -83,10 +83,11 @@ def open_sources(
     stores = [_open_aligned(anchor, path) for path in paths]
     seen: dict[str, str] = {}
     for store in stores:
-        if (other := seen.setdefault(store.fingerprint, store.name)) != store.name:
+        if (other := seen.get(store.fingerprint)) is not None:
             raise InputError(
                 f"mix: expected each base once, got {other} and {store.name}, which are one store"
             )
+        seen[store.fingerprint] = store.name
     _refuse_other_texts(stores)
     words = [Vocabulary.read(store) for store in (anchor, *stores)]
     names = _names(anchor, stores)

@@ -5,7 +5,7 @@ accelerator they are those of its own memory, except the imports. Letters: N tok
 micro-batch, M of them supervised, D base width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,10 @@ from carryon.train.losses.frozen_head import (
     WIDE,
     WIDE_BLOCK_ROWS,
 )
+from carryon.train.mixing.gate import Gate
+from carryon.train.mixing.projection import CHUNK_BYTES, FEATURES
 from carryon.train.modules.bottleneck import Bottleneck
+from carryon.train.modules.taps import source_tap
 from carryon.train.optim.lowbit_adamw import WORKING_BYTES
 
 IMPORT_BYTES = 10_000_000
@@ -29,6 +32,20 @@ COMPILER_BYTES = 70_000_000
 TRANSFORMERS_BYTES = 130_000_000
 """Further imports of the kinds made of the base's own blocks."""
 _ROOM = 1.25  # a batch takes the memory of the longest, so that its memory can be reused
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceCase:
+    """The properties of another base in a mixture."""
+
+    width: int
+    vocab_size: int
+    taps: Sequence[str]
+    """Taps of its store that the carry-on reads; empty: it reads none."""
+    num_targets: int
+    """Targets of the store, at which its distribution is projected."""
+    head_bytes: int
+    """Bytes of each number of its head in its store: 2 or 4."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +64,10 @@ class MemoryCase:
     carryon: CarryOnSettings
     loss: LossSettings
     memory: MemorySettings
+    sources: Sequence[SourceCase] = ()
+    """Other bases that are mixed in."""
+    has_gate: bool = False
+    """Whether a gate mixes their distributions."""
 
     @property
     def is_wide(self) -> bool:
@@ -56,13 +77,9 @@ class MemoryCase:
 
 def plan_memory(case: MemoryCase) -> dict[str, int]:
     """Return the bytes of each part of a run's peak."""
-    with torch.device("meta"):
-        sizes = [
-            weight.numel()
-            for weight in Bottleneck(case.carryon, base_width=case.base_width).parameters()
-        ]
+    sizes = _weights(case)
     item = 2 if case.memory.weights_dtype == "bfloat16" else 4
-    num_weights, largest = sum(sizes), max(sizes)
+    num_weights, largest = sum(sizes), max(sizes, default=0)
     is_lean = item == 2 or case.memory.optimizer_bits == 8
     state_bytes = 2 + 8 / 256 if case.memory.optimizer_bits == 8 else 8
     moved = largest if case.memory.step_in_backward else num_weights
@@ -72,7 +89,7 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
     a_channel = 8 if case.is_wide else 4 + case.head_bytes + 4 + case.head_bytes + 8
     states = positions * case.base_width * a_channel
     logits = _logits(case, positions)
-    return {
+    parts = {
         "imports": IMPORT_BYTES
         + (0 if is_lean else COMPILER_BYTES)
         + (TRANSFORMERS_BYTES if get_kind(case.carryon.kind).needs_blocks else 0),
@@ -83,10 +100,72 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
         "logits": logits,
         "states": states,
         "activations": _activations(case, positions, item=item, loss_bytes=states + logits),
-        "batches": int(
-            _ROOM * 2 * case.window_tokens * case.base_width * 2 * len(case.carryon.taps)
-        ),
+        "batches": int(_ROOM * 2 * case.window_tokens * 2 * _channels(case)),
     }
+    return parts | _mixture(case, parts) if case.has_gate else parts
+
+
+def _weights(case: MemoryCase) -> list[int]:
+    """Return the numbers of each weight of the carry-on."""
+    if case.carryon.kind == "none":
+        return []
+    with torch.device("meta"):
+        carryon = Bottleneck(
+            case.carryon,
+            base_width=case.base_width,
+            sources={
+                source_tap(number, tap): source.width
+                for number, source in enumerate(case.sources, 1)
+                for tap in source.taps
+            },
+        )
+    return [weight.numel() for weight in carryon.parameters()]
+
+
+def _channels(case: MemoryCase) -> int:
+    """Return the channels that are read of a token, over all taps."""
+    others = sum(source.width * len(source.taps) for source in case.sources)
+    return case.base_width * len(case.carryon.taps) + others
+
+
+def _mixture(case: MemoryCase, parts: Mapping[str, int]) -> dict[str, int]:
+    """Return the parts of a gate; distributions are projected before there is a carry-on."""
+    count = len(case.sources)
+    with torch.device("meta"):
+        gate = Gate(
+            anchor_width=case.base_width,
+            source_widths=(),
+            num_sources=count,
+            shares=torch.ones(1 + count),
+            seed=0,
+        )
+    a_target = 8 + 4 + 4 * count * (1 + len(FEATURES))  # its row, and float32 numbers
+    kept = case.sources[0].num_targets * a_target
+    is_mapped = case.loss.head_place == "mapped"
+    phases = [
+        (0 if is_mapped else _head_bytes(case, each)) + _distributions(case, each)
+        for each in case.sources
+    ]
+    own = {"imports", "batches"}
+    step = sum(size for name, size in parts.items() if name not in own)
+    return {
+        "gate": 16 * sum(weight.numel() for weight in gate.parameters()),
+        "projections": kept,
+        "projecting": max(0, max(phases) - step),
+    }
+
+
+def _head_bytes(case: MemoryCase, source: SourceCase) -> int:
+    """Return the bytes of the heads of the base and of another, which are in one type."""
+    numbers = case.vocab_size * case.base_width + source.vocab_size * source.width
+    return numbers * source.head_bytes
+
+
+def _distributions(case: MemoryCase, source: SourceCase) -> int:
+    """Return the bytes of the distributions that are held at one time."""
+    a_position = 4 * (case.vocab_size + 2 * source.vocab_size)
+    targets = min(source.num_targets, CHUNK_BYTES // a_position)
+    return max(1, targets) * a_position
 
 
 def leaner_settings(case: MemoryCase, *, limit: int) -> Iterator[tuple[str, MemoryCase]]:
@@ -141,11 +220,13 @@ def _logits(case: MemoryCase, positions: int) -> int:
 
 def _activations(case: MemoryCase, positions: int, *, item: int, loss_bytes: int) -> int:
     shape = case.carryon
+    if shape.kind == "none":
+        return 0
     # Kept for the backward pass of a block: two norms, queries, keys, values, the output of
     # attention and its copies, the MLP's two halves, their activation and product.
     a_channel = case.micro_batch_tokens * item
     attention, mlp = 14 * shape.width * a_channel, 4 * shape.intermediate_size * a_channel
-    entrance = 3 * case.base_width * len(shape.taps) * a_channel
+    entrance = 3 * _channels(case) * a_channel
     gates = {"channel": case.base_width, "token": 1, "none": 0}[shape.gate]
     exit_ = (case.base_width + 3 * gates) * positions * item
     if item == 2 and case.head_bytes == 4:  # linear.py widens a part at a time, and keeps none

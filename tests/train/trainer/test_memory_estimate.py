@@ -2,10 +2,18 @@
 
 from dataclasses import replace
 
+import torch
+
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
-from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.mixing.gate import Gate
+from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
 from carryon.train.modules.carryon import num_parameters
-from carryon.train.trainer.memory_estimate import MemoryCase, leaner_settings, plan_memory
+from carryon.train.trainer.memory_estimate import (
+    MemoryCase,
+    SourceCase,
+    leaner_settings,
+    plan_memory,
+)
 
 SMALL = CarryOnSettings(width=16, heads=2, intermediate_size=24)
 CASE = MemoryCase(
@@ -57,3 +65,39 @@ def test_settings_are_added_until_the_limit_is_kept() -> None:
     assert all(sum(plan_memory(case).values()) > 1_000_000_000 for _, case in before)
     assert added.startswith("--head-place mapped --recompute")
     assert last.memory.optimizer_bits == 8
+
+
+def test_a_mixture_counts_the_taps_the_gate_and_the_projections_of_other_bases() -> None:
+    source = SourceCase(
+        width=96, vocab_size=2000, taps=["final", "layer.1"], num_targets=5000, head_bytes=2
+    )
+    alone = plan_memory(CASE)
+    by_state = plan_memory(replace(CASE, sources=[source]))
+    both = plan_memory(replace(CASE, sources=[source] * 2, has_gate=True))
+    taps = {"1:final": 96, "1:layer.1": 96}
+    count = num_parameters(Bottleneck(SMALL, base_width=64, sources=taps))
+    assert by_state["weights"] == by_state["gradients"] == 4 * count
+    assert by_state["batches"] == alone["batches"] * (64 + 2 * 96) / 64
+    assert by_state.keys() == alone.keys()
+    gate = Gate(
+        anchor_width=64, source_widths=(), num_sources=2, shares=torch.full((3,), 1 / 3), seed=0
+    )
+    assert both["gate"] == 16 * num_parameters(gate)  # float32, its gradient, and AdamW
+    assert both["projections"] == 5000 * (8 + 4 + 2 * 6 * 4)
+    # Before the first step both heads and the distributions are in memory, and no step yet.
+    step = sum(both.values()) - sum(
+        both[name] for name in ("imports", "batches", "gate", "projections", "projecting")
+    )
+    heads, chunk = (1000 * 64 + 2000 * 96) * 2, 5000 * 4 * (1000 + 2 * 2000)
+    assert step + both["projecting"] == heads + chunk
+    large = replace(source, num_targets=10**9)
+    most = plan_memory(replace(CASE, sources=[large], has_gate=True))
+    assert most["projecting"] < 256 << 20  # in chunks
+
+
+def test_a_gate_alone_has_no_weights_of_a_carry_on() -> None:
+    source = SourceCase(width=96, vocab_size=2000, taps=(), num_targets=50, head_bytes=2)
+    none = replace(CASE, carryon=replace(SMALL, kind="none"), sources=[source], has_gate=True)
+    parts = plan_memory(none)
+    assert (parts["weights"], parts["activations"]) == (0, 0)
+    assert parts["gate"] > 0
