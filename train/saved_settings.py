@@ -13,6 +13,7 @@ LATER_SETTINGS: Mapping[str, Any] = {
     "mix": [],
     "mix_by": "probability",
     "mix_taps": ["final"],
+    "loss_way": "attention",
 }
 """Settings that are younger than the first runs -> the value those runs had."""
 FORMER_NAMES = {

@@ -20,6 +20,7 @@ from carryon.cache.optional import require
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.epoch import iter_batches
 from carryon.tools.bench.job import Job, in_turn, timed
+from carryon.tools.bench.loss import in_fastest_way
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings, OptimizationSettings
 from carryon.train.data.batch import Batch
 from carryon.train.losses.sampled_softmax import place_training_head
@@ -107,6 +108,7 @@ def carryon_steps(
     optimizer = build_optimizer(carryon, settings, MemorySettings())
     loss = LossSettings(sampled_softmax=sampled_softmax)
     head = place_training_head(store, loss, device=pick_device("auto"))
+    head = in_fastest_way(head, positions=max(len(batch.targets) for batch in batches))
 
     def run() -> None:
         for batch in batches:

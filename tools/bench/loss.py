@@ -4,6 +4,7 @@ Exact, and with a filter that omits negligible probabilities from the gradient.
 Letters: M positions, D width, V vocabulary.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from carryon.cache.store.reader import Store
 from carryon.tools.bench.epoch import iter_batches
 from carryon.tools.bench.job import Job, in_turn, timed
 from carryon.train.config import LossSettings
+from carryon.train.losses.calibration import calibrate
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import (
     CPU_BLOCK_ROWS,
@@ -31,6 +33,8 @@ from carryon.train.losses.gradient_filter import farthest_from_mean
 
 LOSS_TARGET = 0.75
 FILTERED_TARGET = 1.0
+CALIBRATION_TARGET = 2.0  # seconds
+CHOICE_TARGET = 1.05
 _CALLS = 3  # of each way per round
 _CHECKED = 64  # positions compared with the plain float32 formula
 _ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -64,10 +68,13 @@ def measure_loss(
 ) -> None:
     """Report the speed and errors of the loss, exact and filtered, on synthetic states.
 
-    With a store or a base also filtered on real states.
+    With a store or a base also filtered on real states. Of a head that is large enough to choose a
+    way by timing, also how long that takes, and how good the choice is.
     """
     synthetic = make_loss_input(positions=tokens, width=width, vocabulary=vocabulary)
-    _measure(job, "loss.speed", synthetic, target=LOSS_TARGET, rounds=rounds)
+    way = _measure_choice(job, synthetic, rounds=rounds)
+    fastest = replace(synthetic, head=replace(synthetic.head, way=way))
+    _measure(job, "loss.speed", fastest, target=LOSS_TARGET, rounds=rounds)
     inputs = {"loss.filtered.speed": synthetic}
     if job.given_stores or job.base:
         inputs["loss.filtered.store.speed"] = read_loss_input(job.open_store(), positions=tokens)
@@ -77,6 +84,44 @@ def measure_loss(
             head = replace(head, weight=head.weight.float(), dtype=torch.float32)
         filtered = replace(exact, head=with_gradient_filter(head, gradient_filter))
         _measure(job, figure, filtered, target=FILTERED_TARGET, rounds=rounds)
+
+
+def in_fastest_way(head: FrozenHead, *, positions: int) -> FrozenHead:
+    """Return a head with the way of the loss that a run would choose."""
+    measured = calibrate(head, positions=positions, chunk_tokens=DEFAULT_CHUNK)
+    return head if measured is None else replace(head, way=measured.way)
+
+
+def _measure_choice(job: Job, given: LossInput, *, rounds: int) -> str:
+    """Report how the way of the loss is chosen, and return it."""
+    start = time.perf_counter()
+    measured = calibrate(given.head, positions=len(given.states), chunk_tokens=DEFAULT_CHUNK)
+    elapsed_s = time.perf_counter() - start
+    if measured is None:
+        return given.head.way
+    job.report(
+        "loss.calibration",
+        elapsed_s,
+        "s",
+        at_most=CALIBRATION_TARGET,
+        way=measured.way,
+        gradient_errors=measured.gradient_errors,
+        loss_errors=measured.loss_errors,
+    )
+    ways = {
+        name: timed(loss_way(replace(given, head=replace(given.head, way=name))), calls=_CALLS)
+        for name in measured.seconds
+    }
+    seconds = in_turn(ways, rounds=rounds)
+    job.report(
+        "loss.choice",
+        seconds[measured.way] / min(seconds.values()),
+        "of the time of the fastest way",
+        at_most=CHOICE_TARGET,
+        way=measured.way,
+        tokens_per_second={name: len(given.states) / each for name, each in seconds.items()},
+    )
+    return measured.way
 
 
 def _measure(job: Job, figure: str, given: LossInput, *, target: float, rounds: int) -> None:
@@ -90,6 +135,7 @@ def _measure(job: Job, figure: str, given: LossInput, *, target: float, rounds: 
         "of the products' speed",
         at_least=target,
         dtype=str(given.head.dtype),
+        way=given.head.way,
         tokens_per_second={name: len(given.states) / each for name, each in seconds.items()},
         **errors_of(given),
     )

@@ -229,9 +229,16 @@ def _absolute(store: str, root: Path) -> str:
 
 
 def lasting_settings(settings: TrainSettings) -> dict[str, Any]:
-    """Return the settings, flat, that all runs of a lineage have in common."""
+    """Return the settings, flat, that all runs of a lineage have in common.
+
+    The way of the loss is each run's own: an update may be trained on another machine.
+    """
     flat = settings.to_flat()
-    return {name: value for name, value in flat.items() if name not in FREE_SETTINGS}
+    return {
+        name: value
+        for name, value in flat.items()
+        if name not in FREE_SETTINGS and name != "loss_way"
+    }
 
 
 def settings_of(lineage: Lineage) -> TrainSettings:

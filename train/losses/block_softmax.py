@@ -39,7 +39,7 @@ def block_softmax(
     # Without the mean the kernel's second product is wasted. Its logits are better in bfloat16, but
     # rounded ones change a mean loss by 1e-4, and it takes four times as long.
     if has_kernel(head) and with_mean:
-        return _by_attention(states, block, head)
+        return by_attention(states, block, head)
     logits, slopes = block_logits(states, block, head, with_slopes=with_mean)
     if logits.device.type != "cpu":
         return _in_one_kernel(logits, slopes, block, head, with_mean=with_mean)
@@ -78,16 +78,18 @@ def _in_one_kernel(
 
 
 def has_kernel(head: FrozenHead) -> bool:
-    """Return whether torch's attention kernel for CPUs can multiply this head."""
+    """Return whether torch's attention kernel for CPUs multiplies this head."""
     return (
-        head.device.type == "cpu"
+        head.way == "attention"
+        and head.device.type == "cpu"
         and head.softcap is None
         and not head.is_wide
         and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
     )
 
 
-def _by_attention(states: Tensor, block: HeadBlock, head: FrozenHead) -> BlockSoftmax:
+def by_attention(states: Tensor, block: HeadBlock, head: FrozenHead) -> BlockSoftmax:
+    """Return the softmax by torch's attention kernel for CPUs; see `has_kernel`."""
     rows = block.weight[None, None]
     bias = None
     if block.bias is not None:

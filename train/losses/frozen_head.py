@@ -83,6 +83,8 @@ class FrozenHead:
     """What training steps sample from. None: they multiply all rows."""
     parts: tuple[HeadBlock, ...] | None = None
     """Rows that stand for all. None: all of them."""
+    way: str = "attention"
+    """How a CPU computes the loss with its gradient (ways.py)."""
 
     @property
     def vocab_size(self) -> int:
@@ -146,6 +148,8 @@ def place_head(store: StoreLike, settings: LossSettings, *, device: torch.device
         is_resident=settings.head_place == "device",
         block_rows=settings.chunk_vocabulary,
     )
+    if settings.loss_way != "auto":
+        placed = replace(placed, way=settings.loss_way)
     return with_gradient_filter(placed, settings.gradient_filter)
 
 

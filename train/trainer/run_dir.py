@@ -30,7 +30,7 @@ from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.cache.files.regular import digest_file
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.train.modules.card_file import GATE
-from carryon.train.saved_settings import refuse_other_settings, with_current_names
+from carryon.train.saved_settings import refuse_other_settings, setting_of, with_current_names
 from carryon.train.settings_file import check_settings, write_settings
 from carryon.train.trainer.checkpoint import BEST, LAST, STATE, WEIGHTS, saved_identity
 from carryon.train.trainer.run_documents import lines_bytes, read_whole_lines
@@ -173,6 +173,20 @@ def saved_evaluate_tokens(root: str | Path) -> int:
         number = identity.get("evaluate_tokens") if isinstance(identity, dict) else 0
         return number if type(number) is int and number > 0 else 0
     return 0
+
+
+def saved_loss_way(root: str | Path) -> str:
+    """Return the way of the loss of the run in a folder; empty without one.
+
+    Runs from before there was a choice have the one way of that time.
+    """
+    folder = RunFolder(root)
+    identity: Any = None
+    with suppress(OSError, ValueError, CarryOnError):
+        identity = read_sealed(folder.identity).get("identity")
+    if not isinstance(identity, dict):
+        identity = saved_identity(folder.checkpoints)
+    return "" if identity is None else str(setting_of(identity, "loss_way"))
 
 
 def run_identity(

@@ -44,6 +44,7 @@ from carryon.train.trainer.engine import (
     stop_on_signal,
 )
 from carryon.train.trainer.finish import TrainReport, finish_runs, read_finished
+from carryon.train.trainer.loss_way import choose_loss_ways
 from carryon.train.trainer.metrics import Callback, Scoring
 from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Job, Run, prepare_run
@@ -197,9 +198,10 @@ def _prepare(
         data = replace(data, store=wrap_store(data.store))
     jobs = [_keep_evaluated(job.resolved(data)) for job in jobs]
     contamination = _contamination(data, jobs)
-    identities = [job.identity(data) for job in jobs]
     pick_device(jobs[0].settings.run.device)
     heads: dict[LossSettings, FrozenHead] = {}
+    jobs = choose_loss_ways(jobs, data.store, heads, processes)
+    identities = [job.identity(data) for job in jobs]
     projected: ProjectedSources | None = None
     runs = []
     for job, identity in zip(jobs, identities, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from carryon.cache.base.lm_head import FinalNorm, Head
 from carryon.cache.format.quantization import bfloat16_bits
-from carryon.train.losses import block_softmax
+from carryon.train.losses import block_softmax, ways
 from carryon.train.losses import cross_entropy as loss
 from carryon.train.losses import frozen_head as frozen
 from carryon.train.losses.cross_entropy import base_divergences, token_losses
@@ -115,8 +115,8 @@ def test_without_gradients_the_losses_are_the_same_to_rounding(case: Case) -> No
 def test_in_bfloat16_the_loss_is_that_of_float32_and_the_gradient_is_rounded(
     has_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_softmax, "has_kernel", lambda head: has_kernel)
-    monkeypatch.setattr(loss, "has_kernel", lambda head: has_kernel)
+    for module in (block_softmax, loss, ways):
+        monkeypatch.setattr(module, "has_kernel", lambda head: has_kernel)
     head = Case(id="bfloat16").head(torch.bfloat16)
     states = _states().bfloat16().float().requires_grad_()
 

@@ -1,0 +1,186 @@
+"""Choose the way of the loss that is fastest on this machine, by timing each on the head.
+
+The same code as in training multiplies some rows of the head with synthetic states. Each way is
+first compared with the plain formula in float32. Letters: M positions, D base width, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from carryon.cache.device import pick_chunk
+from carryon.train.losses.cross_entropy import token_losses
+from carryon.train.losses.frozen_head import FrozenHead, HeadBlock
+from carryon.train.losses.ways import ways_of
+
+LOSS_TOLERANCE = 2e-3
+"""Of the mean loss, in nats."""
+GRADIENT_TOLERANCE = 5e-3
+"""Of the gradient's norm. Rounding probabilities to bfloat16 alone takes 1.3e-3."""
+SMALLEST_HEAD = 1 << 22
+"""Numbers of a head from which ways are timed; a smaller one takes little of a step."""
+_MAX_POSITIONS = 1024
+_CHECKED = 128  # positions compared with the plain formula
+_CALL_FLOPS = 6e9  # of one timed call: 40 to 150 ms
+_MIN_ROWS = 1024
+_ROUNDS = 3
+_HOPELESS = 1.3  # a way that takes so much longer than the fastest is not timed again
+_EQUAL = 1.03
+"""Of two ways whose times differ by less, the more exact is taken."""
+_SPREAD = 4.0  # standard deviation of a synthetic state's logits
+_LIKELY = 30.0  # maximum lead of a synthetic state's target, in nats before the sum over the rest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What was measured of each way."""
+
+    way: str
+    """The way to take."""
+    seconds: dict[str, float]
+    """Least seconds of a call with `positions` targets, by way; only of ways exact enough."""
+    loss_errors: dict[str, float]
+    """Error of the mean loss, in nats, by way."""
+    gradient_errors: dict[str, float]
+    """Relative error of the gradient, by way."""
+
+    def __str__(self) -> str:
+        """Describe it in one line."""
+        least = min(self.seconds.values())
+        times = [f"{name} {each / least:.2f}" for name, each in self.seconds.items()]
+        inexact = [
+            f"{name} is {self.gradient_errors[name]:.1%} of the gradient off"
+            for name in self.gradient_errors
+            if name not in self.seconds
+        ]
+        return f"loss_way {self.way}: times {', '.join([*times, *inexact])}"
+
+
+def calibrate(head: FrozenHead, *, positions: int, chunk_tokens: int) -> Calibration | None:
+    """Time the ways of the loss with its gradient; None if the head is small or has one way.
+
+    Args:
+        head: whole or with frequent rows.
+        positions: supervised positions of a micro-batch.
+        chunk_tokens: as in LossSettings.
+    """
+    names = ways_of(head)
+    if len(names) == 1 or head.weight.numel() < SMALLEST_HEAD:
+        return None
+    count = max(1, min(positions, _MAX_POSITIONS))
+    some, states, targets = synthetic_input(head, positions=count)
+    calls = {
+        name: loss_call(replace(some, way=name), states, targets, chunk=pick_chunk(chunk_tokens))
+        for name in names
+    }
+    errors = {name: _errors(replace(some, way=name), states, targets) for name in names}
+    exact = [
+        name
+        for name in names
+        if name == names[0]  # what runs did before there was a choice
+        or (errors[name][0] <= LOSS_TOLERANCE and errors[name][1] <= GRADIENT_TOLERANCE)
+    ]
+    seconds = least_seconds({name: calls[name] for name in exact})
+    return Calibration(
+        way=choose(seconds),
+        seconds=seconds,
+        loss_errors={name: each[0] for name, each in errors.items()},
+        gradient_errors={name: each[1] for name, each in errors.items()},
+    )
+
+
+def choose(seconds: dict[str, float]) -> str:
+    """Return the first way that takes no longer than the fastest, up to a few percent."""
+    least = min(seconds.values())
+    return next(name for name, each in seconds.items() if each <= _EQUAL * least)
+
+
+def synthetic_input(head: FrozenHead, *, positions: int) -> tuple[FrozenHead, Tensor, Tensor]:
+    """Return a head of some rows, states [M, D] float32 with a gradient, and targets [M].
+
+    Logits spread as on text, and targets are of every probability.
+    """
+    width = head.weight.shape[1]
+    rows = max(_MIN_ROWS, int(_CALL_FLOPS / (4 * positions * width)))
+    rows = min(rows, head.block_rows, head.vocab_size)
+    weight = head.weight[:rows].to(head.device, head.dtype)
+    bias = None if head.bias is None else head.bias[:rows]
+    random = torch.Generator().manual_seed(0)
+    targets = torch.randint(rows, (positions,), generator=random)
+    squares = weight.float().square().sum(dim=1).clamp_(min=1e-12)
+    lead = _LIKELY * torch.rand(positions, 1, generator=random).sqrt()
+    states = weight[targets].float() * (lead / squares[targets].unsqueeze(1))
+    noise = torch.randn(positions, width, generator=random)
+    states += noise * (_SPREAD / float(squares.mean().sqrt()))
+    states = states.div_(head.logit_scale).to(head.dtype).float()
+    block = HeadBlock(first=0, weight=weight, bias=bias)
+    some = replace(head, parts=(block,), frequent=None)
+    return some, states.requires_grad_(), targets
+
+
+def loss_call(
+    head: FrozenHead, states: Tensor, targets: Tensor, *, chunk: int
+) -> Callable[[], None]:
+    """Return a call of the loss with its gradient to `states`."""
+
+    def call() -> None:
+        losses = token_losses(states, targets, head=head, chunk=chunk)
+        torch.autograd.grad(losses.sum(), states)
+
+    return call
+
+
+def least_seconds(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Return the least seconds of each call, timed in turn.
+
+    One thread is timed by its own clock, which stands while other processes use the core.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds = dict.fromkeys(calls, float("inf"))
+    for number in range(_ROUNDS):
+        least = min(seconds.values())
+        for name, call in calls.items():
+            if number > 0 and seconds[name] > _HOPELESS * least:
+                continue
+            start = clock()
+            call()
+            seconds[name] = min(seconds[name], clock() - start)
+    return seconds
+
+
+def _errors(head: FrozenHead, states: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Return the error of the mean loss and the relative error of the gradient.
+
+    The rows are cut into two blocks, so that results are joined.
+    """
+    count = min(_CHECKED, len(targets))
+    some = states[:count].detach().requires_grad_()
+    assert head.parts is not None
+    [block] = head.parts
+    head = replace(head, parts=_halves(block))
+    logits = some @ block.weight.float().t()
+    if block.bias is not None:
+        logits = logits + block.bias
+    plain = nn.functional.cross_entropy(logits * head.logit_scale, targets[:count])
+    (right,) = torch.autograd.grad(plain, some)
+    mean = token_losses(some, targets[:count], head=head, chunk=count).mean()
+    (gradient,) = torch.autograd.grad(mean, some)
+    error = float((mean - plain).detach().abs())
+    return error, float((gradient - right).norm() / right.norm().clamp_(min=1e-30))
+
+
+def _halves(block: HeadBlock) -> tuple[HeadBlock, HeadBlock]:
+    half = len(block.weight) // 2
+    first, second = (
+        replace(
+            block,
+            first=rows.start or 0,
+            weight=block.weight[rows],
+            bias=None if block.bias is None else block.bias[rows],
+        )
+        for rows in (slice(half), slice(half, None))
+    )
+    return first, second
