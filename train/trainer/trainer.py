@@ -30,13 +30,21 @@ from carryon.train.data.datasets import (
 )
 from carryon.train.data.loader import stream_bytes
 from carryon.train.losses.base_states import get_base_states
+from carryon.train.losses.calibration import calibrate
 from carryon.train.losses.frozen_head import FrozenHead
+from carryon.train.losses.sampled_softmax import place_training_head
+from carryon.train.losses.ways import WAYS
 from carryon.train.mixing.projected import ProjectedSources, project_sources
 from carryon.train.mixing.sources import Source, join_states, open_sources, warn_about_missing
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import read_weights
 from carryon.train.modules.taps import resolve_taps, stream_taps
-from carryon.train.trainer.distributed import Processes, join_processes, wait_for_all
+from carryon.train.trainer.distributed import (
+    Processes,
+    join_processes,
+    sum_over_processes,
+    wait_for_all,
+)
 from carryon.train.trainer.engine import (
     measure_base,
     raise_callback_errors,
@@ -44,7 +52,6 @@ from carryon.train.trainer.engine import (
     stop_on_signal,
 )
 from carryon.train.trainer.finish import TrainReport, finish_runs, read_finished
-from carryon.train.trainer.loss_way import choose_loss_ways
 from carryon.train.trainer.metrics import Callback, Scoring
 from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Job, Run, prepare_run
@@ -53,6 +60,7 @@ from carryon.train.trainer.run_dir import (
     open_run_folder,
     open_to_write,
     saved_evaluate_tokens,
+    saved_loss_way,
 )
 from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
@@ -200,7 +208,7 @@ def _prepare(
     contamination = _contamination(data, jobs)
     pick_device(jobs[0].settings.run.device)
     heads: dict[LossSettings, FrozenHead] = {}
-    jobs = choose_loss_ways(jobs, data.store, heads, processes)
+    jobs = _choose_loss_ways(jobs, data.store, heads, processes)
     identities = [job.identity(data) for job in jobs]
     projected: ProjectedSources | None = None
     runs = []
@@ -271,6 +279,64 @@ def _keep_evaluated(job: Job) -> Job:
         return job
     number = saved_evaluate_tokens(job.out)
     return replace(job, settings=job.settings.with_options(evaluate_tokens=number))
+
+
+def _choose_loss_ways(
+    jobs: Sequence[Job],
+    store: StoreLike,
+    heads: dict[LossSettings, FrozenHead],
+    processes: Processes,
+) -> list[Job]:
+    """Return the jobs with a way of the loss each; nothing is written.
+
+    Args:
+        jobs: with resolved settings, on one device.
+        store: with the head.
+        heads: those that are placed to be timed are added, by the settings that they end with.
+        processes: that train together; the first one measures.
+
+    Raises:
+        InputError: the run in the folder of a job has a way that does not exist.
+    """
+    chosen: dict[LossSettings, str] = {}
+    resolved = []
+    for job in jobs:
+        loss = job.settings.loss
+        if loss.loss_way == "auto":
+            way = saved_loss_way(job.out)
+            if way and way not in WAYS:
+                raise InputError(
+                    f"{job.out}: expected a run whose loss_way is one of {', '.join(WAYS)}, got "
+                    f"{way!r}. Fix: give another --out"
+                )
+            if not way:
+                chosen.setdefault(loss, "")
+                way = chosen[loss] = chosen[loss] or _measure_loss_way(job, store, heads, processes)
+            job = replace(job, settings=job.settings.with_options(loss_way=way))
+        resolved.append(job)
+    return resolved
+
+
+def _measure_loss_way(
+    job: Job, store: StoreLike, heads: dict[LossSettings, FrozenHead], processes: Processes
+) -> str:
+    loss, optimization = job.settings.loss, job.settings.optimization
+    head = place_training_head(store, loss, device=pick_device(job.settings.run.device))
+    names = list(WAYS)
+    way = names[0]
+    if processes.is_first:
+        measured = calibrate(
+            head,
+            positions=optimization.micro_batch_tokens or optimization.tokens_per_step,
+            chunk_tokens=loss.chunk_tokens,
+        )
+        if measured is not None:
+            way = measured.way
+            logger.info(str(measured))
+    [index] = sum_over_processes(names.index(way) if processes.is_first else 0, device=head.device)
+    way = names[int(index)]
+    heads[job.settings.with_options(loss_way=way).loss] = replace(head, way=way)
+    return way
 
 
 def _project(

@@ -11,7 +11,7 @@ from support.tiny_train_stores import make_tiny_store
 from carryon.cache.errors import InputError
 from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.train.losses import calibration
-from carryon.train.trainer import loss_way
+from carryon.train.trainer import trainer
 from carryon.train.trainer.sweep import sweep
 
 
@@ -25,13 +25,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chosen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Take the way `shifted` in the tiny heads as well; counts the measurements."""
     counted = {"measured": 0}
-    calibrate = loss_way.calibrate
+    calibrate = trainer.calibrate
 
     def count(*args: object, **options: object) -> calibration.Calibration | None:
         counted["measured"] += 1
         return calibrate(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loss_way, "calibrate", count)
+    monkeypatch.setattr(trainer, "calibrate", count)
     monkeypatch.setattr(calibration, "SMALLEST_HEAD", 1)
     monkeypatch.setattr(calibration, "choose", lambda seconds: "shifted")
     return counted
