@@ -64,9 +64,8 @@ def test_a_carryon_gives_the_same_loss(
     argv = ["--store", str(before / "store"), "--carryon", str(before / kind), "--device", "cpu"]
     assert main(["evaluate", *argv]) == 0
     result = json.loads(capsys.readouterr().out)
-    # Evaluations in bfloat16 round logits, which then was done in training only.
-    assert result["base_nll"] == pytest.approx(expected[kind]["base_nll"], abs=1e-4)
-    assert result["carryon_nll"] == pytest.approx(expected[kind]["carryon_nll"], abs=1e-4)
+    assert result["base_nll"] == pytest.approx(expected[kind]["base_nll"], abs=1e-5)
+    assert result["carryon_nll"] == pytest.approx(expected[kind]["carryon_nll"], abs=1e-5)
 
 
 def test_a_carryon_on_its_base_gives_the_same_logits(

@@ -124,3 +124,25 @@ def watch_taps(
                 hook = module.register_forward_hook(partial(record, tap))
             hooks.enter_context(hook)
         yield
+
+
+@contextmanager
+def contiguous_head_input(model: Any) -> Iterator[None]:  # noqa: ANN401
+    """Copy what the head of a model is given where it is a slice, as the last position of each row.
+
+    torch multiplies a slice [B, 1, D] row by row, and copies the head for each: a minute and 17 GB
+    of traffic for 64 rows over 150,000 tokens.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(_contiguous)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.contiguous() if isinstance(each, Tensor) else each for each in args)

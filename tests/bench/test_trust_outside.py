@@ -55,12 +55,14 @@ OTHERS = {
     "improve --base base --data first.jsonl --out improved --rounds 1 --num 2 --samples 1 "
     "--device cpu --max-new-tokens 4 --rule operator:is_not --keep-cut": "improved",
     "plan-memory --base-width 64 --vocab-size 256": "",
+    "gates --store store --mix store#2 --carryon carryon --sample x": "gates.html",
+    "convert base --out folder": "folder",
 }
 """Commands beside those of the table: words, and what they may write.
 
 `operator:is_not` is a rule that accepts every answer: the text is not the problem.
 """
-NEED_MORE = ("demo", "score", "compare", "update", "improve")
+NEED_MORE = ("demo", "score", "compare", "update", "improve", "gates", "convert")
 """Commands that a tiny base or corpus may end with a refusal."""
 ALL = {command.text: command.out for command in COMMANDS.values()} | OTHERS
 

@@ -25,7 +25,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
-from carryon.cache.base.hooks import watch_taps
+from carryon.cache.base.hooks import contiguous_head_input, watch_taps
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.device import attention_of_any_shape
 from carryon.cache.errors import InputError
@@ -91,7 +91,6 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
                 "past_key_values; carry-ons on this architecture are not supported yet"
             )
         self.base: Any = base.model
-        _keep_head_input_contiguous(self.base)
         self.carryons = carryons
         self.tokenizer = base.tokenizer
         self.identity = base.identity
@@ -375,7 +374,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             dtype=self._compute_dtype,
         )
         if correction is None:
-            with attention_of_any_shape():
+            with attention_of_any_shape(), contiguous_head_input(self.base):
                 return self.base(**inputs)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
@@ -398,6 +397,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
 
         with (
             attention_of_any_shape(),  # each token that is generated makes another shape
+            contiguous_head_input(self.base),
             watch_taps(self._architecture, correction.lower_taps, states.__setitem__),
             self._architecture.decoder.register_forward_hook(correct),
         ):
@@ -419,18 +419,3 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
     def _can_set_experts_implementation(cls) -> bool:
         """Let transformers switch the base's mixture of experts."""
         return True
-
-
-def _keep_head_input_contiguous(model: Any) -> None:  # noqa: ANN401
-    """Copy what the head of a base is given where it is a slice, as the last position of each row.
-
-    torch multiplies a slice [B, 1, D] row by row, and copies the head for each: a minute and 17 GB
-    of traffic for 64 rows over 150,000 tokens.
-    """
-    head = model.get_output_embeddings()
-    if head is not None and _contiguous not in head._forward_pre_hooks.values():
-        head.register_forward_pre_hook(_contiguous)
-
-
-def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(each.contiguous() if isinstance(each, Tensor) else each for each in args)

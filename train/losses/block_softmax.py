@@ -36,9 +36,8 @@ def block_softmax(
     states: Tensor, block: HeadBlock, head: FrozenHead, *, with_mean: bool
 ) -> BlockSoftmax:
     """Return the softmax of `states` [C, D], of the head's dtype, over the rows of `block`."""
-    # Without the mean the kernel's second product is wasted. Its logits are better in bfloat16, but
-    # rounded ones change a mean loss by 1e-4, and it takes four times as long.
-    if has_kernel(head) and with_mean:
+    # Without the mean the kernel's second product is wasted, but in bfloat16 its logits are better.
+    if has_kernel(head) and (with_mean or head.dtype != torch.float32):
         return by_attention(states, block, head)
     logits, slopes = block_logits(states, block, head, with_slopes=with_mean)
     if logits.device.type != "cpu":

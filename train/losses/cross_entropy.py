@@ -20,7 +20,13 @@ from carryon.cache.device import rows_at_once
 from carryon.train.losses.block_softmax import block_logits, block_softmax, cap_, has_kernel, join_
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.gradient_filter import POSITIONS_AT_ONCE, filtered_softmax
-from carryon.train.losses.ways import WAYS, rounds_logits, way_of
+from carryon.train.losses.ways import (
+    WAYS,
+    rounds_logits,
+    shifted_log_sums,
+    shifts_log_sums,
+    way_of,
+)
 
 
 def token_losses(states_MD: Tensor, targets_M: Tensor, *, head: FrozenHead, chunk: int) -> Tensor:
@@ -82,18 +88,22 @@ def _cross_entropy(
     log_sums = torch.empty(len(states), dtype=torch.float32, device=states.device)
     means = torch.empty_like(states, dtype=torch.float32) if with_gradient else None
     is_filtered = with_gradient and head.gradient_filter > 0
+    is_shifted = not with_gradient and shifts_log_sums(head)
     way = way_of(head) if with_gradient else "attention"
+    needs_floors = is_filtered or is_shifted or way != "attention"
     head = replace(head, way=way)
-    if is_filtered or way != "attention" or (not with_gradient and head.device.type == "cpu"):
+    if needs_floors or (not with_gradient and head.device.type == "cpu"):
         chunk = min(chunk, POSITIONS_AT_ONCE)
-    if is_filtered or way != "attention":
+    if needs_floors:
         floors = _least_log_sums(states, targets, head)
     for block in head.blocks():
         for part in _slices(len(states), chunk):
-            if (is_filtered or way != "attention") and block.first > 0:
+            if needs_floors and block.first > 0:
                 torch.maximum(floors[part], log_sums[part], out=floors[part])
             if is_filtered:
                 softmax = filtered_softmax(states[part], block, head, floors=floors[part])
+            elif is_shifted:
+                softmax = shifted_log_sums(states[part], block, head, floors[part])
             elif way != "attention":
                 softmax = WAYS[way](states[part], block, head, floors[part])
             else:
@@ -103,7 +113,7 @@ def _cross_entropy(
         rows = head.rows(targets[part]).float()
         logits, slopes = _target_logits(
             states[part], rows, targets[part], head,
-            is_rounded=not with_gradient or rounds_logits(way, head),
+            is_rounded=not is_shifted and rounds_logits(way, head),
         )  # fmt: skip
         log_sums[part] -= logits
         if means is not None:  # softmax - 1 at the target, softmax elsewhere

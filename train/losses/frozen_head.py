@@ -86,6 +86,10 @@ class FrozenHead:
     way: str = "attention"
     """How a CPU computes the loss with its gradient (ways.py)."""
 
+    is_rough: bool = False
+    """Whether losses without gradient may be off by 0.01 a target, and by 1e-4 on average: a CPU
+    then needs a quarter of the time over a large vocabulary."""
+
     @property
     def vocab_size(self) -> int:
         """V."""

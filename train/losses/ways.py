@@ -24,6 +24,8 @@ from carryon.train.losses.block_softmax import (
 )
 from carryon.train.losses.frozen_head import FrozenHead, HeadBlock
 
+_LARGE = 32_768
+"""Rows from which the time of an evaluation during a run matters."""
 Way = Callable[[Tensor, HeadBlock, FrozenHead, Tensor], BlockSoftmax]
 """From states [C, D] of the head's dtype, the rows, the head, and a lower bound [C] float32 of the
 log-sum-exp over all rows (the logit of the target, at least) to the softmax with its mean."""
@@ -100,6 +102,28 @@ def ways_of(head: FrozenHead) -> list[str]:
         return [*names, "shifted", "plain"]
     is_simple = head.bias is None and head.logit_scale == 1
     return [*names, "float32", "shifted", *(["rounded"] if is_simple else []), "plain"]
+
+
+def shifts_log_sums(head: FrozenHead) -> bool:
+    """Return whether `shifted_log_sums` computes losses without gradient."""
+    if not head.is_rough or head.vocab_size < _LARGE:
+        return False
+    is_plain = head.device.type == "cpu" and head.softcap is None and head.logit_scale > 0
+    return is_plain and head.dtype == torch.bfloat16
+
+
+def shifted_log_sums(
+    states: Tensor, block: HeadBlock, head: FrozenHead, floors: Tensor
+) -> BlockSoftmax:
+    """Return the log-sum-exp without the mean, rounded as in `shifted`: one product, not two."""
+    shifts, logits = _shifted_logits(states, block, head, floors)
+    logits = logits.float()
+    if block.bias is not None:
+        logits.add_(block.bias)
+    if head.logit_scale != 1:
+        logits.mul_(head.logit_scale)
+    sums = logits.logsumexp(dim=1).add_(shifts[:, 0], alpha=head.logit_scale)
+    return BlockSoftmax(log_sum=sums, mean=None)
 
 
 def way_of(head: FrozenHead) -> str:

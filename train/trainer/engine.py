@@ -36,7 +36,7 @@ def measure_base(states: Sequence[RunState]) -> None:
         run, endings, started_at = group[0].run, Endings(), time.perf_counter()
         jobs = [state.run.eval_job(with_base=True, with_carryon=False) for state in group]
         nlls = measure_nlls(
-            run.store, run.evaluated, jobs, stream=run.data.settings, endings=endings
+            run.store, run.evaluated, jobs, stream=run.data.settings, endings=endings, is_rough=True
         )
         total = partial(sum_over_processes, device=run.head.device)
         _add_endings(run, jobs[:1], endings, total=total)
@@ -57,7 +57,7 @@ def _add_endings(
         return
     train_half, lengths = run.data.split.train, run.store.sample_lengths
     samples = choose_evaluated(train_half, lengths, targets_per_token=1.0, share=0.0)
-    measure_nlls(run.store, samples, jobs, stream=run.data.settings, endings=endings)
+    measure_nlls(run.store, samples, jobs, stream=run.data.settings, endings=endings, is_rough=True)
 
 
 def run_engine(
@@ -150,7 +150,7 @@ def _evaluate(states: Sequence[RunState]) -> None:
     for group in _by_samples([state for state in states if state.awaits_evaluation]):
         run, started_at = group[0].run, time.perf_counter()
         jobs = [state.run.eval_job(with_base=False, with_carryon=True) for state in group]
-        nlls = measure_nlls(run.store, run.evaluated, jobs, stream=run.data.settings)
+        nlls = measure_nlls(run.store, run.evaluated, jobs, stream=run.data.settings, is_rough=True)
         seconds = (time.perf_counter() - started_at) / len(group)
         for state, nll in zip(group, nlls, strict=True):
             state.record_evaluation(nll, seconds=seconds)

@@ -151,14 +151,19 @@ def measure_nlls(
     *,
     stream: StreamSettings,
     endings: Endings | None = None,
+    is_rough: bool = False,
 ) -> list[Nll]:
     """Return the mean NLL of `samples` for each job, all in one pass over their units.
 
     Sums are in float64; several processes share the samples. `endings` also gets the base's losses.
+    With `is_rough` a head over a large vocabulary is multiplied fast (FrozenHead.is_rough).
 
     Raises:
         InputError: there is no supervised token in `samples`.
     """
+    if is_rough:
+        heads = {id(job.head): replace(job.head, is_rough=True) for job in jobs}
+        jobs = [replace(job, head=heads[id(job.head)]) for job in jobs]
     processes = current_processes()
     windows = plan_pass(
         rank_rows(samples, rank=processes.rank, world_size=processes.size),
@@ -180,12 +185,12 @@ def measure_nlls(
         is_pinned=device.type == "cuda",
     )
     # Jobs with the same head share the base's losses.
-    heads = {
+    base_heads = {
         (id(job.head), job.chunk): job.head
         for job in jobs
         if job.with_base or (job.carryon is not None and not job.corrects)
     }
-    base_losses = {key: _Losses() for key in heads}
+    base_losses = {key: _Losses() for key in base_heads}
     first_sums = next(iter(base_losses.values()), None)
     losses = [_Losses() for _ in jobs]
     mixtures = [MixtureSums(job.projected) if job.projected else None for job in jobs]
@@ -200,7 +205,7 @@ def measure_nlls(
                     if job.token_bytes is not None:
                         bytes_of_targets[index] += int(job.token_bytes[batch.targets.cpu()].sum())
                 of_base: dict[tuple[int, int], Tensor] = {}
-                for (key, head), sums in zip(heads.items(), base_losses.values(), strict=True):
+                for (key, head), sums in zip(base_heads.items(), base_losses.values(), strict=True):
                     assert base is not None
                     states = base.at_pairs(batch, head)
                     found = token_losses(states, batch.targets, head=head, chunk=key[1])

@@ -272,8 +272,8 @@ def make_tiny_hybrid(folder: Path) -> None:
 def test_the_head_multiplies_no_slice_of_states(model: CarryOnForCausalLM) -> None:
     """Torch copies the whole head for every row of a slice."""
     shapes = list[tuple[bool, int]]()
-    watch = model.base.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: shapes.append((args[0].is_contiguous(), args[0].shape[1]))
+    watch = model.base.get_output_embeddings().register_forward_hook(
+        lambda _, args, __: shapes.append((args[0].is_contiguous(), args[0].shape[1]))
     )
     model.answer(["one two three", "four five six"], max_new_tokens=3)
     watch.remove()

@@ -23,6 +23,7 @@ from support.tiny_train_stores import make_tiny_store
 from carryon.cache.errors import InputError
 from carryon.tools.cli.main import call_command
 from carryon.train import sweep
+from carryon.train.data.evaluation_set import MIN_TARGETS
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.trainer import finish, run_state
 from carryon.train.trainer.checkpoint import START, Progress, load_weights
@@ -214,7 +215,7 @@ def test_a_large_held_out_half_is_evaluated_in_part_on_the_way_and_whole_at_the_
 
     first, *during, last = _evaluations(store_tmp / "run")
     samples = first["held_out_samples"]
-    assert 1000 <= first["held_out_targets"] < report.held_out_targets / 2
+    assert MIN_TARGETS <= first["held_out_targets"] < report.held_out_targets / 2
     assert {line["held_out_samples"] for line in during} == {samples}
     assert len(during) == 3
     assert last["held_out_samples"] == report.held_out_samples == 400
