@@ -60,13 +60,15 @@ class Calibration:
 
 
 def calibrate(head: FrozenHead, *, positions: int, chunk_tokens: int) -> Calibration | None:
-    """Time the ways of the loss with its gradient; None if the head is small or has one way.
+    """Time the ways of the loss with its gradient; None if it is small, sampled or has one way.
 
     Args:
-        head: whole or with frequent rows.
+        head: of the training steps; one with frequent rows is not timed.
         positions: supervised positions of a micro-batch.
         chunk_tokens: as in LossSettings.
     """
+    if head.frequent is not None:  # few rows a step: not measured yet, so as before
+        return None
     names = ways_of(head)
     if len(names) == 1 or head.weight.numel() < SMALLEST_HEAD:
         return None
