@@ -1,8 +1,12 @@
-"""Tables of text in aligned columns, plain or as Markdown."""
+"""Tables of text in aligned columns, plain or as Markdown, and texts beside each other."""
 
 import re
+import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 
+COLUMN = 46
+"""Characters in each of two columns of text."""
 _NUMBER = re.compile(r"[-+(<>= ]*[\d,.]+(e[-+]?\d+)?%?\)?|-?")
 
 
@@ -30,3 +34,15 @@ def format_table(rows: Sequence[Sequence[str]], *, is_markdown: bool = False) ->
         ]
         lines.insert(1, f"|{'|'.join(rule)}|")
     return "\n".join(lines)
+
+
+def side_by_side(*columns: tuple[str, str]) -> str:
+    """Return two texts in columns, each below its title."""
+    lines = [[title, "-" * COLUMN, *_wrap(text)] for title, text in columns]
+    rows = zip_longest(*lines, fillvalue="")
+    return "\n".join(f"{left:<{COLUMN}} | {right}".rstrip() for left, right in rows)
+
+
+def _wrap(text: str) -> list[str]:
+    lines = (textwrap.wrap(line, COLUMN) or [""] for line in text.strip().splitlines())
+    return [part for wrapped in lines for part in wrapped]

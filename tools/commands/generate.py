@@ -1,16 +1,12 @@
 """`carryon generate`: the answer of the customized model, and of its base beside it."""
 
-import textwrap
-from itertools import zip_longest
 from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.cli.output import visible
+from carryon.tools.cli.table import side_by_side
 from carryon.train.config import GenerateSettings
-
-COLUMN = 46
-"""Characters in each of two columns."""
 
 
 def generate(
@@ -77,15 +73,3 @@ def generate(
         title = "mixture"
     print(visible(side_by_side(("base", base_text), (title, text))))
     return {"base_answer": base_text, "answer": text}
-
-
-def side_by_side(*columns: tuple[str, str]) -> str:
-    """Return two texts in columns, each below its title."""
-    lines = [[title, "-" * COLUMN, *_wrap(text)] for title, text in columns]
-    rows = zip_longest(*lines, fillvalue="")
-    return "\n".join(f"{left:<{COLUMN}} | {right}".rstrip() for left, right in rows)
-
-
-def _wrap(text: str) -> list[str]:
-    lines = (textwrap.wrap(line, COLUMN) or [""] for line in text.strip().splitlines())
-    return [part for line in lines for part in line]

@@ -15,8 +15,8 @@ from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.tools.cli.main import call_command
-from carryon.tools.cli.output import print_result
-from carryon.tools.cli.table import format_table
+from carryon.tools.cli.output import print_result, visible
+from carryon.tools.cli.table import format_table, side_by_side
 from carryon.tools.demo.corpus import SCORED_SEED, TASK
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ ANSWER_TOKENS = 136
 """Longest answer; worked answers to the training problems have up to 133 tokens."""
 
 
-def demo(*, out: str = "carryon-demo", samples: int = 560, num: int = 120) -> dict[str, Any]:
+def demo(*, out: str = "carryon-demo", samples: int = 520, num: int = 120) -> dict[str, Any]:
     """Customize a real LLM in a few minutes on two CPU cores.
 
     The base is SmolLM2-135M-Instruct, from the hub or from a 93 MB package where there is no hub.
@@ -67,9 +67,13 @@ def demo(*, out: str = "carryon-demo", samples: int = 560, num: int = 120) -> di
     results: dict[str, Any] = {}
     for argv in commands(root, num=num):
         results[argv[0]] = _run(argv, seconds)
-    question = question_won(root / "answers.jsonl")
-    results["generate"] = _run(answer_command(root, question), seconds)
-    return print_result({"seconds": seconds, **results}, f"\n{summary(root, results, seconds)}")
+    question, texts = answers_won(root / "answers.jsonl")
+    shown = side_by_side(("base", texts["base"]), ("base + carry-on", texts["carryon"]))
+    logger.info(f"\n{visible(question)}\n{visible(shown)}\n")
+    again = shlex.join(["carryon", *answer_command(root, question)])
+    logger.info(f"{summary(root, results, seconds)}\n\nAsk it yourself:\n$ {again}")
+    results["answered"] = {"question": question, **texts}
+    return print_result({"seconds": seconds, **results})
 
 
 def _run(argv: list[str], seconds: dict[str, float]) -> Any:  # noqa: ANN401 -- each has its own
@@ -79,7 +83,7 @@ def _run(argv: list[str], seconds: dict[str, float]) -> Any:  # noqa: ANN401 -- 
     output = io.StringIO()
     with redirect_stdout(output):
         result = call_command(argv[0], argv[1:])
-    if argv[0] in ("inspect", "generate"):  # the others print a JSON line
+    if argv[0] == "inspect":  # the others print a JSON line
         logger.info(output.getvalue().rstrip())
     seconds[argv[0]] = time.perf_counter() - started_at
     return result
@@ -106,26 +110,32 @@ def commands(root: Path, *, num: int) -> list[list[str]]:
 
 
 def answer_command(root: Path, question: str) -> list[str]:
-    """Return the command that answers a question with base and carry-on."""
+    """Return the command that answers a question once more with base and carry-on."""
     return [
         *("generate", "--carryon", str(root / "run/carryon"), "--base", str(root / "base")),
         *("--compare", "--max-new-tokens", str(ANSWER_TOKENS), "--prompt", question),
     ]
 
 
-def question_won(answers: Path) -> str:
-    """Return the shortest question that the carry-on answers right and the base wrong, if any.
+def answers_won(answers: Path) -> tuple[str, dict[str, str]]:
+    """Return a question with its answers by arm: the shortest that only the carry-on got right.
 
-    A question that only one of them has answered, in a run that was stopped, is passed over.
+    If there is none, the shortest of all. One that only one of them has answered, in a run that was
+    stopped, is passed over.
     """
     with answers.open(encoding="utf-8") as lines:
         given = [json.loads(line) for line in lines][1:]  # behind the settings
-    right: dict[str, dict[str, bool]] = {}
+    by_question: dict[str, dict[str, dict[str, Any]]] = {}
     for each in given:
-        right.setdefault(each["question"], {})[each["arm"]] = each["is_right"]
-    both = [question for question, arms in right.items() if {"base", "carryon"} <= arms.keys()]
-    won = [each for each in both if right[each]["carryon"] and not right[each]["base"]]
-    return min(won or both, key=len)
+        by_question.setdefault(each["question"], {})[each["arm"]] = each
+    both = {text: arms for text, arms in by_question.items() if {"base", "carryon"} <= arms.keys()}
+    won = [
+        text
+        for text, arms in both.items()
+        if arms["carryon"]["is_right"] and not arms["base"]["is_right"]
+    ]
+    question = min(won or both, key=len)
+    return question, {arm: str(each["text"]) for arm, each in both[question].items()}
 
 
 def summary(root: Path, results: dict[str, Any], seconds: dict[str, float]) -> str:
