@@ -75,7 +75,8 @@ def prefill(
             cache.batch_select_indices(torch.zeros_like(index))
         return tokens, mask, cache
     first = torch.tensor([index.tolist().index(place) for place in range(len(places))])
-    if tokens.shape[1] - 1 > common:
+    # A row with one token of its own would be padding up to the end of what is read here.
+    if min(map(len, rows)) > common + 1:
         if cache is not None:
             cache.batch_select_indices(torch.zeros_like(first))
         cache = read(tokens[first, :-1], mask[first, :-1], cache)

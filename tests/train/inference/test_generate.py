@@ -248,6 +248,22 @@ def test_what_prompts_share_is_read_once_and_changes_no_answer(
         assert sum(num_tokens) <= common + 3 * 8 + 5 * 24 + new, "each prompt was read whole"
 
 
+@pytest.mark.parametrize("num_shared", [0, 9])
+def test_equal_prompts_with_one_token_of_their_own_answer_as_alone(
+    family_model: CarryOnForCausalLM, num_shared: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = list(range(5, 5 + num_shared))
+    rows = [[*shared, *own] for own in ([20], [21, 22, 23, 24], [20])]
+    names: list[str | None] = [None] * len(rows)
+    settings = GenerateSettings(max_new_tokens=8)
+    alone = [
+        generate_rows(family_model, [row], settings=settings, carryons=names[:1])[0] for row in rows
+    ]
+    together = generate_rows(family_model, rows, settings=settings, carryons=names)
+    assert together == alone
+    assert "right-padding" not in caplog.text
+
+
 def test_common_length_leaves_every_prompt_a_token() -> None:
     assert common_length([[1, 2, 3], [1, 2]]) == 1
     assert common_length([[1, 2, 3], [1, 2, 3]]) == 2
