@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from carryon.cache.errors import InputError
+
 BLOCK = 512
 """Probabilities that are summed first: one running sum of all would lose the small ones."""
 
@@ -26,9 +28,19 @@ def sampling_processors(*, temperature: float, top_p: float) -> Any:  # noqa: AN
 
 
 def _draw(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """Return logits [B, V] that leave only the token drawn from `scores` [B, V]."""
+    """Return logits [B, V] that leave only the token drawn from `scores` [B, V].
+
+    Raises:
+        InputError: a logit is no number, or infinite.
+    """
     uniform = torch.rand(len(scores), device=scores.device, dtype=torch.float32)
-    tokens = sample_tokens(torch.softmax(scores.float(), dim=1), uniform)
+    probabilities = torch.softmax(scores.float(), dim=1)
+    if probabilities[:, 0].isnan().any():  # one such logit makes the whole row NaN
+        raise InputError(
+            "logits: expected numbers, got NaN or infinity, from which no token can be drawn. "
+            "Fix: --compute-dtype float32, or another base or carry-on"
+        )
+    tokens = sample_tokens(probabilities, uniform)
     return torch.full_like(scores, -torch.inf).scatter_(1, tokens.unsqueeze(1), 0.0)
 
 

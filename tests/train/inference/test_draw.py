@@ -1,7 +1,9 @@
 """Drawing tokens from distributions."""
 
+import pytest
 import torch
 
+from carryon.cache.errors import InputError
 from carryon.train.inference.draw import BLOCK, sample_tokens, sampling_processors
 
 
@@ -44,6 +46,15 @@ def test_no_token_without_probability_is_drawn_at_the_bounds() -> None:
     high = sample_tokens(rows, torch.full((4,), 1 - 2**-24))
     assert low.tolist() == [3, BLOCK + 1, 0, 1]
     assert high.tolist() == [3, BLOCK + 1, 0, BLOCK]
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers_are_refused(wrong: float) -> None:
+    scores = torch.zeros(2, BLOCK + 1)
+    scores[1, 3] = wrong
+    draw = sampling_processors(temperature=1.0, top_p=1.0)
+    with pytest.raises(InputError, match="logits: expected numbers.* Fix: --compute-dtype float32"):
+        draw(torch.zeros(2, 1), scores)
 
 
 def test_top_p_leaves_out_the_tail_and_temperature_sharpens() -> None:
