@@ -6,7 +6,7 @@ positions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -123,8 +123,7 @@ class Session:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep some rows, in this order; one may be there several times."""
-        kept = [self._rows[row] for row in rows]
-        self._rows = [_copy(row) for row in kept]
+        self._rows = [replace(self._rows[row]) for row in rows]
         for source in self.sources:
             source.select(rows)
 
@@ -150,17 +149,6 @@ class Session:
 
 def _begin(row: _Row, source: SourceBase, number: int) -> GrowingText:
     return begin_text(source.start) if row.texts is None else row.texts[number]
-
-
-def _copy(row: _Row) -> _Row:
-    return _Row(
-        texts=row.texts,
-        is_mixed=row.is_mixed,
-        num_tokens=row.num_tokens,
-        last=row.last,
-        is_ended=row.is_ended,
-        has_text=row.has_text,
-    )
 
 
 class SessionLayer(DynamicLayer):  # type: ignore[no-untyped-call]
