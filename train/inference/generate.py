@@ -86,8 +86,7 @@ def answer_batch(
     """
     rows = _encode(model, prompts, chat=settings.chat, carryons=generation.get("carryons"))
     check_room(rows, settings=settings, context_tokens=model.identity.context_tokens)
-    names = generation.get("carryons")
-    generation |= model.read_prompts(prompts, chat=settings.chat, carryons=names)
+    generation |= model.read_prompts(prompts, chat=settings.chat)
     return [each.text for each in generate_rows(model, rows, settings=settings, **generation)]
 
 

@@ -278,7 +278,6 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         prompts: Sequence[Prompt],
         *,
         chat: ChatChoice,
-        carryons: Sequence[str | None] | None = None,
     ) -> dict[str, Any]:
         """Return what `generate` needs besides the token ids of prompts: nothing for one base."""
         return {}

@@ -84,7 +84,7 @@ def encode_prompts(
     if uses_template(tokenizer, framing, chat):
         rows = _encode_chats(tokenizer, prompts, framing)
     else:
-        rows = [_encode_plain(tokenizer, _joined(prompt)) for prompt in prompts]
+        rows = [_encode_plain(tokenizer, joined(prompt)) for prompt in prompts]
     if not all(prompts) or not all(rows):
         raise InputError("prompt: expected some text, got none")
     return rows
@@ -115,7 +115,8 @@ def _encode_chats(
     return rows
 
 
-def _joined(prompt: Prompt) -> str:
+def joined(prompt: Prompt) -> str:
+    """Return a prompt as plain text: of messages their contents, with empty lines between."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(str(message["content"]) for message in prompt)

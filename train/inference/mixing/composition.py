@@ -15,7 +15,7 @@ from carryon.cache.format.framing import Framing
 from carryon.train.config import ChatChoice
 from carryon.train.inference.mixing.session import AnchorWords, Prompts, Session
 from carryon.train.inference.mixing.source_base import BaseCost, SourceBase, head_in_place
-from carryon.train.inference.prompts import Prompt, encode_prompts, uses_template
+from carryon.train.inference.prompts import Prompt, encode_prompts, joined, uses_template
 from carryon.train.mixing.gate import Gate, mixture_distribution
 from carryon.train.mixing.logits import log_probabilities
 from carryon.train.mixing.projection import (
@@ -80,10 +80,9 @@ class Composition:
         columns = []
         for source in self.sources:
             tokenizer = source.facts.tokenizer
-            is_whole = is_text and not uses_template(tokenizer, own, chat)
-            if is_whole and all(isinstance(prompt, str) for prompt in prompts):
+            if is_text and not uses_template(tokenizer, own, chat):
                 begun = begin_text(source.start)
-                texts = [grow(begun, str(each).encode(), source.tokenizer) for each in prompts]
+                texts = [grow(begun, joined(each).encode(), source.tokenizer) for each in prompts]
             else:
                 rows = encode_prompts(tokenizer, prompts, framing=own, chat=chat)
                 texts = [end_prompt(begin_text(tuple(row))) for row in rows]

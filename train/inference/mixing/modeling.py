@@ -60,10 +60,9 @@ class MixedForCausalLM(CarryOnForCausalLM):
         prompts: Sequence[Prompt],
         *,
         chat: ChatChoice,
-        carryons: Sequence[str | None] | None = None,
     ) -> dict[str, Any]:
         """Return what `generate` needs so that the sources read these prompts as in training."""
-        framing = self.framings(carryons, num_rows=len(prompts))[0]
+        [framing] = self.framings(None, num_rows=1)  # rows with another carry-on are not mixed
         return {"source_texts": self.composition.read_prompts(prompts, framing=framing, chat=chat)}
 
     def generate(

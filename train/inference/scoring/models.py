@@ -227,7 +227,7 @@ class Models:
         ) -> list[Generation]:
             settings = replace(self._settings, seed=seed)
             names = [name] * len(rows)
-            more = model.read_prompts(prompts, chat=settings.chat, carryons=names)
+            more = model.read_prompts(prompts, chat=settings.chat)
             return generate_rows(
                 model, rows, settings=settings, alpha=alpha, carryons=names, **more
             )

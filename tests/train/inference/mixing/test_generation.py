@@ -18,9 +18,10 @@ from carryon.cache.corpus import vocabulary
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.tools.cli.main import main
 from carryon.train.inference import generate as generate_module
+from carryon.train.inference.adapters import DEFAULT
 from carryon.train.inference.mixing.modeling import MixedForCausalLM, load_mixed, log_costs
 from carryon.train.inference.modeling import CarryOnForCausalLM
-from carryon.train.modules.serialization import read_card
+from carryon.train.modules.serialization import read_card, read_weights
 
 TEXTS = ["The quick brown f", "x", "    return width * hei"]
 
@@ -148,6 +149,17 @@ def test_wrong_bases_are_refused(folder: Path, tmp_path: Path) -> None:
     late = load(folder, mix=[changed, other])  # weights are compared when they are loaded
     with pytest.raises(SettingMismatchError, match="expected the weights of .*got others"):
         generate(late, TEXTS)
+
+
+def test_sources_read_prompts_as_the_texts_of_the_mixture(folder: Path) -> None:
+    model, texts = load(folder), ["The quick", "brown"]
+    place = folder / "bottleneck" / "carryon"
+    card = replace(read_card(place, allow_mixture=True), framing={"kinds": {"text": 2}})
+    model.carryons.put(DEFAULT, read_weights(place), card)
+    plain = model.read_prompts(texts, chat="auto")
+    assert plain["source_texts"][0][0].tail  # a text that goes on
+    messages = [[{"role": "user", "content": text}] for text in texts]
+    assert model.read_prompts(messages, chat="auto") == plain
 
 
 def test_what_sources_cannot_follow_is_refused(folder: Path, model: MixedForCausalLM) -> None:
