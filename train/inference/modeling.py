@@ -159,13 +159,13 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         [forward] = apply_options(own, forward or ForwardSettings())
         place = locate_carryon(folder, **options)
         card = read_card(place, allow_mixture=True)
-        loaded = load_own_base(card, base, forward=forward, folder=folder)
         if card.mixture or mix or mix_device:
             from carryon.train.inference.mixing.modeling import load_mixed  # is built on this one
 
             return load_mixed(
-                place, card, loaded, mix=mix, mix_device=mix_device, forward=forward, where=folder
+                place, card, base, mix=mix, mix_device=mix_device, forward=forward, where=folder
             )
+        loaded = load_own_base(card, base, forward=forward, folder=folder)
         if get_kind(card.settings.get("kind", "bottleneck")).merges:
             merged = cls(merge_in_memory(place, loaded, is_shared=loaded is base))
             merged._framing = Framing.from_dict(card.framing)

@@ -21,9 +21,10 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 from carryon.train.config import ChatChoice
 from carryon.train.inference.adapters import DEFAULT, Alpha, Names
+from carryon.train.inference.merge import load_own_base
 from carryon.train.inference.mixing.composition import Composition
 from carryon.train.inference.mixing.session import Prompts, find_session, host_rows, keep_session
-from carryon.train.inference.mixing.source_base import BaseCost, place_sources
+from carryon.train.inference.mixing.source_base import BaseCost, check_places, place_sources
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.prompts import Prompt
 from carryon.train.mixing.mixture import load_gate
@@ -195,7 +196,7 @@ class MixedForCausalLM(CarryOnForCausalLM):
 def load_mixed(
     place: Path,
     card: CarryOnCard,
-    base: Base,
+    base: str | Path | Base | None,
     *,
     mix: Sequence[str | Path | Base],
     mix_device: Sequence[str],
@@ -207,7 +208,7 @@ def load_mixed(
     Args:
         place: folder of the carry-on.
         card: of it.
-        base: its own.
+        base: its own, as of `CarryOnForCausalLM.from_pretrained`.
         mix: places of the other bases, in the order of the card. Empty: where they were at
             extraction.
         mix_device: device of each, or one for all. Empty: that of the base.
@@ -219,7 +220,35 @@ def load_mixed(
         MissingError: a base is not there.
         SettingMismatchError: a base is another one than in training.
     """
-    refuse_without_mixture(card, True, where=where)
+    check_mixture(card, mix, mix_device, where=where)
+    loaded = load_own_base(card, base, forward=forward, folder=where)
+    sources = place_sources(
+        card.mixture["sources"], mix, mix_device, anchor=loaded, forward=forward, where=where
+    )
+    model = MixedForCausalLM(loaded, Composition(loaded, sources, load_gate(place, card)))
+    model.carryons.put(DEFAULT, read_weights(place), card, where=str(place))
+    return model
+
+
+def check_mixture(
+    card: CarryOnCard,
+    mix: Sequence[str | Path | Base],
+    mix_device: Sequence[str],
+    *,
+    where: str | Path,
+) -> None:
+    """Check a mixture, and that its other bases are there, before any base is loaded.
+
+    Arguments are those of `load_mixed`.
+
+    Raises:
+        InputError, MissingError: as of `load_mixed`.
+    """
+    if not card.mixture:
+        raise InputError(
+            f"{where}: expected a mixture of several bases with --mix, got a carry-on of one. Fix: "
+            "leave out --mix and --mix-device"
+        )
     if card.mixture["by"] != "probability":
         raise InputError(
             f"{where}: expected a mixture by probability, got one by {card.mixture['by']}, which "
@@ -233,31 +262,7 @@ def load_mixed(
             "merged into its base while the gate reads the base itself. Fix: carryon evaluate "
             "--mix, or train a bottleneck"
         )
-    sources = place_sources(
-        card.mixture["sources"], list(mix), list(mix_device), anchor=base, forward=forward,
-        where=where,
-    )  # fmt: skip
-    model = MixedForCausalLM(base, Composition(base, sources, load_gate(place, card)))
-    model.carryons.put(DEFAULT, read_weights(place), card, where=str(place))
-    return model
-
-
-def refuse_without_mixture(card: CarryOnCard, is_mixed: bool, *, where: str | Path) -> None:
-    """Check that other bases are given to a mixture only.
-
-    Args:
-        card: of the carry-on.
-        is_mixed: whether other bases, or devices of theirs, are given.
-        where: name of the carry-on, for the error.
-
-    Raises:
-        InputError: they are given to a carry-on of one base.
-    """
-    if is_mixed and not card.mixture:
-        raise InputError(
-            f"{where}: expected a mixture of several bases with --mix, got a carry-on of one. Fix: "
-            "leave out --mix and --mix-device"
-        )
+    check_places(card.mixture["sources"], mix, mix_device, where=where)
 
 
 def log_costs(model: MixedForCausalLM) -> None:

@@ -1,6 +1,6 @@
 """A source of a mixture as it generates: tokenizer and vocabulary map now, weights when it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from carryon.cache.alignment.boundaries import read_rules
 from carryon.cache.alignment.prefixes import PrefixTokenizer
 from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
 from carryon.cache.base.identity import digest_tokenizer
+from carryon.cache.base.loading import locate_base, read_config
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.base.recorded import recorded_source
 from carryon.cache.corpus.tokenize import Encoder
@@ -117,10 +118,7 @@ class SourceBase:
             source = str(place) if place else recorded_source(recorded, where=self._where)
             return source, read_facts(source)
         except MissingError as error:
-            raise MissingError(
-                f"{self._where}: mix: the base {self._recorded['base']} that it was trained with "
-                f"was not found. Fix: give its place with --mix. {error}"
-            ) from error
+            raise _missing(self._recorded, error, where=self._where) from error
 
     def _check(self, name: str, digest: str) -> None:
         expected = self._recorded[name]
@@ -151,6 +149,15 @@ class SourceBase:
         )
         self._check("vocabulary_map_sha256", found.digest())
         return found
+
+
+def _missing(
+    recorded: Mapping[str, str], error: MissingError, *, where: str | Path
+) -> MissingError:
+    return MissingError(
+        f"{where}: mix: the base {recorded['base']} that it was trained with was not found. Fix: "
+        f"give its place with --mix. {error}"
+    )
 
 
 def vocabulary_of(base: Base) -> Vocabulary:
@@ -190,29 +197,20 @@ def head_in_place(base: Base) -> FrozenHead:
     )
 
 
-def place_sources(
-    recorded: list[Mapping[str, str]],
-    places: list[str | Path | Base],
-    devices: list[str],
+def check_places(
+    recorded: Sequence[Mapping[str, str]],
+    places: Sequence[str | Path | Base],
+    devices: Sequence[str],
     *,
-    anchor: Base,
-    forward: ForwardSettings,
     where: str | Path,
-) -> list[SourceBase]:
-    """Return the sources of a mixture, none of them loaded yet.
+) -> None:
+    """Check that each source has a place where a base is; nothing is loaded.
 
-    Args:
-        recorded: what the card says of each.
-        places: of each, in this order; empty: where they were at extraction.
-        devices: of each, or one for all; empty: that of the anchor.
-        anchor: the anchor's base.
-        forward: how the anchor is run.
-        where: the carry-on, for errors.
+    Arguments are those of `place_sources`.
 
     Raises:
         InputError: not one place or device for each.
         MissingError: a base is not there.
-        SettingMismatchError: a base is another one than in training.
     """
     names = ", ".join(each["base"] for each in recorded)
     for option, given in (("mix", places), ("mix-device", devices)):
@@ -222,6 +220,41 @@ def place_sources(
                 f"--{option}: expected one for each of {names}, which {where} was trained with, "
                 f"got {len(given)}. Fix: give {len(recorded)}, in that order, or leave it out"
             )
+    extracted = ["@".join(filter(None, (each["base"], each["revision"]))) for each in recorded]
+    for each, place in zip(recorded, places or extracted, strict=True):
+        if isinstance(place, Base):
+            continue
+        try:
+            found = locate_base(str(place))
+            if not found.is_local:
+                read_config(found)
+        except MissingError as error:
+            raise _missing(each, error, where=where) from error
+
+
+def place_sources(
+    recorded: Sequence[Mapping[str, str]],
+    places: Sequence[str | Path | Base],
+    devices: Sequence[str],
+    *,
+    anchor: Base,
+    forward: ForwardSettings,
+    where: str | Path,
+) -> list[SourceBase]:
+    """Return the sources of a mixture, none of them loaded yet.
+
+    Args:
+        recorded: what the card says of each.
+        places: one for each, in this order; empty: where they were at extraction.
+        devices: one for each, or one for all; empty: that of the anchor.
+        anchor: the anchor's base.
+        forward: how the anchor is run.
+        where: the carry-on, for errors.
+
+    Raises:
+        MissingError: a base is not there.
+        SettingMismatchError: a base is another one than in training.
+    """
     used = devices or [str(anchor.device)]
     vocabulary = vocabulary_of(anchor)
     return [

@@ -23,11 +23,7 @@ from carryon.train.config import GenerateSettings
 from carryon.train.inference.adapters import DEFAULT
 from carryon.train.inference.generate import Generation, generate_rows
 from carryon.train.inference.merge import load_own_base
-from carryon.train.inference.mixing.modeling import (
-    MixedForCausalLM,
-    log_costs,
-    refuse_without_mixture,
-)
+from carryon.train.inference.mixing.modeling import MixedForCausalLM, check_mixture, log_costs
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.prompts import Prompt, encode_prompts
 from carryon.train.inference.scoring.arms import Arm
@@ -80,7 +76,7 @@ class Models:
         `mix` and `mix_device` are places and devices of the other bases, if it is a mixture.
 
         Raises:
-            InputError: neither of them is given.
+            InputError: neither of them is given, or other bases without a mixture.
             MissingError: one of them is not found.
             SettingMismatchError: the carry-on was trained on another base.
         """
@@ -93,8 +89,14 @@ class Models:
         if carryon:
             place = locate_carryon(carryon)
             self.card = read_card(place, allow_mixture=True)
-            refuse_without_mixture(self.card, bool(mix or mix_device), where=carryon)
+            if mix or mix_device:
+                check_mixture(self.card, mix, mix_device, where=carryon)
             self.base = load_own_base(self.card, base, forward=forward, folder=carryon)
+        elif mix or mix_device:
+            raise InputError(
+                "--mix: expected the other bases of --carryon, got no carry-on. Fix: leave out "
+                "--mix and --mix-device, or give --carryon"
+            )
         elif base:
             self.base = load_base(base, forward=forward)
         else:

@@ -151,6 +151,16 @@ def test_wrong_bases_are_refused(folder: Path, tmp_path: Path) -> None:
         generate(late, TEXTS)
 
 
+def test_a_missing_source_is_refused_before_any_base_is_loaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    with pytest.raises(MissingError, match="mix: the base .* was not found. Fix: .*--mix"):
+        load(folder, base=nowhere, mix=[str(folder / "good-base"), nowhere])
+    with pytest.raises(InputError, match="--mix: expected one for each of"):
+        load(folder, base=nowhere, mix=[nowhere])
+
+
 def test_sources_read_prompts_as_the_texts_of_the_mixture(folder: Path) -> None:
     model, texts = load(folder), ["The quick", "brown"]
     place = folder / "bottleneck" / "carryon"
