@@ -357,13 +357,21 @@ class TrainSettings:
     memory: MemorySettings = field(default_factory=MemorySettings)
     run: RunSettings = field(default_factory=RunSettings)
 
-    def check_mix(self) -> None:
+    def check_mix(self, *, is_scored: bool = False) -> None:
         """Check what a mixture of several bases allows.
+
+        Args:
+            is_scored: whether answers are scored in training.
 
         Raises:
             InputError: a kind without weights alone, a kind that cannot read the states of other
-                bases, or a sampled softmax beside a gate.
+                bases, a sampled softmax beside a gate, or scores of a mixture.
         """
+        if self.mixing.mix and is_scored:
+            raise InputError(
+                "score_every: expected 0 with mix, as answers of a mixture are not built yet. Fix: "
+                "leave out --score-every"
+            )
         kind = self.carryon.kind
         if self.mixing.reads_states and not get_kind(kind).reads_sources:
             kinds = ", ".join(name for name, each in KINDS.items() if each.reads_sources)

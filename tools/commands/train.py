@@ -64,6 +64,7 @@ def train(
         "--score-seed": score_seed,
         "--score-new-tokens": score_new_tokens,
     }
+    settings.check_mix(is_scored=score_every > 0)  # before the base is loaded to score
     scoring = _open_scoring(store, given, settings) if _is_scored(given) else None
     from carryon.train.trainer.trainer import train as train_carryon
 

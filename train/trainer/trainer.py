@@ -194,12 +194,7 @@ def _prepare(
 ) -> tuple[TrainData, list[Run]]:
     """Check everything, then open the run folders; returns the runs that are not finished."""
     for job in jobs:
-        job.settings.check_mix()
-        if job.settings.mixing.mix and job.scoring is not None:
-            raise InputError(
-                "score_every: expected 0 with mix, as answers of a mixture are not built yet. Fix: "
-                "leave out --score-every"
-            )
+        job.settings.check_mix(is_scored=job.scoring is not None)
     data = open_data(paths, jobs[0].settings)
     data, sources = _open_mixture(data, jobs[0].settings)
     if wrap_store is not None:
