@@ -2,11 +2,13 @@
 
 A byte-level BPE cuts a text into pieces by regular expressions, and merges within a piece only.
 What follows can change the last piece, and with it white space before it, a letter before an
-apostrophe, or digits that are grouped from the right. A BPE without such pieces merges over the
-whole text, but no token crosses two neighbouring characters that stand together in no token.
+apostrophe, digits that are grouped from the right, or letters without case before a capital. A BPE
+without such pieces merges over the whole text, but no token crosses two neighbouring characters
+that stand together in no token.
 """
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +20,7 @@ from carryon.cache.errors import InputError
 _KEEPING = {"Split", "Digits", "ByteLevel", "Punctuation"}
 _SPACE = "\u2581"
 _LONGEST_CONTRACTION = 3
+_CASELESS, _CAPITALS = {"Lo", "Lm", "Mn", "Mc", "Me"}, {"Lu", "Lt"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +33,8 @@ class BoundaryRules:
     """Whether `'s` belongs to the piece of the word before it."""
     counts_from_right: bool
     """Whether a digit more moves the boundaries between groups of digits."""
+    joins_capitals: bool
+    """Whether a small letter behind a capital joins it to letters without case before it."""
     pairs: frozenset[str]
     """Two neighbouring characters of some token."""
     added_parts: frozenset[str]
@@ -76,6 +81,13 @@ class BoundaryRules:
             return True  # a newline may take in all white space before it
         if self.counts_from_right and rest.isdigit() and piece.strip().isdigit():
             return True
+        is_caseless = unicodedata.category(piece[-1]) in _CASELESS
+        if (
+            self.joins_capitals
+            and is_caseless
+            and set(map(unicodedata.category, rest)) <= _CAPITALS
+        ):
+            return True
         if piece[-1] == "'" and len(rest) < _LONGEST_CONTRACTION and rest.isalpha():
             return True  # 'l may become the contraction 'll
         return (
@@ -98,8 +110,8 @@ def read_rules(encoder: Encoder, *, name: str) -> BoundaryRules:
     """
     backend = encoder.backend(is_next=False)
     rules: dict[str, Any] = json.loads(backend.to_str())
-    model, steps = rules["model"], _steps(rules.get("pre_tokenizer"), "pretokenizers")
-    normalizers = _steps(rules.get("normalizer"), "normalizers")
+    model, steps = rules["model"], steps_of(rules.get("pre_tokenizer"), "pretokenizers")
+    normalizers = steps_of(rules.get("normalizer"), "normalizers")
     added = list(backend.get_added_tokens_decoder().values())
     has_pieces = any(step.get("type") == "ByteLevel" for step in steps)
     problem = (
@@ -131,6 +143,7 @@ def read_rules(encoder: Encoder, *, name: str) -> BoundaryRules:
         has_pieces=has_pieces,
         joins_contractions=has_pieces and len(pieces("abc's")) == 1,
         counts_from_right=has_pieces and pieces("1234567")[0] != pieces("12345678")[0],
+        joins_capitals=has_pieces and len(pieces("\u306eA")) > len(pieces("\u306eAb")),
         pairs=frozenset() if has_pieces else _pairs(model["vocab"], set(names)),
         added_parts=frozenset(name[:end] for name in names for end in range(1, len(name))),
         added_starts="".join(sorted({name[0] for name in names if len(name) > 1})),
@@ -191,9 +204,15 @@ def _pairs(vocabulary: Sequence[str], added: set[str]) -> frozenset[str]:
     )
 
 
-def _steps(rules: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def steps_of(rules: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Return the steps of a part of a tokenizer, those of sequences within sequences as well.
+
+    Args:
+        rules: of its pre-tokenizer or its normalizer, as tokenizer.json has them.
+        key: of the steps of a sequence: `pretokenizers` or `normalizers`.
+    """
     if rules is None:
         return []
     if rules.get("type") == "Sequence":
-        return [step for each in rules[key] for step in _steps(each, key)]
+        return [step for each in rules[key] for step in steps_of(each, key)]
     return [rules]

@@ -292,12 +292,14 @@ class PrefixTokenizer:
 def _end_in_words(
     text: str, starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Tell which beginnings end within a piece of ASCII letters, with or without a blank before.
+    """Tell which beginnings end within a piece of ASCII letters behind a blank or other ASCII.
 
     Such a piece begins there whatever follows. No regular expression of a byte-level tokenizer
     looks further than to the first character that is no white space, or behind a run of digits,
-    and both are part of the beginning; a letter behind an apostrophe may be a contraction and is
-    left out. So its tokens depend on nothing before it, and are found in the cache more often.
+    and both are part of the beginning. So its tokens depend on nothing before it, and are found in
+    the cache more often. Left out are letters behind an apostrophe, which may be a contraction, and
+    those behind another letter: where a capital begins a piece (XML, Http), the next letter decides
+    which one does.
 
     Args:
         text: the whole text.
@@ -308,9 +310,12 @@ def _end_in_words(
     lower = points | 0x20
     is_letter = (lower >= ord("a")) & (lower <= ord("z"))
     before = np.concatenate([[0], np.cumsum(is_letter)])
-    firsts = starts + (points[starts] == ord(" "))
+    is_blank = points[starts] == ord(" ")
+    firsts = starts + is_blank
     is_plain = (firsts < ends) & (before[ends] - before[firsts] == ends - firsts)
-    is_word: NDArray[np.bool_] = is_plain & (points[np.maximum(starts - 1, 0)] != ord("'"))
+    last = np.maximum(starts - 1, 0)
+    is_apart = (points[last] < 0x80) & (points[last] != ord("'")) & ~is_letter[last]
+    is_word: NDArray[np.bool_] = is_plain & (is_blank | is_apart | (starts == 0))
     return is_word
 
 

@@ -25,6 +25,14 @@ O200K = (
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+"""Cuts identifiers at capitals: XML|Http."""
+CASES = (
+    "XMLHttpRequest ",
+    "XMLHTTP XMLH LH ",
+    "\u306eAbc \u306eA e\u0301A E\u0301Ab ",
+    "\u306e's ",
+) * 3
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }} "
@@ -41,13 +49,14 @@ BRACKETS = (
 
 
 def make_tokenizer(kind: str, *, vocab_size: int = 420, template: str = CHATML) -> Any:  # noqa: ANN401
-    """Return a tokenizer of a kind: gpt2, qwen, o200k, metaspace, gemma."""
+    """Return a tokenizer of a kind: gpt2, lossy, qwen, o200k, camel, metaspace, gemma."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=kind in ("metaspace", "gemma")))
     alphabet: list[str] = []
-    if kind == "gpt2":
+    splits = {"qwen": QWEN, "o200k": O200K, "camel": CAMEL}
+    if kind in ("gpt2", "lossy"):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    elif kind in ("qwen", "o200k"):
-        split = pre_tokenizers.Split(Regex(QWEN if kind == "qwen" else O200K), "isolated")
+    elif kind in splits:
+        split = pre_tokenizers.Split(Regex(splits[kind]), "isolated")
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
         if kind == "qwen":
@@ -63,6 +72,9 @@ def make_tokenizer(kind: str, *, vocab_size: int = 420, template: str = CHATML) 
         training = [text.encode("ascii", "ignore").decode() for text in TEXTS]
     else:
         alphabet, training = sorted(pre_tokenizers.ByteLevel.alphabet()), list(TEXTS)
+        training += CASES if kind in ("o200k", "camel") else ()
+        if kind == "lossy":  # without the bytes 4 and 6, as SmolLM2's
+            alphabet = [name for name in alphabet if name not in "\u0104\u0106"]
         tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size + 256,

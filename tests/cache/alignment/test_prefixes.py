@@ -12,8 +12,9 @@ from carryon.cache.alignment.tree import grow_tree
 from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.errors import InputError
 
-KINDS = ["gpt2", "qwen", "o200k", "metaspace", "gemma"]
+KINDS = ["gpt2", "qwen", "o200k", "camel", "metaspace", "gemma"]
 SPLICES = [*"aZ7'\n\t <,(", "  ", "'s", "'ll", "\r\n", " \n ", "\u4f60", "\U0001f600", "im_start|>"]
+SPLICES += ["XMLH", "ttp", "\u306e", "Ab"]
 
 
 def make_text(draw: random.Random, *, is_nfc: bool) -> str:
@@ -59,6 +60,24 @@ def test_stable_tokens_stay_whatever_follows(kind: str) -> None:
             stable = made.tokens[: prefix.num_stable].tolist()
             facts.append((stable, prefix.stable_end, prefix.num_stable))
         assert all(fact == facts[0] for fact in facts), (text[:end], facts)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen", "o200k", "camel"])
+def test_capitals_decide_nothing_before_the_letter_behind_them(kind: str) -> None:
+    encoder = Encoder(make_tokenizer(kind))
+    tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name=kind))
+    for known in ("XMLH", "fooBAR", "\u306eA", "\u306eAB", "\u306eABC", " x\u306eA", "\u306e'"):
+        facts = []
+        for more in ("b", "bc d", "B", "Bc", " ", "7", "\u306e", "'s", "s"):
+            text = known + more
+            made = tokenizer.tokenize(text, range(1, len(text) + 1), is_next=False)
+            for end in range(1, len(text) + 1):
+                prefix = made.at(end)
+                got = [*made.tokens[: prefix.num_shared].tolist(), *prefix.others]
+                assert got == encoder.encode(text[:end]).ids.tolist(), (text, end)
+            prefix = made.at(len(known))
+            facts.append((made.tokens[: prefix.num_stable].tolist(), prefix.stable_end))
+        assert all(fact == facts[0] for fact in facts), (known, facts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
