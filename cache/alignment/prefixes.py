@@ -151,7 +151,15 @@ class PrefixTokenizer:
         """
         whole = self._read_whole(text, is_next=is_next)
         wanted = np.array(sorted(set(ends)), dtype=np.int64)
-        found = _Found.of(len(wanted))
+        shared, stable, stable_end = (np.zeros(len(wanted), dtype=np.int64) for _ in range(3))
+        found = Prefixes(
+            tokens=whole.ids,
+            ends=wanted,
+            num_shared=shared,
+            others={},
+            num_stable=stable,
+            stable_end=stable_end,
+        )
         pieces = np.searchsorted(whole.bounds, wanted)
         places, is_word = self._first_places(whole, wanted, pieces)
         waiting = np.arange(len(wanted))
@@ -160,17 +168,10 @@ class PrefixTokenizer:
             tails = self._tails(whole, starts.tolist(), wanted[waiting].tolist())
             is_done = np.fromiter((tail.is_sure for tail in tails), np.bool_, count=len(tails))
             is_done |= (places[waiting] == 0) | is_word[waiting]
-            found.join_(whole, waiting, places[waiting], tails, is_done)
+            _join_(found, whole, waiting, places[waiting], tails, is_done)
             waiting = waiting[~is_done]
             places[waiting] = np.maximum(2 * places[waiting] - pieces[waiting], 0)
-        return Prefixes(
-            tokens=whole.ids,
-            ends=wanted,
-            num_shared=found.num_shared,
-            others=found.others,
-            num_stable=found.num_stable,
-            stable_end=found.stable_end,
-        )
+        return found
 
     def _first_places(
         self, whole: _Whole, wanted: NDArray[np.int64], pieces: NDArray[np.int64]
@@ -319,59 +320,45 @@ def _end_in_words(
     return is_word
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Found:
-    """Tokens of beginnings as they are found; see Prefixes."""
+def _join_(
+    found: Prefixes,
+    whole: _Whole,
+    indices: NDArray[np.int64],
+    places: NDArray[np.int64],
+    tails: Sequence[Tail],
+    is_done: NDArray[np.bool_],
+) -> None:
+    """Fill in the beginnings that are the whole text's tokens before a tail, and the tail's.
 
-    num_shared: NDArray[np.int64]
-    num_stable: NDArray[np.int64]
-    stable_end: NDArray[np.int64]
-    others: dict[int, tuple[int, ...]]
-
-    @classmethod
-    def of(cls, count: int) -> "_Found":
-        """Return room for some beginnings."""
-        shared, stable, end = (np.zeros(count, dtype=np.int64) for _ in range(3))
-        return cls(num_shared=shared, num_stable=stable, stable_end=end, others={})
-
-    def join_(
-        self,
-        whole: _Whole,
-        indices: NDArray[np.int64],
-        places: NDArray[np.int64],
-        tails: Sequence[Tail],
-        is_done: NDArray[np.bool_],
-    ) -> None:
-        """Add the beginnings that are the whole text's tokens before a tail, and the tail's.
-
-        Args:
-            whole: the text.
-            indices: of the beginnings.
-            places: piece at which each tail starts.
-            tails: of each.
-            is_done: which are added.
-        """
-        chosen = [tail for tail, done in zip(tails, is_done.tolist(), strict=True) if done]
-        if not chosen:
-            return
-        indices, places = indices[is_done], places[is_done]
-        ids, num_stable, stable_end, _ = zip(*chosen, strict=True)
-        before = whole.firsts[places]
-        shared = _count_shared(whole.ids, before, ids)
-        stable = np.array(num_stable, dtype=np.int64)
-        if bool((stable > shared).any()):
-            worst = int(np.argmax(stable > shared))
-            raise NotStableError(
-                f"the tokens from character {whole.bounds[places[worst]]}: expected the same first "
-                f"{stable[worst]} tokens whatever follows, got {shared[worst]} of them in the "
-                "whole text. Fix: use another base, as this tokenizer cannot be aligned"
-            )
-        self.num_shared[indices] = before + shared
-        self.num_stable[indices] = before + stable
-        self.stable_end[indices] = whole.bounds[places] + np.array(stable_end, dtype=np.int64)
-        lengths = np.fromiter(map(len, ids), np.int64, count=len(ids))
-        for number in np.flatnonzero(shared < lengths).tolist():
-            self.others[int(indices[number])] = ids[number][int(shared[number]) :]
+    Args:
+        found: of the text.
+        whole: the text.
+        indices: of the beginnings.
+        places: piece at which each tail starts.
+        tails: of each.
+        is_done: which are filled in.
+    """
+    chosen = [tail for tail, done in zip(tails, is_done.tolist(), strict=True) if done]
+    if not chosen:
+        return
+    indices, places = indices[is_done], places[is_done]
+    ids, num_stable, stable_end, _ = zip(*chosen, strict=True)
+    before = whole.firsts[places]
+    shared = _count_shared(whole.ids, before, ids)
+    stable = np.array(num_stable, dtype=np.int64)
+    if bool((stable > shared).any()):
+        worst = int(np.argmax(stable > shared))
+        raise NotStableError(
+            f"the tokens from character {whole.bounds[places[worst]]}: expected the same first "
+            f"{stable[worst]} tokens whatever follows, got {shared[worst]} of them in the "
+            "whole text. Fix: use another base, as this tokenizer cannot be aligned"
+        )
+    found.num_shared[indices] = before + shared
+    found.num_stable[indices] = before + stable
+    found.stable_end[indices] = whole.bounds[places] + np.array(stable_end, dtype=np.int64)
+    lengths = np.fromiter(map(len, ids), np.int64, count=len(ids))
+    for number in np.flatnonzero(shared < lengths).tolist():
+        found.others[int(indices[number])] = ids[number][int(shared[number]) :]
 
 
 def _count_shared(
