@@ -59,9 +59,20 @@ def open_anchor(path: str | Path) -> Store:
     """Open the store to align to.
 
     Raises:
-        InputError: it is itself aligned to another store.
+        InputError: it is itself aligned to another store, or a later part of one.
     """
-    return Store.open(path)
+    anchor = Store.open(path, allow_aligned=True)
+    if facts := anchor.manifest.alignment:
+        raise InputError(
+            f"--align-to {path}: expected a store of its own, got one that is aligned to the store "
+            f"{facts['anchor'][:12]} of {facts['anchor_base']}. Fix: give that store, the anchor"
+        )
+    if anchor.name not in (str(anchor.root), f"{anchor.root}#1"):
+        raise InputError(
+            f"--align-to {path}: expected a whole store or its first part, got a later part. Fix: "
+            f"--align-to {anchor.root}, with the --data of all its parts"
+        )
+    return anchor
 
 
 def keep_settings(anchor: Store, corpus: CorpusSettings, store: StoreSettings) -> StoreSettings:

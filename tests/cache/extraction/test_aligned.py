@@ -1,6 +1,7 @@
 """A store aligned to another: states against plain forward passes, edits, refusals, resume."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,31 @@ def test_a_second_run_with_another_alignment_is_refused(
     with pytest.raises(SettingMismatchError, match="alignment: digest: expected"):
         align(other, anchor, tmp_path / "b", ROWS[1:], drop_missing=True)
     assert _states(tmp_path / "b") == before
+
+
+def test_an_anchor_that_is_aligned_itself_is_refused(
+    anchor: Path, other: Base, tmp_path: Path
+) -> None:
+    align(other, anchor, tmp_path / "b")
+    with pytest.raises(InputError, match="^--align-to .*one that is aligned to") as caught:
+        align(other, tmp_path / "b", tmp_path / "c")
+    assert "--store" not in str(caught.value)
+
+
+def test_the_first_part_of_a_store_is_an_anchor_and_a_later_one_is_refused(
+    anchor: Path, other: Base, tmp_path: Path
+) -> None:
+    more = [{"id": f"more-{row['id']}", "text": "some words and more"} for row in ROWS]
+    base, grown = str(anchor.parent / "base"), tmp_path / "grown"
+    shutil.copytree(anchor, grown)
+    data = write(more, tmp_path / "more")
+    with small_pieces():
+        extract(base=base, data=data, out=grown, store=SETTINGS, forward=FORWARD, append=True)
+    store = align(other, f"{grown}#1", tmp_path / "b")
+    assert store.manifest.alignment["anchor"] == Store.open(anchor).fingerprint
+    assert _states(tmp_path / "b") == _states(align(other, anchor, tmp_path / "c").root)
+    with pytest.raises(InputError, match=r"^--align-to .*#2: expected .* got a later part"):
+        align(other, f"{grown}#2", tmp_path / "d", more)
 
 
 def test_a_sample_longer_than_the_context_is_named(anchor: Path, tmp_path: Path) -> None:
