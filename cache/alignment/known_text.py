@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from carryon.cache.alignment.boundaries import steps_of
 from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.errors import InputError
 
@@ -59,19 +60,12 @@ def find_known(
 
 def broken_tokens(encoder: Encoder) -> dict[int, bytes]:
     """Return the bytes of the tokens that begin or end within a character."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
     rules: dict[str, Any] = json.loads(encoder.backend(is_next=False).to_str())
     vocabulary: dict[str, int] = rules["model"]["vocab"]
-    has_bytes = any(
-        step.get("type") == "ByteLevel"
-        for each in [rules.get("pre_tokenizer") or {}]
-        for step in each.get("pretokenizers", [each])
-    )
-    if not has_bytes:
+    values = {name: byte for byte, name in byte_names(rules).items()}
+    if not values:
         names = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(0x80, 0x100)}
         return {vocabulary[name]: value for name, value in names.items() if name in vocabulary}
-    values = _byte_values(ByteLevel.alphabet())
     broken = {}
     for name, token in vocabulary.items():
         if name.isascii() or not all(char in values for char in name):
@@ -136,11 +130,16 @@ def _rest(piece: bytes) -> bytes:
     return b""
 
 
-def _byte_values(alphabet: Sequence[str]) -> dict[str, int]:
-    """Return the byte that each character of a byte-level alphabet stands for (GPT-2's table)."""
+def byte_names(rules: dict[str, Any]) -> dict[int, str]:
+    """Return the character that stands for each byte (GPT-2's table); empty: not byte-level.
+
+    Args:
+        rules: of a tokenizer.
+    """
+    steps = steps_of(rules.get("pre_tokenizer"), "pretokenizers")
+    if not any(step.get("type") == "ByteLevel" for step in steps):
+        return {}
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
-    values = {chr(byte): byte for byte in plain}
-    values |= {chr(256 + index): byte for index, byte in enumerate(others)}
-    assert set(values) == set(alphabet)
-    return values
+    names = {byte: chr(byte) for byte in plain}
+    return names | {byte: chr(256 + index) for index, byte in enumerate(others)}

@@ -25,6 +25,7 @@ from carryon.cache.alignment.known_text import (
     refuse_other_contents,
 )
 from carryon.cache.alignment.prefixes import NotStableError, PrefixTokenizer
+from carryon.cache.alignment.spelling import read_spelling
 from carryon.cache.alignment.tree import TokenTree, grow_tree
 from carryon.cache.corpus.chat.chat_template import ChatTemplate, UnfitError
 from carryon.cache.corpus.chat.turns import Conversation
@@ -74,6 +75,7 @@ class BaseTexts:
         """
         self.encoder, self.settings = Encoder(tokenizer), settings
         self.rules: BoundaryRules = read_rules(self.encoder, name=name)
+        self._spelling = read_spelling(self.encoder)
         self.name = name
         template = ChatTemplate(
             tokenizer,
@@ -141,6 +143,19 @@ class BaseTexts:
                 "leave the record out"
             )
 
+    def refuse_lost(self, text: str, *, sample: str) -> None:
+        """Check that equal tokens mean an equal text.
+
+        Raises:
+            InputError: the tokenizer does not write a character as it is; names the sample.
+        """
+        if char := self._spelling.first_lost(text):
+            raise InputError(
+                f"sample {sample!r}: expected text that the tokens of {self.name} spell, got "
+                f"U+{ord(char):04X}, which they do not: another text may have the same tokens. "
+                "Fix: give the very files that the anchor was made of, or leave the record out"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AlignedSample:
@@ -157,9 +172,16 @@ class AlignedSample:
 class Aligner:
     """Aligns records; keeps the other tokenizer's cache."""
 
-    def __init__(self, anchor: BaseTexts, other: BaseTexts) -> None:
-        """Start with an empty cache."""
-        self._anchor, self._other = anchor, other
+    def __init__(self, anchor: BaseTexts, other: BaseTexts, *, is_same_data: bool = False) -> None:
+        """Start with an empty cache.
+
+        Args:
+            anchor: reading of the anchor's base.
+            other: of the base that is aligned.
+            is_same_data: whether the records are known to be the anchor's. Else equal tokens have
+                to prove it, which those of some texts do not.
+        """
+        self._anchor, self._other, self._is_same_data = anchor, other, is_same_data
         self._broken = broken_tokens(anchor.encoder)
         self._tokenizer = PrefixTokenizer(other.encoder, other.rules)
         self._num_samples = 0
@@ -213,8 +235,8 @@ class Aligner:
             known = find_known(sample.tokens, sample.char_end, self._broken, start=first)
             own = Known(ends=known.ends - first, partial=known.partial)
             stop = max(int(sample.char_end.max(initial=0)), first)
-            anchor.refuse_normalized(text[first:stop], sample=sample.id)
             read = text[first:stop]
+            self._refuse_unproven(read, sample=sample.id)
             yield self._grow(sample, read, (), own, start, read=read)
             first = stop
 
@@ -250,8 +272,14 @@ class Aligner:
             )
         refuse_other_contents(piece.text, found[0], text, found[1], sample=name)
         for start, stop in found[0]:
-            self._anchor.refuse_normalized(piece.text[start:stop], sample=name)
+            self._refuse_unproven(piece.text[start:stop], sample=name)
         return found
+
+    def _refuse_unproven(self, text: str, *, sample: str) -> None:
+        """Check that the anchor's tokens of a text are those of no other text."""
+        self._anchor.refuse_normalized(text, sample=sample)
+        if not self._is_same_data:
+            self._anchor.refuse_lost(text, sample=sample)
 
     def _places(self, chat: Chat, piece: Piece, text: str) -> tuple[list[Span], list[Span]] | None:
         for whole_arguments in (True, False):
@@ -270,7 +298,8 @@ class Aligner:
             found = common_places(first, second, piece.text, text)
             if found is not None:
                 pairs = [(a, b) for a, b in zip(*found, strict=True) if a[0] < a[1]]
-                return [a for a, _ in pairs], [b for _, b in pairs]
+                if pairs:
+                    return [a for a, _ in pairs], [b for _, b in pairs]
         return None
 
     def _grow(

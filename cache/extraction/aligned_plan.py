@@ -6,7 +6,7 @@ must come out. Nothing is written. Letters: S samples, R rows and n nodes of a u
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from carryon.cache.corpus.chat.template_settings import resolve_settings
 from carryon.cache.corpus.files import plan_shards, read_shard
 from carryon.cache.corpus.reading.cache_folder import cache_folder
 from carryon.cache.corpus.records import Record, read_record
-from carryon.cache.corpus.rows import BadRow, Data
+from carryon.cache.corpus.rows import BadRow, Data, Source
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.format.alignment import UnitAlignment
@@ -128,9 +128,12 @@ def align_to_anchor(
     if len(numbers) < anchor.num_samples:
         raise InputError(f"{anchor.name}: expected a different id for each sample")
     found: dict[int, AlignedSample] = {}
-    aligner = Aligner(own, other)
+    sources = open_sources(data, data_settings, folder=cache_folder())
+    known = {file.get("sha256") for part in anchor.manifest.parts for file in part.files}
+    is_same_data = all(source.sha256 in known for source in sources)
+    aligner = Aligner(own, other, is_same_data=is_same_data)
     unknown = 0
-    for record in _records(data, data_settings):
+    for record in _records(sources, data_settings):
         for aligned in _aligned(aligner, record, drops_unfit=data_settings.drop_unfit):
             index = numbers.get(aligned.sample.id)
             if index is None:
@@ -195,8 +198,8 @@ def _ends(facts: BaseFacts) -> list[int]:
     return list(facts.end_tokens)
 
 
-def _records(data: Data, settings: DataSettings) -> Iterator[Record]:
-    for shard in plan_shards(open_sources(data, settings, folder=cache_folder())):
+def _records(sources: Sequence[Source], settings: DataSettings) -> Iterator[Record]:
+    for shard in plan_shards(sources):
         for row in read_shard(shard):
             try:
                 if isinstance(row, BadRow):

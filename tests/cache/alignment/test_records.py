@@ -5,11 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 from support.aligned_tokenizers import BRACKETS, CHATML, TEXTS, make_tokenizer
+from tokenizers import pre_tokenizers
 
+from carryon.cache.alignment.known_text import broken_tokens
 from carryon.cache.alignment.records import AlignedSample, Aligner, BaseTexts, path_to
 from carryon.cache.alignment.tree import visible
 from carryon.cache.corpus.records import read_record
 from carryon.cache.corpus.rows import Row
+from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.corpus.vocabulary.token_bytes import token_bytes
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings
@@ -34,14 +37,15 @@ CHAT = [
 ]
 
 
-def make_aligner(anchor: str, other: str, *, template: str = BRACKETS) -> Aligner:
+def make_aligner(
+    anchor: str, other: str, *, template: str = BRACKETS, settings: CorpusSettings | None = None
+) -> Aligner:
     """Return an aligner of two tokenizers."""
-    settings = CorpusSettings()
     made = [
         BaseTexts(
             make_tokenizer(kind, template=each, vocab_size=size),
             name=kind,
-            settings=settings,
+            settings=settings or CorpusSettings(),
             max_tokens=512,
             end_tokens=(),
             vocab_size=None,
@@ -184,6 +188,42 @@ def test_text_that_a_normalizer_changes_is_refused_with_its_id() -> None:
     assert align(aligner, {"text": "caf\u00e9 is fine"})
     with pytest.raises(InputError, match="sample 'r': expected text in Unicode's form NFC"):
         align(aligner, {"text": "cafe\u0301 is not"})
+
+
+def test_equal_tokens_of_two_texts_prove_nothing() -> None:
+    first, second = "a\x04b \u4f60", "a\x06b \u4f60"
+    encoder = make_aligner("lossy", "qwen")._anchor.encoder
+    made = [encoder.encode(text) for text in (first, second)]
+    assert made[0].ids.tolist() == made[1].ids.tolist()
+    assert made[0].ends.tolist() == made[1].ends.tolist()
+    for fields in ({"text": first}, {"prompt": "x", "completion": second}):
+        with pytest.raises(InputError, match=r"sample 'r'.*U\+000[46].*may have the same tokens"):
+            align(make_aligner("lossy", "qwen"), fields)
+    assert align(make_aligner("gpt2", "qwen"), {"text": first})
+    assert align(make_aligner("lossy", "qwen"), {"text": "\u4f60\U0001f600 fine"})
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "gemma"])
+def test_the_sign_of_a_blank_is_no_blank(kind: str) -> None:
+    with pytest.raises(InputError, match=r"U\+2581"):
+        align(make_aligner(kind, "qwen"), {"text": "a\u2581b"})
+    assert align(make_aligner(kind, "qwen"), {"text": "a b \u4f60"})
+
+
+def test_characters_begun_are_found_under_sequences_within_sequences() -> None:
+    plain, nested = make_tokenizer("qwen"), make_tokenizer("qwen")
+    backend = nested.backend_tokenizer
+    inner = backend.pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Sequence([inner])])
+    assert len(broken_tokens(Encoder(plain))) > 64
+    assert broken_tokens(Encoder(nested)) == broken_tokens(Encoder(plain))
+
+
+def test_a_conversation_of_blanks_is_refused_by_name() -> None:
+    messages = [{"role": "user", "content": "  "}, {"role": "assistant", "content": " \n"}]
+    aligner = make_aligner("gpt2", "qwen", settings=CorpusSettings(mask="all"))
+    with pytest.raises(InputError, match="sample 'r': expected chat templates that write"):
+        align(aligner, {"messages": messages})
 
 
 def test_a_template_that_rewrites_turns_is_refused() -> None:

@@ -212,6 +212,19 @@ def test_the_first_part_of_a_store_is_an_anchor_and_a_later_one_is_refused(
         align(other, f"{grown}#2", tmp_path / "d", more)
 
 
+def test_text_that_tokens_do_not_prove_is_taken_from_the_anchors_own_files_only(
+    other: Base, tmp_path: Path
+) -> None:
+    rows, changed = ([{"id": "x", "text": f"a{char}b and more"}] for char in "\x04\x06")
+    base = make_base(tmp_path / "base", "lossy", max_position_embeddings=512)
+    data = write(rows, tmp_path / "data")
+    with small_pieces():
+        extract(base=str(base), data=data, out=tmp_path / "a", store=SETTINGS, forward=FORWARD)
+    with pytest.raises(InputError, match=r"sample 'x'.*U\+0006"):
+        align(other, tmp_path / "a", tmp_path / "b", changed)
+    assert len(align(other, tmp_path / "a", tmp_path / "c", rows)) == 1
+
+
 def test_a_sample_longer_than_the_context_is_named(anchor: Path, tmp_path: Path) -> None:
     path = make_base(tmp_path / "o", "qwen", max_position_embeddings=24)
     short = load_base(str(path), forward=FORWARD)
