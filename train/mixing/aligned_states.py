@@ -18,8 +18,13 @@ from torch import Tensor
 from carryon.cache.format.alignment import UnitAlignment, read_alignment
 from carryon.cache.store.reader import Store
 from carryon.cache.store.samples import Unit
-from carryon.train.mixing.healing import MOST_INSIDE, Step, count_inside, healing_steps
-from carryon.train.mixing.projection import HealingStates
+from carryon.train.mixing.healing import (
+    MOST_INSIDE,
+    HealingStates,
+    Step,
+    count_inside,
+    healing_steps,
+)
 from carryon.train.mixing.vocabulary_map import VocabularyMap
 
 EXACT, STABLE = "final", "stable"

@@ -25,7 +25,6 @@ K = 1 nothing but other cuts is left out.
 Letters: n positions, m healing states, V_A tokens of the anchor, V_B of the source.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from carryon.cache.errors import InputError
 from carryon.train.losses.frozen_head import FrozenHead
+from carryon.train.mixing.healing import HealingStates
 from carryon.train.mixing.logits import log_probabilities
 from carryon.train.mixing.vocabulary_map import Spread, VocabularyMap
 
@@ -54,35 +54,6 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class HealingStates:
-    """States of the source before the end of what the anchor has written."""
-
-    rows: Tensor
-    """[m] int64 on the host, never decreasing: position of each; those of one are s_0, s_1 ..."""
-    states: Tensor
-    """[m, D_B] states s_k of the tap `final`."""
-    covered: Sequence[bytes]
-    """[m] c_k, not empty."""
-    next_tokens: Tensor
-    """[m] int64 on the host: the source's token t_(k+1)."""
-    anchor_tokens: Tensor
-    """[m] int64 on the host: the anchor's token that ends at the position, which contradicts some
-    tokens that cross it; -1: none is looked at."""
-
-    def between(self, start: int, stop: int) -> "HealingStates":
-        """Return those of the positions from `start` to `stop`, counted from `start`."""
-        bounds = torch.searchsorted(self.rows, torch.tensor([start, stop]))
-        first, last = int(bounds[0]), int(bounds[1])
-        return HealingStates(
-            rows=self.rows[first:last] - start,
-            states=self.states[first:last],
-            covered=self.covered[first:last],
-            next_tokens=self.next_tokens[first:last],
-            anchor_tokens=self.anchor_tokens[first:last],
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ProjectedTargets:
     """What is kept of a projection: small numbers for each position."""
 
@@ -90,34 +61,6 @@ class ProjectedTargets:
     """[n] float32, on the host: log-probability of the target, at least log(LEAST)."""
     features: Tensor
     """[n, FEATURES] float32, on the host."""
-
-
-def heal_from_stable(
-    stable_states: Tensor,
-    covered: Sequence[bytes],
-    anchor_tokens: Tensor,
-    vocabulary_map: VocabularyMap,
-) -> HealingStates:
-    """Return one healing state for each position with covered bytes: the stable one.
-
-    t_1 is taken to be the longest token that begins the covered bytes.
-
-    Args:
-        stable_states: [n, D_B] states at the last token that no later byte can change.
-        covered: [n] bytes behind it, empty where it ends with the position.
-        anchor_tokens: [n] the anchor's token that ends at each position; -1: not known.
-        vocabulary_map: of source and anchor.
-    """
-    rows = [row for row, each in enumerate(covered) if each]
-    firsts = [vocabulary_map.first_token(covered[row]) for row in rows]
-    at = torch.tensor(rows, dtype=torch.int64)
-    return HealingStates(
-        rows=at,
-        states=stable_states[at.to(stable_states.device)],
-        covered=[covered[row] for row in rows],
-        next_tokens=torch.tensor(firsts, dtype=torch.int64),
-        anchor_tokens=anchor_tokens.cpu()[at].to(torch.int64),
-    )
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from carryon.cache.store.samples import Unit
 from carryon.train.config import LossSettings, StreamSettings
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import frozen_head
+from carryon.train.mixing.healing import HealingStates, heal_from_stable
 from carryon.train.mixing.projected import ProjectedSources, project_sources
-from carryon.train.mixing.projection import Heads, HealingStates, heal_from_stable, project_full
+from carryon.train.mixing.projection import Heads, project_full
 from carryon.train.mixing.sources import open_sources
 
 CPU = torch.device("cpu")

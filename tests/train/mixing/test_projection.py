@@ -10,14 +10,8 @@ from torch import Tensor
 
 from carryon.cache.errors import InputError
 from carryon.train.losses.frozen_head import FrozenHead
-from carryon.train.mixing.projection import (
-    FEATURES,
-    Heads,
-    HealingStates,
-    heal_from_stable,
-    project_full,
-    project_targets,
-)
+from carryon.train.mixing.healing import HealingStates, heal_from_stable
+from carryon.train.mixing.projection import FEATURES, Heads, project_full, project_targets
 from carryon.train.mixing.vocabulary_map import VocabularyMap
 
 SOURCE: list[bytes | None] = [b"a", b"b", b"ab", b"abc", b"c", None, b"ca", b"cab", b"", b"bb"]

@@ -17,11 +17,11 @@ from carryon.train.inference.mixing.session import AnchorWords, Prompts, Session
 from carryon.train.inference.mixing.source_base import BaseCost, SourceBase, head_in_place
 from carryon.train.inference.prompts import Prompt, encode_prompts, joined, uses_template
 from carryon.train.mixing.gate import Gate, mixture_distribution
+from carryon.train.mixing.healing import HealingStates
 from carryon.train.mixing.logits import log_probabilities
 from carryon.train.mixing.projection import (
     LEAST,
     Heads,
-    HealingStates,
     own_features,
     project_full,
 )

@@ -14,8 +14,7 @@ from carryon.cache.alignment.growing_text import GrowingText, grow
 from carryon.cache.errors import InputError
 from carryon.train.inference.mixing.source_base import SourceBase
 from carryon.train.inference.mixing.source_cache import SourceCache
-from carryon.train.mixing.healing import count_inside, healing_steps
-from carryon.train.mixing.projection import HealingStates
+from carryon.train.mixing.healing import HealingStates, count_inside, healing_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
