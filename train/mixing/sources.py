@@ -71,8 +71,8 @@ def open_sources(
         taps: of each that a carry-on reads.
 
     Raises:
-        InputError: a store is not aligned to this anchor, or given twice, or the bytes of a
-            vocabulary are not known.
+        InputError: a store is not aligned to this anchor, or of a base that is given twice, or
+            the bytes of a vocabulary are not known.
         SettingMismatchError: another tokenizer is found at the place of a base.
     """
     if not isinstance(anchor, Store):
@@ -81,13 +81,16 @@ def open_sources(
             "extract one store of all texts"
         )
     stores = [_open_aligned(anchor, path) for path in paths]
-    seen: dict[str, str] = {}
+    seen: dict[tuple[str, ...], Store] = {}
     for store in stores:
-        if (other := seen.get(store.fingerprint)) is not None:
+        key = tuple(str(store.base.get(name)) for name in _DIGESTS)
+        if (other := seen.get(key)) is not None:
+            is_same = other.fingerprint == store.fingerprint
             raise InputError(
-                f"mix: expected each base once, got {other} and {store.name}, which are one store"
+                f"mix: expected each base once, got {other.name} and {store.name}, which are "
+                f"{'one store' if is_same else 'stores of one base'}"
             )
-        seen[store.fingerprint] = store.name
+        seen[key] = store
     _refuse_other_texts(stores)
     words = [Vocabulary.read(store) for store in (anchor, *stores)]
     names = _names(anchor, stores)

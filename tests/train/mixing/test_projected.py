@@ -1,12 +1,13 @@
 """Projections of a whole store against a projection of each position alone, by plain code."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.mixed_stores import ROWS, make_anchor, make_source
+from support.mixed_stores import ROWS, STORE, make_anchor, make_source
 
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.format.alignment import UnitAlignment, read_alignment
@@ -164,6 +165,10 @@ def test_wrong_stores_are_refused(folder: Path, tmp_path: Path) -> None:
         open_sources(anchor, [str(other)])
     with pytest.raises(InputError, match="aligned to the store .* of"):
         open_sources(Store.open(other), [str(folder / "source")])
+    for name, dtype in (("one", "float32"), ("two", "bfloat16")):
+        make_source(tmp_path, folder / "anchor", name=name, store=replace(STORE, dtype=dtype))
+    with pytest.raises(InputError, match="each base once, .* are stores of one base"):
+        open_sources(anchor, [str(tmp_path / name) for name in ("one", "two")])
     (tmp_path / "again").symlink_to(folder / "source")
     with pytest.raises(InputError, match="each base once"):
         open_sources(anchor, [str(folder / "source"), str(tmp_path / "again")])
