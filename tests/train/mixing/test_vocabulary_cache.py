@@ -1,5 +1,6 @@
 """Vocabularies on disk: read once, and again when a byte was changed."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,7 @@ def test_a_changed_byte_is_found_and_the_tokenizer_read_again(
         lambda each: each | {"stops": torch.tensor([5])},
         lambda each: each | {"stops": torch.tensor([-1])},
         lambda each: each | {"more": torch.zeros(1)},
+        lambda each: each | {"settings": torch.zeros(0, dtype=torch.int64)},
     ],
 )
 def test_what_no_vocabulary_is_is_read_again_whoever_signed_it(
@@ -90,7 +92,7 @@ def test_what_no_vocabulary_is_is_read_again_whoever_signed_it(
     cached_words(BASE, vocab_size=5, compute=read)
     [path] = folder.rglob("vocabulary.safetensors")
     save_file(change(load_file(path)), path)
-    key = {**BASE, "vocab_size": 5, "rule": 1}
+    key = {**BASE, "vocab_size": 5, "rule": 2}
     receipt = sealed({"key": key, "files": {path.name: digest_tensors(path)}})
     write_json(path.with_suffix(".json"), receipt)
     with caplog.at_level(logging.WARNING):
@@ -113,3 +115,16 @@ def test_a_store_opens_without_its_base_once_its_tokenizer_was_read(
         path.rename(path.with_name("0" * 64))
     with pytest.raises(InputError, match="expected the tokenizer of its base"):
         Vocabulary.read(store)
+
+
+def test_tokens_that_end_a_turn_are_read_again_when_the_base_is_edited(
+    folder: Path, tmp_path: Path
+) -> None:
+    store = Store.open(make_anchor(tmp_path))
+    first = Vocabulary.read(store)
+    path = tmp_path / "anchor-base" / "generation_config.json"
+    before = path.read_bytes() if path.exists() else None
+    path.write_text(json.dumps({"eos_token_id": [1, 7]}))
+    assert sorted(Vocabulary.read(store).stops) == sorted({*first.stops, 7})
+    path.unlink() if before is None else path.write_bytes(before)
+    assert list(Vocabulary.read(store).stops) == list(first.stops)
