@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from carryon.cache.corpus.reading.cache_folder import cache_folder, writing_cache
-from carryon.cache.errors import DamagedFileError, MissingError
+from carryon.cache.errors import DamagedFileError, MissingError, StoreBusyError
 from carryon.cache.files.atomic import recover_folder, whole_folder
 from carryon.cache.files.documents import digest_of, read_sealed, sealed, write_json
 from carryon.cache.files.regular import open_regular
@@ -54,8 +54,11 @@ def cached_tensors(
         except (DamagedFileError, MissingError, OSError) as error:
             logger.warning("%s: the cached %s is computed again: %s", folder, name, error)
     made = compute()
-    with writing_cache(folder.parent):
-        _write(folder, name, key, pack(made))
+    try:
+        with writing_cache(folder.parent):
+            _write(folder, name, key, pack(made))
+    except StoreBusyError:  # another process writes the same
+        logger.info("%s: the %s is being cached by another process", folder, name)
     return made
 
 

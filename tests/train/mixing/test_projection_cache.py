@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from carryon.cache.files.atomic import one_writer
 from carryon.cache.files.documents import digest_of, sealed, write_json
 from carryon.cache.files.tensor_files import digest_tensors
 from carryon.train.mixing.projection import FEATURES, ProjectedTargets
@@ -47,6 +48,14 @@ class Counted:
             log_probs=torch.tensor([-1.0, -2.0, -0.5]),
             features=torch.arange(3.0 * len(FEATURES)).reshape(3, -1),
         )
+
+
+def test_two_runs_that_compute_the_same_at_once_both_go_through(folder: Path) -> None:
+    compute = Counted()
+    folder.mkdir(parents=True)
+    with one_writer(folder / digest_of(make_key())):  # the other run writes it just now
+        made = cached_projection(make_key(), compute)
+    assert torch.equal(made.log_probs, compute().log_probs)
 
 
 def test_a_projection_is_computed_once_for_a_key(folder: Path) -> None:
