@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from carryon.cache.base.gguf_header import check_gguf
 from carryon.cache.base.identity import check_token_ids, recorded_normalizer
 from carryon.cache.errors import CarryOnError, InputError, MissingError
 from carryon.cache.optional import require
@@ -82,7 +83,7 @@ def locate_base(source: str) -> BaseSource:
 
     Raises:
         MissingError: it can only be a path, and the path does not exist.
-        InputError: the path is neither a folder saved by transformers nor a .gguf file.
+        InputError: the path is neither a folder saved by transformers nor a sound .gguf file.
         MissingExtraError: a .gguf file without the package gguf.
     """
     path = Path(source).expanduser()
@@ -90,6 +91,7 @@ def locate_base(source: str) -> BaseSource:
         if path.suffix != ".gguf":
             raise InputError(f"base {source}: expected a folder or a .gguf file, got another file")
         require("gguf", extra="gguf", purpose=f"base {source}")
+        check_gguf(path)
         return BaseSource(name=str(path.absolute().parent), gguf_file=path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
