@@ -151,7 +151,8 @@ def read_tokenizer(source: BaseSource, *, like: str | None = None) -> Tokenizer:
         like: digest of a tokenizer that a store or carry-on records. Where only the normalizer
             differs, the recorded one is put in its place, and a note is logged. None: any.
     """
-    is_converted = source.is_local and Path(source.name, CONVERSION).is_file()
+    is_folder = source.is_local and source.gguf_file is None
+    is_converted = is_folder and Path(source.name, CONVERSION).is_file()
     reader: Any = PreTrainedTokenizerFast if is_converted else AutoTokenizer
     with _loading(source, "tokenizer"):
         tokenizer: Tokenizer = reader.from_pretrained(source.name, **source.arguments())

@@ -107,6 +107,18 @@ def test_the_tokenizer_file_is_read_as_it_is(folder: Path, gguf: Path) -> None:
             (folder / "away").rename(folder / CONVERSION)
 
 
+def test_a_gguf_file_in_a_converted_folder_is_read_as_one(
+    folder: Path, gguf: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "both")
+    shutil.copy(gguf, tmp_path / "both")
+    alone, beside = (
+        load_base(str(each), forward=FLOAT32) for each in (gguf, tmp_path / "both" / gguf.name)
+    )
+    assert beside.identity.to_dict() | {"id": ""} == alone.identity.to_dict() | {"id": ""}
+    assert type(beside.tokenizer) is type(alone.tokenizer)
+
+
 def without_normalizer(folder: Path) -> Path:
     """Return a copy of a tiny base whose tokenizer has an NFC normalizer, without it."""
     other = folder.with_name("plain")
