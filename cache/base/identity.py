@@ -130,6 +130,17 @@ def recorded_normalizer(tokenizer: "PreTrainedTokenizerBase", digest: str) -> st
     return None
 
 
+def digest_all_but_weights(
+    config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Any]:
+    """Return the digests of config, tokenizer and chat template, by their names in BaseIdentity."""
+    return {
+        "config_sha256": digest_config(config),
+        "tokenizer_sha256": digest_tokenizer(tokenizer),
+        "chat_template_sha256": digest_chat_template(tokenizer),
+    }
+
+
 def digest_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Return the SHA-256 (hex) of the chat template, or None where there is none."""
     template = tokenizer.chat_template

@@ -19,9 +19,7 @@ from carryon.cache.base.architecture import Architecture, get_architecture, read
 from carryon.cache.base.facts import get_context_tokens
 from carryon.cache.base.identity import (
     BaseIdentity,
-    digest_chat_template,
-    digest_config,
-    digest_tokenizer,
+    digest_all_but_weights,
     digest_weights,
     refuse_other_digests,
 )
@@ -91,11 +89,7 @@ def load_base(
     say_slow(source, gguf_file=place.gguf_file)
     tokenizer = read_tokenizer(place, like=like or (expected or {}).get("tokenizer_sha256"))
     if expected is not None:
-        digests = {
-            "config_sha256": digest_config(read_config(place)),
-            "tokenizer_sha256": digest_tokenizer(tokenizer),
-            "chat_template_sha256": digest_chat_template(tokenizer),
-        }
+        digests = digest_all_but_weights(read_config(place), tokenizer)
         refuse_other_digests(expected, digests, where=f"base {source}")
     model, checkpoint_dtype, weights_sha256 = _read_model(
         place, forward, device=device, compute_dtype=compute_dtype
@@ -156,10 +150,8 @@ def _identity(
         width=architecture.head.in_features,
         vocab_size=architecture.head.out_features,
         context_tokens=get_context_tokens(config, tokenizer),
-        config_sha256=digest_config(model.config),
         weights_sha256=weights_sha256,
-        tokenizer_sha256=digest_tokenizer(tokenizer),
-        chat_template_sha256=digest_chat_template(tokenizer),
+        **digest_all_but_weights(model.config, tokenizer),
     )
 
 
