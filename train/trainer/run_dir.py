@@ -29,6 +29,7 @@ from carryon.cache.files.atomic import PARTIAL, write_file
 from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.cache.files.regular import digest_file
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
+from carryon.train.losses.ways import WAYS
 from carryon.train.modules.card_file import GATE
 from carryon.train.saved_settings import refuse_other_settings, setting_of, with_current_names
 from carryon.train.settings_file import check_settings, write_settings
@@ -179,6 +180,9 @@ def saved_loss_way(root: str | Path) -> str:
     """Return the way of the loss of the run in a folder; empty without one.
 
     Runs from before there was a choice have the one way of that time.
+
+    Raises:
+        InputError: it has a way that does not exist.
     """
     folder = RunFolder(root)
     identity: Any = None
@@ -186,7 +190,15 @@ def saved_loss_way(root: str | Path) -> str:
         identity = read_sealed(folder.identity).get("identity")
     if not isinstance(identity, dict):
         identity = saved_identity(folder.checkpoints)
-    return "" if identity is None else str(setting_of(identity, "loss_way"))
+    if identity is None:
+        return ""
+    way = setting_of(identity, "loss_way")
+    if not isinstance(way, str) or way not in WAYS:
+        raise InputError(
+            f"{root}: expected a run whose loss_way is one of {', '.join(WAYS)}, got "
+            f"{way!a:.80}. Fix: give another --out"
+        )
+    return way
 
 
 def run_identity(

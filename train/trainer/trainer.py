@@ -2,7 +2,7 @@
 
 The same call starts runs, resumes them after a kill and repeats them. On the same CPU with the
 same number of threads a resumed run ends with the same bits as one that was never stopped, and a
-run beside others with the same bits as one alone.
+run beside others with the same bits as one alone that has the same `loss_way`.
 """
 
 import logging
@@ -299,11 +299,6 @@ def _choose_loss_ways(
         loss = job.settings.loss
         if loss.loss_way == "auto":
             way = saved_loss_way(job.out)
-            if way and way not in WAYS:
-                raise InputError(
-                    f"{job.out}: expected a run whose loss_way is one of {', '.join(WAYS)}, got "
-                    f"{way!r}. Fix: give another --out"
-                )
             if not way:
                 chosen.setdefault(loss, "")
                 way = chosen[loss] = chosen[loss] or _measure_loss_way(job, store, heads, processes)
