@@ -4,12 +4,15 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from support.tiny_runs import TINY, Killed, assert_same_bits, kill_at, train_tiny
+from support.tiny_runs import TINY, Killed, assert_same_bits, kill_at, saved_weights, train_tiny
 from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError
 from carryon.cache.files.documents import read_sealed, sealed, write_json
+from carryon.train.continual.lineage import release, update
+from carryon.train.continual.lineage_dir import open_lineage
 from carryon.train.losses import calibration
 from carryon.train.trainer import trainer
 from carryon.train.trainer.sweep import sweep
@@ -54,6 +57,7 @@ def test_what_is_chosen_is_logged_recorded_and_repeats_from_the_config(
     train_tiny(store, tmp_path / "run")
     assert _recorded(tmp_path / "run") == ("shifted", "shifted")
     assert caplog.text.count("loss_way shifted: times attention ") == 1
+    assert "% of the gradient and" in caplog.text
 
     train_tiny(store, tmp_path / "again", loss_way="shifted")
 
@@ -102,14 +106,50 @@ def test_a_run_from_before_resumes_with_the_way_of_before(
     assert_same_bits(run, whole)
 
 
-def test_a_way_that_does_not_exist_is_refused(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["telepathy", ["shifted"], {}, None])
+def test_a_way_that_does_not_exist_is_refused(store: Path, tmp_path: Path, way: object) -> None:
     run = tmp_path / "run"
     train_tiny(store, run)
     document = read_sealed(run / "run.json")
-    document["identity"]["loss_way"] = "telepathy"
+    document["identity"]["loss_way"] = way
     write_json(run / "run.json", sealed(document))
-    with pytest.raises(InputError, match="one of attention, .*, got 'telepathy'. Fix: "):
+    with pytest.raises(InputError, match="one of attention, .*, got .*. Fix: "):
         train_tiny(store, run)
+
+
+def test_with_a_sampled_softmax_the_way_is_that_of_before(
+    tmp_path: Path, chosen: dict[str, int]
+) -> None:
+    store = make_tiny_store(tmp_path / "store", vocab_size=1000)
+    train_tiny(store, tmp_path / "run", sampled_softmax=100)
+    assert _recorded(tmp_path / "run") == ("attention", "attention")
+    train_tiny(store, tmp_path / "same", sampled_softmax=100, loss_way="attention")
+    assert_same_bits(tmp_path / "run", tmp_path / "same")
+    train_tiny(store, tmp_path / "whole", loss_way="attention")
+    weights, whole = (saved_weights(tmp_path / name) for name in ("run", "whole"))
+    assert any(not torch.equal(weights[name], whole[name]) for name in whole)  # it did sample
+
+
+def test_a_sampled_softmax_that_would_save_nothing_is_timed(
+    store: Path, tmp_path: Path, chosen: dict[str, int]
+) -> None:
+    train_tiny(store, tmp_path / "run", sampled_softmax=100_000)
+    assert _recorded(tmp_path / "run") == ("shifted", "shifted")
+
+
+def test_a_version_is_rebuilt_in_the_way_in_which_it_was_released(
+    store: Path, tmp_path: Path, chosen: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TINY.with_options(min_lr_ratio=0.1)
+    update(lineage=tmp_path / "lineage", store=[str(store)], settings=settings)
+    lineage = open_lineage(tmp_path / "lineage")
+    assert _recorded(lineage.version(1).root) == ("shifted", "shifted")
+    monkeypatch.setattr(calibration, "choose", lambda seconds: "plain")
+
+    release(lineage, 1, settings=settings, out=tmp_path / "again")
+
+    assert _recorded(tmp_path / "again") == ("shifted", "shifted")
+    assert_same_bits(tmp_path / "again", lineage.version(1).root)
 
 
 def test_runs_of_a_sweep_share_one_measurement(
