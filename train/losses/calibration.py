@@ -22,9 +22,10 @@ GRADIENT_TOLERANCE = 5e-3
 """Of the gradient's norm. Rounding probabilities to bfloat16 alone takes 1.3e-3."""
 SMALLEST_HEAD = 1 << 22
 """Numbers of a head from which ways are timed; a smaller one takes little of a step."""
+CALL_FLOPS = 6e9
+"""Of the products of one timed call: 40 to 150 ms."""
 _MAX_POSITIONS = 1024
 _CHECKED = 128  # positions compared with the plain formula
-_CALL_FLOPS = 6e9  # of one timed call: 40 to 150 ms
 _MIN_ROWS = 1024
 _ROUNDS = 3
 _HOPELESS = 1.3  # a way that takes so much longer than the fastest is not timed again
@@ -51,12 +52,18 @@ class Calibration:
         """Describe it in one line."""
         least = min(self.seconds.values())
         times = [f"{name} {each / least:.2f}" for name, each in self.seconds.items()]
-        inexact = [
-            f"{name} is {self.gradient_errors[name]:.1%} of the gradient off"
+        left_out = [
+            f"{name} ({self._errors(name)})"
             for name in self.gradient_errors
             if name not in self.seconds
         ]
-        return f"loss_way {self.way}: times {', '.join([*times, *inexact])}"
+        parts = [f"times {', '.join(times)}", f"off by {self._errors(self.way)}"]
+        parts += [f"too inexact: {', '.join(left_out)}"] if left_out else []
+        return f"loss_way {self.way}: {'; '.join(parts)}"
+
+    def _errors(self, name: str) -> str:
+        gradient, loss = self.gradient_errors[name], self.loss_errors[name]
+        return f"{gradient:.2%} of the gradient and {loss:.1g} nats"
 
 
 def calibrate(head: FrozenHead, *, positions: int, chunk_tokens: int) -> Calibration | None:
@@ -67,12 +74,12 @@ def calibrate(head: FrozenHead, *, positions: int, chunk_tokens: int) -> Calibra
         positions: supervised positions of a micro-batch.
         chunk_tokens: as in LossSettings.
     """
-    if head.frequent is not None:  # few rows a step: not measured yet, so as before
+    if head.frequent is not None:  # few rows a step: no gain was measured, so as before
         return None
     names = ways_of(head)
     if len(names) == 1 or head.weight.numel() < SMALLEST_HEAD:
         return None
-    count = max(1, min(positions, _MAX_POSITIONS))
+    count = timed_positions(head, positions=positions)
     some, states, targets = synthetic_input(head, positions=count)
     calls = {
         name: loss_call(replace(some, way=name), states, targets, chunk=pick_chunk(chunk_tokens))
@@ -94,6 +101,12 @@ def calibrate(head: FrozenHead, *, positions: int, chunk_tokens: int) -> Calibra
     )
 
 
+def timed_positions(head: FrozenHead, *, positions: int) -> int:
+    """Return how many of a micro-batch's positions are timed: fewer if the head is wide."""
+    affordable = int(CALL_FLOPS / (4 * _MIN_ROWS * head.weight.shape[1]))
+    return max(1, min(positions, affordable, _MAX_POSITIONS))
+
+
 def choose(seconds: dict[str, float]) -> str:
     """Return the first way that takes no longer than the fastest, up to a few percent."""
     least = min(seconds.values())
@@ -106,8 +119,8 @@ def synthetic_input(head: FrozenHead, *, positions: int) -> tuple[FrozenHead, Te
     Logits spread as on text, and targets are of every probability.
     """
     width = head.weight.shape[1]
-    rows = max(_MIN_ROWS, int(_CALL_FLOPS / (4 * positions * width)))
-    rows = min(rows, head.block_rows, head.vocab_size)
+    rows = max(_MIN_ROWS, int(CALL_FLOPS / (4 * positions * width)))
+    rows = min(rows, max(2, head.block_rows), head.vocab_size)  # two blocks are checked
     weight = head.weight[:rows].to(head.device, head.dtype)
     bias = None if head.bias is None else head.bias[:rows]
     random = torch.Generator().manual_seed(0)
