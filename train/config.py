@@ -204,10 +204,11 @@ class LossSettings(Settings):
     loss_way: Literal["auto", "attention", "float32", "shifted", "rounded", "plain"] = "auto"
     """How a CPU computes the loss with its gradient. `auto`: the fastest on this machine that is
     exact to 0.002 nats of the mean loss and 0.5 % of the gradient, timed when a run begins; a
-    resumed run keeps it. `attention`: torch's attention kernel, or plain products where it cannot
-    multiply the head. `float32`: products in float32. `shifted`: products in the head's type,
-    rounded relative to the log-sum-exp. `rounded`: the same with rounded exponentials. `plain`:
-    products that are rounded as they are. An accelerator has one way."""
+    resumed run keeps it. A run with a sampled softmax is not timed: `attention`. `attention`:
+    torch's attention kernel, or plain products where it cannot multiply the head. `float32`:
+    products in float32. `shifted`: products in the head's type, rounded relative to the
+    log-sum-exp. `rounded`: the same with rounded exponentials. `plain`: products that are rounded
+    as they are. An accelerator has one way."""
     chunk_tokens: int = bounded(0, at_least=0)
     """Targets whose logits exist at one time. 0: 2,048."""
     chunk_vocabulary: int = bounded(0, at_least=0)
