@@ -68,6 +68,12 @@ class Source:
         result: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         return result
 
+    def way_of_before(self) -> list[str]:
+        """Return the options for the one way of the loss that there was before a choice."""
+        settings = (self.path / "carryon/train").rglob("*.py")
+        has_choice = any("loss_way" in path.read_text(encoding="utf-8") for path in settings)
+        return ["--loss-way", "attention"] if has_choice else []
+
     def environment(self) -> dict[str, str]:
         """Return the variables with which Python imports this checkout."""
         return os.environ | {"PYTHONPATH": str(self.path)}
@@ -187,7 +193,7 @@ def _make_all(source: Source, base: Path, texts: Path, folder: Path) -> dict[str
     for part in parts[1:]:
         source.call(*extract, "--data", part, *taps, "--append", cwd=folder)
     common = ["--epochs", "1", "--tokens-per-step", "128", "--width", "32", "--learning-rate"]
-    common = [*common, "0.001", "--intermediate-size", "64"]
+    common = [*common, "0.001", "--intermediate-size", "64", *source.way_of_before()]
     for name, options in RUNS.items():
         shape = [] if name == "top" else ["--taps", "final", middle]
         run = ["--store", "store#1", *common, *shape, *options]
