@@ -19,6 +19,7 @@ from torch import Tensor
 from carryon.cache.store.reader import Store
 from carryon.train.config import LossSettings
 from carryon.train.losses import sampled_softmax
+from carryon.train.losses.calibration import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import FrozenHead, place_head
 from carryon.train.losses.sampled_softmax import (
@@ -27,6 +28,7 @@ from carryon.train.losses.sampled_softmax import (
     sampled_head,
     with_sampled_softmax,
 )
+from carryon.train.losses.ways import WAYS
 
 POSITIONS, FREQUENT, NUMBER, CHUNK = 70, 60, 24, 32
 TARGETS = 80
@@ -49,13 +51,14 @@ def _plain_logits(states: Tensor, head: FrozenHead) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-@pytest.mark.parametrize("kind", HEADS, ids=str)
-def test_loss_and_gradient_are_those_of_the_plain_formula_over_the_same_rows(
-    kind: dict[str, float],
-) -> None:
-    whole = make_head(**kind)  # type: ignore[arg-type]
-    head = with_sampled_softmax(whole, _counts(), NUMBER)
+def _found_and_expected(whole: FrozenHead, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return losses and gradient of a step, and those of the plain formula over the same rows."""
+    whole = replace(whole, weight=whole.weight.bfloat16().float())
     states, targets = _given()
+    states = states.bfloat16().float()
+    head = with_sampled_softmax(
+        replace(whole, weight=whole.weight.to(dtype), dtype=dtype), _counts(), NUMBER
+    )
     torch.manual_seed(3)
     drawn = FREQUENT + torch.randint(VOCABULARY - FREQUENT, (NUMBER,))
     rare = sorted(set(targets.tolist()) - set(range(FREQUENT)))
@@ -69,18 +72,39 @@ def test_loss_and_gradient_are_those_of_the_plain_formula_over_the_same_rows(
     chosen = torch.cat([logits[:, always], weighed], dim=1)
     places = torch.tensor([always.index(target) for target in targets.tolist()])
     expected = torch.nn.functional.cross_entropy(chosen, places, reduction="none")
-    expected.sum().backward()
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), plain_states)
 
     states.requires_grad_()
     torch.manual_seed(3)
     found = token_losses(states, targets, head=sampled_head(head, targets), chunk=CHUNK)
-    found.sum().backward()
+    (gradient,) = torch.autograd.grad(found.sum(), states)
+    return found.detach(), gradient, expected.detach(), expected_gradient
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", HEADS, ids=str)
+def test_loss_and_gradient_are_those_of_the_plain_formula_over_the_same_rows(
+    kind: dict[str, float], way: str
+) -> None:
+    head = replace(make_head(**kind), way=way)  # type: ignore[arg-type]
+
+    found, gradient, expected, expected_gradient = _found_and_expected(head, dtype=torch.float32)
 
     torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=ROUNDING)
-    assert states.grad is not None
-    assert plain_states.grad is not None
-    largest = float(plain_states.grad.abs().max())
-    torch.testing.assert_close(states.grad, plain_states.grad, rtol=0, atol=ROUNDING * largest)
+    largest = float(expected_gradient.abs().max())
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=ROUNDING * largest)
+
+
+@pytest.mark.parametrize("way", ["attention", "float32", "shifted", "rounded"])
+@pytest.mark.parametrize("kind", [each for each in HEADS if "softcap" not in each], ids=str)
+def test_in_bfloat16_every_way_is_exact_to_the_tolerance(kind: dict[str, float], way: str) -> None:
+    head = replace(make_head(**kind), way=way)  # type: ignore[arg-type]
+
+    found, gradient, expected, expected_gradient = _found_and_expected(head, dtype=torch.bfloat16)
+
+    assert abs(float((found - expected).mean())) < LOSS_TOLERANCE
+    error = float((gradient - expected_gradient).norm() / expected_gradient.norm())
+    assert error < GRADIENT_TOLERANCE
 
 
 def test_the_sum_of_exponentials_is_right_on_average() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from support.tiny_runs import saved_weights, train_tiny
 from support.tiny_train_stores import make_tiny_store
 
@@ -48,14 +49,40 @@ def test_two_processes_train_as_one_and_one_resumes_the_run_of_two(
     assert [session["processes"] for session in sessions] == ["2", "1"]
 
 
-def launch(store: Path, out: Path) -> None:
+MEASURED = """
+import os
+from carryon.train.losses import calibration
+calibration.SMALLEST_HEAD = 1
+calibration.choose = lambda seconds: "shifted" if os.environ["RANK"] == "0" else "plain"
+"""
+"""A program in whose processes other ways of the loss are the fastest."""
+
+
+@pytest.mark.slow
+def test_all_processes_have_the_way_of_the_loss_that_the_first_one_measured(tmp_path: Path) -> None:
+    store = make_tiny_store(tmp_path / "store")
+    launch(store, tmp_path / "measured", prelude=MEASURED)
+    launch(store, tmp_path / "given", "--loss-way", "shifted")
+    launch(store, tmp_path / "other", "--loss-way", "plain")
+
+    for name in ("measured", "given"):
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        assert config["loss_way"] == "shifted"
+    measured, given, other = (
+        saved_weights(tmp_path / name) for name in ("measured", "given", "other")
+    )
+    assert all(torch.equal(measured[name], given[name]) for name in given)
+    assert any(not torch.equal(other[name], given[name]) for name in given)
+
+
+def launch(store: Path, out: Path, *options: str, prelude: str = "") -> None:
     """Train with two processes, as torchrun starts them."""
     program = "import sys; from carryon.tools.cli.main import main; sys.exit(main())"
-    (out.parent / "carryon_main.py").write_text(program)
+    (out.parent / "carryon_main.py").write_text(f"{prelude}\n{program}")
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         + [str(out.parent / "carryon_main.py"), "train", "--store", str(store), "--out", str(out)]
-        + OPTIONS,
+        + [*OPTIONS, *options],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         check=True,
         capture_output=True,

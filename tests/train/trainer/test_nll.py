@@ -2,18 +2,22 @@
 
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.tiny_runs import train_tiny
 from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.base.lm_head import widen
 from carryon.cache.store.reader import Store
 from carryon.train.config import CarryOnSettings, LossSettings, StreamSettings
+from carryon.train.losses import ways
 from carryon.train.losses.frozen_head import place_head
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.trainer import nll
+from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.nll import EvalJob, Nll, in_eval_mode, measure_nlls, warn_if_few
 
 SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)
@@ -120,3 +124,26 @@ def test_few_targets_draw_a_warning(caplog: pytest.LogCaptureFixture) -> None:
         warn_if_few(77)
 
     assert "77 held-out targets: expected 2,000 or more" in caplog.text
+
+
+def test_evaluations_on_the_way_may_be_rough_and_the_last_one_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_tiny_store(tmp_path / "store")
+    reports = {}
+    for name, large in (("exact", 1 << 30), ("rough", 1)):
+        monkeypatch.setattr(ways, "_LARGE", large)
+        reports[name] = train_tiny(store, tmp_path / name, head_dtype="bfloat16")
+    on_the_way = {
+        name: [
+            line["held_out_nll"]
+            for line in read_metrics(tmp_path / name / "metrics.jsonl")
+            if "held_out_nll" in line
+        ]
+        for name in reports
+    }
+    assert on_the_way["rough"][0] != on_the_way["exact"][0]
+    assert on_the_way["rough"][:-1] == pytest.approx(on_the_way["exact"][:-1], abs=2e-3)
+    assert on_the_way["rough"][-1] == on_the_way["exact"][-1]
+    assert reports["rough"].base_nll == reports["exact"].base_nll
+    assert reports["rough"].carryon_nll == reports["exact"].carryon_nll
