@@ -238,6 +238,13 @@ def read_config(source: BaseSource) -> PreTrainedConfig:
     return config
 
 
+def check_is_there(source: str) -> None:
+    """Check that a base is at `source`, as `locate_base`; of one on the hub its config is read."""
+    found = locate_base(source)
+    if not found.is_local:
+        read_config(found)
+
+
 def read_generation_config(source: BaseSource, config: PreTrainedConfig) -> GenerationConfig:
     """Return the base's generation config; where it has none, what its config says of it."""
     with _loading(source, "generation config"):

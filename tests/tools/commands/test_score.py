@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from carryon.cache.base.model import Base
 from carryon.cache.errors import StoreBusyError
 from carryon.tools.cli.main import call_command, main
 from carryon.tools.demo.base_model import fetch_base
+from carryon.train.config import CarryOnSettings
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
 from carryon.train.modules.serialization import save_carryon
@@ -28,6 +30,15 @@ def carryon(tiny_base: Base, tmp_path: Path) -> str:
     made, card = make_tiny_carryon(tiny_base)
     save_carryon(tmp_path / "carryon", made, card, dtype=torch.float32)
     return str(tmp_path / "carryon")
+
+
+@pytest.fixture
+def merged_carryon(tiny_base: Base, tmp_path: Path) -> str:
+    """A carry-on whose card says that it is merged into its base."""
+    made, card = make_tiny_carryon(tiny_base)
+    card = replace(card, settings=CarryOnSettings(kind="native", dropout=0.0).to_dict())
+    save_carryon(tmp_path / "native", made, card, dtype=torch.float32)
+    return str(tmp_path / "native")
 
 
 @pytest.fixture
@@ -267,6 +278,27 @@ def test_wrong_options_and_nothing_to_measure_are_one_line(
     line = capsys.readouterr().err.splitlines()[-1]
     assert text in line
     assert "error" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--arms", "base", "carryon=no/where"], "no/where"),
+        (["--arms", "base", "merged=./no/where"], "./no/where"),
+        (["--arms", "base", "lora=no/where"], "expected a folder with adapter_model.safetensors"),
+        (["--arms", "base", "--mix", "x"], "--mix: expected an arm that answers with --carryon"),
+        (["--mix-device", "cpu"], "expected a mixture of several bases with --mix"),
+        (["--arms", "carryon=MERGED@0.5"], "expected no alpha for a carry-on of the kind native"),
+    ],
+)
+def test_a_model_that_cannot_answer_is_refused_before_anything_is_loaded(
+    options: list[str], text: str, carryon: str, merged_carryon: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    options = [each.replace("MERGED", merged_carryon) for each in options]
+    argv = ["score", "--carryon", carryon, "--base", "./nothing", "--tasks", "chain_sum", *options]
+    assert main(argv) == 2
+    assert text in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.real

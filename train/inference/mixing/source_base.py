@@ -12,7 +12,7 @@ from carryon.cache.alignment.boundaries import read_rules
 from carryon.cache.alignment.prefixes import PrefixTokenizer
 from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
 from carryon.cache.base.identity import digest_tokenizer
-from carryon.cache.base.loading import locate_base, read_config
+from carryon.cache.base.loading import check_is_there
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.base.recorded import recorded_source
 from carryon.cache.corpus.tokenize import Encoder
@@ -225,9 +225,7 @@ def check_places(
         if isinstance(place, Base):
             continue
         try:
-            found = locate_base(str(place))
-            if not found.is_local:
-                read_config(found)
+            check_is_there(str(place))
         except MissingError as error:
             raise _missing(each, error, where=where) from error
 

@@ -28,7 +28,7 @@ from carryon.train.inference.sampling.selection import Counts, Selection, select
 from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
 from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.counts import judge
-from carryon.train.inference.scoring.models import Answerer, Models
+from carryon.train.inference.scoring.models import Answerer, Models, check_arms
 from carryon.train.inference.scoring.problems import Problem
 from carryon.train.inference.scoring.run import answer_problems
 from carryon.train.inference.scoring.vllm_engine import Engine
@@ -119,6 +119,13 @@ def sample(
     _refuse_foreign(out, answers_path)
     known = read_known(asking.known)
     posed = _pose(problems, known, asking)
+    arm = Arm(
+        name="carryon" if carryon else "base",
+        model="carryon" if carryon else "base",
+        alpha=alpha if carryon else None,
+        instruction=asking.instruction,
+    )
+    check_arms([arm], carryon=carryon, mix=(), mix_device=())
     models = Models(
         base=base,
         carryon=carryon or None,
@@ -126,12 +133,6 @@ def sample(
         settings=settings,
         engine=engine,
         batch_rows=batch_rows,
-    )
-    arm = Arm(
-        name="carryon" if carryon else "base",
-        model="carryon" if carryon else "base",
-        alpha=alpha if carryon else None,
-        instruction=asking.instruction,
     )
     model = models.open(arm)
     kept_problems, dropped = _fit(posed, arm, model, asking, settings)

@@ -1,6 +1,7 @@
 """From problems and arms to counts: models loaded in turn, known questions refused, answers kept.
 
-Nothing is generated before the prompts of all arms on the base are known to fit.
+Nothing is loaded before the models of all arms are known to be there, and nothing generated before
+the prompts of all arms on the base are known to fit.
 """
 
 import logging
@@ -21,7 +22,7 @@ from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
 from carryon.train.inference.scoring.arms import Arm, parse_arms
 from carryon.train.inference.scoring.counts import ArmScore, count, judge
 from carryon.train.inference.scoring.known import find_known
-from carryon.train.inference.scoring.models import Models, free_memory
+from carryon.train.inference.scoring.models import Models, check_arms, free_memory
 from carryon.train.inference.scoring.problems import Problem, read_examples
 from carryon.train.inference.scoring.run import answer_problems, check_rooms
 from carryon.train.inference.scoring.vllm_engine import Engine
@@ -97,14 +98,15 @@ def measure(
         out: file of answers. None: a file in the cache, named by all settings.
 
     Raises:
-        InputError: a wrong arm, a prompt that is too long, known questions, or `out` has other
-            answers.
+        InputError: a wrong arm or one that cannot answer, a prompt that is too long, known
+            questions, or `out` has other answers.
         MissingError: a model or store is not there.
         SettingMismatchError: the carry-on or store belongs to another base.
         StoreBusyError: another process writes to `out`.
     """
     settings, forward = settings or GenerateSettings(), forward or ForwardSettings()
     parsed = parse_arms(arms, has_carryon=bool(carryon))
+    check_arms(parsed, carryon=carryon, mix=mix, mix_device=mix_device)
     shots = max(arm.shots for arm in parsed)
     shown = {
         task: read_examples(examples or task, num=shots, seed=seed, posed=each) if shots else []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from carryon.cache.base.architecture import get_architecture
+from carryon.cache.base.loading import check_is_there
 from carryon.cache.base.model import load_base
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.documents import digest_of
@@ -56,6 +57,46 @@ class Answerer:
     """Answers generated at a time."""
 
 
+def check_arms(
+    arms: Sequence[Arm], *, carryon: str, mix: Sequence[str], mix_device: Sequence[str]
+) -> None:
+    """Check that the model of each arm is there and can answer; nothing is loaded.
+
+    Args:
+        arms: of a call.
+        carryon: folder or hub id; empty: none.
+        mix: places of its other bases, if it is a mixture.
+        mix_device: devices of them.
+
+    Raises:
+        InputError: alpha for a carry-on that is merged into its base, a mixture that does not
+            generate, or other bases without an arm that is mixed with them.
+        MissingError: a folder or file is not there.
+        MissingExtraError: a LoRA without PEFT.
+    """
+    if (mix or mix_device) and not any(arm.model == "carryon" and not arm.place for arm in arms):
+        raise InputError(
+            "--mix: expected an arm that answers with --carryon, got none. Fix: leave out --mix "
+            "and --mix-device, or give --carryon, and carryon among --arms"
+        )
+    for arm in arms:
+        if arm.model == "merged":
+            check_is_there(arm.place)
+        elif arm.model == "lora":
+            _find_adapter(arm)
+        elif arm.model == "carryon":
+            folder = arm.place or carryon
+            card = read_card(locate_carryon(folder), allow_mixture=True)
+            places, devices = (mix, mix_device) if folder == carryon else ((), ())
+            if card.mixture or places or devices:
+                check_mixture(card, places, devices, where=folder)
+            elif _merges(card) and arm.alpha not in (None, 1.0):
+                raise InputError(
+                    f"arms: {arm.name}: expected no alpha for a carry-on of the kind native or "
+                    "top, which is merged into its base"
+                )
+
+
 class Models:
     """Loads the models of arms."""
 
@@ -76,7 +117,7 @@ class Models:
         `mix` and `mix_device` are places and devices of the other bases, if it is a mixture.
 
         Raises:
-            InputError: neither of them is given, or other bases without a mixture.
+            InputError: neither of them is given.
             MissingError: one of them is not found.
             SettingMismatchError: the carry-on was trained on another base.
         """
@@ -89,14 +130,7 @@ class Models:
         if carryon:
             place = locate_carryon(carryon)
             self.card = read_card(place, allow_mixture=True)
-            if mix or mix_device:
-                check_mixture(self.card, mix, mix_device, where=carryon)
             self.base = load_own_base(self.card, base, forward=forward, folder=carryon)
-        elif mix or mix_device:
-            raise InputError(
-                "--mix: expected the other bases of --carryon, got no carry-on. Fix: leave out "
-                "--mix and --mix-device, or give --carryon"
-            )
         elif base:
             self.base = load_base(base, forward=forward)
         else:
@@ -126,7 +160,7 @@ class Models:
 
         Raises:
             MissingError: its folder is not there.
-            InputError: alpha for a carry-on that is merged into its base.
+            InputError: vLLM is asked for and cannot run it, or a LoRA of another base.
             SettingMismatchError: its carry-on was trained on another base.
         """
         source = arm.place or self.base.source
@@ -162,12 +196,7 @@ class Models:
         digest = digest_of({"base": self._base_digest, "card": card.to_dict(), "alpha": arm.alpha})
         if card.mixture:
             return self._answerer(self._mixture(folder), digest, name=DEFAULT, alpha=arm.alpha)
-        if get_kind(card.settings.get("kind", "bottleneck")).merges:
-            if arm.alpha not in (None, 1.0):
-                raise InputError(
-                    f"arms: {arm.name}: expected no alpha for a carry-on of the kind native or "
-                    "top, which is merged into its base"
-                )
+        if _merges(card):
             model = CarryOnForCausalLM.from_pretrained(folder, base=self.base)
             return self._answerer(model, digest)
         name = arm.place or DEFAULT
@@ -195,10 +224,7 @@ class Models:
             log_costs(model)
 
     def _open_lora(self, arm: Arm) -> Answerer:
-        peft: Any = require("peft", extra="lora", purpose=f"the arm {arm.name}")
-        weights = Path(arm.place) / _ADAPTER
-        if not weights.is_file():
-            raise MissingError(f"arms: {arm.name}: expected a folder with {_ADAPTER}, got none")
+        peft, weights = _find_adapter(arm)
         try:
             with warnings.catch_warnings():  # PEFT reads a deprecated attribute of transformers
                 warnings.simplefilter("ignore", FutureWarning)
@@ -243,6 +269,19 @@ class Models:
             answer=answer,
             batch_rows=self._batch_rows,
         )
+
+
+def _merges(card: CarryOnCard) -> bool:
+    return bool(get_kind(card.settings.get("kind", "bottleneck")).merges)
+
+
+def _find_adapter(arm: Arm) -> tuple[Any, Path]:
+    """Return PEFT, and the file of weights of an arm with a LoRA."""
+    peft: Any = require("peft", extra="lora", purpose=f"the arm {arm.name}")
+    weights = Path(arm.place) / _ADAPTER
+    if not weights.is_file():
+        raise MissingError(f"arms: {arm.name}: expected a folder with {_ADAPTER}, got none")
+    return peft, weights
 
 
 def free_memory() -> None:
