@@ -12,6 +12,7 @@ from carryon.cache.errors import (
     SettingMismatchError,
     UnfinishedStoreError,
 )
+from carryon.cache.format.alignment import read_num_nodes
 from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
 from carryon.train.data.joined_store import JoinedStore
@@ -187,17 +188,23 @@ def _open_aligned(anchor: Store, path: str) -> Store:
 
 
 def _refuse_other_texts(stores: Sequence[Store]) -> None:
-    """Check that stores with all samples were made of the same bytes; older ones do not say."""
-    said = [
-        (store.name, facts["text_sha256"])
-        for store in stores
-        if "text_sha256" in (facts := store.manifest.alignment) and not facts["missing_samples"]
-    ]
-    for name, digest in said[1:]:
-        if digest != said[0][1]:
+    """Check that stores with the same samples were made of the same bytes; older ones do not say.
+
+    Each was compared with the anchor's tokens when it was made.
+    """
+    said: dict[bytes, tuple[str, str]] = {}
+    for store in stores:
+        facts, lacking = store.manifest.alignment, b""
+        if "text_sha256" not in facts:
+            continue
+        if facts["missing_samples"]:
+            lacking = (read_num_nodes(store.root, store.manifest) == 0).tobytes()
+        digest = facts["text_sha256"]
+        name, expected = said.setdefault(lacking, (store.name, digest))
+        if digest != expected:
             raise InputError(
-                f"mix: {name}: expected the texts that {said[0][0]} was made of "
-                f"({said[0][1][:12]}), got others ({digest[:12]}). Fix: carryon extract "
+                f"mix: {store.name}: expected the texts that {name} was made of "
+                f"({expected[:12]}), got others ({digest[:12]}). Fix: carryon extract "
                 "--align-to with the same --data for both"
             )
 

@@ -263,7 +263,9 @@ def test_a_store_without_head_is_refused_where_its_distribution_is_mixed(
         mix(folder, tmp_path / "run", **changes)
 
 
-def test_stores_of_other_texts_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stores_of_other_texts_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     anchor = Store.open(folder / "anchor")
     good, lacking = (
         Store.open(folder / name, allow_aligned=True).manifest.alignment
@@ -282,6 +284,21 @@ def test_stores_of_other_texts_are_refused(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Store, "open", whole)
     with pytest.raises(InputError, match="lacking: expected the texts that .*good was made of"):
         open_sources(anchor, [str(folder / name) for name in ("good", "lacking")])
+
+    def other(path: Any, **options: Any) -> Store:  # noqa: ANN401
+        store = opened(path, **options)
+        if store.root.name == "lacking-too":
+            facts = store.manifest.alignment | {"text_sha256": "0" * 64}
+            base = store.base | {"weights_sha256": "0" * 64}
+            store.manifest = replace(store.manifest, alignment=facts, base=base)
+            store.base = base
+        return store
+
+    shutil.copytree(folder / "lacking", tmp_path / "lacking-too")
+    both = [str(folder / "lacking"), str(tmp_path / "lacking-too")]
+    monkeypatch.setattr(Store, "open", other)
+    with pytest.raises(InputError, match="lacking-too: expected the texts that .*lacking was made"):
+        open_sources(anchor, both)
 
 
 def test_stores_of_other_samples_are_refused(
