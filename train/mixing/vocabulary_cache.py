@@ -6,6 +6,7 @@ the tokens that end a turn. Letters: V rows of a head.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ def _digest_settings(base: Mapping[str, Any]) -> bytes:
     """
     digest, num_found = hashlib.sha256(), 0
     for name in () if base.get("revision") else _SETTINGS:
-        path = Path(str(base.get("id")), name)
-        try:
+        try:  # files of the hub's cache are links
+            path = Path(os.path.realpath(Path(str(base.get("id")), name)))
             content = read_bounded(path, max_bytes=_MAX_SETTINGS_BYTES)
         except (CarryOnError, OSError, ValueError):
             continue
