@@ -74,7 +74,7 @@ def ends(call: Callable[[], object]) -> str:
     return line
 
 
-def refuses(root: Path, *texts: str) -> None:
+def assert_refused(root: Path, *texts: str) -> None:
     """Assert that opening, verifying and repairing all stop or name it, and change nothing else."""
     before = outside(root)
     started_at = time.perf_counter()
@@ -122,7 +122,7 @@ def test_a_path_that_no_store_has_is_refused_and_nothing_is_written_there(
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(CANARY)
     sign_manifest(root, lambda values: values["files"].update({path: ["0" * 64]}))
-    refuses(root, "files: expected names of files of a store")
+    assert_refused(root, "files: expected names of files of a store")
     assert not Path("/tmp/written").exists()
     assert main(["verify", str(root), "--full"]) != 0
 
@@ -132,7 +132,7 @@ def test_a_path_that_no_store_has_is_refused_and_nothing_is_written_there(
 )
 def test_a_tap_of_another_name_is_refused(root: Path, tap: str) -> None:
     sign_manifest(root, lambda values: values["settings"].update(taps=["final", tap]))
-    refuses(root, "taps: expected different final, prenorm, layer.K")
+    assert_refused(root, "taps: expected different final, prenorm, layer.K")
 
 
 def test_a_receipt_that_names_another_file_is_refused(root: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_receipt_that_names_another_file_is_refused(root: Path) -> None:
         values["files"]["../written"] = values["files"].pop(row_path("tokens", 1))
 
     sign_receipt(root, 1, change)
-    refuses(root, "the receipt is damaged: files: expected")
+    assert_refused(root, "the receipt is damaged: files: expected")
 
 
 # Links, pipes and folders in the place of files
@@ -307,7 +307,7 @@ def test_a_value_beyond_every_limit_is_named_in_one_line(
     root: Path, where: str, value: object
 ) -> None:
     sign_manifest(root, lambda values: set_in(values, where, value))
-    refuses(root)
+    assert_refused(root)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_json_nested_too_deeply_or_no_json_is_named(root: Path, path: str, conte
         replace_planned(root, path, content)
     else:
         (root / path).write_bytes(content)
-    refuses(root, path)
+    assert_refused(root, path)
 
 
 DOCUMENTS = [
@@ -380,7 +380,7 @@ def test_an_array_document_that_disagrees_is_named(
     document = json.loads((root / path).read_bytes())
     document[key] = value
     replace_planned(root, path, json_bytes(document))
-    refuses(root, name.partition("/")[0])
+    assert_refused(root, name.partition("/")[0])
 
 
 # Content that no digest can vouch for
@@ -408,10 +408,10 @@ def test_a_blosc_frame_of_garbage_with_valid_digests_is_named(
 ) -> None:
     tokens = np.random.default_rng(0).integers(1, 256, UNIT_TOKENS).astype(np.int32)
     replace_of_unit(root, 1, row_path("tokens", 1), garbage_chunk(tokens, harm))
-    refuses(root, "tokens/c/1")
+    assert_refused(root, "tokens/c/1")
     rows = np.random.default_rng(0).integers(1, 256, (8, 64)).astype(np.uint8)
     replace_planned(root, "samples/id/c/0/0", garbage_chunk(rows, harm))
-    refuses(root)
+    assert_refused(root)
 
 
 def test_an_index_that_points_outside_of_its_shard_is_named(root: Path) -> None:
@@ -420,7 +420,7 @@ def test_an_index_that_points_outside_of_its_shard_is_named(root: Path) -> None:
     entries = np.array([[1 << 62, 1 << 40]] * 4, dtype="<u8").tobytes()
     shard = shard[: -4 - len(entries)] + with_checksum(entries)
     replace_of_unit(root, 1, shard_path("final", 1), shard)
-    refuses(root, "index points outside of the file")
+    assert_refused(root, "index points outside of the file")
 
 
 @pytest.mark.parametrize("token", [-1, 256, 2**31 - 1, -(2**31)])
@@ -428,7 +428,7 @@ def test_a_token_id_that_the_base_has_not_is_refused(root: Path, token: int) -> 
     tokens = np.full(UNIT_TOKENS, 3, dtype=np.int32)
     tokens[5] = token
     replace_of_unit(root, 1, row_path("tokens", 1), encode_chunk(tokens))
-    refuses(root, f"expected token ids from 0 to 255, got {token}")
+    assert_refused(root, f"expected token ids from 0 to 255, got {token}")
 
 
 @pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xFF80])
@@ -451,7 +451,7 @@ def test_samples_that_lie_outside_of_their_units_are_refused(root: Path) -> None
         part = starts[chunk * 8 : min(chunk * 8 + 8, len(store))]
         rows[: len(part)] = part
         replace_planned(root, f"samples/start/c/{chunk}", encode_chunk(rows))
-    refuses(root, "samples one after another")
+    assert_refused(root, "samples one after another")
 
 
 def test_an_id_that_is_no_text_is_named(root: Path) -> None:

@@ -44,7 +44,7 @@ class Planned:
         rows = slice(unit * UNIT_TOKENS, (unit + 1) * UNIT_TOKENS)
         return {tap: self.given.hidden[tap][rows].copy() for tap in self.manifest.taps}
 
-    def refuses(self, hidden: dict[str, NDArray[Any]], match: str) -> None:
+    def assert_refused(self, hidden: dict[str, NDArray[Any]], match: str) -> None:
         before = files_below(self.root)
         with pytest.raises(InputError, match=match):
             write_unit(self.root, self.manifest, self.input_of(1), hidden, elapsed_s=0.0)
@@ -74,7 +74,7 @@ def test_a_state_that_is_not_finite_is_refused_with_sample_and_position(
     hidden["layer.1"][row, 5] = value
     index = int(np.searchsorted(planned.given.plan.unit, 2)) - 1  # the last sample of unit 1
     name = planned.given.samples[int(planned.given.plan.order[index])].id
-    planned.refuses(
+    planned.assert_refused(
         hidden, f"unit 1, tap layer.1: a state is not finite .* in sample '{name}' at token 1: noth"
     )
 
@@ -82,7 +82,9 @@ def test_a_state_that_is_not_finite_is_refused_with_sample_and_position(
 def test_not_finite_bits_of_bfloat16_are_refused_too(planned: Planned) -> None:
     hidden = {tap: bfloat16_bits(states) for tap, states in planned.hidden_of(1).items()}
     hidden["final"][0, 0] = 0xFF80  # minus infinity
-    planned.refuses(hidden, "tap final: a state is not finite as bfloat16, in sample .* at token 0")
+    planned.assert_refused(
+        hidden, "tap final: a state is not finite as bfloat16, in sample .* at token 0"
+    )
 
 
 def test_every_bit_pattern_of_nan_and_infinity_is_refused(planned: Planned) -> None:
@@ -90,7 +92,7 @@ def test_every_bit_pattern_of_nan_and_infinity_is_refused(planned: Planned) -> N
     for bits in (0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001):
         hidden = planned.hidden_of(1)
         hidden["final"][0, 0] = np.array([bits], dtype=np.uint32).view(np.float32)[0]
-        planned.refuses(hidden, "tap final: a state is not finite")
+        planned.assert_refused(hidden, "tap final: a state is not finite")
 
 
 @pytest.mark.parametrize(
@@ -102,13 +104,15 @@ def test_a_state_too_large_for_its_stored_type_is_refused(
     planned = plan(store_tmp / "store", dtype=dtype)
     hidden = planned.hidden_of(1)
     hidden["final"][3, 3] = value
-    planned.refuses(hidden, f"tap final: a state is not finite as {dtype}, in sample")
+    planned.assert_refused(hidden, f"tap final: a state is not finite as {dtype}, in sample")
 
 
 def test_states_of_other_taps_are_refused(planned: Planned) -> None:
     hidden = planned.hidden_of(1)
-    planned.refuses({"final": hidden["final"]}, r"expected states at \['final', 'layer.1'\], got")
-    planned.refuses(
+    planned.assert_refused(
+        {"final": hidden["final"]}, r"expected states at \['final', 'layer.1'\], got"
+    )
+    planned.assert_refused(
         {"layer.1": hidden["layer.1"], "final": hidden["final"]}, r"got \['layer.1', 'final'\]"
     )
 
@@ -122,7 +126,7 @@ def test_states_without_one_row_per_row_of_the_unit_are_refused(
     hidden = planned.hidden_of(1)
     hidden["layer.1"] = np.zeros(shape, np.float32)
     text = rf"tap layer.1: expected \(64, 16\) states, .* got \({shape[0]}, {shape[1]}\)"
-    planned.refuses(hidden, text)
+    planned.assert_refused(hidden, text)
 
 
 def test_states_in_rows_of_no_sample_are_refused(planned: Planned) -> None:
@@ -130,7 +134,9 @@ def test_states_in_rows_of_no_sample_are_refused(planned: Planned) -> None:
     assert num_tokens < UNIT_TOKENS
     hidden = planned.hidden_of(1)
     hidden["final"][num_tokens, 0] = 1.0
-    planned.refuses(hidden, f"tap final: expected 0 in the rows after the last .*{num_tokens} tok")
+    planned.assert_refused(
+        hidden, f"tap final: expected 0 in the rows after the last .*{num_tokens} tok"
+    )
 
 
 def test_a_unit_can_be_written_twice(planned: Planned) -> None:
