@@ -22,6 +22,7 @@ from carryon.tools.bench.accuracy.corpus import is_unseen_template, make_corpus
 from carryon.tools.bench.accuracy.lora import train_lora
 from carryon.tools.bench.accuracy.mlp import build_mlp, train_mlp
 from carryon.tools.bench.accuracy.report import write_report
+from carryon.tools.bench.planned import check_steps
 from carryon.tools.improve import steps
 from carryon.train.config import CarryOnSettings, TrainSettings
 from carryon.train.inference.scoring.comparison import Paired
@@ -210,8 +211,7 @@ def test_every_step_of_every_recipe_is_a_command_that_parses(tmp_path: Path) -> 
         own = plan.plan_task(given, recipe)
         results = [each.result for each in own.steps()]
         assert len(set(results)) == len(results)
-        for each in own.steps():
-            experiment._program(each).check(each.argv[0], each.argv[1:])
+        check_steps(own.steps(), own=experiment.OWN_STEPS)
         assert {"--with-blocks", "layer.22"} <= set(own.extract.argv)
 
 
@@ -375,6 +375,17 @@ def test_rows_count_seeds_and_pairs() -> None:
         assert (figure.figure, figure.value) == ("cot.t.goal", pytest.approx(value))
         assert figure.met is (value >= goal.at_least)
     assert len(rows.figures_of(made, goal=None, kind="bottleneck")) == len(made)
+
+
+def test_a_goal_that_is_reached_exactly_is_met() -> None:
+    given = {
+        "base": [verdicts("0" * 100)],
+        "instruct": [verdicts("1" * 73 + "0" * 27)],
+        "bottleneck": [verdicts("1" * 70 + "0" * 30)],
+    }
+    made = rows.make_rows("t", given, cuts=dict.fromkeys(given, 0.0), costs={})
+    goal = recipes.Goal(against="prompt", at_least=-0.03)
+    assert rows.figures_of(made, goal=goal, kind="bottleneck")[-1].met is True
 
 
 def test_a_report_shows_all_rows(tmp_path: Path) -> None:

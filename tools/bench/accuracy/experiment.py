@@ -14,16 +14,16 @@ from carryon.cache.files.documents import parse_json
 from carryon.cache.lock import folder_lock
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
-from carryon.tools.bench.accuracy.plan import LORA, Experiment, Planned, TaskPlan, plan_task
+from carryon.tools.bench.accuracy.plan import LORA, Experiment, TaskPlan, plan_task
 from carryon.tools.bench.accuracy.recipes import DEFAULT_RECIPES, Recipe, choose_recipes
 from carryon.tools.bench.accuracy.report import HEADING, cells_of, write_report
 from carryon.tools.bench.accuracy.rows import Costs, Row, Verdicts, figures_of, make_rows
-from carryon.tools.cli.main import CARRYON
+from carryon.tools.bench.planned import check_steps, run_steps
 from carryon.tools.cli.program import Program
 from carryon.tools.cli.table import format_table
 from carryon.tools.compare.command import read_base_facts
 from carryon.tools.compare.figure import describe_core, print_json
-from carryon.tools.improve.steps import Step, run_step
+from carryon.tools.improve.steps import Step
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +132,7 @@ def experiment_cot(
     )
     plans = [(recipe, plan_task(experiment, recipe)) for recipe in recipes]
     for _, plan in plans:
-        for step in plan.steps():
-            _program(step).check(step.argv[0], step.argv[1:])  # not first after hours
+        check_steps(plan.steps(), own=OWN_STEPS)
     facts = {"base": base, "seeds": seeds, "core": describe_core()}
     rows, documents = list[Row](), list[dict[str, Any]]()
     with folder_lock(root, kind="experiment"):
@@ -148,16 +147,9 @@ def experiment_cot(
     return documents
 
 
-def _program(step: Planned) -> Program:
-    return OWN_STEPS if step.argv[0] in OWN_STEPS.commands else CARRYON
-
-
 def _run_task(recipe: Recipe, plan: TaskPlan) -> list[Row]:
     """Run the steps of a task that are not done, and return its rows."""
-    done = {
-        step.result: run_step(step.result, step.argv, files={}, program=_program(step))
-        for step in plan.steps()
-    }
+    done = run_steps(plan.steps(), own=OWN_STEPS)
     scores = [done[step.result].result[0]["arms"] for step in plan.scores.values()]
     by_label = {label: [arms[at] for arms in scores] for at, label in enumerate(plan.labels)}
     counted = {str(each["arm"]): each for arms in scores for each in arms}

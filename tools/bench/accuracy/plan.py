@@ -14,6 +14,7 @@ from pathlib import Path
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.bench.accuracy.recipes import TEST_SEED, TRAIN_SEED, Recipe
+from carryon.tools.bench.planned import Planned
 from carryon.tools.compare.settings import LORA_RANK
 from carryon.tools.improve.plan import forward_argv
 
@@ -82,15 +83,6 @@ class Experiment:
     def top_blocks(self) -> int:
         """Blocks that a `top` copies."""
         return max(1, min(_MOST_TOP_BLOCKS, self.num_layers - 1))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
-    """A command that is to be run once."""
-
-    result: Path
-    """File of its result."""
-    argv: list[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from carryon.cache.errors import InputError
 from carryon.cache.lock import folder_lock
 from carryon.cache.settings import ForwardSettings
-from carryon.tools.bench.accuracy.plan import Planned
 from carryon.tools.bench.mixtures.plan import BaseFacts, MixExperiment, plan_mix
 from carryon.tools.bench.mixtures.report import (
     HEADING,
@@ -20,12 +19,11 @@ from carryon.tools.bench.mixtures.report import (
     warnings_of,
     write_report,
 )
-from carryon.tools.cli.main import CARRYON
+from carryon.tools.bench.planned import check_steps, run_steps
 from carryon.tools.cli.program import Program
 from carryon.tools.cli.table import format_table
 from carryon.tools.compare.command import read_base_facts
 from carryon.tools.compare.figure import describe_core, print_json
-from carryon.tools.improve.steps import run_step
 
 logger = logging.getLogger(__name__)
 
@@ -108,13 +106,10 @@ def experiment_mix(
         forward=forward,
     )
     plan = plan_mix(experiment)
-    for step in plan.steps():
-        _program(step).check(step.argv[0], step.argv[1:])  # not first after hours
+    check_steps(plan.steps(), own=OWN_STEPS)
     with folder_lock(root, kind="experiment"):
-        done = {
-            step.result: run_step(step.result, step.argv, files={}, program=_program(step)).result
-            for step in plan.steps()
-        }
+        steps = run_steps(plan.steps(), own=OWN_STEPS)
+        done = {path: step.result for path, step in steps.items()}
         rows = make_rows(
             experiment,
             {name: done[step.result] for name, step in plan.bytes.items()},
@@ -139,10 +134,6 @@ def experiment_mix(
     for warning in warnings_of(figures):
         logger.warning(warning)
     return [figure.to_dict() for figure in figures]
-
-
-def _program(step: Planned) -> Program:
-    return OWN_STEPS if step.argv[0] in OWN_STEPS.commands else CARRYON
 
 
 def _read_bases(sources: list[str], root: Path, *, forward: ForwardSettings) -> list[BaseFacts]:
