@@ -16,9 +16,11 @@ from carryon.cache.format.alignment import UnitAlignment
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.__main__ import main
 from carryon.tools.bench.mixtures import measure, plan, report
+from carryon.tools.bench.mixtures.corpus import make_mix_corpus
 from carryon.tools.improve import steps
 from carryon.train.config import CarryOnSettings
 from carryon.train.mixing.gate import Gate
+from carryon.train.mixing.sources import Vocabulary
 from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
 
 
@@ -69,6 +71,11 @@ def test_own_carryons_have_at_least_the_bytes_of_any_mixture(tmp_path: Path) -> 
     assert {arm for _, arm in runs} == {
         "carryon", "own-anchor", "own-source-1", "gate", "gate+carryon", "state", "both"
     }  # fmt: skip
+    for (seed, arm), run in runs.items():
+        assert run.argv[run.argv.index("--seed") + 1] == str(seed)
+        own = {f"own-{base.name}": base for base in experiment.bases}.get(arm)
+        width = experiment.own_width(own) if own else 128
+        assert arm == "gate" or run.argv[run.argv.index("--width") + 1] == str(width)
     argv = runs[1, "own-source-1"].argv
     assert argv[argv.index("--store") + 1].endswith("stores/source-1")
     assert all("--patience" in each.argv for each in runs.values())
@@ -99,6 +106,20 @@ def test_an_experiment_that_no_step_could_run_is_refused(tmp_path: Path) -> None
             make_experiment(tmp_path, **changes)
 
 
+def test_texts_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "gpt2", vocab_size=300)
+    words = np.random.default_rng(0).choice(TEXTS[0].split(), size=(24, 60))
+    rows = [{"id": f"d{index}", "text": " ".join(each)} for index, each in enumerate(words)]
+    given: dict[str, Any] = {
+        "base": str(base), "out": str(tmp_path / "data"), "held_out_tokens": 300,
+        "data": [str(write_lines(tmp_path / "data.jsonl", *rows))], "window_tokens": 64,
+    }  # fmt: skip
+    made = make_mix_corpus(tokens=1000, **given)
+    assert make_mix_corpus(tokens=1000, **given) == made
+    with pytest.raises(InputError, match="expected tokens 1000, as in its first run, got 2000"):
+        make_mix_corpus(tokens=2000, **given)
+
+
 # Straddled positions
 
 
@@ -123,8 +144,13 @@ def test_bytes_and_places_are_those_of_the_held_out_samples(tmp_path: Path) -> N
     counted = measure.count_bytes(store=str(anchor))
     held_out = [store.read_sample(int(at)) for at in np.flatnonzero(store.sample_held_out)]
     assert counted["targets"] == sum(int(each.loss_mask[1:].sum()) for each in held_out)
-    texts = json.loads((tmp_path / "data" / "text.jsonl").read_text().splitlines()[3])["text"]
-    assert 0 < counted["bytes"] < 2.5 * len(texts.encode()) + 200
+    words = Vocabulary.read(store).tokens
+    assert counted["bytes"] == sum(
+        len(words[token] or b"")
+        for each in held_out
+        for token, is_target in zip(each.tokens[1:], each.loss_mask[1:], strict=True)
+        if is_target
+    )
     argv = ["train", "--store", str(anchor), "--mix", str(aligned), "--out", str(tmp_path / "run")]
     from carryon.tools.cli.main import call_command
 

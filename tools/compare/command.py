@@ -60,7 +60,7 @@ def run_comparison(
     )
     shape = {name: int(facts[name]) for name in ("num_layers", "width")}
     methods = get_methods(settings, **shape)
-    _refuse_other_data(folder, {"data": data, **settings.shared()})
+    refuse_other_data(folder, {"data": data, **settings.shared()})
     prepare_material(settings, base=base, out=folder, data=data)
     (folder / "rows").mkdir(exist_ok=True)
     rows = list_rows(settings, methods)
@@ -124,7 +124,12 @@ def read_base_facts(source: str, folder: Path, *, forward: ForwardSettings) -> d
     return facts
 
 
-def _refuse_other_data(folder: Path, wanted: dict[str, Any]) -> None:
+def refuse_other_data(folder: Path, wanted: dict[str, Any]) -> None:
+    """Refuse a folder whose texts were drawn with other settings; one without texts is accepted.
+
+    Raises:
+        InputError: the first setting that differs.
+    """
     path = folder / "data.json"
     begun = read_object(path) if path.exists() else wanted
     for name, value in wanted.items():

@@ -8,6 +8,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.files.atomic import write_file
 from carryon.tools.bench.corpora import write_named_corpus
 from carryon.tools.cli.output import print_result
+from carryon.tools.compare.command import refuse_other_data
 from carryon.tools.compare.data import prepare_material
 from carryon.tools.compare.settings import CompareSettings
 
@@ -48,14 +49,15 @@ def make_mix_corpus(
     folder = Path(out)
     if bool(data) == bool(corpus):
         raise InputError("--data: expected either --data or --corpus. Fix: --corpus python")
-    if corpus:
-        named = folder / f"{corpus}.jsonl"
-        wanted = _SPARE * max(tokens + held_out_tokens, _HELD_OUT_EVERY * held_out_tokens)
-        write_named_corpus(corpus, named, num_tokens=round(wanted))
-        data = [str(named)]
+    named = folder / f"{corpus}.jsonl"
+    data = [str(named)] if corpus else data
     settings = CompareSettings(
         tokens=tokens, held_out_tokens=held_out_tokens, window_tokens=window_tokens
     )
+    refuse_other_data(folder, {"data": data, **settings.shared()})
+    if corpus:
+        wanted = _SPARE * max(tokens + held_out_tokens, _HELD_OUT_EVERY * held_out_tokens)
+        write_named_corpus(corpus, named, num_tokens=wanted)
     material = prepare_material(settings, base=base, out=folder, data=data)
     rows = [
         json.loads(line) | {"split": split}
