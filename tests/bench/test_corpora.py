@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from carryon.cache.errors import InputError
-from carryon.tools.bench.corpora import write_named_corpus
+from carryon.tools.bench.corpora import read_page, write_named_corpus
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -68,6 +68,12 @@ def test_documentation_mixes_prose_and_code(tmp_path: Path) -> None:
         assert any(mark in record["text"] for mark in ("```", "::\n\n", ">>> ")) or (
             record is records[-1]  # cut where the corpus is long enough
         )
+
+
+def test_a_page_is_read_whatever_its_code_is_warned_of(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text('"""Digits.\n\n>>> find("1")\n"""\nPATTERN = "\\d"\n')
+    assert read_page(module).startswith("Digits.")
 
 
 def test_an_unknown_corpus_is_refused(tmp_path: Path) -> None:

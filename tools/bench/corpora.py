@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -161,13 +162,13 @@ def _read_documentation() -> Iterator[tuple[str, str]]:
         place = paths[index].relative_to(root)
         if seen[place.parts[0]] == _PAGES_A_PACKAGE:
             continue
-        text = _read_page(paths[index])
+        text = read_page(paths[index])
         if len(text) >= _LEAST_CHARACTERS and any(mark in text for mark in _CODE):
             seen[place.parts[0]] += 1
             yield place.as_posix(), text[:_PAGE_CHARACTERS]
 
 
-def _read_page(path: Path) -> str:
+def read_page(path: Path) -> str:
     """Return the text of a file; of a module its docstrings, in order."""
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix != ".py":
@@ -175,7 +176,9 @@ def _read_page(path: Path) -> str:
     if ">>> " not in text:
         return ""
     try:
-        nodes = list(ast.walk(ast.parse(text)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the page's own code
+            nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError):  # a template of a module
         return ""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
