@@ -168,10 +168,12 @@ def test_a_single_benchmark_prints_json_and_a_table_and_leaves_nothing_behind(
 def test_a_benchmark_without_its_input_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge"]) == 0
     assert main(["store.lossless"]) == 0
+    assert main(["mixing.align", "--base", "base", "--store", "one"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "merge.native: skipped, it needs --base" in captured.err
     assert "store.lossless: skipped, it needs --store or --base" in captured.err
+    assert "mixing.align: skipped, it needs --store twice" in captured.err
 
 
 @pytest.mark.parametrize(

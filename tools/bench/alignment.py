@@ -52,19 +52,20 @@ def measure_alignment(job: Job, *, tokens: int = 1_000_000, rounds: int = 1) -> 
     Raises:
         InputError: fewer than two stores are given.
     """
-    readings = _read_bases(job)
     records = [
         _record(name, {"text": text})
         for name, text in iter_documents(PYTHON, num_characters=int(tokens * _CHARACTERS))
     ]
     runs, num_tokens, num_nodes, plain = [], 0, 0, []
     for _ in range(rounds):
+        readings = _read_bases(job)  # tokenizers keep the words that they have seen
         started_at = time.process_time()
         for reading in readings:
             for record in records:
                 for _ in reading.encoder.iter_encode(record.content.text):  # type: ignore[union-attr]
                     pass
         plain.append(time.process_time() - started_at)
+        readings = _read_bases(job)
         started_at, aligner = time.process_time(), Aligner(*readings)
         num_tokens = num_nodes = 0
         for record in records:
@@ -90,13 +91,18 @@ def measure_leaks(job: Job, *, edits: int = 5000, seed: int = 0) -> None:
     """Edit later text, and compare all that was aligned before it.
 
     Raises:
-        InputError: fewer than two stores are given.
+        InputError: fewer than two stores are given, or nothing could be compared.
     """
     readings = _read_bases(job)
     code = [text[:3000] for _, text in iter_documents(PYTHON, num_characters=12_000)]
     source = "".join(part for each in code for part in (each, PROSE))
     aligners = [Aligner(*readings), Aligner(*readings[::-1])]
     leaks = count_leaks(aligners, source, edits=edits, seed=seed)
+    if not leaks.compared:
+        raise InputError(
+            f"mixing.leak: expected positions before an edit, got none in {edits:,} edits. Fix: "
+            "--sizes edits=5000"
+        )
     job.report(
         "mixing.leak",
         leaks.changed,

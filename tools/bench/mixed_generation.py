@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from carryon.cache.base.model import Base, load_base
+from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.bench.corpora import PYTHON, iter_documents
 from carryon.tools.bench.families import make_family_base
@@ -50,8 +51,19 @@ def measure_mixed_generation(
     rounds: int = 3,
     dtype: str = "float32",
 ) -> None:
-    """Report identical answers and tokens/s; `mix` names the other bases beside `--base`."""
-    places = [job.base, *filter(None, mix)] if job.base else _make_bases(job.work)
+    """Report identical answers and tokens/s; `mix` names the other bases beside `--base`.
+
+    Raises:
+        InputError: one of `--base` and `mix` is given without the other.
+    """
+    others = [each for each in mix if each]
+    if bool(job.base) != bool(others):
+        given = "--base" if job.base else "mix"
+        raise InputError(
+            f"mixing.generation: expected --base and mix, or neither, got {given} alone. Fix: "
+            "--base ANCHOR --sizes mix=OTHER"
+        )
+    places = [job.base, *others] if job.base else _make_bases(job.work)
     forward = ForwardSettings.from_dict({"device": "auto", "compute_dtype": dtype})
     bases = [load_base(place, forward=forward) for place in places]
     texts = _cut_texts(prompts)
@@ -67,7 +79,7 @@ def measure_mixed_generation(
         )
         for each in (alone, mixed):
             each.carryons.put(DEFAULT, carryon.state_dict(), card)
-        same = _count_same(mixed, texts, rows=rows, new_tokens=new_tokens)
+        same = count_same(mixed, texts, rows=rows, new_tokens=new_tokens)
         details: dict[str, Any] = {
             "bases": [base.identity.id for base in bases],
             "dtype": dtype,
@@ -81,9 +93,8 @@ def measure_mixed_generation(
             prompts=len(texts),
             **details,
         )
-        others = [base.model for base in bases[1:]]
         models: dict[str, Any] = {"mixture": mixed, "anchor": alone}
-        models |= {f"source-{number}": other for number, other in enumerate(others, 1)}
+        models |= {f"source-{at}": base.model for at, base in enumerate(bases[1:], 1)}
         given = [tokens[0], *tokens]
         ways = {
             name: partial(generation_speed, model, prompt, new_tokens=new_tokens)
@@ -135,7 +146,7 @@ def _mix(bases: Sequence[Base]) -> MixedForCausalLM:
     return MixedForCausalLM(bases[0], Composition(bases[0], sources, gate))
 
 
-def _count_same(model: Any, texts: Sequence[str], *, rows: int, new_tokens: int) -> int:  # noqa: ANN401
+def count_same(model: Any, texts: Sequence[str], *, rows: int, new_tokens: int) -> int:  # noqa: ANN401
     """Return for how many texts the same tokens are generated with and without a cache."""
     tokenizer, same = model.tokenizer, 0
     tokenizer.padding_side = "left"

@@ -13,8 +13,9 @@ class Benchmark:
     """`file:function` of this folder, called with a Job and with sizes by keyword."""
     about: str
     """One line for the list."""
-    needs: Literal["", "base", "store"] = ""
-    """Input without which it is skipped; a base provides a store, by extracting text."""
+    needs: Literal["", "base", "store", "stores"] = ""
+    """Input without which it is skipped; a base provides a store, by extracting text. `stores`: of
+    two bases, which none provides."""
     quick: Mapping[str, Any] = field(default_factory=dict)
     """Sizes with which it shows in seconds that it runs; its figures then mean nothing."""
 
@@ -142,19 +143,19 @@ BENCHMARKS = {
     "mixing.train": Benchmark(
         place="mixing:measure_mixing",
         about="gate and carry-on over several bases against each alone: loss, speed",
-        needs="store",
+        needs="stores",
         quick=_QUALITY,
     ),
     "mixing.align": Benchmark(
         place="alignment:measure_alignment",
         about="seconds to align 1M tokens with the tokenizers of two stores' bases",
-        needs="store",
+        needs="stores",
         quick={"tokens": 2000},
     ),
     "mixing.leak": Benchmark(
         place="alignment:measure_leaks",
         about="aligned positions that an edit of later text changes",
-        needs="store",
+        needs="stores",
         quick={"edits": 20},
     ),
     "mixing.generation": Benchmark(

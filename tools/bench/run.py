@@ -137,11 +137,15 @@ def _text(value: object) -> str:
 
 def _is_missing_input(name: str, base: str, store: Sequence[str]) -> bool:
     needs = BENCHMARKS[name].needs
-    if base or not needs or (needs == "store" and store):
-        return False
-    wanted = "--base" if needs == "base" else "--store or --base"
-    logger.warning(f"{name}: skipped, it needs {wanted}")
-    return True
+    wanted, is_there = {
+        "": ("", True),
+        "base": ("--base", bool(base)),
+        "store": ("--store or --base", bool(store or base)),
+        "stores": ("--store twice", len(store) > 1),
+    }[needs]
+    if not is_there:
+        logger.warning(f"{name}: skipped, it needs {wanted}")
+    return not is_there
 
 
 def print_table(figures: Sequence[Figure]) -> None:
