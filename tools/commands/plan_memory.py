@@ -35,8 +35,9 @@ def plan_memory(
 ) -> dict[str, Any]:
     """Estimate the peak memory of training; nothing is run.
 
-    With --limit, memory settings are added until the run fits, the fastest first. The last line
-    on stdout is a JSON line with the bytes of each part.
+    With --limit, memory settings are added until the run fits, the fastest first. Of the ways of
+    the loss that a run may choose by timing them, the one with the most bytes is counted; give
+    --loss-way for another. The last line on stdout is a JSON line with the bytes of each part.
 
     Example:
         carryon plan-memory --base-width 5120 --vocab-size 152064 --width 1760

@@ -13,12 +13,16 @@ import torch
 from carryon.cache.device import DEFAULT_CHUNK
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
 from carryon.train.kinds import get_kind
+from carryon.train.losses.calibration import SMALLEST_HEAD
 from carryon.train.losses.frozen_head import (
     CPU_BLOCK_ROWS,
     STREAMED_BLOCK_BYTES,
     WIDE,
     WIDE_BLOCK_ROWS,
+    FrozenHead,
 )
+from carryon.train.losses.gradient_filter import POSITIONS_AT_ONCE
+from carryon.train.losses.ways import way_of, ways_of
 from carryon.train.mixing.gate import Gate
 from carryon.train.mixing.projection import CHUNK_BYTES, FEATURES
 from carryon.train.modules.bottleneck import Bottleneck
@@ -88,7 +92,7 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
     # the gradient in the backward pass. For a wide head only states and gradient.
     a_channel = 8 if case.is_wide else 4 + case.head_bytes + 4 + case.head_bytes + 8
     states = positions * case.base_width * a_channel
-    logits = _logits(case, positions)
+    copies, logits = _products(case, positions)
     parts = {
         "imports": IMPORT_BYTES
         + (0 if is_lean else COMPILER_BYTES)
@@ -96,7 +100,7 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
         "weights": num_weights * item,
         "gradients": moved * item,
         "optimizer": int(num_weights * state_bytes) + (WORKING_BYTES if is_lean else 0),
-        "head": _head(case),
+        "head": _placed_head(case) + copies,
         "logits": logits,
         "states": states,
         "activations": _activations(case, positions, item=item, loss_bytes=states + logits),
@@ -194,11 +198,53 @@ def leaner_settings(case: MemoryCase, *, limit: int) -> Iterator[tuple[str, Memo
         yield added, case
 
 
-def _head(case: MemoryCase) -> int:
+def _placed_head(case: MemoryCase) -> int:
     item = {"device": case.head_bytes, "host": 2, "mapped": 0}[case.loss.head_place]
-    # The attention kernel rearranges a block twice, as keys and as values.
-    copies = (1 if case.is_wide else 2) * min(_rows(case), case.vocab_size)
-    return (case.vocab_size * item + copies * case.head_bytes) * case.base_width
+    return case.vocab_size * case.base_width * item
+
+
+def _products(case: MemoryCase, positions: int) -> tuple[int, int]:
+    """Return the bytes of the copies of a block of the head, and of its logits.
+
+    Of the ways that a run may choose by timing them, the one with the most bytes counts.
+    """
+    item, rows = case.head_bytes, min(_rows(case), case.vocab_size)
+    block = rows * case.base_width
+    chunk = min(case.loss.chunk_tokens or DEFAULT_CHUNK, positions)
+    if case.is_wide:
+        return block * item, chunk * rows * 8  # logits and their exponentials
+    few = min(chunk, POSITIONS_AT_ONCE)
+    # Logits in float32, and as rounded before or after the exponentials.
+    plain = block * item, few * rows * (4 if item == 4 else 4 + item)
+    sizes = {
+        # The kernel rearranges a block twice, as keys and as values, and computes 512 columns of
+        # logits at a time, in float32.
+        "attention": (2 * block * item, chunk * 512 * 4),
+        "float32": (block * 4, few * (rows + 2 * case.base_width) * 4),  # also states and means
+        "shifted": plain,
+        "rounded": (block * item, few * rows * item),
+        "plain": plain,
+    }
+    return max((sizes[way] for way in _possible_ways(case)), key=sum)
+
+
+def _possible_ways(case: MemoryCase) -> Sequence[str]:
+    """Return the ways in which a run may compute the loss (losses/ways.py)."""
+    loss = case.loss
+    head = FrozenHead(
+        weight=torch.empty(case.vocab_size, case.base_width, device="meta"),
+        bias=None,
+        logit_scale=1.0,
+        softcap=None,
+        dtype=torch.bfloat16 if case.head_bytes == 2 else torch.float32,
+        device=torch.device("cpu"),
+        block_rows=_rows(case),
+        gradient_filter=loss.gradient_filter,
+        way=loss.loss_way,
+    )
+    if loss.loss_way != "auto" or loss.sampled_softmax or head.weight.numel() < SMALLEST_HEAD:
+        return [way_of(head)]
+    return ways_of(head)
 
 
 def _rows(case: MemoryCase) -> int:
@@ -209,13 +255,6 @@ def _rows(case: MemoryCase) -> int:
     if case.loss.head_place == "device":
         return CPU_BLOCK_ROWS
     return STREAMED_BLOCK_BYTES // (2 * case.base_width)
-
-
-def _logits(case: MemoryCase, positions: int) -> int:
-    chunk = min(case.loss.chunk_tokens or DEFAULT_CHUNK, positions)
-    if case.is_wide:
-        return chunk * _rows(case) * 8  # logits and their exponentials
-    return chunk * 512 * 4  # the kernel computes 512 columns at a time, in float32
 
 
 def _activations(case: MemoryCase, positions: int, *, item: int, loss_bytes: int) -> int:

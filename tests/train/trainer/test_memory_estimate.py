@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
+from carryon.train.losses.ways import WAYS
 from carryon.train.mixing.gate import Gate
 from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
 from carryon.train.modules.carryon import num_parameters
@@ -57,6 +59,28 @@ def test_a_wide_head_in_float32_takes_less_than_the_kernels_copies_of_it() -> No
     assert plain["head"] == 1024 * 5120 * 4
     assert plain["head"] + plain["logits"] < kernels["head"] + kernels["logits"]
     assert plain["states"] == 2048 * 5120 * 8 < kernels["states"]
+
+
+def _of_loss(case: MemoryCase, way: str = "auto", **options: object) -> int:
+    loss = replace(case.loss, loss_way=way, **options)  # type: ignore[arg-type]
+    parts = plan_memory(replace(case, loss=loss))
+    return parts["head"] + parts["logits"]
+
+
+@pytest.mark.parametrize("width", [576, 5120])
+@pytest.mark.parametrize("head_bytes", [2, 4])
+def test_the_dearest_way_that_a_run_may_choose_is_counted(width: int, head_bytes: int) -> None:
+    case = replace(LARGE, base_width=width, head_bytes=head_bytes)
+    each = {way: _of_loss(case, way) for way in WAYS}
+
+    assert _of_loss(case) == max(each.values())
+    assert (len(set(each.values())) == 1) == case.is_wide
+    assert _of_loss(case, sampled_softmax=2048) == each["attention"]
+    assert _of_loss(case, "rounded") == each["rounded" if head_bytes == 2 else "attention"]
+
+
+def test_a_small_head_is_counted_in_the_way_that_it_has() -> None:
+    assert _of_loss(CASE) == _of_loss(CASE, "attention") != _of_loss(CASE, "shifted")
 
 
 def test_settings_are_added_until_the_limit_is_kept() -> None:
