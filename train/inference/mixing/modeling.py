@@ -86,12 +86,7 @@ class MixedForCausalLM(CarryOnForCausalLM):
             raise InputError(
                 "input_ids: expected token ids, whose text the other bases read, got none"
             )
-        kind = self.carryons.get(DEFAULT).card.settings.get("kind")
-        if settings.get("alpha") is not None and kind == "none":
-            raise InputError(
-                "alpha: expected none for a mixture of the kind none, which corrects nothing, got "
-                f"{settings['alpha']}. Fix: leave out --alpha"
-            )
+        check_alpha(self.carryons.get(DEFAULT).card, settings.get("alpha"))
         settings["prompts"] = Prompts(length=given.shape[1], texts=source_texts)
         # As tensors, which generation repeats for beams and several sequences of a prompt.
         settings["prompt_rows"] = torch.arange(len(given))
@@ -263,6 +258,19 @@ def check_mixture(
             "--mix, or train a bottleneck"
         )
     check_places(card.mixture["sources"], mix, mix_device, where=where)
+
+
+def check_alpha(card: CarryOnCard, alpha: Alpha) -> None:
+    """Check that a mixture has a correction, if a strength of it is given.
+
+    Raises:
+        InputError: it has a gate alone.
+    """
+    if alpha is not None and card.settings.get("kind") == "none":
+        raise InputError(
+            "alpha: expected none for a mixture of the kind none, which corrects nothing, got "
+            f"{alpha}. Fix: leave out --alpha"
+        )
 
 
 def log_costs(model: MixedForCausalLM) -> None:

@@ -24,7 +24,12 @@ from carryon.train.config import GenerateSettings
 from carryon.train.inference.adapters import DEFAULT
 from carryon.train.inference.generate import Generation, generate_rows
 from carryon.train.inference.merge import load_own_base
-from carryon.train.inference.mixing.modeling import MixedForCausalLM, check_mixture, log_costs
+from carryon.train.inference.mixing.modeling import (
+    MixedForCausalLM,
+    check_alpha,
+    check_mixture,
+    log_costs,
+)
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.prompts import Prompt, encode_prompts
 from carryon.train.inference.scoring.arms import Arm
@@ -69,8 +74,8 @@ def check_arms(
         mix_device: devices of them.
 
     Raises:
-        InputError: alpha for a carry-on that is merged into its base, a mixture that does not
-            generate, or other bases without an arm that is mixed with them.
+        InputError: alpha where nothing is corrected or all is merged into the base, a mixture that
+            does not generate, or other bases without an arm that is mixed with them.
         MissingError: a folder or file is not there.
         MissingExtraError: a LoRA without PEFT.
     """
@@ -90,6 +95,7 @@ def check_arms(
             places, devices = (mix, mix_device) if folder == carryon else ((), ())
             if card.mixture or places or devices:
                 check_mixture(card, places, devices, where=folder)
+                check_alpha(card, arm.alpha)
             elif _merges(card) and arm.alpha not in (None, 1.0):
                 raise InputError(
                     f"arms: {arm.name}: expected no alpha for a carry-on of the kind native or "

@@ -212,6 +212,9 @@ def test_commands_answer_with_a_mixture(
     scored = ["score", "--tasks", str(questions), *own, *short, "--rule", "operator:is_not"]
     assert main([*scored, "--out", str(tmp_path / "answers.jsonl")]) == 0
     assert "good-base: " in capsys.readouterr().err
+    early = ["--base", str(tmp_path / "nowhere"), "--arms", "base", "carryon@0.5"]
+    assert main([*scored, *early]) == 2  # before the base is looked for
+    assert "kind none, which corrects nothing" in capsys.readouterr().err
 
 
 def test_a_mixture_by_state_is_refused(folder: Path, tmp_path: Path) -> None:
