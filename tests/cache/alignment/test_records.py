@@ -7,8 +7,9 @@ import pytest
 from support.aligned_tokenizers import BRACKETS, CHATML, TEXTS, make_tokenizer
 from tokenizers import pre_tokenizers
 
-from carryon.cache.alignment.known_text import broken_tokens
+from carryon.cache.alignment.known_text import Known, broken_tokens, map_known
 from carryon.cache.alignment.records import AlignedSample, Aligner, BaseTexts, path_to
+from carryon.cache.alignment.spelling import Spelling
 from carryon.cache.alignment.tree import visible
 from carryon.cache.corpus.records import read_record
 from carryon.cache.corpus.rows import Row
@@ -201,6 +202,19 @@ def test_equal_tokens_of_two_texts_prove_nothing() -> None:
             align(make_aligner("lossy", "qwen"), fields)
     assert align(make_aligner("gpt2", "qwen"), {"text": first})
     assert align(make_aligner("lossy", "qwen"), {"text": "\u4f60\U0001f600 fine"})
+
+
+def test_a_character_with_a_token_is_spelled_though_its_bytes_have_none() -> None:
+    spelling = Spelling(missing=b"\xe4", characters=frozenset("\u4f60"), twofold="")
+    assert spelling.first_lost("\u4f60a") == ""
+    assert spelling.first_lost("a\u4e16\u4f60") == "\u4e16"
+
+
+def test_bytes_of_a_template_s_character_are_not_known_behind_a_content() -> None:
+    known = Known(ends=np.array([1, 2, 4, 5]), partial=np.array([0, 1, 2, 0], dtype=np.int32))
+    mapped = map_known(known, [(1, 4)], [(3, 6)])
+    assert mapped.ends.tolist() == [3, 4, 6, 6]
+    assert mapped.partial.tolist() == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["metaspace", "gemma"])
