@@ -87,3 +87,10 @@ def track(items: Iterable[T], *, total: float, name: str, unit: str) -> Iterator
         for item in items:
             yield item
             progress.update()
+
+
+def show_seconds(seconds: float) -> str:
+    """Return a duration for a reader, such as `42 s`, `3.5 min` or `2.1 h`."""
+    if seconds < 120:
+        return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

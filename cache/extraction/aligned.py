@@ -210,6 +210,7 @@ def run_aligned(plan: AlignedPlan, *, max_disk_bytes: int | None = None) -> Extr
             plan.base,
             batch_tokens=plan.batch_tokens,
             max_disk_bytes=max_disk_bytes,
+            is_predicted=True,
         )
 
 

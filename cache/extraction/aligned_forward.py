@@ -4,6 +4,7 @@ Trees go through the base as rows with a mask and positions of their own, so a b
 tokens and not its beginning again. Letters: B trees, L nodes of the longest, R rows, D width.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
 from carryon.cache.errors import DamagedStoreError, InputError
 from carryon.cache.extraction.packing import plan_batches
+from carryon.cache.extraction.prediction import Pilot, TimedBatch, spread
 from carryon.cache.format.alignment import UnitAlignment
 from carryon.cache.progress import Progress
 
@@ -85,6 +87,7 @@ def compute_aligned_states(
     keeps_bits: bool,
     batch_tokens: int,
     progress: Progress | None = None,
+    pilot: Pilot | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Run the base over the trees of a unit.
 
@@ -96,6 +99,7 @@ def compute_aligned_states(
         keeps_bits: return bits of bfloat16.
         batch_tokens: nodes in one forward pass, pads included.
         progress: counts rows.
+        pilot: counts the batches of the first units.
 
     Returns:
         For each tap [R, D]: uint16 bits of bfloat16 if `keeps_bits`, else float32. Rows without
@@ -109,7 +113,9 @@ def compute_aligned_states(
     has_nodes = np.flatnonzero(num_nodes)
     run_taps = [tap for tap in taps if tap != "stable"]
     is_done = np.zeros(len(alignment.exact), dtype=np.bool_)
-    for batch in plan_batches(num_nodes[has_nodes], batch_tokens=batch_tokens):
+    batches = plan_batches(num_nodes[has_nodes], batch_tokens=batch_tokens)
+    for batch in spread(batches) if pilot is not None else batches:
+        started_at, was_done = time.perf_counter(), is_done.copy()
         chosen = has_nodes[batch]
         trees = [_local(alignment.parents, starts[x], stops[x]) for x in chosen]
         for parts in _split(base, trees):
@@ -134,6 +140,10 @@ def compute_aligned_states(
                         is_done[own[at >= 0]] = True
             if progress is not None:
                 progress.update(int(is_done.sum()) - before)
+        if pilot is not None:
+            seconds = time.perf_counter() - started_at
+            rows = np.flatnonzero(is_done & ~was_done)
+            pilot.add(hidden, rows, TimedBatch.of(num_nodes[chosen], seconds=seconds))
     return hidden
 
 

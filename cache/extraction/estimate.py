@@ -1,34 +1,43 @@
-"""Predict bytes and time of an extraction from a few thousand tokens. Nothing is written.
+"""Predict bytes and time of an extraction from a few batches. Nothing is written.
 
 Letters: R rows, D base width.
 """
 
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.extraction.forward import compute_states, raw_bytes
+from carryon.cache.extraction.forward import compute_states
 from carryon.cache.extraction.layout_writer import plan_bytes, plan_files
 from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
 from carryon.cache.extraction.plan import ExtractionPlan
-from carryon.cache.format.codec import encode_chunk, encode_shard
-from carryon.cache.format.manifest import Manifest
-from carryon.cache.format.quantization import STEPS, bfloat16_bits, to_codes
+from carryon.cache.extraction.prediction import (
+    PlannedBatches,
+    TimedBatch,
+    fit_seconds,
+    spread,
+)
+from carryon.cache.format.manifest import manifest_bytes
+from carryon.cache.format.quantization import STEPS
+from carryon.cache.format.zarr_metadata import ROW_ARRAYS
 from carryon.cache.store.shard_writer import UnitInput
+from carryon.cache.store.sizes import UnitSizes, raw_bytes, receipt_bytes
 from carryon.cache.store.top_blocks import block_files
 
-_TIMED_TOKENS = 4096
-"""Tokens that are run; fewer only if the corpus has fewer."""
+_TIMED_BATCHES = 5
+_TIMED_S = 15.0
+"""Seconds after which no further batch is run, if two have been."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileEstimate:
     """Predicted size of a store in one profile, and the error of its states."""
 
+    stored_bytes: int
+    """Of the hidden states, with the scales of a lossy profile."""
     store_bytes: int
     """Of the whole store."""
     ratio: float
@@ -47,6 +56,10 @@ class Estimate:
     pilot_tokens: int
     raw_bytes: int
     """Hidden states, uncompressed."""
+    head_bytes: int
+    """LM head and final norm in the store."""
+    blocks_bytes: int
+    """The base's last blocks in the store."""
     tokens_per_second: float
     elapsed_s: float
     """Predicted seconds of the whole extraction."""
@@ -54,87 +67,100 @@ class Estimate:
 
 
 def estimate(plan: ExtractionPlan) -> Estimate:
-    """Run the base over a few samples and predict the bytes of each profile, and the time."""
+    """Run the base over a few batches and predict the bytes of each profile, and the time."""
     manifest, head = plan.manifest, plan.head
-    states, elapsed_s = _run_timed(plan)
-    num_timed = len(states[manifest.taps[0]])
-    per_chunk = min(manifest.rows_per_chunk, num_timed)
-    num_whole = num_timed // per_chunk * per_chunk
     pilot = run_pilot(plan.base, manifest.taps, plan.samples, plan.units)
-    blocks, probe = block_files(plan.base, manifest.num_blocks), make_probe(pilot)
-    planned = plan_bytes(
-        plan_files(manifest, plan.samples, plan.units, head=head, probe=probe, blocks=blocks)
+    lengths = _lengths_by_unit(plan)
+    timed, states = _run_timed(plan, lengths[0])
+    planned = PlannedBatches.of(lengths, batch_tokens=plan.batch_tokens)
+    elapsed_s = planned.seconds(fit_seconds(timed))
+    files = list(
+        plan_files(
+            manifest,
+            plan.samples,
+            plan.units,
+            head=head,
+            probe=make_probe(pilot),
+            blocks=block_files(plan.base, manifest.num_blocks),
+            skipped=plan.skipped,
+        )
     )
-    # A receipt has a digest of each file and a checksum of each chunk.
-    num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
-    planned += manifest.num_units * (1000 + len(manifest.taps) * (200 + 16 * num_chunks))
+    head_bytes, blocks_bytes = (
+        sum(len(content) for path, content in files if path.startswith(folder))
+        for folder in ("head/", "blocks/")
+    )
+    is_recorded = {path: path.partition("/c/")[0] not in ROW_ARRAYS for path, _ in files}
+    digests = {path: ["0" * 64] for path, recorded in is_recorded.items() if recorded}
+    rest = plan_bytes(files) + 2 * manifest_bytes(replace(manifest, files=digests))
+    rest += receipt_bytes(manifest, manifest.num_units - 1) * manifest.num_units
     raw = raw_bytes(manifest, manifest.num_tokens)
     profiles = {}
     is_bfloat16 = manifest.settings["dtype"] == "bfloat16"
     for profile in ("exact", *STEPS) if is_bfloat16 else ("exact",):
-        whole = [rows[:num_whole] for rows in states.values()]
-        stored = sum(_stored_bytes(manifest, profile, rows, per_chunk) for rows in whole)
-        ratio = stored / raw_bytes(manifest, num_whole)
+        sizes = UnitSizes.measure(manifest, states, profile=profile)
+        stored = sum(sizes.states_bytes(manifest, int(each.sum())) for each in lengths)
         profiles[profile] = ProfileEstimate(
-            store_bytes=planned + round(ratio * raw),
-            ratio=round(ratio, 4),
+            stored_bytes=stored,
+            store_bytes=rest + stored,
+            ratio=round(stored / raw, 4),
             errors=measure_profile(pilot, head, taps=manifest.taps, profile=profile),
         )
-    rate = num_timed / elapsed_s
     return Estimate(
         num_samples=manifest.num_samples,
         num_tokens=manifest.num_tokens,
         num_units=manifest.num_units,
-        pilot_tokens=num_timed,
+        pilot_tokens=len(next(iter(states.values()))),
         raw_bytes=raw,
-        tokens_per_second=round(rate, 1),
-        elapsed_s=round(manifest.num_tokens / rate, 1),
+        head_bytes=head_bytes,
+        blocks_bytes=blocks_bytes,
+        tokens_per_second=round(manifest.num_tokens / max(elapsed_s, 1e-9), 1),
+        elapsed_s=round(elapsed_s, 1),
         profiles=profiles,
     )
 
 
-def _run_timed(plan: ExtractionPlan) -> tuple[dict[str, NDArray[np.float32]], float]:
-    """Return the states of the plan's first tokens, tap by tap [R, D], and the seconds taken."""
-    tokens: list[NDArray[np.int32]] = []
-    left = _TIMED_TOKENS
-    for index in plan.units.order.tolist():
-        tokens.append(plan.samples[index].tokens[:left])
-        left -= len(tokens[-1])
-        if not left:
+def _lengths_by_unit(plan: ExtractionPlan) -> list[NDArray[np.int32]]:
+    units = plan.units
+    bounds = np.searchsorted(units.unit, np.arange(1, units.num_units))
+    return np.split(plan.samples.lengths[units.order], bounds)
+
+
+def _run_timed(
+    plan: ExtractionPlan, lengths: NDArray[np.int32]
+) -> tuple[list[TimedBatch], dict[str, NDArray[np.float32]]]:
+    """Run some batches of the first unit, whose samples have `lengths`.
+
+    Returns:
+        The batches, and their states, tap by tap [R, D].
+    """
+    timed: list[TimedBatch] = []
+    states: list[dict[str, NDArray[np.float32]]] = []
+    batches = spread(plan_batches(lengths, batch_tokens=plan.batch_tokens))
+    for batch in batches[:_TIMED_BATCHES]:
+        tokens = [plan.samples[index].tokens for index in plan.units.order[batch].tolist()]
+        started_at = time.perf_counter()
+        states.append(
+            compute_states(
+                plan.base,
+                plan.manifest.taps,
+                _joined(tokens),
+                keeps_bits=False,
+                batch_tokens=plan.batch_tokens,
+            )
+        )
+        timed.append(TimedBatch.of(lengths[batch], seconds=time.perf_counter() - started_at))
+        if len(timed) > 1 and sum(each.seconds for each in timed) > _TIMED_S:
             break
+    return timed, {tap: np.concatenate([each[tap] for each in states]) for tap in states[0]}
+
+
+def _joined(tokens: list[NDArray[np.int32]]) -> UnitInput:
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int32)
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    unit = UnitInput(
+    return UnitInput(
         unit=0,
         first_sample=0,
-        starts=starts,
+        starts=np.cumsum(lengths, dtype=np.int64) - lengths,
         lengths=lengths,
         tokens=np.concatenate(tokens),
         sha256="",
     )
-    run = partial(
-        compute_states,
-        plan.base,
-        plan.manifest.taps,
-        keeps_bits=False,
-        batch_tokens=plan.batch_tokens,
-    )
-    # A first pass sets up kernels and memory, which a long run does once.
-    first = plan_batches(lengths, batch_tokens=plan.batch_tokens)[0]
-    run(replace(unit, starts=starts[first], lengths=lengths[first]))
-    started_at = time.perf_counter()
-    states = run(unit)
-    return states, time.perf_counter() - started_at
-
-
-def _stored_bytes(
-    manifest: Manifest, profile: str, states: NDArray[np.float32], rows_per_chunk: int
-) -> int:
-    """Return the bytes of states [R, D] in one profile, chunked as in the store."""
-    if profile in STEPS:
-        codes = to_codes(states, step=STEPS[profile])
-        shard = encode_shard(codes.codes, rows_per_chunk=rows_per_chunk)
-        return len(shard) + len(encode_chunk(codes.token_scale))
-    dtype = manifest.settings["dtype"]
-    values = bfloat16_bits(states) if dtype == "bfloat16" else states.astype(dtype)
-    return len(encode_shard(values, rows_per_chunk=rows_per_chunk))

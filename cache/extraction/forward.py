@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,18 @@ from carryon.cache.base.model import Base
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.extraction.aligned_forward import compute_aligned_states
 from carryon.cache.extraction.packing import plan_batches
+from carryon.cache.extraction.prediction import Pilot, TimedBatch, Totals, spread
 from carryon.cache.format.alignment import read_num_nodes, read_trees
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
-from carryon.cache.format.zarr_metadata import (
-    shard_path,
-)
+from carryon.cache.format.zarr_metadata import state_paths
 from carryon.cache.progress import Progress
 from carryon.cache.store.shard_writer import (
     UnitInput,
     UnitInputs,
     write_unit,
 )
+from carryon.cache.store.sizes import bytes_by_folder, raw_bytes
 
 _CHUNK_OVERHEAD_BYTES = 1024  # header, checksum and index entry; or a chunk of zeros, compressed
 _RECEIPT_BYTES = 4096
@@ -53,11 +53,25 @@ class ExtractReport:
     raw_bytes: int
     """Hidden states of the units computed, before compression, without unused rows."""
     stored_bytes: int
-    """The same in the store."""
+    """The same in the store, with the scales of a lossy profile."""
+    head_bytes: int
+    """LM head and final norm in the store."""
+    blocks_bytes: int
+    """The base's last blocks in the store."""
+    store_bytes: int
+    """All files of the store."""
     elapsed_s: float
     """Seconds from the first forward pass to the last receipt."""
     is_finished: bool
     """False when the disk limit ended it."""
+    predicted: Totals | None = None
+    """What the first batches said of the same quantities. None: nothing was left to compute."""
+
+    @property
+    def written(self) -> Totals:
+        """The quantities of a prediction, as they were."""
+        values = {item.name: getattr(self, item.name) for item in fields(Totals)}
+        return Totals(**values)
 
 
 def run_units(
@@ -68,8 +82,11 @@ def run_units(
     batch_tokens: int,
     max_disk_bytes: int | None,
     units: Sequence[int] | None = None,
+    is_predicted: bool = False,
 ) -> ExtractReport:
     """Compute and commit the units that have no receipt, or the given ones.
+
+    With `is_predicted` the first batches say in the log what the whole will take.
 
     The caller holds the write lock. Ctrl-C ends it between two commits; only the current unit is
     lost.
@@ -79,6 +96,17 @@ def run_units(
     num_tokens = sum(map(inputs.num_tokens, todo))
     keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
     num_nodes = read_num_nodes(root, manifest) if manifest.alignment else np.empty(0, np.int32)
+    pilot: Pilot | None = None
+    read_tokens = num_nodes if manifest.alignment else inputs.lengths
+    if is_predicted and todo:
+        pilot = Pilot(
+            root,
+            manifest,
+            [read_tokens[rows] for rows in map(inputs.samples, todo)],
+            units=todo,
+            unit_tokens=list(map(inputs.num_tokens, todo)),
+            batch_tokens=batch_tokens,
+        )
     is_finished = True
     writing: list[Future[Receipt]] = []  # at most the last of them is still at work
     started_at = time.perf_counter()
@@ -99,10 +127,10 @@ def run_units(
                 "keeps_bits": keeps_bits,
                 "batch_tokens": batch_tokens,
                 "progress": progress,
+                "pilot": pilot,
             }
             if manifest.alignment:
-                stop = unit_input.first_sample + len(unit_input.lengths)
-                sizes = num_nodes[unit_input.first_sample : stop]
+                sizes = num_nodes[inputs.samples(unit)]
                 trees = read_trees(
                     root,
                     manifest,
@@ -122,7 +150,8 @@ def run_units(
             )
     receipts = [each.result() for each in writing]
     elapsed_s = time.perf_counter() - started_at
-    return _report(root, manifest, receipts, elapsed_s=elapsed_s, is_finished=is_finished)
+    report = _report(root, manifest, receipts, elapsed_s=elapsed_s, is_finished=is_finished)
+    return replace(report, predicted=pilot.prediction) if pilot else report
 
 
 def _report(
@@ -133,7 +162,7 @@ def _report(
     elapsed_s: float,
     is_finished: bool,
 ) -> ExtractReport:
-    tokens = sum(receipt.num_tokens for receipt in receipts)
+    tokens, present = sum(receipt.num_tokens for receipt in receipts), bytes_by_folder(root)
     return ExtractReport(
         store=str(root),
         fingerprint=manifest.fingerprint,
@@ -143,6 +172,9 @@ def _report(
         computed_tokens=tokens,
         raw_bytes=raw_bytes(manifest, tokens),
         stored_bytes=sum(_stored_bytes(manifest, receipt) for receipt in receipts),
+        head_bytes=present.get("head", 0),
+        blocks_bytes=present.get("blocks", 0),
+        store_bytes=sum(present.values()),
         elapsed_s=round(elapsed_s, 3),
         is_finished=is_finished,
     )
@@ -166,6 +198,7 @@ def compute_states(
     keeps_bits: bool,
     batch_tokens: int,
     progress: Progress | None = None,
+    pilot: Pilot | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Run the base over one unit, at most `batch_tokens` tokens (pads included) at a time.
 
@@ -176,7 +209,9 @@ def compute_states(
     shape = (len(unit.tokens), base.identity.width)
     dtype = np.uint16 if keeps_bits else np.float32
     hidden: dict[str, NDArray[Any]] = {tap: np.zeros(shape, dtype) for tap in taps}
-    for batch in plan_batches(unit.lengths, batch_tokens=batch_tokens):
+    batches = plan_batches(unit.lengths, batch_tokens=batch_tokens)
+    for batch in spread(batches) if pilot is not None else batches:
+        started_at = time.perf_counter()
         lengths, starts = unit.lengths[batch], unit.starts[batch]
         ids = np.zeros((len(batch), int(lengths.max())), dtype=np.int64)
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -188,13 +223,13 @@ def compute_states(
                 hidden[tap][start : start + length] = values[row, :length]
         if progress is not None:
             progress.update(int(lengths.sum()))
+        if pilot is not None:
+            pilot.add(
+                hidden,
+                np.concatenate([np.arange(x, x + n) for x, n in zip(starts, lengths, strict=True)]),
+                TimedBatch.of(lengths, seconds=time.perf_counter() - started_at),
+            )
     return hidden
-
-
-def raw_bytes(manifest: Manifest, num_tokens: int) -> int:
-    """Return the bytes of the hidden states of `num_tokens` tokens, uncompressed."""
-    item_bytes = manifest.states_dtype.itemsize
-    return num_tokens * manifest.width * item_bytes * len(manifest.taps)
 
 
 def largest_unit_bytes(manifest: Manifest, num_tokens: int) -> int:
@@ -208,8 +243,9 @@ def largest_unit_bytes(manifest: Manifest, num_tokens: int) -> int:
 
 def _stored_bytes(manifest: Manifest, receipt: Receipt) -> int:
     """Return the bytes of a unit's hidden states in the store."""
-    return sum(receipt.files[shard_path(tap, receipt.unit)].bytes for tap in manifest.taps)
+    paths = state_paths(manifest.taps, receipt.unit, is_lossy=manifest.is_lossy)
+    return sum(receipt.files[path].bytes for path in paths)
 
 
 def _folder_bytes(root: Path) -> int:
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    return sum(bytes_by_folder(root).values())

@@ -15,7 +15,7 @@ from carryon.cache.base.model import Base
 from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.aligned import plan_aligned, refuse_with_alignment, run_aligned
-from carryon.cache.extraction.forward import ExtractReport, raw_bytes, run_units
+from carryon.cache.extraction.forward import ExtractReport, run_units
 from carryon.cache.extraction.layout_writer import (
     append_plan,
     plan_files,
@@ -41,6 +41,7 @@ from carryon.cache.settings import (
     apply_options,
 )
 from carryon.cache.store.reader import Store
+from carryon.cache.store.sizes import raw_bytes
 from carryon.cache.store.top_blocks import block_files
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def run_extraction(
             plan.base,
             batch_tokens=plan.batch_tokens,
             max_disk_bytes=max_disk_bytes,
+            is_predicted=True,
         )
 
 

@@ -280,9 +280,18 @@ def manifest_path(root: Path) -> Path:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write the manifest and its copy; from then on the store exists, with its plan."""
-    document = group_document({"carryon": manifest.to_dict()})
+    document = _document(manifest)
     write_json(root / copy_path(MANIFEST_PATH), document, root=root)
     write_json(manifest_path(root), document, root=root)
+
+
+def manifest_bytes(manifest: Manifest) -> int:
+    """Return the size of a manifest's file."""
+    return len(json_bytes(_document(manifest)))
+
+
+def _document(manifest: Manifest) -> dict[str, Any]:
+    return group_document({"carryon": manifest.to_dict()})
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from carryon.cache.errors import DamagedStoreError, UnfinishedStoreError
-from carryon.cache.files.documents import digest_of, json_bytes, parse_json, write_json
+from carryon.cache.files.atomic import write_file
+from carryon.cache.files.documents import digest_of, json_bytes, parse_json
 from carryon.cache.files.regular import names_below, read_below
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.schema import MAX_RECEIPT_BYTES, check_receipt
@@ -53,9 +54,14 @@ class Receipt:
 
 def write_receipt(root: Path, receipt: Receipt) -> None:
     """Commit a unit."""
+    write_file(root / receipt_path(receipt.unit), receipt_document(receipt), root=root)
+
+
+def receipt_document(receipt: Receipt) -> bytes:
+    """Return a receipt as it is written, with a digest of itself."""
     document = asdict(receipt)
     document["sha256"] = digest_of(document)
-    write_json(root / receipt_path(receipt.unit), document, root=root)
+    return json_bytes(document)
 
 
 def origin_of(manifest: Manifest, unit: int) -> str:

@@ -67,14 +67,21 @@ class UnitInputs:
         self._root, self._manifest = root, manifest
         stop, digests = manifest.num_samples, manifest.files
         self._starts = read_array(root, "samples/start", stop=stop, digests=digests)
-        self._lengths = read_array(root, "samples/length", stop=stop, digests=digests)
-        check_places(self._starts, self._lengths, manifest, name=str(root))
+        self.lengths: NDArray[np.int32] = read_array(
+            root, "samples/length", stop=stop, digests=digests
+        )
+        """[S] tokens of each sample of the store."""
+        check_places(self._starts, self.lengths, manifest, name=str(root))
         first_rows = np.arange(manifest.num_units + 1) * manifest.unit_tokens
         self._bounds = np.searchsorted(self._starts, first_rows).tolist()
 
     def num_tokens(self, unit: int) -> int:
         """Return the tokens of a unit's samples."""
-        return int(self._lengths[self._bounds[unit] : self._bounds[unit + 1]].sum())
+        return int(self.lengths[self.samples(unit)].sum())
+
+    def samples(self, unit: int) -> slice:
+        """Return which samples of the store are in a unit."""
+        return slice(self._bounds[unit], self._bounds[unit + 1])
 
     def read(self, unit: int) -> UnitInput:
         """Read the input of a unit; all its files are compared with their checksums.
@@ -97,7 +104,7 @@ class UnitInputs:
         )
         first, stop = self._bounds[unit : unit + 2]
         starts = self._starts[first:stop] - unit * self._manifest.unit_tokens
-        lengths = self._lengths[first:stop]
+        lengths = self.lengths[first:stop]
         digest = hashlib.sha256(origin_of(self._manifest, unit).encode())
         for values in (starts, lengths, *rows.values()):
             digest.update(np.ascontiguousarray(values).tobytes())

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import InputError
+from carryon.cache.progress import show_seconds
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.tools.cli.output import print_result
 from carryon.tools.cli.sizes import parse_bytes
@@ -36,7 +37,8 @@ def extract(
 
     Training, evaluation and merging then need the store, not the corpus. The store is written
     unit by unit; after an interruption the same command resumes. First, before the base is
-    loaded, a table lists records read, kept and lost, by reason; then comes the predicted size.
+    loaded, a table lists records read, kept and lost, by reason; the first batches predict bytes
+    and time.
     The last line on stdout is a JSON line with the figures.
 
     Data are files, also compressed: JSON lines or arrays, CSV, Parquet, Arrow or plain text;
@@ -55,8 +57,8 @@ def extract(
         append: Add the samples of --data to a finished store; its units stay as they are.
         max_disk: Stop before the store exceeds this size, such as 500MB or 20GB; with a higher
             limit the same command resumes. Empty: no limit.
-        dry_run: Write nothing: run a few thousand tokens and estimate the size of each profile,
-            and the time.
+        dry_run: Write nothing: run a few batches and estimate the size of each profile, and the
+            time.
         align_to: A finished store of another base, made of the same --data: the new store has its
             samples and rows, with this base's states. Empty: a store of its own.
         drop_missing: With --align-to: leave out, and count, samples that only one of both has.
@@ -107,20 +109,21 @@ def _show(report: "ExtractReport", max_disk: str) -> dict[str, Any]:
     return print_result(
         asdict(report),
         f"{report.store}: {report.num_tokens:,} tokens in {report.num_units:,} units, "
-        f"{report.computed_tokens:,} computed now in {report.elapsed_s:,.0f} s; "
-        f"{report.stored_bytes / 1e6:,.1f} MB of {report.raw_bytes / 1e6:,.1f} MB raw",
+        f"{report.computed_tokens:,} computed now\nwritten: {report.written}",
     )
 
 
 def _describe(expected: "Estimate") -> str:
-    rows = [("profile", "store MB", "states / raw", "KL", "top-1")]
+    rows = [("profile", "store MB", "states MB", "states / raw", "KL", "top-1")]
     for name, profile in expected.profiles.items():
         errors = profile.errors.get("final") or profile.errors.get("prenorm") or {}
         quality = (f"{errors['kl']:.1e}", f"{errors['top1']:.3f}") if errors else ("", "")
-        rows.append((name, f"{profile.store_bytes / 1e6:,.1f}", f"{profile.ratio:.3f}", *quality))
+        store, states = f"{profile.store_bytes / 1e6:,.1f}", f"{profile.stored_bytes / 1e6:,.1f}"
+        rows.append((name, store, states, f"{profile.ratio:.3f}", *quality))
     return (
         f"{expected.num_samples:,} samples, {expected.num_tokens:,} tokens, "
         f"{expected.num_units:,} units; {expected.tokens_per_second:,.0f} tokens/s here: about "
-        f"{expected.elapsed_s / 60:,.1f} minutes\nhidden states raw: "
-        f"{expected.raw_bytes / 1e6:,.1f} MB\n{format_table(rows)}"
+        f"{show_seconds(expected.elapsed_s)}\npredicted: states {expected.raw_bytes / 1e6:,.1f} MB "
+        f"raw, head {expected.head_bytes / 1e6:,.1f} MB, blocks "
+        f"{expected.blocks_bytes / 1e6:,.1f} MB\n{format_table(rows)}"
     )
