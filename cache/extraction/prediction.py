@@ -30,7 +30,7 @@ from carryon.cache.store.sizes import (
 
 PILOT_BATCHES = 5
 """Batches that are timed: one to warm up, then small, long, short and middling ones."""
-_PILOT_SHARE = 4  # at most one batch of so many is waited for
+_PILOT_SHARE = 4  # at most one batch of four is waited for
 _PILOT_BYTES = 16 << 20  # states of all taps that are encoded: about 0.1 s
 _PLANNED_UNITS = 256  # whose batches are planned; a larger store is like these
 T = TypeVar("T")

@@ -58,7 +58,7 @@ class UnitSizes:
         return cls(token_bytes=stored / num_rows, empty_chunk_bytes=empty, unit_bytes=fixed)
 
     def states_bytes(self, manifest: Manifest, num_tokens: int) -> int:
-        """Return the stored bytes of a unit with so many tokens."""
+        """Return the stored bytes of a unit with `num_tokens` tokens."""
         num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
         empty = num_chunks - -(-num_tokens // manifest.rows_per_chunk)
         tokens = round(self.token_bytes * num_tokens)
