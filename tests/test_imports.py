@@ -25,6 +25,7 @@ FLOORS = [
     {"cache/format", "cache/alignment"},
     {"cache/store"},
     {"cache/extraction"},
+    {"cache/exchange"},
     {"train/kinds", "train/plots", "train/saved_settings"},
     {"train/config"},
     {"train/settings_file"},

@@ -14,6 +14,7 @@ FOLDERS = ("cache", "train", "tools")
 NOT_INSTALLED = {
     "carryon.tools.bench",
     "carryon.tools.bench.accuracy",
+    "carryon.tools.bench.exchange",
     "carryon.tools.bench.mixtures",
     "carryon.tools.bench.trust",
 }

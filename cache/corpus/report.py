@@ -15,6 +15,7 @@ FIXES = {
     "too long, cut off": "--max-tokens N, or --long split",
     "too long, left out": "--max-tokens N, or --long split",
     "prompt longer than a sample": "--max-tokens N",
+    "no file of states": "write the missing files again",
     "no target": "check --mask, --max-tokens and the records",
 }
 """Reason for a loss -> the option that mends it."""

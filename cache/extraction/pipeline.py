@@ -5,7 +5,7 @@ resumes: finished units are skipped, the others computed.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from carryon.cache.extraction.resume import (
 )
 from carryon.cache.files.atomic import sweep_partials
 from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
+from carryon.cache.format.probe import Probe
 from carryon.cache.format.receipt import units_with_receipt
 from carryon.cache.lock import write_lock
 from carryon.cache.settings import (
@@ -45,6 +46,9 @@ from carryon.cache.store.sizes import raw_bytes
 from carryon.cache.store.top_blocks import block_files
 
 logger = logging.getLogger(__name__)
+
+Errors = dict[str, dict[str, float]]
+"""For each tap, errors by name, as in `Manifest.profile_error`."""
 
 _EXPECTED_RATIO = {"exact": 0.68, "near": 0.42, "compact": 0.36}
 """Stored bytes against raw, before anything is measured; --dry-run measures."""
@@ -145,11 +149,11 @@ def run_extraction(
     with write_lock(root):
         sweep_partials(root)
         if manifest_path(root).exists():
-            manifest = _resume(plan, append=append)
+            manifest = resume_store(plan, append=append)
         elif append:
             raise InputError(f"{root}: expected a store to append to, got none: leave out --append")
         else:
-            manifest = _begin(plan, max_disk_bytes)
+            manifest = begin_store(plan, max_disk_bytes)
         return run_units(
             root,
             manifest,
@@ -160,12 +164,26 @@ def run_extraction(
         )
 
 
-def _begin(plan: ExtractionPlan, max_disk_bytes: int | None) -> Manifest:
-    """Write the plan of a new store."""
+def begin_store(
+    plan: ExtractionPlan,
+    max_disk_bytes: int | None,
+    *,
+    check: Callable[[Probe], Errors] | None = None,
+) -> Manifest:
+    """Write the plan of a new store.
+
+    `check` may refuse what will be stored, given the probe, before anything is written; the
+    errors that it measures are added to those of a lossy profile.
+    """
     manifest = plan.manifest
     taps, profile = manifest.taps, manifest.settings["profile"]
     pilot = run_pilot(plan.base, taps, plan.samples, plan.units)
     errors = measure_profile(pilot, plan.head, taps=taps, profile=profile)
+    probe = make_probe(pilot)
+    for tap, measured in (check(probe) if check else {}).items():
+        known = errors.setdefault(tap, {})
+        for name, value in measured.items():
+            known[name] = known.get(name, 0.0) + value
     manifest = replace(manifest, profile_error=errors)
     files = partial(
         plan_files,
@@ -173,7 +191,7 @@ def _begin(plan: ExtractionPlan, max_disk_bytes: int | None) -> Manifest:
         plan.samples,
         plan.units,
         head=plan.head,
-        probe=make_probe(pilot),
+        probe=probe,
         blocks=block_files(plan.base, manifest.num_blocks),
         skipped=plan.skipped,
     )
@@ -181,7 +199,7 @@ def _begin(plan: ExtractionPlan, max_disk_bytes: int | None) -> Manifest:
     return write_plan(plan.root, manifest, files())
 
 
-def _resume(plan: ExtractionPlan, *, append: bool) -> Manifest:
+def resume_store(plan: ExtractionPlan, *, append: bool) -> Manifest:
     """Check that the existing store is of this plan, or append the plan to it."""
     root, old, new = plan.root, read_manifest(plan.root), plan.manifest
     if old.alignment:

@@ -4,8 +4,9 @@ Everything that can be wrong with the data is found before the base is loaded.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,12 @@ def plan_extraction(
     forward: ForwardSettings,
     data_settings: DataSettings,
     held_out: Collection[str] = (),
+    choose: Callable[[Callable[[], Corpus], BaseFacts, CorpusSettings], Corpus] | None = None,
 ) -> ExtractionPlan:
     """Check the folder of the store, read the data, load the base, and pack samples into units.
 
-    The arguments are those of `extract`.
+    The arguments are those of `extract`. `choose` returns the samples to plan, given the function
+    that reads the data, and facts of the base. None: those of the data.
 
     Raises:
         InputError: the folder holds something else, the base has no such tap, `max_tokens` is
@@ -95,7 +98,8 @@ def plan_extraction(
         )
     corpus = replace(corpus, max_tokens=corpus.max_tokens or limit)
     corpus, tokenizer = resolve_settings(corpus, facts.tokenizer, stored_date=_stored_date(root))
-    texts = read_corpus(
+    read = partial(
+        read_corpus,
         data,
         tokenizer,
         settings=corpus,
@@ -105,6 +109,7 @@ def plan_extraction(
         end_tokens=facts.end_tokens,
         vocab_size=facts.vocab_size,
     )
+    texts = read() if choose is None else choose(read, facts, corpus)
     log_report(texts)
     units = plan_samples(texts.samples, unit_tokens=store.unit_tokens, seed=store.seed)
     loaded = base if isinstance(base, Base) else load_base(str(base), forward=forward, like=like)

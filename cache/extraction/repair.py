@@ -11,13 +11,14 @@ from pathlib import Path
 
 from carryon.cache.base.model import Base, load_base, read_head
 from carryon.cache.base.recorded import load_recorded_base, tokenizer_of
-from carryon.cache.errors import DamagedStoreError, StoreError, UnsafePathError
+from carryon.cache.errors import DamagedStoreError, InputError, StoreError, UnsafePathError
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.resume import refuse_other_base
 from carryon.cache.files.atomic import remove_anything, sweep_partials, write_file
 from carryon.cache.files.regular import read_below
 from carryon.cache.format.head_arrays import encode_head
 from carryon.cache.format.manifest import (
+    ENGINE,
     MANIFEST_PATH,
     MAX_MANIFEST_BYTES,
     Manifest,
@@ -95,6 +96,7 @@ def repair(
         restored += _restore_mirrored(root, problems)
         head_paths = [problem.path for problem in problems if not is_mirrored(problem.path)]
         if head_paths or units:
+            _refuse_imported(root, manifest, units)
             names = {"compute_dtype", "attention"} & manifest.forward.keys()
             facts = {name: manifest.forward[name] for name in names}
             settings = replace(forward, **facts)
@@ -119,6 +121,18 @@ def repair(
         computed_units=units,
         is_complete=after.is_complete,
     )
+
+
+def _refuse_imported(root: Path, manifest: Manifest, units: Sequence[int]) -> None:
+    """Refuse to compute what was imported from files."""
+    if ENGINE in manifest.forward:
+        fix = "import the files into another folder"
+        if units:
+            fix = f"remove {receipt_path(units[0])} and run the same carryon import again, or {fix}"
+        raise InputError(
+            f"{root}: expected a store whose states the base computed here, got one of files that "
+            f"{manifest.forward[ENGINE]} wrote. Fix: {fix}"
+        )
 
 
 def _load(

@@ -30,6 +30,8 @@ FORMAT = "carryon-store"
 FORMAT_VERSION = 1
 MANIFEST_PATH = "zarr.json"
 """File that holds the manifest: the zarr.json of the root group."""
+ENGINE = "engine"
+"""Key of a manifest's `forward` that only a store of files has: what computed the states."""
 MAX_MANIFEST_BYTES = 32 << 20
 """A parsed manifest needs up to 20 times its bytes in memory."""
 

@@ -252,6 +252,21 @@ BENCHMARKS = {
         about="damaged stores: noticed, and wrong numbers",
         quick={"trials": 2},
     ),
+    "exchange.guards": Benchmark(
+        place="exchange.guards:measure_guards",
+        about="wrong files of hidden states that an import takes",
+    ),
+    "exchange.round_trip": Benchmark(
+        place="exchange.round_trip:measure_round_trip",
+        about="a store as files of speculators and back: states with other bits",
+        quick={"samples": 20},
+    ),
+    "exchange.import": Benchmark(
+        place="exchange.rate:measure_import",
+        about="MB/s of an import of many small files, against the disk's own rate",
+        needs="base",
+        quick={"files": 40},
+    ),
     "house.shape": Benchmark(
         place="house:measure_shape",
         about="modules, floors, imports and lines of the source",

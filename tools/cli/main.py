@@ -21,6 +21,8 @@ CARRYON = Program(
         "preview": "carryon.tools.commands.preview:preview",
         "convert": "carryon.tools.commands.checkpoints.convert:convert",
         "extract": "carryon.tools.commands.extract:extract",
+        "import": "carryon.tools.commands.exchange.import_states:import_states",
+        "export": "carryon.tools.commands.exchange.export_states:export_states",
         "inspect": "carryon.tools.commands.inspect_store:inspect_store",
         "verify": "carryon.tools.commands.verify:verify",
         "repair": "carryon.tools.commands.repair:repair",
@@ -41,6 +43,7 @@ CARRYON = Program(
     basic={
         "preview": "base data rows html chat_template",
         "extract": "base data out taps append dry_run",
+        "import": "source folder base layer_ids out taps data append",
         "repair": "store base",
         "train": "store out learning_rate epochs kind taps config",
         "sweep": "store out vary runs epochs",

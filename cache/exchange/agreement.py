@@ -1,0 +1,72 @@
+"""Whether the states in files are those of the base and the layers that they are said to be.
+
+The base runs over the beginnings of a few samples. Each column must be nearest to the layer that
+its id names, of all layers of the base, and near it. Two computations in bfloat16 differ by 1 to
+4 % of a channel's RMS; the layer next to it, in a base of 30 blocks, by 66 % or more.
+Letters: T tokens, D base width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from carryon.cache.base.hooks import capture
+from carryon.cache.base.model import Base
+from carryon.cache.errors import InputError
+from carryon.cache.exchange.layers import tap_of
+from carryon.cache.format.probe import channel_relative_error
+
+NUM_CHECKED = 8
+"""Samples that the base runs over."""
+CHECK_TOKENS = 64
+"""Tokens of each."""
+
+
+def check_agreement(
+    base: Base,
+    checked: Sequence[int],
+    read: Callable[[int], tuple[str, NDArray[np.int32], Mapping[str, NDArray[np.float32]]]],
+    *,
+    max_error: float,
+) -> dict[str, float]:
+    """Compare the files of some samples with the base.
+
+    Args:
+        base: that the states are said to be of.
+        checked: numbers of samples.
+        read: returns, of a sample, the name of its file, its first tokens [T], and their states
+            in the file at each tap, [T, D] float32.
+        max_error: largest channel-relative error of a column.
+
+    Returns:
+        The largest error of each tap.
+
+    Raises:
+        InputError: a column is nearer to another layer, or not near its own; names file and
+            layer.
+    """
+    num_layers = base.identity.num_layers
+    layers = [tap_of(layer, num_layers=num_layers) for layer in range(num_layers + 1)]
+    found: dict[str, float] = {}
+    for number in checked:
+        name, tokens, states = read(number)
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        known = capture(base, [*layers, "final"], ids)
+        first = min(1, len(tokens) - 1)  # the first token's state is often odd
+        expected = {tap: rows[0, first:].float().cpu().numpy() for tap, rows in known.items()}
+        for tap, rows in states.items():
+            errors = {each: channel_relative_error(rows[first:], expected[each]) for each in known}
+            nearest = min(errors, key=lambda each: errors[each])
+            if not errors[tap] <= max_error or errors[nearest] < errors[tap]:
+                got = f"{errors[tap]:.3f}"
+                if nearest != tap:
+                    got += f", and {errors[nearest]:.3f} for {nearest}"
+                raise InputError(
+                    f"{name}: expected the base's states at {tap} with a relative error up to "
+                    f"{max_error:g}, got {got}. Fix: check --base and --layer-ids; --max-error for "
+                    "states of a base that was run at low precision"
+                )
+            found[tap] = max(found.get(tap, 0.0), errors[tap])
+    return found

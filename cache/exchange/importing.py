@@ -1,0 +1,251 @@
+"""Import of hidden states that other programs wrote to files: into a store, unit by unit.
+
+The plan is written first, as by an extraction; units are then filled from files, a file in memory
+at a time, and committed by receipts. The same call resumes.
+Letters: S samples, T tokens of a sample, L columns, D base width.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
+from carryon.cache.base.lm_head import Head, widen
+from carryon.cache.base.model import Base, load_base
+from carryon.cache.corpus.dataset import Corpus
+from carryon.cache.corpus.rows import Data
+from carryon.cache.errors import InputError, SettingMismatchError
+from carryon.cache.exchange.agreement import CHECK_TOKENS, NUM_CHECKED, check_agreement
+from carryon.cache.exchange.file_samples import FileSamples, Found
+from carryon.cache.exchange.folder import list_folder
+from carryon.cache.exchange.layers import column_taps, stored_taps
+from carryon.cache.exchange.settings import ImportSettings
+from carryon.cache.exchange.state_file import StateFile, read_states
+from carryon.cache.exchange.state_file import read_facts as read_file
+from carryon.cache.exchange.units import ImportReport, fill_units
+from carryon.cache.extraction.pipeline import Errors, begin_store, resume_store
+from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
+from carryon.cache.files.atomic import sweep_partials
+from carryon.cache.format.manifest import ENGINE, CorpusPart, Manifest, manifest_path
+from carryon.cache.format.probe import Probe, channel_relative_error
+from carryon.cache.lock import write_lock
+from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportPlan:
+    """Everything that is known before states are read."""
+
+    extraction: ExtractionPlan
+    """Samples, units and manifest of a new store."""
+    folder: Path
+    """Of the files."""
+    files: Sequence[StateFile]
+    of_sample: NDArray[np.int64]
+    """[S] index, in `files`, of the file of each sample."""
+    columns: list[str]
+    """[L] tap of each column."""
+    dtype: str
+    """Of the states in the files."""
+    max_error: float
+
+
+def plan_import(
+    folder: str | Path,
+    *,
+    base: str | Base,
+    out: str | Path,
+    data: Data = (),
+    states: str | Path | None = None,
+    drop_missing: bool = False,
+    imports: ImportSettings | None = None,
+    corpus: CorpusSettings | None = None,
+    forward: ForwardSettings | None = None,
+    data_settings: DataSettings | None = None,
+) -> ImportPlan:
+    """Read everything of the files but their states, and pack their samples into units.
+
+    Args:
+        folder: with the files, or with a data set of speculators.
+        base: that computed the states.
+        out: folder of the store.
+        data: the corpus that the nodes were given: samples, masks and ids are then its own. Empty:
+            those of the data set, or every token of every file a target.
+        states: folder of the files, where they are not in the data set's `hidden_states`.
+        drop_missing: leave out, and count, samples without a file.
+        imports: what the files hold.
+        corpus: how `data` become samples.
+        forward: how the base is run for the check of a few samples.
+        data_settings: how `data` are read.
+
+    Raises:
+        InputError: a file or setting cannot be used; names it.
+        MissingError: there is no such folder.
+        StoreBusyError: another process writes to the store.
+    """
+    imports, forward = imports or ImportSettings(), forward or ForwardSettings()
+    listed = list_folder(Path(folder), Path(states) if states else None)
+    facts = facts_of(base) if isinstance(base, Base) else read_facts(str(base))
+    if facts.num_layers is None or facts.width is None:
+        base = load_base(str(base), forward=forward)
+        facts = facts_of(base)
+    assert facts.num_layers is not None  # of a loaded base
+    name = listed.names[0]
+    first = read_file(listed.states, name, is_locked=False)
+    layers = imports.layer_ids or list(first.layer_ids or ())
+    columns = column_taps(layers, num_layers=facts.num_layers)
+    taps = stored_taps(imports.taps, columns, num_layers=facts.num_layers)
+    settings = StoreSettings(
+        taps=taps,
+        profile=imports.profile,
+        dtype=first.dtype if imports.dtype == "auto" else imports.dtype,  # type: ignore[arg-type]
+        unit_tokens=imports.unit_tokens,
+        seed=imports.seed,
+    )
+    samples = FileSamples(
+        listed,
+        layers=layers,
+        dtype=first.dtype,
+        unit_tokens=imports.unit_tokens,
+        drop_missing=drop_missing,
+    )
+    found: list[Found] = []
+
+    def choose(read: Any, known: BaseFacts, corpus: CorpusSettings) -> Corpus:  # noqa: ANN401
+        texts = read() if data else None
+        found.append(samples.read(known, texts))
+        return found[0].corpus
+
+    plan = plan_extraction(
+        base=base,
+        data=data,
+        out=out,
+        corpus=corpus or CorpusSettings(),
+        store=settings,
+        forward=forward,
+        data_settings=data_settings or DataSettings(),
+        choose=choose,
+    )
+    how = {
+        "compute_dtype": first.dtype,
+        "attention": "vllm",
+        ENGINE: "vllm",
+        "layer_ids": " ".join(map(str, layers)),
+    }
+    if "prenorm" in columns:
+        how["final"] = "computed from prenorm with the stored norm"
+    return ImportPlan(
+        extraction=replace(plan, manifest=replace(plan.manifest, forward=how)),
+        folder=listed.states,
+        files=found[0].files,
+        of_sample=found[0].of_sample,
+        columns=columns,
+        dtype=first.dtype,
+        max_error=imports.max_error,
+    )
+
+
+def run_import(
+    plan: ImportPlan, *, append: bool = False, max_disk_bytes: int | None = None
+) -> ImportReport:
+    """Carry out a plan, or the missing rest of it.
+
+    Raises:
+        InputError: states are not those of the base, or a file cannot be used; names it. Units
+            that were committed are kept.
+        SettingMismatchError: the store was made with other settings or files.
+        StoreBusyError: another process writes to the store.
+        DiskFullError: finished units are kept; the same call resumes.
+    """
+    root, new = plan.extraction.root, plan.extraction.manifest
+    with write_lock(root):
+        sweep_partials(root)
+        if manifest_path(root).exists():
+            _check_files(plan, None)
+            manifest = resume_store(plan.extraction, append=append)
+        elif append:
+            raise InputError(f"{root}: expected a store to append to, got none: leave out --append")
+        else:
+            manifest = begin_store(
+                plan.extraction, max_disk_bytes, check=lambda probe: _check_files(plan, probe)
+            )
+        part = _own_part(manifest, new.parts[0], name=str(root))
+        return fill_units(
+            root,
+            manifest,
+            part,
+            lambda position: plan.files[plan.of_sample[plan.extraction.units.order[position]]],
+            lambda file, tokens, memory: _read_taps(plan, file, tokens, memory),
+            max_disk_bytes=max_disk_bytes,
+        )
+
+
+def _own_part(manifest: Manifest, new: CorpusPart, *, name: str) -> CorpusPart:
+    """Return the part of a store that was planned from the same samples and files."""
+    [part] = [each for each in manifest.parts if each.fingerprint == new.fingerprint]
+    before, now = (each.files[-1]["sha256"] for each in (part, new))
+    if before != now:
+        raise SettingMismatchError(
+            f"{name}: files: expected those that the import began with, got others of the same "
+            "samples. Fix: give the same files, or another --out"
+        )
+    return part
+
+
+def _check_files(plan: ImportPlan, probe: Probe | None) -> Errors:
+    """Compare some files, and those of the probe's rows, with the base; see `check_agreement`."""
+    units, samples = plan.extraction.units, plan.extraction.samples
+    num_samples = len(units.order)
+    chosen = np.unique(np.linspace(0, num_samples - 1, min(NUM_CHECKED, num_samples)).astype(int))
+
+    def read(position: int, stop: int = CHECK_TOKENS) -> tuple[str, NDArray[np.int32], Any]:
+        number = int(units.order[position])
+        file = plan.files[plan.of_sample[number]]
+        tokens = samples[number].tokens
+        taps = _read_taps(plan, file, tokens, np.empty(file.num_bytes, np.uint8))
+        states = {tap: widen(rows[:stop]) for tap, rows in taps.items()}
+        return str(plan.folder / file.name), tokens[:stop], states
+
+    found = check_agreement(plan.extraction.base, chosen.tolist(), read, max_error=plan.max_error)
+    if probe is not None:
+        positions = np.searchsorted(units.start, probe.rows, side="right") - 1
+        for tap in found:
+            rows = [
+                read(position, row + 1)[2][tap][row]
+                for position, row in zip(
+                    positions.tolist(), (probe.rows - units.start[positions]).tolist(), strict=True
+                )
+            ]
+            error = channel_relative_error(np.stack(rows), probe.states[tap])
+            found[tap] = max(found[tap], error)
+    return {tap: {"channel_relative_error": error} for tap, error in found.items()}
+
+
+def _read_taps(
+    plan: ImportPlan, file: StateFile, tokens: NDArray[np.int32], memory: NDArray[np.uint8]
+) -> dict[str, NDArray[Any]]:
+    """Return the states of a file at each tap of the store, [T, D]: views of `memory`, in the
+    type of the file, and `final` as float32."""
+    manifest, head = plan.extraction.manifest, plan.extraction.head
+    states = read_states(
+        plan.folder,
+        file,
+        token_ids=tokens,
+        shape=(len(plan.columns), manifest.width),
+        dtype=plan.dtype,
+        memory=memory,
+    )
+    return {tap: _tap(states, tap, plan.columns, head) for tap in manifest.taps}
+
+
+def _tap(states: NDArray[Any], tap: str, columns: Sequence[str], head: Head) -> NDArray[Any]:
+    if tap == "final":
+        return head.norm.apply(widen(states[:, columns.index("prenorm")]))
+    return states[:, columns.index(tap)]

@@ -1,0 +1,177 @@
+"""Fill the units of a store from files, and commit each by its receipt.
+
+A thread compresses and writes a unit while the next one is read.
+Letters: R rows of a unit, T tokens of a sample, D base width.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carryon.cache.base.lm_head import widen
+from carryon.cache.errors import DamagedStoreError
+from carryon.cache.exchange.state_file import StateFile
+from carryon.cache.extraction.forward import largest_unit_bytes, raw_bytes
+from carryon.cache.format.manifest import CorpusPart, Manifest
+from carryon.cache.format.quantization import bfloat16_bits
+from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
+from carryon.cache.format.zarr_metadata import shard_path
+from carryon.cache.progress import Progress
+from carryon.cache.store.shard_writer import UnitInput, UnitInputs, write_unit
+
+ReadTaps = Callable[[StateFile, NDArray[np.int32], NDArray[np.uint8]], Mapping[str, NDArray[Any]]]
+"""Returns, of a file, its token ids [T] and memory for its bytes, the states [T, D] at each tap."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportReport:
+    """Summary of an import."""
+
+    store: str
+    fingerprint: str
+    num_units: int
+    num_tokens: int
+    imported_units: int
+    """Units written by this call; the others had a receipt."""
+    imported_tokens: int
+    imported_files: int
+    read_bytes: int
+    """Of the files that this call read."""
+    raw_bytes: int
+    """Hidden states of the units written, before compression, without unused rows."""
+    stored_bytes: int
+    """The same in the store."""
+    elapsed_s: float
+    """Seconds from the first file of states to the last receipt."""
+    is_finished: bool
+    """False when the disk limit ended it."""
+
+
+def fill_units(
+    root: Path,
+    manifest: Manifest,
+    part: CorpusPart,
+    file_of: Callable[[int], StateFile],
+    read_taps: ReadTaps,
+    *,
+    max_disk_bytes: int | None,
+) -> ImportReport:
+    """Write the units of a part that have no receipt.
+
+    The caller holds the write lock. Ctrl-C ends it between two commits; only the current unit is
+    lost.
+
+    Args:
+        root: of the store.
+        manifest: of the store.
+        part: whose units are written.
+        file_of: returns the file of a sample, counted from the first of the part.
+        read_taps: reads a file.
+        max_disk_bytes: stop before the store would grow beyond it. None: no limit.
+
+    Raises:
+        InputError: a file cannot be used; names it.
+        DiskFullError: no space left; finished units are kept.
+    """
+    todo = list(_units_to_do(root, manifest, part))
+    inputs = UnitInputs(root, manifest)
+    writing: list[Future[Receipt]] = []  # at most the last of them is still at work
+    is_finished, num_files, num_bytes = True, 0, 0
+    started_at = time.perf_counter()
+    memory = np.empty(0, np.uint8)
+    with (
+        Progress(sum(map(inputs.num_tokens, todo)), name="import", unit="tokens") as progress,
+        ThreadPoolExecutor(max_workers=1) as thread,
+    ):
+        for unit in todo:
+            unit_input = inputs.read(unit)
+            if max_disk_bytes is not None:
+                wait(writing)
+                largest = largest_unit_bytes(manifest, unit_input.num_tokens)
+                if _folder_bytes(root) + largest > max_disk_bytes:
+                    is_finished = False
+                    break
+            first = unit_input.first_sample - part.first_sample
+            files = [file_of(first + number) for number in range(len(unit_input.lengths))]
+            unit_started_at = time.perf_counter()
+            if (most := max(file.num_bytes for file in files)) > len(memory):
+                memory = np.empty(most, np.uint8)
+            hidden = _fill(manifest, unit_input, files, read_taps, memory, progress)
+            num_files += len(files)
+            num_bytes += sum(file.num_bytes for file in files)
+            for each in writing[-1:]:
+                each.result()  # a full disk ends it here
+            elapsed_s = time.perf_counter() - unit_started_at
+            writing.append(
+                thread.submit(write_unit, root, manifest, unit_input, hidden, elapsed_s=elapsed_s)
+            )
+    receipts = [each.result() for each in writing]
+    tokens = sum(receipt.num_tokens for receipt in receipts)
+    return ImportReport(
+        store=str(root),
+        fingerprint=manifest.fingerprint,
+        num_units=manifest.num_units,
+        num_tokens=manifest.num_tokens,
+        imported_units=len(receipts),
+        imported_tokens=tokens,
+        imported_files=num_files,
+        read_bytes=num_bytes,
+        raw_bytes=raw_bytes(manifest, tokens),
+        stored_bytes=sum(
+            receipt.files[shard_path(tap, receipt.unit)].bytes
+            for receipt in receipts
+            for tap in manifest.taps
+        ),
+        elapsed_s=round(time.perf_counter() - started_at, 3),
+        is_finished=is_finished,
+    )
+
+
+def _units_to_do(root: Path, manifest: Manifest, part: CorpusPart) -> Iterator[int]:
+    """Yield the units of a part without a valid receipt of this store."""
+    known = units_with_receipt(root)
+    for unit in range(part.first_unit, part.first_unit + part.num_units):
+        if unit in known:
+            with suppress(DamagedStoreError):
+                read_receipt(root, manifest, unit)
+                continue
+        yield unit
+
+
+def _fill(
+    manifest: Manifest,
+    unit: UnitInput,
+    files: list[StateFile],
+    read_taps: ReadTaps,
+    memory: NDArray[np.uint8],
+    progress: Progress,
+) -> dict[str, NDArray[Any]]:
+    """Return the states of a unit at each tap, [R, D]: bits of bfloat16, or float32.
+
+    Rows that belong to no sample are 0.
+    """
+    keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
+    shape = (len(unit.tokens), manifest.width)
+    dtype = np.uint16 if keeps_bits else np.float32
+    hidden: dict[str, NDArray[Any]] = {tap: np.zeros(shape, dtype) for tap in manifest.taps}
+    for file, start, length in zip(files, unit.starts.tolist(), unit.lengths.tolist(), strict=True):
+        rows = slice(start, start + length)
+        for tap, states in read_taps(file, unit.tokens[rows], memory).items():
+            is_bits = states.dtype == np.uint16
+            if not keeps_bits:
+                hidden[tap][rows] = widen(states)
+            else:
+                hidden[tap][rows] = states if is_bits else bfloat16_bits(widen(states))
+        progress.update(length)
+    return hidden
+
+
+def _folder_bytes(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())

@@ -1,0 +1,59 @@
+"""`carryon import` and `carryon export` on a tiny base."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from carryon.cache.base.model import Base
+from carryon.tools.bench.exchange.state_files import make_tokens, write_states
+from carryon.tools.cli.main import main
+
+TINY_RUN = ["--width", "8", "--heads", "2", "--blocks", "1", "--intermediate-size", "8"]
+TINY_RUN += ["--epochs", "1", "--tokens-per-step", "64", "--device", "cpu"]
+
+
+@pytest.fixture
+def imported(tiny_base: Base, tiny_base_folder: Path, store_tmp: Path) -> list[str]:
+    """The words of an import."""
+    folder = write_states(store_tmp / "states", tiny_base, make_tokens(12))
+    words = ["import", "vllm", str(folder), "--base", str(tiny_base_folder)]
+    words += ["--out", str(store_tmp / "store"), "--unit-tokens", "64", "--device", "cpu"]
+    return [*words, "--layer-ids", "0", "1", "2", "--compute-dtype", "float32"]
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    line: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return line
+
+
+def test_an_imported_store_is_verified_trained_exported_and_imported_again(
+    imported: list[str], store_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*imported, "--taps", "final", "prenorm", "layer.1"]) == 0
+    report = last_line(capsys)
+    assert (report["imported_files"], report["is_finished"]) == (12, True)
+    store = str(store_tmp / "store")
+    assert main(["verify", store, "--full"]) == 0
+    assert main(["inspect", store]) == 0
+    assert "layer_ids" in capsys.readouterr().out
+    run = ["train", "--store", store, "--out", str(store_tmp / "run"), "--taps", "final", "layer.1"]
+    assert main([*run, *TINY_RUN]) == 0
+    assert main(["export", "speculators", store, "--out", str(store_tmp / "data")]) == 0
+    capsys.readouterr()
+    again = [*imported[:2], str(store_tmp / "data"), *imported[3:]]
+    again[again.index("--out") + 1] = str(store_tmp / "again")
+    assert main(again) == 0
+    assert last_line(capsys)["imported_files"] == 12
+
+
+def test_errors_are_one_line_and_code_2(
+    imported: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*imported[:-5], "2", "1"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("carryon import: error: --layer-ids: expected ascending ids")
+    assert main(["import", "trtllm", *imported[2:]]) == 2
+    assert "vllm" in capsys.readouterr().err
+    assert main(["import", "vllm", "/nowhere", *imported[3:]]) == 2
+    assert "/nowhere: expected a folder" in capsys.readouterr().err
