@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from carryon.cache.base.lm_head import widen
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.exchange.state_file import StateFile
-from carryon.cache.extraction.forward import largest_unit_bytes, raw_bytes
+from carryon.cache.extraction.forward import largest_unit_bytes
 from carryon.cache.format.manifest import CorpusPart, Manifest
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
 from carryon.cache.format.zarr_metadata import shard_path
 from carryon.cache.progress import Progress
 from carryon.cache.store.shard_writer import UnitInput, UnitInputs, write_unit
+from carryon.cache.store.sizes import raw_bytes
 
 ReadTaps = Callable[[StateFile, NDArray[np.int32], NDArray[np.uint8]], Mapping[str, NDArray[Any]]]
 """Returns, of a file, its token ids [T] and memory for its bytes, the states [T, D] at each tap."""
