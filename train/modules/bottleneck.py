@@ -67,8 +67,9 @@ class Bottleneck(CarryOn):
         self.source_norms = nn.ModuleList(nn.RMSNorm(each, eps=NORM_EPS) for each in widths)
         self.source_bridges = nn.ModuleList(Product(each, width, bias=False) for each in widths)
         if not has_mixer:
-            for bridge in self.bridges:  # as one bridge from num_taps * base_width channels
-                bridge.weight.data.mul_(num_taps**-0.5)
+            with torch.no_grad():
+                for weight in self.bridges.parameters():  # as one bridge from K * D channels
+                    weight.mul_(num_taps**-0.5)
         nn.init.zeros_(self.up.weight)
         for layer in (self.mixer, self.gate):
             if layer is not None:
@@ -137,7 +138,7 @@ class Bottleneck(CarryOn):
         bridged = self._bridged(states)
         if self.mixer is not None:
             return self._weights_BTK(bridged)
-        lengths_BTK = torch.stack(bridged, dim=-2).norm(dim=-1)
+        lengths_BTK = torch.linalg.vector_norm(torch.stack(bridged, dim=-2), dim=-1)
         return lengths_BTK / lengths_BTK.sum(dim=-1, keepdim=True).clamp_min(NORM_EPS)
 
     def _bridged(self, states: Mapping[str, Tensor]) -> list[Tensor]:
@@ -146,7 +147,8 @@ class Bottleneck(CarryOn):
 
     def _weights_BTK(self, bridged: list[Tensor]) -> Tensor:  # noqa: N802 -- shape
         assert self.mixer is not None
-        return torch.softmax(self.mixer(torch.cat(bridged, dim=-1)), dim=-1)
+        scores_BTK: Tensor = self.mixer(torch.cat(bridged, dim=-1))
+        return torch.softmax(scores_BTK, dim=-1)
 
     def _enter(self, states: Mapping[str, Tensor]) -> Tensor:
         bridged = self._bridged(states)
