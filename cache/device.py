@@ -38,6 +38,21 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def device_of(name: str, number: int) -> str:
+    """Return the device of one of several processes: `auto` deals out those of this machine.
+
+    Unlike `pick_device` this joins no other process.
+
+    Args:
+        name: as of `pick_device`; `auto` and a kind without a number, such as `cuda`, are dealt.
+        number: of the process, counted from 0.
+    """
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None or name not in ("auto", kind.type):
+        return "cpu" if name == "auto" else name
+    return f"{kind.type}:{number % torch.accelerator.device_count()}"
+
+
 def pick_head_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the type of the head's products; `auto`: bfloat16 where `device` multiplies it."""
     if name == "auto":

@@ -15,8 +15,12 @@ FOLDER_LOCK = ".lock"
 """In the folder of a run, a sweep or a lineage while a process writes there."""
 
 
-def refuse_busy(root: Path) -> None:
+def refuse_busy(root: Path, *, is_shared: bool = False) -> None:
     """Check, before other work, that no process writes to `root`; nothing is changed.
+
+    Args:
+        root: of the store.
+        is_shared: allow processes that share the store, as of `shared_lock`.
 
     Raises:
         StoreBusyError: another process holds the lock.
@@ -27,14 +31,19 @@ def refuse_busy(root: Path) -> None:
     except OSError:  # no store yet, or a read-only one: `write_lock` raises
         return
     try:
-        take(handle, root, kind="store")
+        take(handle, root, kind="store", is_shared=is_shared)
     finally:
         os.close(handle)
 
 
 @contextmanager
-def write_lock(root: Path) -> Iterator[None]:
+def write_lock(root: Path, *, is_shared: bool = False) -> Iterator[None]:
     """Hold the write lock of the store folder `root`, which is made if it does not exist.
+
+    Args:
+        root: of the store.
+        is_shared: hold it together with others that share it, and keep out all that do not. What
+            they write is up to leases (`carryon.cache.extraction.sharing`).
 
     Raises:
         StoreBusyError: another process holds it; nothing was changed.
@@ -48,10 +57,11 @@ def write_lock(root: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = open_below(root, LOCK_PATH, flags=os.O_RDWR | os.O_CREAT)
     try:
-        take(handle, root, kind="store")
+        take(handle, root, kind="store", is_shared=is_shared)
         sign(handle, path)
         yield
-        os.ftruncate(handle, 0)
+        if os.pread(handle, 20, 0) == str(os.getpid()).encode("ascii"):
+            os.ftruncate(handle, 0)  # unless another that shares it has signed
     finally:
         os.close(handle)
 

@@ -269,7 +269,7 @@ class DataSettings(Settings):
     drop_unfit: bool = False
     """Leave out, and count, a conversation whose text the chat template drops or refuses, in place
     of an error."""
-    workers: int = bounded(0, at_least=0)
+    tokenizer_workers: int = bounded(0, at_least=0)
     """Processes that tokenize. 0: one a core."""
 
 

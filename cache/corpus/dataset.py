@@ -134,7 +134,7 @@ def read_corpus(
     place = folder / "samples" / digest[:32]
     if not _is_whole(place):
         with writing_cache(folder):
-            _convert_all(sources, converter, place, num_workers=data_settings.workers)
+            _convert_all(sources, converter, place, num_workers=data_settings.tokenizer_workers)
     return _open(place, sources)
 
 
@@ -250,7 +250,8 @@ def _run(
             yield from pool.map(_convert, groups, paths)
         except BrokenProcessPool as error:
             raise InputError(
-                "a process that tokenizes was killed, perhaps as memory ran out. Fix: --workers 1"
+                "a process that tokenizes was killed, perhaps as memory ran out. Fix: "
+                "--tokenizer-workers 1"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from carryon.cache.extraction.layout_writer import (
 from carryon.cache.extraction.pilot import PILOT_TOKENS, PilotSample, make_probe, measure_profile
 from carryon.cache.extraction.plan import forward_facts, refuse_foreign_folder
 from carryon.cache.extraction.resume import refuse_other_data, refuse_other_settings
+from carryon.cache.extraction.sharing.claims import drop_claims
+from carryon.cache.extraction.sharing.workers import Sharing, run_together
 from carryon.cache.files.atomic import sweep_partials
 from carryon.cache.files.documents import json_bytes
 from carryon.cache.format.alignment import encode_alignment
@@ -93,6 +96,7 @@ def plan_aligned(
     forward: ForwardSettings | None = None,
     data_settings: DataSettings | None = None,
     drop_missing: bool = False,
+    is_shared: bool = False,
 ) -> AlignedPlan:
     """Align a base with the samples of a store; nothing is written.
 
@@ -106,6 +110,7 @@ def plan_aligned(
         forward: how the base is run.
         data_settings: how the data are read.
         drop_missing: leave out, and count, samples that only one of anchor and data has.
+        is_shared: whether other processes may be at work on the store.
 
     Raises:
         InputError: anchor, data or base cannot be used; see `align_to_anchor`.
@@ -114,7 +119,7 @@ def plan_aligned(
     root, forward = Path(out), forward or ForwardSettings()
     corpus, store = corpus or CorpusSettings(), store or StoreSettings()
     refuse_foreign_folder(root)
-    refuse_busy(root)
+    refuse_busy(root, is_shared=is_shared)
     anchor = open_anchor(align_to)
     store = keep_settings(anchor, corpus, store)
     loaded = base if isinstance(base, Base) else load_base(str(base), forward=forward)
@@ -176,8 +181,15 @@ def refuse_with_alignment(
             )
 
 
-def run_aligned(plan: AlignedPlan, *, max_disk_bytes: int | None = None) -> ExtractReport:
+def run_aligned(
+    plan: AlignedPlan, *, max_disk_bytes: int | None = None, sharing: Sharing | None = None
+) -> ExtractReport:
     """Carry out a plan, or the missing rest of it.
+
+    Args:
+        plan: to carry out.
+        max_disk_bytes: stop before the store would grow beyond it. None: no limit.
+        sharing: how other processes take part. None: this one is alone.
 
     Raises:
         InputError: the plan is larger than `max_disk_bytes`; nothing was written.
@@ -187,31 +199,32 @@ def run_aligned(plan: AlignedPlan, *, max_disk_bytes: int | None = None) -> Extr
     root = plan.root
     nodes, rows = int(plan.alignment.num_nodes.sum()), plan.manifest.num_tokens
     logger.info(f"{rows:,} tokens of {plan.anchor.name}, read in {nodes:,} tokens of this base")
+    how: dict[str, Any] = {"batch_tokens": plan.batch_tokens, "max_disk_bytes": max_disk_bytes}
+    prepare = partial(_prepare, plan, max_disk_bytes)
+    if sharing is not None:
+        return run_together(root, plan.base, prepare, sharing=sharing, **how)
     with write_lock(root):
+        drop_claims(root)
         sweep_partials(root)
-        if manifest_path(root).exists():
-            manifest = read_manifest(root)
-            refuse_other_settings(manifest, plan.manifest, name=str(root))
-            refuse_other_alignment(manifest.alignment, plan.manifest.alignment, name=str(root))
-            refuse_other_data(manifest, plan.manifest, name=str(root))
-        else:
-            pilot = _run_pilot(plan)
-            settings = plan.manifest.settings
-            errors = measure_profile(
-                pilot, plan.head, taps=plan.manifest.taps, profile=settings["profile"]
-            )
-            manifest = replace(plan.manifest, profile_error=errors)
-            files = partial(_files, plan, manifest, make_probe(pilot))
-            refuse_large_plan(files(), max_disk_bytes, root=root)
-            manifest = write_plan(root, manifest, files())
-        return run_units(
-            root,
-            manifest,
-            plan.base,
-            batch_tokens=plan.batch_tokens,
-            max_disk_bytes=max_disk_bytes,
-            is_predicted=True,
-        )
+        return run_units(root, prepare(), plan.base, is_predicted=True, **how)
+
+
+def _prepare(plan: AlignedPlan, max_disk_bytes: int | None) -> Manifest:
+    """Write the plan, or check that the store has the same one."""
+    root = plan.root
+    if manifest_path(root).exists():
+        manifest = read_manifest(root)
+        refuse_other_settings(manifest, plan.manifest, name=str(root))
+        refuse_other_alignment(manifest.alignment, plan.manifest.alignment, name=str(root))
+        refuse_other_data(manifest, plan.manifest, name=str(root))
+        return manifest
+    pilot = _run_pilot(plan)
+    settings = plan.manifest.settings
+    errors = measure_profile(pilot, plan.head, taps=plan.manifest.taps, profile=settings["profile"])
+    manifest = replace(plan.manifest, profile_error=errors)
+    files = partial(_files, plan, manifest, make_probe(pilot))
+    refuse_large_plan(files(), max_disk_bytes, root=root)
+    return write_plan(root, manifest, files())
 
 
 def _files(plan: AlignedPlan, manifest: Manifest, probe: Probe) -> Iterator[tuple[str, bytes]]:

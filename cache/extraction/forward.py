@@ -6,7 +6,7 @@ Letters: R rows of a unit, D base width.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -23,6 +23,7 @@ from carryon.cache.errors import DamagedStoreError
 from carryon.cache.extraction.aligned_forward import compute_aligned_states
 from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.extraction.prediction import Pilot, TimedBatch, Totals, spread
+from carryon.cache.extraction.sharing.claims import Claims
 from carryon.cache.format.alignment import read_num_nodes, read_trees
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
@@ -48,7 +49,7 @@ class ExtractReport:
     num_units: int
     num_tokens: int
     computed_units: int
-    """Units computed by this call; the others had a receipt."""
+    """Units computed since this call began, by it or beside it; the others had a receipt."""
     computed_tokens: int
     raw_bytes: int
     """Hidden states of the units computed, before compression, without unused rows."""
@@ -83,15 +84,25 @@ def run_units(
     max_disk_bytes: int | None,
     units: Sequence[int] | None = None,
     is_predicted: bool = False,
+    claims: Claims | None = None,
 ) -> ExtractReport:
     """Compute and commit the units that have no receipt, or the given ones.
 
-    With `is_predicted` the first batches say in the log what the whole will take.
-
     The caller holds the write lock. Ctrl-C ends it between two commits; only the current unit is
     lost.
+
+    Args:
+        root: of the store.
+        manifest: of the store.
+        base: of the store.
+        batch_tokens: tokens in one forward pass.
+        max_disk_bytes: stop before the store would grow beyond it. None: no limit.
+        units: to compute. None: those without a receipt.
+        is_predicted: let the first batches say in the log what the whole will take.
+        claims: how units are shared with other processes; no progress is shown. None: there are
+            none.
     """
-    todo = _units_to_do(root, manifest) if units is None else list(units)
+    todo = units_to_do(root, manifest) if units is None else list(units)
     inputs = UnitInputs(root, manifest)
     num_tokens = sum(map(inputs.num_tokens, todo))
     keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
@@ -108,19 +119,23 @@ def run_units(
             batch_tokens=batch_tokens,
         )
     is_finished = True
-    writing: list[Future[Receipt]] = []  # at most the last of them is still at work
+    writing: list[Future[Receipt | None]] = []  # at most the last of them is still at work
+    write: Callable[..., Receipt | None] = write_unit if claims is None else claims.write_unit
     started_at = time.perf_counter()
     with (
-        Progress(num_tokens, name="extract", unit="tokens") as progress,
+        Progress(num_tokens if claims is None else 0, name="extract", unit="tokens") as progress,
         ThreadPoolExecutor(max_workers=1) as thread,
     ):
-        for unit in todo:
+        for unit in todo if claims is None else claims.iter_units(todo):
             unit_input = inputs.read(unit)
             if max_disk_bytes is not None:
                 wait(writing)
-                largest = largest_unit_bytes(manifest, unit_input.num_tokens)
+                num_writers = 1 + (claims.num_others() if claims else 0)
+                largest = num_writers * largest_unit_bytes(manifest, unit_input.num_tokens)
                 if _folder_bytes(root) + largest > max_disk_bytes:
                     is_finished = False
+                    if claims:
+                        claims.give_back(unit)
                     break
             unit_started_at = time.perf_counter()
             how: dict[str, Any] = {
@@ -143,18 +158,23 @@ def run_units(
             else:
                 hidden = compute_states(base, manifest.taps, unit_input, **how)
             elapsed_s = time.perf_counter() - unit_started_at
-            written = sum(_stored_bytes(manifest, each.result()) for each in writing)
+            written = sum(_stored_bytes(manifest, each) for each in _finished(writing))
             progress.note = f"{written / 1e6:,.0f} MB written"
             writing.append(
-                thread.submit(write_unit, root, manifest, unit_input, hidden, elapsed_s=elapsed_s)
+                thread.submit(write, root, manifest, unit_input, hidden, elapsed_s=elapsed_s)
             )
-    receipts = [each.result() for each in writing]
+    receipts = _finished(writing)
     elapsed_s = time.perf_counter() - started_at
-    report = _report(root, manifest, receipts, elapsed_s=elapsed_s, is_finished=is_finished)
+    report = summarize(root, manifest, receipts, elapsed_s=elapsed_s, is_finished=is_finished)
     return replace(report, predicted=pilot.prediction) if pilot else report
 
 
-def _report(
+def _finished(writing: Sequence[Future[Receipt | None]]) -> list[Receipt]:
+    """Wait for the receipts of this process; a unit that another has committed has none here."""
+    return [receipt for each in writing if (receipt := each.result()) is not None]
+
+
+def summarize(
     root: Path,
     manifest: Manifest,
     receipts: Sequence[Receipt],
@@ -162,6 +182,7 @@ def _report(
     elapsed_s: float,
     is_finished: bool,
 ) -> ExtractReport:
+    """Return the report of an extraction that has written these receipts."""
     tokens, present = sum(receipt.num_tokens for receipt in receipts), bytes_by_folder(root)
     return ExtractReport(
         store=str(root),
@@ -180,7 +201,7 @@ def _report(
     )
 
 
-def _units_to_do(root: Path, manifest: Manifest) -> list[int]:
+def units_to_do(root: Path, manifest: Manifest) -> list[int]:
     """Return the units without a valid receipt of this store."""
     done = set()
     for unit in units_with_receipt(root) & set(range(manifest.num_units)):

@@ -29,6 +29,8 @@ from carryon.cache.extraction.resume import (
     refuse_other_data,
     refuse_other_settings,
 )
+from carryon.cache.extraction.sharing.claims import drop_claims
+from carryon.cache.extraction.sharing.workers import Sharing, plan_sharing, run_together
 from carryon.cache.files.atomic import sweep_partials
 from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
 from carryon.cache.format.probe import Probe
@@ -68,6 +70,7 @@ def extract(
     held_out: Collection[str] = (),
     align_to: str | Path | None = None,
     drop_missing: bool = False,
+    workers: int = 0,
     **options: Any,  # noqa: ANN401
 ) -> Store:
     """Extract the hidden states of a corpus into the store at `out`, and open it.
@@ -95,6 +98,8 @@ def extract(
             samples and rows, and at each row this base's state over exactly the text that is known
             there. Mask, lengths and units are those of that store.
         drop_missing: with `align_to`, leave out, and count, samples that only one of both has.
+        workers: processes on this machine that claim units, this one counted; the same call with
+            `workers` elsewhere on a shared file system joins them. 0: this process alone.
         options: fields of the four settings by name, such as `taps` or `unit_tokens`.
 
     Raises:
@@ -117,6 +122,7 @@ def extract(
         forward or ForwardSettings(),
         data_settings or DataSettings(),
     )
+    sharing, forward = plan_sharing(workers, forward)
     inputs: dict[str, Any] = {
         "base": base,
         "data": data,
@@ -125,43 +131,62 @@ def extract(
         "store": store,
         "forward": forward,
         "data_settings": data_settings,
+        "is_shared": sharing is not None,
     }
     if align_to is not None:
         refuse_with_alignment(append=append, held_out=bool(held_out))
         aligned = plan_aligned(**inputs, align_to=align_to, drop_missing=drop_missing)
-        report = run_aligned(aligned, max_disk_bytes=max_disk_bytes)
+        report = run_aligned(aligned, max_disk_bytes=max_disk_bytes, sharing=sharing)
         return Store.open(out, allow_unfinished=not report.is_finished, allow_aligned=True)
     if drop_missing:
         raise InputError("drop_missing: expected align_to beside it. Fix: leave it out")
     plan = plan_extraction(**inputs, held_out=held_out)
-    report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
+    report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes, sharing=sharing)
     if not report.is_finished:
         logger.warning("%s: stopped at max_disk_bytes=%s, unfinished", out, max_disk_bytes)
     return Store.open(out, allow_unfinished=not report.is_finished)
 
 
 def run_extraction(
-    plan: ExtractionPlan, *, append: bool = False, max_disk_bytes: int | None = None
+    plan: ExtractionPlan,
+    *,
+    append: bool = False,
+    max_disk_bytes: int | None = None,
+    sharing: Sharing | None = None,
 ) -> ExtractReport:
-    """Carry out a plan, or the missing rest of it; arguments and errors as of `extract`."""
+    """Carry out a plan, or the missing rest of it; arguments and errors as of `extract`.
+
+    Args:
+        plan: to carry out.
+        append: as of `extract`.
+        max_disk_bytes: as of `extract`.
+        sharing: how other processes take part. None: this one is alone.
+    """
     root = plan.root
     logger.info(_prediction(plan.manifest))
+    prepare = partial(
+        _prepare, plan, append=append, max_disk_bytes=max_disk_bytes, is_shared=bool(sharing)
+    )
+    how: dict[str, Any] = {"batch_tokens": plan.batch_tokens, "max_disk_bytes": max_disk_bytes}
+    if sharing is not None:
+        return run_together(root, plan.base, prepare, sharing=sharing, **how)
     with write_lock(root):
+        drop_claims(root)
         sweep_partials(root)
-        if manifest_path(root).exists():
-            manifest = resume_store(plan, append=append)
-        elif append:
-            raise InputError(f"{root}: expected a store to append to, got none: leave out --append")
-        else:
-            manifest = begin_store(plan, max_disk_bytes)
-        return run_units(
-            root,
-            manifest,
-            plan.base,
-            batch_tokens=plan.batch_tokens,
-            max_disk_bytes=max_disk_bytes,
-            is_predicted=True,
+        return run_units(root, prepare(), plan.base, is_predicted=True, **how)
+
+
+def _prepare(
+    plan: ExtractionPlan, *, append: bool, max_disk_bytes: int | None, is_shared: bool
+) -> Manifest:
+    """Write the plan, or check that the store has the same one."""
+    if manifest_path(plan.root).exists():
+        return resume_store(plan, append=append, is_shared=is_shared)
+    if append:
+        raise InputError(
+            f"{plan.root}: expected a store to append to, got none: leave out --append"
         )
+    return begin_store(plan, max_disk_bytes)
 
 
 def begin_store(
@@ -199,7 +224,7 @@ def begin_store(
     return write_plan(plan.root, manifest, files())
 
 
-def resume_store(plan: ExtractionPlan, *, append: bool) -> Manifest:
+def resume_store(plan: ExtractionPlan, *, append: bool, is_shared: bool = False) -> Manifest:
     """Check that the existing store is of this plan, or append the plan to it."""
     root, old, new = plan.root, read_manifest(plan.root), plan.manifest
     if old.alignment:
@@ -214,6 +239,9 @@ def resume_store(plan: ExtractionPlan, *, append: bool) -> Manifest:
         refuse_other_data(old, new, name=str(root))
         return old
     is_known = part.fingerprint in [known.fingerprint for known in old.parts]
+    is_last = part.fingerprint == old.parts[-1].fingerprint and len(old.parts) > 1
+    if is_shared and is_last:
+        return old  # another process that shares the store has appended it, and perhaps finished
     if is_known and not units_with_receipt(root).issuperset(range(old.num_units)):
         return old  # an append that was interrupted
     refuse_known_data(old, new, name=str(root))

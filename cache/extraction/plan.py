@@ -72,11 +72,13 @@ def plan_extraction(
     data_settings: DataSettings,
     held_out: Collection[str] = (),
     choose: Callable[[Callable[[], Corpus], BaseFacts, CorpusSettings], Corpus] | None = None,
+    is_shared: bool = False,
 ) -> ExtractionPlan:
     """Check the folder of the store, read the data, load the base, and pack samples into units.
 
     The arguments are those of `extract`. `choose` returns the samples to plan, given the function
-    that reads the data, and facts of the base. None: those of the data.
+    that reads the data, and facts of the base. None: those of the data. `is_shared` is whether
+    other processes may be at work.
 
     Raises:
         InputError: the folder holds something else, the base has no such tap, `max_tokens` is
@@ -85,7 +87,7 @@ def plan_extraction(
     """
     root = Path(out)
     refuse_foreign_folder(root)
-    refuse_busy(root)
+    refuse_busy(root, is_shared=is_shared)
     pick_device(forward.device)  # refuses one that is not there
     like = _stored_tokenizer(root)
     facts = facts_of(base) if isinstance(base, Base) else read_facts(str(base), like=like)

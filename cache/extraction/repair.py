@@ -14,6 +14,7 @@ from carryon.cache.base.recorded import load_recorded_base, tokenizer_of
 from carryon.cache.errors import DamagedStoreError, InputError, StoreError, UnsafePathError
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.resume import refuse_other_base
+from carryon.cache.extraction.sharing.claims import drop_claims
 from carryon.cache.files.atomic import remove_anything, sweep_partials, write_file
 from carryon.cache.files.regular import read_below
 from carryon.cache.format.head_arrays import encode_head
@@ -81,6 +82,7 @@ def repair(
     if not (manifest_path(root).exists() or (root / copy_path(MANIFEST_PATH)).exists()):
         read_manifest(root)  # raises MissingError
     with write_lock(root):
+        drop_claims(root)
         sweep_partials(root)
         restored = _restore_manifest(root)
         manifest = read_manifest(root)

@@ -6,6 +6,7 @@ a hidden `.partial` file or folder, or a `.replaced` folder that `recover_folder
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from carryon.cache.files.regular import refuse_links, unsafe
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 _SYNC_THREADS = 16
+_PROCESS = secrets.token_hex(4)
+"""Tells this process from one with the same number on another node of a shared file system."""
 
 
 def write_file(
@@ -57,7 +60,7 @@ def whole_file(path: Path, *, is_synced: bool = True, root: Path | None = None) 
         refuse_links(root, path.parent)
     if path.is_dir() and not path.is_symlink():
         raise unsafe(path, "a file")
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{_PROCESS}{PARTIAL}")
     with disk_full_named(path):
         _make_folder(path.parent, is_synced=is_synced)
         remove_anything(partial)  # of a killed process with this number; or a planted link

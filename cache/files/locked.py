@@ -14,6 +14,7 @@ from carryon.cache.files.full_disk import disk_full_named
 
 _LOOKS = 100
 """One second in all."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _MAX_BYTES = 20
 """Of the number of a process."""
 
@@ -42,22 +43,38 @@ def held(path: Path, *, of: Path, kind: str) -> Iterator[None]:
         os.close(handle)
 
 
-def take(handle: int, of: Path, *, kind: str) -> None:
+def take(handle: int, of: Path, *, kind: str, is_shared: bool = False) -> None:
     """Lock an open file, which is empty or holds the number of the process that has or had it.
+
+    Args:
+        handle: of the file.
+        of: what is locked, for errors.
+        kind: of it, for errors.
+        is_shared: let others have it too that share it. Where the file system knows no locks,
+            nothing is locked.
 
     Raises:
         InputError: it holds something else, and may be any file by a hard link.
         StoreBusyError: another process has it.
     """
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        holder = _read_holder(handle) or "unknown"
-        raise StoreBusyError(
-            f"{of}: process {holder} is writing to this {kind}. Fix: wait for it, or stop it"
-        ) from error
+    tries = _LOOKS if is_shared else 1  # one that only looks whether it is free has it a moment
+    while tries:
+        tries -= 1
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if is_shared and error.errno in _NO_LOCKS:
+                break
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            if tries:
+                time.sleep(0.01)
+                continue
+            holder = _read_holder(handle) or "unknown"
+            raise StoreBusyError(
+                f"{of}: process {holder} is writing to this {kind}. Fix: wait for it, or stop it"
+            ) from error
     content = os.pread(handle, _MAX_BYTES + 1, 0)
     if content and not _is_number(content):
         raise InputError(

@@ -94,13 +94,31 @@ def read_receipt(root: Path, manifest: Manifest, unit: int) -> Receipt:
         raise UnfinishedStoreError(
             f"{root}: unit {unit} is not extracted. Fix: carryon extract again, or carryon repair"
         ) from error
+    return parse_receipt(content, manifest, unit, name=str(path))
+
+
+def has_receipt(root: Path, manifest: Manifest, unit: int) -> bool:
+    """Return whether a unit has a valid receipt of this store."""
+    try:
+        read_receipt(root, manifest, unit)
+    except (UnfinishedStoreError, DamagedStoreError):
+        return False
+    return True
+
+
+def parse_receipt(content: bytes, manifest: Manifest, unit: int, *, name: str) -> Receipt:
+    """Return the receipt of a unit from the content of its file, called `name` in errors.
+
+    Raises:
+        DamagedStoreError: it was changed, or is another unit's or store's.
+    """
     try:
         receipt = _parse(content, manifest, unit)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedStoreError(f"{path}: the receipt is damaged: {error}") from error
+        raise DamagedStoreError(f"{name}: the receipt is damaged: {error}") from error
     if (receipt.unit, receipt.origin_sha256) != (unit, origin_of(manifest, unit)):
         raise DamagedStoreError(
-            f"{path}: expected the receipt of unit {unit} of this store, got one of unit "
+            f"{name}: expected the receipt of unit {unit} of this store, got one of unit "
             f"{receipt.unit} that was made with another base, corpus or setting"
         )
     return receipt

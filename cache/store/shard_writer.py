@@ -6,7 +6,7 @@ n samples of a unit.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,26 @@ def write_unit(
     *,
     elapsed_s: float,
 ) -> Receipt:
-    """Write a unit's hidden states, then its receipt.
+    """Write a unit's hidden states, then its receipt; arguments and errors of `write_states`."""
+
+    def write(path: str, content: bytes | bytearray) -> None:
+        write_file(root / path, content, root=root)
+
+    receipt = write_states(root, manifest, unit_input, hidden, elapsed_s=elapsed_s, write=write)
+    write_receipt(root, receipt)
+    return receipt
+
+
+def write_states(
+    root: Path,
+    manifest: Manifest,
+    unit_input: UnitInput,
+    hidden: Mapping[str, States],
+    *,
+    elapsed_s: float,
+    write: Callable[[str, bytes | bytearray], None],
+) -> Receipt:
+    """Write a unit's hidden states and return its receipt, which is not written.
 
     Args:
         root: of the store.
@@ -135,6 +154,7 @@ def write_unit(
         hidden: [R, D] float32 for each tap of the store; rows without a sample are 0. For an
             `exact` bfloat16 store also uint16 bits.
         elapsed_s: seconds its computation took.
+        write: called with the path of each file, relative to the store, and its content.
 
     Raises:
         InputError: taps or shapes do not match the store, or a state is not finite in the stored
@@ -154,9 +174,9 @@ def write_unit(
     num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
     for tap, rows in stored.items():
         for path, content in _encode_tap(manifest, tap, unit, rows):
-            write_file(root / path, content, root=root)
+            write(path, content)
             entries[path] = _entry(content, num_chunks if path == shard_path(tap, unit) else 0)
-    receipt = Receipt(
+    return Receipt(
         unit=unit,
         num_tokens=unit_input.num_tokens,
         origin_sha256=origin_of(manifest, unit),
@@ -165,8 +185,6 @@ def write_unit(
         elapsed_s=round(elapsed_s, 3),
         versions=library_versions(),
     )
-    write_receipt(root, receipt)
-    return receipt
 
 
 def _encode_tap(

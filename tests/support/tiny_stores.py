@@ -36,6 +36,8 @@ from carryon.cache.extraction.pilot import PilotSample, make_probe, measure_prof
 from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.extraction.repair import RepairReport, repair
+from carryon.cache.extraction.sharing.leases import LeaseTimes
+from carryon.cache.extraction.sharing.workers import Sharing
 from carryon.cache.files.documents import digest_of
 from carryon.cache.format import head_arrays, zarr_metadata
 from carryon.cache.format.head_arrays import head_facts
@@ -50,7 +52,9 @@ WIDTH = 16
 UNIT_TOKENS = 64
 CHUNK_BYTES = 16 * WIDTH * 2  # 16 rows of bfloat16: four chunks a unit
 FORWARD = ForwardSettings(device="cpu", compute_dtype="float32", batch_tokens=256)
-READING = DataSettings(workers=1)
+SHARING = Sharing(workers=1, forward=FORWARD, times=LeaseTimes(heartbeat_s=0.1, expiry_s=2.0))
+"""One of several processes; a test starts the others itself."""
+READING = DataSettings(tokenizer_workers=1)
 SETTINGS = StoreSettings(taps=["final", "layer.1"], unit_tokens=UNIT_TOKENS)
 
 
@@ -257,6 +261,7 @@ def extract_tiny(
     data_settings: DataSettings = READING,
     append: bool = False,
     max_disk_bytes: int | None = None,
+    sharing: Sharing | None = None,
 ) -> ExtractReport:
     """Extract into a store of small chunks."""
     with small_pieces(), one_thread():
@@ -268,8 +273,9 @@ def extract_tiny(
             store=store,
             forward=forward,
             data_settings=data_settings,
+            is_shared=sharing is not None,
         )
-        return run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes)
+        return run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes, sharing=sharing)
 
 
 def planned_bytes(store: Path) -> int:
@@ -294,7 +300,13 @@ def one_thread() -> Iterator[None]:
 
 
 def start_extraction(
-    base_folder: Path, data: Path, out: Path, *, append: bool = False, held_at: str = ""
+    base_folder: Path,
+    data: Path,
+    out: Path,
+    *,
+    append: bool = False,
+    held_at: str = "",
+    sharing: Sharing | None = None,
 ) -> "Extraction":
     """Start the same call in a separate process.
 
@@ -303,12 +315,14 @@ def start_extraction(
         data: file of the corpus.
         out: folder of the store.
         append: as in extract.
-        held_at: file of the store; before it appears, the process waits until it is released.
+        held_at: file of the store, or how its name begins; before it appears, the process waits
+            until it is released.
+        sharing: as in run_extraction.
     """
     context = _processes()
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=_extract_in_child, args=(base_folder, data, out, append, held_at, theirs)
+        target=_extract_in_child, args=(base_folder, data, out, append, held_at, sharing, theirs)
     )
     process.start()
     theirs.close()
@@ -349,19 +363,29 @@ def _processes() -> Any:  # noqa: ANN401 -- multiprocessing's contexts have no p
 
 
 def _extract_in_child(
-    base_folder: Path, data: Path, out: Path, append: bool, held_at: str, talk: Connection
+    base_folder: Path,
+    data: Path,
+    out: Path,
+    append: bool,
+    held_at: str,
+    sharing: Sharing | None,
+    talk: Connection,
 ) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed with the process
     base = load_base(str(base_folder), forward=FORWARD)
 
+    was_held = False
+
     def hold(number: int, path: Path) -> None:
-        if held_at and path == out / held_at:
+        nonlocal was_held
+        if held_at and not was_held and str(path).startswith(f"{out / held_at}"):
+            was_held = True
             talk.send("held")
             talk.recv()
 
     talk.send("started")
     with watch_changes(out, hold):
-        extract_tiny(base, data, out, append=append)
+        extract_tiny(base, data, out, append=append, sharing=sharing)
     talk.send("done")
 
 
@@ -428,7 +452,7 @@ def states_of(values: NDArray[Any]) -> NDArray[np.float32]:
     return widen(values)
 
 
-_CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+_CHANGES = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 _listeners: list[tuple[Callable[[str, tuple[Any, ...]], None], tuple[str, ...]]] = []
 
 
@@ -458,8 +482,8 @@ def _install_hook() -> None:
 def watch_changes(root: Path, watcher: Callable[[int, Path], None]) -> Iterator[None]:
     """Call `watcher(n, path)` before the n-th change below `root`.
 
-    A change is a file opened for writing, renamed (to `path`), removed or truncated, or a folder
-    made or removed. A kill at any instant leaves the disk as it is before one of them, except for
+    A change is a file opened for writing, renamed or linked (to `path`), removed or truncated, or
+    a folder made or removed. A kill at any instant leaves the disk as it is before one of them, except for
     the length of a partial file.
     """
     numbers = itertools.count()
@@ -471,7 +495,8 @@ def watch_changes(root: Path, watcher: Callable[[int, Path], None]) -> Iterator[
         if not isinstance(path, str | Path) or not str(path).startswith(str(root)):
             return
         if event != "open" or _is_writing(*arguments):
-            watcher(next(numbers), Path(arguments[1] if event == "os.rename" else path))
+            is_named = event in ("os.rename", "os.link")
+            watcher(next(numbers), Path(arguments[1] if is_named else path))
 
     with audit(listen, ("open", *_CHANGES)):
         yield

@@ -229,7 +229,7 @@ def _read(
         [path],
         tokenizer,
         settings=CorpusSettings(),
-        data_settings=DataSettings(workers=workers),
+        data_settings=DataSettings(tokenizer_workers=workers),
         max_tokens=max_tokens,
         folder=folder,
     )

@@ -28,6 +28,7 @@ def extract(
     dry_run: bool = False,
     align_to: str = "",
     drop_missing: bool = False,
+    workers: int = 0,
     corpus: CorpusSettings,
     store: StoreSettings,
     forward: ForwardSettings,
@@ -62,12 +63,18 @@ def extract(
         align_to: A finished store of another base, made of the same --data: the new store has its
             samples and rows, with this base's states. Empty: a store of its own.
         drop_missing: With --align-to: leave out, and count, samples that only one of both has.
+        workers: Processes on this machine that claim units, each with a base and a share of the
+            cores; `auto` deals out accelerators. The same command with --workers on other nodes of
+            a shared file system joins in. 0: this process alone, no other may write.
         corpus: How text becomes samples.
         store: What the store holds.
         forward: How the base is run.
         data_settings: How the data are read.
     """
+    from carryon.cache.extraction.sharing.workers import plan_sharing
+
     max_disk_bytes = parse_bytes("--max-disk", max_disk) if max_disk else None
+    sharing, forward = plan_sharing(workers, forward)
     inputs: dict[str, Any] = {
         "base": base,
         "data": data,
@@ -76,6 +83,7 @@ def extract(
         "store": store,
         "forward": forward,
         "data_settings": data_settings,
+        "is_shared": sharing is not None,
     }
     if align_to:
         from carryon.cache.extraction.aligned import (
@@ -86,7 +94,7 @@ def extract(
 
         refuse_with_alignment(append=append, dry_run=dry_run)
         aligned = plan_aligned(**inputs, align_to=align_to, drop_missing=drop_missing)
-        return _show(run_aligned(aligned, max_disk_bytes=max_disk_bytes), max_disk)
+        return _show(run_aligned(aligned, max_disk_bytes=max_disk_bytes, sharing=sharing), max_disk)
     if drop_missing:
         raise InputError("--drop-missing: expected --align-to beside it. Fix: --align-to STORE")
     from carryon.cache.extraction.pipeline import run_extraction
@@ -99,7 +107,8 @@ def extract(
         expected = estimate(plan)
         facts = asdict(expected) | {"report": plan.manifest.parts[-1].report}
         return print_result(facts, _describe(expected))
-    return _show(run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes), max_disk)
+    report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes, sharing=sharing)
+    return _show(report, max_disk)
 
 
 def _show(report: "ExtractReport", max_disk: str) -> dict[str, Any]:

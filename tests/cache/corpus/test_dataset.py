@@ -439,7 +439,7 @@ def test_shards_are_read_by_processes_in_order(tmp_path: Path) -> None:
             [path],
             tokenizer,
             settings=CorpusSettings(),
-            data_settings=DataSettings(workers=workers),
+            data_settings=DataSettings(tokenizer_workers=workers),
             max_tokens=9,
             folder=tmp_path / f"cache{workers}",
         )
@@ -523,12 +523,14 @@ def test_a_killed_process_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     rows = [{"text": "ab", "note": " " * 2_000_000} for _ in range(3)]
     path = write_lines(tmp_path / "data.jsonl", *rows)
     monkeypatch.setattr(Converter, "convert", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(InputError, match="a process that tokenizes was killed.*--workers 1"):
+    with pytest.raises(
+        InputError, match="a process that tokenizes was killed.*--tokenizer-workers 1"
+    ):
         read_corpus(
             [path],
             make_tokenizer(),
             settings=CorpusSettings(),
-            data_settings=DataSettings(workers=2),
+            data_settings=DataSettings(tokenizer_workers=2),
             max_tokens=9,
             folder=tmp_path / "cache",
         )
@@ -851,7 +853,7 @@ def test_bad_rows_that_are_marked_held_out_are_not_skipped_without_a_word(
         [path],
         make_tokenizer(),
         settings=CorpusSettings(),
-        data_settings=DataSettings(workers=1, bad_rows="skip"),
+        data_settings=DataSettings(tokenizer_workers=1, bad_rows="skip"),
         max_tokens=50,
     )
     [note] = [each for each in corpus.report.notes if each.reason == LOST_HELD_OUT]
@@ -871,7 +873,7 @@ def test_held_out_records_without_a_sample_are_counted_and_warned_of(tmp_path: P
         [path],
         make_tokenizer(),
         settings=CorpusSettings(),
-        data_settings=DataSettings(workers=1),
+        data_settings=DataSettings(tokenizer_workers=1),
         max_tokens=50,
         held_out=["named"],
     )

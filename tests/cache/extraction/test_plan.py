@@ -134,7 +134,7 @@ def test_what_was_lost_is_logged_before_the_base_is_loaded(
             corpus=CorpusSettings(),
             store=SETTINGS,
             forward=FORWARD,
-            data_settings=DataSettings(workers=1, bad_rows="skip"),
+            data_settings=DataSettings(tokenizer_workers=1, bad_rows="skip"),
         )
     assert "records read" in caplog.text
     assert f"{bad_data}:1" in caplog.text

@@ -13,7 +13,7 @@ from carryon.cache.format.zarr_metadata import SKIPPED_PATH, copy_path
 from carryon.cache.settings import DataSettings
 from carryon.cache.store.reader import Store
 
-SKIP = DataSettings(workers=1, bad_rows="skip")
+SKIP = DataSettings(tokenizer_workers=1, bad_rows="skip")
 
 
 def with_bad_row(path: Path, *, first: int = 0) -> Path:

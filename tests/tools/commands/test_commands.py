@@ -93,7 +93,7 @@ def test_inspect_and_a_dry_run_show_what_was_read_and_lost(
     data.write_text((work / "corpus.jsonl").read_text() + "{no json\n")
     words = ["--base", str(tiny_base_folder), "--data", str(data), "--bad-rows", "skip"]
     words += ["--out", str(tmp_path / "store"), "--unit-tokens", str(UNIT_TOKENS)]
-    words += ["--device", "cpu", "--workers", "1"]
+    words += ["--device", "cpu", "--tokenizer-workers", "1"]
     assert main(["extract", *words, "--dry-run"]) == 0
     captured = capsys.readouterr()
     facts = json.loads(captured.out.splitlines()[-1])

@@ -334,7 +334,7 @@ def test_blocks_are_counted_before_they_are_written(tmp_path: Path, llama: Place
                 corpus=CORPUS,
                 store=StoreSettings(unit_tokens=64, with_blocks=number),
                 forward=FORWARD,
-                data_settings=DataSettings(workers=1),
+                data_settings=DataSettings(tokenizer_workers=1),
             )
         )
         for number in (0, 1)

@@ -16,7 +16,7 @@ _STEPS = "--width 8 --blocks 1 --heads 2 --intermediate-size 8 --tokens-per-step
 _RUN = f"{_STEPS} --learning-rate 0.01 --device cpu"
 _ASKED = "--prompt x --max-new-tokens 2 --device cpu"
 _UPDATE = "update --lineage lineage --data little.jsonl --base base"
-_EXTRACT = "--unit-tokens 512 --workers 1"
+_EXTRACT = "--unit-tokens 512 --tokenizer-workers 1"
 _SHARE_OF_ENTRIES = 0.08
 _SHARE_OF_UNSIGNED = 0.1
 

@@ -1,0 +1,280 @@
+"""Extraction by several processes: started here, by `torchrun`, or by the same command elsewhere.
+
+The first one writes the plan; each of the others compares its own with it, whole, by name. Then
+all claim units until each has a receipt, and remove what killed ones have left.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from carryon.cache.base.model import Base
+from carryon.cache.device import device_of
+from carryon.cache.errors import InputError
+from carryon.cache.extraction.forward import ExtractReport, run_units, summarize, units_to_do
+from carryon.cache.extraction.sharing.claims import PLAN, Claims, clear_leftovers
+from carryon.cache.extraction.sharing.leases import Leases, LeaseTimes
+from carryon.cache.format.manifest import Manifest
+from carryon.cache.format.receipt import has_receipt, read_receipt, units_with_receipt
+from carryon.cache.lock import write_lock
+from carryon.cache.progress import Progress
+from carryon.cache.settings import ForwardSettings
+from carryon.cache.store.shard_writer import UnitInputs
+
+logger = logging.getLogger(__name__)
+
+_PLAN_LOOK_S, _LOOK_S = 0.2, 1.0
+_STOP_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharing:
+    """How an extraction shares a store with other processes."""
+
+    workers: int
+    """Processes on this machine, this one counted."""
+    forward: ForwardSettings
+    """Of each of them; devices are dealt out."""
+    times: LeaseTimes = LeaseTimes()
+
+
+def plan_sharing(workers: int, forward: ForwardSettings) -> tuple[Sharing | None, ForwardSettings]:
+    """Return how to share a store, None for alone, and the settings of this process's base.
+
+    Args:
+        workers: processes on this machine; 0: this one alone, unless `torchrun` started several.
+        forward: settings of all of them.
+
+    Raises:
+        InputError: `workers` is below 0, or `torchrun` started the processes already.
+    """
+    if workers < 0:
+        raise InputError(f"workers: expected 0 or more, got {workers}. Fix: --workers 2")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if workers > 1:
+            raise InputError(
+                f"workers: expected none under torchrun, which starts the processes, got {workers}."
+                " Fix: leave out --workers"
+            )
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        own = replace(forward, device=device_of(forward.device, rank))
+        return Sharing(workers=1, forward=own), own
+    if not workers:
+        return None, forward
+    own = replace(forward, device=device_of(forward.device, 0)) if workers > 1 else forward
+    return Sharing(workers=workers, forward=forward), own
+
+
+def run_together(
+    root: Path,
+    base: Base,
+    prepare: Callable[[], Manifest],
+    *,
+    sharing: Sharing,
+    batch_tokens: int,
+    max_disk_bytes: int | None,
+) -> ExtractReport:
+    """Extract with other processes until the store is complete, and report what all have written.
+
+    Args:
+        root: of the store.
+        base: of this process.
+        prepare: writes the plan, or checks that the plan written is the same.
+        sharing: how many processes to start here.
+        batch_tokens: tokens in one forward pass.
+        max_disk_bytes: as of `run_units`.
+    """
+    with (
+        write_lock(root, is_shared=True),
+        Leases(root, sharing.times) as leases,
+        _divided_threads(sharing.workers) as num_threads,
+    ):
+        manifest = _alone(leases, prepare)
+        todo = units_to_do(root, manifest)
+        started_at = time.perf_counter()
+        job = _Job(
+            root=root,
+            manifest=manifest,
+            base=base,
+            forward=replace(sharing.forward, batch_tokens=batch_tokens),
+            max_disk_bytes=max_disk_bytes,
+            num_threads=num_threads,
+            times=sharing.times,
+        )
+        with (
+            _Shown(root, manifest, todo),
+            _Workers(job, min(sharing.workers, len(todo)) - 1) as workers,
+        ):
+            run_units(
+                root,
+                manifest,
+                base,
+                batch_tokens=batch_tokens,
+                max_disk_bytes=max_disk_bytes,
+                units=todo,
+                claims=Claims(root, manifest, leases),
+            )
+            is_complete = units_with_receipt(root).issuperset(todo)
+            workers.wait(timeout_s=2 * _LOOK_S if is_complete else None)
+        elapsed_s = time.perf_counter() - started_at
+        done = [unit for unit in todo if has_receipt(root, manifest, unit)]
+        if len(done) == len(todo):
+            clear_leftovers(root, manifest, leases)
+        receipts = [read_receipt(root, manifest, unit) for unit in done]
+        return summarize(
+            root,
+            manifest,
+            receipts,
+            elapsed_s=elapsed_s,
+            is_finished=len(done) == len(todo),
+        )
+
+
+def _alone(leases: Leases, prepare: Callable[[], Manifest]) -> Manifest:
+    """Call `prepare` while no other process that shares the store does."""
+    while not leases.take(PLAN):
+        time.sleep(_PLAN_LOOK_S)
+    try:
+        return prepare()
+    finally:
+        leases.release(PLAN)
+
+
+@contextmanager
+def _divided_threads(workers: int) -> Iterator[int]:
+    """Let torch use its share of the cores, and yield how many threads that are."""
+    before = torch.get_num_threads()
+    share = max(1, before // workers)
+    torch.set_num_threads(share)
+    try:
+        yield share
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """What the other processes on this machine need."""
+
+    root: Path
+    manifest: Manifest
+    base: Base
+    forward: ForwardSettings
+    max_disk_bytes: int | None
+    num_threads: int
+    times: LeaseTimes
+
+    def to_dict(self, number: int) -> dict[str, Any]:
+        """Return plain values for the process of a number, from 1 on."""
+        how = {name: self.manifest.forward[name] for name in ("compute_dtype", "attention")}
+        forward = replace(self.forward, device=device_of(self.forward.device, number), **how)
+        return {
+            "number": number,
+            "root": str(self.root.absolute()),
+            "fingerprint": self.manifest.fingerprint,
+            "base": self.base.source,
+            "forward": forward.to_dict(),
+            "max_disk_bytes": self.max_disk_bytes,
+            "num_threads": self.num_threads,
+            "times": [self.times.heartbeat_s, self.times.expiry_s],
+        }
+
+
+class _Workers:
+    """Other processes on this machine, as a context manager that ends them.
+
+    Each ends by itself when all units have a receipt, and when this process ends in any way: it
+    notices that the pipe to its standard input is closed.
+    """
+
+    def __init__(self, job: _Job, num: int) -> None:
+        self._job, self._num = job, max(0, num)
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self._job.num_threads),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # scripts change it
+            "TQDM_DISABLE": "1",  # one bar, that of this process
+        }
+        try:
+            for number in range(1, self._num + 1):
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "carryon.cache.extraction.sharing.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C ends this process, which ends the others
+                )
+                self._processes.append(process)
+                assert process.stdin is not None
+                process.stdin.write(json.dumps(self._job.to_dict(number)).encode() + b"\n")
+                process.stdin.flush()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def wait(self, *, timeout_s: float | None) -> None:
+        """Wait for processes that are still at work, and warn of each that was ended."""
+        for number, process in enumerate(self._processes, start=1):
+            with suppress(subprocess.TimeoutExpired):  # it still loads the base
+                process.wait(timeout=timeout_s)
+            if process.returncode:
+                how = f"signal {-process.returncode}" if process.returncode < 0 else "an error"
+                logger.warning(f"worker {number + 1} was ended by {how}: others took over")
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            with suppress(OSError):
+                process.stdin.close()
+        end_at = time.monotonic() + _STOP_S
+        for process in self._processes:
+            try:
+                process.wait(timeout=max(0.0, end_at - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+class _Shown:
+    """One bar over the units of all processes, read from receipts, as a context manager."""
+
+    def __init__(self, root: Path, manifest: Manifest, todo: list[int]) -> None:
+        inputs = UnitInputs(root, manifest)
+        self._root = root
+        self._tokens = {unit: inputs.num_tokens(unit) for unit in todo}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._show, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        left = dict(self._tokens)
+        with Progress(sum(left.values()), name="extract", unit="tokens") as progress:
+            is_over = False
+            while left and not is_over:
+                is_over = self._is_over.wait(_LOOK_S)
+                done = units_with_receipt(self._root) & left.keys()
+                progress.update(sum(left.pop(unit) for unit in done))
