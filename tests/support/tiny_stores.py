@@ -483,8 +483,8 @@ def watch_changes(root: Path, watcher: Callable[[int, Path], None]) -> Iterator[
     """Call `watcher(n, path)` before the n-th change below `root`.
 
     A change is a file opened for writing, renamed or linked (to `path`), removed or truncated, or
-    a folder made or removed. A kill at any instant leaves the disk as it is before one of them, except for
-    the length of a partial file.
+    a folder made or removed. A kill at any instant leaves the disk as it is before one of them,
+    except for the length of a partial file.
     """
     numbers = itertools.count()
 
