@@ -30,7 +30,10 @@ from carryon.train.kinds import KINDS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MOST_README_LINES = 200
-OF_OTHER_PROGRAMS = {"--nproc-per-node"}
+OF_OTHER_PROGRAMS = {"--nproc-per-node", "--job-name", "--array", "--gres", "--cpus-per-task"} | {
+    "--time",
+    "--requeue",
+}
 """Options in the text that are neither ours nor pytest's."""
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

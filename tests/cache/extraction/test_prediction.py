@@ -123,7 +123,14 @@ def test_the_log_says_before_and_after_the_same_quantities(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["--base", str(tiny_base_folder), "--data", str(texts), "--device", "cpu"]
-    words += ["--out", str(store_tmp / "store"), "--unit-tokens", "1024", "--workers", "1"]
+    words += [
+        "--out",
+        str(store_tmp / "store"),
+        "--unit-tokens",
+        "1024",
+        "--tokenizer-workers",
+        "1",
+    ]
     assert main(["extract", *words, "--batch-tokens", "128"]) == 0
     captured = capsys.readouterr()
     facts = json.loads(captured.out.splitlines()[-1])
