@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from carryon.cache.errors import InputError
 
@@ -72,6 +73,16 @@ def rows_at_once(num_rows: int, device: torch.device) -> int:
     take longer than one large one, and the copies are small beside the logits of a chunk.
     """
     return _CPU_ROWS if device.type == "cpu" else max(1, min(num_rows, 2 * DEFAULT_CHUNK))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return `tensor` on `device`; a GPU copies it from pinned memory while the host goes ahead.
+
+    A copy from other memory waits until the GPU has done all that it was told to do before.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ pairs.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from carryon.cache.device import to_device
 from carryon.train.modules.packed_attention import Packing, pack
 
 
@@ -33,6 +35,13 @@ class Batch:
     """[M] int64: token of each supervised pair's state, ascending."""
     targets: Tensor
     """[M] int64: the token that follows it."""
+    origin: "Batch | None" = None
+    """The same on the host, without states. None: this is where it was made."""
+
+    @property
+    def host(self) -> "Batch":
+        """The batch where it was made: reading it does not wait for an accelerator."""
+        return self.origin or self
 
     @property
     def num_tokens(self) -> int:
@@ -46,7 +55,7 @@ class Batch:
 
     def rows_of_pairs(self) -> NDArray[np.int64]:
         """Return the row of `samples` that each supervised pair belongs to, [M]."""
-        positions = self.positions.cpu().numpy()
+        positions = self.host.positions.cpu().numpy()
         return np.searchsorted(np.cumsum(self.lengths), positions, side="right")
 
     def packing(self) -> Packing:
@@ -55,10 +64,11 @@ class Batch:
         return pack(torch.from_numpy(self.lengths)).to(self.targets.device)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`; copies from pinned memory do not wait."""
+        """Return the batch on `device`, copied without a wait; the host keeps all but states."""
         if device.type == "cpu":
             return self
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._map(partial(to_device, device=device))
+        return replace(moved, origin=replace(self.host, states={}))
 
     def pinned(self) -> "Batch":
         """Return the batch in pinned memory, from which an accelerator copies by itself."""

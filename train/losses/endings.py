@@ -39,7 +39,7 @@ class Endings:
 
     def add(self, losses_M: NDArray[np.float64], batch: Batch) -> None:
         """Count the losses of a batch."""
-        positions, rows = batch.positions.cpu().numpy(), batch.rows_of_pairs()
+        positions, rows = batch.host.positions.cpu().numpy(), batch.rows_of_pairs()
         starts = np.cumsum(batch.lengths) - batch.lengths
         is_new = (np.diff(positions) != 1) | (np.diff(rows) != 0)
         bounds = [0, *(np.flatnonzero(is_new) + 1).tolist(), len(positions)]

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from carryon.cache.base.lm_head import Head
-from carryon.cache.device import pick_head_dtype, return_freed_memory, reuse_freed_memory
+from carryon.cache.device import (
+    pick_head_dtype,
+    return_freed_memory,
+    reuse_freed_memory,
+    to_device,
+)
 from carryon.cache.errors import InputError
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings
@@ -122,14 +127,14 @@ class FrozenHead:
             rows = slice(first, first + self.block_rows)
             yield HeadBlock(
                 first=first,
-                weight=self.weight[rows].to(self.device, self.dtype),
+                weight=to_device(self.weight[rows], self.device).to(self.dtype),
                 bias=None if self.bias is None else self.bias[rows],
             )
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Return the rows of tokens [M], [M, D] on the device, rounded as in the blocks."""
-        picked = self.weight[token_ids.to(self.weight.device)]
-        return picked.to(self.device, self.dtype)
+        picked = self.weight[to_device(token_ids, self.weight.device)]
+        return to_device(picked, self.device).to(self.dtype)
 
 
 def place_head(store: StoreLike, settings: LossSettings, *, device: torch.device) -> FrozenHead:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from carryon.cache.device import to_device
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings
 from carryon.train.losses.frozen_head import FrequentRows, FrozenHead, HeadBlock, place_head
@@ -67,7 +68,8 @@ def sampled_head(head: FrozenHead, targets_M: Tensor) -> FrozenHead:
 
     Args:
         head: with frequent rows; a whole head is returned as it is.
-        targets_M: [M], the target tokens of the step's positions.
+        targets_M: [M], the target tokens of the step's positions. On the host: an accelerator
+            would be waited for.
     """
     frequent = head.frequent
     if frequent is None:
@@ -102,7 +104,7 @@ def _blocks(
             HeadBlock(
                 first=first + start,
                 weight=head.rows(some),
-                bias=None if head.bias is None else head.bias[some.to(head.device)],
+                bias=None if head.bias is None else head.bias[to_device(some, head.device)],
                 log_weight=log_weight,
             )
         )

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from carryon.cache.device import to_device
 from carryon.cache.progress import track
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings, StreamSettings
@@ -77,9 +78,9 @@ class ProjectedSources:
     def at_pairs(self, batch: Batch, *, device: torch.device) -> PairProjections:
         """Return the projections at a batch of this store, on `device`."""
         at = torch.from_numpy(np.searchsorted(self.rows, rows_of(batch, self.starts)))
-        return PairProjections(
-            log_probs=self.log_probs[at].to(device), features=self.features[at].to(device)
-        )
+        parts = (to_device(values[at], device) for values in (self.log_probs, self.features))
+        log_probs, features = parts
+        return PairProjections(log_probs=log_probs, features=features)
 
     def of_samples(self, samples: NDArray[np.int64], lengths: NDArray[np.int32]) -> Tensor:
         """Return which positions belong to some samples, [P] bool.
@@ -98,7 +99,7 @@ def rows_of(batch: Batch, starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the row of its store that each supervised pair of a batch lies at, [M]."""
     sample = batch.rows_of_pairs()
     first = np.cumsum(batch.lengths) - batch.lengths
-    within: NDArray[np.int64] = batch.positions.cpu().numpy()
+    within: NDArray[np.int64] = batch.host.positions.cpu().numpy()
     rows: NDArray[np.int64] = (starts[batch.samples] - first)[sample] + within
     return rows
 

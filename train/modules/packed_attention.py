@@ -9,13 +9,12 @@ Letters: N tokens of a batch, B samples, T longest sample, H heads, K head width
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from carryon.cache.device import attention_of_any_shape
+from carryon.cache.device import attention_of_any_shape, to_device
 from carryon.cache.errors import InputError
 from carryon.train.modules.linear import recomputed
 
@@ -42,8 +41,8 @@ class Packing:
         """Return the packing on `device`, copied without a wait."""
         if device.type == "cpu":
             return self
-        move = partial(_copied, device=device)
-        return replace(self, place=move(self.place), position_ids=move(self.position_ids))
+        place, position_ids = (to_device(x, device) for x in (self.place, self.position_ids))
+        return replace(self, place=place, position_ids=position_ids)
 
 
 def pack(lengths: Tensor) -> Packing:
@@ -58,11 +57,6 @@ def pack(lengths: Tensor) -> Packing:
         num_rows=len(lengths),
         longest=longest,
     )
-
-
-def _copied(tensor: Tensor, *, device: torch.device) -> Tensor:
-    source = tensor.pin_memory() if device.type == "cuda" else tensor
-    return source.to(device, non_blocking=device.type == "cuda")
 
 
 def register_packed_attention() -> None:

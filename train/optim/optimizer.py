@@ -46,7 +46,7 @@ class CompositeOptimizer(PlainOptimizer):
         """Run the backward pass of `mean` and move each weight; return the squared gradient norms.
 
         A gradient of a larger norm than `max_norm` is scaled down to it. A weight whose gradient
-        is not finite stays where it is.
+        is not finite stays where it is, on a GPU only with a fused AdamW.
         """
         self._max_norm, self._squares = max_norm, []
         try:
@@ -61,9 +61,25 @@ class CompositeOptimizer(PlainOptimizer):
             return
         norm = nn.utils.clip_grad_norm_([weight], self._max_norm)
         self._squares.append(norm.square())
-        if bool(torch.isfinite(norm)):
-            part.step()
-            weight.grad = None
+        if norm.device.type == "cuda":  # which is not waited for
+            skip_if_(part, ~torch.isfinite(norm))
+        elif not bool(torch.isfinite(norm)):
+            return
+        part.step()
+        weight.grad = None
+
+
+def skip_if_(optimizer: torch.optim.Optimizer, is_skipped: Tensor) -> None:
+    """Let the next step of every fused AdamW in `optimizer` change nothing if so; read nothing.
+
+    Args:
+        optimizer: of any kind; parts of another kind take the step.
+        is_skipped: [] bool, on the device of the weights.
+    """
+    parts = optimizer.parts if isinstance(optimizer, CompositeOptimizer) else [optimizer]
+    for part in parts:
+        if isinstance(part, torch.optim.AdamW):
+            part.found_inf = is_skipped.float()  # type: ignore[attr-defined] -- of GradScaler
 
 
 LR_FACTOR = "lr_factor"

@@ -37,7 +37,7 @@ from carryon.train.trainer.nll import Nll, shown_nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import record_session
 from carryon.train.trainer.segment import progress_at
-from carryon.train.trainer.step import NotFiniteError, take_step
+from carryon.train.trainer.step import NotFiniteError, Step, read_steps, take_step
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class RunState:
         self.is_new = saved is None
         """Whether the base has not been measured yet."""
         self._meter = Meter(self.progress)
+        self._unread: list[tuple[int, Step]] = []  # by number, from 1
         self._log: MetricsLog | None = None
         if processes.is_first:
             rewind_metrics(
@@ -104,6 +105,8 @@ class RunState:
     def take_step(self, batches: Sequence[Batch], *, wait_s: float) -> dict[str, Any] | None:
         """Take one step; returns its line of metrics, if it has one.
 
+        On a GPU the figures of a step are read with its line, so that the host goes ahead.
+
         Args:
             batches: of the step.
             wait_s: seconds spent waiting for them.
@@ -115,7 +118,7 @@ class RunState:
         rate = self.run.rate(self.progress.step)
         try:
             with _seeded(run, self.progress.step):
-                figures = take_step(
+                step = take_step(
                     run.carryon,
                     run.optimizer,
                     batches,
@@ -126,10 +129,10 @@ class RunState:
                     kl_weight=run.settings.loss.kl_weight,
                     base=run.base,
                     projected=run.projected,
+                    is_read=run.head.device.type != "cuda",
                 )
         except NotFiniteError as error:
-            raise self._not_finite(error) from error
-        elapsed_s = time.perf_counter() - started_at
+            raise self._not_finite(error, step=self.progress.step + 1) from error
         before = self.progress
         ends_epoch = before.step_in_epoch + 1 == count_steps(run.epochs[before.epoch])
         self.progress = replace(
@@ -137,13 +140,34 @@ class RunState:
             step=before.step + 1,
             epoch=before.epoch + ends_epoch,
             step_in_epoch=0 if ends_epoch else before.step_in_epoch + 1,
-            tokens=before.tokens + figures.tokens,
-            targets=before.targets + figures.targets,
+            tokens=before.tokens + step.tokens,
+            targets=before.targets + step.targets,
+        )
+        self._unread.append((self.progress.step, step))
+        if step.figures is not None or self._has_line():
+            self._read_steps()
+        elapsed_s = time.perf_counter() - started_at
+        self.progress = replace(
+            self.progress,
             elapsed_s=before.elapsed_s + elapsed_s + wait_s,
             wait_s=before.wait_s + wait_s,
         )
-        self._meter.add(figures)
         return self._follow_up(batches, rate)
+
+    def _read_steps(self) -> None:
+        """Count the steps whose figures have not been read.
+
+        Raises:
+            InputError: the loss or gradient of one is not finite.
+        """
+        unread, self._unread = self._unread, []
+        try:
+            read_steps([step for _, step in unread])
+        except NotFiniteError as error:
+            [number, *_] = [number for number, step in unread if step.figures is None]
+            raise self._not_finite(error, step=number) from error
+        for _, step in unread:
+            self._meter.add(step.read())
 
     def record_baseline(self, nll: Nll, *, seconds: float) -> None:
         """Record the base's held-out loss, with which a run begins."""
@@ -173,7 +197,12 @@ class RunState:
         return score
 
     def save(self) -> None:
-        """Save a checkpoint of the present step, unless it is saved."""
+        """Save a checkpoint of the present step, unless it is saved.
+
+        Raises:
+            InputError: the loss or gradient of a step that was not read is not finite.
+        """
+        self._read_steps()
         if self._log is not None and self._saved_step != self.progress.step:
             run = self.run
             keeps_all = run.segment is not None and run.segment.saves
@@ -191,26 +220,38 @@ class RunState:
         self._saved_step = self.progress.step
 
     def _follow_up(self, batches: Sequence[Batch], rate: float) -> dict[str, Any] | None:
-        settings, progress, segment = self.run.settings.run, self.progress, self.run.segment
-        is_last = progress.step == self.run.num_steps
-        # finish.py evaluates the end as it is saved, rounded, unless it competes for the best.
-        self.awaits_evaluation = (
-            settings.finishes_with_best if is_last else _is_due(settings.evaluate_every, progress)
-        )
-        is_saved = (
-            is_last
-            or _is_due(settings.checkpoint_every, progress)
-            or (segment is not None and progress.step in segment.saves)
-        )
+        progress = self.progress
+        self.awaits_evaluation = self._is_evaluated()
         line = None
-        if is_saved or self.awaits_evaluation or progress.step % settings.log_every == 0:
+        if self._has_line():
             line = self._meter.line(progress, learning_rate=rate) | self._tap_ratios(batches)
             self._write(line)
-        if not is_last and self.run.scoring and progress.step % self.run.scoring.every == 0:
+        if not self._is_last and self.run.scoring and progress.step % self.run.scoring.every == 0:
+            self._read_steps()
             self._try_score()
-        if is_saved and not self.awaits_evaluation:
+        if self._is_saved() and not self.awaits_evaluation:
             self.save()
         return line
+
+    @property
+    def _is_last(self) -> bool:
+        return self.progress.step == self.run.num_steps
+
+    def _is_evaluated(self) -> bool:
+        # finish.py evaluates the end as it is saved, rounded, unless it competes for the best.
+        settings = self.run.settings.run
+        if self._is_last:
+            return settings.finishes_with_best
+        return _is_due(settings.evaluate_every, self.progress)
+
+    def _is_saved(self) -> bool:
+        segment, every = self.run.segment, self.run.settings.run.checkpoint_every
+        is_planned = segment is not None and self.progress.step in segment.saves
+        return self._is_last or _is_due(every, self.progress) or is_planned
+
+    def _has_line(self) -> bool:
+        is_logged = self.progress.step % self.run.settings.run.log_every == 0
+        return is_logged or self._is_saved() or self._is_evaluated()
 
     def _try_score(self, *, result: bool = False) -> Mapping[str, float]:
         """Record a score, if there is to be one; an error is kept, as that of a callback."""
@@ -266,13 +307,13 @@ class RunState:
         if self._log is not None:
             self._log.write(line)
 
-    def _not_finite(self, error: NotFiniteError) -> InputError:
+    def _not_finite(self, error: NotFiniteError, *, step: int) -> InputError:
         store, folder = self.run.store, self.run.folder
         ids = [store.sample_id(sample) for sample in error.samples[:NAMED_SAMPLES]]
         more = len(error.samples) - len(ids)
         newest = newest_checkpoint(folder.checkpoints)
         return InputError(
-            f"{folder.root}: step {self.progress.step + 1}: expected a finite loss and gradient, "
+            f"{folder.root}: step {step}: expected a finite loss and gradient, "
             f"got nan or infinity in the samples {', '.join(ids)}"
             f"{f' and {more} more' if more else ''}. Fix: look at the samples, or start in another "
             "--out with a lower --learning-rate. Last good checkpoint: "

@@ -5,7 +5,7 @@ Letters: M supervised pairs of a batch, D base width.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from carryon.train.losses.sampled_softmax import sampled_head
 from carryon.train.mixing.mixture import MixedCarryOn
 from carryon.train.mixing.projected import PairProjections, ProjectedSources
 from carryon.train.modules.carryon import CarryOn
-from carryon.train.optim.optimizer import LR_FACTOR, CompositeOptimizer
+from carryon.train.optim.optimizer import LR_FACTOR, CompositeOptimizer, skip_if_
 from carryon.train.trainer.distributed import gather_lists, sum_gradients_, sum_over_processes
 
 
@@ -35,12 +35,67 @@ class StepFigures:
 
 
 class NotFiniteError(ArithmeticError):
-    """Loss or gradient of a step is not finite; the weights are those before the step."""
+    """Loss or gradient of a step is not finite."""
 
     def __init__(self, samples: list[int]) -> None:
         """Keep the indices of the samples to name."""
         super().__init__(f"not finite in samples {samples}")
         self.samples = samples
+
+
+@dataclass(slots=True)
+class Step:
+    """A step that was taken; on an accelerator its figures may not have been read."""
+
+    batches: tuple[Batch, ...]
+    """On the host, without states."""
+    losses: tuple[Tensor, ...]
+    """[M] of each batch."""
+    values: Tensor
+    """[1 + batches] float64: norm of the gradient, and sum of the losses of each batch."""
+    tokens: int
+    """Of all processes."""
+    targets: int
+    """Of all processes."""
+    figures: StepFigures | None = None
+    """None: not read yet."""
+
+    def read(self) -> StepFigures:
+        """Return the figures; waits for the step to end.
+
+        Raises:
+            NotFiniteError: the loss or the gradient is not finite.
+        """
+        read_steps([self])
+        assert self.figures is not None
+        return self.figures
+
+
+def read_steps(steps: Sequence[Step]) -> None:
+    """Read the figures of steps, all in one copy from the device.
+
+    Raises:
+        NotFiniteError: as `Step.read`, of the first such step; those before it are read.
+    """
+    unread = [step for step in steps if step.figures is None]
+    if not unread:
+        return
+    device = unread[0].values.device
+    values = iter(torch.cat([step.values for step in unread]).cpu().tolist())
+    norms, sums = [], []
+    for step in unread:
+        norms.append(next(values))
+        sums.append(sum(next(values) for _ in step.losses))
+    totals = sum_over_processes(*sums, device=device)
+    for step, norm, total in zip(unread, norms, totals, strict=True):
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise NotFiniteError(_bad_samples(step.batches, step.losses))
+        step.figures = StepFigures(
+            loss=total / max(1, step.targets),
+            grad_norm=norm,
+            tokens=step.tokens,
+            targets=step.targets,
+        )
 
 
 def take_step(
@@ -55,14 +110,17 @@ def take_step(
     kl_weight: float = 0.0,
     base: BaseStates | None = None,
     projected: ProjectedSources | None = None,
-) -> StepFigures:
+    is_read: bool = True,
+) -> Step:
     """Update the weights of `carryon` by the gradient of the batches' mean loss.
 
-    `base` is needed with a `kl_weight` and in a mixture, `projected` in a mixture.
+    `base` is needed with a `kl_weight` and in a mixture, `projected` in a mixture. Without
+    `is_read` the host does not wait for the figures, which only `Step.read` checks.
 
     Raises:
         NotFiniteError: the loss or a gradient is not finite. No weight is updated, except by an
-            optimizer that steps in the backward pass, where some gradients may be finite.
+            optimizer that steps in the backward pass, where some gradients may be finite; and,
+            without `is_read`, by any but a fused AdamW.
     """
     num_targets, num_tokens = map(
         int,
@@ -94,7 +152,7 @@ def take_step(
         losses.append(batch_losses.detach())
         mean = objective / max(1, num_targets)
         if in_backward is not None and number == len(batches) - 1:
-            if not bool(torch.isfinite(objective.detach())):
+            if is_read and not bool(torch.isfinite(objective.detach())):
                 raise NotFiniteError(_bad_samples(batches, losses))
             squares = in_backward.backward_and_move(mean, max_norm=limit)
         else:
@@ -104,21 +162,28 @@ def take_step(
         sum_gradients_(carryon.parameters())
         norm = torch.nn.utils.clip_grad_norm_(carryon.parameters(), limit)
     else:
-        norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-    [total] = sum_over_processes(
-        sum(float(part.double().sum()) for part in losses), device=head.device
-    )
-    if not (math.isfinite(total) and math.isfinite(float(norm))):
-        raise NotFiniteError(_bad_samples(batches, losses))
-    if in_backward is None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return StepFigures(
-        loss=total / max(1, num_targets),
-        grad_norm=float(norm),
+        norm = torch.stack(squares).sum().sqrt() if squares else _zero(head.device)
+    step = Step(
+        batches=tuple(replace(batch.host, states={}) for batch in batches),
+        losses=tuple(losses),
+        values=torch.stack(
+            [norm.double().to(head.device), *(part.double().sum() for part in losses)]
+        ),
         tokens=num_tokens,
         targets=num_targets,
     )
+    if is_read:
+        step.read()
+    if in_backward is None:
+        if not is_read:
+            skip_if_(optimizer, ~torch.isfinite(step.values).all())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros((), device=device)
 
 
 def _objective(
@@ -134,7 +199,7 @@ def _objective(
     """Return the cross-entropies [M], and the sum to minimize."""
     delta_MD = pair_delta(carryon, batch, head=head)
     states_MD = carryon.customize(batch.states, batch.positions, delta_MD, alpha=1.0)
-    rows = sampled_head(head, batch.targets)
+    rows = sampled_head(head, batch.host.targets)
     losses = token_losses(states_MD, batch.targets, head=rows, chunk=chunk)
     if pairs is not None:
         assert base is not None

@@ -164,7 +164,7 @@ def test_a_step_reads_the_projections_at_the_rows_of_its_targets(store: Store) -
         grad_clip=0.0,
         base=get_base_states(store, device=CPU),
         projected=projected,
-    )
+    ).read()
     assert figures.loss == pytest.approx(expected / len(rows), rel=1e-5)
 
 

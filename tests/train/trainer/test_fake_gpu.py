@@ -1,0 +1,229 @@
+"""Steps, evaluations and whole runs on a fake GPU: what the host waits for."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.fake_gpu import CUDA, FakeGpu, HostWaitError, on_fake_gpu
+from support.tiny_bases import make_tiny_base
+from support.tiny_stores import write_corpus
+
+from carryon.cache.extraction.pipeline import extract
+from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
+from carryon.cache.store.reader import Store
+from carryon.train.config import (
+    CarryOnSettings,
+    LossSettings,
+    MemorySettings,
+    OptimizationSettings,
+    StreamSettings,
+)
+from carryon.train.data.batch import Batch
+from carryon.train.data.loader import Stream
+from carryon.train.data.sampler import plan_pass
+from carryon.train.data.split import sample_units
+from carryon.train.losses.base_states import get_base_states
+from carryon.train.losses.sampled_softmax import place_training_head
+from carryon.train.modules.carryon import CarryOn, build_carryon, taps_of
+from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
+from carryon.train.trainer.step import NotFiniteError, Step, read_steps, take_step
+
+FORWARD = ForwardSettings(device="cpu", compute_dtype="float32", batch_tokens=256)
+TAPS = ["final", "prenorm", "layer.1", "layer.2"]
+SMALL: dict[str, Any] = {"width": 8, "heads": 2, "intermediate_size": 8, "blocks": 1}
+KINDS: dict[str, dict[str, Any]] = {
+    "bottleneck": {"kind": "bottleneck", **SMALL},
+    "several taps": {"kind": "bottleneck", **SMALL, "taps": ["layer.1", "final"], "dropout": 0.1},
+    "native": {"kind": "native", "blocks": 1},
+    "top": {"kind": "top", "blocks": 1},
+    "top by LoRA": {"kind": "top", "blocks": 1, "lora_rank": 2},
+}
+READ = "step.py:read_steps"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the last block of its base."""
+    root = tmp_path_factory.mktemp("fake-gpu")
+    extract(
+        base=str(make_tiny_base(root / "base")),
+        data=[write_corpus(root / "data.jsonl", num_samples=12)],
+        out=root / "store",
+        corpus=CorpusSettings(mask="all", max_tokens=32),
+        store=StoreSettings(taps=TAPS, unit_tokens=64, dtype="float32", with_blocks=1),
+        forward=FORWARD,
+    )
+    return root / "store"
+
+
+def _batches(store: Store, taps: list[str], *, is_pinned: bool = True) -> list[Batch]:
+    """Return batches, in pinned memory as the trainer gets them."""
+    windows = plan_pass(
+        np.arange(store.num_samples, dtype=np.int64),
+        lengths=store.sample_lengths,
+        units=sample_units(store),
+        tokens_per_step=64,
+    )
+    stream = Stream(store, windows, taps=taps, settings=StreamSettings(), is_pinned=is_pinned)
+    with stream as steps:
+        return [batch for batches in steps for batch in batches]
+
+
+def _take_steps(
+    gpu: FakeGpu,
+    root: Path,
+    kind: dict[str, Any],
+    *,
+    loss: LossSettings,
+    memory: MemorySettings | None = None,
+    optimization: OptimizationSettings | None = None,
+) -> CarryOn:
+    """Take two steps, and read their figures at the end."""
+    store, memory = Store.open(root), memory or MemorySettings()
+    carryon = build_carryon(CarryOnSettings(**kind), store, seed=0)
+    with gpu.setup():
+        head = place_training_head(store, loss, device=CUDA)
+        carryon = apply_memory_settings(carryon.to(CUDA), memory)
+        base = get_base_states(store, device=CUDA)
+    optimizer = build_optimizer(carryon, optimization or OptimizationSettings(), memory)
+    batches = _batches(store, [*taps_of(carryon), "final"])
+    steps = [
+        take_step(
+            carryon,
+            optimizer,
+            batches[2 * number : 2 * number + 2],
+            head=head,
+            chunk=32,
+            learning_rate=1e-3,
+            grad_clip=1.0,
+            kl_weight=loss.kl_weight,
+            base=base,
+            is_read=False,
+        )
+        for number in range(2)
+    ]
+    assert gpu.waits == []
+    with gpu.allowing(READ):
+        for step in steps:
+            step.read()
+    assert gpu.waits == [READ] * len(steps)
+    return carryon
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@on_fake_gpu
+def test_a_step_of_every_kind(gpu: FakeGpu, store: Path, kind: str, dtype: str) -> None:
+    carryon = _take_steps(gpu, store, KINDS[kind], loss=LossSettings(head_dtype=dtype))  # type: ignore[arg-type]
+
+    assert {weight.device for weight in carryon.parameters()} == {CUDA}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [{"sampled_softmax": 16}, {"kl_weight": 0.1}, {"chunk_vocabulary": 100}],
+    ids=lambda each: next(iter(each)),
+)
+@on_fake_gpu
+def test_a_step_with_every_loss(gpu: FakeGpu, store: Path, loss: dict[str, Any]) -> None:
+    _take_steps(gpu, store, KINDS["bottleneck"], loss=LossSettings(head_dtype="bfloat16", **loss))
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"recompute": True},
+        {"weights_dtype": "bfloat16"},
+        {"optimizer_bits": 8},
+        {"step_in_backward": True},
+        {"step_in_backward": True, "optimizer_bits": 8, "weights_dtype": "bfloat16"},
+    ],
+    ids=lambda each: "-".join(each),
+)
+@on_fake_gpu
+def test_a_step_in_little_memory(gpu: FakeGpu, store: Path, memory: dict[str, Any]) -> None:
+    loss = LossSettings(head_dtype="bfloat16")
+
+    _take_steps(gpu, store, KINDS["bottleneck"], loss=loss, memory=MemorySettings(**memory))
+
+
+@on_fake_gpu
+def test_a_step_of_muon(gpu: FakeGpu, store: Path) -> None:
+    settings = OptimizationSettings(optimizer="muon")
+
+    _take_steps(gpu, store, KINDS["bottleneck"], loss=LossSettings(), optimization=settings)
+
+
+@on_fake_gpu
+def test_a_step_that_waits_is_found(gpu: FakeGpu, store: Path) -> None:
+    opened, head = Store.open(store), LossSettings()
+    carryon = build_carryon(CarryOnSettings(**KINDS["bottleneck"]), opened, seed=0)
+    with gpu.setup():
+        placed, carryon = place_training_head(opened, head, device=CUDA), carryon.to(CUDA)
+    optimizer = build_optimizer(carryon, OptimizationSettings(), MemorySettings())
+    step = {"head": placed, "chunk": 32, "learning_rate": 1e-3, "grad_clip": 1.0}
+
+    with pytest.raises(HostWaitError, match=f"a copy to the host, at {READ}"):
+        take_step(carryon, optimizer, _batches(opened, ["final"])[:1], **step)  # type: ignore[arg-type]
+
+
+def test_a_step_that_is_read_later_gives_the_same_bits(store: Path) -> None:
+    opened = Store.open(store)
+    carryons, losses = [], []
+    for is_read in (True, False):
+        carryon = build_carryon(CarryOnSettings(**KINDS["bottleneck"]), opened, seed=0)
+        steps = _plain_steps(opened, carryon, is_read=is_read)
+        assert [step.figures is not None for step in steps] == [is_read] * len(steps)
+        losses.append([step.read() for step in steps])
+        carryons.append(carryon.state_dict())
+
+    assert losses[0] == losses[1]
+    assert all(torch.equal(carryons[0][name], carryons[1][name]) for name in carryons[0])
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_loss_that_is_not_finite_moves_no_weight_though_it_is_read_later(
+    store: Path, in_backward: bool
+) -> None:
+    opened = Store.open(store)
+    carryon = build_carryon(CarryOnSettings(**KINDS["bottleneck"]), opened, seed=0)
+    before = {name: weight.clone() for name, weight in carryon.state_dict().items()}
+    memory = MemorySettings(step_in_backward=in_backward)
+
+    [step, after] = _plain_steps(opened, carryon, is_read=False, memory=memory, spoilt=True)
+
+    with pytest.raises(NotFiniteError):
+        read_steps([step, after])
+    assert all(torch.equal(before[name], each) for name, each in carryon.state_dict().items())
+
+
+def _plain_steps(
+    store: Store,
+    carryon: CarryOn,
+    *,
+    is_read: bool,
+    memory: MemorySettings | None = None,
+    spoilt: bool = False,
+) -> list[Step]:
+    """Take two steps on the CPU; `spoilt` puts a nan into the states of both."""
+    cpu = torch.device("cpu")
+    head = place_training_head(store, LossSettings(head_dtype="float32"), device=cpu)
+    optimizer = build_optimizer(carryon, OptimizationSettings(), memory or MemorySettings())
+    batches = _batches(store, ["final"], is_pinned=False)[:2]
+    for batch in batches if spoilt else ():
+        batch.states["final"][0] = torch.nan
+    return [
+        take_step(
+            carryon,
+            optimizer,
+            [batch],
+            head=head,
+            chunk=32,
+            learning_rate=1e-3,
+            grad_clip=1.0,
+            is_read=is_read,
+        )
+        for batch in batches
+    ]
