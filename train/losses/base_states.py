@@ -7,10 +7,12 @@ Letters: M supervised positions, D base width.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from carryon.cache.base.lm_head import FinalNorm
+from carryon.cache.device import to_device
 from carryon.cache.errors import InputError
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import CarryOnSettings
@@ -36,8 +38,22 @@ class BaseStates:
         states_MD = batch.states[self.tap][batch.positions]
         if self.norm is None:
             return states_MD
-        normed = self.norm.apply(states_MD.float().cpu().numpy())
-        return torch.from_numpy(normed).to(states_MD.device)
+        if states_MD.device.type == "cpu":
+            return torch.from_numpy(self.norm.apply(states_MD.float().numpy()))
+        return apply_norm(self.norm, states_MD)
+
+
+def apply_norm(norm: FinalNorm, states: Tensor) -> Tensor:
+    """Return the normed states [M, D] float32 on their device, as `FinalNorm.apply` to rounding."""
+    states = states.float()
+    if norm.kind == "layer":
+        states = states - states.mean(dim=-1, keepdim=True)
+    scale = (states.square().mean(dim=-1, keepdim=True) + norm.eps).rsqrt()
+    weight = torch.from_numpy(norm.weight + np.float32(norm.weight_offset))
+    normed = states * scale * to_device(weight, states.device)
+    if norm.bias is None:
+        return normed
+    return normed + to_device(torch.from_numpy(norm.bias), states.device)
 
 
 def get_base_states(store: StoreLike, *, device: torch.device) -> BaseStates:

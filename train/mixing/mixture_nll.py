@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carryon.cache.device import to_device
 from carryon.train.mixing.mixture import MixedLosses
 from carryon.train.mixing.projected import PairProjections, ProjectedSources
 
@@ -77,17 +78,19 @@ class MixtureSums:
             carryon_M: [M] losses of the carry-on alone.
             mixed: of the mixture.
             pairs: of the sources.
-            targets_M: [M] token ids.
+            targets_M: [M] token ids, on the host: an accelerator would be waited for.
         """
+        device = carryon_M.device
         bytes_M = self._bytes[targets_M.cpu()]
         parts = [
             carryon_M.unsqueeze(1),
-            bytes_M.unsqueeze(1),
+            to_device(bytes_M, device).unsqueeze(1),
             -pairs.log_probs,
             mixed.gate,
             mixed.targets,
         ]
-        self._sums += torch.cat([part.double().sum(dim=0).cpu() for part in parts])
+        sums = torch.cat([part.double().sum(dim=0) for part in parts])
+        self._sums = to_device(self._sums, device) + sums
 
     def result(self, count: float, sum_all: Callable[..., Sequence[float]]) -> MixtureNll:
         """Return the means.
@@ -96,7 +99,7 @@ class MixtureSums:
             count: targets of all processes.
             sum_all: sums numbers over all processes.
         """
-        carryon, num_bytes, *rest = (value / count for value in sum_all(*self._sums.tolist()))
+        carryon, num_bytes, *rest = (value / count for value in sum_all(*self._sums.cpu().tolist()))
         num_sources, names = len(self._names), [OWN, *self._names]
         shares = rest[num_sources:]
         return MixtureNll(

@@ -79,7 +79,8 @@ def skip_if_(optimizer: torch.optim.Optimizer, is_skipped: Tensor) -> None:
     parts = optimizer.parts if isinstance(optimizer, CompositeOptimizer) else [optimizer]
     for part in parts:
         if isinstance(part, torch.optim.AdamW):
-            part.found_inf = is_skipped.float()  # type: ignore[attr-defined] -- of GradScaler
+            # as GradScaler sets it; the kernel reads it on the device
+            part.found_inf = is_skipped.float()  # type: ignore[attr-defined]
 
 
 LR_FACTOR = "lr_factor"

@@ -128,6 +128,10 @@ class EvalJob:
         return self.projected is not None and isinstance(self.carryon, MixedCarryOn)
 
 
+UNREAD_BATCHES = 64
+"""Batches of an evaluation on an accelerator that are read at one time: the host goes ahead."""
+
+
 @dataclass(slots=True)
 class _Losses:
     """Summed losses of one model."""
@@ -135,13 +139,34 @@ class _Losses:
     total: float = 0.0
     by_sample: list[NDArray[np.float64]] = field(default_factory=list)
     """[B] for each batch."""
+    endings: Endings | None = None
+    """Gets the losses of each batch too."""
+    unread: list[tuple[Tensor, NDArray[np.int64], Batch]] = field(default_factory=list)
+    """Batches that are not counted yet: [M] losses on a device, rows and the batch on the host."""
 
-    def add(self, losses_M: Tensor, rows_M: NDArray[np.int64], num_samples: int) -> None:
-        """Count the losses of a batch; `rows_M` says which of its samples each belongs to."""
-        losses_M = losses_M.double()
-        self.total += float(losses_M.sum())
-        sums = np.bincount(rows_M, weights=losses_M.cpu().numpy(), minlength=num_samples)
-        self.by_sample.append(sums.astype(np.float64))
+    def add(self, losses_M: Tensor, rows_M: NDArray[np.int64], batch: Batch) -> None:
+        """Count the losses of a batch; `rows_M` says which of its samples each belongs to.
+
+        An accelerator is not waited for, except once for every UNREAD_BATCHES.
+        """
+        self.unread.append((losses_M.double(), rows_M, replace(batch.host, states={})))
+        if losses_M.device.type == "cpu" or len(self.unread) == UNREAD_BATCHES:
+            self.read()
+
+    def read(self) -> None:
+        """Count the batches that are not counted yet, by one copy from the device."""
+        if not self.unread:
+            return
+        losses, rows, batches = zip(*self.unread, strict=True)
+        self.unread = []
+        values = torch.cat(losses).cpu() if len(losses) > 1 else losses[0].cpu()
+        parts = torch.split(values, [len(each) for each in losses])
+        for losses_M, rows_M, batch in zip(parts, rows, batches, strict=True):
+            self.total += float(losses_M.sum())
+            sums = np.bincount(rows_M, weights=losses_M.numpy(), minlength=len(batch.samples))
+            self.by_sample.append(sums.astype(np.float64))
+            if self.endings is not None:
+                self.endings.add(losses_M.numpy(), batch)
 
 
 def measure_nlls(
@@ -191,7 +216,8 @@ def measure_nlls(
         if job.with_base or (job.carryon is not None and not job.corrects)
     }
     base_losses = {key: _Losses() for key in base_heads}
-    first_sums = next(iter(base_losses.values()), None)
+    for sums in [*base_losses.values()][:1]:
+        sums.endings = endings
     losses = [_Losses() for _ in jobs]
     mixtures = [MixtureSums(job.projected) if job.projected else None for job in jobs]
     targets = _Losses()
@@ -199,20 +225,18 @@ def measure_nlls(
     with torch.no_grad(), reader as steps, in_eval_mode(job.carryon for job in jobs):
         for batches in track(steps, total=count_steps(windows), name="evaluate", unit="batch"):
             for batch in (each.to(device) for each in batches):
-                rows, size = batch.rows_of_pairs(), len(batch.samples)
-                targets.add(torch.ones(len(rows)), rows, size)
+                rows = batch.rows_of_pairs()
+                targets.add(torch.ones(len(rows)), rows, batch)
                 for index, job in enumerate(jobs):
                     if job.token_bytes is not None:
-                        bytes_of_targets[index] += int(job.token_bytes[batch.targets.cpu()].sum())
+                        bytes_of_targets[index] += int(job.token_bytes[batch.host.targets].sum())
                 of_base: dict[tuple[int, int], Tensor] = {}
                 for (key, head), sums in zip(base_heads.items(), base_losses.values(), strict=True):
                     assert base is not None
                     states = base.at_pairs(batch, head)
                     found = token_losses(states, batch.targets, head=head, chunk=key[1])
                     of_base[key] = found
-                    sums.add(found, rows, size)
-                    if endings is not None and sums is first_sums:
-                        endings.add(found.double().cpu().numpy(), batch)
+                    sums.add(found, rows, batch)
                 deltas: dict[int, Tensor] = {}  # once for all alphas
                 for job, sums, mixture in zip(jobs, losses, mixtures, strict=True):
                     if job.carryon is None or not (job.corrects or job.mixes):
@@ -232,7 +256,9 @@ def measure_nlls(
                         )
                     if mixture is not None and base is not None:
                         found = _mix(job, found, batch, base=base, sums=mixture)
-                    sums.add(found, rows, size)
+                    sums.add(found, rows, batch)
+    for sums in (*base_losses.values(), *losses):
+        sums.read()
     [count] = sum_over_processes(targets.total, device=device)
     if count == 0:
         raise InputError(
@@ -268,7 +294,7 @@ def _mix(
     assert job.projected is not None
     pairs = job.projected.at_pairs(batch, device=losses_M.device)
     mixed = job.carryon.mix(losses_M, base.at_pairs(batch, job.head), pairs)
-    sums.add(losses_M, mixed, pairs, batch.targets)
+    sums.add(losses_M, mixed, pairs, batch.host.targets)
     return mixed.losses
 
 

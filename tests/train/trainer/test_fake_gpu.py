@@ -1,6 +1,8 @@
 """Steps, evaluations and whole runs on a fake GPU: what the host waits for."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,11 +26,18 @@ from carryon.train.data.batch import Batch
 from carryon.train.data.loader import Stream
 from carryon.train.data.sampler import plan_pass
 from carryon.train.data.split import sample_units
-from carryon.train.losses.base_states import get_base_states
+from carryon.train.losses.base_states import BaseStates, get_base_states
+from carryon.train.losses.endings import Endings
 from carryon.train.losses.sampled_softmax import place_training_head
+from carryon.train.mixing.gate import Gate
+from carryon.train.mixing.mixture import MixedCarryOn
+from carryon.train.mixing.projected import ProjectedSources
+from carryon.train.mixing.projection import FEATURES
 from carryon.train.modules.carryon import CarryOn, build_carryon, taps_of
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
+from carryon.train.trainer.nll import EvalJob, measure_nlls
 from carryon.train.trainer.step import NotFiniteError, Step, read_steps, take_step
+from carryon.train.trainer.trainer import train
 
 FORWARD = ForwardSettings(device="cpu", compute_dtype="float32", batch_tokens=256)
 TAPS = ["final", "prenorm", "layer.1", "layer.2"]
@@ -40,7 +49,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "top": {"kind": "top", "blocks": 1},
     "top by LoRA": {"kind": "top", "blocks": 1, "lora_rank": 2},
 }
-READ = "step.py:read_steps"
+OPTIMIZATION = OptimizationSettings(learning_rate=1e-3)
+READ, EVALUATION = "step.py:read_steps", "nll.py:read"
+ONCE = ["frozen_head.py:frozen_head", "run.py:prepare_run"]
+ONCE += ["checkpoint.py:save_checkpoint", "serialization.py:<dictcomp>"]
+"""Where a run waits once, or once for each checkpoint."""
+RUN: dict[str, Any] = {"device": "cuda", "head_dtype": "bfloat16", "tokens_per_step": 64}
+RUN |= {"epochs": 3, "log_every": 4, "checkpoint_every": 100}
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +169,124 @@ def test_a_step_of_muon(gpu: FakeGpu, store: Path) -> None:
     settings = OptimizationSettings(optimizer="muon")
 
     _take_steps(gpu, store, KINDS["bottleneck"], loss=LossSettings(), optimization=settings)
+
+
+@pytest.mark.parametrize("kind", ["none", "bottleneck"])
+@on_fake_gpu
+def test_a_step_of_a_mixture(gpu: FakeGpu, store: Path, kind: str) -> None:
+    opened = Store.open(store)
+    mixed, projected = _mixture(gpu, opened, kind)
+    with gpu.setup():
+        head = place_training_head(opened, LossSettings(head_dtype="bfloat16"), device=CUDA)
+    optimizer = build_optimizer(
+        mixed.carryon, OPTIMIZATION, MemorySettings(), gate=mixed.gate, gate_rate=3e-3
+    )
+
+    step = take_step(
+        mixed,
+        optimizer,
+        _batches(opened, ["final"])[:2],
+        head=head,
+        chunk=32,
+        learning_rate=1e-3,
+        grad_clip=1.0,
+        base=get_base_states(opened, device=CUDA),
+        projected=projected,
+        is_read=False,
+    )
+
+    assert step.values.device == CUDA
+    assert gpu.waits == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@on_fake_gpu
+def test_an_evaluation_of_every_kind(gpu: FakeGpu, store: Path, kind: str) -> None:
+    opened = Store.open(store)
+    carryon = build_carryon(CarryOnSettings(**KINDS[kind]), opened, seed=0)
+    with gpu.setup():
+        head = place_training_head(opened, LossSettings(head_dtype="bfloat16"), device=CUDA)
+        carryon = carryon.to(CUDA)
+    job = EvalJob(carryon=carryon, head=head, chunk=32, with_base=True)
+
+    _evaluate(gpu, opened, [job, replace(job, alpha=0.0, with_base=False)], endings=Endings())
+
+    assert gpu.waits == [EVALUATION] * 2  # the base, and the carry-on: not each batch
+
+
+@on_fake_gpu
+def test_an_evaluation_of_a_mixture(gpu: FakeGpu, store: Path) -> None:
+    opened = Store.open(store)
+    mixed, projected = _mixture(gpu, opened, "bottleneck")
+    with gpu.setup():
+        head = place_training_head(opened, LossSettings(head_dtype="bfloat16"), device=CUDA)
+    job = EvalJob(carryon=mixed, head=head, chunk=32, with_base=True, projected=projected)
+
+    _evaluate(gpu, opened, [job])
+
+    assert gpu.waits == [EVALUATION] * 2 + ["mixture_nll.py:result"]
+
+
+@pytest.mark.parametrize("tap", ["final", "prenorm", "layer.1"])
+@on_fake_gpu
+def test_the_states_of_the_base_from_every_tap(gpu: FakeGpu, store: Path, tap: str) -> None:
+    opened = Store.open(store)
+    with gpu.setup():
+        head = place_training_head(opened, LossSettings(head_dtype="bfloat16"), device=CUDA)
+        base = _base_at(opened, tap)
+    batch = _batches(opened, [tap])[0].to(CUDA)
+
+    assert base.at_pairs(batch, head).shape == (batch.num_targets, opened.width)
+    assert gpu.waits == []
+
+
+def _base_at(store: Store, tap: str) -> BaseStates:
+    if tap == "final":
+        return BaseStates(tap=tap)
+    if tap == "prenorm":
+        return BaseStates(tap=tap, norm=store.head().norm)
+    shape = CarryOnSettings(kind="top", blocks=1, taps=[tap])
+    return BaseStates(tap=tap, blocks=build_carryon(shape, store, seed=0).to(CUDA).eval())
+
+
+def _evaluate(
+    gpu: FakeGpu, store: Store, jobs: list[EvalJob], endings: Endings | None = None
+) -> None:
+    samples = np.arange(store.num_samples, dtype=np.int64)
+    with gpu.allowing(EVALUATION, "mixture_nll.py:result"):
+        measure_nlls(store, samples, jobs, stream=StreamSettings(), endings=endings)
+
+
+def _mixture(gpu: FakeGpu, store: Store, kind: str) -> tuple[MixedCarryOn, ProjectedSources]:
+    """Return a carry-on with a gate on the GPU, and projections of two sources on the host."""
+    shape = KINDS.get(kind, {"kind": kind})
+    carryon = build_carryon(CarryOnSettings(**shape), store, seed=0)
+    shares = torch.tensor([0.5, 0.3, 0.2])
+    gate = Gate(anchor_width=store.width, source_widths=(), num_sources=2, shares=shares, seed=2)
+    rows = np.arange(store.num_units * store.unit_tokens, dtype=np.int64)
+    projected = ProjectedSources(
+        sources=[SimpleNamespace(name=name) for name in ("one", "two")],  # type: ignore[misc]
+        starts=store.sample_starts,
+        rows=rows,
+        anchor=torch.zeros(len(rows)),
+        log_probs=torch.zeros(len(rows), 2),
+        features=torch.zeros(len(rows), 2, len(FEATURES)),
+        token_bytes=torch.zeros(store.head().vocab_size, dtype=torch.int64),
+    )
+    with gpu.setup():
+        return MixedCarryOn(carryon, gate).to(CUDA), projected
+
+
+@on_fake_gpu
+def test_a_whole_run(gpu: FakeGpu, store: Path, tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+
+    with gpu.allowing(READ, EVALUATION, *ONCE):
+        train(store, out=tmp_path / "run", callbacks=[lines.append], **KINDS["bottleneck"], **RUN)
+
+    with_loss = [line["step"] for line in lines if "loss" in line]
+    assert gpu.waits.count(READ) == len(with_loss) < max(with_loss) / 2
+    assert set(gpu.waits) == {READ, EVALUATION, *ONCE}
 
 
 @on_fake_gpu
