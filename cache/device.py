@@ -85,6 +85,27 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+class HostCopy:
+    """A copy of a tensor to the host, under way; a GPU and the host go ahead until it is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Begin to copy; `tensor` may be freed afterwards."""
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type != "cuda":
+            self._copy = tensor.cpu()
+            return
+        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._copy.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()  # type: ignore[no-untyped-call]
+
+    def read(self) -> Tensor:
+        """Return the copy, on the host, once it is whole."""
+        if self._event is not None:
+            self._event.synchronize()  # type: ignore[no-untyped-call]
+        return self._copy
+
+
 @contextmanager
 def attention_of_any_shape() -> Iterator[None]:
     """Leave cuDNN's kernels out of torch's attention.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from carryon.cache.base.architecture import Architecture, first_tensor
 from carryon.cache.base.model import Base
-from carryon.cache.device import attention_of_any_shape
+from carryon.cache.device import attention_of_any_shape, to_device
 from carryon.cache.errors import InputError
 from carryon.cache.settings import parse_tap, tap_depth
 
@@ -57,7 +57,7 @@ def capture(
         if depths[tap] == deepest < num_layers:
             raise _DeepestTapReached
 
-    token_ids = token_ids.to(base.device)
+    token_ids = to_device(token_ids, base.device)
     watching = watch_taps(base.architecture, taps, keep)
     quietly = suppress(_DeepestTapReached)
     with watching, torch.inference_mode(), attention_of_any_shape(), quietly:
@@ -74,7 +74,7 @@ def base_logits(
     """
     with torch.inference_mode(), attention_of_any_shape():
         untyped: Any = base.model
-        ids = token_ids.to(base.device)
+        ids = to_device(token_ids, base.device)
         logits: Tensor = untyped(input_ids=ids, use_cache=False, **(inputs or {})).logits
     return logits
 

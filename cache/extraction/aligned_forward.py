@@ -16,6 +16,7 @@ from torch import Tensor
 from carryon.cache.alignment.tree import depths, split_tree, visible
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
+from carryon.cache.device import HostCopy, to_device
 from carryon.cache.errors import DamagedStoreError, InputError
 from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.extraction.prediction import Pilot, TimedBatch, spread
@@ -74,7 +75,7 @@ def attention_inputs(
         mask = {"full_attention": full, "sliding_attention": near} if kinds else near
     return {
         "attention_mask": mask,
-        "position_ids": torch.from_numpy(places).to(base.device),
+        "position_ids": to_device(torch.from_numpy(places), base.device),
     }
 
 
@@ -125,10 +126,12 @@ def compute_aligned_states(
                 ids[row, : len(part)] = alignment.tokens[starts[sample] + part]
             states = capture(base, run_taps, torch.from_numpy(ids), tree_inputs(base, parents))
             before = int(is_done.sum())
+            copies = {  # all begin before the first is read
+                tap: HostCopy(each.bfloat16().view(torch.uint16) if keeps_bits else each.float())
+                for tap, each in states.items()
+            }
             for tap in taps:
-                source = states["final" if tap == "stable" else tap]
-                kept = source.bfloat16().view(torch.uint16) if keeps_bits else source.float()
-                values = kept.cpu().numpy()
+                values = copies["final" if tap == "stable" else tap].read().numpy()
                 nodes = alignment.stable if tap == "stable" else alignment.exact
                 for row, (sample, part) in enumerate(zip(chosen, parts, strict=True)):
                     places = np.full(num_nodes[sample], -1, dtype=np.int64)
@@ -219,7 +222,7 @@ def _mask(base: Base, seen: NDArray[np.bool_]) -> Tensor:
     """Return what is added to attention scores, [B, 1, L, L] in the compute dtype."""
     mask = torch.zeros(seen.shape, dtype=base.compute_dtype)
     mask.masked_fill_(torch.from_numpy(~seen), torch.finfo(base.compute_dtype).min)
-    return mask[:, None].to(base.device)
+    return to_device(mask[:, None], base.device)
 
 
 def _local(parents: NDArray[np.int32], start: int, stop: int) -> NDArray[np.int32]:

@@ -6,7 +6,7 @@ Letters: R rows of a unit, D base width.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
+from carryon.cache.device import HostCopy
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.extraction.aligned_forward import compute_aligned_states
 from carryon.cache.extraction.packing import plan_batches
@@ -230,6 +232,20 @@ def compute_states(
     shape = (len(unit.tokens), base.identity.width)
     dtype = np.uint16 if keeps_bits else np.float32
     hidden: dict[str, NDArray[Any]] = {tap: np.zeros(shape, dtype) for tap in taps}
+
+    def scatter(batch: NDArray[np.int64], copies: dict[str, HostCopy]) -> None:
+        lengths, starts = unit.lengths[batch], unit.starts[batch]
+        for tap, copy in copies.items():
+            values = copy.read().numpy()
+            for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                hidden[tap][start : start + length] = values[row, :length]
+        if progress is not None:
+            progress.update(int(lengths.sum()))
+
+    # A GPU computes a batch while the host scatters the one before it; batches of a pilot are timed
+    # one by one.
+    most_waiting = 1 if base.device.type == "cuda" and pilot is None else 0
+    waiting: list[tuple[NDArray[np.int64], dict[str, HostCopy]]] = []
     batches = plan_batches(unit.lengths, batch_tokens=batch_tokens)
     for batch in spread(batches) if pilot is not None else batches:
         started_at = time.perf_counter()
@@ -237,20 +253,26 @@ def compute_states(
         ids = np.zeros((len(batch), int(lengths.max())), dtype=np.int64)
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             ids[row, :length] = unit.tokens[start : start + length]
-        for tap, states in capture(base, taps, torch.from_numpy(ids)).items():
-            kept = states.bfloat16().view(torch.uint16) if keeps_bits else states.float()
-            values = kept.cpu().numpy()
-            for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-                hidden[tap][start : start + length] = values[row, :length]
-        if progress is not None:
-            progress.update(int(lengths.sum()))
+        found = capture(base, taps, torch.from_numpy(ids))
+        waiting.append((batch, _host_copies(found, keeps_bits=keeps_bits)))
+        if len(waiting) > most_waiting:
+            scatter(*waiting.pop(0))
         if pilot is not None:
             pilot.add(
                 hidden,
                 np.concatenate([np.arange(x, x + n) for x, n in zip(starts, lengths, strict=True)]),
                 TimedBatch.of(lengths, seconds=time.perf_counter() - started_at),
             )
+    for each in waiting:
+        scatter(*each)
     return hidden
+
+
+def _host_copies(states: Mapping[str, Tensor], *, keeps_bits: bool) -> dict[str, HostCopy]:
+    return {
+        tap: HostCopy(each.bfloat16().view(torch.uint16) if keeps_bits else each.float())
+        for tap, each in states.items()
+    }
 
 
 def largest_unit_bytes(manifest: Manifest, num_tokens: int) -> int:

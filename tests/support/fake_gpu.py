@@ -20,7 +20,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from carryon.cache.base.model import Base
 
 CUDA = torch.device("cuda", 0)
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -95,12 +97,20 @@ class FakeGpu(TorchDispatchMode):
     ) -> Any:  # noqa: ANN401
         """Run one operation."""
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and _is_made_of_others(func):
+            with self:  # outside of inference mode these come one by one
+                return func.decompose(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         name = func._schema.name.removeprefix("aten::")
         if name in ("_pin_memory", "is_pinned"):
             return self._pin(name, args[0])
         on_gpu = any(map(_is_on_gpu, leaves))
         device = kwargs.get("device")
+        if kwargs.get("pin_memory") and not on_gpu:
+            with unset_fake_temporarily():
+                made: Tensor = func(*args, **{**kwargs, "pin_memory": False})
+            self._pinned[made] = True
+            return made
         if not on_gpu and (device is None or torch.device(device).type != "cuda"):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -148,7 +158,8 @@ class FakeGpu(TorchDispatchMode):
                 return func(args[0], source)  # type: ignore[no-any-return]
             return func(source, **{**kwargs, "device": to})  # type: ignore[no-any-return]
         if _is_on_gpu(source) and to.type == "cpu":
-            self._wait("a copy to the host")
+            if waits or name != "copy_" or args[0] not in self._pinned:
+                self._wait("a copy to the host")
             dtype = kwargs.get("dtype") or source.dtype
             with unset_fake_temporarily():
                 values = torch.ones(source.shape, dtype=dtype)
@@ -167,9 +178,16 @@ class FakeGpu(TorchDispatchMode):
         self.waits.append(place)
 
 
-def move_to_gpu(value: Any) -> Any:  # noqa: ANN401
-    """Return tensors of nested containers on `cuda`."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(CUDA), value)
+def move_base(base: Base) -> Base:
+    """Return a base whose weights are on the GPU; loading it there would need a real one."""
+    base.model.to(CUDA)  # type: ignore[arg-type]
+    return replace(base, device=CUDA)
+
+
+def _is_made_of_others(func: Any) -> bool:  # noqa: ANN401
+    key = "CompositeImplicitAutograd"
+    name = func.name()
+    return name.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def _is_on_gpu(value: object) -> bool:
@@ -295,6 +313,18 @@ def fake_gpu(library: Path) -> Iterator[FakeGpu]:
     torch.cuda.get_rng_state = lambda device="cuda": torch.zeros(16, dtype=torch.uint8)
     torch.cuda.set_rng_state = lambda state, device="cuda": None
     gpu = FakeGpu()
+
+    class Event:
+        """An event of a stream, for which the host waits."""
+
+        def record(self) -> None:
+            """Do nothing: nothing is computed."""
+
+        def synchronize(self) -> None:
+            """Count a wait."""
+            gpu._wait("an event")
+
+    torch.cuda.Event = Event
     with ExitStack() as modes:
         modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         modes.enter_context(gpu)

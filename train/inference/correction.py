@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from carryon.cache.device import to_device
 from carryon.cache.errors import InputError
 from carryon.train.inference.adapters import Alpha, CarryOnSet, Names
 from carryon.train.modules.carryon import CarryOn, customized_states
@@ -112,7 +113,9 @@ def get_correction(
     else:
         modules = carryons.modules(used, device=device, dtype=dtype)
     is_one = len(set(strengths)) == 1
-    each = strengths[0] if is_one else torch.tensor(strengths, dtype=torch.float32, device=device)
+    each = (
+        strengths[0] if is_one else to_device(torch.tensor(strengths, dtype=torch.float32), device)
+    )
     return Correction(slots=used, modules=modules, alpha=each)
 
 

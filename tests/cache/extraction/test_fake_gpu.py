@@ -1,0 +1,94 @@
+"""Extraction on a fake GPU: the host scatters states while the next batch is computed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.fake_gpu import CUDA, FakeGpu, move_base, on_fake_gpu
+
+from carryon.cache.base.hooks import base_logits, capture
+from carryon.cache.base.model import Base, load_base
+from carryon.cache.extraction.aligned_forward import tree_inputs
+from carryon.cache.extraction.forward import compute_states
+from carryon.cache.extraction.packing import plan_batches
+from carryon.cache.settings import ForwardSettings
+from carryon.cache.store.shard_writer import UnitInput
+
+FORWARD = ForwardSettings(device="cpu", compute_dtype="bfloat16")
+READ = "device.py:read"
+TAPS = ["final", "prenorm", "layer.1", "layer.0"]
+LENGTHS = np.array([5, 3, 7, 2, 6, 4], dtype=np.int32)
+
+
+def _unit() -> UnitInput:
+    """Return six samples, which are four batches of at most 8 tokens."""
+    num_rows = int(LENGTHS.sum())
+    return UnitInput(
+        unit=0,
+        first_sample=0,
+        starts=np.cumsum(LENGTHS, dtype=np.int64) - LENGTHS,
+        lengths=LENGTHS,
+        tokens=np.ones(num_rows, dtype=np.int32),
+        sha256="",
+    )
+
+
+def _base(gpu: FakeGpu, folder: Path) -> Base:
+    base = load_base(str(folder), forward=FORWARD)
+    with gpu.setup():
+        return move_base(base)
+
+
+@on_fake_gpu
+def test_hidden_states_at_every_tap(gpu: FakeGpu, tiny_base_folder: Path) -> None:
+    base = _base(gpu, tiny_base_folder)
+
+    states = capture(base, TAPS, torch.ones(2, 5, dtype=torch.int64))
+    logits = base_logits(base, torch.ones(2, 5, dtype=torch.int64))
+
+    assert {each.device for each in (*states.values(), logits)} == {CUDA}
+    assert gpu.waits == []
+
+
+@pytest.mark.parametrize("keeps_bits", [False, True])
+@on_fake_gpu
+def test_states_are_read_one_batch_late(
+    gpu: FakeGpu, tiny_base_folder: Path, keeps_bits: bool
+) -> None:
+    base, unit = _base(gpu, tiny_base_folder), _unit()
+    num_batches = len(list(plan_batches(unit.lengths, batch_tokens=8)))
+
+    with gpu.allowing(READ):
+        hidden = compute_states(base, TAPS, unit, keeps_bits=keeps_bits, batch_tokens=8)
+
+    assert {tap: states.shape for tap, states in hidden.items()} == dict.fromkeys(TAPS, (27, 16))
+    assert num_batches > 2
+    assert gpu.waits == [READ] * (num_batches * len(TAPS))
+
+
+@on_fake_gpu
+def test_a_batch_begins_before_the_one_before_it_is_read(
+    gpu: FakeGpu, tiny_base_folder: Path
+) -> None:
+    base = _base(gpu, tiny_base_folder)
+    begun: list[int] = []
+    base.model.register_forward_pre_hook(lambda *_: begun.append(len(gpu.waits)))
+    base.architecture.decoder.register_forward_pre_hook(lambda *_: begun.append(len(gpu.waits)))
+
+    with gpu.allowing(READ):
+        compute_states(base, ["final"], _unit(), keeps_bits=True, batch_tokens=8)
+
+    assert begun == [max(0, number - 1) for number in range(len(begun))]
+
+
+@on_fake_gpu
+def test_trees_of_tokens(gpu: FakeGpu, tiny_base_folder: Path) -> None:
+    base = _base(gpu, tiny_base_folder)
+    parents = [np.array([-1, 0, 1, 0], dtype=np.int32), np.array([-1, 0], dtype=np.int32)]
+
+    inputs = tree_inputs(base, parents)
+    states = capture(base, ["final"], torch.ones(2, 4, dtype=torch.int64), inputs)
+
+    assert states["final"].device == CUDA
+    assert gpu.waits == []
