@@ -97,12 +97,12 @@ class HostCopy:
         self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._copy.copy_(tensor, non_blocking=True)
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()  # type: ignore[no-untyped-call]
+        self._event.record()
 
     def read(self) -> Tensor:
         """Return the copy, on the host, once it is whole."""
         if self._event is not None:
-            self._event.synchronize()  # type: ignore[no-untyped-call]
+            self._event.synchronize()
         return self._copy
 
 
