@@ -138,7 +138,7 @@ class Bottleneck(CarryOn):
         bridged = self._bridged(states)
         if self.mixer is not None:
             return self._weights_BTK(bridged)
-        lengths_BTK = torch.linalg.vector_norm(torch.stack(bridged, dim=-2), dim=-1)
+        lengths_BTK: Tensor = torch.linalg.vector_norm(torch.stack(bridged, dim=-2), dim=-1)
         return lengths_BTK / lengths_BTK.sum(dim=-1, keepdim=True).clamp_min(NORM_EPS)
 
     def _bridged(self, states: Mapping[str, Tensor]) -> list[Tensor]:
