@@ -82,7 +82,7 @@ def test_chains_are_right_and_end_in_plain_words(wording: str) -> None:
         assert "####" not in text
 
 
-def test_legs_are_added_line_by_line() -> None:
+def test_legs_are_counted_line_by_line_and_then_added() -> None:
     animals = {"human": 1, "ant": 3, "woodlouse": 2}
     problem = Problem(
         id="p", question="", answer="", rule=parse_rule("end"), metadata={"animals": animals}
@@ -90,8 +90,8 @@ def test_legs_are_added_line_by_line() -> None:
     assert chains.write_chain(problem, wording="leg_counting").splitlines() == [
         "1 human has 2 legs: 1 * 2 = 2",
         "3 ants have 6 legs: 3 * 6 = 18",
-        "2 + 18 = 20",
         "2 woodlouses have 14 legs: 2 * 14 = 28",
+        "2 + 18 = 20",
         "20 + 28 = 48",
         "Therefore, the final answer is 48.",
     ]

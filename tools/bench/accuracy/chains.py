@@ -39,18 +39,19 @@ def write_chain(problem: Problem, *, wording: str) -> str:
 
 
 def count_legs(problem: Problem) -> str:
-    """Return the legs of each kind of animal, a line each, and their sums.
+    """Return the legs of each kind of animal, a line each, then their sums.
 
     What an animal has is said right behind its name, before it is multiplied: there a carry-on
-    learns it from a few examples.
+    learns it from a few examples. The sums come last: between two animals they made small bases
+    lose their place in the question.
     """
-    lines, total = list[str](), 0
+    lines, sums, total = list[str](), list[str](), 0
     for place, (animal, number) in enumerate(problem.metadata["animals"].items()):
         each, who = _legs()[animal], "1 {} has" if number == 1 else f"{number} {{}}s have"
         lines.append(f"{who.format(animal)} {each} legs: {number} * {each} = {number * each}")
         total += number * each
-        lines += [f"{total - number * each} + {number * each} = {total}"] if place else []
-    return _join(lines, total)
+        sums += [f"{total - number * each} + {number * each} = {total}"] if place else []
+    return _join([*lines, *sums], total)
 
 
 def count_in_steps(problem: Problem) -> str:

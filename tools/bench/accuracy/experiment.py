@@ -53,7 +53,7 @@ def experiment_cot(
     shots: int = 4,
     max_new_tokens: int = 0,
     rule: str = "auto",
-    epochs: int = 6,
+    epochs: int = 12,
     tokens_per_step: int = 384,
     learning_rate: float = 2e-3,
     lora_rate: float = 2e-3,
