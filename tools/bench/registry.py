@@ -40,6 +40,12 @@ BENCHMARKS = {
         needs="base",
         quick={"tokens": 2048, "unit_tokens": 1024},
     ),
+    "store.workers": Benchmark(
+        place="workers:measure_workers",
+        about="two processes that claim units against one with both cores",
+        needs="base",
+        quick={"tokens": 2000, "unit_tokens": 512, "rounds": 1},
+    ),
     "store.stream": Benchmark(
         place="stream:measure_streaming",
         about="tokens/s into batches against other projects' layouts",
@@ -304,6 +310,11 @@ BENCHMARKS = {
     "trust.kills": Benchmark(
         place="trust.kills:measure_kills",
         about="commands killed at any instant end with the same bits",
+        quick={"kills": 1},
+    ),
+    "trust.shared_kills": Benchmark(
+        place="trust.shared_kills:measure_shared_kills",
+        about="processes that share a store killed at random moments: complete, the same bits",
         quick={"kills": 1},
     ),
     "trust.full_disk": Benchmark(
