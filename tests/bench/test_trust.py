@@ -7,6 +7,7 @@ import pytest
 from carryon.cache.errors import InputError
 from carryon.tools.bench.trust.calls import Limits, call
 from carryon.tools.bench.trust.full_disks import fill
+from carryon.tools.bench.trust.shared_kills import kill_one
 from carryon.tools.bench.trust.table import COMMANDS, Things, bits_of, what_is_wrong
 from carryon.tools.bench.trust.writers import FOLDERS, first_change_under_lock, start_both
 
@@ -45,6 +46,15 @@ def test_a_killed_command_ends_with_the_same_bits(
     again = call(command.words, cwd=tmp_path / "trial")
 
     assert what_is_wrong(things, name, tmp_path / "trial", again) == {}
+
+
+@pytest.mark.parametrize("is_again", [False, True])
+def test_of_processes_that_share_a_store_one_is_killed(
+    things: Things, tmp_path: Path, is_again: bool
+) -> None:
+    middle = len(things.ended["extract"].changes) // 2
+    limits = Limits(kill_at=middle)
+    assert kill_one(things, tmp_path / "trial", limits, is_again=is_again) == (True, {})
 
 
 def test_a_merge_killed_behind_its_last_step_is_there_and_leaves_no_lock(

@@ -177,7 +177,8 @@ class _Job:
 
     def to_dict(self, number: int) -> dict[str, Any]:
         """Return plain values for the process of a number, from 1 on."""
-        how = {name: self.manifest.forward[name] for name in ("compute_dtype", "attention")}
+        names = {"compute_dtype", "attention"} & self.manifest.forward.keys()  # not in an old one
+        how = {name: self.manifest.forward[name] for name in names}
         forward = replace(self.forward, device=device_of(self.forward.device, number), **how)
         return {
             "number": number,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.aligned_stores import FORWARD, ROWS, SETTINGS, align, make_base, write
 from support.aligned_tokenizers import BRACKETS
-from support.tiny_stores import small_pieces
+from support.tiny_stores import SHARING, small_pieces
 
 from carryon.cache.alignment.tree import visible
 from carryon.cache.base.hooks import capture
@@ -52,6 +52,26 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Base:
         folder / "base", "qwen", vocab=420, template=BRACKETS, max_position_embeddings=512
     )
     return load_base(str(path), forward=FORWARD)
+
+
+def test_one_of_several_processes_writes_the_states_of_a_process_alone(
+    anchor: Path, other: Base, tmp_path: Path
+) -> None:
+    alone = align(other, anchor, tmp_path / "alone")
+    with small_pieces():
+        data = write(ROWS, tmp_path / "data")
+        given: dict[str, Any] = {"store": SETTINGS, "forward": FORWARD, "is_shared": True}
+        plan = plan_aligned(
+            base=other, data=data, align_to=anchor, out=tmp_path / "shared", **given
+        )
+        report = run_aligned(plan, sharing=SHARING)
+    assert report.is_finished
+    shared = Store.open(tmp_path / "shared", allow_aligned=True)
+    assert shared.fingerprint == alone.fingerprint
+    for number in range(alone.num_units):
+        theirs, ours = alone.read_unit(number), shared.read_unit(number)
+        for tap, states in theirs.hidden.items():
+            assert np.array_equal(states, ours.hidden[tap])
 
 
 def test_every_state_is_that_of_a_plain_pass_over_what_was_known(

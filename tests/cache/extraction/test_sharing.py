@@ -31,6 +31,7 @@ from carryon.cache.errors import InputError, SettingMismatchError, StoreBusyErro
 from carryon.cache.extraction.repair import repair
 from carryon.cache.extraction.sharing.commits import commits_in, finish_commit
 from carryon.cache.extraction.sharing.leases import Leases
+from carryon.cache.extraction.sharing.worker import run_worker
 from carryon.cache.extraction.sharing.workers import plan_sharing
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.format.zarr_metadata import receipt_path, shard_path
@@ -294,6 +295,36 @@ def test_a_process_alone_resumes_what_others_have_left(
     for name in (".1.0.lease", ".plan.0.lease", ".1.commit", "..1.commit.0.partial"):
         (root / "units" / name).write_text("left")
     extract_tiny(tiny_base, store_data, root)
+    is_as_of_one_process(root, store_original)
+
+
+def job_of(root: Path, base: Base, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
+    return {
+        "number": 1,
+        "root": str(root),
+        "fingerprint": read_manifest(root).fingerprint,
+        "base": base.source,
+        "forward": FORWARD.to_dict(),
+        "max_disk_bytes": None,
+        "num_threads": 1,
+        "times": [0.1, 2.0],
+    } | changes
+
+
+def test_a_worker_needs_the_store_and_the_base_alone(
+    tiny_base: Base, store_original: Path, store_tmp: Path
+) -> None:
+    root = Path(shutil.copytree(store_original, store_tmp / "store"))
+    for unit in (0, 2):
+        (root / receipt_path(unit)).unlink()
+        (root / shard_path("final", unit)).unlink()
+    with pytest.raises(SettingMismatchError, match="expected the plan 0000.*Fix: run the same"):
+        run_worker(job_of(root, tiny_base, fingerprint="0" * 64))
+    other = FORWARD.to_dict() | {"compute_dtype": "bfloat16"}
+    with pytest.raises(SettingMismatchError, match="compute_dtype: expected float32"):
+        run_worker(job_of(root, tiny_base, forward=other))
+    assert not (root / receipt_path(0)).exists()
+    run_worker(job_of(root, tiny_base))
     is_as_of_one_process(root, store_original)
 
 
