@@ -145,6 +145,15 @@ def test_without_a_name_all_benchmarks_are_listed_without_loading_torch() -> Non
     assert {*BENCHMARKS, *EXPERIMENTS} <= first_words
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_benchmarks_of_a_gpu_are_skipped_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu", "--quick"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for name in (name for name in BENCHMARKS if name.startswith("gpu.")):
+        assert f"{name}: skipped, it needs an accelerator" in captured.err
+
+
 def test_a_wrong_name_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stores"]) == 2
     assert "did you mean store?" in capsys.readouterr().err

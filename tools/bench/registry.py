@@ -13,9 +13,9 @@ class Benchmark:
     """`file:function` of this folder, called with a Job and with sizes by keyword."""
     about: str
     """One line for the list."""
-    needs: Literal["", "base", "store", "stores"] = ""
+    needs: Literal["", "base", "store", "stores", "gpu", "gpu and base"] = ""
     """Input without which it is skipped; a base provides a store, by extracting text. `stores`: of
-    two bases, which none provides."""
+    two bases, which none provides. `gpu`: an accelerator of this machine."""
     quick: Mapping[str, Any] = field(default_factory=dict)
     """Sizes with which it shows in seconds that it runs; its figures then mean nothing."""
 
@@ -78,6 +78,24 @@ BENCHMARKS = {
     ),
     "train.step": Benchmark(
         place="step:measure_step", about="a whole step against its loss", quick=_HEAD
+    ),
+    "gpu.loss": Benchmark(
+        place="loss:measure_loss", about="train.loss on an accelerator", needs="gpu", quick=_HEAD
+    ),
+    "gpu.step": Benchmark(
+        place="step:measure_step", about="train.step on an accelerator", needs="gpu", quick=_HEAD
+    ),
+    "gpu.ahead": Benchmark(
+        place="gpu:measure_steps",
+        about="steps whose figures are read together against steps read one by one",
+        needs="gpu",
+        quick=_HEAD,
+    ),
+    "gpu.extract": Benchmark(
+        place="extract:measure_extraction",
+        about="store.extract on an accelerator",
+        needs="gpu and base",
+        quick={"tokens": 2048, "unit_tokens": 1024},
     ),
     "train.memory": Benchmark(
         place="memory:measure_memory",

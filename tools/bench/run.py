@@ -43,7 +43,7 @@ def run_named(
         python -m carryon.tools.bench store --base demo/base --corpus gsm
 
     Args:
-        name: A group (store, train, mixing, compose, merge, paths) or one of its benchmarks
+        name: A group (store, train, gpu, mixing, compose, merge, paths) or one of its benchmarks
             (train.loss).
         base: Hub id, folder or .gguf file.
         store: Extracted stores of that base, PATH or LABEL=PATH. The labels gsm and python have
@@ -142,10 +142,18 @@ def _is_missing_input(name: str, base: str, store: Sequence[str]) -> bool:
         "base": ("--base", bool(base)),
         "store": ("--store or --base", bool(store or base)),
         "stores": ("--store twice", len(store) > 1),
+        "gpu": ("an accelerator", _has_gpu()),
+        "gpu and base": ("an accelerator and --base", bool(base) and _has_gpu()),
     }[needs]
     if not is_there:
         logger.warning(f"{name}: skipped, it needs {wanted}")
     return not is_there
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def print_table(figures: Sequence[Figure]) -> None:

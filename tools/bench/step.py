@@ -3,6 +3,7 @@
 A step is the carry-on's forward and backward pass, the loss, and the optimizer's update.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from carryon.cache.device import DEFAULT_CHUNK
 from carryon.tools.bench.epoch import iter_batches
 from carryon.tools.bench.job import Job, in_turn, timed
-from carryon.tools.bench.loss import in_fastest_way, loss_way, make_loss_input
+from carryon.tools.bench.loss import LossInput, in_fastest_way, loss_way, make_loss_input
 from carryon.train.config import CarryOnSettings, MemorySettings, OptimizationSettings
 from carryon.train.data.batch import Batch
+from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.optim.optimizer import build_optimizer
-from carryon.train.trainer.step import take_step
+from carryon.train.trainer.step import Step, take_step
 
 STEP_TARGET = 0.8
 WAIT_TARGET = 0.02
@@ -30,11 +32,34 @@ def measure_step(
     """Report the speed of a step with every other token supervised, against its loss."""
     given = make_loss_input(positions=tokens, width=width, vocabulary=vocabulary)
     given = replace(given, head=in_fastest_way(given.head, positions=tokens))
+    step = make_step(given, given.head)
+    ways = {
+        "loss": timed(loss_way(given), calls=3),
+        "step": timed(lambda: step(True).read(), calls=3),
+    }
+    seconds = in_turn(ways, rounds=rounds)
+    job.report(
+        "step.speed",
+        seconds["loss"] / seconds["step"],
+        "of the loss's speed",
+        at_least=STEP_TARGET,
+        seconds=seconds,
+        tokens=2 * tokens,
+        supervised=tokens,
+        dtype=str(given.head.dtype),
+    )
+
+
+def make_step(given: LossInput, head: FrozenHead) -> Callable[[bool], Step]:
+    """Return a function that trains a carry-on by a step with every other token supervised.
+
+    It is told whether to read the figures of the step, and returns the step.
+    """
     settings = OptimizationSettings()
-    carryon = build_bottleneck(CarryOnSettings(), base_width=width, seed=0)
-    carryon = carryon.to(given.head.device)
+    positions, width = given.states.shape
+    carryon = build_bottleneck(CarryOnSettings(), base_width=width, seed=0).to(head.device)
     optimizer = build_optimizer(carryon, settings, MemorySettings())
-    num_tokens = 2 * tokens
+    num_tokens = 2 * positions
     lengths = np.full(num_tokens // _SAMPLE_TOKENS, _SAMPLE_TOKENS, dtype=np.int64)
     states = torch.zeros(num_tokens, width, dtype=torch.bfloat16)
     states[::2] = given.states.cpu().bfloat16()
@@ -47,30 +72,21 @@ def measure_step(
         positions=torch.arange(0, num_tokens, 2),
         targets=given.targets.cpu(),
     )
+    batch = batch.pinned() if head.device.type == "cuda" else batch
 
-    def step() -> None:
-        take_step(
+    def step(is_read: bool) -> Step:
+        return take_step(
             carryon,
             optimizer,
             [batch],
-            head=given.head,
+            head=head,
             chunk=DEFAULT_CHUNK,
             learning_rate=1e-4,
             grad_clip=settings.grad_clip,
+            is_read=is_read,
         )
 
-    ways = {"loss": timed(loss_way(given), calls=3), "step": timed(step, calls=3)}
-    seconds = in_turn(ways, rounds=rounds)
-    job.report(
-        "step.speed",
-        seconds["loss"] / seconds["step"],
-        "of the loss's speed",
-        at_least=STEP_TARGET,
-        seconds=seconds,
-        tokens=num_tokens,
-        supervised=tokens,
-        dtype=str(given.head.dtype),
-    )
+    return step
 
 
 def measure_data_wait(job: Job) -> None:

@@ -13,11 +13,25 @@ from support.tiny_stores import write_corpus
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
+from carryon.train.config import (
+    CarryOnSettings,
+    LossSettings,
+    MemorySettings,
+    OptimizationSettings,
+    StreamSettings,
+)
 from carryon.train.data.batch import Batch
+from carryon.train.data.loader import Stream
+from carryon.train.data.sampler import plan_pass
+from carryon.train.data.split import sample_units
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import frozen_head, with_gradient_filter
+from carryon.train.losses.sampled_softmax import place_training_head
+from carryon.train.modules.carryon import build_carryon
+from carryon.train.optim.optimizer import build_optimizer
+from carryon.train.trainer.step import Step, read_steps, take_step
 from carryon.train.trainer.trainer import train
 
 pytestmark = [
@@ -117,6 +131,45 @@ def test_losses_and_gradients_are_those_of_a_cpu(
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(losses, cpu_losses, rtol=0, atol=1e-4)
     assert float((gradient - cpu_gradient).norm() / cpu_gradient.norm()) < tolerance
+
+
+def test_a_step_does_not_wait_for_the_gpu(store: Path) -> None:
+    opened = Store.open(store)
+    shape = CarryOnSettings(width=8, heads=2, intermediate_size=8, blocks=1)
+    carryon = build_carryon(shape, opened, seed=0).to(CUDA)
+    optimizer = build_optimizer(carryon, OptimizationSettings(), MemorySettings())
+    head = place_training_head(opened, LossSettings(sampled_softmax=16), device=CUDA)
+    windows = plan_pass(
+        np.arange(opened.num_samples, dtype=np.int64),
+        lengths=opened.sample_lengths,
+        units=sample_units(opened),
+        tokens_per_step=64,
+    )
+    stream = Stream(opened, windows, taps=["final"], settings=StreamSettings(), is_pinned=True)
+    with stream as steps:
+        batches = [batch for each in steps for batch in each]
+
+    def step(batch: Batch) -> Step:
+        return take_step(
+            carryon,
+            optimizer,
+            [batch],
+            head=head,
+            chunk=32,
+            learning_rate=1e-3,
+            grad_clip=1.0,
+            is_read=False,
+        )
+
+    step(batches[0]).read()  # kernels are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        taken = [step(batch) for batch in batches[:3]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    read_steps(taken)
+    assert all(each.read().loss > 0 for each in taken)
 
 
 def test_the_packing_of_a_batch_does_not_wait_for_the_gpu() -> None:
