@@ -50,12 +50,15 @@ def check_agreement(
     num_layers = base.identity.num_layers
     layers = [tap_of(layer, num_layers=num_layers) for layer in range(num_layers + 1)]
     found: dict[str, float] = {}
-    for number in checked:
-        name, tokens, states = read(number)
-        ids = torch.from_numpy(tokens.astype(np.int64))[None]
-        known = capture(base, [*layers, "final"], ids)
+    samples = list(map(read, checked))
+    ids = np.zeros((len(samples), max(len(tokens) for _, tokens, _ in samples)), np.int64)
+    for row, (_, tokens, _) in enumerate(samples):
+        ids[row, : len(tokens)] = tokens
+    known = capture(base, [*layers, "final"], torch.from_numpy(ids))
+    for row, (name, tokens, states) in enumerate(samples):
         first = min(1, len(tokens) - 1)  # the first token's state is often odd
-        expected = {tap: rows[0, first:].float().cpu().numpy() for tap, rows in known.items()}
+        own = slice(first, len(tokens))
+        expected = {tap: each[row, own].float().cpu().numpy() for tap, each in known.items()}
         for tap, rows in states.items():
             errors = {each: channel_relative_error(rows[first:], expected[each]) for each in known}
             nearest = min(errors, key=lambda each: errors[each])

@@ -157,8 +157,8 @@ class FileSamples:
                 if not self._drops:
                     raise InputError(
                         f"{self._folder.states}: expected a file with the {len(sample.tokens)} "
-                        f"token ids of the sample {sample.id!a:.80}, got none. Fix: write its "
-                        "file, or --drop-missing; or check --data, its chat template and --base"
+                        f"token ids of the sample {sample.id!a:.80}, got none. Fix: send "
+                        "these ids as its prompt, or --drop-missing; or check --data and --base"
                     )
                 missing.append((sample.id, len(sample.tokens)))
                 continue

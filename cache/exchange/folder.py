@@ -16,11 +16,14 @@ from carryon.cache.corpus.samples import Sample, hash_id
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.exchange.char_ends import CharEnds
 from carryon.cache.exchange.saved_rows import SavedRow, is_saved_table, read_rows
-from carryon.cache.exchange.state_file import LOCK_SUFFIX, SUFFIX, FileFacts, read_facts
+from carryon.cache.exchange.state_file import LOCK_SUFFIX, SUFFIX, FileFacts, read_ahead, read_facts
+from carryon.cache.exchange.tensors import FIRST_BYTES
 from carryon.cache.files.regular import names_below
 
 STATES_FOLDER = "hidden_states"
 """Of the files, in a data set of speculators."""
+_AHEAD = 64
+"""Files whose starts are asked for at once."""
 _ROW_FILE = re.compile(r"hs_(0|[1-9][0-9]{0,11})[.]safetensors")
 
 
@@ -105,7 +108,9 @@ def read_files(
     """
     read = partial(_read_one, folder)
     if folder.rows is None:
-        yield from ((read(name), None) for name in folder.names)
+        for number, name in enumerate(folder.names):
+            _ask_ahead(folder, number)
+            yield read(name), None
         return
     known = set(folder.names)
     for row in read_rows(folder.rows):
@@ -114,6 +119,7 @@ def read_files(
             dropped.append(name)
             continue
         known.discard(name)
+        _ask_ahead(folder, row.number)
         facts = read(name)
         _refuse_other_row(facts, row, where=folder.states)
         yield facts, row
@@ -123,6 +129,13 @@ def read_files(
             f"{folder.states / name}: expected a row {_order(name)} in {folder.rows}, got none. "
             "Fix: give the data set that the files were written from"
         )
+
+
+def _ask_ahead(folder: StatesFolder, number: int) -> None:
+    """Have the starts of the next files read."""
+    if number % _AHEAD == 0:
+        names = folder.names[number + _AHEAD : number + 2 * _AHEAD]
+        read_ahead(folder.states, names, num_bytes=FIRST_BYTES)
 
 
 def _read_one(folder: StatesFolder, name: str) -> FileFacts:

@@ -181,6 +181,7 @@ def run_import(
             root,
             manifest,
             part,
+            plan.folder,
             lambda position: plan.files[plan.of_sample[plan.extraction.units.order[position]]],
             lambda file, tokens, memory: _read_taps(plan, file, tokens, memory),
             max_disk_bytes=max_disk_bytes,

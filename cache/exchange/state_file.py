@@ -9,7 +9,8 @@ import fcntl
 import hashlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.errors import InputError
+from carryon.cache.errors import InputError, UnsafePathError
 from carryon.cache.exchange.tensors import ITEM_BYTES, Header, TensorPlace, read_header
 from carryon.cache.files.regular import open_below
 from carryon.cache.store.shard_reader import is_finite
@@ -118,6 +119,21 @@ def read_facts(root: Path, name: str, *, is_locked: bool) -> FileFacts:
         layer_ids=_layer_ids(header, name=shown),
         digest=digest.digest(),
     )
+
+
+def read_ahead(root: Path, names: Iterable[str], *, num_bytes: int = 0) -> None:
+    """Ask the system to read the first bytes of files, or all of them, while other work goes on.
+
+    One small file after another, each read would wait for the disk. What is wrong with a file is
+    said by the one that reads it.
+    """
+    for name in names:
+        with suppress(OSError, UnsafePathError):
+            handle = open_below(root, name)
+            try:
+                os.posix_fadvise(handle, 0, num_bytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
 
 
 def _refuse_writer(root: Path, name: str) -> None:

@@ -1,6 +1,6 @@
 """Fill the units of a store from files, and commit each by its receipt.
 
-A thread compresses and writes a unit while the next one is read.
+Threads compress and write units while the next one is read; no base runs beside them.
 Letters: R rows of a unit, T tokens of a sample, D base width.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import widen
 from carryon.cache.errors import DamagedStoreError
-from carryon.cache.exchange.state_file import StateFile
+from carryon.cache.exchange.state_file import StateFile, read_ahead
 from carryon.cache.extraction.forward import largest_unit_bytes
 from carryon.cache.format.manifest import CorpusPart, Manifest
 from carryon.cache.format.quantization import bfloat16_bits
@@ -26,6 +26,9 @@ from carryon.cache.format.zarr_metadata import shard_path
 from carryon.cache.progress import Progress
 from carryon.cache.store.shard_writer import UnitInput, UnitInputs, write_unit
 from carryon.cache.store.sizes import raw_bytes
+
+_WRITERS = 2
+"""Units that are compressed and written at a time, which takes twice as long as to fill one."""
 
 ReadTaps = Callable[[StateFile, NDArray[np.int32], NDArray[np.uint8]], Mapping[str, NDArray[Any]]]
 """Returns, of a file, its token ids [T] and memory for its bytes, the states [T, D] at each tap."""
@@ -59,6 +62,7 @@ def fill_units(
     root: Path,
     manifest: Manifest,
     part: CorpusPart,
+    folder: Path,
     file_of: Callable[[int], StateFile],
     read_taps: ReadTaps,
     *,
@@ -73,6 +77,7 @@ def fill_units(
         root: of the store.
         manifest: of the store.
         part: whose units are written.
+        folder: of the files.
         file_of: returns the file of a sample, counted from the first of the part.
         read_taps: reads a file.
         max_disk_bytes: stop before the store would grow beyond it. None: no limit.
@@ -83,13 +88,13 @@ def fill_units(
     """
     todo = list(_units_to_do(root, manifest, part))
     inputs = UnitInputs(root, manifest)
-    writing: list[Future[Receipt]] = []  # at most the last of them is still at work
+    writing: list[Future[Receipt]] = []  # at most the last _WRITERS are still at work
     is_finished, num_files, num_bytes = True, 0, 0
     started_at = time.perf_counter()
     memory = np.empty(0, np.uint8)
     with (
         Progress(sum(map(inputs.num_tokens, todo)), name="import", unit="tokens") as progress,
-        ThreadPoolExecutor(max_workers=1) as thread,
+        ThreadPoolExecutor(max_workers=_WRITERS) as threads,
     ):
         for unit in todo:
             unit_input = inputs.read(unit)
@@ -101,17 +106,20 @@ def fill_units(
                     break
             first = unit_input.first_sample - part.first_sample
             files = [file_of(first + number) for number in range(len(unit_input.lengths))]
+            stop = first + len(files)
+            ahead = range(stop, min(stop + len(files), part.num_samples))  # about the next unit
+            read_ahead(folder, (file_of(position).name for position in ahead))
             unit_started_at = time.perf_counter()
             if (most := max(file.num_bytes for file in files)) > len(memory):
                 memory = np.empty(most, np.uint8)
             hidden = _fill(manifest, unit_input, files, read_taps, memory, progress)
             num_files += len(files)
             num_bytes += sum(file.num_bytes for file in files)
-            for each in writing[-1:]:
-                each.result()  # a full disk ends it here
+            if len(writing) >= _WRITERS:
+                writing[-_WRITERS].result()  # a full disk ends it here
             elapsed_s = time.perf_counter() - unit_started_at
             writing.append(
-                thread.submit(write_unit, root, manifest, unit_input, hidden, elapsed_s=elapsed_s)
+                threads.submit(write_unit, root, manifest, unit_input, hidden, elapsed_s=elapsed_s)
             )
     receipts = [each.result() for each in writing]
     tokens = sum(receipt.num_tokens for receipt in receipts)
