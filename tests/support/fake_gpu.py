@@ -203,6 +203,8 @@ def _place() -> str:
     """Return the innermost function of the package that is running, as `file.py:function`."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename).resolve()
+        if frame.name == "to_device":  # who called it tells more
+            continue
         if any(path.is_relative_to(_ROOT / name) for name in ("cache", "train")):
             return f"{path.name}:{frame.name}"
     return "outside of the package"

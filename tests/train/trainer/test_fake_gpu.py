@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from carryon.train.data.loader import Stream
 from carryon.train.data.sampler import plan_pass
 from carryon.train.data.split import sample_units
 from carryon.train.losses.base_states import BaseStates, get_base_states
+from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.endings import Endings
 from carryon.train.losses.sampled_softmax import place_training_head
 from carryon.train.mixing.gate import Gate
@@ -144,6 +145,24 @@ def test_a_step_of_every_kind(gpu: FakeGpu, store: Path, kind: str, dtype: str) 
 @on_fake_gpu
 def test_a_step_with_every_loss(gpu: FakeGpu, store: Path, loss: dict[str, Any]) -> None:
     _take_steps(gpu, store, KINDS["bottleneck"], loss=LossSettings(head_dtype="bfloat16", **loss))
+
+
+@pytest.mark.parametrize("place", ["host", "mapped"])
+@on_fake_gpu
+def test_a_head_that_is_not_on_the_gpu_waits_for_the_targets_only(
+    gpu: FakeGpu, store: Path, place: Literal["host", "mapped"]
+) -> None:
+    opened = Store.open(store)
+    loss = LossSettings(head_dtype="bfloat16", head_place=place, chunk_vocabulary=100)
+    with gpu.setup():
+        head = place_training_head(opened, loss, device=CUDA)
+    states = torch.zeros(40, opened.width, device=CUDA).requires_grad_()
+    targets = torch.zeros(40, dtype=torch.int64, device=CUDA)
+
+    with gpu.allowing("frozen_head.py:rows"):
+        token_losses(states, targets, head=head, chunk=16).sum().backward()
+
+    assert gpu.waits == ["frozen_head.py:rows"]
 
 
 @pytest.mark.parametrize(
