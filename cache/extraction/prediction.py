@@ -146,7 +146,9 @@ class Pilot:
         for tap, states in hidden.items():
             self._states[tap].append(states[rows[:most]])
         self._timed.append(batch)
-        if len(self._timed) >= self._awaited:
+        num_rows = sum(map(len, self._states[self._manifest.taps[0]]))
+        is_chunk = num_rows >= self._manifest.rows_per_chunk  # a smaller one is compressed worse
+        if len(self._timed) >= (self._awaited if is_chunk else self._planned.count // 2):
             self.prediction = self._predict()
             self._states.clear()
             logger.info(f"predicted: {self.prediction}")
@@ -162,7 +164,7 @@ class Pilot:
         )
         logger.info(
             f"before the states: head {head}, blocks {blocks}, store {present} in all; their bytes "
-            f"and the seconds follow after {self._awaited} of {self._planned.count:,} batches"
+            f"and the seconds follow after {self._awaited} or more of {self._planned.count:,} batches"
         )
 
     def _predict(self) -> Totals:

@@ -432,6 +432,17 @@ def test_extraction_is_measured_against_bare_passes(
     Store.open(store_tmp / "extracted")  # finished, and its probe fits
 
 
+def test_predictions_are_measured_against_what_was_written(store_tmp: Path) -> None:
+    """Without a base, on a tiny one."""
+    sizes = {"tokens": 4096, "unit_tokens": 1024, "batch_tokens": 128}
+    figures = measure("store.predicted", store_tmp, sizes=sizes)
+    assert names_of(figures) == ["extract.predicted.bytes", "extract.predicted.seconds"]
+    assert [figure.target for figure in figures] == [0.03, 0.15]
+    assert figures[0].met
+    assert figures[0].details["dry_run_error"] < 0.05
+    assert figures[0].details["written"]["store_bytes"] > figures[1].details["tokens"]
+
+
 # Extracting
 
 

@@ -46,6 +46,11 @@ BENCHMARKS = {
         needs="base",
         quick={"tokens": 2000, "unit_tokens": 512, "rounds": 1},
     ),
+    "store.predicted": Benchmark(
+        place="predicted:measure_prediction",
+        about="bytes and seconds of an extraction as predicted, against what it took",
+        quick={"tokens": 4096, "unit_tokens": 1024, "batch_tokens": 128},
+    ),
     "store.stream": Benchmark(
         place="stream:measure_streaming",
         about="tokens/s into batches against other projects' layouts",
