@@ -131,10 +131,12 @@ def _run_timed(
     """Run some batches of the first unit, whose samples have `lengths`.
 
     Returns:
-        The batches, and their states, tap by tap [R, D].
+        The batches, and their states in the order of the store, tap by tap [R, D].
     """
     timed: list[TimedBatch] = []
     states: list[dict[str, NDArray[np.float32]]] = []
+    places: list[NDArray[np.int64]] = []
+    starts = plan.units.start
     batches = spread(plan_batches(lengths, batch_tokens=plan.batch_tokens))
     for batch in batches[:_TIMED_BATCHES]:
         tokens = [plan.samples[index].tokens for index in plan.units.order[batch].tolist()]
@@ -148,10 +150,16 @@ def _run_timed(
                 batch_tokens=plan.batch_tokens,
             )
         )
-        timed.append(TimedBatch.of(lengths[batch], seconds=time.perf_counter() - started_at))
+        seconds = time.perf_counter() - started_at
+        rows = [
+            start + np.arange(n) for start, n in zip(starts[batch], lengths[batch], strict=True)
+        ]
+        places.append(np.concatenate(rows))
+        timed.append(TimedBatch.of(lengths[batch], seconds=seconds))
         if len(timed) > 1 and sum(each.seconds for each in timed) > _TIMED_S:
             break
-    return timed, {tap: np.concatenate([each[tap] for each in states]) for tap in states[0]}
+    order = np.argsort(np.concatenate(places), kind="stable")
+    return timed, {tap: np.concatenate([each[tap] for each in states])[order] for tap in states[0]}
 
 
 def _joined(tokens: list[NDArray[np.int32]]) -> UnitInput:

@@ -140,6 +140,8 @@ def run_units(
                         claims.give_back(unit)
                     break
             unit_started_at = time.perf_counter()
+            if pilot is not None:
+                pilot.begin(unit)
             how: dict[str, Any] = {
                 "keeps_bits": keeps_bits,
                 "batch_tokens": batch_tokens,

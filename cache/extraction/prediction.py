@@ -31,7 +31,8 @@ from carryon.cache.store.sizes import (
 PILOT_BATCHES = 5
 """Batches that are timed: one to warm up, then small, long, short and middling ones."""
 _PILOT_SHARE = 4  # at most one batch of four is waited for
-_PILOT_BYTES = 16 << 20  # states of all taps that are encoded: about 0.1 s
+_PILOT_BYTES = 32 << 20  # states of all taps that are encoded: about 0.2 s
+_WARM_RATIO = 1.2
 _PLANNED_UNITS = 256  # whose batches are planned; a larger store is like these
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -122,12 +123,18 @@ class Pilot:
         )
         self._kept_bytes = sum(self._present.values()) - sum(replaced)
         self._timed: list[TimedBatch] = []
+        self._unit = units[0]
+        self._places: list[NDArray[np.int64]] = []  # row of each state on the token axis
         self._states: dict[str, list[NDArray[Any]]] = {tap: [] for tap in manifest.taps}
         self._planned = PlannedBatches.of(lengths, batch_tokens=batch_tokens)
         count = self._planned.count
         self._awaited = min(PILOT_BATCHES, max(2, count // _PILOT_SHARE), count)
         self._started_at = time.perf_counter()
         self._log_known()
+
+    def begin(self, unit: int) -> None:
+        """Count the batches of another unit from now on."""
+        self._unit = unit
 
     def add(
         self, hidden: dict[str, NDArray[Any]], rows: NDArray[np.int64], batch: TimedBatch
@@ -143,10 +150,12 @@ class Pilot:
             return
         row_bytes = sum(states[:1].nbytes for states in hidden.values())
         most = max(self._manifest.rows_per_chunk, _PILOT_BYTES // (row_bytes * self._awaited))
+        rows = np.sort(rows[:most])
+        self._places.append(rows + self._unit * self._manifest.unit_tokens)
         for tap, states in hidden.items():
-            self._states[tap].append(states[rows[:most]])
+            self._states[tap].append(states[rows])
         self._timed.append(batch)
-        num_rows = sum(map(len, self._states[self._manifest.taps[0]]))
+        num_rows = sum(map(len, self._places))
         is_chunk = num_rows >= self._manifest.rows_per_chunk  # a smaller one is compressed worse
         if len(self._timed) >= (self._awaited if is_chunk else self._planned.count // 2):
             self.prediction = self._predict()
@@ -164,13 +173,15 @@ class Pilot:
         )
         logger.info(
             f"before the states: head {head}, blocks {blocks}, store {present} in all; their bytes "
-            f"and the seconds follow after {self._awaited} or more of {self._planned.count:,} batches"
+            f"and the seconds follow after {self._awaited} or more of {self._planned.count:,} "
+            "batches"
         )
 
     def _predict(self) -> Totals:
         elapsed_s = time.perf_counter() - self._started_at
         started_at = time.perf_counter()
-        states = {tap: np.concatenate(rows) for tap, rows in self._states.items()}
+        order = np.argsort(np.concatenate(self._places), kind="stable")
+        states = {tap: np.concatenate(rows)[order] for tap, rows in self._states.items()}
         sizes = UnitSizes.measure(self._manifest, states)
         encoding_s = time.perf_counter() - started_at
         stored = [sizes.states_bytes(self._manifest, count) for count in self._unit_tokens]
@@ -222,9 +233,17 @@ class PlannedBatches:
 def fit_seconds(timed: Sequence[TimedBatch]) -> NDArray[np.float64]:
     """Return seconds per token, per token and length, and per batch; none below 0, [3].
 
-    The first batch, which also sets up memory and kernels, is left out if there are some more.
+    The first batch is left out where it took longer than it should by the others: it also sets up
+    memory and kernels.
     """
-    timed = timed[1:] if len(timed) > 2 else timed
+    if len(timed) > 2:
+        factors = _fit(timed[1:])
+        if timed[0].seconds > _WARM_RATIO * batch_seconds(factors, shapes_of(timed[:1])):
+            return factors
+    return _fit(timed)
+
+
+def _fit(timed: Sequence[TimedBatch]) -> NDArray[np.float64]:
     seconds = np.array([batch.seconds for batch in timed])
     terms = batch_terms(shapes_of(timed))
     weights = 1 / np.sqrt(np.maximum(seconds, 1e-9))
@@ -270,5 +289,5 @@ def spread(batches: list[T]) -> list[T]:
     The longest stays first, so that memory runs out at once or not at all.
     """
     last = len(batches) - 1
-    order = dict.fromkeys([0, last, 1, last - 1, last // 2, *range(len(batches))])
+    order = dict.fromkeys([0, last, last // 2, last - 1, last // 4, *range(len(batches))])
     return [batches[number] for number in order if 0 <= number <= last]

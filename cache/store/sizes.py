@@ -39,21 +39,25 @@ class UnitSizes:
 
         Args:
             manifest: of the store.
-            states: float32, or bits of bfloat16 for an exact profile.
+            states: float32, or bits of bfloat16 for an exact profile; in the order of the store,
+                as texts that begin alike make a chunk smaller.
             profile: other than that of the manifest.
         """
         profile = profile or manifest.settings["profile"]
         num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
         num_rows = len(next(iter(states.values())))
-        per_chunk = min(manifest.rows_per_chunk, num_rows)
-        num_rows = num_rows // per_chunk * per_chunk
+        per_chunk = manifest.rows_per_chunk
+        left = num_rows % per_chunk
+        if num_rows > per_chunk and left < per_chunk // 2:  # a chunk of few rows is not typical
+            num_rows -= left
+        padding = -num_rows % per_chunk
         stored, empty, fixed = 0, 0, 0
         for rows in states.values():
-            values, scales, channels = _stored_form(manifest, profile, rows[:num_rows])
+            padded = np.pad(rows[:num_rows], ((0, padding), (0, 0)))  # as the end of a unit
+            values, scales, channels = _stored_form(manifest, profile, padded)
             shard = encode_shard(values, rows_per_chunk=per_chunk)
-            stored += len(shard) - index_bytes(num_rows // per_chunk) + scales
-            nothing = np.zeros((manifest.rows_per_chunk, manifest.width), values.dtype)
-            empty += len(encode_chunk(nothing))
+            stored += len(shard) - index_bytes(len(padded) // per_chunk) + scales
+            empty += len(encode_chunk(np.zeros((per_chunk, manifest.width), values.dtype)))
             fixed += index_bytes(num_chunks) + channels
         return cls(token_bytes=stored / num_rows, empty_chunk_bytes=empty, unit_bytes=fixed)
 

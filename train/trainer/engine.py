@@ -11,22 +11,39 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
 
+import numpy as np
+
 from carryon.cache.errors import InputError
-from carryon.cache.progress import Progress
+from carryon.cache.progress import Progress, show_seconds
+from carryon.train.data.batch import Batch
 from carryon.train.data.datasets import TrainData
-from carryon.train.data.evaluation_set import choose_evaluated
+from carryon.train.data.duration import Evaluations, awaited_steps, seconds_per_token
+from carryon.train.data.evaluation_set import Work, choose_evaluated, count_evaluations
 from carryon.train.data.joint_sampler import JointOrder, join_orders
 from carryon.train.data.loader import Stream, stream_bytes
 from carryon.train.losses.endings import MIN_ANSWERS, Endings
+from carryon.train.losses.sampled_gain import (
+    NUM_SAMPLED,
+    evaluation_seconds,
+    expected_rows,
+    time_losses,
+)
+from carryon.train.trainer.checkpoint import Progress as Position
 from carryon.train.trainer.distributed import Processes, sum_over_processes
 from carryon.train.trainer.nll import EvalJob, measure_nlls
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_state import RunState
 
 logger = logging.getLogger(__name__)
+
+HINT_S = 20.0
+"""Seconds of a run's steps from which a faster loss is worth a line."""
+HINT_RATIO = 2.0
+"""Times that the run must be faster."""
 
 
 def measure_base(states: Sequence[RunState]) -> None:
@@ -89,6 +106,7 @@ def run_engine(
         settings=data.settings,
         is_pinned=device.type == "cuda",
     )
+    forecast = _Forecast(states if processes.is_first else [])
     with stream, Progress(total, name="train", unit="steps") as progress:
         steps = iter(stream)
         for step in order.steps:
@@ -101,7 +119,9 @@ def run_engine(
             for state in takers:
                 if state.is_done:
                     continue
+                before = state.progress
                 line = state.take_step(batches, wait_s=wait_s)
+                forecast.add(state, batches, before)
                 if line is not None:
                     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                     progress.note = f"loss {line['loss']:.4f}, {speed}"
@@ -182,3 +202,163 @@ def _check_memory(data: TrainData, order: JointOrder, taps: Sequence[str]) -> No
             f"host_memory_gb: expected {needed / 1e9:.2g} or more for these runs together, got "
             f"{limit:g}. Fix: raise --host-memory-gb, or lower --window-units"
         )
+
+
+@dataclass(slots=True)
+class _Timed:
+    """The first steps of a run in this session."""
+
+    start: Position
+    awaited: int
+    """Steps to time. 0: the run is too short."""
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.seconds) >= self.awaited
+
+
+class _Forecast:
+    """Says in the log how long runs take, once, after the first steps of all of them."""
+
+    def __init__(self, states: Sequence[RunState]) -> None:
+        """Begin before the first step; of several processes one has the states."""
+        self._timed = {
+            id(state): _Timed(
+                start=state.progress,
+                awaited=awaited_steps(state.run.num_steps - state.progress.step),
+            )
+            for state in states
+        }
+        self._states = [state for state in states if self._timed[id(state)].awaited]
+
+    def add(self, state: RunState, batches: Sequence[Batch], before: Position) -> None:
+        """Count a step that a run has taken from `before`."""
+        timed = self._timed.get(id(state))
+        if timed is None or timed.is_done:
+            return
+        timed.seconds.append(state.progress.elapsed_s - before.elapsed_s)
+        timed.tokens.append(state.progress.tokens - before.tokens)
+        if not batches or not all(self._timed[id(each)].is_done for each in self._states):
+            return
+        self._say_duration(batches[0])
+        if not self._is_resumed:
+            self._say_gain(self._states[0], batches[0])
+        self._timed = {}
+
+    @property
+    def _is_resumed(self) -> bool:
+        """Whether a run was begun before: what it would gain has been said."""
+        firsts = [each.run.segment.first if each.run.segment else 0 for each in self._states]
+        return any(
+            self._timed[id(state)].start.step > first
+            for state, first in zip(self._states, firsts, strict=True)
+        )
+
+    def _say_duration(self, batch: Batch) -> None:
+        steps_s = sum(self._steps_left_s(state) for state in self._states)
+        evaluations_s = sum(self._evaluations_s(state, batch) for state in self._states)
+        left_s = steps_s + evaluations_s
+        left = sum(state.run.num_steps - state.progress.step for state in self._states)
+        steps, tail = sum(state.run.num_steps for state in self._states), ""
+        if self._is_resumed:
+            steps, tail = left, " that are left"
+        else:
+            for state in self._states:
+                left_s += state.progress.elapsed_s + state.progress.evaluate_s
+        runs = f"{len(self._states)} runs" if len(self._states) > 1 else _name(self._states[0])
+        included = ", evaluations included" if evaluations_s else ""
+        logger.info(f"{runs}: about {show_seconds(left_s)} for {steps:,} steps{tail}{included}")
+
+    def _steps_left_s(self, state: RunState) -> float:
+        return self._token_s(state) * _tokens_left(state)
+
+    def _token_s(self, state: RunState) -> float:
+        timed = self._timed[id(state)]
+        return seconds_per_token(timed.seconds, timed.tokens)
+
+    def _evaluations_s(self, state: RunState, batch: Batch) -> float:
+        run, progress = state.run, state.progress
+        first = run.segment.first if run.segment else 0
+        count = partial(
+            count_evaluations,
+            run.epochs,
+            every=run.settings.run.evaluate_every,
+            includes_last=run.settings.run.finishes_with_best,
+        )
+        left = count(first=progress.step) - 1
+        done = max(1, count(first=first) - left)
+        if not progress.evaluate_s or not batch.num_targets:
+            return 0.0
+        lengths, token_s = run.store.sample_lengths, self._token_s(state)
+        evaluations = Evaluations(
+            left=left,
+            base_s=progress.evaluate_s / done,
+            tokens=int(lengths[run.evaluated].sum()),
+            last_tokens=int(lengths[run.data.split.held_out].sum()),
+            last_targets=run.contamination.held_out_targets,
+            target_s=evaluation_seconds(
+                run.head,
+                batch.targets.to(run.head.device),
+                chunk=run.chunk,
+                at_most_s=token_s * batch.num_tokens / batch.num_targets,
+            ),
+        )
+        return evaluations.seconds(_work(run), token_s=token_s, density=_density(state))
+
+    def _say_gain(self, state: RunState, batch: Batch) -> None:
+        """Say what a sampled softmax would do to the time of a run, where it is dear without."""
+        run, loss = state.run, state.run.settings.loss
+        takes_all = loss.sampled_softmax or loss.kl_weight or loss.gradient_filter or run.projected
+        token_s = self._token_s(state)
+        exact_s = token_s * (state.progress.tokens + _tokens_left(state))
+        if takes_all or not batch.num_targets or exact_s < HINT_S:
+            return
+        work, density = _work(run), _density(state)
+        few = replace(work, trained_rows=expected_rows(work.vocabulary))
+        if work.of_training(1, density) < HINT_RATIO * few.of_training(1, density):
+            return
+        targets = batch.targets.to(run.head.device)
+        of_batch = token_s * batch.num_tokens
+        timed = time_losses(
+            run.head,
+            run.store,
+            targets,
+            chunk=run.chunk,
+            at_most_s=of_batch / batch.num_targets,
+        )
+        sampled_s = exact_s * max(timed.sampled, of_batch - timed.exact + timed.sampled) / of_batch
+        if exact_s < HINT_RATIO * sampled_s:
+            return
+        logger.info(
+            f"{_name(state)}: the exact loss over {work.vocabulary:,} tokens takes "
+            f"{min(1.0, timed.exact / of_batch):.0%} of a step: about {show_seconds(exact_s)} of "
+            f"steps; with --sampled-softmax {NUM_SAMPLED} they would take about "
+            f"{show_seconds(sampled_s)}. Training losses are then estimates, held-out losses stay "
+            "exact"
+        )
+
+
+def _name(state: RunState) -> str:
+    return str(state.run.folder.root)
+
+
+def _work(run: Run) -> Work:
+    return Work(
+        weights=sum(weight.numel() for weight in run.carryon.parameters()),
+        width=run.store.width,
+        vocabulary=run.head.vocab_size,
+        trained_rows=run.head.trained_rows,
+    )
+
+
+def _density(state: RunState) -> float:
+    return state.progress.targets / max(1, state.progress.tokens)
+
+
+def _tokens_left(state: RunState) -> int:
+    lengths = state.run.store.sample_lengths
+    steps = [step for window in state.run.windows for step in window.steps]
+    left = [batch for step in steps[state.progress.step :] for batch in step]
+    return int(lengths[np.concatenate(left)].sum(dtype=np.int64)) if left else 0
