@@ -146,7 +146,7 @@ def run_units(
                 "keeps_bits": keeps_bits,
                 "batch_tokens": batch_tokens,
                 "progress": progress,
-                "pilot": pilot,
+                "pilot": pilot if pilot is not None and pilot.prediction is None else None,
             }
             if manifest.alignment:
                 sizes = num_nodes[inputs.samples(unit)]

@@ -55,7 +55,14 @@ def awaited_steps(num_left: int) -> int:
     return timed if num_left >= timed + _LEFT_STEPS else 0
 
 
-def seconds_per_token(seconds: Sequence[float], tokens: Sequence[int]) -> float:
-    """Return the seconds of a token of the timed steps, without the first, which sets up memory."""
-    skipped = 1 if len(seconds) > 1 else 0
+def seconds_per_token(seconds: Sequence[float], tokens: Sequence[int], *, skipped: int) -> float:
+    """Return the seconds of a token of the timed steps.
+
+    Args:
+        seconds: of each step.
+        tokens: of each step.
+        skipped: first steps that do not count, as they set up memory, if there are more.
+    """
+    if len(seconds) <= skipped:
+        skipped = 0
     return sum(seconds[skipped:]) / max(1, sum(tokens[skipped:]))

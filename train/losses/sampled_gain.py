@@ -48,7 +48,7 @@ def evaluation_seconds(head: FrozenHead, targets: Tensor, *, chunk: int, at_most
         chunk: positions whose logits exist at one time.
         at_most_s: seconds of a target, to choose how many are timed.
     """
-    some = _some(targets, at_most_s)
+    some = _some(targets.to(head.device), at_most_s)
     exact = replace(head, frequent=None)
     states = exact.rows(some).float()
 
@@ -71,6 +71,7 @@ def time_losses(
         chunk: positions whose logits exist at one time.
         at_most_s: seconds of a target, to choose how many are timed.
     """
+    targets = targets.to(head.device)
     some = _some(targets, at_most_s)
     device = [head.device] if head.device.type == "cuda" else []
     with torch.random.fork_rng(devices=device):

@@ -121,7 +121,7 @@ def run_engine(
                     continue
                 before = state.progress
                 line = state.take_step(batches, wait_s=wait_s)
-                forecast.add(state, batches, before)
+                forecast.add(state, batches, before, is_read=line is not None)
                 if line is not None:
                     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                     progress.note = f"loss {line['loss']:.4f}, {speed}"
@@ -210,13 +210,16 @@ class _Timed:
 
     start: Position
     awaited: int
-    """Steps to time. 0: the run is too short."""
+    """Steps to time."""
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    is_read: bool = False
+    """Whether the seconds hold all work of these steps: an accelerator is waited for now and then.
+    """
 
     @property
     def is_done(self) -> bool:
-        return len(self.seconds) >= self.awaited
+        return len(self.seconds) >= self.awaited and self.is_read
 
 
 class _Forecast:
@@ -224,20 +227,24 @@ class _Forecast:
 
     def __init__(self, states: Sequence[RunState]) -> None:
         """Begin before the first step; of several processes one has the states."""
-        self._timed = {
-            id(state): _Timed(
-                start=state.progress,
-                awaited=awaited_steps(state.run.num_steps - state.progress.step),
-            )
-            for state in states
-        }
-        self._states = [state for state in states if self._timed[id(state)].awaited]
+        self._timed: dict[int, _Timed] = {}
+        self._states: list[RunState] = []
+        for state in states:
+            if awaited := awaited_steps(state.run.num_steps - state.progress.step):
+                self._timed[id(state)] = _Timed(start=state.progress, awaited=awaited)
+                self._states.append(state)
 
-    def add(self, state: RunState, batches: Sequence[Batch], before: Position) -> None:
-        """Count a step that a run has taken from `before`."""
+    def add(
+        self, state: RunState, batches: Sequence[Batch], before: Position, *, is_read: bool
+    ) -> None:
+        """Count a step that a run has taken from `before`.
+
+        `is_read` says whether an accelerator has been waited for after it.
+        """
         timed = self._timed.get(id(state))
         if timed is None or timed.is_done:
             return
+        timed.is_read = is_read or state.run.head.device.type == "cpu"
         timed.seconds.append(state.progress.elapsed_s - before.elapsed_s)
         timed.tokens.append(state.progress.tokens - before.tokens)
         if not batches or not all(self._timed[id(each)].is_done for each in self._states):
@@ -275,8 +282,8 @@ class _Forecast:
         return self._token_s(state) * _tokens_left(state)
 
     def _token_s(self, state: RunState) -> float:
-        timed = self._timed[id(state)]
-        return seconds_per_token(timed.seconds, timed.tokens)
+        timed, is_cpu = self._timed[id(state)], state.run.head.device.type == "cpu"
+        return seconds_per_token(timed.seconds, timed.tokens, skipped=int(is_cpu))
 
     def _evaluations_s(self, state: RunState, batch: Batch) -> float:
         run, progress = state.run, state.progress
@@ -300,7 +307,7 @@ class _Forecast:
             last_targets=run.contamination.held_out_targets,
             target_s=evaluation_seconds(
                 run.head,
-                batch.targets.to(run.head.device),
+                batch.targets,
                 chunk=run.chunk,
                 at_most_s=token_s * batch.num_tokens / batch.num_targets,
             ),
@@ -319,12 +326,11 @@ class _Forecast:
         few = replace(work, trained_rows=expected_rows(work.vocabulary))
         if work.of_training(1, density) < HINT_RATIO * few.of_training(1, density):
             return
-        targets = batch.targets.to(run.head.device)
         of_batch = token_s * batch.num_tokens
         timed = time_losses(
             run.head,
             run.store,
-            targets,
+            batch.targets,
             chunk=run.chunk,
             at_most_s=of_batch / batch.num_targets,
         )

@@ -14,8 +14,8 @@ def test_ten_steps_are_timed_or_a_quarter_of_them(left: int, awaited: int) -> No
 
 
 def test_the_first_step_sets_up_memory_and_does_not_count() -> None:
-    assert seconds_per_token([9.0, 1.0, 3.0], [100, 100, 300]) == 0.01
-    assert seconds_per_token([2.0], [100]) == 0.02
+    assert seconds_per_token([9.0, 1.0, 3.0], [100, 100, 300], skipped=1) == 0.01
+    assert seconds_per_token([2.0], [100], skipped=1) == 0.02
 
 
 def test_evaluations_cost_the_base_and_the_carry_on_forward() -> None:

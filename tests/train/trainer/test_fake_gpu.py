@@ -54,6 +54,7 @@ OPTIMIZATION = OptimizationSettings(learning_rate=1e-3)
 READ, EVALUATION = "step.py:read_steps", "nll.py:read"
 ONCE = ["frozen_head.py:frozen_head", "run.py:prepare_run"]
 ONCE += ["checkpoint.py:save_checkpoint", "serialization.py:<dictcomp>"]
+ONCE += ["sampled_gain.py:evaluation_seconds", "sampled_gain.py:call"]
 """Where a run waits once, or once for each checkpoint."""
 RUN: dict[str, Any] = {"device": "cuda", "head_dtype": "bfloat16", "tokens_per_step": 64}
 RUN |= {"epochs": 3, "log_every": 4, "checkpoint_every": 100}
