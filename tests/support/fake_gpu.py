@@ -236,7 +236,8 @@ def on_fake_gpu(test: Callable[..., None]) -> Callable[..., None]:
     if _is_child:
         return test
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="torch's symbols have Linux's names")
+    @pytest.mark.skipif(sys.platform != "linux", reason="fake_gpu.cpp is built for Linux")
+    @pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has CUDA")
     @functools.wraps(test)
     def run(**kwargs: Any) -> None:  # noqa: ANN401
         worker = _worker()
