@@ -281,8 +281,9 @@ class StoreSettings(Settings):
     """Hidden states to keep: `final` (what the head reads), `prenorm` (before the base's last
     norm), `layer.K` (after block K, counted from 1), `layer.0` (the token's embedding, as it
     enters the first block). Several in one pass are allowed."""
-    profile: Literal["exact", "near", "compact"] = "exact"
-    """`exact` keeps every bit; `near` and `compact` are smaller and record their error."""
+    profile: Literal["exact", "raw", "near", "compact"] = "exact"
+    """`exact` keeps every bit; `raw` too, not compressed: larger, faster to read; `near` and
+    `compact` are smaller and record their error."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the stored states; `near` and `compact` read back as this type."""
     unit_tokens: int = bounded(32768, at_least=16)
@@ -297,11 +298,21 @@ class StoreSettings(Settings):
         """Return whether profile and dtype fit each other."""
         return [
             (
-                self.profile != "exact" and self.dtype != "bfloat16",
+                self.profile in ("near", "compact") and self.dtype != "bfloat16",
                 f"dtype: expected bfloat16 for the profile {self.profile}, got {self.dtype}. "
                 "Fix: leave out --dtype, or use --profile exact",
             )
         ]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StoreSettings":
+        """Build from plain values; errors of `Settings.from_dict`."""
+        if rounded := values.get("rounded_as"):
+            raise InputError(
+                "store: expected one that is extended with states of its base, got a raw copy of "
+                f"states that the profile {rounded} rounded. Fix: give the store that was copied"
+            )
+        return super(StoreSettings, cls).from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

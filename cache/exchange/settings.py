@@ -17,8 +17,9 @@ class ImportSettings(Settings):
     taps: list[str] = bounded([], is_unique=True)
     """Hidden states to keep: prenorm, layer.K, and `final`, which is computed from prenorm with
     the base's norm. Empty: final and every layer.K of the files."""
-    profile: Literal["exact", "near", "compact"] = "exact"
-    """`exact` keeps every bit; `near` and `compact` are smaller and record their error."""
+    profile: Literal["exact", "raw", "near", "compact"] = "exact"
+    """`exact` keeps every bit; `raw` too, not compressed: larger, faster to read; `near` and
+    `compact` are smaller and record their error."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the stored states. `auto`: the files' own."""
     unit_tokens: int = bounded(32768, at_least=16)

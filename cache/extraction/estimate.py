@@ -96,7 +96,7 @@ def estimate(plan: ExtractionPlan) -> Estimate:
     raw = raw_bytes(manifest, manifest.num_tokens)
     profiles = {}
     is_bfloat16 = manifest.settings["dtype"] == "bfloat16"
-    for profile in ("exact", *STEPS) if is_bfloat16 else ("exact",):
+    for profile in ("exact", "raw", *STEPS) if is_bfloat16 else ("exact", "raw"):
         sizes = UnitSizes.measure(manifest, states, profile=profile)
         stored = sum(sizes.states_bytes(manifest, int(each.sum())) for each in lengths)
         profiles[profile] = ProfileEstimate(

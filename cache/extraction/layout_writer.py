@@ -220,6 +220,7 @@ def array_documents(manifest: Manifest) -> dict[str, bytes]:
             shard=(size, width),
             dtype=manifest.states_dtype.name,
             attributes={"logical_dtype": dtype, "profile": manifest.settings["profile"]},
+            is_raw=manifest.is_raw,
         )
         if is_lossy:
             documents[f"scale/token/{tap}"] = array_document(**flat, dtype="float32")

@@ -4,7 +4,7 @@ It gives the probe and, for a lossy profile, the error that the manifest records
 Letters: P positions, D width, V vocabulary, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +80,15 @@ def make_probe(pilot: Sequence[PilotSample]) -> Probe:
 def measure_profile(
     pilot: Sequence[PilotSample], head: Head, *, taps: Sequence[str], profile: str
 ) -> dict[str, dict[str, float]]:
-    """Return the error of a lossy profile on the pilot's states; empty for `exact`.
+    """Return the error of a lossy profile on the pilot's states; see `profile_errors`."""
+    states = {tap: np.concatenate([sample.states[tap] for sample in pilot]) for tap in taps}
+    return profile_errors(states, head, profile=profile)
+
+
+def profile_errors(
+    states_by_tap: Mapping[str, NDArray[np.float32]], head: Head, *, profile: str
+) -> dict[str, dict[str, float]]:
+    """Return the error of a lossy profile on states [P, D], by tap; empty for an exact one.
 
     Returns:
         For each tap: `relative_error` (median over tokens of |x' - x| / |x|) and
@@ -90,8 +98,7 @@ def measure_profile(
     if profile not in STEPS:
         return {}
     errors = {}
-    for tap in taps:
-        states = np.concatenate([sample.states[tap] for sample in pilot])
+    for tap, states in states_by_tap.items():
         stored = widen(from_codes(to_codes(states, step=STEPS[profile])))
         norms = np.linalg.norm(states, axis=1)
         relative = np.linalg.norm(stored - states, axis=1) / np.maximum(norms, 1e-30)

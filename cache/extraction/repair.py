@@ -126,7 +126,13 @@ def repair(
 
 
 def _refuse_imported(root: Path, manifest: Manifest, units: Sequence[int]) -> None:
-    """Refuse to compute what was imported from files."""
+    """Refuse to compute what was imported from files, or rounded in another store."""
+    if units and manifest.rounded_as and not manifest.is_lossy:
+        raise InputError(
+            f"{root}: expected a store whose states the base computes, got a copy of states that "
+            f"the profile {manifest.rounded_as} rounded. Fix: remove {receipt_path(units[0])} and "
+            "run the same carryon recode again"
+        )
     if ENGINE in manifest.forward:
         fix = "import the files into another folder"
         if units:

@@ -1,7 +1,8 @@
 """Encode and decode chunks and shards, to the same bytes as zarr-python's codecs.
 
 A chunk is Blosc (zstd level 1, byte shuffle, one block) and its crc32c. A shard is its chunks,
-then an index of (offset, bytes) pairs as little-endian uint64, then the crc32c of the index.
+then an index of (offset, bytes) pairs as little-endian uint64, then the crc32c of the index. The
+chunks of a raw shard are their rows as they are in memory and the crc32c: no Blosc.
 zarr-python spends three quarters of a read on tasks and copies; here a chunk is decoded straight
 into its destination.
 """
@@ -20,7 +21,8 @@ from carryon.cache.errors import DamagedStoreError
 
 _MAX_THREADS = 8
 """Threads that encode a shard at most."""
-_CRC_BYTES = 4
+CRC_BYTES = 4
+"""Of the checksum that ends a chunk."""
 _HEADER_BYTES = 16  # of Blosc
 _ENTRY_BYTES = 16
 
@@ -33,15 +35,20 @@ def encode_chunk(rows: NDArray[Any]) -> bytes:
     return bytes(packed) + _crc(packed)
 
 
-def decode_chunk(stored: memoryview, out: NDArray[Any], *, name: str) -> None:
+def decode_chunk(stored: memoryview, out: NDArray[Any], *, name: str, is_raw: bool = False) -> None:
     """Decode `stored` into `out`, a C-contiguous array of the chunk's shape.
 
     Raises:
         DamagedStoreError: the checksum or the size does not fit; `name` says which chunk.
     """
-    packed = stored[:-_CRC_BYTES]
-    if len(stored) <= _CRC_BYTES or _crc(packed) != bytes(stored[-_CRC_BYTES:]):
+    packed = stored[:-CRC_BYTES]
+    if len(stored) <= CRC_BYTES or _crc(packed) != bytes(stored[-CRC_BYTES:]):
         raise DamagedStoreError(f"{name}: checksum does not match")
+    if is_raw:
+        if len(packed) != out.nbytes:
+            raise DamagedStoreError(f"{name}: expected {out.nbytes} bytes, got {len(packed)}")
+        bytes_of(out)[:] = np.frombuffer(packed, dtype=np.uint8)
+        return
     if len(packed) < _HEADER_BYTES:  # Blosc reads its header without asking for the length
         raise DamagedStoreError(f"{name}: expected a Blosc frame, got {len(packed)} bytes")
     num_bytes, packed_bytes, block_bytes = blosc._cbuffer_sizes(packed)
@@ -55,12 +62,30 @@ def decode_chunk(stored: memoryview, out: NDArray[Any], *, name: str) -> None:
         raise DamagedStoreError(f"{name}: Blosc cannot decompress it") from error
 
 
-def encode_shard(rows: NDArray[Any], *, rows_per_chunk: int) -> bytearray:
-    """Return the stored bytes of a unit's `rows` [R, D]; R is a multiple of `rows_per_chunk`."""
+def check_raw_chunk(rows: NDArray[Any], crc: bytes | memoryview, *, name: str) -> None:
+    """Compare `rows`, a chunk that was read into its place, with the checksum behind it.
+
+    Raises:
+        DamagedStoreError: it does not match; `name` says which chunk.
+    """
+    if _crc(bytes_of(rows).data) != bytes(crc):
+        raise DamagedStoreError(f"{name}: checksum does not match")
+
+
+def raw_chunk_bytes(rows: NDArray[Any]) -> int:
+    """Return the stored bytes of `rows` as a raw chunk."""
+    return rows.nbytes + CRC_BYTES
+
+
+def encode_shard(rows: NDArray[Any], *, rows_per_chunk: int, is_raw: bool = False) -> bytearray:
+    """Return the stored bytes of a unit's `rows` [R, D]; R is a multiple of `rows_per_chunk`.
+
+    `is_raw`: as they are, not compressed.
+    """
     shard = bytearray()
     index = []
     parts = np.split(rows, range(rows_per_chunk, rows.shape[0], rows_per_chunk))
-    for chunk in _encoded(parts):
+    for chunk in map(_encode_raw, parts) if is_raw else _encoded(parts):
         index.append((len(shard), len(chunk)))
         shard += chunk
     entries = np.array(index, dtype="<u8").tobytes()
@@ -80,9 +105,14 @@ def _encoded(parts: Sequence[NDArray[Any]]) -> Iterator[bytes]:
         yield from pool.map(encode_chunk, parts)
 
 
+def _encode_raw(rows: NDArray[Any]) -> bytes:
+    content = np.ascontiguousarray(rows).tobytes()
+    return content + _crc(content)
+
+
 def index_bytes(num_chunks: int) -> int:
     """Return the bytes of a shard's index, which is the end of the shard."""
-    return num_chunks * _ENTRY_BYTES + _CRC_BYTES
+    return num_chunks * _ENTRY_BYTES + CRC_BYTES
 
 
 def shard_index(
@@ -100,8 +130,8 @@ def shard_index(
         DamagedStoreError: the index is cut off, or does not match its checksum or the file.
     """
     size = index_bytes(num_chunks)
-    entries = stored[len(stored) - size : len(stored) - _CRC_BYTES]
-    if len(stored) < size or _crc(entries) != bytes(stored[-_CRC_BYTES:]):
+    entries = stored[len(stored) - size : len(stored) - CRC_BYTES]
+    if len(stored) < size or _crc(entries) != bytes(stored[-CRC_BYTES:]):
         raise DamagedStoreError(f"{name}: index is damaged")
     pairs = np.frombuffer(entries, dtype="<u8").reshape(num_chunks, 2).tolist()
     end = (len(stored) if file_bytes is None else file_bytes) - size
@@ -112,7 +142,7 @@ def shard_index(
 
 def chunk_checksum(stored: memoryview) -> str:
     """Return the crc32c that ends a chunk, hex."""
-    return bytes(stored[-_CRC_BYTES:]).hex()
+    return bytes(stored[-CRC_BYTES:]).hex()
 
 
 def chunk_checksums(stored: memoryview, *, num_chunks: int, name: str) -> list[str]:
@@ -125,8 +155,13 @@ def chunk_checksums(stored: memoryview, *, num_chunks: int, name: str) -> list[s
     return [chunk_checksum(stored[offset : offset + size]) for offset, size in index]
 
 
+def bytes_of(rows: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return the memory of a C-contiguous array as bytes, [rows.nbytes]."""
+    return rows.reshape(-1).view(np.uint8)
+
+
 def _crc(content: bytes | memoryview) -> bytes:
     # google_crc32c takes arrays of a read-only buffer, but no memoryview.
     view = np.frombuffer(content, dtype=np.uint8)
     view.flags.writeable = False
-    return int(google_crc32c.value(view)).to_bytes(_CRC_BYTES, "little")
+    return int(google_crc32c.value(view)).to_bytes(CRC_BYTES, "little")

@@ -32,6 +32,8 @@ MANIFEST_PATH = "zarr.json"
 """File that holds the manifest: the zarr.json of the root group."""
 ENGINE = "engine"
 """Key of a manifest's `forward` that only a store of files has: what computed the states."""
+ROUNDED = "rounded_as"
+"""Key of a manifest's `settings` that only a raw copy of a lossy store has: its profile."""
 MAX_MANIFEST_BYTES = 32 << 20
 """A parsed manifest needs up to 20 times its bytes in memory."""
 
@@ -95,7 +97,7 @@ class Manifest:
     corpus: dict[str, Any]
     """CorpusSettings, with max_tokens, date and the text of a chat template resolved."""
     settings: dict[str, Any]
-    """StoreSettings: taps, profile, dtype, unit_tokens, seed."""
+    """StoreSettings: taps, profile, dtype, unit_tokens, seed; see also `ROUNDED`."""
     parts: list[CorpusPart]
     """The corpus, in the order in which it was added."""
     width: int
@@ -140,6 +142,19 @@ class Manifest:
     def is_lossy(self) -> bool:
         """Whether the profile stores codes in place of states."""
         return self.settings["profile"] in STEPS
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the states are stored as they are, not compressed."""
+        return bool(self.settings["profile"] == "raw")
+
+    @property
+    def rounded_as(self) -> str:
+        """Lossy profile whose rounding the states have; empty if they are exact.
+
+        That of the store, or, if the store is a raw copy, of the store that was copied.
+        """
+        return str(self.settings["profile"] if self.is_lossy else self.settings.get(ROUNDED, ""))
 
     @property
     def num_units(self) -> int:

@@ -98,9 +98,13 @@ def check_manifest(values: Mapping[str, Any]) -> None:
         raise ValueError(f"taps: expected different final, prenorm, layer.K, got {_shown(taps)}")
     if not 1 <= len(taps) <= _MAX_TAPS:
         raise ValueError(f"taps: expected 1 to {_MAX_TAPS}, got {len(taps)}")
-    _choice(settings, "profile", ("exact", *STEPS))
+    _choice(settings, "profile", ("exact", "raw", *STEPS))
     _choice(settings, "dtype", STATE_TYPES)
-    if settings["profile"] != "exact":
+    if settings["profile"] in STEPS:
+        _choice(settings, "dtype", ("bfloat16",))
+    if "rounded_as" in settings:
+        _choice(settings, "profile", ("raw",))
+        _choice(settings, "rounded_as", STEPS)
         _choice(settings, "dtype", ("bfloat16",))
     unit_tokens = _whole(settings, "unit_tokens", 1, _MAX_UNIT_TOKENS)
     _whole({"seed": 0, **settings}, "seed", 0, 1 << 64)

@@ -65,6 +65,7 @@ def array_document(
     dtype: str,
     attributes: dict[str, Any] | None = None,
     shard: tuple[int, ...] | None = None,
+    is_raw: bool = False,
 ) -> dict[str, Any]:
     """Return the zarr.json of an array: Blosc zstd-1, byte shuffle, one block, then crc32c.
 
@@ -74,6 +75,7 @@ def array_document(
         dtype: a Zarr v3 core type name, such as `uint16`.
         attributes: user attributes, such as `logical_dtype`.
         shard: shape of a file, a multiple of `chunk`. None: each chunk is a file.
+        is_raw: whether chunks are not compressed: crc32c alone.
     """
     import zarr
     from zarr.codecs import BloscCodec, Crc32cCodec
@@ -94,7 +96,7 @@ def array_document(
         chunks=chunk,
         shards=shard,
         dtype=dtype,
-        compressors=[blosc, Crc32cCodec()],
+        compressors=[Crc32cCodec()] if is_raw else [blosc, Crc32cCodec()],
         fill_value=0,
         attributes=attributes,
     )

@@ -5,8 +5,9 @@ Letters: R rows of a unit, D base width.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ from carryon.cache.buffers import BufferPool
 from carryon.cache.errors import DamagedStoreError, StoreError
 from carryon.cache.files.regular import open_below, stat_below
 from carryon.cache.format.arrays import check_tokens, read_chunk, unit_array_info
-from carryon.cache.format.codec import chunk_checksum, decode_chunk, index_bytes, shard_index
+from carryon.cache.format.codec import (
+    CRC_BYTES,
+    bytes_of,
+    check_raw_chunk,
+    chunk_checksum,
+    decode_chunk,
+    index_bytes,
+    raw_chunk_bytes,
+    shard_index,
+)
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import Codes, from_codes
 from carryon.cache.format.receipt import FileEntry, Receipt
@@ -98,12 +108,12 @@ class UnitFiles:
         name = f"{self._root} unit {unit} tap {tap}"
         scales = self._scales(tap, unit, receipt) if wanted and self._manifest.is_lossy else None
         scratch = self._take(per_chunk)
-        for chunk, stored in self._stored_chunks(tap, unit, sorted(wanted), receipt, name=name):
+        checksums = self._entry(shard_path(tap, unit), receipt).chunks
+        for chunk, read in self._chunk_readers(tap, unit, sorted(wanted), receipt, name=name):
             inside, where = wanted[chunk], f"{name} chunk {chunk}"
             is_direct = scales is None and inside[0].stop - inside[0].first == per_chunk
             rows = inside[0].to if is_direct else scratch
-            decode_chunk(stored, rows, name=where)
-            if chunk_checksum(stored) != receipt.files[shard_path(tap, unit)].chunks[chunk]:
+            if read(rows, where) != checksums[chunk]:
                 raise DamagedStoreError(
                     f"{where}: the checksum is valid but differs from the receipt: the chunk was "
                     "replaced"
@@ -123,12 +133,14 @@ class UnitFiles:
                         out=move.to,
                     )
 
-    def _stored_chunks(
+    def _chunk_readers(
         self, tap: str, unit: int, chunks: Sequence[int], receipt: Receipt, *, name: str
-    ) -> Iterator[tuple[int, memoryview]]:
-        """Yield chunks of a shard and their stored bytes, which are valid until the next one.
+    ) -> Iterator[tuple[int, Callable[[NDArray[Any], str], str]]]:
+        """Yield chunks of a shard and, for each, what reads it; valid until the next one.
 
-        Each is read separately: a compressed chunk fits a core's cache, a whole shard does not.
+        It takes rows to fill and a name for errors, and returns the chunk's checksum, hex. A
+        chunk is read separately: a compressed one fits a core's cache, a whole shard does not.
+        A raw one is read straight into the rows.
         """
         path = shard_path(tap, unit)
         end = self._entry(path, receipt).bytes
@@ -139,13 +151,17 @@ class UnitFiles:
         with os.fdopen(open_below(self._root, path), "rb", buffering=0) as file:
             part = _read(file, end - size, memoryview(bytearray(size)))
             index = shard_index(part, num_chunks=num_chunks, name=name, file_bytes=end)
+            if self._manifest.is_raw:
+                for chunk in chunks:
+                    yield chunk, partial(_read_raw, file, *index[chunk])
+                return
             # One size for all shards, so that its memory is reused.
             largest = max((index[chunk][1] for chunk in chunks), default=0)
             raw = self._manifest.rows_per_chunk * self._manifest.width * self._dtype.itemsize
             memory = self._memory.take(max(largest, raw + _BLOSC_BYTES)).data
             for chunk in chunks:
                 offset, num_bytes = index[chunk]
-                yield chunk, _read(file, offset, memory[:num_bytes])
+                yield chunk, partial(_read_packed, file, offset, memory[:num_bytes])
 
     def _scales(self, tap: str, unit: int, receipt: Receipt) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return the scales of tokens [R] and of channels [1, D] of a lossy profile."""
@@ -207,7 +223,7 @@ def decode_shard(
     rows = np.empty(shape, dtype=manifest.states_dtype)
     for number, ((offset, size), checksum) in enumerate(zip(index, checksums, strict=True)):
         where, chunk = f"{name} chunk {number}", stored[offset : offset + size]
-        decode_chunk(chunk, rows, name=where)
+        decode_chunk(chunk, rows, name=where, is_raw=manifest.is_raw)
         if chunk_checksum(chunk) != checksum:
             raise DamagedStoreError(f"{where}: its checksum differs from the receipt")
         yield rows
@@ -240,6 +256,25 @@ def _split_at_chunks(moves: Sequence[CopyRange], per_chunk: int) -> dict[int, li
             to = move.to[first - move.first : stop - move.first]
             parts.setdefault(chunk, []).append(CopyRange(first=first, stop=stop, to=to))
     return parts
+
+
+def _read_packed(
+    file: FileIO, first: int, memory: memoryview, rows: NDArray[Any], name: str
+) -> str:
+    """Read a compressed chunk into `memory`, decode it into `rows`, return its checksum, hex."""
+    stored = _read(file, first, memory)
+    decode_chunk(stored, rows, name=name)
+    return chunk_checksum(stored)
+
+
+def _read_raw(file: FileIO, first: int, num_bytes: int, rows: NDArray[Any], name: str) -> str:
+    """Read a raw chunk into `rows`, and return its checksum, hex."""
+    if num_bytes != raw_chunk_bytes(rows):
+        raise DamagedStoreError(f"{name}: expected {raw_chunk_bytes(rows)} bytes, got {num_bytes}")
+    _read(file, first, bytes_of(rows).data)
+    crc = _read(file, first + rows.nbytes, memoryview(bytearray(CRC_BYTES)))
+    check_raw_chunk(rows, crc, name=name)
+    return crc.hex()
 
 
 def _read(file: FileIO, first: int, memory: memoryview) -> memoryview:

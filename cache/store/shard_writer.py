@@ -152,7 +152,7 @@ def write_states(
         manifest: of the store.
         unit_input: what the states were computed from.
         hidden: [R, D] float32 for each tap of the store; rows without a sample are 0. For an
-            `exact` bfloat16 store also uint16 bits.
+            `exact` or `raw` bfloat16 store also uint16 bits.
         elapsed_s: seconds its computation took.
         write: called with the path of each file, relative to the store, and its content.
 
@@ -195,7 +195,8 @@ def _encode_tap(
         yield token_scale_path(tap, unit), encode_chunk(codes.token_scale)
         yield channel_scale_path(tap, unit), encode_chunk(codes.channel_scale[None])
         rows = codes.codes
-    yield shard_path(tap, unit), encode_shard(rows, rows_per_chunk=manifest.rows_per_chunk)
+    per_chunk, is_raw = manifest.rows_per_chunk, manifest.is_raw
+    yield shard_path(tap, unit), encode_shard(rows, rows_per_chunk=per_chunk, is_raw=is_raw)
 
 
 def _stored(manifest: Manifest, states: States) -> NDArray[Any]:

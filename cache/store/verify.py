@@ -328,7 +328,8 @@ class _Walk:
         rows = np.empty((manifest.rows_per_chunk, manifest.width), dtype=manifest.states_dtype)
         try:
             offset, size = shard_index(stored, num_chunks=num_chunks, name=f"tap {tap}")[number]
-            decode_chunk(stored[offset : offset + size], rows, name=f"tap {tap} chunk {number}")
+            chunk, name = stored[offset : offset + size], f"tap {tap} chunk {number}"
+            decode_chunk(chunk, rows, name=name, is_raw=manifest.is_raw)
         except DamagedStoreError as error:
             return error.problem
         return None

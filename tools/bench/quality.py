@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from carryon.cache.errors import InputError
+from carryon.cache.exchange.recoding import recode
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.job import Job
-from carryon.tools.bench.recode import recode_store
 from carryon.tools.compare.methods import same_size
 from carryon.train.config import CarryOnSettings, Changes, OptimizationSettings, TrainSettings
 from carryon.train.inference.evaluate import evaluate
@@ -29,7 +29,7 @@ def measure_profiles(job: Job, *, epochs: int = 3) -> None:
     exact = _train(job, store.root, "exact", {"exact": {}}, epochs=epochs)["exact"]
     for profile, target in PROFILE_TARGETS.items():
         root = job.work / profile
-        recode_store(store, root, profile=profile)
+        recode(store.root, out=root, profile=profile)
         report = _train(job, root, f"on-{profile}", {profile: {}}, epochs=epochs)[profile]
         evaluation = evaluate(
             store=str(store.root), carryon=report.carryon, samples="held-out", device="auto"

@@ -31,7 +31,7 @@ from carryon.tools.bench.states import SYNTHETIC, StateSet, make_states, take_st
 from carryon.tools.compare.figure import Figure
 from carryon.train.config import StreamSettings
 
-PROFILES = ("exact", "near", "compact")
+PROFILES = ("exact", "raw", "near", "compact")
 WARM_TARGET = 1.0
 SLOW_TARGET = 1.4
 _SEED = 1

@@ -23,6 +23,7 @@ CARRYON = Program(
         "extract": "carryon.tools.commands.extract:extract",
         "import": "carryon.tools.commands.exchange.import_states:import_states",
         "export": "carryon.tools.commands.exchange.export_states:export_states",
+        "recode": "carryon.tools.commands.exchange.recode:recode",
         "inspect": "carryon.tools.commands.inspect_store:inspect_store",
         "verify": "carryon.tools.commands.verify:verify",
         "repair": "carryon.tools.commands.repair:repair",

@@ -138,6 +138,7 @@ def describe_store(store: "Store") -> dict[str, Any]:
         "width": store.width,
         "dtype": manifest.settings["dtype"],
         "profile": manifest.settings["profile"],
+        "rounded_as": manifest.rounded_as,
         "profile_error": manifest.profile_error,
         "head": manifest.head,
         "seed": manifest.settings["seed"],
@@ -198,7 +199,7 @@ def format_facts(facts: dict[str, Any]) -> str:
         "base": facts["base"] | facts["forward"],
         "taps": {
             **{tap: _tap_meaning(tap) for tap in facts["taps"]},
-            "stored as": f"{facts['dtype']}, profile {facts['profile']}",
+            "stored as": f"{facts['dtype']}, profile {facts['profile']}{_rounding(facts)}",
             **{f"error of {tap}": _shown(values) for tap, values in errors},
         },
         "corpus": {
@@ -219,6 +220,13 @@ def format_facts(facts: dict[str, Any]) -> str:
         table = format_report(Report.from_dict(facts["report"]))
         texts["corpus"] += "\n\nrecords\n" + indent(table, "  ")
     return "\n\n".join(f"{title}\n{text}" for title, text in texts.items())
+
+
+def _rounding(facts: dict[str, Any]) -> str:
+    """Return what is to be said of states that are rounded more than the profile tells."""
+    if facts["rounded_as"] in ("", facts["profile"]):
+        return ""
+    return f", of states rounded by the profile {facts['rounded_as']}"
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401
@@ -256,7 +264,8 @@ def _size_rows(facts: dict[str, Any]) -> dict[str, str]:
     totals: Counter[str] = Counter()
     for name, size in facts["array_bytes"].items():
         totals[_SMALL_ARRAYS.get(name.partition("/")[0], name)] += size
-    scales = " with its scales" if facts["profile"] != "exact" else ""
+    has_scales = any(name.startswith("scale/") for name in facts["array_bytes"])
+    scales = " with its scales" if has_scales else ""
     rows = {}
     for name, size in totals.items():
         ratio = facts["ratio_to_raw"].get(name.removeprefix("hidden/"))

@@ -1,4 +1,4 @@
-"""The commands that exchange hidden states with other programs: import and export.
+"""The commands that exchange hidden states of a store: import, export, recode.
 
 What the files hold and how they are checked is in `carryon.cache.exchange`.
 """
