@@ -131,7 +131,8 @@ def test_the_readme_leads_to_every_page_and_every_picture_is_on_one() -> None:
 
 
 def test_the_table_of_commands_is_the_list_of_commands() -> None:
-    listed = re.findall(r"^\| `carryon ([\w-]+)` \| \S", README, re.M)
+    rows = re.findall(r"^\| (`carryon [^|]+`) \| \S", README, re.M)
+    listed = [name for row in rows for name in re.findall(r"`carryon ([\w-]+)`", row)]
     assert sorted(listed) == sorted(CARRYON.commands)
 
 

@@ -23,6 +23,7 @@ OTHERS = {
     "demo --out demo --samples 8": "demo",
     "preview --base base --data first.jsonl --html page.html": "page.html",
     "extract --base base --data first.jsonl --out new --dry-run": "new",
+    "recode store --out new --profile raw": "new",
     "inspect store": "",
     "inspect store --sample 0 --html page.html": "page.html",
     "verify store --full": "",
