@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.format.codec import encode_chunk, encode_shard, index_bytes
+from carryon.cache.format.codec import CRC_BYTES, encode_chunk, encode_shard, index_bytes
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import STEPS, bfloat16_bits, to_codes
 from carryon.cache.format.receipt import FileEntry, Receipt, receipt_document
@@ -45,6 +45,11 @@ class UnitSizes:
         """
         profile = profile or manifest.settings["profile"]
         num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
+        if profile == "raw":  # of one size, whatever is in it; the last chunk is stored whole
+            row_bytes = manifest.width * manifest.states_dtype.itemsize
+            chunk_bytes = manifest.rows_per_chunk * row_bytes + CRC_BYTES
+            shard_bytes = num_chunks * chunk_bytes + index_bytes(num_chunks)
+            return cls(token_bytes=0, empty_chunk_bytes=0, unit_bytes=len(states) * shard_bytes)
         num_rows = len(next(iter(states.values())))
         per_chunk = manifest.rows_per_chunk
         left = num_rows % per_chunk

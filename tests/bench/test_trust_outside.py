@@ -23,6 +23,8 @@ OTHERS = {
     "demo --out demo --samples 8": "demo",
     "preview --base base --data first.jsonl --html page.html": "page.html",
     "extract --base base --data first.jsonl --out new --dry-run": "new",
+    "import vllm store --base base --out new --device cpu": "new",
+    "export speculators store --out new": "new",
     "recode store --out new --profile raw": "new",
     "inspect store": "",
     "inspect store --sample 0 --html page.html": "page.html",
@@ -63,8 +65,18 @@ OTHERS = {
 
 `operator:is_not` is a rule that accepts every answer: the text is not the problem.
 """
-NEED_MORE = ("demo", "score", "compare", "update", "improve", "gates", "convert")
-"""Commands that a tiny base or corpus may end with a refusal."""
+NEED_MORE = (
+    "demo",
+    "score",
+    "compare",
+    "update",
+    "improve",
+    "gates",
+    "convert",
+    "import",
+    "export",
+)
+"""Commands that a tiny base or corpus, or folders of other things, may end with a refusal."""
 ALL = {command.text: command.out for command in COMMANDS.values()} | OTHERS
 
 

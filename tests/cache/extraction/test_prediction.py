@@ -84,6 +84,7 @@ def run(plan: ExtractionPlan) -> tuple[ExtractReport, Totals]:
         {},
         {"taps": ["final", "layer.1"], "with_blocks": 1},
         {"profile": "near"},
+        {"profile": "raw"},
         {"dtype": "float16"},
     ],
     ids=lambda settings: "-".join(settings) or "exact",
@@ -192,7 +193,7 @@ def test_a_resumed_extraction_predicts_what_is_left(
 def test_the_size_of_a_receipt_is_known_before_it_is_written(
     tiny_base: Base, texts: Path, store_tmp: Path
 ) -> None:
-    for profile in ("exact", "near"):
+    for profile in ("exact", "raw", "near"):
         root = store_tmp / profile
         run_extraction(plan_of(tiny_base, texts, root, profile=profile))
         made = (root / receipt_path(0)).stat().st_size

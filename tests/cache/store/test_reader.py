@@ -41,7 +41,7 @@ from carryon.cache.store.shard_reader import CopyRange
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     id: str
-    profile: Literal["exact", "near", "compact"] = "exact"
+    profile: Literal["exact", "raw", "near", "compact"] = "exact"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     @property
@@ -58,6 +58,9 @@ EXACT = [
     Kind(id="bfloat16"),
     Kind(id="float16", dtype="float16"),
     Kind(id="float32", dtype="float32"),
+    Kind(id="raw", profile="raw"),
+    Kind(id="raw-float16", profile="raw", dtype="float16"),
+    Kind(id="raw-float32", profile="raw", dtype="float32"),
 ]
 LOSSY = [Kind(id="near", profile="near"), Kind(id="compact", profile="compact")]
 
@@ -131,7 +134,7 @@ def test_zarr_python_reads_every_array_as_we_do(store_tmp: Path, kind: Kind) -> 
         for tap in store.taps:
             raw = group[f"hidden/{tap}"]
             assert raw.attrs["logical_dtype"] == kind.dtype
-            if kind.profile == "exact":
+            if kind.profile in ("exact", "raw"):
                 np.testing.assert_array_equal(raw[rows], unit.hidden[tap])
                 continue
             # The formula of quantization.py, computed here.

@@ -91,8 +91,8 @@ def test_a_supervised_pair_is_a_state_and_the_next_token_of_the_same_sample(stor
     assert actual == expected
 
 
-@pytest.mark.parametrize("profile", ["near", "compact"])
-def test_a_lossy_store_streams_what_it_reads(tmp_path: Path, profile: str) -> None:
+@pytest.mark.parametrize("profile", ["raw", "near", "compact"])
+def test_a_store_of_another_profile_streams_what_it_reads(tmp_path: Path, profile: str) -> None:
     store = Store.open(make_tiny_store(tmp_path / "store", num_samples=60, profile=profile))
 
     batches = [batch for step in _read(store, _windows(store), SETTINGS) for batch in step]
