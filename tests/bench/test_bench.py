@@ -341,7 +341,7 @@ def test_streaming_gives_a_figure_per_layout_and_two_against_the_best_peer(
         threads=[1],
         slow_mb_per_second=1e4,
     )
-    ours = ["exact", "near", "compact"]
+    ours = ["exact", "raw", "near", "compact"]
     theirs = [peer.name for peer in some]
     expected = [f"stream.made-up.{name}" for name in [*ours, *theirs, "warm", "slow_disk"]]
     assert names_of(figures) == expected
