@@ -83,9 +83,11 @@ def improve(
         task_seed: Seed of the training problems.
         test_num: Test problems of each task or data.
         test_seed: Seed of the test problems.
-        taps: Hidden states to keep, as in carryon extract. Empty: its default.
+        taps: Hidden states to keep, and to train on without --train-config. Empty: final and two
+            middle layers; with --extract-config its own.
         extract_config: YAML file with more options of carryon extract. Empty: none.
-        train_config: YAML file or preset with options of carryon train. Empty: its defaults.
+        train_config: YAML file or preset with options of carryon train. Empty: 12 epochs of small
+            steps against a sampled softmax, for short answers.
         engine: What generates the base's answers. `auto`: vLLM where it is installed.
         batch_rows: Answers that transformers generates at a time; fewer need less memory.
         forward: How the base is run.
@@ -120,7 +122,7 @@ def improve(
         task_seed=task_seed,
         test_num=test_num,
         test_seed=test_seed,
-        taps=taps,
+        taps=taps or _default_taps(base, extract_config),
         extract_config=extract_config,
         train_config=train_config,
         engine=engine,
@@ -148,6 +150,15 @@ def improve(
     return print_result(
         {**document, "plot": str(plot) if has_plot else ""}, f"\n{format_rows(rows)}"
     )
+
+
+def _default_taps(base: str, extract_config: str) -> list[str]:
+    """Return `final` and two middle layers, unless a file of settings says what to keep."""
+    from carryon.cache.base.facts import read_facts
+    from carryon.train.modules.taps import middle_taps
+
+    num_layers = None if extract_config else read_facts(base).num_layers
+    return list(dict.fromkeys(["final", *middle_taps(num_layers)])) if num_layers else []
 
 
 def _score_base(plan: Plan, files: Mapping[str, Files]) -> list[Row]:

@@ -11,6 +11,13 @@ TEST_SEED = 1_000_001
 """A million from the default seed of the training problems."""
 
 
+SHORT_ANSWERS = (
+    *("--epochs", "12", "--learning-rate", "0.002"),
+    *("--tokens-per-step", "384", "--sampled-softmax", "2048"),
+)
+"""How to train on some hundred short answers: many small steps."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What all rounds have in common."""
@@ -87,7 +94,10 @@ class Plan:
     def train_argv(self, number: int) -> list[str]:
         """Return the command that trains on the whole store."""
         argv = ["train", "--store", str(self.store), "--out", str(self.folder(number) / "run")]
-        argv += ["--config", self.train_config] if self.train_config else []
+        if self.train_config:
+            argv += ["--config", self.train_config]
+        else:
+            argv += [*(["--taps", *self.taps] if self.taps else []), *SHORT_ANSWERS]
         return argv + forward_argv(self.forward, ("device",))
 
     def score_argv(self, number: int) -> list[str]:

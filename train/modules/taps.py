@@ -10,6 +10,11 @@ from carryon.train.config import CarryOnSettings
 from carryon.train.kinds import get_kind
 
 
+def middle_taps(num_layers: int) -> list[str]:
+    """Return the taps at two thirds and at one third of a base's blocks."""
+    return [f"layer.{-(-2 * num_layers // 3)}", f"layer.{-(-num_layers // 3)}"]
+
+
 def resolve_taps(settings: CarryOnSettings, num_layers: int) -> CarryOnSettings:
     """Return the settings with the tap that the kind reads, if it has its own.
 

@@ -13,6 +13,7 @@ from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import main
 from carryon.tools.improve import steps
 from carryon.tools.improve.report import Row, format_rows, plot_rounds, read_scores
+from carryon.train.settings_file import check_settings
 
 TINY_RUN = """
 width: 8
@@ -40,6 +41,19 @@ def work(easy: Path) -> Path:
 
 def last_line(text: str) -> Any:  # noqa: ANN401
     return json.loads(text.splitlines()[-1])
+
+
+def test_without_settings_three_taps_are_kept_and_trained_on_in_many_small_steps(
+    tiny_base_folder: Path, work: Path
+) -> None:
+    argv = improve_argv(tiny_base_folder, "out", "--rounds", "1")
+    at = argv.index("--train-config")
+    assert main(argv[:at] + argv[at + 2 :]) == 0
+
+    assert list(Store.open("out/store").taps) == ["final", "layer.2", "layer.1"]
+    settings = check_settings(Path("out/round-1/run/config.yaml"))
+    assert settings["taps"] == ["final", "layer.2", "layer.1"]
+    assert (settings["epochs"], settings["tokens_per_step"]) == (12, 384)
 
 
 def test_two_rounds_and_then_a_third(

@@ -12,13 +12,13 @@ import numpy as np
 
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.store.reader import Store
-from carryon.tools.bench.accuracy.plan import middle_taps
 from carryon.tools.bench.job import Job
 from carryon.tools.demo.corpus import ENDING
 from carryon.train.config import GenerateSettings, TrainSettings
 from carryon.train.inference.generate import answer_batch
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.scoring.comparison import wilson_interval
+from carryon.train.modules.taps import middle_taps
 from carryon.train.trainer.sweep import sweep
 
 ENDINGS = {"marked": "#### {}", "worded": ENDING}

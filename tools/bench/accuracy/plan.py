@@ -17,6 +17,7 @@ from carryon.tools.bench.accuracy.recipes import TEST_SEED, TRAIN_SEED, Recipe
 from carryon.tools.bench.planned import Planned
 from carryon.tools.compare.settings import LORA_RANK
 from carryon.tools.improve.plan import forward_argv
+from carryon.train.modules.taps import middle_taps
 
 MLP = "mlp"
 READABLE = "as-bottleneck"
@@ -26,11 +27,6 @@ LORA = "lora"
 PROMPTED = ("instruct", "few-shot")
 """Arms of the base that are asked in another way."""
 _MOST_TOP_BLOCKS = 8
-
-
-def middle_taps(num_layers: int) -> list[str]:
-    """Return the taps at two thirds and at one third of a base's blocks."""
-    return [f"layer.{-(-2 * num_layers // 3)}", f"layer.{-(-num_layers // 3)}"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

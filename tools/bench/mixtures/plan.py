@@ -15,10 +15,10 @@ from pathlib import Path
 
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
-from carryon.tools.bench.accuracy.plan import middle_taps
 from carryon.tools.bench.planned import Planned
 from carryon.tools.improve.plan import forward_argv
 from carryon.train.config import CarryOnSettings
+from carryon.train.modules.taps import middle_taps
 
 ALONE, GATE, GATED = "carryon", "gate", "gate+carryon"
 STATE, BOTH = "state", "both"
