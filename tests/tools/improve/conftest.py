@@ -1,6 +1,7 @@
 """A folder with problems that a random base solves often, by a rule of the user."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def refuse(text, problem):
 def easy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with `problems.jsonl` and the rules `easy_rule:accept` and `:refuse`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "easy_rule", raising=False)  # of another test's folder
     (tmp_path / "easy_rule.py").write_text(RULE)
     records = [
         {"id": f"q{number}", "question": f"{'the ' * (number % 4 + 1)}{number}", "answer": "x"}
