@@ -95,10 +95,10 @@ def measure_mixed_generation(
         )
         models: dict[str, Any] = {"mixture": mixed, "anchor": alone}
         models |= {f"source-{at}": base.model for at, base in enumerate(bases[1:], 1)}
-        given = [tokens[0], *tokens]
+        prompts_of = [tokens[0], *tokens]
         ways = {
             name: partial(generation_speed, model, prompt, new_tokens=new_tokens)
-            for (name, model), prompt in zip(models.items(), given, strict=True)
+            for (name, model), prompt in zip(models.items(), prompts_of, strict=True)
         }
         for way in ways.values():
             way()  # warm up
