@@ -35,9 +35,6 @@ class CarryOnSettings(Settings):
     taps: list[str] = bounded(["final"], min_items=1, is_unique=True)
     """Taps of the store that the carry-on reads. `native` always reads `prenorm`, `top` the tap
     below the copied blocks."""
-    tap_mixing: Literal["concatenate", "softmax"] = "concatenate"
-    """How a `bottleneck` joins several taps. `concatenate`: one bridge from all of them side by
-    side. `softmax`: a bridge each, weighed by a learned softmax for each token."""
     width: int = bounded(128, at_least=2, at_most=65536)
     """Width d of the carry-on's blocks, in channels."""
     blocks: int = bounded(2, at_least=1, at_most=1024)

@@ -28,21 +28,9 @@ FORMER_NAMES = {
 """Names in carry-ons, runs and lineages saved before settings were renamed -> those of today."""
 
 
-_SHAPE = ("kind", "taps", "width", "blocks", "heads", "intermediate_size", "gate", "dropout")
-
-
 def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return saved settings under today's names.
-
-    Those that name the whole shape of a carry-on but not how it joins its taps were saved when
-    there was one way, a softmax over several.
-    """
-    current = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
-    if "tap_mixing" not in current and current.keys() >= set(_SHAPE):
-        taps = current["taps"]
-        has_several = isinstance(taps, list) and len(taps) > 1
-        current["tap_mixing"] = "softmax" if has_several else "concatenate"
-    return current
+    """Return saved settings under today's names."""
+    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def setting_of(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401

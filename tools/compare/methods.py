@@ -226,7 +226,10 @@ def _step_head(head: FrozenHead, batch: Batch) -> FrozenHead:
 def same_size(one: CarryOnSettings, *, taps: list[str], base_width: int) -> CarryOnSettings:
     """Return a shape on `taps` with no more weights than `one`, by smaller MLPs."""
     more = (len(taps) - len(one.taps)) * (one.width * base_width + base_width)
-    intermediate_size = one.intermediate_size - math.ceil(more / (3 * one.width * one.blocks))
+    mixer = len(taps) * (len(taps) * one.width + 1)
+    intermediate_size = one.intermediate_size - math.ceil(
+        (more + mixer) / (3 * one.width * one.blocks)
+    )
     return CarryOnSettings.from_dict(
         one.to_dict() | {"taps": taps, "intermediate_size": max(1, intermediate_size)}
     )

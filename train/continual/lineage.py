@@ -176,9 +176,6 @@ def open_or_start(
             settings=lasting_settings(settings),
             predecessor=predecessor,
         )
-    if lineage.settings.get("tap_mixing") == "softmax" != settings.carryon.tap_mixing:
-        logger.info(f"{root}: the lineage began with --tap-mixing softmax and keeps it")
-        settings = settings.with_options(tap_mixing="softmax")
     settings = resolve_settings(settings, lineage.base)
     refuse_changed_settings(lineage, settings, alpha=alpha)
     return lineage, settings

@@ -4,10 +4,10 @@
     delta = sigmoid(A u + b) * (B u)          B starts at zero: an untrained carry-on is the base
     logits = W (x + alpha * delta)            W is the base's frozen head, not part of this module
 
-Each tap has its own norm and bridge. What the bridges give is added, which is one bridge from all
-normed states side by side; so for taps of other bases. With `tap_mixing` softmax, a learned softmax
-over the own taps weighs what they give for each token instead; an added tap can then hide another.
-The corrected state is always that of the tap `final`, which feeds the head.
+Each tap has its own norm and bridge; with several, a learned softmax over taps weighs them for
+each token. Taps of other bases have their own too; what these bridges give is added, which is one
+bridge from all their normed states side by side. The corrected state is always that of the tap
+`final`, which feeds the head.
 
 Letters: B rows, T positions, N tokens of a flat batch, D base width, d carry-on width, K taps, M
 chosen positions.
@@ -51,8 +51,7 @@ class Bottleneck(CarryOn):
         width, num_taps = settings.width, len(settings.taps)
         self.norms = nn.ModuleList(nn.RMSNorm(base_width, eps=NORM_EPS) for _ in settings.taps)
         self.bridges = nn.ModuleList(Product(base_width, width, bias=False) for _ in settings.taps)
-        has_mixer = num_taps > 1 and settings.tap_mixing == "softmax"
-        self.mixer = nn.Linear(num_taps * width, num_taps) if has_mixer else None
+        self.mixer = nn.Linear(num_taps * width, num_taps) if num_taps > 1 else None
         self.body: Any = Decoder(
             width=width,
             blocks=settings.blocks,
@@ -66,10 +65,6 @@ class Bottleneck(CarryOn):
         widths = self.sources.values()  # drawn last: its other weights are those of one base
         self.source_norms = nn.ModuleList(nn.RMSNorm(each, eps=NORM_EPS) for each in widths)
         self.source_bridges = nn.ModuleList(Product(each, width, bias=False) for each in widths)
-        if not has_mixer:
-            with torch.no_grad():
-                for weight in self.bridges.parameters():  # as one bridge from K * D channels
-                    weight.mul_(num_taps**-0.5)
         nn.init.zeros_(self.up.weight)
         for layer in (self.mixer, self.gate):
             if layer is not None:
@@ -96,7 +91,7 @@ class Bottleneck(CarryOn):
         Returns:
             [B, T, D] in the type of the weights.
         """
-        entrance_BTd = self.dropout(self._enter(states))
+        entrance_BTd = self.dropout(self._enter(states)[0])
         u_BTd = self.body(
             inputs_embeds=entrance_BTd,
             position_ids=position_ids,
@@ -109,7 +104,7 @@ class Bottleneck(CarryOn):
         self, states: Mapping[str, Tensor], packing: Packing, positions_M: Tensor
     ) -> Tensor:
         """Return delta at chosen tokens, [M, D]; see CarryOn."""
-        entrance_Nd = self.dropout(self._enter(states))
+        entrance_Nd = self.dropout(self._enter(states)[0])
         u_Nd = self.body(
             inputs_embeds=entrance_Nd[None], position_ids=packing.position_ids, packing=packing
         )[0]
@@ -131,36 +126,20 @@ class Bottleneck(CarryOn):
         return gated_product(u.view_as(u), self.gate, self.up, "sigmoid")
 
     def tap_ratios(self, states: Mapping[str, Tensor]) -> Tensor:
-        """Return each own tap's part in the entrance for each token, [B, T, K]; they add up to 1.
+        """Return each own tap's weight for each token, [B, T, K]; they add up to 1."""
+        return self._enter(states)[1]
 
-        With a softmax over taps its weights, else the parts of the bridges' lengths.
-        """
-        bridged = self._bridged(states)
-        if self.mixer is not None:
-            return self._weights_BTK(bridged)
-        lengths_BTK: Tensor = torch.linalg.vector_norm(torch.stack(bridged, dim=-2), dim=-1)
-        return lengths_BTK / lengths_BTK.sum(dim=-1, keepdim=True).clamp_min(NORM_EPS)
-
-    def _bridged(self, states: Mapping[str, Tensor]) -> list[Tensor]:
-        parts = zip(self.settings.taps, self.norms, self.bridges, strict=True)
-        return [_bridge(states[tap], norm, bridge) for tap, norm, bridge in parts]
-
-    def _weights_BTK(self, bridged: list[Tensor]) -> Tensor:  # noqa: N802 -- shape
-        assert self.mixer is not None
-        scores_BTK: Tensor = self.mixer(torch.cat(bridged, dim=-1))
-        return torch.softmax(scores_BTK, dim=-1)
-
-    def _enter(self, states: Mapping[str, Tensor]) -> Tensor:
-        bridged = self._bridged(states)
+    def _enter(self, states: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        bridged = [
+            _bridge(states[tap], norm, bridge)
+            for tap, norm, bridge in zip(self.settings.taps, self.norms, self.bridges, strict=True)
+        ]
         if self.mixer is None:
-            entrance_BTd = bridged[0]
-            for each_BTd in bridged[1:]:
-                entrance_BTd = entrance_BTd + each_BTd
-        else:
-            weights_BTK = self._weights_BTK(bridged)
-            stacked_BTKd = torch.stack(bridged, dim=-2)
-            entrance_BTd = (weights_BTK.unsqueeze(-1) * stacked_BTKd).sum(dim=-2)
-        return self._add_sources(entrance_BTd, states)
+            return self._add_sources(bridged[0], states), torch.ones_like(bridged[0][..., :1])
+        ratios_BTK = torch.softmax(self.mixer(torch.cat(bridged, dim=-1)), dim=-1)
+        stacked_BTKd = torch.stack(bridged, dim=-2)
+        entrance_BTd = (ratios_BTK.unsqueeze(-1) * stacked_BTKd).sum(dim=-2)
+        return self._add_sources(entrance_BTd, states), ratios_BTK
 
     def _add_sources(self, entrance_BTd: Tensor, states: Mapping[str, Tensor]) -> Tensor:
         parts = zip(self.sources, self.source_norms, self.source_bridges, strict=True)

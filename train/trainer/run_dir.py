@@ -184,7 +184,12 @@ def saved_loss_way(root: str | Path) -> str:
     Raises:
         InputError: it has a way that does not exist.
     """
-    identity = _peek_identity(root)
+    folder = RunFolder(root)
+    identity: Any = None
+    with suppress(OSError, ValueError, CarryOnError):
+        identity = read_sealed(folder.identity).get("identity")
+    if not isinstance(identity, dict):
+        identity = saved_identity(folder.checkpoints)
     if identity is None:
         return ""
     way = setting_of(identity, "loss_way")
@@ -194,22 +199,6 @@ def saved_loss_way(root: str | Path) -> str:
             f"{way!a:.80}. Fix: give another --out"
         )
     return way
-
-
-def saved_tap_mixing(root: str | Path) -> str:
-    """Return how the run in a folder joins several taps; empty without one."""
-    identity = _peek_identity(root)
-    return str(identity.get("tap_mixing", "")) if identity else ""
-
-
-def _peek_identity(root: str | Path) -> dict[str, Any] | None:
-    """Return the identity of the run in a folder, by its checkpoints if need be; None without."""
-    folder = RunFolder(root)
-    with suppress(OSError, ValueError, CarryOnError):
-        identity = read_sealed(folder.identity).get("identity")
-        if isinstance(identity, dict):
-            return with_current_names(identity)
-    return saved_identity(folder.checkpoints)
 
 
 def run_identity(

@@ -61,7 +61,6 @@ from carryon.train.trainer.run_dir import (
     open_to_write,
     saved_evaluate_tokens,
     saved_loss_way,
-    saved_tap_mixing,
 )
 from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
@@ -200,7 +199,7 @@ def _prepare(
     data, sources = _open_mixture(data, jobs[0].settings)
     if wrap_store is not None:
         data = replace(data, store=wrap_store(data.store))
-    jobs = [_keep_tap_mixing(_keep_evaluated(job.resolved(data))) for job in jobs]
+    jobs = [_keep_evaluated(job.resolved(data)) for job in jobs]
     contamination = _contamination(data, jobs)
     pick_device(jobs[0].settings.run.device)
     heads: dict[LossSettings, FrozenHead] = {}
@@ -275,15 +274,6 @@ def _keep_evaluated(job: Job) -> Job:
         return job
     number = saved_evaluate_tokens(job.out)
     return replace(job, settings=job.settings.with_options(evaluate_tokens=number))
-
-
-def _keep_tap_mixing(job: Job) -> Job:
-    """Return a job whose run goes on to weigh its taps by a softmax if it began so."""
-    carryon = job.settings.carryon
-    if carryon.tap_mixing == "softmax" or saved_tap_mixing(job.out) != "softmax":
-        return job
-    logger.info(f"{job.out}: the run began with --tap-mixing softmax and keeps it")
-    return replace(job, settings=job.settings.with_options(tap_mixing="softmax"))
 
 
 def _choose_loss_ways(

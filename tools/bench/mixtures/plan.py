@@ -107,7 +107,8 @@ def carryon_bytes(width: int, num_taps: int, base_width: int) -> int:
     inner = _inner(width)
     block = width * (4 * width + 3 * inner + 2)
     ends = num_taps * base_width * (width + 1) + 2 * base_width * width + base_width
-    return 2 * (2 * block + width + ends)
+    mixer = num_taps * (num_taps * width + 1) if num_taps > 1 else 0
+    return 2 * (2 * block + width + ends + mixer)
 
 
 def _inner(width: int) -> int:
