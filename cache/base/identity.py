@@ -6,7 +6,7 @@ are recorded for people and for finding the base; they are not compared. Imports
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 from carryon.cache.errors import InputError, SettingMismatchError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 MAX_TOKEN_ID = 1 << 24
+PIECE_ITEMS = 1 << 22
+"""Numbers of a weight that are hashed at one time; 16 MB of float32."""
 _NOT_COMPUTED_WITH = {
     "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "is_decoder",
     "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
@@ -57,18 +60,49 @@ class BaseIdentity:
         return asdict(self)
 
 
-def digest_weights(model: "nn.Module") -> str:
+def digest_weights(model: "nn.Module", *, dtype: "torch.dtype | None" = None) -> str:
     """Return the SHA-256 (hex) over name, shape, dtype and bytes of every saved tensor.
 
     Tensors come in the order of their names, a tied tensor once, under its first name. Each is
-    hashed separately, so that the work is spread over the CPU cores.
+    hashed separately, so that the work is spread over the CPU cores, and in pieces: no second copy
+    of a tensor is made.
+
+    Args:
+        model: its weights are in memory.
+        dtype: in which numbers are hashed. Weights that were widened when they were loaded have, in
+            the dtype of their checkpoint, its bytes. None: the dtype of each.
     """
-    named: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
-    for name, tensor in sorted(model.state_dict().items()):
-        named.setdefault((tensor.data_ptr(), tuple(tensor.shape)), (name, tensor))
     with ThreadPoolExecutor() as pool:
-        lines = pool.map(lambda item: _digest_tensor(*item), named.values())
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        tensors = saved_tensors(model)
+        lines = pool.map(lambda item: _digest_tensor(*item, dtype=dtype), tensors.items())
+        return join_digests(lines)
+
+
+def saved_tensors(model: "nn.Module") -> dict[tuple[str, ...], "Tensor"]:
+    """Return the tensors of a model in the order of their names, a tied one under all its names."""
+    named: dict[tuple[int, tuple[int, ...]], tuple[list[str], Tensor]] = {}
+    for name, tensor in sorted(model.state_dict().items()):
+        names, _ = named.setdefault((tensor.data_ptr(), tuple(tensor.shape)), ([], tensor))
+        names.append(name)
+    return {tuple(names): tensor for names, tensor in named.values()}
+
+
+def digest_pieces(
+    name: str, shape: Iterable[int], dtype: "torch.dtype", pieces: Iterable["Tensor"]
+) -> str:
+    """Return the line of one tensor in the digest of all: `pieces` are its values, in order."""
+    import torch
+
+    digest = hashlib.sha256()
+    for piece in pieces:
+        flat = piece.detach().to(dtype).contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).cpu().numpy().data)
+    return f"{name} {tuple(shape)} {dtype} {digest.hexdigest()}"
+
+
+def join_digests(lines: Iterable[str]) -> str:
+    """Return the digest of all tensors from the lines of each."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def digest_config(config: "PretrainedConfig") -> str:
@@ -177,13 +211,10 @@ def _computed_with(value: object) -> object:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _digest_tensor(name: str, tensor: "Tensor") -> str:
-    import torch
-
-    # At most one tensor a thread is on the CPU at a time.
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-    digest = hashlib.sha256(data.data).hexdigest()
-    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {digest}"
+def _digest_tensor(names: tuple[str, ...], tensor: "Tensor", *, dtype: "torch.dtype | None") -> str:
+    kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    flat = tensor.detach().contiguous().reshape(-1)
+    return digest_pieces(names[0], tensor.shape, kept, flat.split(PIECE_ITEMS))
 
 
 def _digest_json(value: object) -> str:

@@ -33,6 +33,7 @@ from carryon.cache.base.loading import (
     read_tokenizer,
     say_slow,
 )
+from carryon.cache.base.saved_weights import digest_checkpoint
 from carryon.cache.device import multiplies_bfloat16, pick_device
 from carryon.cache.settings import ForwardSettings
 
@@ -115,13 +116,23 @@ def load_base(
 def _read_model(
     place: BaseSource, forward: ForwardSettings, *, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[PreTrainedModel, torch.dtype, str]:
-    """Return the model in `compute_dtype`, and dtype and digest of its weights as saved."""
+    """Return the model in `compute_dtype`, and dtype and digest of its weights as saved.
+
+    The weights are read once, in `compute_dtype`, where the dtype of the checkpoint is known.
+    """
     how: dict[str, Any] = {
         "device": device,
         "attention": forward.attention,
         "allow_pickle": forward.allow_pickle,
     }
-    model = read_model(place, dtype=read_checkpoint_dtype(place), **how)
+    saved_dtype = read_checkpoint_dtype(place)
+    if isinstance(saved_dtype, torch.dtype) and place.gguf_file is None:
+        model = read_model(place, dtype=compute_dtype, **how)
+        digest = _digest_as_saved(model, place, compute_dtype=compute_dtype, dtype=saved_dtype)
+        if digest is None:
+            digest = digest_weights(read_model(place, dtype=saved_dtype, **how))
+        return model, saved_dtype, digest
+    model = read_model(place, dtype=saved_dtype, **how)
     checkpoint_dtype: torch.dtype = model.dtype
     weights_sha256 = digest_weights(model)  # before any change of dtype
     if compute_dtype != checkpoint_dtype:
@@ -132,6 +143,23 @@ def _read_model(
             del model
             model = read_model(place, dtype=compute_dtype, **how)
     return model, checkpoint_dtype, weights_sha256
+
+
+def _digest_as_saved(
+    model: PreTrainedModel,
+    place: BaseSource,
+    *,
+    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> str | None:
+    """Return the digest of the weights as saved in `dtype`; None where only loading them tells."""
+    if compute_dtype == dtype:
+        return digest_weights(model)
+    if model._get_dtype_plan(dtype) or model._get_dtype_plan(compute_dtype):
+        return None  # some weights are kept in float32
+    if compute_dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16):
+        return digest_weights(model, dtype=dtype)  # every value was widened, and is narrowed again
+    return digest_checkpoint(model, place, dtype=dtype)
 
 
 def _identity(

@@ -416,6 +416,20 @@ def test_opening_is_measured_in_a_fresh_process(store_tmp: Path) -> None:
     assert figures[0].details["samples"] == 30
 
 
+def test_loading_a_base_is_measured_in_fresh_processes(
+    tiny_base: Base, tiny_base_folder: Path, store_tmp: Path
+) -> None:
+    figures = measure("base.load", store_tmp, base=str(tiny_base_folder))
+    assert [(each.figure, each.target) for each in figures] == [
+        ("base.load.resident.bfloat16", 1.25),
+        ("base.load.anonymous.bfloat16", 1.25),
+        ("base.load.resident.float32", None),
+        ("base.load.anonymous.float32", 1.25),
+    ]
+    for figure in figures:
+        assert figure.details["weights_sha256"] == tiny_base.identity.weights_sha256
+
+
 def test_extraction_is_measured_against_bare_passes(
     tiny_base_folder: Path, exact_store: Store, store_tmp: Path
 ) -> None:

@@ -51,6 +51,11 @@ BENCHMARKS = {
         about="bytes and seconds of an extraction as predicted, against what it took",
         quick={"tokens": 4096, "unit_tokens": 1024, "batch_tokens": 128},
     ),
+    "base.load": Benchmark(
+        place="base_load:measure_base_loading",
+        about="peak memory of loading and digesting a base against its weights",
+        needs="base",
+    ),
     "store.stream": Benchmark(
         place="stream:measure_streaming",
         about="tokens/s into batches against other projects' layouts",

@@ -1,0 +1,95 @@
+"""Digests of a base's weights without a second copy of them, against a plain one."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny_bases import FAMILIES, make_tiny_base
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from carryon.cache.base.identity import digest_weights
+from carryon.cache.base.loading import locate_base, read_model
+from carryon.cache.base.model import load_base
+from carryon.cache.base.saved_weights import digest_checkpoint
+from carryon.cache.settings import ForwardSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU = torch.device("cpu")
+
+
+def read(folder: Path, dtype: torch.dtype) -> nn.Module:
+    place = locate_base(str(folder))
+    return read_model(place, dtype=dtype, device=CPU, attention="sdpa")
+
+
+def plain_digest(model: nn.Module) -> str:
+    """As stores record it: of the weights in the dtype of their checkpoint, whole."""
+    named: dict[tuple[int, torch.Size], tuple[str, torch.Tensor]] = {}
+    for name, tensor in sorted(model.state_dict().items()):
+        named.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
+    lines = []
+    for name, tensor in named.values():
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        shape = tuple(tensor.shape)
+        lines.append(f"{name} {shape} {tensor.dtype} {hashlib.sha256(data).hexdigest()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("saved", DTYPES)
+def test_a_base_has_one_digest_in_every_compute_dtype(
+    family: str, saved: str, tmp_path: Path
+) -> None:
+    folder = make_tiny_base(tmp_path / "base", family, dtype=DTYPES[saved])
+    expected = plain_digest(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[saved]))
+    for name in DTYPES:
+        base = load_base(str(folder), forward=ForwardSettings(device="cpu", compute_dtype=name))
+        assert base.identity.weights_sha256 == expected, name
+        assert base.checkpoint_dtype == DTYPES[saved]
+        assert base.model.dtype == DTYPES[name]
+
+
+def test_pieces_of_a_weight_are_digested_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_base(tmp_path / "base", dtype=torch.float32)
+    expected = plain_digest(read(folder, torch.float32))
+    for module in ("identity", "saved_weights"):
+        monkeypatch.setattr(f"carryon.cache.base.{module}.PIECE_ITEMS", 37)
+    assert digest_weights(read(folder, torch.float32)) == expected
+    narrow = read(folder, torch.bfloat16)
+    assert digest_checkpoint(narrow, locate_base(str(folder)), dtype=torch.float32) == expected
+
+
+def test_only_a_checkpoint_with_the_loaded_weights_is_digested(tmp_path: Path) -> None:
+    """Of a mixture of experts, and of a file with another weight, the files do not tell."""
+    experts = make_tiny_base(tmp_path / "experts", "mixtral", dtype=torch.float32)
+    model = read(experts, torch.bfloat16)
+    assert digest_checkpoint(model, locate_base(str(experts)), dtype=torch.float32) is None
+
+    folder = make_tiny_base(tmp_path / "base", dtype=torch.float32)
+    model = read(folder, torch.bfloat16)
+    place = locate_base(str(folder))
+    assert digest_checkpoint(model, place, dtype=torch.float32) is not None
+    with torch.no_grad():
+        next(model.parameters())[3] *= -1
+    assert digest_checkpoint(model, place, dtype=torch.float32) is None
+
+
+def test_a_checkpoint_in_several_files_has_the_same_digest(tmp_path: Path) -> None:
+    folder = make_tiny_base(tmp_path / "base", dtype=torch.float32)
+    expected = plain_digest(read(folder, torch.float32))
+    whole = load_file(folder / "model.safetensors")
+    parts = {f"part-{number}.safetensors": sorted(whole)[number::2] for number in range(2)}
+    for name, keys in parts.items():
+        save_file({key: whole[key] for key in keys}, folder / name, metadata={"format": "pt"})
+    weight_map = {key: name for name, keys in parts.items() for key in keys}
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    narrow = read(folder, torch.bfloat16)
+    assert digest_checkpoint(narrow, locate_base(str(folder)), dtype=torch.float32) == expected
