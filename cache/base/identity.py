@@ -214,7 +214,9 @@ def _computed_with(value: object) -> object:
 def _digest_tensor(names: tuple[str, ...], tensor: "Tensor", *, dtype: "torch.dtype | None") -> str:
     kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     flat = tensor.detach().contiguous().reshape(-1)
-    return digest_pieces(names[0], tensor.shape, kept, flat.split(PIECE_ITEMS))
+    firsts = range(0, len(flat), PIECE_ITEMS)
+    pieces = (flat[first : first + PIECE_ITEMS] for first in firsts)
+    return digest_pieces(names[0], tensor.shape, kept, pieces)
 
 
 def _digest_json(value: object) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from carryon.cache.base.identity import PIECE_ITEMS, digest_pieces, join_digests, saved_tensors
 from carryon.cache.base.loading import BaseSource

@@ -14,6 +14,7 @@ import torch
 from support.benchmarks import measure, names_of
 
 from carryon.cache.base.lm_head import widen
+from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
