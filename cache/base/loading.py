@@ -262,6 +262,11 @@ def read_checkpoint_dtype(source: BaseSource) -> torch.dtype | str:
     return dtype if isinstance(dtype, torch.dtype) else "auto"
 
 
+def is_quantized(source: BaseSource) -> bool:
+    """Return whether a checkpoint says that its weights are quantized, by any method."""
+    return source.gguf_file is None and hasattr(read_config(source), "quantization_config")
+
+
 @contextmanager
 def _loading(source: BaseSource, what: str, *, shows_progress: bool = False) -> Iterator[None]:
     """Turn errors of transformers into one line; silence it for a local base.

@@ -26,6 +26,7 @@ from carryon.cache.base.identity import (
 from carryon.cache.base.lm_head import Head
 from carryon.cache.base.loading import (
     BaseSource,
+    is_quantized,
     locate_base,
     read_checkpoint_dtype,
     read_config,
@@ -35,6 +36,7 @@ from carryon.cache.base.loading import (
 )
 from carryon.cache.base.saved_weights import digest_checkpoint
 from carryon.cache.device import multiplies_bfloat16, pick_device
+from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 
 
@@ -126,7 +128,8 @@ def _read_model(
         "allow_pickle": forward.allow_pickle,
     }
     saved_dtype = read_checkpoint_dtype(place)
-    if isinstance(saved_dtype, torch.dtype) and place.gguf_file is None:
+    is_plain = place.gguf_file is None and not is_quantized(place)
+    if isinstance(saved_dtype, torch.dtype) and is_plain:
         model = read_model(place, dtype=compute_dtype, **how)
         digest = _digest_as_saved(model, place, compute_dtype=compute_dtype, dtype=saved_dtype)
         if digest is None:
@@ -142,6 +145,12 @@ def _read_model(
         else:
             del model
             model = read_model(place, dtype=compute_dtype, **how)
+    if model.dtype != compute_dtype:  # such as FP8, which is unpacked to bfloat16 alone
+        names = [str(each).removeprefix("torch.") for each in (compute_dtype, model.dtype)]
+        raise InputError(
+            f"base {place.name}: expected a quantized checkpoint that is computed in {names[0]}, "
+            f"got one that transformers loads in {names[1]}. Fix: --compute-dtype {names[1]}"
+        )
     return model, checkpoint_dtype, weights_sha256
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from carryon.cache.base.identity import digest_weights
 from carryon.cache.base.loading import locate_base, read_model
 from carryon.cache.base.model import load_base
 from carryon.cache.base.saved_weights import digest_checkpoint
+from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,3 +95,43 @@ def test_a_checkpoint_in_several_files_has_the_same_digest(tmp_path: Path) -> No
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     narrow = read(folder, torch.bfloat16)
     assert digest_checkpoint(narrow, locate_base(str(folder)), dtype=torch.float32) == expected
+
+
+def quantized(folder: Path, facts: dict[str, object]) -> str:
+    """A tiny base whose config says that it is quantized."""
+    make_tiny_base(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": facts}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("package", "facts"),
+    [
+        ("bitsandbytes", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("torchao", {"quant_method": "torchao", "quant_type": "int8_weight_only"}),
+        ("optimum", {"quant_method": "gptq", "bits": 4}),
+        ("gptqmodel", {"quant_method": "awq", "bits": 4}),
+        ("compressed-tensors", {"quant_method": "compressed-tensors"}),
+    ],
+)
+def test_a_quantized_checkpoint_that_cannot_run_gives_the_reason_of_transformers(
+    package: str, facts: dict[str, object], tmp_path: Path
+) -> None:
+    if find_spec(package.replace("-", "_")) is not None:
+        pytest.skip(f"{package} is installed")
+    base = quantized(tmp_path / "base", facts)
+    with pytest.raises(InputError, match=f"its model could not be loaded: .*{package}") as raised:
+        load_base(base, forward=ForwardSettings(device="cpu"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_quantized_checkpoint_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    """transformers unpacks FP8 to bfloat16, also where float32 is wanted."""
+    if torch.accelerator.is_available():
+        pytest.skip("an accelerator may keep FP8 as it is")
+    base = quantized(tmp_path / "base", {"quant_method": "fp8"})
+    with pytest.raises(InputError, match="Fix: --compute-dtype bfloat16"):
+        load_base(base, forward=ForwardSettings(device="cpu", compute_dtype="float32"))
+    loaded = load_base(base, forward=ForwardSettings(device="cpu", compute_dtype="bfloat16"))
+    assert loaded.model.dtype == torch.bfloat16
