@@ -58,3 +58,22 @@ def test_errors_are_one_line_and_code_2(
     assert "vllm" in capsys.readouterr().err
     assert main(["import", "vllm", "/nowhere", *imported[3:]]) == 2
     assert "/nowhere: expected a folder" in capsys.readouterr().err
+
+
+def test_a_store_is_recoded_and_a_mistake_is_one_line(
+    store_folder: Path, store_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["recode", str(store_folder), "--out", str(store_tmp / "near"), "--profile", "near"]
+    assert main(words) == 0
+    report = last_line(capsys)
+    assert (report["profile"], report["recoded_units"]) == ("near", report["num_units"])
+    assert main(words) == 0  # nothing is left to do
+    assert last_line(capsys)["recoded_units"] == 0
+    raw = ["recode", str(store_tmp / "near"), "--out", str(store_tmp / "raw"), "--profile", "raw"]
+    assert main(raw) == 0
+    assert main(["inspect", str(store_tmp / "raw")]) == 0
+    assert "profile raw, of states rounded by the profile near" in capsys.readouterr().out
+    assert main([*raw[:-1], "exact"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("carryon recode: error: ")
+    assert line.endswith("Fix: --profile raw, or carryon extract again")
