@@ -11,13 +11,14 @@ import pytest
 import torch
 from support.aligned_stores import FORWARD, ROWS, SETTINGS, align, make_base, write
 from support.aligned_tokenizers import BRACKETS
-from support.tiny_stores import SHARING, small_pieces
+from support.tiny_stores import SHARING, files_below, small_pieces
 
 from carryon.cache.alignment.tree import visible
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.errors import InputError, SettingMismatchError
+from carryon.cache.exchange.recoding import recode
 from carryon.cache.extraction.aligned import plan_aligned, run_aligned
 from carryon.cache.extraction.aligned_forward import check_tree_forward, tree_inputs
 from carryon.cache.extraction.pipeline import extract
@@ -72,6 +73,16 @@ def test_one_of_several_processes_writes_the_states_of_a_process_alone(
         theirs, ours = alone.read_unit(number), shared.read_unit(number)
         for tap, states in theirs.hidden.items():
             assert np.array_equal(states, ours.hidden[tap])
+
+
+def test_an_aligned_store_is_recoded_with_its_trees_and_back(
+    anchor: Path, other: Base, tmp_path: Path
+) -> None:
+    store = align(other, anchor, tmp_path / "aligned")
+    recode(store.root, out=tmp_path / "raw", profile="raw")
+    recode(tmp_path / "raw", out=tmp_path / "back", profile="exact")
+    assert verify(tmp_path / "raw", depth="full").is_complete
+    assert files_below(tmp_path / "back") == files_below(store.root)
 
 
 def test_every_state_is_that_of_a_plain_pass_over_what_was_known(
