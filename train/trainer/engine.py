@@ -44,6 +44,9 @@ HINT_S = 20.0
 """Seconds of a run's steps from which a faster loss is worth a line."""
 HINT_RATIO = 2.0
 """Times that the run must be faster."""
+MOST_LOSS = 0.9
+"""Highest part of a step that is taken for the loss: apart, and of few positions, it takes longer
+than in a step, and nothing would be left for the carry-on."""
 
 
 def measure_base(states: Sequence[RunState]) -> None:
@@ -334,12 +337,13 @@ class _Forecast:
             chunk=run.chunk,
             at_most_s=of_batch / batch.num_targets,
         )
-        sampled_s = exact_s * max(timed.sampled, of_batch - timed.exact + timed.sampled) / of_batch
+        ratio = min(MOST_LOSS, timed.exact / of_batch)
+        sampled_s = exact_s * (1 - ratio + timed.sampled / of_batch)
         if exact_s < HINT_RATIO * sampled_s:
             return
         logger.info(
             f"{_name(state)}: the exact loss over {work.vocabulary:,} tokens takes "
-            f"{min(1.0, timed.exact / of_batch):.0%} of a step: about {show_seconds(exact_s)} of "
+            f"{ratio:.0%} of a step: about {show_seconds(exact_s)} of "
             f"steps; with --sampled-softmax {NUM_SAMPLED} they would take about "
             f"{show_seconds(sampled_s)}. Training losses are then estimates, held-out losses stay "
             "exact"
