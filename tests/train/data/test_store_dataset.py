@@ -127,6 +127,7 @@ def test_each_epoch_has_its_order_and_repeats_it(folder: Path) -> None:
     assert samples_of(StoreDataset(folder, seed=1, **OPTIONS)) != first
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
 def test_all_ranks_and_workers_see_every_sample_once(folder: Path) -> None:
     alone = list(StoreDataset(folder, **OPTIONS))
     seen: dict[int, list[dict[str, Any]]] = {}
@@ -151,6 +152,7 @@ def test_the_rank_comes_from_the_environment(folder: Path, monkeypatch: pytest.M
     assert_equal(list(ours), list(StoreDataset(folder, rank=1, world_size=2, **OPTIONS)))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_pass_resumed_at_a_random_point_has_the_same_batches(
