@@ -329,7 +329,7 @@ def test_a_slow_disk_keeps_its_bandwidth() -> None:
     assert time.perf_counter() - started_at >= 0.0399
 
 
-def test_streaming_gives_a_figure_per_layout_and_two_against_the_best_peer(
+def test_streaming_gives_a_figure_per_layout_and_three_against_the_best_peer(
     states: StateSet, store_tmp: Path
 ) -> None:
     some = [specforge(has_padding=True), deepspec(is_straight=False), deepspec(is_straight=True)]
@@ -344,8 +344,12 @@ def test_streaming_gives_a_figure_per_layout_and_two_against_the_best_peer(
     )
     ours = ["exact", "raw", "near", "compact"]
     theirs = [peer.name for peer in some]
-    expected = [f"stream.made-up.{name}" for name in [*ours, *theirs, "warm", "slow_disk"]]
+    last = ["warm", "warm_raw", "slow_disk"]
+    expected = [f"stream.made-up.{name}" for name in [*ours, *theirs, *last]]
     assert names_of(figures) == expected
+    values = {figure.figure.rpartition(".")[2]: figure.value for figure in figures}
+    assert values["warm_raw"] == pytest.approx(values["raw"] / values["torch_save_padded"])
+    assert values["warm"] == pytest.approx(values["exact"] / values["torch_save_padded"])
     details = {figure.figure.rpartition(".")[2]: figure.details for figure in figures}
     for name in (*ours, *theirs):
         assert details[name]["role"] in ("ours", "peer", "limit")
