@@ -74,24 +74,24 @@ def estimate(plan: ExtractionPlan) -> Estimate:
     timed, states = _run_timed(plan, lengths[0])
     planned = PlannedBatches.of(lengths, batch_tokens=plan.batch_tokens)
     elapsed_s = planned.seconds(fit_seconds(timed))
-    files = list(
-        plan_files(
-            manifest,
-            plan.samples,
-            plan.units,
-            head=head,
-            probe=make_probe(pilot),
-            blocks=block_files(plan.base, manifest.num_blocks),
-            skipped=plan.skipped,
-        )
+    files = plan_files(
+        manifest,
+        plan.samples,
+        plan.units,
+        head=head,
+        probe=make_probe(pilot),
+        blocks=block_files(plan.base, manifest.num_blocks),
+        skipped=plan.skipped,
     )
+    sizes_of_files = {path: len(content) for path, content in files}
     head_bytes, blocks_bytes = (
-        sum(len(content) for path, content in files if path.startswith(folder))
+        sum(size for path, size in sizes_of_files.items() if path.startswith(folder))
         for folder in ("head/", "blocks/")
     )
-    is_recorded = {path: path.partition("/c/")[0] not in ROW_ARRAYS for path, _ in files}
-    digests = {path: ["0" * 64] for path, recorded in is_recorded.items() if recorded}
-    rest = plan_bytes(files) + 2 * manifest_bytes(replace(manifest, files=digests))
+    recorded = [path for path in sizes_of_files if path.partition("/c/")[0] not in ROW_ARRAYS]
+    digests = {path: ["0" * 64] for path in recorded}
+    rest = plan_bytes(sizes_of_files.items())
+    rest += 2 * manifest_bytes(replace(manifest, files=digests))
     rest += receipt_bytes(manifest, manifest.num_units - 1) * manifest.num_units
     raw = raw_bytes(manifest, manifest.num_tokens)
     profiles = {}

@@ -17,15 +17,21 @@ import numpy as np
 
 from carryon.cache.base.lm_head import Head
 from carryon.cache.corpus.samples import SampleTable
-from carryon.cache.errors import InputError, StoreError
+from carryon.cache.errors import InputError, StoreBusyError, StoreError
 from carryon.cache.extraction.packing import UnitPlan
 from carryon.cache.extraction.sample_tables import encode_tables, refuse_known_ids
 from carryon.cache.files.atomic import sync_below, write_file
 from carryon.cache.files.documents import json_bytes
+from carryon.cache.files.regular import read_below
 from carryon.cache.format.arrays import read_file
 from carryon.cache.format.codec import encode_chunk
 from carryon.cache.format.head_arrays import encode_head
-from carryon.cache.format.manifest import Manifest, sha256_hex, write_manifest
+from carryon.cache.format.manifest import (
+    Manifest,
+    manifest_path,
+    sha256_hex,
+    write_manifest,
+)
 from carryon.cache.format.probe import Probe, encode_probe
 from carryon.cache.format.receipt import units_with_receipt
 from carryon.cache.format.zarr_metadata import (
@@ -80,6 +86,7 @@ def write_plan(root: Path, manifest: Manifest, files: Iterable[tuple[str, bytes]
 
     Raises:
         StoreError: there are receipts of a store whose manifest is gone; nothing was changed.
+        StoreBusyError: another process has written the plan since this call began.
         DiskFullError: there is no store yet; the same call can be made again.
     """
     if units_with_receipt(root):
@@ -87,17 +94,21 @@ def write_plan(root: Path, manifest: Manifest, files: Iterable[tuple[str, bytes]
             f"{root}: expected a new store, got receipts of one whose manifest is gone: "
             "run carryon repair, or choose another folder"
         )
-    digests = _write(root, files)
+    digests = _write(root, files, is_new=True)
     _flush(root, digests)  # before the manifest that vouches for them
+    _refuse_another_planner(root)
+    for path, digest in digests.items():
+        if path.startswith("probe/") and sha256_hex(read_below(root, path)) != digest:
+            raise _overtaken(root)
     rows = {path for path in digests if path.partition("/c/")[0] in ROW_ARRAYS}
     manifest = manifest.accepting({path: digests[path] for path in digests.keys() - rows})
     write_manifest(root, manifest)
     return manifest
 
 
-def plan_bytes(files: Iterable[tuple[str, bytes]]) -> int:
-    """Return the bytes of files of a plan, with their copies."""
-    return sum(len(content) * len(places(path)) for path, content in files)
+def plan_bytes(sizes: Iterable[tuple[str, int]]) -> int:
+    """Return the bytes of files of a plan, with their copies, from path and size of each."""
+    return sum(size * len(places(path)) for path, size in sizes)
 
 
 def refuse_large_plan(
@@ -108,7 +119,9 @@ def refuse_large_plan(
     Raises:
         InputError: they are not.
     """
-    if max_disk_bytes is not None and (needed := plan_bytes(files)) > max_disk_bytes:
+    if max_disk_bytes is None:
+        return
+    if (needed := plan_bytes((path, len(content)) for path, content in files)) > max_disk_bytes:
         raise InputError(
             f"max_disk: expected more than {needed / 1e6:,.1f} MB, the size of the head and the "
             f"plan of {root}, got {max_disk_bytes / 1e6:,.1f} MB"
@@ -175,15 +188,38 @@ def _json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _write(
-    root: Path, files: Iterable[tuple[str, bytes]], *, is_synced: bool = False
+    root: Path,
+    files: Iterable[tuple[str, bytes]],
+    *,
+    is_synced: bool = False,
+    is_new: bool = False,
 ) -> dict[str, str]:
     """Write files, and the copies from which repair restores them; return the SHA-256 of each."""
     digests = {}
     for path, content in files:
         for each in places(path):
+            if is_new:
+                _refuse_another_planner(root)
             write_file(root / each, content, is_synced=is_synced, root=root)
         digests[path] = sha256_hex(content)
     return digests
+
+
+def _refuse_another_planner(root: Path) -> None:
+    """Check that nobody has written a plan since this one was begun.
+
+    A process that shares the store may be paused until its lease expires. All planners write the
+    same bytes but those of the probe, which other hardware rounds otherwise.
+    """
+    if manifest_path(root).exists():
+        raise _overtaken(root)
+
+
+def _overtaken(root: Path) -> StoreBusyError:
+    return StoreBusyError(
+        f"{root}: expected to write the plan alone, got one of another process, which took over. "
+        "Fix: run the same command again"
+    )
 
 
 def _flush(root: Path, paths: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from carryon.cache.base.model import Base
 from carryon.cache.device import device_of
-from carryon.cache.errors import InputError
+from carryon.cache.errors import InputError, StoreBusyError
 from carryon.cache.extraction.forward import ExtractReport, run_units, summarize, units_to_do
 from carryon.cache.extraction.sharing.claims import PLAN, Claims, clear_leftovers
 from carryon.cache.extraction.sharing.leases import Leases, LeaseTimes
@@ -143,12 +143,16 @@ def run_together(
 
 def _alone(leases: Leases, prepare: Callable[[], Manifest]) -> Manifest:
     """Call `prepare` while no other process that shares the store does."""
-    while not leases.take(PLAN):
+    while True:
+        while not leases.take(PLAN):
+            time.sleep(_PLAN_LOOK_S)
+        try:
+            return prepare()
+        except StoreBusyError as error:  # it was paused for long: the plan of the other is taken
+            logger.info(str(error))
+        finally:
+            leases.release(PLAN)
         time.sleep(_PLAN_LOOK_S)
-    try:
-        return prepare()
-    finally:
-        leases.release(PLAN)
 
 
 @contextmanager

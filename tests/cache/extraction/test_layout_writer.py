@@ -1,9 +1,13 @@
 """Writing a plan: every file is on the disk before the manifest names it."""
 
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support import tiny_stores
 from support.tiny_stores import (
     Given,
     audit,
@@ -15,6 +19,7 @@ from support.tiny_stores import (
 )
 
 from carryon.cache.base.model import Base
+from carryon.cache.errors import StoreBusyError
 
 
 @pytest.fixture
@@ -54,6 +59,54 @@ def test_the_plan_is_on_the_disk_before_the_manifest(
     with audit(flushes.look, ("os.rename",)), small_pieces():
         plan_given(tmp_path / "store", given)
     assert flushes.missed == [set()]
+
+
+@pytest.mark.parametrize("at", ["tokens/c/1", "probe/top_logits/c/0/0", "hidden/zarr.json", ""])
+def test_a_planner_that_was_overtaken_leaves_the_plan_of_the_other(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """It is paused before a file, or, with no name, after the last; its probe has other bytes."""
+    root, plan_files = tmp_path / "store", tiny_stores.plan_files
+    first = replace(given.pilot[0], logits=given.pilot[0].logits + 0.001)
+    other = replace(given, pilot=[first, *given.pilot[1:]])
+
+    def overtaken(*arguments: Any, **how: Any) -> Iterator[tuple[str, bytes]]:  # noqa: ANN401
+        is_paused = False
+        for path, content in plan_files(*arguments, **how):
+            if at and path == at:
+                is_paused = True
+                overtake()
+            yield path, content
+        if not at:
+            is_paused = True
+            overtake()
+        assert is_paused
+
+    def overtake() -> None:
+        monkeypatch.setattr(tiny_stores, "plan_files", plan_files)
+        plan_given(root, given)
+        before.update(files_below(root))
+
+    before: dict[str, bytes] = {}
+    monkeypatch.setattr(tiny_stores, "plan_files", overtaken)
+    with small_pieces(), pytest.raises(StoreBusyError, match="store: .*Fix: run the same command"):
+        plan_given(root, other)
+    assert files_below(root) == before
+
+
+def test_a_planner_whose_probe_another_has_overwritten_writes_no_manifest(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, plan_files = tmp_path / "store", tiny_stores.plan_files
+
+    def overtaken(*arguments: Any, **how: Any) -> Iterator[tuple[str, bytes]]:  # noqa: ANN401
+        yield from plan_files(*arguments, **how)
+        (root / "probe/top_logits/c/0/0").write_bytes(b"of another")
+
+    monkeypatch.setattr(tiny_stores, "plan_files", overtaken)
+    with small_pieces(), pytest.raises(StoreBusyError):
+        plan_given(root, given)
+    assert not (root / "zarr.json").exists()
 
 
 def test_an_appended_plan_is_on_the_disk_before_its_manifest(
