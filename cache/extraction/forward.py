@@ -68,7 +68,8 @@ class ExtractReport:
     is_finished: bool
     """False when the disk limit ended it."""
     predicted: Totals | None = None
-    """What the first batches said of the same quantities. None: nothing was left to compute."""
+    """The same quantities, predicted from the first batches. None: nothing was left to compute,
+    other processes shared it, or the disk limit ended it before."""
 
     @property
     def written(self) -> Totals:
@@ -106,18 +107,16 @@ def run_units(
     """
     todo = units_to_do(root, manifest) if units is None else list(units)
     inputs = UnitInputs(root, manifest)
-    num_tokens = sum(map(inputs.num_tokens, todo))
-    keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
-    num_nodes = read_num_nodes(root, manifest) if manifest.alignment else np.empty(0, np.int32)
+    unit_tokens = list(map(inputs.num_tokens, todo))
+    read_tokens = read_num_nodes(root, manifest) if manifest.alignment else inputs.lengths
     pilot: Pilot | None = None
-    read_tokens = num_nodes if manifest.alignment else inputs.lengths
     if is_predicted and todo:
         pilot = Pilot(
             root,
             manifest,
             [read_tokens[rows] for rows in map(inputs.samples, todo)],
             units=todo,
-            unit_tokens=list(map(inputs.num_tokens, todo)),
+            unit_tokens=unit_tokens,
             batch_tokens=batch_tokens,
         )
     is_finished = True
@@ -125,7 +124,7 @@ def run_units(
     write: Callable[..., Receipt | None] = write_unit if claims is None else claims.write_unit
     started_at = time.perf_counter()
     with (
-        Progress(num_tokens if claims is None else 0, name="extract", unit="tokens") as progress,
+        Progress(0 if claims else sum(unit_tokens), name="extract", unit="tokens") as progress,
         ThreadPoolExecutor(max_workers=1) as thread,
     ):
         for unit in todo if claims is None else claims.iter_units(todo):
@@ -142,25 +141,16 @@ def run_units(
             unit_started_at = time.perf_counter()
             if pilot is not None:
                 pilot.begin(unit)
-            how: dict[str, Any] = {
-                "keeps_bits": keeps_bits,
-                "batch_tokens": batch_tokens,
-                "progress": progress,
-                "pilot": pilot if pilot is not None and pilot.prediction is None else None,
-            }
-            if manifest.alignment:
-                sizes = num_nodes[inputs.samples(unit)]
-                trees = read_trees(
-                    root,
-                    manifest,
-                    unit,
-                    num_nodes=sizes,
-                    starts=unit_input.starts,
-                    lengths=unit_input.lengths,
-                )
-                hidden = compute_aligned_states(base, manifest.taps, trees, sizes, **how)
-            else:
-                hidden = compute_states(base, manifest.taps, unit_input, **how)
+            hidden = _states_of_unit(
+                root,
+                manifest,
+                base,
+                unit_input,
+                read_tokens=read_tokens[inputs.samples(unit)],
+                batch_tokens=batch_tokens,
+                progress=progress,
+                pilot=pilot if pilot is not None and pilot.prediction is None else None,
+            )
             elapsed_s = time.perf_counter() - unit_started_at
             written = sum(_stored_bytes(manifest, each) for each in _finished(writing))
             progress.note = f"{written / 1e6:,.0f} MB written"
@@ -171,6 +161,41 @@ def run_units(
     elapsed_s = time.perf_counter() - started_at
     report = summarize(root, manifest, receipts, elapsed_s=elapsed_s, is_finished=is_finished)
     return replace(report, predicted=pilot.prediction) if pilot else report
+
+
+def _states_of_unit(
+    root: Path,
+    manifest: Manifest,
+    base: Base,
+    unit_input: UnitInput,
+    *,
+    read_tokens: NDArray[np.int32],
+    **how: Any,  # noqa: ANN401 -- passed on
+) -> dict[str, NDArray[Any]]:
+    """Run the base over the samples of a unit, or over their trees in an aligned store.
+
+    Args:
+        root: of the store.
+        manifest: of the store.
+        base: of the store.
+        unit_input: of the unit.
+        read_tokens: tokens that the base reads for each sample.
+        how: as of `compute_states`.
+    """
+    keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
+    if not manifest.alignment:
+        return compute_states(base, manifest.taps, unit_input, keeps_bits=keeps_bits, **how)
+    trees = read_trees(
+        root,
+        manifest,
+        unit_input.unit,
+        num_nodes=read_tokens,
+        starts=unit_input.starts,
+        lengths=unit_input.lengths,
+    )
+    return compute_aligned_states(
+        base, manifest.taps, trees, read_tokens, keeps_bits=keeps_bits, **how
+    )
 
 
 def _finished(writing: Sequence[Future[Receipt | None]]) -> list[Receipt]:

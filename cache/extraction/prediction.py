@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.format.manifest import Manifest
-from carryon.cache.format.zarr_metadata import state_paths
+from carryon.cache.format.zarr_metadata import receipt_path, state_paths
 from carryon.cache.progress import show_seconds
 from carryon.cache.store.sizes import (
     UnitSizes,
@@ -119,7 +119,10 @@ class Pilot:
         replaced = (
             file_bytes(root / path)
             for unit in units
-            for path in state_paths(manifest.taps, unit, is_lossy=manifest.is_lossy)
+            for path in (
+                *state_paths(manifest.taps, unit, is_lossy=manifest.is_lossy),
+                receipt_path(unit),  # a damaged one
+            )
         )
         self._kept_bytes = sum(self._present.values()) - sum(replaced)
         self._timed: list[TimedBatch] = []
@@ -157,7 +160,8 @@ class Pilot:
         self._timed.append(batch)
         num_rows = sum(map(len, self._places))
         is_chunk = num_rows >= self._manifest.rows_per_chunk  # a smaller one is compressed worse
-        if len(self._timed) >= (self._awaited if is_chunk else self._planned.count // 2):
+        least = 0 if is_chunk else self._planned.count // 2
+        if len(self._timed) >= max(self._awaited, least):
             self.prediction = self._predict()
             self._states.clear()
             logger.info(f"predicted: {self.prediction}")

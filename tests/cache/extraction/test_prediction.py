@@ -16,6 +16,7 @@ from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.extraction.prediction import (
     PILOT_BATCHES,
+    Pilot,
     TimedBatch,
     Totals,
     batch_seconds,
@@ -177,8 +178,8 @@ def test_a_resumed_extraction_predicts_what_is_left(
     root = store_tmp / "store"
     plan = plan_of(tiny_base, texts, root)
     first = run_extraction(plan)
-    for unit in (1, 2):
-        (root / receipt_path(unit)).unlink()
+    (root / receipt_path(1)).unlink()
+    (root / receipt_path(2)).write_bytes(b"damaged" * 5000)  # does not count either
     report, predicted = run(plan_of(tiny_base, texts, root))
     assert report.computed_units == 2
     assert 0 < report.raw_bytes < first.raw_bytes
@@ -242,6 +243,24 @@ def test_a_single_batch_is_predicted_after_it(tiny_base: Base, store_tmp: Path) 
     data.write_text(json.dumps({"text": "the owl in the barn"}) + "\n")
     report, predicted = run(plan_of(tiny_base, data, store_tmp / "store"))
     assert predicted.store_bytes == pytest.approx(report.store_bytes, rel=BYTES)
+
+
+def test_few_rows_are_not_predicted_before_the_batches_that_are_awaited(
+    tiny_base: Base, texts: Path, store_tmp: Path
+) -> None:
+    """Two of three, although they fill no chunk; as the log says."""
+    root = store_tmp / "store"
+    run_extraction(plan_of(tiny_base, texts, root))
+    manifest = read_manifest(root)
+    lengths = np.full(3, 100, dtype=np.int32)
+    pilot = Pilot(root, manifest, [lengths], units=[0], unit_tokens=[300], batch_tokens=128)
+    hidden = {tap: np.zeros((1024, manifest.width), np.float32) for tap in manifest.taps}
+    for number in range(2):
+        assert pilot.prediction is None
+        rows = np.arange(100) + 100 * number
+        pilot.add(hidden, rows, TimedBatch(rows=1, length=100, seconds=0.01))
+    assert pilot.prediction is not None
+    assert 0.01 < pilot.prediction.elapsed_s < 1
 
 
 def test_a_quiet_log_has_the_prediction_in_the_report(
