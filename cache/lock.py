@@ -20,7 +20,7 @@ def refuse_busy(root: Path, *, is_shared: bool = False) -> None:
 
     Args:
         root: of the store.
-        is_shared: allow processes that share the store, as of `shared_lock`.
+        is_shared: allow processes that share the store, as of `write_lock`.
 
     Raises:
         StoreBusyError: another process holds the lock.

@@ -164,6 +164,20 @@ def remove_anything(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file or a link, if there is one.
+
+    Raises:
+        UnsafePathError: it is a folder.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError) as error:
+        if path.is_dir():
+            raise unsafe(path, "a file") from error
+        raise
+
+
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}{REPLACED}")
 

@@ -18,9 +18,9 @@ from carryon.cache.extraction.sharing.commits import (
     write_aside,
 )
 from carryon.cache.extraction.sharing.leases import Leases, is_lease
-from carryon.cache.files.atomic import sweep_partials
+from carryon.cache.files.atomic import remove_file, sweep_partials
 from carryon.cache.files.regular import names_below
-from carryon.cache.format.manifest import Manifest
+from carryon.cache.format.manifest import Manifest, read_manifest
 from carryon.cache.format.receipt import Receipt, has_receipt, units_with_receipt
 from carryon.cache.store.shard_writer import States, UnitInput, write_states
 
@@ -80,13 +80,11 @@ class Claims:
                 root, manifest, unit_input, hidden, elapsed_s=elapsed_s, write=write
             )
             is_own = commit_unit(root, manifest, receipt, token=token)
-        except FileNotFoundError:
-            if has_receipt(root, manifest, unit):  # others finished, and removed what they found
-                return None
-            raise
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 discard_aside(root, manifest, unit, token=token)
+            if isinstance(error, FileNotFoundError) and has_receipt(root, manifest, unit):
+                return None  # others finished, and removed what they found
             raise
         finally:
             self._leases.release(str(unit))
@@ -107,8 +105,9 @@ def clear_leftovers(root: Path, manifest: Manifest, leases: Leases) -> None:
     clear_units(root, manifest, units)
     leases.clear(set(map(str, units)))
     if leases.is_known(PLAN) and leases.take(PLAN):  # its owner died while it wrote the plan
-        sweep_partials(root)
-        leases.clear({PLAN})
+        if read_manifest(root).num_units == manifest.num_units:  # else files of others' units
+            sweep_partials(root)
+            leases.clear({PLAN})
         leases.release(PLAN)
 
 
@@ -116,4 +115,4 @@ def drop_claims(root: Path) -> None:
     """Remove leases and unfinished commits from a store that no other process writes to."""
     for name in names_below(root, "units"):
         if is_lease(name) or is_commit(name):
-            (root / "units" / name).unlink(missing_ok=True)
+            remove_file(root / "units" / name)

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from carryon.cache.errors import DamagedStoreError, InputError
-from carryon.cache.files.atomic import PARTIAL, sync_below, write_file
+from carryon.cache.files.atomic import PARTIAL, remove_file, sync_below, write_file
 from carryon.cache.files.regular import names_below, read_below, refuse_links, unsafe
 from carryon.cache.format.manifest import Manifest, sha256_hex
 from carryon.cache.format.receipt import (
@@ -82,7 +82,12 @@ def finish_commit(root: Path, manifest: Manifest, unit: int) -> bool:
     if not _TOKEN.fullmatch(token):
         (root / _commit_path(unit)).unlink(missing_ok=True)
         return False
-    return _carry_out(root, receipt, token.decode("ascii"))
+    try:
+        return _carry_out(root, receipt, token.decode("ascii"))
+    except FileNotFoundError:
+        if has_receipt(root, manifest, unit):  # others finished, and removed what they found
+            return True
+        raise
 
 
 def discard_aside(root: Path, manifest: Manifest, unit: int, *, token: str) -> None:
@@ -114,7 +119,7 @@ def clear_units(root: Path, manifest: Manifest, units: Collection[int]) -> None:
             folder, _, name = path.rpartition("/")
             for each in names_below(root, folder):
                 if each.startswith((f".{name}.", f"..{name}.")) and each.endswith(PARTIAL):
-                    (root / folder / each).unlink(missing_ok=True)
+                    remove_file(root / folder / each)
 
 
 def _carry_out(root: Path, receipt: Receipt, token: str) -> bool:

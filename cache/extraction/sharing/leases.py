@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+from carryon.cache.files.atomic import remove_file
 from carryon.cache.files.documents import parse_json
 from carryon.cache.files.full_disk import disk_full_named
 from carryon.cache.files.regular import names_below, open_below
@@ -109,7 +110,7 @@ class Leases:
         for name in names_below(self._root, _FOLDER):
             match = _NAME.fullmatch(name)
             if match and match[1] in names:
-                (self._root / _FOLDER / name).unlink(missing_ok=True)
+                remove_file(self._root / _FOLDER / name)
 
     def _make(self, path: str) -> bool:
         with disk_full_named(self._root / path):

@@ -23,20 +23,23 @@ from support.tiny_stores import (
     files_below,
     readable_content,
     start_extraction,
+    watch_changes,
     write_corpus,
 )
 
 from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError, SettingMismatchError, StoreBusyError
 from carryon.cache.extraction.repair import repair
+from carryon.cache.extraction.sharing.claims import Claims, clear_leftovers
 from carryon.cache.extraction.sharing.commits import commits_in, finish_commit
-from carryon.cache.extraction.sharing.leases import Leases
+from carryon.cache.extraction.sharing.leases import Leases, LeaseTimes
 from carryon.cache.extraction.sharing.worker import run_worker
-from carryon.cache.extraction.sharing.workers import plan_sharing
+from carryon.cache.extraction.sharing.workers import Sharing, plan_sharing
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.format.zarr_metadata import receipt_path, shard_path
 from carryon.cache.lock import LOCK_PATH
 from carryon.cache.settings import CorpusSettings
+from carryon.cache.store.shard_writer import UnitInputs
 from carryon.cache.store.verify import verify
 
 PROGRAM = [sys.executable, "-c", "import sys; from carryon.tools.cli.main import main; "]
@@ -47,7 +50,7 @@ def start(base_folder: Path, data: Path, root: Path, *, held_at: str = "") -> Ex
     return start_extraction(base_folder, data, root, held_at=held_at, sharing=SHARING)
 
 
-def is_as_of_one_process(root: Path, original: Path) -> None:
+def assert_same_as_alone(root: Path, original: Path) -> None:
     """Check that a store is complete, has the content of another, and nothing else."""
     assert readable_content(root) == readable_content(original)
     assert verify(root, depth="full").is_complete
@@ -96,7 +99,7 @@ def test_processes_that_start_at_the_same_time_share_the_units(
     for each in (first, *others):
         each.wait_for("done")
         each.kill()
-    is_as_of_one_process(root, store_original)
+    assert_same_as_alone(root, store_original)
 
 
 @pytest.mark.slow
@@ -123,7 +126,7 @@ def test_processes_killed_at_random_moments_leave_a_store_that_the_rest_complete
         else:
             pair[1].wait_for("done")
             pair[1].kill()
-        is_as_of_one_process(root, store_original)
+        assert_same_as_alone(root, store_original)
         shutil.rmtree(root)
     print(f"{num_killed} of {rounds} kills came before the end")
 
@@ -154,7 +157,7 @@ def test_whatever_step_a_process_is_killed_at_another_takes_over(
     first.wait_for("held")
     first.kill()
     extract_tiny(tiny_base, store_data, root, sharing=SHARING)
-    is_as_of_one_process(root, store_original)
+    assert_same_as_alone(root, store_original)
 
 
 @pytest.mark.slow
@@ -179,16 +182,13 @@ def test_a_process_that_was_paused_for_long_yields(
     for each in (first, other):
         each.kill()
     assert files_below(root) == before
-    is_as_of_one_process(root, store_original)
+    assert_same_as_alone(root, store_original)
 
 
 def test_two_writers_of_other_bytes_never_mix(
     tiny_base: Base, store_data: Path, store_original: Path, store_tmp: Path
 ) -> None:
     """The second would write other states, as on other hardware: it yields at every step."""
-    from carryon.cache.extraction.sharing.claims import Claims
-    from carryon.cache.store.shard_writer import UnitInputs
-
     root = Path(shutil.copytree(store_original, store_tmp / "store"))
     manifest = read_manifest(root)
     unit_input = UnitInputs(root, manifest).read(1)
@@ -207,6 +207,60 @@ def test_two_writers_of_other_bytes_never_mix(
     assert files_below(root) == expected
 
 
+def test_a_late_writer_leaves_nothing_where_others_finish_and_clear_its_unit(
+    tiny_base: Base, store_data: Path, store_original: Path, store_tmp: Path
+) -> None:
+    root = Path(shutil.copytree(store_original, store_tmp / "store"))
+    manifest, expected = read_manifest(root), files_below(root)
+    unit_input = UnitInputs(root, manifest).read(1)
+    (root / receipt_path(1)).unlink()
+    states = {tap: np.zeros((UNIT_TOKENS, manifest.width), np.float32) for tap in manifest.taps}
+    is_cleared = False
+
+    def finish(number: int, path: Path) -> None:
+        """Before the second tap's file aside has its name: be the others."""
+        nonlocal is_cleared
+        folder = (root / shard_path("layer.1", 1)).parent
+        if path.parent == folder and path.name.startswith(".0.") and not is_cleared:
+            is_cleared = True
+            [partial] = folder.glob("..0.*")
+            partial.unlink()
+            (root / receipt_path(1)).write_bytes(expected[receipt_path(1)])
+
+    with Leases(root) as leases:
+        claims = Claims(root, manifest, leases)
+        assert leases.take("1")
+        with watch_changes(root, finish):
+            assert claims.write_unit(root, manifest, unit_input, states, elapsed_s=0.0) is None
+    assert is_cleared
+    assert files_below(root) == expected
+
+
+def test_a_commit_that_two_finish_at_the_same_time_is_finished_for_both(
+    tiny_base: Base, store_original: Path, store_tmp: Path
+) -> None:
+    """One clears the other's receipt that has not its name yet."""
+    root = Path(shutil.copytree(store_original, store_tmp / "store"))
+    expected = files_below(root)
+    (root / receipt_path(1)).unlink()
+    (root / "units/.1.commit").write_bytes(b"0" * 16 + b"\n" + expected[receipt_path(1)])
+    is_cleared = False
+
+    def finish(number: int, path: Path) -> None:
+        nonlocal is_cleared
+        partials = list((root / "units").glob(".1.json.*.partial"))
+        if path == root / receipt_path(1) and partials and not is_cleared:
+            is_cleared = True
+            partials[0].unlink()
+            (root / "units/.1.commit").unlink()
+            (root / receipt_path(1)).write_bytes(expected[receipt_path(1)])
+
+    with watch_changes(root, finish):
+        assert finish_commit(root, read_manifest(root), 1)
+    assert is_cleared
+    assert files_below(root) == expected
+
+
 def test_a_commit_whose_files_are_gone_is_removed_and_the_unit_computed_again(
     tiny_base: Base, store_data: Path, store_original: Path, store_tmp: Path
 ) -> None:
@@ -220,7 +274,7 @@ def test_a_commit_whose_files_are_gone_is_removed_and_the_unit_computed_again(
         assert not finish_commit(root, read_manifest(root), 1)
         assert commits_in(root) == set()
     extract_tiny(tiny_base, store_data, root, sharing=SHARING)
-    is_as_of_one_process(root, store_original)
+    assert_same_as_alone(root, store_original)
 
 
 def test_a_process_alone_is_refused_beside_others_and_others_beside_it(
@@ -259,6 +313,27 @@ def test_another_corpus_or_setting_is_refused_by_name(
     assert files_below(root) == before
 
 
+def test_what_a_killed_planner_has_left_is_cleared_but_not_beside_later_units(
+    tiny_base: Base,
+    store_data: Path,
+    store_more_data: Path,
+    store_original: Path,
+    store_tmp: Path,
+) -> None:
+    root = Path(shutil.copytree(store_original, store_tmp / "store"))
+    before = read_manifest(root)
+    extract_tiny(tiny_base, store_more_data, root, append=True)
+    manifest, expected = read_manifest(root), files_below(root)
+    partial = (root / shard_path("final", manifest.num_units - 1)).with_name(".0.of-others.partial")
+    partial.write_text("at work")
+    (root / "units/.plan.0.lease").write_text("left")
+    with Leases(root, LeaseTimes(expiry_s=0.0)) as leases:
+        clear_leftovers(root, before, leases)
+        assert partial.exists()
+        clear_leftovers(root, manifest, leases)
+    assert files_below(root) == expected
+
+
 def test_processes_append_together(
     tiny_base: Base,
     store_data: Path,
@@ -272,7 +347,7 @@ def test_processes_append_together(
     extract_tiny(tiny_base, store_more_data, alone, append=True)
     for _ in range(2):  # the second comes late: all is done
         extract_tiny(tiny_base, store_more_data, shared, append=True, sharing=SHARING)
-    is_as_of_one_process(shared, alone)
+    assert_same_as_alone(shared, alone)
 
 
 def test_a_disk_limit_stops_between_units_and_a_higher_one_resumes(
@@ -284,7 +359,7 @@ def test_a_disk_limit_stops_between_units_and_a_higher_one_resumes(
     assert not report.is_finished
     assert sum(map(len, files_below(root).values())) <= limit
     assert extract_tiny(tiny_base, store_data, root, sharing=SHARING).is_finished
-    is_as_of_one_process(root, store_original)
+    assert_same_as_alone(root, store_original)
 
 
 def test_a_process_alone_resumes_what_others_have_left(
@@ -295,7 +370,35 @@ def test_a_process_alone_resumes_what_others_have_left(
     for name in (".1.0.lease", ".plan.0.lease", ".1.commit", "..1.commit.0.partial"):
         (root / "units" / name).write_text("left")
     extract_tiny(tiny_base, store_data, root)
-    is_as_of_one_process(root, store_original)
+    assert_same_as_alone(root, store_original)
+
+
+@pytest.mark.parametrize("name", [".1.0.lease", ".1.commit"])
+@pytest.mark.parametrize("sharing", [None, SHARING])
+def test_a_folder_in_place_of_a_claim_is_named(
+    tiny_base: Base,
+    store_data: Path,
+    store_original: Path,
+    store_tmp: Path,
+    name: str,
+    sharing: Sharing | None,
+) -> None:
+    root = Path(shutil.copytree(store_original, store_tmp / "store"))
+    (root / receipt_path(1)).unlink()
+    (root / "units" / name).mkdir()
+    text = error_of(lambda: extract_tiny(tiny_base, store_data, root, sharing=sharing))
+    assert f"{name}: expected a file, got a folder" in text
+    assert (root / "units" / name).is_dir()
+
+
+def test_a_folder_among_what_killed_writers_have_left_is_named(
+    tiny_base: Base, store_data: Path, store_original: Path, store_tmp: Path
+) -> None:
+    root = Path(shutil.copytree(store_original, store_tmp / "store"))
+    (root / "units/.1.0.lease").write_text("left")
+    (root / "units/.1.json.1.partial").mkdir()
+    text = error_of(lambda: extract_tiny(tiny_base, store_data, root, sharing=SHARING))
+    assert ".1.json.1.partial: expected a file, got a folder" in text
 
 
 def job_of(root: Path, base: Base, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -325,7 +428,7 @@ def test_a_worker_needs_the_store_and_the_base_alone(
         run_worker(job_of(root, tiny_base, forward=other))
     assert not (root / receipt_path(0)).exists()
     run_worker(job_of(root, tiny_base))
-    is_as_of_one_process(root, store_original)
+    assert_same_as_alone(root, store_original)
 
 
 def test_workers_are_refused_where_torchrun_starts_processes(
@@ -380,7 +483,7 @@ def test_a_command_with_two_workers_makes_the_store_of_one_process(
     assert facts["computed_units"] == facts["num_units"]
     assert facts["is_finished"]
     assert "Traceback" not in done.stderr
-    is_as_of_one_process(root, long_original)
+    assert_same_as_alone(root, long_original)
 
 
 @pytest.mark.slow
@@ -396,9 +499,7 @@ def test_ctrl_c_ends_all_workers_and_loses_nothing(
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not list((root / "units").glob("[0-9]*.json")) and process.poll() is None:
-        time.sleep(0.005)
-    children = children_of(process.pid)
+    children = children_at_first_receipt(process, root)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -408,7 +509,7 @@ def test_ctrl_c_ends_all_workers_and_loses_nothing(
     assert not any(map(is_alive, children))
     assert not list((root / "units").glob(".*.lease"))
     subprocess.run(words, check=True, capture_output=True)
-    is_as_of_one_process(root, long_original)
+    assert_same_as_alone(root, long_original)
 
 
 @pytest.mark.slow
@@ -418,9 +519,7 @@ def test_workers_end_with_the_process_that_started_them(
     root = store_tmp / "store"
     words = [*PROGRAM, *words_of(tiny_base_folder, long_data, root), "--workers", "2"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((root / "units").glob("[0-9]*.json")) and process.poll() is None:
-        time.sleep(0.005)
-    children = children_of(process.pid)
+    children = children_at_first_receipt(process, root)
     process.kill()
     process.wait()
     assert children
@@ -429,7 +528,7 @@ def test_workers_end_with_the_process_that_started_them(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     subprocess.run(words, check=True, capture_output=True)
-    is_as_of_one_process(root, long_original)
+    assert_same_as_alone(root, long_original)
 
 
 @pytest.mark.slow
@@ -450,11 +549,14 @@ def test_torchrun_with_two_processes_makes_the_store_of_one(
     )
     assert len(done.stdout.splitlines()) == 1, "only the first process prints"
     assert done.stderr.count("samples kept") <= 1
-    is_as_of_one_process(root, long_original)
+    assert_same_as_alone(root, long_original)
 
 
-def children_of(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+def children_at_first_receipt(process: subprocess.Popen[Any], root: Path) -> list[int]:
+    """Wait until a unit has a receipt, and return the numbers of the process's children."""
+    while not list((root / "units").glob("[0-9]*.json")) and process.poll() is None:
+        time.sleep(0.005)
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     return [int(word) for word in text.split()]
 
 
