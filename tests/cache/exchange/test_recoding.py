@@ -23,6 +23,7 @@ from support.tiny_train_stores import make_tiny_store
 from carryon.cache.base.lm_head import widen
 from carryon.cache.base.model import Base
 from carryon.cache.errors import DamagedStoreError, InputError, SettingMismatchError
+from carryon.cache.exchange import recoding
 from carryon.cache.exchange.recoding import recode
 from carryon.cache.format.quantization import STEPS, from_codes, to_codes
 from carryon.cache.format.zarr_metadata import receipt_path, row_path, shard_path
@@ -199,6 +200,30 @@ def test_a_recoding_killed_before_any_change_is_resumed_by_the_same_call(
         assert report.recoded_units == report.num_units - len(before)
         assert readable_content(copy) == expected
         assert not [path for path in files_below(copy) if ".partial" in path]
+
+
+def test_a_lossy_recoding_resumes_where_its_error_is_measured_otherwise(
+    store_folder: Path, store_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = store_tmp / "near"
+    recode(store_folder, out=root, profile="near")
+    expected = files_below(root)
+    (root / receipt_path(1)).unlink()
+    # Another core, or other numbers of threads, add in another order: here, of fewer tokens.
+    monkeypatch.setattr(recoding, "_MEASURED_TOKENS", 8)
+    assert recode(store_folder, out=root, profile="near").recoded_units == 1
+    assert files_below(root) == expected
+
+
+def test_a_folder_of_other_things_is_not_touched(store_folder: Path, store_tmp: Path) -> None:
+    out = store_tmp / "mine"
+    out.mkdir()
+    (out / ".notes.partial").write_text("x")
+    with pytest.raises(InputError, match="expected a new or empty folder.*notes.partial"):
+        recode(store_folder, out=out, profile="raw")
+    assert files_below(out) == {".notes.partial": b"x"}
+    (out / ".notes.partial").unlink()
+    assert recode(store_folder, out=out, profile="raw").recoded_units > 0  # empty
 
 
 def test_what_cannot_be_recoded_is_refused_and_nothing_is_written(
