@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.facts import BaseFacts
 from carryon.cache.corpus.dataset import Corpus
-from carryon.cache.corpus.report import Tally
+from carryon.cache.corpus.report import Report, Tally, merge_reports
 from carryon.cache.corpus.samples import Sample, SampleTable
 from carryon.cache.errors import InputError
 from carryon.cache.exchange.char_ends import CharEnds
@@ -183,7 +183,7 @@ class FileSamples:
         if not missing:
             return texts, places
         table = SampleTable.of(texts.samples[index] for index in kept)
-        return _corpus(table, texts.kinds, texts.files, missing), places
+        return _corpus(table, texts.kinds, texts.files, missing, texts=texts), places
 
 
 def _key(values: NDArray[Any]) -> bytes:
@@ -214,25 +214,42 @@ def _corpus(
     kinds: dict[str, int],
     files: list[dict[str, Any]],
     missing: Sequence[tuple[str, int]],
+    *,
+    texts: Corpus | None = None,
 ) -> Corpus:
-    """Return a corpus of samples; those without a file are counted and listed."""
-    tally = Tally()
-    tokens = int(table.lengths.sum())
-    tally.records, tally.kept, tally.tokens = len(table) + len(missing), len(table), tokens
-    for name, lost in missing:
-        tally.count(_MISSING, where=name, tokens=lost)
-    supervised = sum(int(sample.loss_mask.sum()) for sample in table)
+    """Return a corpus of samples, a part of those of `texts`; those without a file are counted and
+    listed, beside what reading `texts` has lost."""
+    report = _report(table, missing, None if texts is None else texts.report)
     return Corpus(
         samples=table,
         fingerprint=table.digest(),
         files=files,
         counts={
-            "records": tally.records,
+            "records": report.records,
             "samples": len(table),
-            "tokens": tokens,
-            "supervised_tokens": supervised,
+            "tokens": report.tokens,
+            "supervised_tokens": sum(int(sample.loss_mask.sum()) for sample in table),
         },
         kinds=kinds,
-        report=tally.report(),
-        skipped=[{"where": name, "problem": _MISSING} for name, _ in missing],
+        report=report,
+        skipped=[
+            *([] if texts is None else texts.skipped),
+            *({"where": name, "problem": _MISSING} for name, _ in missing),
+        ],
     )
+
+
+def _report(
+    table: SampleTable, missing: Sequence[tuple[str, int]], texts: Report | None
+) -> Report:
+    tally = Tally()
+    for name, lost in missing:
+        tally.count(_MISSING, where=name, tokens=lost)
+    tally.records, tally.kept = len(table) + len(missing), len(table)
+    tally.tokens = int(table.lengths.sum())
+    own = tally.report()
+    if texts is None:
+        return own
+    kept = len(np.unique(table.groups))  # a record may have given several samples
+    both = merge_reports([texts, own])
+    return replace(both, records=texts.records, kept=kept, tokens=own.tokens)

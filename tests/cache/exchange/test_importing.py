@@ -23,7 +23,7 @@ from carryon.cache.exchange.units import ImportReport
 from carryon.cache.extraction.repair import repair
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.format.zarr_metadata import receipt_path
-from carryon.cache.settings import CorpusSettings
+from carryon.cache.settings import CorpusSettings, DataSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
 from carryon.tools.bench.exchange.state_files import (
@@ -319,6 +319,24 @@ def test_a_sample_without_a_file_is_an_error_or_counted(
     assert store.num_samples == 8
     [loss] = store.manifest.parts[0].report["losses"]
     assert (loss["reason"], loss["records"], loss["first"]) == ("no file of states", 1, "r4")
+
+
+def test_what_reading_the_corpus_lost_is_reported_beside_missing_files(
+    answered: Path, corpus: Path, tiny_base: Base, store_tmp: Path
+) -> None:
+    with corpus.open("a") as file:
+        file.write('{"id": "bad", "prompt": 5}\n')
+    (answered / "request-4.safetensors").unlink()
+    reading = DataSettings(bad_rows="skip")
+    options: dict[str, Any] = {"data": [str(corpus)], "data_settings": reading}
+    import_files(answered, tiny_base, store_tmp / "store", drop_missing=True, **options)
+    [part] = Store.open(store_tmp / "store").manifest.parts
+    losses = {loss["reason"]: loss["records"] for loss in part.report["losses"]}
+    assert losses == {"bad row": 1, "no file of states": 1}
+    assert [part.report[name] for name in ("records", "kept")] == [10, 8]
+    assert part.counts["records"] == 10
+    skipped = (store_tmp / "store" / "skipped.jsonl").read_text().splitlines()
+    assert ["corpus.jsonl:10" in skipped[0], "r4" in skipped[1]] == [True, True]
 
 
 def test_a_file_without_a_sample_is_an_error(
