@@ -8,6 +8,7 @@ Letters: T tokens of a sample, L columns, D base width.
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,17 @@ from carryon.cache.exchange.saved_rows import CHAR_END, MASK, SAMPLE_COLUMNS
 from carryon.cache.exchange.saved_rows import TOKENS as ROW_TOKENS
 from carryon.cache.exchange.state_file import STATE_DTYPES, STATES, TOKENS
 from carryon.cache.exchange.tensors import encode_file
-from carryon.cache.files.atomic import sweep_partials, sync_below, whole_file, write_file
+from carryon.cache.files.atomic import (
+    PARTIAL,
+    sweep_partials,
+    sync_below,
+    whole_file,
+    write_file,
+)
 from carryon.cache.files.documents import json_bytes
 from carryon.cache.files.regular import read_below, stat_below
 from carryon.cache.format.schema import MAX_DOCUMENT_BYTES
-from carryon.cache.lock import folder_lock
+from carryon.cache.lock import FOLDER_LOCK, folder_lock
 from carryon.cache.progress import Progress
 from carryon.cache.store.reader import Store
 from carryon.cache.store.samples import StoredSample
@@ -41,6 +48,8 @@ logger = logging.getLogger(__name__)
 EXPORT_PATH = "carryon-export.json"
 """Says what is exported; written first, so that only the same export is resumed."""
 _ARROW = "data-00000-of-00001.arrow"
+_EARLY = re.compile(rf"{re.escape(FOLDER_LOCK)}|[.]{re.escape(EXPORT_PATH)}[.].*{PARTIAL}")
+"""Names that an export killed before it had named what it exports leaves."""
 _MAX_HEADER = 4096
 """Bytes of a file's header, rounded up: two tensors and up to 256 layer ids."""
 
@@ -116,6 +125,11 @@ def _columns(store: Store, asked: Sequence[str]) -> list[str]:
                 "readers of this layout compute final from prenorm"
             )
     chosen = list(dict.fromkeys(asked)) or [tap for tap in store.taps if tap != "final"]
+    if "prenorm" not in chosen and "prenorm" in store.taps:
+        raise InputError(
+            f"--taps: expected prenorm among them, which the last column holds, got "
+            f"{' '.join(chosen)}. Fix: --taps {' '.join(chosen)} prenorm"
+        )
     if "prenorm" not in chosen:
         raise InputError(
             f"{store.root}: expected the tap prenorm, which the last column holds, got "
@@ -123,6 +137,8 @@ def _columns(store: Store, asked: Sequence[str]) -> list[str]:
         )
     if "final" in store.taps:
         logger.info("final is left out: readers of this layout compute it from prenorm")
+    if rounded := store.manifest.rounded_as:
+        logger.warning(f"the files hold states rounded by the profile {rounded}, and do not say so")
     num_layers = int(store.manifest.base["num_layers"])
     layers = {tap: layer_of(tap, num_layers=num_layers) for tap in chosen}
     if len(set(layers.values())) < len(layers):
@@ -142,8 +158,8 @@ def _refuse_foreign(folder: Path, about: dict[str, Any]) -> None:
     try:
         known = read_below(folder, EXPORT_PATH, max_bytes=MAX_DOCUMENT_BYTES)
     except FileNotFoundError:
-        others = sorted(path.name for path in folder.iterdir())
-        if others and others != [".lock"]:
+        names = sorted(path.name for path in folder.iterdir())
+        if others := [name for name in names if not _EARLY.fullmatch(name)]:
             raise InputError(
                 f"{folder}: expected a new or empty folder, got one with {others[0]!a:.80}. Fix: "
                 "choose another --out"

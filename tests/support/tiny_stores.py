@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -360,6 +361,37 @@ def _processes() -> Any:  # noqa: ANN401 -- multiprocessing's contexts have no p
         ["pytest", "carryon.cache.extraction.pipeline", "transformers.models.llama.modeling_llama"]
     )
     return context
+
+
+def kill_at(number: int, root: Path, call: Callable[[], object]) -> int:
+    """Run `call` in a process that sends itself SIGKILL before the n-th change below `root`.
+
+    Returns:
+        Its exit code, -9 if it was killed.
+    """
+    process = _processes().Process(target=_die_in_child, args=(number, root, call))
+    process.start()
+    process.join()
+    return int(process.exitcode)
+
+
+def _die_in_child(number: int, root: Path, call: Callable[[], object]) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed with the process
+
+    def die(change: int, _: Path) -> None:
+        if change == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with watch_changes(root, die):
+        call()
+
+
+def count_changes(root: Path, call: Callable[[], object]) -> int:
+    """Return the number of changes below `root` that `call` makes."""
+    numbers = []
+    with watch_changes(root, lambda number, _: numbers.append(number)):
+        call()
+    return len(numbers)
 
 
 def _extract_in_child(

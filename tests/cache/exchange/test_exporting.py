@@ -1,5 +1,6 @@
 """Export in the layout of speculators, and back: equal bits; and read by its own reader."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.exchange.exporting import export_speculators
 from carryon.cache.exchange.importing import plan_import, run_import
+from carryon.cache.exchange.recoding import recode
 from carryon.cache.exchange.settings import ImportSettings
 from carryon.cache.store.reader import Store
 
@@ -93,6 +95,15 @@ def test_an_interrupted_export_resumes(
     assert _content(store_tmp / "data") == _content(store_tmp / "whole")
 
 
+def test_a_file_that_was_cut_off_is_written_again(store: Path, store_tmp: Path) -> None:
+    export_speculators(store, out=store_tmp / "data")
+    before = _content(store_tmp / "data")
+    assert export_speculators(store, out=store_tmp / "data").written_files == 0
+    os.truncate(store_tmp / "data" / "hidden_states" / "hs_3.safetensors", 300)
+    assert export_speculators(store, out=store_tmp / "data").written_files == 1
+    assert _content(store_tmp / "data") == before
+
+
 def _content(root: Path) -> dict[Path, bytes]:
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
@@ -104,7 +115,39 @@ def test_a_store_without_prenorm_is_refused(
         export_speculators(store_original, out=store_tmp / "data")
     with pytest.raises(InputError, match=r"expected some of prenorm layer.1, got final"):
         export_speculators(store, out=store_tmp / "data", taps=["final"])
+    with pytest.raises(InputError, match=r"prenorm among them.*Fix: --taps layer.1 prenorm"):
+        export_speculators(store, out=store_tmp / "data", taps=["layer.1"])
     assert not (store_tmp / "data").exists()
+
+
+def test_a_lossy_store_is_exported_as_it_reads_with_a_warning(
+    store: Path, store_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recode(store, out=store_tmp / "near", profile="near")
+    export_speculators(store_tmp / "near", out=store_tmp / "data")
+    assert "rounded by the profile near" in caplog.text
+    for number, sample in enumerate(Store.open(store_tmp / "near")):
+        with safe_open(
+            store_tmp / "data" / "hidden_states" / f"hs_{number}.safetensors", "pt"
+        ) as f:
+            states = f.get_tensor("hidden_states").float().numpy()
+        assert np.array_equal(states[:, 0], sample.float32("layer.1"))
+
+
+def test_a_part_of_a_store_is_exported_alone(
+    store: Path, tiny_base: Base, store_more_data: Path, store_tmp: Path
+) -> None:
+    grown = store_tmp / "grown"
+    shutil.copytree(store, grown)
+    settings = replace(SETTINGS, taps=TAPS)
+    extract_tiny(tiny_base, store_more_data, grown, store=settings, append=True)
+    export_speculators(f"{grown}#2", out=store_tmp / "data")
+    part = Store.open(f"{grown}#2")
+    assert part.num_samples < Store.open(grown).num_samples
+    rows = datasets.load_from_disk(str(store_tmp / "data")).with_format(None)
+    assert rows["input_ids"][:] == [one.tokens.tolist() for one in part]
+    assert rows["id"][:] == [one.id for one in part]
+    assert rows["is_held_out"][:] == part.sample_held_out.astype(bool).tolist()
 
 
 def test_other_folders_are_not_touched(store: Path, store_tmp: Path) -> None:
