@@ -4,6 +4,7 @@ Two layouts: files by any name (vLLM's connector names them after requests), and
 `speculators`, whose row I has its states in `hs_I.safetensors`.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from carryon.cache.exchange.saved_rows import SavedRow, is_saved_table, read_row
 from carryon.cache.exchange.state_file import LOCK_SUFFIX, SUFFIX, FileFacts, read_ahead, read_facts
 from carryon.cache.exchange.tensors import FIRST_BYTES
 from carryon.cache.files.regular import names_below
+
+logger = logging.getLogger(__name__)
 
 STATES_FOLDER = "hidden_states"
 """Of the files, in a data set of speculators."""
@@ -82,6 +85,11 @@ def list_folder(folder: Path, states: Path | None = None) -> StatesFolder:
                 f"{place}: expected names {'hs_ROW' if has_rows else 'in printable letters'}"
                 f"{SUFFIX}, got {name!a:.80}. Fix: move it elsewhere"
             )
+    if others := sorted(set(found) - locks - set(names)):
+        logger.warning(
+            f"{place}: passed over {len(others):,} names that are not of the form NAME{SUFFIX}, "
+            f"the first is {others[0]!a:.80}"
+        )
     return StatesFolder(
         states=place,
         rows=folder if has_rows else None,
@@ -106,7 +114,7 @@ def read_files(
     Raises:
         InputError: a file is missing or damaged, or is not of its row; names it.
     """
-    read = partial(_read_one, folder)
+    read = partial(read_file, folder)
     if folder.rows is None:
         for number, name in enumerate(folder.names):
             _ask_ahead(folder, number)
@@ -138,7 +146,8 @@ def _ask_ahead(folder: StatesFolder, number: int) -> None:
         read_ahead(folder.states, names, num_bytes=FIRST_BYTES)
 
 
-def _read_one(folder: StatesFolder, name: str) -> FileFacts:
+def read_file(folder: StatesFolder, name: str) -> FileFacts:
+    """Read everything of one of the files but its states; errors of `read_facts`."""
     return read_facts(folder.states, name, is_locked=name + LOCK_SUFFIX in folder.locks)
 
 

@@ -22,11 +22,10 @@ from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.exchange.agreement import CHECK_TOKENS, NUM_CHECKED, check_agreement
 from carryon.cache.exchange.file_samples import FileSamples, Found
-from carryon.cache.exchange.folder import list_folder
+from carryon.cache.exchange.folder import list_folder, read_file
 from carryon.cache.exchange.layers import column_taps, stored_taps
 from carryon.cache.exchange.settings import ImportSettings
 from carryon.cache.exchange.state_file import StateFile, read_states
-from carryon.cache.exchange.state_file import read_facts as read_file
 from carryon.cache.exchange.units import ImportReport, fill_units
 from carryon.cache.extraction.pipeline import Errors, begin_store, resume_store
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
@@ -92,23 +91,12 @@ def plan_import(
     """
     imports, forward = imports or ImportSettings(), forward or ForwardSettings()
     listed = list_folder(Path(folder), Path(states) if states else None)
-    facts = facts_of(base) if isinstance(base, Base) else read_facts(str(base))
-    if facts.num_layers is None or facts.width is None:
-        base = load_base(str(base), forward=forward)
-        facts = facts_of(base)
-    assert facts.num_layers is not None  # of a loaded base
-    name = listed.names[0]
-    first = read_file(listed.states, name, is_locked=False)
+    base, facts = _with_sizes(base, forward)
+    assert facts.num_layers is not None
+    first = read_file(listed, listed.names[0])
     layers = imports.layer_ids or list(first.layer_ids or ())
     columns = column_taps(layers, num_layers=facts.num_layers)
     taps = stored_taps(imports.taps, columns, num_layers=facts.num_layers)
-    settings = StoreSettings(
-        taps=taps,
-        profile=imports.profile,
-        dtype=first.dtype if imports.dtype == "auto" else imports.dtype,  # type: ignore[arg-type]
-        unit_tokens=imports.unit_tokens,
-        seed=imports.seed,
-    )
     samples = FileSamples(
         listed,
         layers=layers,
@@ -128,19 +116,12 @@ def plan_import(
         data=data,
         out=out,
         corpus=corpus or CorpusSettings(),
-        store=settings,
+        store=_store_settings(imports, taps, dtype=first.dtype),
         forward=forward,
         data_settings=data_settings or DataSettings(),
         choose=choose,
     )
-    how = {
-        "compute_dtype": first.dtype,
-        "attention": "vllm",
-        ENGINE: "vllm",
-        "layer_ids": " ".join(map(str, layers)),
-    }
-    if "prenorm" in columns:
-        how["final"] = "computed from prenorm with the stored norm"
+    how = _forward_facts(layers, columns, dtype=first.dtype)
     return ImportPlan(
         extraction=replace(plan, manifest=replace(plan.manifest, forward=how)),
         folder=listed.states,
@@ -150,6 +131,39 @@ def plan_import(
         dtype=first.dtype,
         max_error=imports.max_error,
     )
+
+
+def _with_sizes(base: str | Base, forward: ForwardSettings) -> tuple[str | Base, BaseFacts]:
+    """Return the base, loaded only where its config does not name its sizes, and its facts."""
+    facts = facts_of(base) if isinstance(base, Base) else read_facts(str(base))
+    if facts.num_layers is None or facts.width is None:
+        base = load_base(str(base), forward=forward)
+        facts = facts_of(base)
+    return base, facts
+
+
+def _store_settings(imports: ImportSettings, taps: list[str], *, dtype: str) -> StoreSettings:
+    """Return the settings of the store of files with states of a dtype."""
+    return StoreSettings(
+        taps=taps,
+        profile=imports.profile,
+        dtype=dtype if imports.dtype == "auto" else imports.dtype,  # type: ignore[arg-type]
+        unit_tokens=imports.unit_tokens,
+        seed=imports.seed,
+    )
+
+
+def _forward_facts(layers: Sequence[int], columns: Sequence[str], *, dtype: str) -> dict[str, str]:
+    """Return what the manifest records of the pass that wrote the files."""
+    how = {
+        "compute_dtype": dtype,
+        "attention": "vllm",
+        ENGINE: "vllm",
+        "layer_ids": " ".join(map(str, layers)),
+    }
+    if "prenorm" in columns:
+        how["final"] = "computed from prenorm with the stored norm"
+    return how
 
 
 def run_import(

@@ -32,6 +32,7 @@ def column_taps(layers: Sequence[int], *, num_layers: int) -> list[str]:
         InputError: an id is out of range, or ids are not ascending or not unique.
     """
     listed = " ".join(map(str, layers))
+    ascending = " ".join(map(str, sorted(set(layers))))
     if not layers:
         raise InputError(
             "--layer-ids: expected the eagle_aux_hidden_state_layer_ids that vLLM was given, got "
@@ -44,10 +45,10 @@ def column_taps(layers: Sequence[int], *, num_layers: int) -> list[str]:
             "vLLM writes another layer's states in its place. Fix: write the files again with ids "
             "in range"
         )
-    if sorted(set(layers)) != list(layers):
+    if listed != ascending:
         raise InputError(
             f"--layer-ids: expected ascending ids, each once, as vLLM sorts the columns, got "
-            f"{listed}. Fix: --layer-ids {' '.join(map(str, sorted(set(layers))))}"
+            f"{listed:.400}. Fix: --layer-ids {ascending:.400}"
         )
     return [tap_of(layer, num_layers=num_layers) for layer in layers]
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.corpus.reading.batches import arrow_batches
 from carryon.cache.corpus.reading.saved_sets import saved_files, saved_kind
+from carryon.cache.corpus.records import check_id
 from carryon.cache.corpus.samples import ROLES
 from carryon.cache.errors import InputError
 
@@ -69,9 +70,10 @@ def read_rows(folder: Path) -> Iterator[SavedRow]:
 
 def _rows(batch: "RecordBatch", first: int, *, where: Path) -> Iterator[SavedRow]:
     names = batch.schema.names
-    if not {TOKENS, MASK} <= set(names):
+    if not {TOKENS, MASK} <= set(names) or len(set(names)) < len(names):
         raise InputError(
-            f"{where}: expected the columns {TOKENS} and {MASK}, got {' '.join(names)!a:.80}. Fix: "
+            f"{where}: expected columns {TOKENS} and {MASK}, one each, got "
+            f"{' '.join(names)!a:.80}. Fix: "
             "give a data set that speculators prepared"
         )
     has_more = set(SAMPLE_COLUMNS) <= set(names)
@@ -100,7 +102,6 @@ def _more(columns: dict[str, Any], row: int, num_tokens: int, *, shown: str) -> 
     kinds = {"id": str, "is_held_out": bool, "group": int, "role": int}
     is_sound = (
         all(type(values[name]) is kind for name, kind in kinds.items())
-        and len(values["id"]) > 0
         and 0 <= values["group"] < 1 << 64
         and 0 <= values["role"] < len(ROLES)
         and len(ends) == num_tokens
@@ -111,6 +112,7 @@ def _more(columns: dict[str, Any], row: int, num_tokens: int, *, shown: str) -> 
             f"{shown}: expected {' '.join(SAMPLE_COLUMNS)} of a sample, got other values. Fix: "
             "export the store again"
         )
+    check_id(values["id"], where=f"{shown}: id")
     return values | {CHAR_END: ends.astype(np.int32)}
 
 

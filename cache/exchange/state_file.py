@@ -93,8 +93,8 @@ def read_facts(root: Path, name: str, *, is_locked: bool) -> FileFacts:
         header, start = read_header(handle, name=shown)
         size = os.fstat(handle).st_size
         states, tokens, mask = _places(header, name=shown)
-        token_ids = _read(handle, start, tokens)
-        loss_mask = None if mask is None else _read(handle, start, mask)
+        token_ids = _read(handle, start, tokens, name=shown)
+        loss_mask = None if mask is None else _read(handle, start, mask, name=shown)
     finally:
         os.close(handle)
     _check_range(token_ids, 0, (1 << 31) - 1, what=f"{shown}: {TOKENS}")
@@ -138,7 +138,10 @@ def read_ahead(root: Path, names: Iterable[str], *, num_bytes: int = 0) -> None:
 
 def _refuse_writer(root: Path, name: str) -> None:
     """Check that no process holds the lock file of a file."""
-    handle = open_below(root, name + LOCK_SUFFIX)
+    try:
+        handle = open_below(root, name + LOCK_SUFFIX)
+    except FileNotFoundError:
+        return  # removed since the folder was listed: the file is finished
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -205,11 +208,16 @@ def _layer_ids(header: Header, *, name: str) -> tuple[int, ...] | None:
     return tuple(map(int, words))
 
 
-def _read(handle: int, start: bytes, place: TensorPlace) -> NDArray[Any]:
+def _read(handle: int, start: bytes, place: TensorPlace, *, name: str) -> NDArray[Any]:
     """Return a tensor [T] of an open file, whose first bytes are `start`."""
     is_near = place.stop <= len(start)
     size = place.stop - place.first
     content = start[place.first : place.stop] if is_near else os.pread(handle, size, place.first)
+    if len(content) < size:
+        raise InputError(
+            f"{name}: expected a finished file, got one that became shorter while it was read. "
+            "Fix: run the same command once nobody writes to the folder"
+        )
     return np.frombuffer(content, dtype=_ARRAY_TYPES[place.dtype])
 
 
