@@ -109,8 +109,8 @@ class FileSamples:
         ):
             if got != expected:
                 raise InputError(
-                    f"{shown}: {what}: expected {expected}, got {got}. Fix: check --layer-ids and "
-                    "--base, or write the files again with one setting"
+                    f"{shown}: {what}: expected {expected!s:.400}, got {got!s:.80}. Fix: check "
+                    "--layer-ids and --base, or write the files again with one setting"
                 )
         if num_tokens > self._unit_tokens:
             raise InputError(
@@ -162,9 +162,10 @@ class FileSamples:
                     )
                 missing.append((sample.id, len(sample.tokens)))
                 continue
-            number = files[0]
+            targets = _key(sample.loss_mask)
+            number = next((each for each in files if masks.get(each) == targets), files[0])
             used.update(files)
-            if masks.get(number, _key(sample.loss_mask)) != _key(sample.loss_mask):
+            if masks.get(number, targets) != targets:
                 raise InputError(
                     f"{self._folder.states / self._files[number].name}: expected the loss mask of "
                     f"the sample {sample.id!a:.80}, got another one. Fix: leave out --data to take "
@@ -239,9 +240,7 @@ def _corpus(
     )
 
 
-def _report(
-    table: SampleTable, missing: Sequence[tuple[str, int]], texts: Report | None
-) -> Report:
+def _report(table: SampleTable, missing: Sequence[tuple[str, int]], texts: Report | None) -> Report:
     tally = Tally()
     for name, lost in missing:
         tally.count(_MISSING, where=name, tokens=lost)

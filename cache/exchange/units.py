@@ -5,9 +5,8 @@ Letters: R rows of a unit, T tokens of a sample, D base width.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import widen
-from carryon.cache.errors import DamagedStoreError
 from carryon.cache.exchange.state_file import StateFile, read_ahead
-from carryon.cache.extraction.forward import largest_unit_bytes
+from carryon.cache.extraction.forward import largest_unit_bytes, units_to_do
 from carryon.cache.format.manifest import CorpusPart, Manifest
 from carryon.cache.format.quantization import bfloat16_bits
-from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
-from carryon.cache.format.zarr_metadata import shard_path
+from carryon.cache.format.receipt import Receipt
+from carryon.cache.format.zarr_metadata import state_paths
 from carryon.cache.progress import Progress
 from carryon.cache.store.shard_writer import UnitInput, UnitInputs, write_unit
-from carryon.cache.store.sizes import raw_bytes
+from carryon.cache.store.sizes import bytes_by_folder, raw_bytes
 
 _WRITERS = 2
 """Units that are compressed and written at a time, which takes twice as long as to fill one."""
@@ -51,7 +49,7 @@ class ImportReport:
     raw_bytes: int
     """Hidden states of the units written, before compression, without unused rows."""
     stored_bytes: int
-    """The same in the store."""
+    """The same in the store, with the scales of a lossy profile."""
     elapsed_s: float
     """Seconds from the first file of states to the last receipt."""
     is_finished: bool
@@ -86,12 +84,13 @@ def fill_units(
         InputError: a file cannot be used; names it.
         DiskFullError: no space left; finished units are kept.
     """
-    todo = list(_units_to_do(root, manifest, part))
+    units = range(part.first_unit, part.first_unit + part.num_units)
+    todo = [unit for unit in units_to_do(root, manifest) if unit in units]
     inputs = UnitInputs(root, manifest)
     writing: list[Future[Receipt]] = []  # at most the last _WRITERS are still at work
-    is_finished, num_files, num_bytes = True, 0, 0
+    read: list[StateFile] = []
+    is_finished, memory = True, np.empty(0, np.uint8)
     started_at = time.perf_counter()
-    memory = np.empty(0, np.uint8)
     with (
         Progress(sum(map(inputs.num_tokens, todo)), name="import", unit="tokens") as progress,
         ThreadPoolExecutor(max_workers=_WRITERS) as threads,
@@ -101,7 +100,7 @@ def fill_units(
             if max_disk_bytes is not None:
                 wait(writing)
                 largest = largest_unit_bytes(manifest, unit_input.num_tokens)
-                if _folder_bytes(root) + largest > max_disk_bytes:
+                if sum(bytes_by_folder(root).values()) + largest > max_disk_bytes:
                     is_finished = False
                     break
             first = unit_input.first_sample - part.first_sample
@@ -113,8 +112,7 @@ def fill_units(
             if (most := max(file.num_bytes for file in files)) > len(memory):
                 memory = np.empty(most, np.uint8)
             hidden = _fill(manifest, unit_input, files, read_taps, memory, progress)
-            num_files += len(files)
-            num_bytes += sum(file.num_bytes for file in files)
+            read.extend(files)
             if len(writing) >= _WRITERS:
                 writing[-_WRITERS].result()  # a full disk ends it here
             elapsed_s = time.perf_counter() - unit_started_at
@@ -122,6 +120,20 @@ def fill_units(
                 threads.submit(write_unit, root, manifest, unit_input, hidden, elapsed_s=elapsed_s)
             )
     receipts = [each.result() for each in writing]
+    elapsed_s = time.perf_counter() - started_at
+    return _report(root, manifest, receipts, read, elapsed_s=elapsed_s, is_finished=is_finished)
+
+
+def _report(
+    root: Path,
+    manifest: Manifest,
+    receipts: Sequence[Receipt],
+    read: Sequence[StateFile],
+    *,
+    elapsed_s: float,
+    is_finished: bool,
+) -> ImportReport:
+    """Return the report of an import that has read these files and written these receipts."""
     tokens = sum(receipt.num_tokens for receipt in receipts)
     return ImportReport(
         store=str(root),
@@ -130,28 +142,17 @@ def fill_units(
         num_tokens=manifest.num_tokens,
         imported_units=len(receipts),
         imported_tokens=tokens,
-        imported_files=num_files,
-        read_bytes=num_bytes,
+        imported_files=len(read),
+        read_bytes=sum(file.num_bytes for file in read),
         raw_bytes=raw_bytes(manifest, tokens),
         stored_bytes=sum(
-            receipt.files[shard_path(tap, receipt.unit)].bytes
+            receipt.files[path].bytes
             for receipt in receipts
-            for tap in manifest.taps
+            for path in state_paths(manifest.taps, receipt.unit, is_lossy=manifest.is_lossy)
         ),
-        elapsed_s=round(time.perf_counter() - started_at, 3),
+        elapsed_s=round(elapsed_s, 3),
         is_finished=is_finished,
     )
-
-
-def _units_to_do(root: Path, manifest: Manifest, part: CorpusPart) -> Iterator[int]:
-    """Yield the units of a part without a valid receipt of this store."""
-    known = units_with_receipt(root)
-    for unit in range(part.first_unit, part.first_unit + part.num_units):
-        if unit in known:
-            with suppress(DamagedStoreError):
-                read_receipt(root, manifest, unit)
-                continue
-        yield unit
 
 
 def _fill(
@@ -180,7 +181,3 @@ def _fill(
                 hidden[tap][rows] = states if is_bits else bfloat16_bits(widen(states))
         progress.update(length)
     return hidden
-
-
-def _folder_bytes(root: Path) -> int:
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())

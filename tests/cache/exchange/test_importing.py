@@ -149,7 +149,10 @@ def test_the_type_of_the_files_is_kept(tiny_base: Base, store_tmp: Path, dtype: 
 
 def test_a_lossy_profile_adds_its_error(files: Path, tiny_base: Base, store_tmp: Path) -> None:
     import_files(files, tiny_base, store_tmp / "exact")
-    import_files(files, tiny_base, store_tmp / "near", profile="near")
+    report = import_files(files, tiny_base, store_tmp / "near", profile="near")
+    folders = [store_tmp / "near" / "hidden", store_tmp / "near" / "scale"]
+    written = [path for folder in folders for path in folder.rglob("c/**/*") if path.is_file()]
+    assert report.stored_bytes == sum(path.stat().st_size for path in written)
     exact, near = (Store.open(store_tmp / name).manifest for name in ("exact", "near"))
     error = "channel_relative_error"
     assert near.profile_error["final"][error] > exact.profile_error["final"][error] + 0.01
@@ -167,6 +170,29 @@ def test_an_import_resumes_to_the_same_bits(files: Path, tiny_base: Base, store_
     assert rest.imported_units == whole.num_units - part.imported_units
     assert content(out) == content(store_tmp / "whole")
     assert import_files(files, tiny_base, out).imported_units == 0
+
+
+def test_other_names_are_passed_over_with_a_word(
+    files: Path, tiny_base: Base, store_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (files / "request-99.safetensors.part").touch()
+    assert import_files(files, tiny_base, store_tmp / "store").imported_files == NUM_FILES
+    assert "passed over 1 names" in caplog.text
+    assert "request-99.safetensors.part" in caplog.text
+
+
+def test_a_resumed_import_checks_states_again(
+    files: Path, tiny_base: Base, store_tmp: Path
+) -> None:
+    import_files(files, tiny_base, store_tmp / "whole")
+    sizes = content(store_tmp / "whole").values()
+    part = import_files(files, tiny_base, store_tmp / "store", limit=sum(map(len, sizes)) + 2000)
+    assert not part.is_finished
+    for path in files.iterdir():
+        tensors = load_file(path)
+        save_file(tensors | {"hidden_states": tensors["hidden_states"].roll(1, dims=1)}, path)
+    with pytest.raises(InputError, match="expected the base's states"):
+        import_files(files, tiny_base, store_tmp / "store")
 
 
 def test_a_wrong_file_stops_it_and_a_right_one_lets_it_resume(
@@ -356,6 +382,39 @@ def test_another_loss_mask_than_the_corpus_has_is_an_error(
     save_file(tensors | {"loss_mask": torch.ones_like(tensors["token_ids"])}, path)
     with pytest.raises(InputError, match=r"request-0.*loss mask of the sample 'r1'"):
         import_files(answered, tiny_base, store_tmp / "store", data=[str(corpus)])
+
+
+def test_files_of_other_names_do_not_resume(
+    answered: Path, corpus: Path, tiny_base: Base, store_tmp: Path
+) -> None:
+    import_files(answered, tiny_base, store_tmp / "store", data=[str(corpus)])
+    os.rename(answered / "request-1.safetensors", answered / "renamed.safetensors")
+    with pytest.raises(SettingMismatchError, match="files: expected those that the import began"):
+        import_files(answered, tiny_base, store_tmp / "store", data=[str(corpus)])
+
+
+def test_of_samples_with_equal_tokens_each_finds_the_file_of_its_mask(
+    tiny_base: Base, store_tmp: Path
+) -> None:
+    rows = [
+        {"id": "short", "prompt": "the thing", "completion": " on"},
+        {"id": "long", "prompt": "the", "completion": " thing on"},
+    ]
+    path = store_tmp / "equal.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = read_corpus([str(path)], tiny_base.tokenizer, settings=CorpusSettings(), max_tokens=64)
+    first, second = texts.samples
+    assert first.tokens.tolist() == second.tokens.tolist()
+    tokens = [sample.tokens.astype(np.int64) for sample in (first, second)]
+    folder = write_states(store_tmp / "answered", tiny_base, tokens)
+    for number, sample in enumerate((first, second)):
+        name = folder / f"request-{number}.safetensors"
+        mask = torch.from_numpy(sample.loss_mask.copy())
+        save_file(load_file(name) | {"loss_mask": mask}, name)
+    import_files(folder, tiny_base, store_tmp / "store", data=[str(path)])
+    store = Store.open(store_tmp / "store")
+    for sample in (first, second):
+        assert store[sample.id].loss_mask.tolist() == sample.loss_mask.tolist()
 
 
 # A data set of speculators
