@@ -132,14 +132,29 @@ def check_states(
     _compare(stored, probe.states[tap], tolerance=tolerance, what=f"{name}: tap {tap}")
 
 
-def channel_relative_error(made: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+def channel_rms(states: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the RMS of each channel of states [P, D], [D]; at least 1e-4 of the largest."""
+    channel = np.sqrt(np.mean(np.square(states, dtype=np.float64), axis=0))
+    return np.asarray(np.maximum(channel, channel.max() * 1e-4))
+
+
+def channel_relative_error(
+    made: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    *,
+    channel: NDArray[np.float64] | None = None,
+) -> float:
     """Return the RMS of (made - expected), each channel in units of its own RMS; [P, D] both.
 
     Some channels of a residual stream are a hundred times larger than the rest: unweighted, they
     would hide errors in all others.
+
+    Args:
+        made: states to judge.
+        expected: what they should be.
+        channel: RMS of each channel, [D], of more rows than these few. None: that of `expected`.
     """
-    channel = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=0))
-    channel = np.maximum(channel, channel.max() * 1e-4)
+    channel = channel_rms(expected) if channel is None else channel
     return _rms((made.astype(np.float64) - expected) / channel)
 
 
