@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -151,6 +152,21 @@ def read_finished(root: str | Path) -> TrainReport:
             ) from error
         raise DamagedFileError(problem) from error
     return report
+
+
+def read_reports(outs: Sequence[str]) -> dict[str, TrainReport]:
+    """Return the reports of the runs that are finished, by folder.
+
+    A run whose report or carry-on is damaged is finished again, from its last checkpoint.
+    """
+    reports = {}
+    for out in outs:
+        if os.path.lexists(RunFolder(out).result):
+            try:
+                reports[out] = read_finished(out)
+            except DamagedFileError as error:
+                logger.warning(f"{error}. The run is finished again from its last checkpoint")
+    return reports
 
 
 def finish_runs(states: Sequence[RunState], processes: Processes) -> list[TrainReport]:

@@ -51,7 +51,7 @@ from carryon.train.trainer.engine import (
     run_engine,
     stop_on_signal,
 )
-from carryon.train.trainer.finish import TrainReport, finish_runs, read_finished
+from carryon.train.trainer.finish import TrainReport, finish_runs, read_reports
 from carryon.train.trainer.metrics import Callback, Scoring
 from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Job, Run, prepare_run
@@ -133,7 +133,7 @@ def train_jointly(
     """
     processes = join_processes(jobs[0].settings.run.device)
     with lock_runs(jobs, processes):
-        reports = _read_reports(jobs)
+        reports = read_reports([job.out for job in jobs])
         data, runs = _prepare(paths, jobs, processes, wrap_store, reports)
         for run in runs:
             if processes.size > 1 and run.settings.memory.step_in_backward:
@@ -166,7 +166,7 @@ def train_segments(paths: Sequence[str], jobs: Sequence[Job]) -> None:
     """
     processes = join_processes(jobs[0].settings.run.device)
     with lock_runs(jobs, processes):
-        data, runs = _prepare(paths, jobs, processes, None, _read_reports(jobs))
+        data, runs = _prepare(paths, jobs, processes, None, read_reports([job.out for job in jobs]))
         states = [RunState(run, processes) for run in runs]
         with stop_on_signal() as stop:
             run_engine(data, states, processes, stop)
@@ -372,21 +372,6 @@ def _warn_about_held_out(contamination: Contamination) -> None:
             "them, also occur in the training half: the held-out loss rewards memorizing. Fix: "
             "split by document, or mark the held-out samples yourself"
         )
-
-
-def _read_reports(jobs: Sequence[Job]) -> dict[str, TrainReport]:
-    """Return the reports of the runs that are finished, by folder.
-
-    A run whose report or carry-on is damaged is finished again, from its last checkpoint.
-    """
-    reports = {}
-    for job in jobs:
-        if os.path.lexists(RunFolder(job.out).result):
-            try:
-                reports[job.out] = read_finished(job.out)
-            except DamagedFileError as error:
-                logger.warning(f"{error}. The run is finished again from its last checkpoint")
-    return reports
 
 
 def _describe(run: Run) -> str:
