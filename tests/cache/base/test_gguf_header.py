@@ -76,7 +76,7 @@ def test_blocks_are_counted_in_the_type_of_the_format(
         check_gguf(path)
 
 
-def test_what_is_sound_or_no_gguf_file_passes(tmp_path: Path) -> None:
+def test_what_is_sound_or_no_gguf_file_raises_nothing(tmp_path: Path) -> None:
     check_gguf(write_tiny_gguf(tmp_path / "tiny.gguf"))
     entries = [_entry(b"a", LIST, _list(LIST, 1, _list(UINT8, 3, bytes(3)))), _entry(b"b", 7, b"x")]
     check_gguf(_file(tmp_path / "sound.gguf", *entries))

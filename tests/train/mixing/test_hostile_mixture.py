@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "mixed"
 
 
-def refused(folder: Path) -> str:
+def assert_refused(folder: Path) -> str:
     """Return the line with which a mixture is refused, by whoever loads it or looks at it."""
     with pytest.raises(CarryOnError) as caught:
         load_mixture(folder)
@@ -91,7 +91,7 @@ def test_a_gate_of_other_weights_is_refused(
     resign(folder)
     with pytest.raises(InputError, match=text):
         load_mixture(folder)
-    refused(folder)
+    assert_refused(folder)
 
 
 def test_a_gate_that_is_larger_than_any_is_not_read(folder: Path) -> None:
@@ -100,12 +100,12 @@ def test_a_gate_that_is_larger_than_any_is_not_read(folder: Path) -> None:
     header = json.dumps({"out.bias": tensor}).encode()
     (folder / GATE).write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(folder / GATE, 8 + len(header) + size)
-    assert f"expected at most {MAX_GATE_BYTES:,} bytes" in refused(folder)
+    assert f"expected at most {MAX_GATE_BYTES:,} bytes" in assert_refused(folder)
 
 
 def test_a_mixture_without_its_gate_is_refused(folder: Path) -> None:
     (folder / GATE).unlink()
-    assert GATE in refused(folder)
+    assert GATE in assert_refused(folder)
 
 
 def test_a_gate_that_no_card_tells_of_is_not_left_out(folder: Path) -> None:
@@ -133,9 +133,9 @@ def test_a_gate_that_no_card_tells_of_is_not_left_out(folder: Path) -> None:
 )
 def test_wrong_sources_in_a_card_are_refused(folder: Path, mixture: dict[str, Any]) -> None:
     resign(folder, mixture=mixture)
-    refused(folder)
+    assert_refused(folder)
 
 
 def test_other_weights_beside_the_gate_are_refused(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / GATE).read_bytes())
-    refused(folder)
+    assert_refused(folder)

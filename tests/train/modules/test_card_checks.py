@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "carryon"
 
 
-def _refused(folder: Path) -> str:
+def assert_refused(folder: Path) -> str:
     with pytest.raises(CarryOnError) as caught:
         load_carryon(folder)
     with pytest.raises(CarryOnError):
@@ -69,9 +69,9 @@ def test_a_flipped_bit_anywhere_is_refused(folder: Path, name: str) -> None:
         changed = bytearray(content)
         changed[position // 8] ^= 1 << position % 8
         (folder / name).write_bytes(changed)
-        assert str(folder) in _refused(folder)
+        assert str(folder) in assert_refused(folder)
     (folder / name).write_bytes(content[:-1])
-    _refused(folder)
+    assert_refused(folder)
     (folder / name).write_bytes(content)
     load_carryon(folder)
 
@@ -111,7 +111,7 @@ def test_a_signed_card_of_wrong_values_is_refused(
     resign(folder, **changes)
     with pytest.raises(InputError, match=text):
         load_carryon(folder)
-    _refused(folder)
+    assert_refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_signed_sizes_that_do_not_fit_are_refused_at_once(
     start = time.perf_counter()
     with pytest.raises(InputError, match=text):
         load_carryon(folder)
-    _refused(folder)
+    assert_refused(folder)
     assert time.perf_counter() - start < 5
 
 
@@ -167,7 +167,7 @@ def test_a_card_that_is_no_small_json_object_is_refused(
     folder: Path, content: bytes, text: str
 ) -> None:
     (folder / CARD).write_bytes(content)
-    assert text in _refused(folder)
+    assert text in assert_refused(folder)
 
 
 @pytest.mark.parametrize("name", [CARD, WEIGHTS])
@@ -176,16 +176,16 @@ def test_only_regular_files_are_read(folder: Path, tmp_path: Path, name: str) ->
     (tmp_path / "real").write_bytes(content)
     (folder / name).unlink()
     (folder / name).symlink_to(tmp_path / "real")
-    assert "expected a file, got a link" in _refused(folder)
+    assert "expected a file, got a link" in assert_refused(folder)
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
-    assert "expected a file, got a link" in _refused(folder)
+    assert "expected a file, got a link" in assert_refused(folder)
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert "expected a file" in _refused(folder)
+    assert "expected a file" in assert_refused(folder)
     (folder / name).rmdir()
     os.mkfifo(folder / name)
-    assert "expected a file" in _refused(folder)
+    assert "expected a file" in assert_refused(folder)
 
 
 def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs_only(folder: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs_only(folder: Path, tmp_
     (snapshot / CARD).unlink()
     (tmp_path / "card").write_bytes((cached / "blobs" / "1").read_bytes())
     (snapshot / CARD).symlink_to(tmp_path / "card")
-    _refused(snapshot)
+    assert_refused(snapshot)
 
 
 @pytest.mark.parametrize(
@@ -222,18 +222,18 @@ def test_signed_weights_of_another_dtype_or_shape_or_not_finite_are_refused(
     resign(folder)
     with pytest.raises(InputError, match=text):
         load_carryon(folder)
-    _refused(folder)
+    assert_refused(folder)
 
 
 def test_a_missing_or_unknown_tensor_is_refused(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     save_file(weights | {"more": torch.zeros(1)}, folder / WEIGHTS)
     resign(folder)
-    assert "weights: more: expected nothing" in _refused(folder)
+    assert "weights: more: expected nothing" in assert_refused(folder)
     del weights["up.weight"]
     save_file(weights, folder / WEIGHTS)
     resign(folder)
-    assert "weights: up.weight: expected (16, 8), got nothing" in _refused(folder)
+    assert "weights: up.weight: expected (16, 8), got nothing" in assert_refused(folder)
 
 
 def test_a_carryon_from_before_digests_loads_and_is_signed_with_its_next_alpha(
@@ -248,7 +248,7 @@ def test_a_carryon_from_before_digests_loads_and_is_signed_with_its_next_alpha(
 
     assert load_carryon(folder)[1].alpha == 0.5
     (folder / CARD).write_text((folder / CARD).read_text().replace("0.5", "0.6"))
-    _refused(folder)
+    assert_refused(folder)
 
 
 def test_a_new_alpha_does_not_sign_damaged_weights(folder: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_new_alpha_does_not_sign_damaged_weights(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(content)
     with pytest.raises(InputError, match="the file was changed"):
         write_alpha(folder, 0.5)
-    _refused(folder)
+    assert_refused(folder)
 
 
 @pytest.mark.parametrize("sizes", [{"width": 65536, "heads": 8}, {"blocks": 1024, "width": 8192}])

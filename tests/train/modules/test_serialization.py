@@ -181,7 +181,7 @@ def test_a_run_given_for_its_carryon_is_told_where_that_is(tmp_path: Path) -> No
         load_carryon(tmp_path)
 
 
-def test_a_carryon_of_the_same_weights_elsewhere_is_accepted() -> None:
+def test_a_carryon_of_the_same_weights_elsewhere_raises_nothing() -> None:
     check_base(_card(), {**_card().base, "id": "/copy"}, where="store")
     check_base(replace(_card(), alpha=0.0), _card().base, where="store")
 
