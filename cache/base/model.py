@@ -1,17 +1,21 @@
 """The frozen base: loaded and checked.
 
-A base is any causal LM that transformers loads and whose parts `architecture.py` finds. It is
-read in the dtype of its checkpoint; computing in float32 only widens those values.
+A base is any causal LM that transformers loads and whose parts `architecture.py` finds. Its digest
+is that of the weights in the dtype that its config names; computing in float32 only widens them.
+Where the files hold wider values than the config says, float32 computes with those of the files,
+and the digest is that of the rounded ones.
 """
 
+import copy
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -164,11 +168,32 @@ def _digest_as_saved(
     """Return the digest of the weights as saved in `dtype`; None where only loading them tells."""
     if compute_dtype == dtype:
         return digest_weights(model)
-    if model._get_dtype_plan(dtype) or model._get_dtype_plan(compute_dtype):
+    if model._get_dtype_plan(compute_dtype) or not _is_all_in(dtype, model):
         return None  # some weights are kept in float32
     if compute_dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16):
-        return digest_weights(model, dtype=dtype)  # every value was widened, and is narrowed again
+        # Every value was widened and is narrowed again; the bits of a NaN would be others.
+        return digest_weights(model, dtype=dtype) if _has_numbers(model) else None
     return digest_checkpoint(model, place, dtype=dtype)
+
+
+def _is_all_in(dtype: torch.dtype, model: PreTrainedModel) -> bool:
+    """Return whether the same base loaded in `dtype` has every weight in it."""
+    if model._get_dtype_plan(dtype):
+        return False
+    kind: Any = type(model)
+    config: Any = copy.deepcopy(model.config)
+    config.dtype = dtype
+    with ExitStack() as as_loaded:  # without memory for the weights
+        for context in kind.get_init_context(dtype, False, False, None):
+            as_loaded.enter_context(context)
+        other: PreTrainedModel = kind(config)
+    weights = filter(Tensor.is_floating_point, other.state_dict().values())
+    return {weight.dtype for weight in weights} == {dtype}
+
+
+def _has_numbers(model: PreTrainedModel) -> bool:
+    weights = filter(Tensor.is_floating_point, model.state_dict().values())
+    return all(bool(torch.isfinite(weight.sum())) for weight in weights)
 
 
 def _identity(
@@ -195,8 +220,8 @@ def _identity(
 def read_head(base: Base) -> Head:
     """Return the base's head and final norm as numpy values.
 
-    The weight keeps the checkpoint's dtype where the base computes in float32 (the same values),
-    and has the compute dtype otherwise; uint16 holds bfloat16 bits.
+    The weight keeps the checkpoint's dtype where the base computes in float32 (the same values if
+    the files hold no wider ones), and has the compute dtype otherwise; uint16 holds bfloat16 bits.
     """
     head = base.architecture.head
     is_widened = base.compute_dtype == torch.float32

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_bases import FAMILIES, make_tiny_base
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from carryon.cache.base.identity import digest_weights
 from carryon.cache.base.loading import locate_base, read_model
@@ -53,6 +53,68 @@ def test_a_base_has_one_digest_in_every_compute_dtype(
         assert base.identity.weights_sha256 == expected, name
         assert base.checkpoint_dtype == DTYPES[saved]
         assert base.model.dtype == DTYPES[name]
+
+
+def rewritten(folder: Path, weights: dict[str, torch.Tensor], *, dtype: str) -> Path:
+    """Give a base other weights, and a config that says they are of some dtype."""
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    return folder
+
+
+@pytest.mark.parametrize("said", ["bfloat16", "float16"])
+def test_files_of_wider_values_than_the_config_says_are_computed_as_they_are(
+    said: str, tmp_path: Path
+) -> None:
+    """And have the digest of the rounded values, in every compute dtype: as stores record it."""
+    folder = make_tiny_base(tmp_path / "base", dtype=torch.float32)
+    weights = load_file(folder / "model.safetensors")
+    rewritten(folder, weights, dtype=said)
+    expected = plain_digest(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[said]))
+    for name, dtype in DTYPES.items():
+        base = load_base(str(folder), forward=ForwardSettings(device="cpu", compute_dtype=name))
+        assert base.identity.weights_sha256 == expected, name
+        loaded = base.model.state_dict()
+        assert all(torch.equal(loaded[key], each.to(dtype)) for key, each in weights.items())
+
+
+@pytest.mark.parametrize("saved", ["bfloat16", "float16"])
+def test_a_weight_that_is_always_float32_is_digested_so(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As A_log of OLMo Hybrid, which has no rule for it, and as a buffer may be."""
+
+    def init(model: LlamaForCausalLM, config: LlamaConfig) -> None:
+        plain(model, config)
+        model.log = nn.Parameter(torch.zeros(3, dtype=torch.float32))
+        model.register_buffer("bias", torch.zeros(3, dtype=torch.float32))
+
+    plain = LlamaForCausalLM.__init__
+    folder = make_tiny_base(tmp_path / "base", dtype=DTYPES[saved])
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", init)
+    more = {"log": torch.ones(3), "bias": torch.tensor([0.5, 2.0, 1.0])}  # exact in any dtype
+    rewritten(folder, load_file(folder / "model.safetensors") | more, dtype=saved)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[saved])
+    assert model.log.dtype == model.bias.dtype == torch.float32
+    for name in DTYPES:
+        base = load_base(str(folder), forward=ForwardSettings(device="cpu", compute_dtype=name))
+        assert base.identity.weights_sha256 == plain_digest(model), name
+
+
+@pytest.mark.parametrize("saved", ["bfloat16", "float16"])
+def test_a_nan_in_a_row_that_is_not_read_keeps_its_bits_in_the_digest(
+    saved: str, tmp_path: Path
+) -> None:
+    folder = make_tiny_base(tmp_path / "base", "llama-untied", dtype=DTYPES[saved])
+    weights = load_file(folder / "model.safetensors")
+    bits = weights["model.embed_tokens.weight"].view(torch.int16)
+    bits[-1, 0] = 0x7F81 if saved == "bfloat16" else 0x7C01
+    rewritten(folder, weights, dtype=saved)
+    expected = plain_digest(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[saved]))
+    for name in DTYPES:
+        base = load_base(str(folder), forward=ForwardSettings(device="cpu", compute_dtype=name))
+        assert base.identity.weights_sha256 == expected, name
 
 
 def test_pieces_of_a_weight_are_digested_as_one(
