@@ -227,8 +227,8 @@ class LossSettings(Settings):
     sampled_softmax: int = bounded(0, at_least=0)
     """Train against the 4,096 most frequent tokens of the store and the step's own targets, plus
     this many uniformly sampled negatives per step, reweighted. 2048 makes a step of a small
-    carry-on several times as fast. Training losses are then estimates; held-out losses stay exact.
-    0: the whole vocabulary."""
+    carry-on several times as fast. Training losses are then estimates; held-out losses are over
+    the whole vocabulary, as all are with 0."""
 
     def problems(self) -> list[tuple[bool, str]]:
         """Check what depends on two fields."""

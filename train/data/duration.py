@@ -30,7 +30,7 @@ class Evaluations:
     last_targets: int
     """Targets of all held-out samples."""
     target_s: float
-    """Seconds of the exact loss of a target, without gradient."""
+    """Seconds of the exact loss of a target, without gradient; less with several processes."""
 
     def seconds(self, work: Work, *, token_s: float, density: float) -> float:
         """Return the seconds of those to come, the last one of base and carry-on included.

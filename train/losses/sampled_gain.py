@@ -4,9 +4,9 @@ Nothing of the run is used but its head: states are made up, and no random state
 Letters: M positions, D base width, V vocabulary.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -103,9 +103,9 @@ def _loss(head: FrozenHead, targets: Tensor, *, chunk: int) -> None:
 
 
 def _seconds(call: Callable[[], None]) -> float:
-    started_at = time.perf_counter()
+    started_at = perf_counter()
     call()
-    return time.perf_counter() - started_at
+    return perf_counter() - started_at
 
 
 def _counts(store: StoreLike, vocab_size: int) -> NDArray[np.int64]:

@@ -109,7 +109,7 @@ def run_engine(
         settings=data.settings,
         is_pinned=device.type == "cuda",
     )
-    forecast = _Forecast(states if processes.is_first else [])
+    forecast = _Forecast(states if processes.is_first else [], num_processes=processes.size)
     with stream, Progress(total, name="train", unit="steps") as progress:
         steps = iter(stream)
         for step in order.steps:
@@ -228,8 +228,9 @@ class _Timed:
 class _Forecast:
     """Says in the log how long runs take, once, after the first steps of all of them."""
 
-    def __init__(self, states: Sequence[RunState]) -> None:
+    def __init__(self, states: Sequence[RunState], *, num_processes: int) -> None:
         """Begin before the first step; of several processes one has the states."""
+        self._num_processes = num_processes
         self._timed: dict[int, _Timed] = {}
         self._states: list[RunState] = []
         for state in states:
@@ -260,18 +261,14 @@ class _Forecast:
     @property
     def _is_resumed(self) -> bool:
         """Whether a run was begun before: what it would gain has been said."""
-        firsts = [each.run.segment.first if each.run.segment else 0 for each in self._states]
-        return any(
-            self._timed[id(state)].start.step > first
-            for state, first in zip(self._states, firsts, strict=True)
-        )
+        return any(self._timed[id(each)].start.step > _first(each.run) for each in self._states)
 
     def _say_duration(self, batch: Batch) -> None:
         steps_s = sum(self._steps_left_s(state) for state in self._states)
         evaluations_s = sum(self._evaluations_s(state, batch) for state in self._states)
         left_s = steps_s + evaluations_s
         left = sum(state.run.num_steps - state.progress.step for state in self._states)
-        steps, tail = sum(state.run.num_steps for state in self._states), ""
+        steps, tail = sum(each.run.num_steps - _first(each.run) for each in self._states), ""
         if self._is_resumed:
             steps, tail = left, " that are left"
         else:
@@ -288,32 +285,36 @@ class _Forecast:
         timed, is_cpu = self._timed[id(state)], state.run.head.device.type == "cpu"
         return seconds_per_token(timed.seconds, timed.tokens, skipped=int(is_cpu))
 
+    def _batch_s(self, state: RunState, batch: Batch) -> float:
+        """Return the seconds of a step with such a batch in each process."""
+        return self._token_s(state) * batch.num_tokens * self._num_processes
+
     def _evaluations_s(self, state: RunState, batch: Batch) -> float:
         run, progress = state.run, state.progress
-        first = run.segment.first if run.segment else 0
         count = partial(
             count_evaluations,
             run.epochs,
             every=run.settings.run.evaluate_every,
             includes_last=run.settings.run.finishes_with_best,
         )
-        left = count(first=progress.step) - 1
-        done = max(1, count(first=first) - left)
+        left = count(first=progress.step) - 1 + state.awaits_evaluation
+        done = max(1, count(first=_first(run)) - left)
         if not progress.evaluate_s or not batch.num_targets:
             return 0.0
         lengths, token_s = run.store.sample_lengths, self._token_s(state)
+        target_s = evaluation_seconds(
+            run.head,
+            batch.targets,
+            chunk=run.chunk,
+            at_most_s=self._batch_s(state, batch) / batch.num_targets,
+        )
         evaluations = Evaluations(
             left=left,
             base_s=progress.evaluate_s / done,
             tokens=int(lengths[run.evaluated].sum()),
             last_tokens=int(lengths[run.data.split.held_out].sum()),
             last_targets=run.contamination.held_out_targets,
-            target_s=evaluation_seconds(
-                run.head,
-                batch.targets,
-                chunk=run.chunk,
-                at_most_s=token_s * batch.num_tokens / batch.num_targets,
-            ),
+            target_s=target_s / self._num_processes,
         )
         return evaluations.seconds(_work(run), token_s=token_s, density=_density(state))
 
@@ -329,7 +330,7 @@ class _Forecast:
         few = replace(work, trained_rows=expected_rows(work.vocabulary))
         if work.of_training(1, density) < HINT_RATIO * few.of_training(1, density):
             return
-        of_batch = token_s * batch.num_tokens
+        of_batch = self._batch_s(state, batch)
         timed = time_losses(
             run.head,
             run.store,
@@ -345,13 +346,18 @@ class _Forecast:
             f"{_name(state)}: the exact loss over {work.vocabulary:,} tokens takes "
             f"{ratio:.0%} of a step: about {show_seconds(exact_s)} of "
             f"steps; with --sampled-softmax {NUM_SAMPLED} they would take about "
-            f"{show_seconds(sampled_s)}. Training losses are then estimates, held-out losses stay "
-            "exact"
+            f"{show_seconds(sampled_s)}. Training losses are then estimates, held-out losses are "
+            "over the whole vocabulary"
         )
 
 
 def _name(state: RunState) -> str:
     return str(state.run.folder.root)
+
+
+def _first(run: Run) -> int:
+    """Return the step with which a run begins."""
+    return run.segment.first if run.segment else 0
 
 
 def _work(run: Run) -> Work:

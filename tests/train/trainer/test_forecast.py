@@ -3,6 +3,7 @@
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny_runs import (
@@ -14,10 +15,15 @@ from support.tiny_runs import (
     train_tiny,
 )
 from support.tiny_train_stores import make_tiny_store
+from torch import Tensor
 
 from carryon.train.losses import sampled_gain, sampled_softmax
 from carryon.train.trainer import engine
+from carryon.train.trainer.metrics import read_metrics
+from carryon.train.trainer.run import Job
+from carryon.train.trainer.segment import Segment
 from carryon.train.trainer.sweep import sweep
+from carryon.train.trainer.trainer import train_jointly
 
 LINE = re.compile(
     r"(\S+|\d runs): about ([\d.,]+ (?:s|min|h)) for (\d+) steps( that are left)?"
@@ -127,3 +133,76 @@ def test_runs_side_by_side_say_the_duration_of_all(
     sweep([str(store)], out=tmp_path / "sweep", vary=vary, settings=TINY.with_options(epochs=4))
     [line] = said(caplog)
     assert line[0].startswith("2 runs: about ")
+
+
+def test_a_segment_says_the_duration_of_its_own_steps(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    segment = Segment(
+        paradigm="wsd",
+        version=1,
+        ends=(30,),
+        alpha=0.5,
+        first=6,
+        stop=30,
+        offset=0,
+        start=None,
+    )
+    settings = TINY.with_options(epochs=8)
+    train_jointly(
+        [str(store)], [Job(out=str(tmp_path / "run"), settings=settings, segment=segment)]
+    )
+    [line] = said(caplog)
+    assert line[3] == "24"
+    assert not line[4]
+
+
+@pytest.fixture
+def facts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What is known of evaluations, where a token takes a second and a target of the loss three."""
+    seen: list[dict[str, Any]] = []
+
+    def measured(head: object, targets: Tensor, *, chunk: int, at_most_s: float) -> float:
+        seen.append({"batch_s": at_most_s * len(targets)})
+        return 3.0
+
+    def known(**facts: Any) -> engine.Evaluations:  # noqa: ANN401
+        seen[-1] |= facts
+        return evaluations(**facts)
+
+    evaluations = engine.Evaluations
+    monkeypatch.setattr(engine, "seconds_per_token", lambda *args, **kwargs: 1.0)
+    monkeypatch.setattr(engine, "evaluation_seconds", measured)
+    monkeypatch.setattr(engine, "Evaluations", known)
+    return seen
+
+
+def test_an_evaluation_that_is_due_now_is_still_to_come(
+    store: Path, tmp_path: Path, facts: list[dict[str, Any]]
+) -> None:
+    train_tiny(store, tmp_path / "run", epochs=8, evaluate_every=10)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    evaluated = [line["step"] for line in lines if "held_out_nll" in line]
+    assert evaluated[:2] == [0, 10]
+    [fact] = facts
+    assert fact["left"] == len(evaluated) - 2  # without the base, and the last one of all samples
+
+
+def test_several_processes_share_the_tokens_of_a_step_and_the_targets_of_an_evaluation(
+    store: Path,
+    tmp_path: Path,
+    facts: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forecast = engine._Forecast
+    for number in (1, 2):
+        monkeypatch.setattr(
+            engine,
+            "_Forecast",
+            lambda states, num_processes, number=number: forecast(states, num_processes=number),
+        )
+        train_tiny(store, tmp_path / str(number), epochs=8)
+    alone, both = facts
+    assert both["batch_s"] == 2 * alone["batch_s"]
+    assert (alone["target_s"], both["target_s"]) == (3.0, 1.5)
