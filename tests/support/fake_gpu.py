@@ -13,6 +13,8 @@ import functools
 import importlib.util
 import inspect
 import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -211,21 +213,16 @@ def _place() -> str:
 
 
 @functools.cache
-def _library() -> Path:
-    """Compile fake_gpu.cpp, once a session; skip the test where that is not possible."""
+def _library() -> tuple[Path, str]:
+    """Compile fake_gpu.cpp, once a session; returns the library, and what the compiler refused."""
     torch_folder = Path(torch.__file__).parent
-    folder = tempfile.mkdtemp(prefix="carryon-fake-gpu-")
+    folder = tempfile.mkdtemp(prefix="fake-gpu-", dir=os.environ["CARRYON_CACHE"])  # of the tests
     library = Path(folder, "fake_gpu.so")
     command = ["g++", "-std=c++20", "-shared", "-fPIC", "-w", f"-I{torch_folder / 'include'}"]
     command += [str(_SOURCE), "-o", str(library)]
     command += [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("needs g++ to stand in for a GPU")
-    if done.returncode:
-        pytest.skip(f"torch's headers do not fit fake_gpu.cpp: {done.stderr[:300]}")
-    return library
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return library, done.stderr if done.returncode else ""
 
 
 def on_fake_gpu(test: Callable[..., None]) -> Callable[..., None]:
@@ -238,6 +235,7 @@ def on_fake_gpu(test: Callable[..., None]) -> Callable[..., None]:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="fake_gpu.cpp is built for Linux")
     @pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has CUDA")
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to stand in for a GPU")
     @functools.wraps(test)
     def run(**kwargs: Any) -> None:  # noqa: ANN401
         worker = _worker()
@@ -268,7 +266,9 @@ class _Worker:
 
 @functools.cache
 def _worker() -> _Worker:
-    library = _library()
+    library, problem = _library()
+    if problem:  # no skip: a new torch would end all these tests without a word
+        pytest.fail(f"fake_gpu.cpp does not fit torch {torch.__version__}: {problem[:1000]}", False)
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_tests, args=(library, theirs), daemon=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.fake_gpu import CUDA, FakeGpu, HostWaitError, on_fake_gpu
+from support.steps import read_batches, take
 from support.tiny_bases import make_tiny_base
 from support.tiny_stores import write_corpus
 
@@ -22,10 +23,6 @@ from carryon.train.config import (
     OptimizationSettings,
     StreamSettings,
 )
-from carryon.train.data.batch import Batch
-from carryon.train.data.loader import Stream
-from carryon.train.data.sampler import plan_pass
-from carryon.train.data.split import sample_units
 from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.endings import Endings
@@ -37,7 +34,7 @@ from carryon.train.mixing.projection import FEATURES
 from carryon.train.modules.carryon import CarryOn, build_carryon, taps_of
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
 from carryon.train.trainer.nll import EvalJob, measure_nlls
-from carryon.train.trainer.step import NotFiniteError, Step, read_steps, take_step
+from carryon.train.trainer.step import NotFiniteError, Step, read_steps
 from carryon.train.trainer.trainer import train
 
 FORWARD = ForwardSettings(device="cpu", compute_dtype="float32", batch_tokens=256)
@@ -75,19 +72,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "store"
 
 
-def _batches(store: Store, taps: list[str], *, is_pinned: bool = True) -> list[Batch]:
-    """Return batches, in pinned memory as the trainer gets them."""
-    windows = plan_pass(
-        np.arange(store.num_samples, dtype=np.int64),
-        lengths=store.sample_lengths,
-        units=sample_units(store),
-        tokens_per_step=64,
-    )
-    stream = Stream(store, windows, taps=taps, settings=StreamSettings(), is_pinned=is_pinned)
-    with stream as steps:
-        return [batch for batches in steps for batch in batches]
-
-
 def _take_steps(
     gpu: FakeGpu,
     root: Path,
@@ -105,16 +89,13 @@ def _take_steps(
         carryon = apply_memory_settings(carryon.to(CUDA), memory)
         base = get_base_states(store, device=CUDA)
     optimizer = build_optimizer(carryon, optimization or OptimizationSettings(), memory)
-    batches = _batches(store, [*taps_of(carryon), "final"])
+    batches = read_batches(store, [*taps_of(carryon), "final"], is_pinned=True)
     steps = [
-        take_step(
+        take(
             carryon,
             optimizer,
             batches[2 * number : 2 * number + 2],
             head=head,
-            chunk=32,
-            learning_rate=1e-3,
-            grad_clip=1.0,
             kl_weight=loss.kl_weight,
             base=base,
             is_read=False,
@@ -202,14 +183,11 @@ def test_a_step_of_a_mixture(gpu: FakeGpu, store: Path, kind: str) -> None:
         mixed.carryon, OPTIMIZATION, MemorySettings(), gate=mixed.gate, gate_rate=3e-3
     )
 
-    step = take_step(
+    step = take(
         mixed,
         optimizer,
-        _batches(opened, ["final"])[:2],
+        read_batches(opened, ["final"], is_pinned=True)[:2],
         head=head,
-        chunk=32,
-        learning_rate=1e-3,
-        grad_clip=1.0,
         base=get_base_states(opened, device=CUDA),
         projected=projected,
         is_read=False,
@@ -254,7 +232,7 @@ def test_the_states_of_the_base_from_every_tap(gpu: FakeGpu, store: Path, tap: s
     with gpu.setup():
         head = place_training_head(opened, LossSettings(head_dtype="bfloat16"), device=CUDA)
         base = _base_at(opened, tap)
-    batch = _batches(opened, [tap])[0].to(CUDA)
+    batch = read_batches(opened, [tap], is_pinned=True)[0].to(CUDA)
 
     assert base.at_pairs(batch, head).shape == (batch.num_targets, opened.width)
     assert gpu.waits == []
@@ -316,10 +294,10 @@ def test_a_step_that_waits_is_found(gpu: FakeGpu, store: Path) -> None:
     with gpu.setup():
         placed, carryon = place_training_head(opened, head, device=CUDA), carryon.to(CUDA)
     optimizer = build_optimizer(carryon, OptimizationSettings(), MemorySettings())
-    step = {"head": placed, "chunk": 32, "learning_rate": 1e-3, "grad_clip": 1.0}
+    batches = read_batches(opened, ["final"], is_pinned=True)[:1]
 
     with pytest.raises(HostWaitError, match=f"a copy to the host, at {READ}"):
-        take_step(carryon, optimizer, _batches(opened, ["final"])[:1], **step)  # type: ignore[arg-type]
+        take(carryon, optimizer, batches, head=placed)
 
 
 def test_a_step_that_is_read_later_gives_the_same_bits(store: Path) -> None:
@@ -364,19 +342,7 @@ def _plain_steps(
     cpu = torch.device("cpu")
     head = place_training_head(store, LossSettings(head_dtype="float32"), device=cpu)
     optimizer = build_optimizer(carryon, OptimizationSettings(), memory or MemorySettings())
-    batches = _batches(store, ["final"], is_pinned=False)[:2]
+    batches = read_batches(store, ["final"], is_pinned=False)[:2]
     for batch in batches if spoilt else ():
         batch.states["final"][0] = torch.nan
-    return [
-        take_step(
-            carryon,
-            optimizer,
-            [batch],
-            head=head,
-            chunk=32,
-            learning_rate=1e-3,
-            grad_clip=1.0,
-            is_read=is_read,
-        )
-        for batch in batches
-    ]
+    return [take(carryon, optimizer, [batch], head=head, is_read=is_read) for batch in batches]

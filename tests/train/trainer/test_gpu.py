@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.steps import read_batches, take
 from support.tiny_bases import make_tiny_base
 from support.tiny_stores import write_corpus
 
@@ -18,12 +19,8 @@ from carryon.train.config import (
     LossSettings,
     MemorySettings,
     OptimizationSettings,
-    StreamSettings,
 )
 from carryon.train.data.batch import Batch
-from carryon.train.data.loader import Stream
-from carryon.train.data.sampler import plan_pass
-from carryon.train.data.split import sample_units
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.losses.cross_entropy import token_losses
@@ -31,7 +28,7 @@ from carryon.train.losses.frozen_head import frozen_head, with_gradient_filter
 from carryon.train.losses.sampled_softmax import place_training_head
 from carryon.train.modules.carryon import build_carryon
 from carryon.train.optim.optimizer import build_optimizer
-from carryon.train.trainer.step import Step, read_steps, take_step
+from carryon.train.trainer.step import Step, read_steps
 from carryon.train.trainer.trainer import train
 
 pytestmark = [
@@ -139,27 +136,10 @@ def test_a_step_does_not_wait_for_the_gpu(store: Path) -> None:
     carryon = build_carryon(shape, opened, seed=0).to(CUDA)
     optimizer = build_optimizer(carryon, OptimizationSettings(), MemorySettings())
     head = place_training_head(opened, LossSettings(sampled_softmax=16), device=CUDA)
-    windows = plan_pass(
-        np.arange(opened.num_samples, dtype=np.int64),
-        lengths=opened.sample_lengths,
-        units=sample_units(opened),
-        tokens_per_step=64,
-    )
-    stream = Stream(opened, windows, taps=["final"], settings=StreamSettings(), is_pinned=True)
-    with stream as steps:
-        batches = [batch for each in steps for batch in each]
+    batches = read_batches(opened, ["final"], is_pinned=True)
 
     def step(batch: Batch) -> Step:
-        return take_step(
-            carryon,
-            optimizer,
-            [batch],
-            head=head,
-            chunk=32,
-            learning_rate=1e-3,
-            grad_clip=1.0,
-            is_read=False,
-        )
+        return take(carryon, optimizer, [batch], head=head, is_read=False)
 
     step(batches[0]).read()  # kernels are loaded
     torch.cuda.set_sync_debug_mode("error")
