@@ -14,6 +14,8 @@ from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_h
 from carryon.cache.errors import InputError
 
 T = TypeVar("T")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways by which accelerate spreads a base over devices."""
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -337,6 +339,49 @@ class ForwardSettings(Settings):
     """Tokens in one forward pass, pads included; one longer sample still makes a batch."""
     allow_pickle: bool = False
     """Read a base's weights from pickle files, which can run code, if it has no safetensors."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a base; its digest is recorded. Read it first."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Quantize the base's linear layers on load, the head excepted: `nf4` (extra bitsandbytes),
+    `int8` or `fp8` (extra torchao). Its states are those of another base."""
+    device_map: str = ""
+    """How a base is spread over devices: `auto`, `balanced`, `balanced_low_0`, `sequential`, or a
+    JSON file of module: device (0, cuda:1, cpu or disk). Empty: all of it on --device."""
+    max_memory: list[str] = bounded([])
+    """Memory for the base's weights, each DEVICE=SIZE, such as 0=70GiB cpu=100GiB; the rest is
+    read from disk. Empty: what is free."""
+    offload_folder: str = ""
+    """Folder in which weights on disk are kept that cannot be read from the base's own files.
+    Removed at the end. Empty: one for temporary files."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; those that older documents lack only where they are set."""
+        values = Settings.to_dict(self)
+        later = ("trust_remote_code", "quantize", "device_map", "max_memory", "offload_folder")
+        for name in later:
+            if values[name] in (False, "none", "", []):
+                del values[name]
+        return values
+
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return whether the options of a spread base fit each other."""
+        is_planned = self.device_map in DEVICE_MAPS
+        return [
+            (
+                bool(self.max_memory) and not is_planned,
+                f"max_memory: expected a device map that is planned, got "
+                f"{self.device_map or 'none'}. Fix: --device-map auto",
+            ),
+            (
+                bool(self.offload_folder) and not self.device_map,
+                "offload_folder: expected a device map, got none. Fix: --device-map auto",
+            ),
+            (
+                bool(self.device_map) and self.device != "auto",
+                f"device: expected auto beside --device-map, got {self.device}. Fix: leave out "
+                "--device, or name devices in the file of --device-map",
+            ),
+        ]
 
 
 def parse_tap(name: str, *, num_layers: int) -> int | None:

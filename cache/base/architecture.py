@@ -5,7 +5,6 @@ that does anything else between its hidden states and its logits is refused.
 Letters: P rows, T positions, D width, V vocabulary.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from carryon.cache.base.lm_head import FinalNorm
+from carryon.cache.base.placement import copy_alone, input_device
 from carryon.cache.errors import InputError
 
 _PROBE_TOKENS = 8
@@ -90,7 +90,7 @@ def read_norm(norm: nn.Module, *, width: int) -> FinalNorm:
     Raises:
         InputError: the module is neither an RMS norm nor a layer norm.
     """
-    exact = copy.deepcopy(norm).to(device="cpu", dtype=torch.float32)
+    exact = copy_alone(norm).to(device="cpu", dtype=torch.float32)
     weight: Tensor | None = getattr(exact, "weight", None)
     bias: Tensor | None = getattr(exact, "bias", None)
     eps = next((getattr(exact, key) for key in _EPS_NAMES if hasattr(exact, key)), 0.0)
@@ -215,16 +215,17 @@ def _probe_tokens(model: PreTrainedModel) -> Tensor:
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, vocab_size, (1, _PROBE_TOKENS), generator=generator)
-    return tokens.to(model.device)
+    return tokens.to(input_device(model))
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and bool(torch.equal(first, second))
+    return first.shape == second.shape and bool(torch.equal(first, second.to(first.device)))
 
 
 def _relative_error(got: Tensor, expected: Tensor) -> float:
     expected = expected.float()
-    return float((got.float() - expected).norm() / expected.norm().clamp_min(1e-20))
+    error = got.float().to(expected.device) - expected  # of a base on several devices
+    return float(error.norm() / expected.norm().clamp_min(1e-20))
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -17,6 +17,7 @@ from carryon.cache.base.loading import (
     read_tokenizer,
     say_slow,
 )
+from carryon.cache.base.own_code import digest_code
 from carryon.cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,19 +45,22 @@ class BaseFacts:
     """Width of the hidden states."""
 
 
-def read_facts(source: str, *, like: str | None = None) -> BaseFacts:
+def read_facts(source: str, *, like: str | None = None, trusts_code: bool = False) -> BaseFacts:
     """Return the facts of a base that is not loaded.
 
     Args:
         source: hub id, folder or .gguf file.
         like: digest of a recorded tokenizer, as of `read_tokenizer`.
+        trusts_code: whether Python code that comes with it may run.
 
     Raises:
         MissingError: there is no such base.
         InputError: its tokenizer or config cannot be read.
         MissingExtraError: a .gguf file without the package gguf.
     """
-    place: BaseSource = locate_base(source)
+    place: BaseSource = locate_base(source, trusts_code=trusts_code)
+    if trusts_code:
+        digest_code(place)  # refuses what cannot be recorded, before it runs
     say_slow(source, gguf_file=place.gguf_file)
     tokenizer = read_tokenizer(place, like=like)
     whole = read_config(place)

@@ -6,9 +6,11 @@ are recorded for people and for finding the base; they are not compared. Imports
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import InputError, SettingMismatchError
@@ -18,7 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from carryon.cache.base.offloaded import Weight
+
 MAX_TOKEN_ID = 1 << 24
+ON_LOAD = ("nf4", "int8", "fp8")
+"""Ways to quantize a dense base when it is loaded."""
 PIECE_ITEMS = 1 << 22
 """Numbers of a weight that are hashed at one time; 16 MB of float32."""
 _NOT_COMPUTED_WITH = {
@@ -54,10 +60,20 @@ class BaseIdentity:
     tokenizer_sha256: str
     chat_template_sha256: str | None
     """None where the tokenizer has no chat template."""
+    quantization: str | None = None
+    """`nf4`, `int8` or `fp8` where weights were quantized on load; method and type of a checkpoint
+    that is quantized, such as `gptq-4bit`. None: dense."""
+    code_sha256: str | None = None
+    """Of Python code that comes with it and was allowed to run. None: none was."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
+        """Return plain JSON values; what most bases lack is left out where it is None."""
+        optional = ("quantization", "code_sha256")
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None or name not in optional
+        }
 
 
 def digest_weights(model: "nn.Module", *, dtype: "torch.dtype | None" = None) -> str:
@@ -78,13 +94,24 @@ def digest_weights(model: "nn.Module", *, dtype: "torch.dtype | None" = None) ->
         return join_digests(lines)
 
 
-def saved_tensors(model: "nn.Module") -> dict[tuple[str, ...], "Tensor"]:
-    """Return the tensors of a model in the order of their names, a tied one under all its names."""
-    named: dict[tuple[int, tuple[int, ...]], tuple[list[str], Tensor]] = {}
+def saved_tensors(model: "nn.Module") -> dict[tuple[str, ...], "Weight"]:
+    """Return the tensors of a model in the order of their names, a tied one under all its names.
+
+    Of a base that is spread over devices some are in files, and a tied one may be on several.
+    """
+    from carryon.cache.base.offloaded import kept_weight, place_of
+
+    is_spread = hasattr(model, "_hf_hook")
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    named: dict[object, tuple[list[str], Weight]] = {}
     for name, tensor in sorted(model.state_dict().items()):
-        names, _ = named.setdefault((tensor.data_ptr(), tuple(tensor.shape)), ([], tensor))
+        weight = kept_weight(model, name) if tensor.is_meta else tensor
+        key: object = place_of(weight)
+        if is_spread and (name in tied or name in tied.values()):
+            key = tied.get(name, name)
+        names, _ = named.setdefault(key, ([], weight))
         names.append(name)
-    return {tuple(names): tensor for names, tensor in named.values()}
+    return {tuple(names): weight for names, weight in named.values()}
 
 
 def digest_pieces(
@@ -199,6 +226,27 @@ def refuse_other_digests(
             )
 
 
+def refuse_other_quantization(
+    expected: Mapping[str, Any], got: Mapping[str, Any], *, where: str | Path
+) -> None:
+    """Compare how the weights of two bases are quantized; a missing key is a dense base.
+
+    Raises:
+        SettingMismatchError: names both.
+    """
+    recorded, given = expected.get("quantization"), got.get("quantization")
+    if recorded != given:
+        fix = "give the right base with --base"
+        if recorded in ON_LOAD:
+            fix = f"--quantize {recorded}"
+        elif recorded is None and given in ON_LOAD:
+            fix = "leave out --quantize"
+        raise SettingMismatchError(
+            f"{where}: expected the recorded quantization ({recorded or 'none'}), got "
+            f"{given or 'none'}: their hidden states differ. Fix: {fix}"
+        )
+
+
 def _computed_with(value: object) -> object:
     if isinstance(value, Mapping):
         return {
@@ -211,12 +259,32 @@ def _computed_with(value: object) -> object:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _digest_tensor(names: tuple[str, ...], tensor: "Tensor", *, dtype: "torch.dtype | None") -> str:
-    kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    flat = tensor.detach().contiguous().reshape(-1)
-    firsts = range(0, len(flat), PIECE_ITEMS)
-    pieces = (flat[first : first + PIECE_ITEMS] for first in firsts)
-    return digest_pieces(names[0], tensor.shape, kept, pieces)
+def _digest_tensor(names: tuple[str, ...], weight: "Weight", *, dtype: "torch.dtype | None") -> str:
+    kept = dtype if dtype is not None and weight.dtype.is_floating_point else weight.dtype
+    return digest_pieces(names[0], weight.shape, kept, pieces_of(weight))
+
+
+def pieces_of(weight: "Weight") -> "Iterator[Tensor]":
+    """Yield the values of a weight in order, a few megabytes at a time."""
+    import torch
+
+    if isinstance(weight, torch.Tensor):
+        flat = weight.detach().contiguous().reshape(-1)
+        for first in range(0, len(flat), PIECE_ITEMS):
+            yield flat[first : first + PIECE_ITEMS]
+        return
+    for rows in row_parts(weight.shape):
+        yield weight[rows]
+
+
+def row_parts(shape: Sequence[int]) -> Iterator[slice]:
+    """Yield the parts of a tensor's rows that are read at one time."""
+    if not shape:
+        yield slice(None)
+        return
+    rows = max(1, PIECE_ITEMS * shape[0] // max(1, math.prod(shape)))
+    for first in range(0, shape[0], rows):
+        yield slice(first, min(first + rows, shape[0]))  # safetensors takes none beyond
 
 
 def _digest_json(value: object) -> str:

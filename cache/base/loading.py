@@ -1,7 +1,7 @@
 """Load tokenizer and model of a base from the hub, a folder or a GGUF file, with transformers.
 
-Errors of transformers become one line. It runs no code that comes with a base, and never asks
-whether it should.
+Errors of transformers become one line. Code that comes with a base runs only where the user says
+so, never by asking.
 """
 
 import logging
@@ -57,6 +57,8 @@ class BaseSource:
     """Branch, tag or commit on the hub. None: the newest."""
     gguf_file: str | None = None
     """File in that folder, or None for a base in transformers' own format."""
+    trusts_code: bool = False
+    """Whether Python code that comes with it may run."""
 
     @property
     def is_local(self) -> bool:
@@ -70,7 +72,7 @@ class BaseSource:
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of every from_pretrained that may find code."""
-        return {"trust_remote_code": False, **self.place()}
+        return {"trust_remote_code": self.trusts_code, **self.place()}
 
     def place(self) -> dict[str, Any]:
         """Return the keyword arguments that say where a base is."""
@@ -78,8 +80,10 @@ class BaseSource:
         return {key: value for key, value in values.items() if value is not None}
 
 
-def locate_base(source: str) -> BaseSource:
+def locate_base(source: str, *, trusts_code: bool = False) -> BaseSource:
     """Return where the base `source` (hub id, folder or .gguf file) lies; nothing is loaded.
+
+    `trusts_code` is whether Python code that comes with it may run.
 
     Raises:
         MissingError: it can only be a path, and the path does not exist.
@@ -100,7 +104,7 @@ def locate_base(source: str) -> BaseSource:
                 "config.json; give the folder of a model, or the .gguf file itself"
             )
         _refuse_odd_files(path)
-        return BaseSource(name=str(path.absolute()))
+        return BaseSource(name=str(path.absolute()), trusts_code=trusts_code)
     looks_like_path = path.is_absolute() or source.startswith(".") or source.count("/") > 1
     if looks_like_path or path.suffix == ".gguf" or not source:
         raise MissingError(
@@ -108,7 +112,7 @@ def locate_base(source: str) -> BaseSource:
             "a .gguf file or the id of a model on the hub"
         )
     name, _, revision = source.partition("@")
-    return BaseSource(name=name, revision=revision or None)
+    return BaseSource(name=name, revision=revision or None, trusts_code=trusts_code)
 
 
 def _refuse_odd_files(folder: Path) -> None:
@@ -176,27 +180,31 @@ def read_model(
     source: BaseSource,
     *,
     dtype: torch.dtype | str,
-    device: torch.device,
+    device: torch.device | str | dict[str, Any],
     attention: str,
     allow_pickle: bool = False,
     shows_progress: bool = False,
+    quantizer: Any = None,  # noqa: ANN401 -- a config of transformers
+    **spread: Any,  # noqa: ANN401
 ) -> PreTrainedModel:
     """Return the base's model in evaluation mode, every weight from its checkpoint.
 
     Args:
         source: of the base.
         dtype: of its weights; `auto` is that of the checkpoint.
-        device: to load it to.
+        device: to load it to, or a device map.
         attention: backend of transformers; `sdpa` becomes eager where an architecture lacks it.
         allow_pickle: read weights in pickle files too, not in safetensors only.
         shows_progress: show the bars of transformers for a local base too, on a terminal.
+        quantizer: settings of transformers that quantize it. None: it stays as it is.
+        spread: more arguments of transformers for a device map.
 
     Raises:
         MissingError: it is not on the hub, or the hub cannot be reached.
         InputError: transformers cannot load it as a causal LM, or weights are missing or in
             pickle files.
     """
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {} if quantizer is None else {"quantization_config": quantizer}
     if source.gguf_file is not None:
         # Without dequantize the weights stay packed: 15 s to load 135M, and not plain tensors.
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -213,6 +221,7 @@ def read_model(
             use_safetensors=None if allow_pickle else True,
             **source.arguments(),
             **extra,
+            **spread,
         )
     if missing := sorted(report["missing_keys"]):
         raise InputError(
@@ -262,11 +271,6 @@ def read_checkpoint_dtype(source: BaseSource) -> torch.dtype | str:
     return dtype if isinstance(dtype, torch.dtype) else "auto"
 
 
-def is_quantized(source: BaseSource) -> bool:
-    """Return whether a checkpoint says that its weights are quantized, by any method."""
-    return source.gguf_file is None and hasattr(read_config(source), "quantization_config")
-
-
 @contextmanager
 def _loading(source: BaseSource, what: str, *, shows_progress: bool = False) -> Iterator[None]:
     """Turn errors of transformers into one line; silence it for a local base.
@@ -274,6 +278,9 @@ def _loading(source: BaseSource, what: str, *, shows_progress: bool = False) -> 
     Progress bars stay on for the hub, where a download may take minutes, and where asked for.
     """
     log: Any = transformers.utils.logging
+    spreading = logging.getLogger("accelerate.big_modeling")
+    level = spreading.level
+    spreading.setLevel(logging.ERROR)  # `placement.py` says where weights are
     verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     is_silent = (source.is_local and not shows_progress) or not sys.stderr.isatty()
@@ -292,7 +299,8 @@ def _loading(source: BaseSource, what: str, *, shows_progress: bool = False) -> 
             raise InputError(
                 f"base {source.name}: expected an architecture that transformers "
                 f"{transformers.__version__} has, got one with code of its own, which is not run. "
-                "Fix: give another base"
+                "Fix: read its Python files, then --trust-remote-code if you trust them; or give "
+                "another base"
             ) from error
         has_pickle = not source.is_local or any(Path(source.name).glob("*.bin"))
         if what == "model" and "safetensors" in reason and has_pickle:
@@ -310,6 +318,7 @@ def _loading(source: BaseSource, what: str, *, shows_progress: bool = False) -> 
             f"{transformers.__version__} can load; its {what} could not be loaded: {reason}"
         ) from error
     finally:
+        spreading.setLevel(level)
         log.set_verbosity(verbosity)
         if has_bars:
             log.enable_progress_bar()

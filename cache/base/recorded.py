@@ -2,15 +2,17 @@
 
 Such a file may come from anyone. What is found at the name is used only if it has the digests that
 the file records: config, tokenizer and chat template before any of them is used, weights before
-the first forward pass.
+the first forward pass. Its weights are quantized as the file says; code that comes with it runs
+only where the user says so.
 """
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.base.identity import refuse_other_digests
+from carryon.cache.base.identity import ON_LOAD, refuse_other_digests
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
@@ -47,11 +49,21 @@ def load_recorded_base(
             "base with --base"
         )
     expected = {key: recorded[key] for key in _REQUIRED}
+    expected |= {key: recorded.get(key) for key in ("quantization", "code_sha256")}
+    forward = recorded_forward(forward, recorded)
     if not has_own_template:
         expected["chat_template_sha256"] = recorded.get("chat_template_sha256")
     base = load_base(source, forward=forward, expected=expected)
     refuse_other_digests(expected, base.identity.to_dict(), where=f"base {source}")
     return base
+
+
+def recorded_forward(forward: ForwardSettings, recorded: Mapping[str, Any]) -> ForwardSettings:
+    """Return settings that quantize a base on load as a file records, unless they say how."""
+    name = recorded.get("quantization")
+    if forward.quantize != "none" or name not in ON_LOAD:
+        return forward
+    return replace(forward, quantize=name)
 
 
 def tokenizer_of(recorded: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,9 @@ files again, a few megabytes at a time, and each piece is compared with the weig
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from carryon.cache.base.identity import PIECE_ITEMS, digest_pieces, join_digests, saved_tensors
+from carryon.cache.base.identity import digest_pieces, join_digests, row_parts, saved_tensors
 from carryon.cache.base.loading import BaseSource
+from carryon.cache.base.offloaded import Weight
 from carryon.cache.errors import InputError
 
 
@@ -54,27 +57,65 @@ def digest_checkpoint(model: nn.Module, source: BaseSource, *, dtype: torch.dtyp
 
 
 def _digest_saved(
-    names: tuple[str, ...], loaded: Tensor, files: dict[str, Any], *, dtype: torch.dtype
+    names: tuple[str, ...], loaded: Weight, files: dict[str, Any], *, dtype: torch.dtype
 ) -> str:
     name = next((each for each in names if each in files), None)
-    if name is None or not loaded.is_floating_point():
+    if name is None or not loaded.dtype.is_floating_point:
         raise _OtherWeights
     saved = files[name].get_slice(name)
-    if tuple(saved.get_shape()) != tuple(loaded.shape) or not loaded.dim():
+    if tuple(saved.get_shape()) != tuple(loaded.shape) or not loaded.shape:
         raise _OtherWeights
     return digest_pieces(names[0], loaded.shape, dtype, _pieces(saved, loaded))
 
 
-def _pieces(saved: Any, loaded: Tensor) -> Iterator[Tensor]:  # noqa: ANN401 -- of safetensors
+def _pieces(saved: Any, loaded: Weight) -> Iterator[Tensor]:  # noqa: ANN401 -- of safetensors
     """Yield the rows of a saved tensor, each compared with those that were loaded."""
-    rows = max(1, PIECE_ITEMS * loaded.shape[0] // max(1, loaded.numel()))
-    for first in range(0, loaded.shape[0], rows):
-        stop = min(first + rows, loaded.shape[0])  # of which safetensors takes none beyond
-        piece: Tensor = saved[first:stop]
-        same = loaded[first:stop]
+    for rows in row_parts(loaded.shape):
+        piece: Tensor = saved[rows]
+        same = loaded[rows]
         if not torch.equal(piece.to(same.device, same.dtype), same):
             raise _OtherWeights
         yield piece
+
+
+def digest_files(source: BaseSource, *, quantization: str) -> str:
+    """Return the identity of the weights of a quantized base: of its files, and how they are used.
+
+    Every tensor counts as it is saved, by name, shape, dtype and bytes, however it is divided into
+    files. Dense weights that are quantized on load have another digest than without.
+
+    Args:
+        source: of the base.
+        quantization: as a manifest records it.
+
+    Raises:
+        InputError: its files are no safetensors.
+    """
+    paths = _files(source)
+    if not paths:
+        raise InputError(
+            f"base {source.name}: expected a quantized base in safetensors, got other files. Fix: "
+            "save it as safetensors"
+        )
+    with ThreadPoolExecutor() as pool:
+        lines = sorted(line for some in pool.map(_digest_file, paths) for line in some)
+    return join_digests([*lines, f"quantization {quantization}"])
+
+
+def _digest_file(path: str) -> list[str]:
+    """Return the line of each tensor in a file."""
+    lines = []
+    with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
+        for name in file.keys():  # noqa: SIM118 -- it is no mapping
+            saved = file.get_slice(name)
+            shape = saved.get_shape()
+            if not shape:
+                pieces = iter([file.get_tensor(name)])
+            else:
+                pieces = (saved[rows] for rows in row_parts(shape))
+            first = next(pieces, torch.empty(0))
+            lines.append(digest_pieces(name, shape, first.dtype, chain([first], pieces)))
+    return lines
 
 
 def _files(source: BaseSource) -> list[str]:

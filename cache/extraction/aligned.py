@@ -18,6 +18,7 @@ from carryon.cache.alignment.tree import needed_nodes
 from carryon.cache.base.hooks import base_logits, capture
 from carryon.cache.base.lm_head import Head
 from carryon.cache.base.model import Base, load_base, read_head
+from carryon.cache.base.quantizers import quantizer_version
 from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.aligned_forward import check_tree_forward, tree_inputs
@@ -160,7 +161,7 @@ def _manifest(
         width=width,
         rows_per_chunk=chunk_rows(row_bytes=row_bytes, unit_tokens=store.unit_tokens),
         head=head_facts(head),
-        versions=library_versions(),
+        versions=library_versions() | quantizer_version(base.identity.quantization),
         alignment=alignment.facts,
     )
 

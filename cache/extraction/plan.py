@@ -16,6 +16,7 @@ from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
 from carryon.cache.base.identity import digest_chat_template
 from carryon.cache.base.lm_head import Head
 from carryon.cache.base.model import Base, load_base, read_head
+from carryon.cache.base.quantizers import quantizer_version
 from carryon.cache.base.recorded import tokenizer_of
 from carryon.cache.corpus.chat.template_settings import resolve_settings
 from carryon.cache.corpus.dataset import Corpus, read_corpus
@@ -90,7 +91,10 @@ def plan_extraction(
     refuse_busy(root, is_shared=is_shared)
     pick_device(forward.device)  # refuses one that is not there
     like = _stored_tokenizer(root)
-    facts = facts_of(base) if isinstance(base, Base) else read_facts(str(base), like=like)
+    if isinstance(base, Base):
+        facts = facts_of(base)
+    else:
+        facts = read_facts(str(base), like=like, trusts_code=forward.trust_remote_code)
     _check_sizes(facts, store)
     limit = min(facts.context_tokens, store.unit_tokens)
     if corpus.max_tokens > limit:
@@ -203,7 +207,7 @@ def describe(
         width=base.identity.width,
         rows_per_chunk=chunk_rows(row_bytes=row_bytes, unit_tokens=store.unit_tokens),
         head=head_facts(head),
-        versions=library_versions(),
+        versions=library_versions() | quantizer_version(base.identity.quantization),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from carryon.cache.base.model import Base, load_base, read_head
-from carryon.cache.base.recorded import load_recorded_base, tokenizer_of
+from carryon.cache.base.recorded import load_recorded_base, recorded_forward, tokenizer_of
 from carryon.cache.errors import DamagedStoreError, InputError, StoreError, UnsafePathError
 from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.resume import refuse_other_base
@@ -101,7 +101,7 @@ def repair(
             _refuse_imported(root, manifest, units)
             names = {"compute_dtype", "attention"} & manifest.forward.keys()
             facts = {name: manifest.forward[name] for name in names}
-            settings = replace(forward, **facts)
+            settings = recorded_forward(replace(forward, **facts), manifest.base)
             loaded = _load(root, manifest, base, forward=settings)
             refuse_other_base(manifest, loaded, name=str(root))
             restored += _restore_head(root, manifest, loaded, head_paths)
@@ -134,10 +134,9 @@ def _refuse_imported(root: Path, manifest: Manifest, units: Sequence[int]) -> No
             "run the same carryon recode again"
         )
     if ENGINE in manifest.forward:
-        fix = "import the files, or extract, into another folder"
+        fix = "import the files into another folder"
         if units:
-            again = "the same carryon import or extract again"
-            fix = f"remove {receipt_path(units[0])} and run {again}, or {fix}"
+            fix = f"remove {receipt_path(units[0])} and run the same carryon import again, or {fix}"
         raise InputError(
             f"{root}: expected a store whose states the base computed here, got one of files that "
             f"{manifest.forward[ENGINE]} wrote. Fix: {fix}"

@@ -14,6 +14,8 @@ from carryon.cache.settings import CorpusSettings
 
 _BASE_FACTS = (
     "architecture",
+    "quantization",
+    "code_sha256",
     "config_sha256",
     "weights_sha256",
     "tokenizer_sha256",
@@ -110,7 +112,7 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any], *, name: str, fi
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = "none" if value is None else str(value)
     if len(text) > _LONG:
         return f"{' '.join(text[:40].split())}... ({len(text):,} characters)"
     return (text[:12] if len(text) == 64 else text) or "none"  # 64: a digest

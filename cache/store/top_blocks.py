@@ -58,6 +58,12 @@ def read_blocks(base: "Base", number: int) -> Blocks:
     Raises:
         InputError: it has fewer blocks, or they cannot be run alone.
     """
+    if quantization := base.identity.quantization:
+        raise InputError(
+            f"base {base.source}: expected dense blocks to keep or replace, got quantized ones "
+            f"({quantization}). Fix: leave out --with-blocks and train a bottleneck, or leave out "
+            "--quantize"
+        )
     num_layers = base.identity.num_layers
     if not 1 <= number < num_layers:
         raise InputError(
@@ -196,9 +202,11 @@ def _parse_facts(
 
 
 def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    from carryon.cache.base.placement import weights_of
+
     return {
         name: weight.detach().to("cpu", dtype).contiguous()
-        for name, weight in module.state_dict().items()
+        for name, weight in weights_of(module).items()
     }
 
 

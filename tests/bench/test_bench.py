@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -424,15 +425,26 @@ def test_opening_is_measured_in_a_fresh_process(store_tmp: Path) -> None:
 def test_loading_a_base_is_measured_in_fresh_processes(
     tiny_base: Base, tiny_base_folder: Path, store_tmp: Path
 ) -> None:
-    figures = measure("base.load", store_tmp, base=str(tiny_base_folder))
+    if torch.accelerator.is_available():
+        pytest.skip("an accelerator takes all of a tiny base")
+    figures = measure(
+        "base.load", store_tmp, base=str(tiny_base_folder), sizes={"quantize": ["int8"]}
+    )
     assert [(each.figure, each.target) for each in figures] == [
         ("base.load.resident.bfloat16", 1.25),
         ("base.load.anonymous.bfloat16", 1.25),
         ("base.load.resident.float32", None),
         ("base.load.anonymous.float32", 1.25),
+        ("base.load.offload", 1.25),
+        ("base.load.offload.differing", 0.0),
+        *([("base.load.int8", None)] if find_spec("torchao") else []),
     ]
-    for figure in figures:
+    assert figures[5].value == 0.0
+    for figure in figures[:5]:
         assert figure.details["weights_sha256"] == tiny_base.identity.weights_sha256
+    assert figures[4].details["weight_bytes_in_memory"] < figures[4].details["weight_bytes"]
+    for figure in figures[6:]:
+        assert figure.details["is_same_head"]
 
 
 def test_extraction_is_measured_against_bare_passes(

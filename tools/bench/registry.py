@@ -53,7 +53,7 @@ BENCHMARKS = {
     ),
     "base.load": Benchmark(
         place="base_load:measure_base_loading",
-        about="peak memory of loading and digesting a base against its weights",
+        about="peak memory of loading a base: whole, half of it on disk, quantized",
         needs="base",
     ),
     "store.stream": Benchmark(
@@ -404,9 +404,6 @@ BENCHMARKS = {
 """By `group.name`, in the order in which a group runs."""
 
 EXPERIMENTS = {
-    "guard": Benchmark(
-        place="guard:guard", about="ten headline ratios beside recorded ones: what fell; minutes"
-    ),
     "experiment-paths": Benchmark(
         place="experiment_paths:experiment_paths",
         about="ways of releasing versions, compared on your stores",

@@ -196,7 +196,7 @@ def format_facts(facts: dict[str, Any]) -> str:
             "tokens": f"{facts['tokens']:,}, {facts['supervised_tokens']:,} of them supervised",
             "order seed": facts["seed"],
         },
-        "base": facts["base"] | facts["forward"],
+        "base": {"quantization": None} | facts["base"] | facts["forward"],
         "taps": {
             **{tap: _tap_meaning(tap) for tap in facts["taps"]},
             "stored as": f"{facts['dtype']}, profile {facts['profile']}{_rounding(facts)}",

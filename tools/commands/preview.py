@@ -27,6 +27,7 @@ def preview(
     data: list[str],
     rows: int = 3,
     html: str = "",
+    trust_remote_code: bool = False,
     corpus: CorpusSettings,
     data_settings: DataSettings,
 ) -> dict[str, Any]:
@@ -47,18 +48,28 @@ def preview(
         rows: Records to read of each kind: messages, preference pairs, prompts with completions,
             texts.
         html: File for the same as a page of HTML, in full. Empty: no file.
+        trust_remote_code: Run Python code that comes with a base, of its tokenizer and config. Read
+            it first.
         corpus: How text becomes samples.
         data_settings: How the data are read.
     """
     if rows < 1:
         raise InputError(f"--rows: expected 1 or more, got {rows}")
     from carryon.cache.base.facts import read_facts
+    from carryon.cache.base.loading import locate_base
+    from carryon.cache.base.own_code import digest_code
     from carryon.cache.corpus.chat.template_settings import resolve_settings
     from carryon.cache.corpus.first_rows import read_first
     from carryon.cache.corpus.report import format_report, warnings
     from carryon.cache.files.atomic import write_file
 
-    facts = read_facts(base)
+    code_sha256 = digest_code(locate_base(base))
+    if code_sha256 is not None:
+        logger.warning(
+            f"base {base}: it comes with Python code ({code_sha256[:12]}), "
+            f"{'which is run' if trust_remote_code else 'which is not run'}"
+        )
+    facts = read_facts(base, trusts_code=trust_remote_code)
     limit = min(facts.context_tokens, StoreSettings().unit_tokens)
     if corpus.max_tokens > facts.context_tokens:
         raise InputError(
@@ -97,6 +108,7 @@ def preview(
             "tokens": sum(each.num_tokens for each in shown),
             "targets": sum(each.num_targets for each in shown),
             "html": html,
+            "code_sha256": code_sha256,
             "report": report.to_dict(),
         }
     )

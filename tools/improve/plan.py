@@ -47,7 +47,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: all that decides the results."""
-        return {**asdict(self), "root": ""}
+        return {**asdict(self), "root": "", "forward": self.forward.to_dict()}
 
     @property
     def store(self) -> Path:
@@ -141,7 +141,8 @@ def forward_argv(forward: ForwardSettings, only: Sequence[str] = ()) -> list[str
         if value == usual[name] or (only and name not in only):
             continue
         flag = f"--{name.replace('_', '-')}"
-        argv += [flag] if value is True else [flag, str(value)]
+        values = value if isinstance(value, list) else [value]
+        argv += [flag] if value is True else [flag, *map(str, values)]
     return argv
 
 

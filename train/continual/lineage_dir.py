@@ -22,6 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from carryon.cache.base.identity import refuse_other_quantization
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.atomic import PARTIAL, REPLACED
 from carryon.cache.files.documents import sealed, write_json
@@ -275,6 +276,7 @@ def refuse_changed_base(lineage: Lineage, base: Mapping[str, Any], *, name: str)
     Raises:
         InputError: names both.
     """
+    refuse_other_quantization(lineage.base, base, where=name)
     digests = ("weights_sha256", "config_sha256", "tokenizer_sha256")
     if any(base.get(digest) != lineage.base.get(digest) for digest in digests):
         expected, got = (

@@ -56,7 +56,7 @@ def extract_texts(
         KnownDataError: only some of the texts are a part of the store.
     """
     from carryon.cache.base.model import load_base
-    from carryon.cache.base.recorded import tokenizer_of
+    from carryon.cache.base.recorded import recorded_forward, tokenizer_of
     from carryon.cache.extraction.pipeline import extract
 
     if not base:
@@ -68,7 +68,8 @@ def extract_texts(
     facts = {name: old.forward[name] for name in ("compute_dtype", "attention")} if old else {}
     forward = ForwardSettings(device=settings.run.device, allow_pickle=allow_pickle)
     like = tokenizer_of(old.base if old else lineage.base)
-    loaded = load_base(base, forward=replace(forward, **facts), like=like)
+    forward = recorded_forward(replace(forward, **facts), old.base if old else lineage.base)
+    loaded = load_base(base, forward=forward, like=like)
     if lineage.increments:
         refuse_changed_base(lineage, loaded.identity.to_dict(), name=base)
     given: dict[str, Any]

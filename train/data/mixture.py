@@ -251,6 +251,7 @@ def _shared_facts(store: Store) -> dict[str, Any]:
         "width": store.width,
         "taps": sorted(store.taps),
         "dtype": store.dtype,
-        "base": f"{store.base.get('id')} (weights {str(store.base.get('weights_sha256'))[:12]})",
+        "base": f"{store.base.get('id')} (weights {str(store.base.get('weights_sha256'))[:12]}, "
+        f"quantization {store.base.get('quantization') or 'none'})",
         "head": digest_of({"head": store.manifest.head, "files": files})[:12],
     }

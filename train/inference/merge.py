@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from carryon.cache.base.architecture import get_architecture
 from carryon.cache.base.model import Base, load_base
+from carryon.cache.base.placement import refuse_spread
 from carryon.cache.base.recorded import load_recorded_base, tokenizer_of
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.atomic import whole_folder
@@ -115,6 +116,7 @@ def load_own_base(
 
 def load_for_base(place: Path, base: Base) -> BlocksCarryOn:
     """Return the `native` or `top` in folder `place`, rebuilt with the blocks of its base."""
+    refuse_spread(base.model, what=f"{place}: native and top")
     settings = read_card(place).settings
     number = settings["blocks"] if get_kind(settings["kind"]).merges == "replace" else 1
     module, _ = load_carryon(place, blocks=lambda: read_blocks(base, number))

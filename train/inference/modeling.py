@@ -27,6 +27,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from carryon.cache.base.hooks import contiguous_head_input, watch_taps
 from carryon.cache.base.model import Base, load_base
+from carryon.cache.base.placement import is_spread, output_device
 from carryon.cache.device import attention_of_any_shape
 from carryon.cache.errors import InputError
 from carryon.cache.format.framing import Framing
@@ -98,6 +99,9 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         self._is_stateful = base.model._is_stateful
         self._architecture = base.architecture
         self._compute_dtype = base.compute_dtype
+        # Of a base that is spread over devices, that of its token ids, and of its last states.
+        self._input_device = base.device if is_spread(base.model) else None
+        self._final_device = output_device(base.model, base.architecture.norm)
         self._framing = Framing()
         self._warnings: set[str] = set()  # logged once
         self._optional = {"position_ids", "logits_to_keep"} & set(accepted)
@@ -189,6 +193,12 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         shared.carryons = CarryOnSet(self.identity.to_dict())
         shared.carryons.put(DEFAULT, own.weights, own.card.without_paths())
         return str(ModelHubMixin.push_to_hub(shared, repo_id, **settings))
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are read."""
+        device: torch.device = self._input_device or super().device
+        return device
 
     @property
     def shares_prompts(self) -> bool:
@@ -329,7 +339,8 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         if any(slots):
             settings["carryons"] = torch.tensor(slots)
             # Built now and kept, so that dropping a carry-on does not disturb this batch.
-            self.carryons.modules(slots, device=self.device, dtype=self._compute_dtype)
+            place = self._final_device or self.device
+            self.carryons.modules(slots, device=place, dtype=self._compute_dtype)
         is_one = len(set(strengths)) == 1
         settings["alpha"] = strengths[0] if is_one else torch.tensor(strengths)
         return super().generate(inputs, *args, **settings)  # type: ignore[misc]
@@ -369,9 +380,14 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             alpha,
             cache=past_key_values,
             num_rows=len(given),
-            device=given.device,
+            device=self._final_device or given.device,
             dtype=self._compute_dtype,
         )
+        if self._final_device is not None:
+            position_ids, attention_mask = (
+                None if each is None else each.to(self._final_device)
+                for each in (position_ids, attention_mask)
+            )
         if correction is None:
             with attention_of_any_shape(), contiguous_head_input(self.base):
                 return self.base(**inputs)
@@ -387,8 +403,11 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         def correct(module: nn.Module, args: tuple[object, ...], output: Any) -> None:  # noqa: ANN401
             if threading.get_ident() != thread:
                 return
+            final = output.last_hidden_state
+            # From other devices, of a base that is spread over several.
+            lower = {tap: each.to(final.device) for tap, each in states.items()}
             output["last_hidden_state"] = correction.apply(
-                states | {"final": output.last_hidden_state},
+                lower | {"final": final},
                 position_ids=position_ids,
                 attention_mask=attention_mask,
                 cache=output.get("past_key_values"),

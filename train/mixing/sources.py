@@ -19,6 +19,7 @@ from carryon.train.data.joined_store import JoinedStore
 from carryon.train.mixing.aligned_states import STABLE
 from carryon.train.mixing.vocabulary_cache import Words, cached_words
 from carryon.train.mixing.vocabulary_map import VocabularyMap
+from carryon.train.modules.card_checks import QUANTIZATION
 
 if TYPE_CHECKING:
     from carryon.cache.base.facts import BaseFacts
@@ -56,6 +57,7 @@ class Source:
             "base": str(base.get("id")),
             "revision": str(base.get("revision") or ""),
             **{name: str(base.get(name)) for name in _DIGESTS},
+            **({QUANTIZATION: str(base[QUANTIZATION])} if base.get(QUANTIZATION) else {}),
             "vocabulary_map_sha256": self.vocabulary_map.digest(),
             "store_fingerprint": self.store.fingerprint,
         }

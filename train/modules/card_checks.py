@@ -28,6 +28,8 @@ SOURCE_FACTS = (
     "store_fingerprint",
 )
 """What a card says of each base that is mixed in."""
+QUANTIZATION = "quantization"
+"""Besides, of a base whose weights are quantized."""
 _OF_STATES = ("taps", "width")
 """Besides, of a base whose states are read."""
 _WAYS = ("probability", "state", "both")
@@ -122,14 +124,14 @@ def _check_mixture(mixture: Mapping[str, Any]) -> None:
     for source in mixture["sources"]:
         _check("mixture: sources", source, (dict,))
         expected = SOURCE_FACTS if mixture["by"] == "probability" else (*SOURCE_FACTS, *_OF_STATES)
-        if set(source) != set(expected):
+        if set(source) - {QUANTIZATION} != set(expected):
             raise InputError(
                 f"mixture: sources: expected {', '.join(expected)}, got "
                 f"{sorted(map(str, source))!r:.80}"
             )
         if mixture["by"] != "probability":
             _check_states(source)
-        for name in SOURCE_FACTS:
+        for name in (*SOURCE_FACTS, *({QUANTIZATION} & set(source))):
             _check(f"mixture: sources: {name}", source[name], (str,))
             if not source[name].isprintable():  # errors and the model card show them
                 raise InputError(

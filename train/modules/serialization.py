@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from carryon.cache.base.identity import refuse_other_quantization
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.cache.files.atomic import recover_folder, whole_file, whole_folder, write_file
 from carryon.cache.files.documents import write_json
@@ -387,6 +388,7 @@ def check_base(card: CarryOnCard, base: Mapping[str, Any], *, where: str | Path)
     Raises:
         SettingMismatchError: weights or tokenizer differ; names both digests.
     """
+    refuse_other_quantization(card.base, base, where=str(where))
     for key, name in (("weights_sha256", "weights"), ("tokenizer_sha256", "tokenizer")):
         expected, got = card.base.get(key), base.get(key)
         if expected != got:

@@ -20,15 +20,10 @@ from typing import Any, Self
 import torch
 
 from carryon.cache.base.model import Base
+from carryon.cache.base.recorded import recorded_forward
 from carryon.cache.device import device_of
 from carryon.cache.errors import InputError, StoreBusyError
-from carryon.cache.extraction.forward import (
-    ExtractReport,
-    StatesOf,
-    run_units,
-    summarize,
-    units_to_do,
-)
+from carryon.cache.extraction.forward import ExtractReport, run_units, summarize, units_to_do
 from carryon.cache.extraction.sharing.claims import PLAN, Claims, clear_leftovers
 from carryon.cache.extraction.sharing.leases import Leases, LeaseTimes
 from carryon.cache.format.manifest import Manifest
@@ -67,7 +62,13 @@ def plan_sharing(workers: int, forward: ForwardSettings) -> tuple[Sharing | None
     """
     if workers < 0:
         raise InputError(f"workers: expected 0 or more, got {workers}. Fix: --workers 2")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if forward.device_map and (is_launched or workers > 1):
+        raise InputError(
+            "device_map: expected one process, which spreads the base over all devices, got "
+            "several. Fix: leave out --workers and torchrun, or --device-map"
+        )
+    if is_launched:
         if workers > 1:
             raise InputError(
                 f"workers: expected none under torchrun, which starts the processes, got {workers}."
@@ -90,7 +91,6 @@ def run_together(
     sharing: Sharing,
     batch_tokens: int,
     max_disk_bytes: int | None,
-    states_of: StatesOf | None = None,
 ) -> ExtractReport:
     """Extract with other processes until the store is complete, and report what all have written.
 
@@ -101,7 +101,6 @@ def run_together(
         sharing: how many processes to start here.
         batch_tokens: tokens in one forward pass.
         max_disk_bytes: as of `run_units`.
-        states_of: as of `run_units`, in this process.
     """
     with (
         write_lock(root, is_shared=True),
@@ -132,7 +131,6 @@ def run_together(
                 max_disk_bytes=max_disk_bytes,
                 units=todo,
                 claims=Claims(root, manifest, leases),
-                states_of=states_of,
             )
             is_complete = units_with_receipt(root).issuperset(todo)
             workers.wait(timeout_s=2 * _LOOK_S if is_complete else None)
@@ -192,7 +190,8 @@ class _Job:
         """Return plain values for the process of a number, from 1 on."""
         names = {"compute_dtype", "attention"} & self.manifest.forward.keys()  # not in an old one
         how = {name: self.manifest.forward[name] for name in names}
-        forward = replace(self.forward, device=device_of(self.forward.device, number), **how)
+        forward = recorded_forward(self.forward, self.manifest.base)
+        forward = replace(forward, device=device_of(forward.device, number), **how)
         return {
             "number": number,
             "root": str(self.root.absolute()),

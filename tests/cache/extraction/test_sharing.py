@@ -38,7 +38,7 @@ from carryon.cache.extraction.sharing.workers import Sharing, plan_sharing
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.format.zarr_metadata import receipt_path, shard_path
 from carryon.cache.lock import LOCK_PATH
-from carryon.cache.settings import CorpusSettings
+from carryon.cache.settings import CorpusSettings, ForwardSettings
 from carryon.cache.store.shard_writer import UnitInputs
 from carryon.cache.store.verify import verify
 
@@ -565,3 +565,13 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def test_a_base_that_is_spread_takes_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = ForwardSettings(device_map="auto")
+    assert plan_sharing(1, forward)[1] == forward
+    with pytest.raises(InputError, match="device_map: expected one process.*--workers"):
+        plan_sharing(2, forward)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="device_map: expected one process.*torchrun"):
+        plan_sharing(0, forward)

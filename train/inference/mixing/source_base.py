@@ -11,10 +11,11 @@ import torch
 from carryon.cache.alignment.boundaries import read_rules
 from carryon.cache.alignment.prefixes import PrefixTokenizer
 from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
-from carryon.cache.base.identity import digest_tokenizer
+from carryon.cache.base.identity import digest_tokenizer, refuse_other_quantization
 from carryon.cache.base.loading import check_is_there
 from carryon.cache.base.model import Base, load_base
-from carryon.cache.base.recorded import recorded_source
+from carryon.cache.base.placement import refuse_spread
+from carryon.cache.base.recorded import recorded_forward, recorded_source
 from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.cache.settings import ForwardSettings
@@ -70,12 +71,12 @@ class SourceBase:
         """
         self._recorded, self._where = recorded, where
         self.name = recorded["name"]
-        self.forward = forward
+        self.forward = recorded_forward(replace(forward, quantize="none"), recorded)
         self.cost = BaseCost(name=self.name)
         self._loaded: Base | None = None
         if isinstance(place, Base):
             self._loaded, self.place = place, place.source
-            self._check("weights_sha256", place.identity.weights_sha256)
+            self._check_base(place)
             self.facts = facts_of(place)
         else:
             self.place, self.facts = self._read_facts(place)
@@ -100,7 +101,7 @@ class SourceBase:
         """
         if self._loaded is None:
             loaded = load_base(self.place, forward=self.forward)
-            self._check("weights_sha256", loaded.identity.weights_sha256)
+            self._check_base(loaded)
             self._loaded = loaded
         return self._loaded
 
@@ -116,9 +117,15 @@ class SourceBase:
                 "revision": self._recorded["revision"] or None,
             }
             source = str(place) if place else recorded_source(recorded, where=self._where)
-            return source, read_facts(source)
+            return source, read_facts(source, trusts_code=self.forward.trust_remote_code)
         except MissingError as error:
             raise _missing(self._recorded, error, where=self._where) from error
+
+    def _check_base(self, base: Base) -> None:
+        where = f"mix: {self.place}"
+        refuse_other_quantization(self._recorded, base.identity.to_dict(), where=where)
+        refuse_spread(base.model, what=where)
+        self._check("weights_sha256", base.identity.weights_sha256)
 
     def _check(self, name: str, digest: str) -> None:
         expected = self._recorded[name]
@@ -253,6 +260,8 @@ def place_sources(
         MissingError: a base is not there.
         SettingMismatchError: a base is another one than in training.
     """
+    refuse_spread(anchor.model, what="mix")
+    forward = replace(forward, device_map="", max_memory=[], offload_folder="")
     used = devices or [str(anchor.device)]
     vocabulary = vocabulary_of(anchor)
     return [

@@ -14,6 +14,7 @@ import torch
 from carryon.cache.base.architecture import get_architecture
 from carryon.cache.base.loading import check_is_there
 from carryon.cache.base.model import load_base
+from carryon.cache.base.placement import refuse_spread
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.documents import digest_of
 from carryon.cache.files.regular import digest_file
@@ -171,6 +172,13 @@ class Models:
         """
         source = arm.place or self.base.source
         is_vllm = uses_vllm(arm, source, engine=self._engine)
+        if is_vllm and self._forward.quantize != "none":
+            if self._engine == "vllm":
+                raise InputError(
+                    f"engine: expected transformers with --quantize {self._forward.quantize}, "
+                    "got vllm, which would run the dense base. Fix: --engine transformers"
+                )
+            is_vllm = False
         if arm.model == "carryon":
             return self._open_carryon(arm)
         if arm.model == "merged":
@@ -231,6 +239,12 @@ class Models:
 
     def _open_lora(self, arm: Arm) -> Answerer:
         peft, weights = _find_adapter(arm)
+        refuse_spread(self.base.model, what=f"arms: {arm.name}: a LoRA, which is merged")
+        if quantization := self.base.identity.quantization:
+            raise InputError(
+                f"arms: {arm.name}: expected a dense base, into which a LoRA is merged, got a "
+                f"quantized one ({quantization}). Fix: leave out --quantize"
+            )
         try:
             with warnings.catch_warnings():  # PEFT reads a deprecated attribute of transformers
                 warnings.simplefilter("ignore", FutureWarning)
