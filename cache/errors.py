@@ -7,6 +7,7 @@
     |  |- DamagedFileError                 a file of a run or carry-on is not as it was written
     |- MissingError (FileNotFoundError)    a path that should be there is not
     |- MissingExtraError (ImportError)     an optional package is not installed
+    |- EngineError (RuntimeError)          an inference engine failed, or does not answer
     |- DiskFullError (OSError)             the disk is full; what was finished is kept
     |- StoreError (ValueError)             something is wrong with a store
        |- DamagedStoreError                bytes differ from what was written
@@ -45,6 +46,10 @@ class MissingError(CarryOnError, FileNotFoundError):
 
 class MissingExtraError(CarryOnError, ImportError):
     """A package of an optional extra is not installed."""
+
+
+class EngineError(CarryOnError, RuntimeError):
+    """An inference engine failed, or does not answer; everything committed before is kept."""
 
 
 class DiskFullError(CarryOnError, OSError):

@@ -16,8 +16,11 @@ from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError
 from carryon.cache.exchange.layers import tap_of
-from carryon.cache.format.probe import channel_relative_error, channel_rms
+from carryon.cache.extraction.packing import UnitPlan
+from carryon.cache.format.probe import Probe, channel_relative_error, channel_rms
 
+FirstStates = tuple[str, NDArray[np.int32], Mapping[str, NDArray[np.float32]]]
+"""Of a sample: the name of its file, its first tokens [T], their states at each tap [T, D]."""
 NUM_CHECKED = 8
 """Samples that the base runs over."""
 CHECK_TOKENS = 64
@@ -27,7 +30,7 @@ CHECK_TOKENS = 64
 def check_agreement(
     base: Base,
     checked: Sequence[int],
-    read: Callable[[int], tuple[str, NDArray[np.int32], Mapping[str, NDArray[np.float32]]]],
+    read: Callable[[int], FirstStates],
     *,
     max_error: float,
 ) -> dict[str, float]:
@@ -36,8 +39,7 @@ def check_agreement(
     Args:
         base: that the states are said to be of.
         checked: numbers of samples.
-        read: returns, of a sample, the name of its file, its first tokens [T], and their states
-            in the file at each tap, [T, D] float32.
+        read: returns the first states of a sample.
         max_error: largest channel-relative error of a column.
 
     Returns:
@@ -83,3 +85,49 @@ def check_agreement(
                 )
             found[tap] = max(found.get(tap, 0.0), errors[tap])
     return found
+
+
+def check_first_states(
+    base: Base,
+    units: UnitPlan,
+    read: Callable[[int, int], FirstStates],
+    *,
+    probe: Probe | None,
+    max_error: float,
+) -> dict[str, dict[str, float]]:
+    """Compare the files of some samples, and those of the probe's rows, with the base.
+
+    Args:
+        base: that the states are said to be of.
+        units: places of the samples.
+        read: returns the first states of a sample, given its position in `units` and how many.
+        probe: of the store that is planned. None: the store exists.
+        max_error: as of `check_agreement`.
+
+    Returns:
+        The largest error of each tap, as in `Manifest.profile_error`.
+
+    Raises:
+        InputError: as of `check_agreement`.
+    """
+    chosen = checked_positions(len(units.order))
+    found = check_agreement(
+        base, chosen, lambda position: read(position, CHECK_TOKENS), max_error=max_error
+    )
+    if probe is not None:
+        positions = np.searchsorted(units.start, probe.rows, side="right") - 1
+        rows = (probe.rows - units.start[positions]).tolist()
+        for tap in found:
+            states = [
+                read(position, row + 1)[2][tap][row]
+                for position, row in zip(positions.tolist(), rows, strict=True)
+            ]
+            error = channel_relative_error(np.stack(states), probe.states[tap])
+            found[tap] = max(found[tap], error)
+    return {tap: {"channel_relative_error": error} for tap, error in found.items()}
+
+
+def checked_positions(num_samples: int) -> list[int]:
+    """Return the positions of the samples that are compared, spread over all."""
+    spread = np.linspace(0, num_samples - 1, min(NUM_CHECKED, num_samples))
+    return sorted(set(spread.astype(int).tolist()))

@@ -15,23 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
-from carryon.cache.base.lm_head import Head, widen
+from carryon.cache.base.lm_head import widen
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.corpus.dataset import Corpus
 from carryon.cache.corpus.rows import Data
-from carryon.cache.errors import InputError, SettingMismatchError
-from carryon.cache.exchange.agreement import CHECK_TOKENS, NUM_CHECKED, check_agreement
+from carryon.cache.errors import SettingMismatchError
+from carryon.cache.exchange.agreement import FirstStates, check_first_states
 from carryon.cache.exchange.file_samples import FileSamples, Found
 from carryon.cache.exchange.folder import list_folder, read_file
 from carryon.cache.exchange.layers import column_taps, stored_taps
 from carryon.cache.exchange.settings import ImportSettings
 from carryon.cache.exchange.state_file import StateFile, read_states
+from carryon.cache.exchange.taps import forward_facts, tap_states
 from carryon.cache.exchange.units import ImportReport, fill_units
-from carryon.cache.extraction.pipeline import Errors, begin_store, resume_store
+from carryon.cache.extraction.pipeline import Errors, prepare_store
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.files.atomic import sweep_partials
-from carryon.cache.format.manifest import ENGINE, CorpusPart, Manifest, manifest_path
-from carryon.cache.format.probe import Probe, channel_relative_error
+from carryon.cache.format.manifest import CorpusPart, Manifest
+from carryon.cache.format.probe import Probe
 from carryon.cache.lock import write_lock
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 
@@ -49,8 +50,8 @@ class ImportPlan:
     files: Sequence[StateFile]
     of_sample: NDArray[np.int64]
     """[S] index, in `files`, of the file of each sample."""
-    columns: list[str]
-    """[L] tap of each column."""
+    layers: list[int]
+    """[L] layer id of each column."""
     dtype: str
     """Of the states in the files."""
     max_error: float
@@ -121,13 +122,13 @@ def plan_import(
         data_settings=data_settings or DataSettings(),
         choose=choose,
     )
-    how = _forward_facts(layers, columns, dtype=first.dtype)
+    how = forward_facts(layers, num_layers=facts.num_layers, dtype=first.dtype)
     return ImportPlan(
         extraction=replace(plan, manifest=replace(plan.manifest, forward=how)),
         folder=listed.states,
         files=found[0].files,
         of_sample=found[0].of_sample,
-        columns=columns,
+        layers=layers,
         dtype=first.dtype,
         max_error=imports.max_error,
     )
@@ -156,19 +157,6 @@ def _store_settings(imports: ImportSettings, taps: list[str], *, dtype: str) -> 
     )
 
 
-def _forward_facts(layers: Sequence[int], columns: Sequence[str], *, dtype: str) -> dict[str, str]:
-    """Return what the manifest records of the pass that wrote the files."""
-    how = {
-        "compute_dtype": dtype,
-        "attention": "vllm",
-        ENGINE: "vllm",
-        "layer_ids": " ".join(map(str, layers)),
-    }
-    if "prenorm" in columns:
-        how["final"] = "computed from prenorm with the stored norm"
-    return how
-
-
 def run_import(
     plan: ImportPlan, *, append: bool = False, max_disk_bytes: int | None = None
 ) -> ImportReport:
@@ -184,15 +172,12 @@ def run_import(
     root, new = plan.extraction.root, plan.extraction.manifest
     with write_lock(root):
         sweep_partials(root)
-        if manifest_path(root).exists():
-            _check_files(plan, None)
-            manifest = resume_store(plan.extraction, append=append)
-        elif append:
-            raise InputError(f"{root}: expected a store to append to, got none: leave out --append")
-        else:
-            manifest = begin_store(
-                plan.extraction, max_disk_bytes, check=lambda probe: _check_files(plan, probe)
-            )
+        manifest = prepare_store(
+            plan.extraction,
+            append=append,
+            max_disk_bytes=max_disk_bytes,
+            check=lambda probe: _check_files(plan, probe),
+        )
         part = _own_part(manifest, new.parts[0], name=str(root))
         return fill_units(
             root,
@@ -218,12 +203,10 @@ def _own_part(manifest: Manifest, new: CorpusPart, *, name: str) -> CorpusPart:
 
 
 def _check_files(plan: ImportPlan, probe: Probe | None) -> Errors:
-    """Compare some files, and those of the probe's rows, with the base; see `check_agreement`."""
+    """Compare some files, and those of the probe's rows, with the base."""
     units, samples = plan.extraction.units, plan.extraction.samples
-    num_samples = len(units.order)
-    chosen = np.unique(np.linspace(0, num_samples - 1, min(NUM_CHECKED, num_samples)).astype(int))
 
-    def read(position: int, stop: int = CHECK_TOKENS) -> tuple[str, NDArray[np.int32], Any]:
+    def read(position: int, stop: int) -> FirstStates:
         number = int(units.order[position])
         file = plan.files[plan.of_sample[number]]
         tokens = samples[number].tokens
@@ -231,19 +214,9 @@ def _check_files(plan: ImportPlan, probe: Probe | None) -> Errors:
         states = {tap: widen(rows[:stop]) for tap, rows in taps.items()}
         return str(plan.folder / file.name), tokens[:stop], states
 
-    found = check_agreement(plan.extraction.base, chosen.tolist(), read, max_error=plan.max_error)
-    if probe is not None:
-        positions = np.searchsorted(units.start, probe.rows, side="right") - 1
-        for tap in found:
-            rows = [
-                read(position, row + 1)[2][tap][row]
-                for position, row in zip(
-                    positions.tolist(), (probe.rows - units.start[positions]).tolist(), strict=True
-                )
-            ]
-            error = channel_relative_error(np.stack(rows), probe.states[tap])
-            found[tap] = max(found[tap], error)
-    return {tap: {"channel_relative_error": error} for tap, error in found.items()}
+    return check_first_states(
+        plan.extraction.base, units, read, probe=probe, max_error=plan.max_error
+    )
 
 
 def _read_taps(
@@ -252,18 +225,16 @@ def _read_taps(
     """Return the states of a file at each tap of the store, [T, D]: views of `memory`, in the
     type of the file, and `final` as float32."""
     manifest, head = plan.extraction.manifest, plan.extraction.head
+    num_layers = plan.extraction.base.identity.num_layers
     states = read_states(
         plan.folder,
         file,
         token_ids=tokens,
-        shape=(len(plan.columns), manifest.width),
+        shape=(len(plan.layers), manifest.width),
         dtype=plan.dtype,
         memory=memory,
     )
-    return {tap: _tap(states, tap, plan.columns, head) for tap in manifest.taps}
-
-
-def _tap(states: NDArray[Any], tap: str, columns: Sequence[str], head: Head) -> NDArray[Any]:
-    if tap == "final":
-        return head.norm.apply(widen(states[:, columns.index("prenorm")]))
-    return states[:, columns.index(tap)]
+    return {
+        tap: tap_states(states, tap, plan.layers, num_layers=num_layers, head=head)
+        for tap in manifest.taps
+    }

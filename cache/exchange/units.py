@@ -167,17 +167,28 @@ def _fill(
 
     Rows that belong to no sample are 0.
     """
-    keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
-    shape = (len(unit.tokens), manifest.width)
-    dtype = np.uint16 if keeps_bits else np.float32
-    hidden: dict[str, NDArray[Any]] = {tap: np.zeros(shape, dtype) for tap in manifest.taps}
+    hidden = empty_states(manifest, len(unit.tokens))
     for file, start, length in zip(files, unit.starts.tolist(), unit.lengths.tolist(), strict=True):
         rows = slice(start, start + length)
-        for tap, states in read_taps(file, unit.tokens[rows], memory).items():
-            is_bits = states.dtype == np.uint16
-            if not keeps_bits:
-                hidden[tap][rows] = widen(states)
-            else:
-                hidden[tap][rows] = states if is_bits else bfloat16_bits(widen(states))
+        put_states(hidden, rows, read_taps(file, unit.tokens[rows], memory))
         progress.update(length)
     return hidden
+
+
+def empty_states(manifest: Manifest, num_rows: int) -> dict[str, NDArray[Any]]:
+    """Return zeros [R, D] for each tap: uint16 for bits of bfloat16, or float32."""
+    keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
+    dtype = np.uint16 if keeps_bits else np.float32
+    return {tap: np.zeros((num_rows, manifest.width), dtype) for tap in manifest.taps}
+
+
+def put_states(
+    hidden: Mapping[str, NDArray[Any]], rows: slice, taps: Mapping[str, NDArray[Any]]
+) -> None:
+    """Copy states of a file into rows of a unit, in the type of `empty_states`."""
+    for tap, states in taps.items():
+        if hidden[tap].dtype != np.uint16:
+            hidden[tap][rows] = widen(states)
+        else:
+            is_bits = states.dtype == np.uint16
+            hidden[tap][rows] = states if is_bits else bfloat16_bits(widen(states))

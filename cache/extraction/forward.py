@@ -38,6 +38,8 @@ from carryon.cache.store.shard_writer import (
 )
 from carryon.cache.store.sizes import bytes_by_folder, raw_bytes
 
+StatesOf = Callable[[UnitInput, Progress], dict[str, NDArray[Any]]]
+"""Returns the states of a unit, as `compute_states` does, and counts its tokens."""
 _CHUNK_OVERHEAD_BYTES = 1024  # header, checksum and index entry; or a chunk of zeros, compressed
 _RECEIPT_BYTES = 4096
 
@@ -88,6 +90,7 @@ def run_units(
     units: Sequence[int] | None = None,
     is_predicted: bool = False,
     claims: Claims | None = None,
+    states_of: StatesOf | None = None,
 ) -> ExtractReport:
     """Compute and commit the units that have no receipt, or the given ones.
 
@@ -104,6 +107,7 @@ def run_units(
         is_predicted: let the first batches say in the log what the whole will take.
         claims: how units are shared with other processes; no progress is shown. None: there are
             none.
+        states_of: computes the states of a unit in place of `base`. None: the base does.
     """
     todo = units_to_do(root, manifest) if units is None else list(units)
     inputs = UnitInputs(root, manifest)
@@ -141,15 +145,19 @@ def run_units(
             unit_started_at = time.perf_counter()
             if pilot is not None:
                 pilot.begin(unit)
-            hidden = _states_of_unit(
-                root,
-                manifest,
-                base,
-                unit_input,
-                read_tokens=read_tokens[inputs.samples(unit)],
-                batch_tokens=batch_tokens,
-                progress=progress,
-                pilot=pilot if pilot is not None and pilot.prediction is None else None,
+            hidden = (
+                states_of(unit_input, progress)
+                if states_of is not None
+                else _states_of_unit(
+                    root,
+                    manifest,
+                    base,
+                    unit_input,
+                    read_tokens=read_tokens[inputs.samples(unit)],
+                    batch_tokens=batch_tokens,
+                    progress=progress,
+                    pilot=pilot if pilot is not None and pilot.prediction is None else None,
+                )
             )
             elapsed_s = time.perf_counter() - unit_started_at
             written = sum(_stored_bytes(manifest, each) for each in _finished(writing))

@@ -163,9 +163,9 @@ def run_extraction(
         sharing: how other processes take part. None: this one is alone.
     """
     root = plan.root
-    logger.info(_prediction(plan.manifest))
+    logger.info(describe_size(plan.manifest))
     prepare = partial(
-        _prepare, plan, append=append, max_disk_bytes=max_disk_bytes, is_shared=bool(sharing)
+        prepare_store, plan, append=append, max_disk_bytes=max_disk_bytes, is_shared=bool(sharing)
     )
     how: dict[str, Any] = {"batch_tokens": plan.batch_tokens, "max_disk_bytes": max_disk_bytes}
     if sharing is not None:
@@ -176,17 +176,32 @@ def run_extraction(
         return run_units(root, prepare(), plan.base, is_predicted=True, **how)
 
 
-def _prepare(
-    plan: ExtractionPlan, *, append: bool, max_disk_bytes: int | None, is_shared: bool
+def prepare_store(
+    plan: ExtractionPlan,
+    *,
+    append: bool,
+    max_disk_bytes: int | None,
+    is_shared: bool = False,
+    check: Callable[[Probe | None], Errors] | None = None,
 ) -> Manifest:
-    """Write the plan, or check that the store has the same one."""
+    """Write the plan, or check that the store has the same one; the caller holds the write lock.
+
+    Args:
+        plan: to write.
+        append: as of `extract`.
+        max_disk_bytes: as of `extract`.
+        is_shared: whether other processes may write to the store.
+        check: as of `begin_store`; called without a probe where the store exists.
+    """
     if manifest_path(plan.root).exists():
+        if check is not None:
+            check(None)
         return resume_store(plan, append=append, is_shared=is_shared)
     if append:
         raise InputError(
             f"{plan.root}: expected a store to append to, got none: leave out --append"
         )
-    return begin_store(plan, max_disk_bytes)
+    return begin_store(plan, max_disk_bytes, check=check)
 
 
 def begin_store(
@@ -250,7 +265,8 @@ def resume_store(plan: ExtractionPlan, *, append: bool, is_shared: bool = False)
     return append_plan(root, old, new, plan.samples, plan.units, skipped=plan.skipped)
 
 
-def _prediction(manifest: Manifest) -> str:
+def describe_size(manifest: Manifest) -> str:
+    """Return a line on the samples and bytes of a store, before anything is measured."""
     raw = raw_bytes(manifest, manifest.num_tokens)
     predicted = raw * _EXPECTED_RATIO[manifest.settings["profile"]]
     return (

@@ -134,9 +134,10 @@ def _refuse_imported(root: Path, manifest: Manifest, units: Sequence[int]) -> No
             "run the same carryon recode again"
         )
     if ENGINE in manifest.forward:
-        fix = "import the files into another folder"
+        fix = "import the files, or extract, into another folder"
         if units:
-            fix = f"remove {receipt_path(units[0])} and run the same carryon import again, or {fix}"
+            again = "the same carryon import or extract again"
+            fix = f"remove {receipt_path(units[0])} and run {again}, or {fix}"
         raise InputError(
             f"{root}: expected a store whose states the base computed here, got one of files that "
             f"{manifest.forward[ENGINE]} wrote. Fix: {fix}"

@@ -169,7 +169,7 @@ def make_experiment(root: Path, **changes: Any) -> plan.Experiment:  # noqa: ANN
         epochs=6,
         tokens_per_step=384,
         learning_rate=2e-3,
-        lora_rate=2e-3,
+        lora_rates=[2e-3],
         sampled_softmax=2048,
         temperature=0.8,
         engine="auto",
@@ -314,8 +314,14 @@ def test_lora_is_saved_as_it_was_trained(base_folder: Path, store: Path, tmp_pat
 
     result = train_lora(
         base=str(base_folder), store=str(store), out=str(tmp_path / "lora"), seconds=0.3,
-        learning_rate=1e-2, sampled_softmax=0, forward=CPU,
+        learning_rates=[1e-9, 1e-2, 1e-8], sampled_softmax=0, forward=CPU,
     )  # fmt: skip
+    assert result["learning_rate"] == 1e-2  # the best of them, which is neither first nor last
+    assert (
+        result["nll_by_rate"]["0.01"]
+        == result["lora_nll"]
+        < min(result["nll_by_rate"][rate] for rate in ("1e-09", "1e-08"))
+    )
     opened = Store.open(store)
     model = load_base(str(base_folder), forward=CPU).model
     assert plain_nll(model, opened) == pytest.approx(result["base_nll"], abs=0.02)
@@ -327,6 +333,9 @@ def test_lora_is_saved_as_it_was_trained(base_folder: Path, store: Path, tmp_pat
     assert result["train_s"] >= 0.15
     with pytest.raises(InputError, match="--run: expected a run or --seconds"):
         train_lora(base="none", store=str(store), out="none", forward=CPU)
+    for rates in ([], [1e-3, 0.0], [float("nan")]):
+        with pytest.raises(InputError, match="--learning-rates: expected one or more above 0"):
+            train_lora(base="none", store=str(store), out="none", learning_rates=rates, forward=CPU)
 
 
 def test_too_short_a_clock_for_lora_is_told(

@@ -404,6 +404,9 @@ BENCHMARKS = {
 """By `group.name`, in the order in which a group runs."""
 
 EXPERIMENTS = {
+    "guard": Benchmark(
+        place="guard:guard", about="ten headline ratios beside recorded ones: what fell; minutes"
+    ),
     "experiment-paths": Benchmark(
         place="experiment_paths:experiment_paths",
         about="ways of releasing versions, compared on your stores",

@@ -1,10 +1,11 @@
 """`carryon extract`: corpus and base in, store out."""
 
 import logging
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from carryon.cache.errors import InputError
+from carryon.cache.exchange.engine.settings import VllmSettings
 from carryon.cache.progress import show_seconds
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.tools.cli.output import print_result
@@ -29,10 +30,13 @@ def extract(
     align_to: str = "",
     drop_missing: bool = False,
     workers: int = 0,
+    backend: Literal["transformers", "vllm"] = "transformers",
+    endpoint: str = "",
     corpus: CorpusSettings,
     store: StoreSettings,
     forward: ForwardSettings,
     data_settings: DataSettings,
+    vllm: VllmSettings,
 ) -> dict[str, Any]:
     """Run a frozen base over a corpus once and keep its hidden states.
 
@@ -66,10 +70,14 @@ def extract(
         workers: Processes on this machine that claim units, each with a base and a share of the
             cores; `auto` deals out accelerators. The same command with --workers on other nodes of
             a shared file system joins in. 0: this process alone, no other may write.
+        backend: What runs the base; `vllm` runs it in vLLM's own environment, see --vllm-python.
+        endpoint: Address of a vLLM server that runs the base and writes states to
+            --states-folder, such as http://127.0.0.1:8000. Empty: the base is run here.
         corpus: How text becomes samples.
         store: What the store holds.
         forward: How the base is run.
         data_settings: How the data are read.
+        vllm: How vLLM is run or asked.
     """
     from carryon.cache.extraction.sharing.workers import plan_sharing
 
@@ -85,6 +93,15 @@ def extract(
         "data_settings": data_settings,
         "is_shared": sharing is not None,
     }
+    if backend == "vllm" or endpoint:
+        _refuse_with_vllm(align_to=bool(align_to), drop_missing=drop_missing, dry_run=dry_run)
+        from carryon.cache.exchange.engine.extraction import run_with_vllm
+        from carryon.cache.exchange.engine.planning import plan_with_vllm
+
+        asked = plan_with_vllm(**inputs, vllm=vllm, endpoint=endpoint)
+        done = run_with_vllm(asked, append=append, max_disk_bytes=max_disk_bytes, sharing=sharing)
+        return _show(done, max_disk)
+    _refuse_without_vllm(vllm)
     if align_to:
         from carryon.cache.extraction.aligned import (
             plan_aligned,
@@ -109,6 +126,25 @@ def extract(
         return print_result(facts, _describe(expected))
     report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes, sharing=sharing)
     return _show(report, max_disk)
+
+
+def _refuse_with_vllm(**options: bool) -> None:
+    """Refuse options that need the base's forward passes here."""
+    for name in [name for name, is_given in options.items() if is_given]:
+        raise InputError(
+            f"--{name.replace('_', '-')}: expected it with --backend transformers only, got vLLM. "
+            "Fix: leave it out"
+        )
+
+
+def _refuse_without_vllm(vllm: VllmSettings) -> None:
+    """Refuse options of vLLM where it is not asked for."""
+    for item in fields(VllmSettings):
+        if getattr(vllm, item.name) != getattr(VllmSettings(), item.name):
+            raise InputError(
+                f"--{item.name.replace('_', '-')}: expected it with --backend vllm or --endpoint "
+                "only, got --backend transformers. Fix: add one, or leave it out"
+            )
 
 
 def _show(report: "ExtractReport", max_disk: str) -> dict[str, Any]:

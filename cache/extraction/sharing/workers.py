@@ -23,7 +23,13 @@ from carryon.cache.base.model import Base
 from carryon.cache.base.recorded import recorded_forward
 from carryon.cache.device import device_of
 from carryon.cache.errors import InputError, StoreBusyError
-from carryon.cache.extraction.forward import ExtractReport, run_units, summarize, units_to_do
+from carryon.cache.extraction.forward import (
+    ExtractReport,
+    StatesOf,
+    run_units,
+    summarize,
+    units_to_do,
+)
 from carryon.cache.extraction.sharing.claims import PLAN, Claims, clear_leftovers
 from carryon.cache.extraction.sharing.leases import Leases, LeaseTimes
 from carryon.cache.format.manifest import Manifest
@@ -91,6 +97,7 @@ def run_together(
     sharing: Sharing,
     batch_tokens: int,
     max_disk_bytes: int | None,
+    states_of: StatesOf | None = None,
 ) -> ExtractReport:
     """Extract with other processes until the store is complete, and report what all have written.
 
@@ -101,6 +108,7 @@ def run_together(
         sharing: how many processes to start here.
         batch_tokens: tokens in one forward pass.
         max_disk_bytes: as of `run_units`.
+        states_of: as of `run_units`, in this process.
     """
     with (
         write_lock(root, is_shared=True),
@@ -131,6 +139,7 @@ def run_together(
                 max_disk_bytes=max_disk_bytes,
                 units=todo,
                 claims=Claims(root, manifest, leases),
+                states_of=states_of,
             )
             is_complete = units_with_receipt(root).issuperset(todo)
             workers.wait(timeout_s=2 * _LOOK_S if is_complete else None)

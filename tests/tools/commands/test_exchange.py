@@ -1,9 +1,12 @@
 """`carryon import` and `carryon export` on a tiny base."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from support.tiny_server import serving
+from support.tiny_stores import write_corpus
 
 from carryon.cache.base.model import Base
 from carryon.tools.bench.exchange.state_files import make_tokens, write_states
@@ -77,3 +80,52 @@ def test_a_store_is_recoded_and_a_mistake_is_one_line(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("carryon recode: error: ")
     assert line.endswith("Fix: --profile raw, or carryon extract again")
+
+
+def test_extraction_by_a_server_from_the_command_line(
+    tiny_base: Base, tiny_base_folder: Path, store_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_corpus(store_tmp / "texts.jsonl", num_samples=8)
+    words = ["extract", "--base", str(tiny_base_folder), "--data", str(data), "--unit-tokens", "64"]
+    words += ["--out", str(store_tmp / "store"), "--compute-dtype", "float32", "--max-tokens", "60"]
+    with serving(tiny_base, store_tmp / "served") as server:
+        words += ["--endpoint", server.url, "--states-folder", str(server.folder)]
+        assert main([*words, "--requests", "2"]) == 0
+        report = last_line(capsys)
+        assert (report["is_finished"], report["computed_units"]) == (True, report["num_units"])
+        assert main(words) == 0
+        assert last_line(capsys)["computed_units"] == 0
+    assert main(["verify", str(store_tmp / "store"), "--full"]) == 0
+    assert main(["inspect", str(store_tmp / "store")]) == 0
+    assert "vllm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--backend", "vllm", "--dry-run"], "--dry-run: expected it with --backend transformers"),
+        (["--backend", "vllm", "--align-to", "x"], "--align-to: expected it with --backend trans"),
+        (["--requests", "3"], "--requests: expected it with --backend vllm or --endpoint only"),
+        (["--endpoint", "http://a", "--vllm-args", "a=1"], "--vllm-args: expected it for vLLM"),
+        (["--endpoint", "http://a"], "--states-folder: expected the folder"),
+        (["--backend", "vllm", "--layer-ids", "1"], "--layer-ids: expected it for --endpoint only"),
+        (["--backend", "vllm", "--vllm-args", "model=x"], "--vllm-args: expected arguments that"),
+        (["--backend", "vllm", "--vllm-python", "/no"], "--vllm-python: expected the Python"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_a_line(
+    tiny_base_folder: Path,
+    store_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    says: str,
+) -> None:
+    monkeypatch.setenv("CARRYON_VLLM_PYTHON", sys.executable)
+    data = write_corpus(store_tmp / "texts.jsonl", num_samples=8)
+    extract = ["extract", "--base", str(tiny_base_folder), "--data", str(data)]
+    assert main([*extract, "--out", str(store_tmp / "store"), *words]) == 2
+    [line] = capsys.readouterr().err.splitlines()[-1:]
+    assert says in line
+    assert "Fix: " in line
+    assert not (store_tmp / "store").exists()

@@ -14,7 +14,7 @@ from carryon.cache.files.documents import parse_json
 from carryon.cache.lock import folder_lock
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
-from carryon.tools.bench.accuracy.plan import LORA, Experiment, TaskPlan, plan_task
+from carryon.tools.bench.accuracy.plan import LORA, LORA_RATES, Experiment, TaskPlan, plan_task
 from carryon.tools.bench.accuracy.recipes import DEFAULT_RECIPES, Recipe, choose_recipes
 from carryon.tools.bench.accuracy.report import HEADING, cells_of, write_report
 from carryon.tools.bench.accuracy.rows import Costs, Row, Verdicts, figures_of, make_rows
@@ -56,7 +56,7 @@ def experiment_cot(
     epochs: int = 12,
     tokens_per_step: int = 384,
     learning_rate: float = 2e-3,
-    lora_rate: float = 2e-3,
+    lora_rates: list[float] = list(LORA_RATES),  # noqa: B006
     sampled_softmax: int = 2048,
     temperature: float = 0.8,
     engine: Literal["auto", "transformers", "vllm"] = "auto",
@@ -97,7 +97,7 @@ def experiment_cot(
         epochs: Passes over the training samples.
         tokens_per_step: Tokens of a step. Few of them are targets, so small steps learn more.
         learning_rate: Highest learning rate of bottleneck and mlp.
-        lora_rate: That of LoRA.
+        lora_rates: Those of LoRA: each has the whole clock, the best by held-out loss counts.
         sampled_softmax: As of carryon train.
         temperature: Of the base's own answers that are sampled for training.
         engine: What generates the base's answers. `auto`: vLLM where it is installed.
@@ -123,7 +123,7 @@ def experiment_cot(
         epochs=epochs,
         tokens_per_step=tokens_per_step,
         learning_rate=learning_rate,
-        lora_rate=lora_rate,
+        lora_rates=lora_rates,
         sampled_softmax=sampled_softmax,
         temperature=temperature,
         engine=engine,

@@ -5,9 +5,11 @@ It trains on the samples of the carry-on's store, token by token the same, throu
 """
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from carryon.cache.optional import require
 from carryon.cache.progress import Progress
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
+from carryon.tools.bench.accuracy.plan import LORA_RATES
 from carryon.tools.cli.output import print_result
 from carryon.tools.compare.data import iter_steps
 from carryon.tools.compare.methods import Learner, build_learner, read_samples
@@ -55,7 +58,7 @@ def train_lora(
     run: str = "",
     seconds: float = 0.0,
     seed: int = 0,
-    learning_rate: float = 2e-3,
+    learning_rates: list[float] = list(LORA_RATES),  # noqa: B006 -- shown in the help, never changed
     tokens_per_step: int = 384,
     sampled_softmax: int = 2048,
     forward: ForwardSettings,
@@ -63,8 +66,10 @@ def train_lora(
     """Train LoRA (rank 8, all matrices of all blocks) against the clock; a step of experiment-cot.
 
     The clock counts training steps: as many seconds as the extraction of the store and the training
-    of --run took. It stops while the base is loaded and while held-out samples are evaluated.
-    OUT is then an adapter for PEFT. An interrupted training starts again.
+    of --run took. It stops while the base is loaded and while held-out samples are evaluated. Each
+    learning rate has the whole clock, and the one with the lowest held-out loss is kept: LoRA is
+    not charged for the choice. OUT is then an adapter for PEFT. An interrupted training starts
+    again.
 
     Example:
         python -m carryon.tools.bench cot-lora --base BASE --store store --run run --out lora
@@ -76,36 +81,55 @@ def train_lora(
         run: Folder of the carry-on's run, for the seconds of training.
         seconds: The clock, instead of that of --run. 0: that of --run.
         seed: Seed of the weights and of the order of samples.
-        learning_rate: Highest learning rate.
+        learning_rates: Highest learning rates to choose from.
         tokens_per_step: Tokens of a step.
         sampled_softmax: As of carryon train.
         forward: How the base is run.
     """
     opened = Store.open(store)
+    if not learning_rates or not all(0 < rate < math.inf for rate in learning_rates):
+        given = " ".join(f"{rate:g}" for rate in learning_rates)
+        raise InputError(f"--learning-rates: expected one or more above 0, got {given!r}")
     if not seconds and not run:
         raise InputError("--run: expected a run or --seconds, got neither. Fix: --run FOLDER")
     budget_s = seconds or extraction_seconds(opened) + read_finished(run).train_s
     split = split_store(opened, StreamSettings())
     train, held_out = (_read(opened, half.tolist()) for half in (split.train, split.held_out))
-    loaded = load_base(base, forward=forward)
-    learner = build_learner(
-        Method(name="lora", rates=(learning_rate,)),
-        load_base=lambda: loaded,
-        store=None,
-        seed=seed,
-        samples=train,
-        sampled_softmax=sampled_softmax,
-    )
-    settings = OptimizationSettings(learning_rate=learning_rate, warmup_ratio=0.05, seed=seed)
-    base_nll = _evaluate(learner, held_out)
-    facts = _train(learner, train, settings, budget_s=budget_s, tokens_per_step=tokens_per_step)
-    facts |= {"base_nll": base_nll, "lora_nll": _evaluate(learner, held_out)}
-    num_bytes = _save(Path(out), loaded)
+    best: dict[str, Any] = {"lora_nll": math.inf}
+    nlls, num_bytes = dict[str, float](), 0
+    for rate in learning_rates:
+        settings = OptimizationSettings(learning_rate=rate, warmup_ratio=0.05, seed=seed)
+        loaded = load_base(base, forward=forward)  # again: training has changed the last one
+        learner = build_learner(
+            Method(name="lora", rates=(rate,)),
+            load_base=partial(_given, loaded),
+            store=None,
+            seed=seed,
+            samples=train,
+            sampled_softmax=sampled_softmax,
+        )
+        base_nll = _evaluate(learner, held_out)
+        facts = _train(learner, train, settings, budget_s=budget_s, tokens_per_step=tokens_per_step)
+        facts |= {"base_nll": base_nll, "lora_nll": _evaluate(learner, held_out)}
+        nlls[f"{rate:g}"] = facts["lora_nll"]
+        if facts["lora_nll"] < best["lora_nll"]:
+            best = {"learning_rate": rate, **facts}
+            num_bytes = _save(Path(out), loaded)
+    if not num_bytes:
+        raise InputError(
+            f"--learning-rates: expected one with a finite held-out loss, got {nlls}. Fix: smaller "
+            "ones"
+        )
     return print_result(
-        {"out": out, "clock_s": budget_s, "bytes": num_bytes, **facts},
-        f"{out}: {facts['tokens']:,} tokens in {facts['train_s']:,.0f} s; held-out NLL of the base "
-        f"{base_nll:.4f}, with LoRA {facts['lora_nll']:.4f}",
+        {"out": out, "clock_s": budget_s, "bytes": num_bytes, **best, "nll_by_rate": nlls},
+        f"{out}: {best['tokens']:,} tokens in {best['train_s']:,.0f} s; held-out NLL of the base "
+        f"{best['base_nll']:.4f}, with LoRA {best['lora_nll']:.4f} (learning rate "
+        f"{best['learning_rate']:g}, the best of {len(nlls)})",
     )
+
+
+def _given(base: Base) -> Base:
+    return base
 
 
 def extraction_seconds(store: Store) -> float:

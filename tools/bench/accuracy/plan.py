@@ -24,6 +24,8 @@ READABLE = "as-bottleneck"
 """Folder in the run of an `mlp`: the carry-on for other programs."""
 KINDS = ("bottleneck", MLP, "top")
 LORA = "lora"
+LORA_RATES = (2e-4, 5e-4, 2e-3)
+"""Learning rates to choose from: many steps want a small one, the few of a short clock a large."""
 PROMPTED = ("instruct", "few-shot")
 """Arms of the base that are asked in another way."""
 _MOST_TOP_BLOCKS = 8
@@ -48,7 +50,7 @@ class Experiment:
     epochs: int
     tokens_per_step: int
     learning_rate: float
-    lora_rate: float
+    lora_rates: Sequence[float]
     sampled_softmax: int
     temperature: float
     """Of sampled training answers."""
@@ -177,7 +179,8 @@ def _train_lora(experiment: Experiment, folder: Path, seed: int) -> Planned:
     own = folder / f"seed-{seed}"
     argv = ["cot-lora", "--base", experiment.base, "--store", str(folder / "store")]
     argv += ["--run", str(own / experiment.kinds[0]), "--out", str(own / LORA)]
-    argv += ["--seed", str(seed), "--learning-rate", f"{experiment.lora_rate:g}"]
+    argv += ["--seed", str(seed), "--learning-rates"]
+    argv += [f"{rate:g}" for rate in experiment.lora_rates]
     argv += ["--tokens-per-step", str(experiment.tokens_per_step)]
     argv += ["--sampled-softmax", str(experiment.sampled_softmax)]
     return Planned(result=own / "lora.json", argv=argv + forward_argv(experiment.forward))

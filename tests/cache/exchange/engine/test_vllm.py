@@ -1,0 +1,161 @@
+"""Extraction by the real vLLM, in its own environment: CARRYON_VLLM_PYTHON names its Python."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_bases import make_tiny_base
+from support.tiny_stores import write_corpus
+
+from carryon.cache.base.model import Base, load_base
+from carryon.cache.errors import EngineError, InputError
+from carryon.cache.exchange.engine.extraction import run_with_vllm
+from carryon.cache.exchange.engine.local import PYTHON_VARIABLE
+from carryon.cache.exchange.engine.planning import plan_with_vllm
+from carryon.cache.exchange.engine.settings import VllmSettings
+from carryon.cache.extraction.forward import ExtractReport
+from carryon.cache.extraction.pipeline import extract
+from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
+from carryon.cache.store.reader import Store
+from carryon.cache.store.verify import verify
+
+HAS_VLLM = bool(os.environ.get(PYTHON_VARIABLE)) or importlib.util.find_spec("vllm") is not None
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not HAS_VLLM,
+        reason=f"VLLM IS NOT TESTED HERE: set {PYTHON_VARIABLE} to the Python of an environment "
+        "that has it",
+    ),
+]
+CONTEXT = 128
+TAPS = ["final", "prenorm", "layer.0", "layer.1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose heads have a size that vLLM's kernels know."""
+    return make_tiny_base(
+        tmp_path_factory.mktemp("bases") / "llama",
+        context=CONTEXT,
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_hidden_layers=3,
+        max_position_embeddings=CONTEXT,
+    )
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Base:
+    """The same, loaded in float32."""
+    return load_base(str(folder), forward=ForwardSettings(device="cpu", compute_dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts; one fills the context, and many begin alike."""
+    path = write_corpus(tmp_path_factory.mktemp("texts") / "texts.jsonl", num_samples=24)
+    with path.open("a") as file:
+        file.write('{"id": "long", "text": "' + "0123456789" * 40 + '"}\n')
+    return path
+
+
+Extract = Callable[..., ExtractReport]
+
+
+@pytest.fixture(scope="module")
+def run(base: Base, corpus: Path) -> Extract:
+    """Extract with vLLM; options of VllmSettings."""
+
+    def call(out: Path, *, dtype: str = "float32", limit: int | None = None, **vllm: Any) -> Any:  # noqa: ANN401
+        plan = plan_with_vllm(
+            base=base,
+            data=[str(corpus)],
+            out=out,
+            vllm=VllmSettings(**vllm),
+            endpoint="",
+            corpus=CorpusSettings(),
+            store=StoreSettings(taps=TAPS, unit_tokens=CONTEXT, dtype=dtype),  # type: ignore[arg-type]
+            forward=ForwardSettings(compute_dtype=dtype),  # type: ignore[arg-type]
+            data_settings=DataSettings(),
+        )
+        return run_with_vllm(plan, max_disk_bytes=limit)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def store(run: Extract, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that vLLM filled in float32, three requests at a time."""
+    root = tmp_path_factory.mktemp("stores") / "store"
+    assert run(root, requests=3).is_finished
+    return root
+
+
+def refuse_differences(first: Path, second: Path, *, rtol: float, atol: float) -> None:
+    """Compare the states of two stores."""
+    both = [Store.open(path) for path in (first, second)]
+    for unit in range(both[0].num_units):
+        expected, got = (store.read_unit(unit) for store in both)
+        assert np.array_equal(expected.tokens, got.tokens)
+        for tap in TAPS:
+            np.testing.assert_allclose(got.float32(tap), expected.float32(tap), rtol, atol)
+
+
+def test_states_of_vllm_are_those_of_transformers(
+    store: Path, base: Base, corpus: Path, store_tmp: Path
+) -> None:
+    assert verify(store, depth="full").is_complete
+    assert int(Store.open(store).sample_lengths.max()) == CONTEXT
+    extract(
+        base=base,
+        data=[str(corpus)],
+        out=store_tmp / "own",
+        taps=TAPS,
+        unit_tokens=CONTEXT,
+        dtype="float32",
+    )
+    refuse_differences(store_tmp / "own", store, rtol=1e-3, atol=1e-3)
+
+
+def test_a_stopped_extraction_resumes(run: Extract, store: Path, store_tmp: Path) -> None:
+    root = Path(shutil.copytree(store, store_tmp / "store"))
+    for unit in (1, 3):
+        (root / f"units/{unit}.json").unlink()
+    again = run(root)
+    assert (again.computed_units, again.is_finished) == (2, True)
+    assert verify(root, depth="full").is_complete
+    assert not list((root / "units").glob(".states-*"))
+    refuse_differences(store, root, rtol=1e-3, atol=1e-3)
+
+
+def test_prefix_caching_and_chunked_prefill_are_as_measured(
+    run: Extract, store: Path, store_tmp: Path
+) -> None:
+    words = ["enable_prefix_caching=true", "enable_chunked_prefill=true"]
+    run(store_tmp / "both", vllm_args=[*words, "max_num_batched_tokens=48"], requests=4)
+    refuse_differences(store, store_tmp / "both", rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16_is_within_two_roundings(run: Extract, base: Base, store_tmp: Path) -> None:
+    run(store_tmp / "store", dtype="bfloat16")
+    store = Store.open(store_tmp / "store")
+    assert store.manifest.forward["compute_dtype"] == "bfloat16"
+    for tap in TAPS:
+        assert store.manifest.profile_error[tap]["channel_relative_error"] < 0.06
+    assert verify(store_tmp / "store", depth="full").is_complete
+
+
+def test_an_argument_that_vllm_refuses_is_named(run: Extract, store_tmp: Path) -> None:
+    with pytest.raises(EngineError, match="no_such_argument") as caught:
+        run(store_tmp / "store", vllm_args=["no_such_argument=1"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="--vllm-args"):
+        run(store_tmp / "store", vllm_args=["dtype=float16"])

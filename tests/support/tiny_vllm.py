@@ -1,0 +1,80 @@
+"""A package called vllm that does what the driver asks of it, for machines without the real one.
+
+Files are written in the step after the one that answers, as by the real connector.
+"""
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+_PACKAGE = '''
+"""Stands in for vLLM."""
+import os
+from types import SimpleNamespace
+
+import numpy as np
+from safetensors.numpy import save_file
+
+__version__ = os.environ.get("TINY_VLLM_VERSION", "0.32.0")
+SamplingParams = SimpleNamespace
+
+
+class LLM:
+    def __init__(self, **args):
+        print("all that vLLM prints")
+        if args["model"] == "broken":
+            raise RuntimeError("no such\\nmodel")
+        self.llm_engine = Engine(args)
+
+
+class Engine:
+    def __init__(self, args):
+        extra = args["kv_transfer_config"]["kv_connector_extra_config"]
+        self.folder, self.longest = extra["shared_storage_path"], args["max_model_len"]
+        self.width, self.layers = 16, [0, 1, 2]
+        self.waiting, self.done = [], []
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting)
+
+    def add_request(self, name, prompt, sampling):
+        assert (sampling.max_tokens, sampling.temperature) == (1, 0.0)
+        if len(prompt["prompt_token_ids"]) > self.longest:
+            raise ValueError("too\\nlong")
+        self.waiting.append((name, prompt["prompt_token_ids"]))
+
+    def step(self):
+        for name, tokens in self.done:
+            if tokens[0] == 13:
+                os._exit(3)
+            shape = (len(tokens), len(self.layers), self.width)
+            states = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+            tensors = {"hidden_states": states, "token_ids": np.array(tokens, np.int64)}
+            save_file(tensors, f"{self.folder}/{name}-ab.safetensors")
+        taken, self.waiting = self.waiting[:2], self.waiting[2:]
+        self.done = taken
+        path = self.folder + "/{}-ab.safetensors"
+        return [
+            SimpleNamespace(
+                finished=True,
+                request_id=name,
+                kv_transfer_params={"hidden_states_path": path.format(name)},
+            )
+            for name, _ in taken
+        ]
+'''
+
+
+def make_tiny_vllm(folder: Path) -> str:
+    """Write the package, and return a Python that has it."""
+    package = folder / "packages" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(_PACKAGE, encoding="ascii")
+    python = folder / "python"
+    python.write_text(
+        f'#!/bin/sh\nPYTHONPATH="{package.parent}:$PYTHONPATH" exec {sys.executable} "$@"\n',
+        encoding="utf-8",
+    )
+    os.chmod(python, stat.S_IRWXU)
+    return str(python)
