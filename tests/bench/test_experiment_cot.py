@@ -166,7 +166,6 @@ def make_experiment(root: Path, **changes: Any) -> plan.Experiment:  # noqa: ANN
         has_lora=True,
         shots=4,
         rule="auto",
-        epochs=6,
         tokens_per_step=384,
         learning_rate=2e-3,
         lora_rates=[2e-3],
@@ -203,6 +202,7 @@ def test_models_are_trained_with_the_seeds_of_their_folders(tmp_path: Path) -> N
     for (seed, _), step in plan.plan_task(experiment_, recipe).models.items():
         assert step.argv[step.argv.index("--seed") + 1] == str(seed)
         assert step.result.parent.name == f"seed-{seed}"
+        assert step.argv[step.argv.index("--epochs") + 1] == "12"  # as the recipe says
 
 
 def test_every_step_of_every_recipe_is_a_command_that_parses(tmp_path: Path) -> None:
@@ -232,7 +232,8 @@ def test_wrong_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], te
 def test_recipes_are_chosen_with_settings_of_their_own() -> None:
     [one] = recipes.choose_recipes(["leg_counting:max_animals=3"], samples=9, max_new_tokens=8)
     assert (one.name, one.task) == ("leg_counting-max_animals-3", "leg_counting:max_animals=3")
-    assert (one.samples, one.max_new_tokens, one.goal) == (9, 8, None)
+    assert (one.samples, one.max_new_tokens, one.epochs, one.goal) == (9, 8, 12, None)
+    assert [each.epochs for each in recipes.choose_recipes(["leg_counting"], epochs=3)] == [3]
     with pytest.raises(InputError, match="--tasks: expected some of leg_counting, .*'nosuch'"):
         recipes.choose_recipes(["nosuch"])
     with pytest.raises(InputError, match="--tasks: expected each once, got chain_sum twice"):

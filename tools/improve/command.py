@@ -86,7 +86,7 @@ def improve(
         taps: Hidden states to keep, and to train on without --train-config. Empty: final and two
             middle layers; with --extract-config its own.
         extract_config: YAML file with more options of carryon extract. Empty: none.
-        train_config: YAML file or preset with options of carryon train. Empty: 12 epochs of small
+        train_config: YAML file or preset with options of carryon train. Empty: 6 epochs of small
             steps against a sampled softmax, for short answers.
         engine: What generates the base's answers. `auto`: vLLM where it is installed.
         batch_rows: Answers that transformers generates at a time; fewer need less memory.

@@ -12,10 +12,11 @@ TEST_SEED = 1_000_001
 
 
 SHORT_ANSWERS = (
-    *("--epochs", "12", "--learning-rate", "0.002"),
+    *("--epochs", "6", "--learning-rate", "0.001"),
     *("--tokens-per-step", "384", "--sampled-softmax", "2048"),
 )
-"""How to train on some hundred short answers: many small steps."""
+"""How to train on some hundred of the base's own short answers: small steps, and few enough that
+they are not learned by heart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,7 +53,7 @@ def test_without_settings_three_taps_are_kept_and_trained_on_in_many_small_steps
     assert list(Store.open("out/store").taps) == ["final", "layer.2", "layer.1"]
     settings = check_settings(Path("out/round-1/run/config.yaml"))
     assert settings["taps"] == ["final", "layer.2", "layer.1"]
-    assert (settings["epochs"], settings["tokens_per_step"]) == (12, 384)
+    assert (settings["epochs"], settings["tokens_per_step"]) == (6, 384)
 
 
 def test_two_rounds_and_then_a_third(

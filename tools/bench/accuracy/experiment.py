@@ -53,9 +53,9 @@ def experiment_cot(
     shots: int = 4,
     max_new_tokens: int = 0,
     rule: str = "auto",
-    epochs: int = 12,
+    epochs: int = 0,
     tokens_per_step: int = 384,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
     lora_rates: list[float] = list(LORA_RATES),  # noqa: B006
     sampled_softmax: int = 2048,
     temperature: float = 0.8,
@@ -94,7 +94,7 @@ def experiment_cot(
         shots: Worked answers in the few-shot prompt. 0: no such arm.
         max_new_tokens: Maximum length of an answer, in tokens. 0: as the recipe says.
         rule: Which answers are right, as in carryon score.
-        epochs: Passes over the training samples.
+        epochs: Passes over the training samples. 0: as the recipe says.
         tokens_per_step: Tokens of a step. Few of them are targets, so small steps learn more.
         learning_rate: Highest learning rate of bottleneck and mlp.
         lora_rates: Those of LoRA: each has the whole clock, the best by held-out loss counts.
@@ -105,10 +105,11 @@ def experiment_cot(
         forward: How the base is run.
     """
     least = {"--num": (num, 1), "--samples": (samples, 0), "--shots": (shots, 0)}
-    for name, (value, bound) in {**least, "--max-new-tokens": (max_new_tokens, 0)}.items():
+    least |= {"--max-new-tokens": (max_new_tokens, 0), "--epochs": (epochs, 0)}
+    for name, (value, bound) in least.items():
         if value < bound:
             raise InputError(f"{name}: expected {bound} or more, got {value}")
-    recipes = choose_recipes(tasks, samples=samples, max_new_tokens=max_new_tokens)
+    recipes = choose_recipes(tasks, samples=samples, max_new_tokens=max_new_tokens, epochs=epochs)
     root = Path(out)
     experiment = Experiment(
         root=root,
@@ -120,7 +121,6 @@ def experiment_cot(
         has_lora=lora,
         shots=shots,
         rule=rule,
-        epochs=epochs,
         tokens_per_step=tokens_per_step,
         learning_rate=learning_rate,
         lora_rates=lora_rates,

@@ -47,7 +47,6 @@ class Experiment:
     shots: int
     """Worked answers in a few-shot prompt. 0: no such arm."""
     rule: str
-    epochs: int
     tokens_per_step: int
     learning_rate: float
     lora_rates: Sequence[float]
@@ -110,7 +109,7 @@ def plan_task(experiment: Experiment, recipe: Recipe) -> TaskPlan:
     """Return the steps of a task."""
     folder = experiment.root / recipe.name
     models = {
-        (seed, kind): _train(experiment, folder, seed, kind)
+        (seed, kind): _train(experiment, recipe, folder, seed, kind)
         for seed in experiment.seeds
         for kind in experiment.kinds
     }
@@ -160,7 +159,7 @@ def _extract(experiment: Experiment, folder: Path) -> Planned:
     return Planned(result=folder / "extract.json", argv=argv)
 
 
-def _train(experiment: Experiment, folder: Path, seed: int, kind: str) -> Planned:
+def _train(experiment: Experiment, recipe: Recipe, folder: Path, seed: int, kind: str) -> Planned:
     own = folder / f"seed-{seed}"
     argv = ["cot-mlp"] if kind == MLP else ["train", "--kind", kind]
     argv += ["--store", str(folder / "store"), "--out", str(own / kind)]
@@ -168,7 +167,7 @@ def _train(experiment: Experiment, folder: Path, seed: int, kind: str) -> Planne
         argv += ["--blocks", str(experiment.top_blocks), "--lora-rank", str(LORA_RANK)]
     else:
         argv += ["--taps", *experiment.taps, "--learning-rate", f"{experiment.learning_rate:g}"]
-    argv += ["--seed", str(seed), "--epochs", str(experiment.epochs)]
+    argv += ["--seed", str(seed), "--epochs", str(recipe.epochs)]
     argv += ["--tokens-per-step", str(experiment.tokens_per_step)]
     argv += ["--sampled-softmax", str(experiment.sampled_softmax)]
     argv += forward_argv(experiment.forward, ("device",))

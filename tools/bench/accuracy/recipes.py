@@ -45,6 +45,9 @@ class Recipe:
     """Sampled answers to a problem, for `own`."""
     keep: int = 2
     """Most right ones among them that are kept."""
+    epochs: int = 6
+    """Passes over the training texts. Written chains of one form gain from more of them; the base's
+    own answers are soon learned by heart."""
     is_by_template: bool = False
     """Test on templates of the generator that training has not seen."""
     goal: Goal | None = None
@@ -58,11 +61,11 @@ RECIPES = {
     for recipe in (
         Recipe(
             name="leg_counting", task=_LEGS, source="chains", samples=500, max_new_tokens=192,
-            goal=Goal(against="nothing", at_least=0.8),
+            epochs=12, goal=Goal(against="nothing", at_least=0.8),
         ),
         Recipe(
             name="leg_counting-steps", task=_LEGS, source="chains", samples=760,
-            max_new_tokens=192, wording="leg_counting-steps",
+            max_new_tokens=192, wording="leg_counting-steps", epochs=12,
         ),
         Recipe(
             name="chain_sum", task=_SUMS, source="own", samples=300, max_new_tokens=160,
@@ -102,7 +105,7 @@ DEFAULT_RECIPES = ("leg_counting", "chain_sum", "gsm_symbolic")
 
 
 def choose_recipes(
-    names: Sequence[str], *, samples: int = 0, max_new_tokens: int = 0
+    names: Sequence[str], *, samples: int = 0, max_new_tokens: int = 0, epochs: int = 0
 ) -> list[Recipe]:
     """Return the recipes that names choose, each NAME or NAME:SETTING=VALUE,...; pure.
 
@@ -110,6 +113,7 @@ def choose_recipes(
         names: settings take the place of the recipe's own, and are part of its name then.
         samples: training problems of all of them. 0: each recipe's own number.
         max_new_tokens: likewise.
+        epochs: likewise.
 
     Raises:
         InputError: there is no such recipe, or one is named twice.
@@ -129,6 +133,7 @@ def choose_recipes(
                 recipe,
                 samples=samples or recipe.samples,
                 max_new_tokens=max_new_tokens or recipe.max_new_tokens,
+                epochs=epochs or recipe.epochs,
             )
         )
     folders = [recipe.name for recipe in chosen]
