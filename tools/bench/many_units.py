@@ -1,7 +1,7 @@
 """Training from a store of very many units: tokens/s, memory, time to the first batch."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,19 +62,10 @@ def measure_resume(job: Job, *, units: int = 20, rounds: int = 5) -> None:
     """Report how much later the first batch arrives at 90 % of an epoch than at its start."""
     [folder] = _make_stores(job, units, (TIMES_AS_MANY,)).values()
 
-    def first_batch(at: float) -> float:
-        started_at = time.perf_counter()
-        data, optimization = _open(str(folder))
-        windows = [window for epoch in data.plan(optimization) for window in epoch]
-        done = int(at * count_steps(windows))
-        order = join_orders([windows], [done], rank=0, world_size=1)
-        with Stream(
-            data.store, order.windows, taps=["final"], settings=data.settings, is_pinned=False
-        ) as steps:
-            next(iter(steps))
-            return time.perf_counter() - started_at
-
-    ways = {"fresh": lambda: first_batch(0.0), "resumed": lambda: first_batch(RESUME_AT)}
+    ways = {
+        "fresh": partial(first_batch, folder, at=0.0),
+        "resumed": partial(first_batch, folder, at=RESUME_AT),
+    }
     seconds = in_turn(ways, rounds=rounds)
     job.report(
         "resume.first_batch",
@@ -84,6 +75,20 @@ def measure_resume(job: Job, *, units: int = 20, rounds: int = 5) -> None:
         seconds=seconds,
         at=RESUME_AT,
     )
+
+
+def first_batch(folder: Path, *, at: float, taps: Sequence[str] = ("final",)) -> float:
+    """Return the seconds from opening a store to the first batch behind a part of an epoch."""
+    started_at = time.perf_counter()
+    data, optimization = _open(str(folder))
+    windows = [window for epoch in data.plan(optimization) for window in epoch]
+    done = int(at * count_steps(windows))
+    order = join_orders([windows], [done], rank=0, world_size=1)
+    with Stream(
+        data.store, order.windows, taps=taps, settings=data.settings, is_pinned=False
+    ) as steps:
+        next(iter(steps))
+        return time.perf_counter() - started_at
 
 
 def stream_tokens(

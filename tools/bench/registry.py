@@ -404,6 +404,10 @@ BENCHMARKS = {
 """By `group.name`, in the order in which a group runs."""
 
 EXPERIMENTS = {
+    "growth": Benchmark(
+        place="growth:growth",
+        about="how seconds grow with tokens, units, samples, taps, width, vocabulary, carry-ons",
+    ),
     "guard": Benchmark(
         place="guard:guard", about="ten headline ratios beside recorded ones: what fell; minutes"
     ),
