@@ -11,6 +11,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ from carryon.cache.base.placement import (
 from carryon.cache.base.quantizers import (
     check_quantized,
     checkpoint_quantization,
+    import_quantizer,
     quantizer_of,
 )
 from carryon.cache.base.saved_weights import digest_checkpoint, digest_files
@@ -197,6 +199,8 @@ def _read_weights(
         else:
             saved = read_checkpoint_dtype(place)
             saved_dtype = saved if isinstance(saved, torch.dtype) else dtype
+            if quantization.startswith("bitsandbytes") and find_spec("bitsandbytes"):
+                import_quantizer("bitsandbytes", purpose=f"base {place.name}")
             if forward.quantize != "none":
                 how["quantizer"] = quantizer_of(forward.quantize, dtype)
             elif forward.compute_dtype == "auto":

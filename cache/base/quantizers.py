@@ -8,8 +8,10 @@ looks for outliers in the whole batch.
 
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ def quantizer_of(name: str, dtype: torch.dtype) -> Any:  # noqa: ANN401 -- a con
     Raises:
         MissingExtraError: the package that does it is not installed.
     """
-    package = require(_PACKAGES[name], extra=_EXTRA, purpose=f"--quantize {name}")
+    package = import_quantizer(_PACKAGES[name], purpose=f"--quantize {name}")
     if name == "nf4":
         make: Any = BitsAndBytesConfig
         return make(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -46,6 +48,28 @@ def quantizer_of(name: str, dtype: torch.dtype) -> Any:  # noqa: ANN401 -- a con
     types: Any = package.quantization
     is_int8 = name == "int8"
     return make(types.Int8WeightOnlyConfig() if is_int8 else types.Float8WeightOnlyConfig())
+
+
+def import_quantizer(package: str, *, purpose: str) -> ModuleType:
+    """Import a package that quantizes, without code from elsewhere.
+
+    On some CPUs bitsandbytes fetches compiled code from the hub where the package kernels is
+    installed; its own code is slower.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    log, before = logging.getLogger(package), sys.modules.get("kernels")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # its import fails
+    try:
+        return require(package, extra=_EXTRA, purpose=purpose)
+    finally:
+        sys.modules.pop("kernels", None)
+        if before is not None:
+            sys.modules["kernels"] = before
+        log.setLevel(level)
 
 
 def quantizer_version(quantization: str | None) -> dict[str, str]:

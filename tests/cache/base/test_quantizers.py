@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +266,20 @@ def test_a_checkpoints_quantization_has_a_short_name(facts: dict[str, Any], name
     assert checkpoint_quantization(config) is None
     config.quantization_config = facts
     assert checkpoint_quantization(config) == name
+
+
+def test_bitsandbytes_fetches_no_code(tmp_path: Path) -> None:
+    """It would, on import, from the hub, where kernels is installed and the CPU has bfloat16."""
+    (tmp_path / "kernels.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    program = (
+        "from pathlib import Path\n"
+        "from carryon.cache.base.quantizers import import_quantizer\n"
+        "import_quantizer('bitsandbytes', purpose='a test')\n"
+        f"ran = Path({str(tmp_path / 'ran')!r})\n"
+        "assert not ran.exists()\n"
+        "import kernels\n"  # itself, after that
+        "assert ran.exists()\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
