@@ -4,7 +4,8 @@ Two peaks, above a process that has imported everything, against the bytes of th
 resident memory, which counts pages of the files as long as the system leaves them mapped, and
 anonymous memory, which only this process can free.
 
-Then, in float32, of which nothing is mapped, the base with `--max-memory` for half of its weights, which also runs once: its peak against
+Then, in float32, of which nothing is mapped, the base with `--max-memory` for half of its weights,
+which also runs once: its peak against
 that limit, and its states, head and digest against those of the whole base. And quantized, against
 the dense weights.
 """
