@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from carryon.cache.errors import CarryOnError
     from carryon.cache.extraction.pipeline import extract
     from carryon.cache.extraction.repair import repair
-    from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
+    from carryon.cache.settings import (
+        CorpusSettings,
+        DataSettings,
+        ForwardSettings,
+        RaySettings,
+        StoreSettings,
+    )
     from carryon.cache.store.reader import Store
     from carryon.cache.store.verify import verify
 
@@ -20,6 +26,7 @@ __all__ = [
     "CorpusSettings",
     "DataSettings",
     "ForwardSettings",
+    "RaySettings",
     "Store",
     "StoreSettings",
     "extract",
@@ -31,6 +38,7 @@ _MODULES = {
     "CorpusSettings": "settings",
     "DataSettings": "settings",
     "ForwardSettings": "settings",
+    "RaySettings": "settings",
     "Store": "store.reader",
     "StoreSettings": "settings",
     "extract": "extraction.pipeline",

@@ -384,6 +384,20 @@ class ForwardSettings(Settings):
         ]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RaySettings(Settings):
+    """How actors of Ray take part in an extraction."""
+
+    ray_address: str = ""
+    """Cluster: HOST:PORT of its head, or `auto` on one of its nodes. Empty: that of the variable
+    RAY_ADDRESS, else this machine alone."""
+    ray_cpus: int = bounded(0, at_least=0)
+    """CPUs of an actor, which are its threads. 0: with a GPU one, else an even share for --workers,
+    or all of the smallest node."""
+    ray_gpus: int = bounded(1, at_least=1)
+    """GPUs of an actor, where the base runs on GPUs; with --device-map it is spread over them."""
+
+
 def parse_tap(name: str, *, num_layers: int) -> int | None:
     """Return K of `layer.K`, 0 for the embedding, or None for `final` and `prenorm`.
 

@@ -25,7 +25,7 @@ from carryon.cache.errors import DamagedStoreError
 from carryon.cache.extraction.aligned_forward import compute_aligned_states
 from carryon.cache.extraction.packing import plan_batches
 from carryon.cache.extraction.prediction import Pilot, TimedBatch, Totals, spread
-from carryon.cache.extraction.sharing.claims import Claims
+from carryon.cache.extraction.sharing.claims import UnitSource
 from carryon.cache.format.alignment import read_num_nodes, read_trees
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
@@ -89,7 +89,7 @@ def run_units(
     max_disk_bytes: int | None,
     units: Sequence[int] | None = None,
     is_predicted: bool = False,
-    claims: Claims | None = None,
+    claims: UnitSource | None = None,
     states_of: StatesOf | None = None,
 ) -> ExtractReport:
     """Compute and commit the units that have no receipt, or the given ones.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from carryon.cache.base.model import Base
 from carryon.cache.corpus.rows import Data
@@ -30,7 +30,12 @@ from carryon.cache.extraction.resume import (
     refuse_other_settings,
 )
 from carryon.cache.extraction.sharing.claims import drop_claims
-from carryon.cache.extraction.sharing.workers import Sharing, plan_sharing, run_together
+from carryon.cache.extraction.sharing.workers import (
+    Sharing,
+    check_backend,
+    plan_sharing,
+    run_together,
+)
 from carryon.cache.files.atomic import sweep_partials
 from carryon.cache.format.manifest import Manifest, manifest_path, read_manifest
 from carryon.cache.format.probe import Probe
@@ -40,6 +45,7 @@ from carryon.cache.settings import (
     CorpusSettings,
     DataSettings,
     ForwardSettings,
+    RaySettings,
     StoreSettings,
     apply_options,
 )
@@ -71,6 +77,8 @@ def extract(
     align_to: str | Path | None = None,
     drop_missing: bool = False,
     workers: int = 0,
+    backend: Literal["transformers", "ray"] = "transformers",
+    ray: RaySettings | None = None,
     **options: Any,  # noqa: ANN401
 ) -> Store:
     """Extract the hidden states of a corpus into the store at `out`, and open it.
@@ -100,7 +108,9 @@ def extract(
         drop_missing: with `align_to`, leave out, and count, samples that only one of both has.
         workers: processes on this machine that claim units, this one counted; the same call with
             `workers` elsewhere on a shared file system joins them. 0: this process alone.
-        options: fields of the four settings by name, such as `taps` or `unit_tokens`.
+        backend: `ray`: the workers are actors of a Ray cluster; 0: as many as there is room for.
+        ray: how actors of Ray take part. None: defaults.
+        options: fields of the settings by name, such as `taps` or `unit_tokens`.
 
     Raises:
         InputError: data, tap or setting cannot be used; nothing was written.
@@ -108,21 +118,23 @@ def extract(
         StoreBusyError: another process writes to the store.
         DiskFullError: finished units are kept; the same call resumes.
     """
-    for given in (corpus, store, forward, data_settings):
+    for given in (corpus, store, forward, data_settings, ray):
         names = [item.name for item in fields(given)] if given is not None else []
         if both := [name for name in options if name in names]:
             raise InputError(
                 f"{both[0]}: expected it once, got it as an option and in "
                 f"{type(given).__name__}. Fix: leave one of them out"
             )
-    corpus, store, forward, data_settings = apply_options(
+    corpus, store, forward, data_settings, ray = apply_options(
         options,
         corpus or CorpusSettings(),
         store or StoreSettings(),
         forward or ForwardSettings(),
         data_settings or DataSettings(),
+        ray or RaySettings(),
     )
-    sharing, forward = plan_sharing(workers, forward)
+    is_ray = check_backend(backend, ray)
+    sharing, forward = plan_sharing(workers, forward, ray=ray if is_ray else None)
     inputs: dict[str, Any] = {
         "base": base,
         "data": data,

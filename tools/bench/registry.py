@@ -46,6 +46,17 @@ BENCHMARKS = {
         needs="base",
         quick={"tokens": 2000, "unit_tokens": 512, "rounds": 1},
     ),
+    "store.ray": Benchmark(
+        place="workers:measure_ray",
+        about="two actors of Ray that claim units against two processes",
+        needs="base",
+        quick={"tokens": 2000, "unit_tokens": 512, "rounds": 1},
+    ),
+    "store.ray_overhead": Benchmark(
+        place="ray_overhead:measure_overhead",
+        about="time that Ray adds to a unit, with units that sleep",
+        quick={"units": 20, "sleep_s": 0.01},
+    ),
     "store.predicted": Benchmark(
         place="predicted:measure_prediction",
         about="bytes and seconds of an extraction as predicted, against what it took",
@@ -75,6 +86,11 @@ BENCHMARKS = {
         place="open:measure_opening",
         about="time and memory to open a very large store",
         quick={"units": 20, "samples": 2000, "rounds": 1},
+    ),
+    "store.scale": Benchmark(
+        place="scale:measure_scale",
+        about="seconds to open a store of a million units, and to its first batch",
+        quick={"units": 2000, "rounds": 1},
     ),
     "store.dataset": Benchmark(
         place="dataset:measure_dataset",
@@ -342,8 +358,8 @@ BENCHMARKS = {
     ),
     "trust.shared_kills": Benchmark(
         place="trust.shared_kills:measure_shared_kills",
-        about="processes that share a store killed at random moments: complete, the same bits",
-        quick={"kills": 1},
+        about="workers, drivers and actors of Ray killed at random moments: the same bits",
+        quick={"kills": 3},
     ),
     "trust.full_disk": Benchmark(
         place="trust.full_disks:measure_full_disks",

@@ -4,7 +4,8 @@ The head and the probe derive from the states, so these stores open like any oth
 Letters: N rows of the token axis, R rows of a unit, D width, S samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import FinalNorm, Head, widen
 from carryon.cache.corpus.samples import Sample, SampleTable
-from carryon.cache.extraction.layout_writer import plan_files, write_plan
+from carryon.cache.extraction.layout_writer import array_documents, plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
+from carryon.cache.extraction.sample_tables import encode_tables
 from carryon.cache.files.documents import digest_of
-from carryon.cache.format.head_arrays import head_facts
+from carryon.cache.format.head_arrays import encode_head, head_facts
 from carryon.cache.format.manifest import CorpusPart, Manifest
-from carryon.cache.format.probe import Probe, channel_relative_error
+from carryon.cache.format.probe import Probe, channel_relative_error, encode_probe
 from carryon.cache.format.quantization import (
     STATE_TYPES,
     STEPS,
@@ -42,21 +44,23 @@ def plan_scratch(
     settings: StoreSettings,
     first_states: Mapping[str, NDArray[np.uint16]],
     vocab_size: int = VOCABULARY,
+    has_rows: bool = True,
 ) -> tuple[Manifest, UnitPlan]:
     """Write a store's plan, without hidden states.
 
     Args:
         root: folder of the store.
-        samples: of the corpus.
+        samples: of the corpus; for many millions a SampleTable.
         settings: of the store.
         first_states: [n, D] bits of bfloat16 for each tap and for `final`: the states of the
             first rows of the plan, from which the probe is made.
         vocab_size: V of the head, at least VOCABULARY.
+        has_rows: write tokens, masks and character ends of each unit.
 
     Returns:
         The manifest, and the position of each sample.
     """
-    table = SampleTable.of(samples)
+    table = samples if isinstance(samples, SampleTable) else SampleTable.of(samples)
     plan = plan_samples(table, unit_tokens=settings.unit_tokens, seed=settings.seed)
     width = int(first_states["final"].shape[1])
     head = _random_head(width, vocab_size)
@@ -78,9 +82,15 @@ def plan_scratch(
         ),
     )
     probe = _make_probe(first_states, head)
-    return write_plan(
-        root, manifest, plan_files(manifest, table, plan, head=head, probe=probe)
-    ), plan
+    files: Iterator[tuple[str, bytes]] = plan_files(manifest, table, plan, head=head, probe=probe)
+    if not has_rows:
+        files = chain(
+            encode_head(head),
+            encode_tables(table, plan, manifest=manifest),
+            encode_probe(probe),
+            array_documents(manifest).items(),
+        )
+    return write_plan(root, manifest, files), plan
 
 
 def write_scratch_unit(

@@ -1,20 +1,24 @@
-"""Extraction by two processes that claim units, relative to one process with all cores."""
+"""Extraction by two processes that claim units, or by two actors of Ray, relative to others."""
 
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from carryon.cache.format.receipt import units_with_receipt
 from carryon.cache.format.zarr_metadata import receipt_path
+from carryon.cache.optional import require
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.corpora import write_named_corpus
 from carryon.tools.bench.job import Job, in_turn
 
-TARGET = 1.0
-_WAYS: Mapping[str, list[str]] = {"one process": [], "two workers": ["--workers", "2"]}
+TARGET, RAY_TARGET = 1.0, 0.9
+_ALONE: list[str] = []
+_WORKERS = ["--workers", "2"]
+_ACTORS = ["--workers", "2", "--backend", "ray"]
 
 
 def measure_workers(
@@ -39,17 +43,67 @@ def measure_workers(
         threads: of one process, and of two workers together.
         rounds: of both ways in turn; medians count.
     """
+    _compare(
+        job,
+        "extract.workers",
+        {"one process": _ALONE, "two workers": _WORKERS},
+        target=TARGET,
+        corpus=corpus,
+        tokens=tokens,
+        unit_tokens=unit_tokens,
+        threads=threads,
+        rounds=rounds,
+    )
+
+
+def measure_ray(
+    job: Job,
+    *,
+    corpus: str = "gsm",
+    tokens: int = 65_536,
+    unit_tokens: int = 2048,
+    threads: int = 2,
+    rounds: int = 3,
+) -> None:
+    """Report tokens/s of two actors of Ray against two workers; arguments as of the above."""
+    require("ray", extra="ray", purpose="the benchmark store.ray")
+    _compare(
+        job,
+        "extract.ray",
+        {"two workers": _WORKERS, "two actors": _ACTORS},
+        target=RAY_TARGET,
+        corpus=corpus,
+        tokens=tokens,
+        unit_tokens=unit_tokens,
+        threads=threads,
+        rounds=rounds,
+    )
+
+
+def _compare(
+    job: Job,
+    figure: str,
+    ways: Mapping[str, list[str]],
+    *,
+    target: float,
+    corpus: str,
+    tokens: int,
+    unit_tokens: int,
+    threads: int,
+    rounds: int,
+) -> None:
+    """Report tokens/s of the second way against the first."""
     data = job.work / "texts.jsonl"
     write_named_corpus(corpus, data, num_tokens=tokens)
     words = ["--base", job.base, "--data", str(data), "--unit-tokens", str(unit_tokens)]
     words += ["--device", "cpu", "--long", "split"]
-    whole: dict[str, list[float]] = {name: [] for name in _WAYS}
+    whole: dict[str, list[float]] = {name: [] for name in ways}
     roots: list[Path] = []
 
     def run(name: str) -> float:
         roots.append(job.work / f"store-{len(roots)}")
         done = subprocess.run(
-            [sys.executable, "-m", "carryon.tools.cli.main", "extract", *words, *_WAYS[name]]
+            [sys.executable, "-m", "carryon.tools.cli.main", "extract", *words, *ways[name]]
             + ["--out", str(roots[-1])],
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             stdout=subprocess.PIPE,
@@ -59,15 +113,13 @@ def measure_workers(
         whole[name].append(report["computed_tokens"] / report["elapsed_s"])
         return late_speed(roots[-1])
 
-    speeds = in_turn(
-        {"one process": lambda: run("one process"), "two workers": lambda: run("two workers")},
-        rounds=rounds,
-    )
+    first, second = ways
+    speeds = in_turn({name: partial(run, name) for name in ways}, rounds=rounds)
     job.report(
-        "extract.workers",
-        speeds["two workers"] / speeds["one process"],
-        "x one process",
-        at_least=TARGET,
+        figure,
+        speeds[second] / speeds[first],
+        f"x {first}",
+        at_least=target,
         tokens_per_second=speeds,
         whole_commands=whole,
         threads=threads,

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from carryon.cache.errors import InputError
 from carryon.cache.exchange.engine.settings import VllmSettings
 from carryon.cache.progress import show_seconds
-from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
+from carryon.cache.settings import (
+    CorpusSettings,
+    DataSettings,
+    ForwardSettings,
+    RaySettings,
+    StoreSettings,
+)
 from carryon.tools.cli.output import print_result
 from carryon.tools.cli.sizes import parse_bytes
 from carryon.tools.cli.table import format_table
@@ -30,8 +36,9 @@ def extract(
     align_to: str = "",
     drop_missing: bool = False,
     workers: int = 0,
-    backend: Literal["transformers", "vllm"] = "transformers",
+    backend: Literal["transformers", "vllm", "ray"] = "transformers",
     endpoint: str = "",
+    ray: RaySettings,
     corpus: CorpusSettings,
     store: StoreSettings,
     forward: ForwardSettings,
@@ -70,19 +77,27 @@ def extract(
         workers: Processes on this machine that claim units, each with a base and a share of the
             cores; `auto` deals out accelerators. The same command with --workers on other nodes of
             a shared file system joins in. 0: this process alone, no other may write.
-        backend: What runs the base; `vllm` runs it in vLLM's own environment, see --vllm-python.
+        backend: What runs the base: `transformers` here; `vllm` in vLLM's own environment, see
+            --vllm-python; `ray`: transformers in --workers actors of a Ray cluster, each on a GPU
+            or on CPUs of some node. 0 of them: as many as there is room for.
         endpoint: Address of a vLLM server that runs the base and writes states to
             --states-folder, such as http://127.0.0.1:8000. Empty: the base is run here.
+        ray: How actors of Ray take part.
         corpus: How text becomes samples.
         store: What the store holds.
         forward: How the base is run.
         data_settings: How the data are read.
         vllm: How vLLM is run or asked.
     """
-    from carryon.cache.extraction.sharing.workers import plan_sharing
+    from carryon.cache.extraction.sharing.workers import check_backend, plan_sharing
 
     max_disk_bytes = parse_bytes("--max-disk", max_disk) if max_disk else None
-    sharing, forward = plan_sharing(workers, forward)
+    is_ray = check_backend(backend, ray, others=["vllm"])
+    if is_ray and endpoint:
+        raise InputError(
+            f"--endpoint: expected none with --backend ray, got {endpoint}. Fix: leave one out"
+        )
+    sharing, forward = plan_sharing(workers, forward, ray=ray if is_ray else None)
     inputs: dict[str, Any] = {
         "base": base,
         "data": data,

@@ -3,7 +3,7 @@
 Runs on the same data share one TrainData, and with it the planned windows of equal settings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import OptimizationSettings, StreamSettings, TrainSettings
 from carryon.train.data.mixture import MixedStore, open_stores
-from carryon.train.data.sampler import Window, plan_epoch
+from carryon.train.data.sampler import Window, iter_epoch
 from carryon.train.data.split import (
     Split,
     refuse_lost_marks,
@@ -144,6 +144,18 @@ def plan_store_epoch(
     epoch: int,
     **options: Any,  # noqa: ANN401
 ) -> list[Window]:
+    """Return the windows of an epoch; arguments as of `iter_store_epoch`."""
+    return list(iter_store_epoch(store, samples, seed=seed, epoch=epoch, **options))
+
+
+def iter_store_epoch(
+    store: StoreLike,
+    samples: NDArray[np.int64],
+    *,
+    seed: int,
+    epoch: int,
+    **options: Any,  # noqa: ANN401
+) -> Iterator[Window]:
     """Return the windows of an epoch over samples of a store, or over a mix by its weights.
 
     Args:
@@ -151,14 +163,14 @@ def plan_store_epoch(
         samples: indices, in stored order.
         seed: of the order of units.
         epoch: counted from 0.
-        options: as in `plan_epoch`.
+        options: as in `iter_epoch`.
     """
     seeds = (seed, int(store.samples_digest[:16], 16))
     kinds = None
     if isinstance(store, MixedStore):
         samples = store.epoch_samples(samples, seed=seeds, epoch=epoch)
         kinds = store.sample_kinds
-    return plan_epoch(
+    return iter_epoch(
         samples,
         lengths=store.sample_lengths,
         units=sample_units(store),

@@ -6,8 +6,9 @@ batch, which is reused once nobody holds the batch. Letters: B samples of a batc
 D base width.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ class Stream:
     def __init__(
         self,
         store: StoreLike,
-        windows: Sequence[Window],
+        windows: Iterable[Window],
         *,
         taps: Sequence[str],
         settings: StreamSettings,
@@ -40,7 +41,8 @@ class Stream:
 
         Args:
             store: to read.
-            windows: units to read and the steps made of them, in order.
+            windows: units to read and the steps made of them, in order; of a sequence the largest
+                batch is known from the start, so that all memory is reused.
             taps: whose states are read.
             settings: number of threads.
             is_pinned: put batches into pinned memory.
@@ -48,12 +50,14 @@ class Stream:
         self.wait_s = 0.0
         """Seconds that the consumer has waited for data."""
         self._store = store
-        self._windows = list(windows)
+        self._windows = iter(windows)
         self._taps = list(taps)
         self._is_pinned = is_pinned
-        most_batches = max((sum(map(len, window.steps)) for window in windows), default=0)
-        self._memory = BufferPool(max_free=2 * len(self._taps) * most_batches)
-        self._max_tokens = _max_ordinary_tokens(store, self._windows)
+        self._memory = BufferPool(max_free=0)
+        self._max_tokens = 1
+        self._is_known = isinstance(windows, Sequence)
+        if isinstance(windows, Sequence):
+            self._make_room(windows)
         self._pool = ThreadPoolExecutor(settings.reader_threads, "carryon-reader")
         self._decoding: list[tuple[list[list[_BatchRows]], list[Future[None]]]] = []
         for _ in range(2):
@@ -87,11 +91,18 @@ class Stream:
 
     def _decode_next(self) -> None:
         """Give the threads the next window."""
-        if self._windows:
-            window = self._windows.pop(0)
+        for window in itertools.islice(self._windows, 1):
+            if not self._is_known:
+                self._make_room([window])
             steps = [[self._allocate(samples) for samples in step] for step in window.steps]
             tasks = _tasks(self._store, window.units, steps)
             self._decoding.append((steps, [self._pool.submit(task) for task in tasks]))
+
+    def _make_room(self, windows: Sequence[Window]) -> None:
+        """Keep as much memory as these windows need, and what those before needed."""
+        most_batches = max((sum(map(len, window.steps)) for window in windows), default=0)
+        self._memory.keep(2 * len(self._taps) * most_batches)
+        self._max_tokens = max(self._max_tokens, _max_ordinary_tokens(self._store, windows))
 
     def _allocate(self, samples: NDArray[np.int64]) -> "_BatchRows":
         """Return memory for a batch, with anything in it."""

@@ -8,8 +8,9 @@ also group them by kind. The order does not depend on the number of processes: e
 every batch (`rank_rows`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ class Window:
     """Steps; each is one or more batches of sample indices, computed one after another."""
 
 
-def plan_epoch(
+def iter_epoch(
     samples: NDArray[np.int64],
     *,
     lengths: NDArray[np.int32],
@@ -39,8 +40,10 @@ def plan_epoch(
     window_units: int,
     shuffle_seed: int = 0,
     kinds: NDArray[np.int64] | None = None,
-) -> list[Window]:
-    """Return the windows of an epoch, in order; each of `samples` is in exactly one step.
+) -> Iterator[Window]:
+    """Yield the windows of an epoch, in order; each of `samples` is in exactly one step.
+
+    Each is planned as it is asked for: of a million units all of them take a minute.
 
     Args:
         samples: [n] indices of the samples.
@@ -57,18 +60,25 @@ def plan_epoch(
     """
     unit_order = _order_units(samples, units, kinds, np.random.default_rng([*seed, epoch]))
     random = np.random.default_rng([*seed, epoch, shuffle_seed, _SHUFFLE])
-    windows = []
-    by_unit = _samples_by_unit(samples, units)
+    by_unit = samples[np.argsort(units[samples], kind="stable")]
+    unit_of = units[by_unit]
     for first in range(0, len(unit_order), window_units):
         chosen = tuple(unit_order[first : first + window_units].tolist())
-        inside = np.sort(np.concatenate([by_unit[unit] for unit in chosen]))
+        lows = np.searchsorted(unit_of, chosen, side="left").tolist()
+        highs = np.searchsorted(unit_of, chosen, side="right").tolist()
+        parts = [by_unit[low:high] for low, high in zip(lows, highs, strict=True)]
+        inside = np.sort(np.concatenate(parts))
         shuffled = inside[random.permutation(len(inside))]
         steps = tuple(
             tuple(_cut(step, lengths, budget=micro_batch_tokens or tokens_per_step))
             for step in _cut_evenly(shuffled, lengths, budget=tokens_per_step)
         )
-        windows.append(Window(units=chosen, steps=steps))
-    return windows
+        yield Window(units=chosen, steps=steps)
+
+
+def plan_epoch(samples: NDArray[np.int64], **options: Any) -> list[Window]:  # noqa: ANN401
+    """Return the windows of an epoch; arguments as of `iter_epoch`."""
+    return list(iter_epoch(samples, **options))
 
 
 def plan_pass(
@@ -86,18 +96,22 @@ def plan_pass(
     return windows
 
 
-def take_steps(windows: Sequence[Window], *, first: int, stride: int = 1) -> list[Window]:
-    """Return every `stride`-th step from step `first` on; windows without any are left out.
+def iter_steps(windows: Iterable[Window], *, first: int, stride: int = 1) -> Iterator[Window]:
+    """Yield every `stride`-th step from step `first` on; windows without any are left out.
 
     With a stride of 1 it is a seek: nothing is read to get to `first`.
     """
-    taken, start = [], 0
+    start = 0
     for window in windows:
         offset = first - start if first > start else (first - start) % stride
         if steps := window.steps[offset::stride]:
-            taken.append(replace(window, steps=steps))
+            yield replace(window, steps=steps)
         start += len(window.steps)
-    return taken
+
+
+def take_steps(windows: Iterable[Window], *, first: int, stride: int = 1) -> list[Window]:
+    """Return what `iter_steps` yields."""
+    return list(iter_steps(windows, first=first, stride=stride))
 
 
 def count_steps(windows: Sequence[Window]) -> int:

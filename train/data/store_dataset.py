@@ -23,14 +23,14 @@ from carryon.train.config import StreamSettings
 from carryon.train.data.batch import Batch
 from carryon.train.data.datasets import (
     StorePaths,
-    plan_store_epoch,
+    iter_store_epoch,
     split_store,
     store_paths,
     window_units,
 )
 from carryon.train.data.loader import Stream
 from carryon.train.data.mixture import open_stores
-from carryon.train.data.sampler import Window, count_steps, plan_pass, take_steps
+from carryon.train.data.sampler import Window, count_steps, iter_steps, plan_pass
 from carryon.train.data.split import sample_units
 from carryon.train.saved_settings import refuse_other_settings
 
@@ -153,15 +153,17 @@ class StoreDataset(IterableDataset[dict[str, Any]]):
         number, stride = worker or (0, 1)
         first += 0 if owner else number
         self._worker = worker
-        windows = take_steps(
-            self._plan(),
+        windows = iter_steps(
+            self._iter_plan(),
             first=first * self._world_size + self._rank,
             stride=stride * self._world_size,
         )
         self._next = first
         return self._read(windows, itertools.count(first + stride, stride))
 
-    def _read(self, windows: list[Window], positions: Iterator[int]) -> Iterator[dict[str, Any]]:
+    def _read(
+        self, windows: Iterator[Window], positions: Iterator[int]
+    ) -> Iterator[dict[str, Any]]:
         reader = Stream(self.store, windows, taps=self.taps, settings=self._stream, is_pinned=False)
         with reader as steps:
             for [batch] in steps:
@@ -217,18 +219,23 @@ class StoreDataset(IterableDataset[dict[str, Any]]):
     def _plan(self) -> list[Window]:
         """Return the windows of the epoch, for all processes and workers."""
         if self._planned is None or self._planned[0] != self._epoch:
-            self._planned = (self._epoch, self._plan_epoch())
+            self._planned = (self._epoch, list(self._iter_plan()))
         return self._planned[1]
 
-    def _plan_epoch(self) -> list[Window]:
+    def _iter_plan(self) -> Iterator[Window]:
+        """Yield them, each planned as it is asked for."""
+        if self._planned is not None and self._planned[0] == self._epoch:
+            return iter(self._planned[1])
         if not self._shuffle:
-            return plan_pass(
-                self.samples,
-                lengths=self.store.sample_lengths,
-                units=sample_units(self.store),
-                tokens_per_step=self._batch_tokens,
+            return iter(
+                plan_pass(
+                    self.samples,
+                    lengths=self.store.sample_lengths,
+                    units=sample_units(self.store),
+                    tokens_per_step=self._batch_tokens,
+                )
             )
-        return plan_store_epoch(
+        return iter_store_epoch(
             self.store,
             self.samples,
             seed=self._seed,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Literal, Protocol
 
 from carryon.cache.extraction.sharing.commits import (
     clear_units,
@@ -24,9 +25,35 @@ from carryon.cache.format.manifest import Manifest, read_manifest
 from carryon.cache.format.receipt import Receipt, has_receipt, units_with_receipt
 from carryon.cache.store.shard_writer import States, UnitInput, write_states
 
+Standing = Literal["taken", "present", "busy"]
+"""A unit is this process's now; has a receipt; or another process works on it."""
 PLAN = "plan"
 """Lease on writing the plan, or comparing with it."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 1.0
+
+
+class UnitSource(Protocol):
+    """What says which units a process computes, and commits them; as `Claims`."""
+
+    def iter_units(self, units: Sequence[int]) -> Iterator[int]:
+        """Yield each unit that this process is to compute."""
+
+    def write_unit(
+        self,
+        root: Path,
+        manifest: Manifest,
+        unit_input: UnitInput,
+        hidden: Mapping[str, States],
+        *,
+        elapsed_s: float,
+    ) -> Receipt | None:
+        """Write and commit a unit that was yielded; None if another process has committed it."""
+
+    def give_back(self, unit: int) -> None:
+        """Release a unit that was yielded and is not computed."""
+
+    def num_others(self) -> int:
+        """Return how many units other processes are working on."""
 
 
 class Claims:
@@ -45,13 +72,11 @@ class Claims:
         while pending:
             busy, is_idle = [], True
             for unit in pending:
-                if has_receipt(self._root, self._manifest, unit):
+                standing = self.take(unit)
+                if standing == "present":
                     continue
                 busy.append(unit)
-                if not self._leases.take(str(unit)):
-                    continue
-                if finish_commit(self._root, self._manifest, unit):
-                    self._leases.release(str(unit))
+                if standing == "busy":
                     continue
                 is_idle = False
                 yield unit
@@ -59,6 +84,22 @@ class Claims:
             pending = busy
             if pending:
                 time.sleep(wait_s)
+
+    def take(self, unit: int) -> Standing:
+        """Claim a unit, unless it is present or busy; a commit that was begun is finished."""
+        if has_receipt(self._root, self._manifest, unit):
+            return "present"
+        if not self._leases.take(str(unit)):
+            return "busy"
+        if finish_commit(self._root, self._manifest, unit):
+            self._leases.release(str(unit))
+            return "present"
+        return "taken"
+
+    @property
+    def token(self) -> str:
+        """Names this process in its leases."""
+        return self._leases.token
 
     def write_unit(
         self,

@@ -14,6 +14,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,10 +22,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+from carryon.cache.errors import DamagedStoreError
 from carryon.cache.files.atomic import remove_file
 from carryon.cache.files.documents import parse_json
 from carryon.cache.files.full_disk import disk_full_named
-from carryon.cache.files.regular import names_below, open_below
+from carryon.cache.files.regular import names_below, open_below, read_below
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,21 @@ class Leases:
             if match and match[1] in names:
                 remove_file(self._root / _FOLDER / name)
 
+    def mark_ended(self, tokens: Collection[str]) -> None:
+        """Let others take the leases of processes that are known to be dead without a wait.
+
+        The files stay: they say which units such a process may have left files of.
+        """
+        for name in names_below(self._root, _FOLDER):
+            if not is_lease(name):
+                continue
+            try:
+                content = read_below(self._root, f"{_FOLDER}/{name}", max_bytes=_MAX_BYTES)
+            except (FileNotFoundError, DamagedStoreError):  # given back since; or not a lease
+                continue
+            if (owner := _owner(content)).get("token") in tokens:
+                self._overwrite(f"{_FOLDER}/{name}", owner | {"ended": True})
+
     def _make(self, path: str) -> bool:
         with disk_full_named(self._root / path):
             try:
@@ -127,6 +144,16 @@ class Leases:
                 os.close(handle)
         return True
 
+    def _overwrite(self, path: str, facts: dict[str, Any]) -> None:
+        try:
+            handle = open_below(self._root, path, flags=os.O_WRONLY | os.O_TRUNC)
+        except FileNotFoundError:  # given back
+            return
+        try:
+            os.write(handle, (json.dumps(facts) + "\n").encode("ascii"))
+        finally:
+            os.close(handle)
+
     def _is_left(self, path: str) -> bool:
         """Return whether the owner of a lease is dead: it is known, or was silent for long."""
         try:
@@ -139,12 +166,15 @@ class Leases:
         finally:
             os.close(handle)
         now, state = time.monotonic(), (facts.st_ino, facts.st_mtime_ns, content)
+        owner, is_left = _owner(content), False
         before, since = self._seen.setdefault(path, (state, now))
-        if before != state:
+        if owner.get("ended") is True:
+            is_left = True
+        elif before != state:
             self._seen[path] = state, now
-            return False
-        owner = _owner(content)
-        if not _is_dead_here(owner) and now - since < self._times.expiry_s:
+        else:
+            is_left = _is_dead_here(owner) or now - since >= self._times.expiry_s
+        if not is_left:
             return False
         logger.debug(f"{path}: left by process {owner.get('pid')} of {owner.get('host')}")
         return True

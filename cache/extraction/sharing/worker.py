@@ -9,8 +9,15 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from carryon.cache.base.model import Base
+    from carryon.cache.extraction.sharing.claims import Claims
+    from carryon.cache.format.manifest import Manifest
 
 INTERRUPTED = 130
 
@@ -21,12 +28,33 @@ def run_worker(job: dict[str, Any]) -> None:
     Raises:
         SettingMismatchError: the store or the base is not the one of the job.
     """
+    from carryon.cache.extraction.forward import run_units, units_to_do
+
+    root = Path(job["root"])
+    with opened_store(job) as (manifest, base, claims):
+        run_units(
+            root,
+            manifest,
+            base,
+            batch_tokens=job["forward"]["batch_tokens"],
+            max_disk_bytes=job["max_disk_bytes"],
+            units=units_to_do(root, manifest),
+            claims=claims,
+        )
+
+
+@contextmanager
+def opened_store(job: dict[str, Any]) -> Iterator["tuple[Manifest, Base, Claims]"]:
+    """Yield manifest, loaded base and claims of a job; leases are released at the end.
+
+    Raises:
+        SettingMismatchError: the store or the base is not the one of the job.
+    """
     import torch
 
     from carryon.cache.base.model import load_base
     from carryon.cache.base.recorded import tokenizer_of
     from carryon.cache.errors import SettingMismatchError
-    from carryon.cache.extraction.forward import run_units, units_to_do
     from carryon.cache.extraction.resume import refuse_other_base
     from carryon.cache.extraction.sharing.claims import Claims
     from carryon.cache.extraction.sharing.leases import Leases, LeaseTimes
@@ -49,15 +77,7 @@ def run_worker(job: dict[str, Any]) -> None:
                 f"{manifest.fingerprint[:12]}: samples were appended while a worker started. "
                 "Fix: run the same command to resume"
             )
-        run_units(
-            root,
-            manifest,
-            base,
-            batch_tokens=forward.batch_tokens,
-            max_disk_bytes=job["max_disk_bytes"],
-            units=units_to_do(root, manifest),
-            claims=Claims(root, manifest, leases),
-        )
+        yield manifest, base, Claims(root, manifest, leases)
 
 
 def _stop_with_input() -> None:

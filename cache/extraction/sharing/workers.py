@@ -1,4 +1,5 @@
-"""Extraction by several processes: started here, by `torchrun`, or by the same command elsewhere.
+"""Extraction by several processes: started here, by `torchrun`, by Ray, or by the same command
+elsewhere.
 
 The first one writes the plan; each of the others compares its own with it, whole, by name. Then
 all claim units until each has a receipt, and remove what killed ones have left.
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,13 +32,15 @@ from carryon.cache.extraction.forward import (
     summarize,
     units_to_do,
 )
+from carryon.cache.extraction.ray_actors.computing import compute_in_ray
 from carryon.cache.extraction.sharing.claims import PLAN, Claims, clear_leftovers
 from carryon.cache.extraction.sharing.leases import Leases, LeaseTimes
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import has_receipt, read_receipt, units_with_receipt
 from carryon.cache.lock import write_lock
+from carryon.cache.optional import require
 from carryon.cache.progress import Progress
-from carryon.cache.settings import ForwardSettings
+from carryon.cache.settings import ForwardSettings, RaySettings
 from carryon.cache.store.shard_writer import UnitInputs
 
 logger = logging.getLogger(__name__)
@@ -54,14 +58,43 @@ class Sharing:
     forward: ForwardSettings
     """Of each of them; devices are dealt out."""
     times: LeaseTimes = LeaseTimes()
+    ray: RaySettings | None = None
+    """Let actors of Ray compute, `workers` of them or 0 for as many as there is room for, and not
+    this process."""
 
 
-def plan_sharing(workers: int, forward: ForwardSettings) -> tuple[Sharing | None, ForwardSettings]:
+def check_backend(backend: str, ray: RaySettings, *, others: Collection[str] = ()) -> bool:
+    """Return whether actors of Ray compute.
+
+    Args:
+        backend: asked for.
+        ray: options of Ray.
+        others: backends that the caller has, besides transformers and ray.
+
+    Raises:
+        InputError: there is no such backend, or options of Ray are given for another.
+    """
+    if backend not in (known := ("transformers", "ray", *others)):
+        raise InputError(
+            f"backend: expected one of {', '.join(known)}, got {backend!r}. Fix: --backend ray"
+        )
+    if backend != "ray" and ray != RaySettings():
+        raise InputError(
+            f"ray_address, ray_cpus, ray_gpus: expected --backend ray beside them, got {backend}. "
+            "Fix: --backend ray"
+        )
+    return backend == "ray"
+
+
+def plan_sharing(
+    workers: int, forward: ForwardSettings, *, ray: RaySettings | None = None
+) -> tuple[Sharing | None, ForwardSettings]:
     """Return how to share a store, None for alone, and the settings of this process's base.
 
     Args:
         workers: processes on this machine; 0: this one alone, unless `torchrun` started several.
         forward: settings of all of them.
+        ray: as of Sharing.
 
     Raises:
         InputError: `workers` is below 0, or `torchrun` started the processes already.
@@ -69,6 +102,14 @@ def plan_sharing(workers: int, forward: ForwardSettings) -> tuple[Sharing | None
     if workers < 0:
         raise InputError(f"workers: expected 0 or more, got {workers}. Fix: --workers 2")
     is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if ray is not None:
+        if is_launched:
+            raise InputError(
+                "backend: expected no ray under torchrun, which starts the processes, got ray. "
+                "Fix: leave out torchrun"
+            )
+        require("ray", extra="ray", purpose="--backend ray")  # before the base is loaded
+        return Sharing(workers=workers, forward=forward, ray=ray), forward
     if forward.device_map and (is_launched or workers > 1):
         raise InputError(
             "device_map: expected one process, which spreads the base over all devices, got "
@@ -108,13 +149,12 @@ def run_together(
         sharing: how many processes to start here.
         batch_tokens: tokens in one forward pass.
         max_disk_bytes: as of `run_units`.
-        states_of: as of `run_units`, in this process.
+        states_of: as of `run_units`, in this process; not with Ray.
+
+    Raises:
+        UnfinishedStoreError: with Ray, some units failed; each was named in the log.
     """
-    with (
-        write_lock(root, is_shared=True),
-        Leases(root, sharing.times) as leases,
-        _divided_threads(sharing.workers) as num_threads,
-    ):
+    with write_lock(root, is_shared=True), Leases(root, sharing.times) as leases:
         manifest = _alone(leases, prepare)
         todo = units_to_do(root, manifest)
         started_at = time.perf_counter()
@@ -124,25 +164,21 @@ def run_together(
             base=base,
             forward=replace(sharing.forward, batch_tokens=batch_tokens),
             max_disk_bytes=max_disk_bytes,
-            num_threads=num_threads,
             times=sharing.times,
         )
-        with (
-            _Shown(root, manifest, todo),
-            _Workers(job, min(sharing.workers, len(todo)) - 1) as workers,
-        ):
-            run_units(
-                root,
-                manifest,
-                base,
-                batch_tokens=batch_tokens,
-                max_disk_bytes=max_disk_bytes,
-                units=todo,
-                claims=Claims(root, manifest, leases),
-                states_of=states_of,
-            )
-            is_complete = units_with_receipt(root).issuperset(todo)
-            workers.wait(timeout_s=2 * _LOOK_S if is_complete else None)
+        with _Shown(root, manifest, todo) as shown:
+            if sharing.ray is None:
+                _compute_here(job, todo, leases, sharing.workers, states_of)
+            elif todo:
+                compute_in_ray(
+                    todo,
+                    base=base,
+                    job_of=partial(job.to_dict, 0, device=job.forward.device),
+                    leases=leases,
+                    note=shown.note,
+                    settings=sharing.ray,
+                    workers=sharing.workers,
+                )
         elapsed_s = time.perf_counter() - started_at
         done = [unit for unit in todo if has_receipt(root, manifest, unit)]
         if len(done) == len(todo):
@@ -155,6 +191,28 @@ def run_together(
             elapsed_s=elapsed_s,
             is_finished=len(done) == len(todo),
         )
+
+
+def _compute_here(
+    job: "_Job", todo: list[int], leases: Leases, workers: int, states_of: StatesOf | None
+) -> None:
+    """Compute units in this process and in others that it starts."""
+    with (
+        _divided_threads(workers) as num_threads,
+        _Workers(job, num_threads, min(workers, len(todo)) - 1) as others,
+    ):
+        run_units(
+            job.root,
+            job.manifest,
+            job.base,
+            batch_tokens=job.forward.batch_tokens,
+            max_disk_bytes=job.max_disk_bytes,
+            units=todo,
+            claims=Claims(job.root, job.manifest, leases),
+            states_of=states_of,
+        )
+        is_complete = units_with_receipt(job.root).issuperset(todo)
+        others.wait(timeout_s=2 * _LOOK_S if is_complete else None)
 
 
 def _alone(leases: Leases, prepare: Callable[[], Manifest]) -> Manifest:
@@ -192,15 +250,14 @@ class _Job:
     base: Base
     forward: ForwardSettings
     max_disk_bytes: int | None
-    num_threads: int
     times: LeaseTimes
 
-    def to_dict(self, number: int) -> dict[str, Any]:
+    def to_dict(self, number: int, *, num_threads: int, device: str) -> dict[str, Any]:
         """Return plain values for the process of a number, from 1 on."""
         names = {"compute_dtype", "attention"} & self.manifest.forward.keys()  # not in an old one
         how = {name: self.manifest.forward[name] for name in names}
         forward = recorded_forward(self.forward, self.manifest.base)
-        forward = replace(forward, device=device_of(forward.device, number), **how)
+        forward = replace(forward, device=device, **how)
         return {
             "number": number,
             "root": str(self.root.absolute()),
@@ -208,7 +265,7 @@ class _Job:
             "base": self.base.source,
             "forward": forward.to_dict(),
             "max_disk_bytes": self.max_disk_bytes,
-            "num_threads": self.num_threads,
+            "num_threads": num_threads,
             "times": [self.times.heartbeat_s, self.times.expiry_s],
         }
 
@@ -220,13 +277,13 @@ class _Workers:
     notices that the pipe to its standard input is closed.
     """
 
-    def __init__(self, job: _Job, num: int) -> None:
-        self._job, self._num = job, max(0, num)
+    def __init__(self, job: _Job, num_threads: int, num: int) -> None:
+        self._job, self._num_threads, self._num = job, num_threads, max(0, num)
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
         environment = os.environ | {
-            "OMP_NUM_THREADS": str(self._job.num_threads),
+            "OMP_NUM_THREADS": str(self._num_threads),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # scripts change it
             "TQDM_DISABLE": "1",  # one bar, that of this process
         }
@@ -241,7 +298,12 @@ class _Workers:
                 )
                 self._processes.append(process)
                 assert process.stdin is not None
-                process.stdin.write(json.dumps(self._job.to_dict(number)).encode() + b"\n")
+                job = self._job.to_dict(
+                    number,
+                    num_threads=self._num_threads,
+                    device=device_of(self._job.forward.device, number),
+                )
+                process.stdin.write(json.dumps(job).encode() + b"\n")
                 process.stdin.flush()
         except BaseException:
             self._stop()
@@ -281,6 +343,7 @@ class _Shown:
         inputs = UnitInputs(root, manifest)
         self._root = root
         self._tokens = {unit: inputs.num_tokens(unit) for unit in todo}
+        self._note = ""
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._show, name="progress", daemon=True)
 
@@ -292,6 +355,10 @@ class _Shown:
         self._is_over.set()
         self._thread.join()
 
+    def note(self, text: str) -> None:
+        """Say something behind the counts."""
+        self._note = text
+
     def _show(self) -> None:
         left = dict(self._tokens)
         with Progress(sum(left.values()), name="extract", unit="tokens") as progress:
@@ -299,4 +366,5 @@ class _Shown:
             while left and not is_over:
                 is_over = self._is_over.wait(_LOOK_S)
                 done = units_with_receipt(self._root) & left.keys()
+                progress.note = self._note
                 progress.update(sum(left.pop(unit) for unit in done))

@@ -144,6 +144,11 @@ class Call:
         self._process.start()
         self.pid: int = self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.exitcode is None
+
     def wait_for_pause(self) -> bool:
         """Return whether it waits, as soon as it does or has ended."""
         while self._process.exitcode is None:

@@ -1,0 +1,35 @@
+"""Jobs for actors of Ray in tests: units that need no base, and one that ends its process."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from carryon.cache.errors import MissingError
+from carryon.cache.extraction.ray_actors.actor import Job
+from carryon.cache.extraction.ray_actors.orders import Outcome
+
+
+@contextmanager
+def open_sleeper(job: Job) -> Iterator[tuple[str, Callable[[int], Outcome]]]:
+    """Sleep for each unit; kill the process at those of the job that are deadly.
+
+    The job's `broken` are units that only the first process fails at; without `base` an actor
+    cannot start.
+    """
+    if "base" not in job:
+        raise MissingError("base: expected a folder, got nothing.\nFix: another")
+    broken = set(job.get("broken", []))
+
+    def extract(unit: int) -> Outcome:
+        if unit in job.get("deadly", []):
+            os.kill(os.getpid(), signal.SIGKILL)
+        marker = f"{job['folder']}/{unit}"
+        if unit in broken and not os.path.exists(marker):
+            os.mkdir(marker)
+            return Outcome(unit=unit, state="broken", error="RuntimeError: CUDA error")
+        time.sleep(job["sleep_s"])
+        return Outcome(unit=unit, state="computed", num_tokens=10, elapsed_s=job["sleep_s"])
+
+    yield str(os.getpid()), extract
