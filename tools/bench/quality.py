@@ -26,11 +26,11 @@ SEEDS = (0, 1, 2)
 def measure_profiles(job: Job, *, epochs: int = 3) -> None:
     """Train on lossy copies of a store and report the loss on its exact states."""
     store = job.open_store()
-    exact = _train(job, store.root, "exact", {"exact": {}}, epochs=epochs)["exact"]
+    exact = train_runs(job, store.root, "exact", {"exact": {}}, epochs=epochs)["exact"]
     for profile, target in PROFILE_TARGETS.items():
         root = job.work / profile
         recode(store.root, out=root, profile=profile)
-        report = _train(job, root, f"on-{profile}", {profile: {}}, epochs=epochs)[profile]
+        report = train_runs(job, root, f"on-{profile}", {profile: {}}, epochs=epochs)[profile]
         evaluation = evaluate(
             store=str(store.root), carryon=report.carryon, samples="held-out", device="auto"
         )
@@ -56,7 +56,7 @@ def measure_taps(job: Job, *, epochs: int = 3) -> None:
         changes = {"taps": several.taps, "intermediate_size": several.intermediate_size}
         runs |= {f"{'+'.join(middle)}.{seed}": changes | {"seed": seed} for seed in SEEDS}
     runs |= {f"final.{seed}": {"seed": seed} for seed in SEEDS}
-    reports = _train(job, store.root, "taps", runs, epochs=epochs)
+    reports = train_runs(job, store.root, "taps", runs, epochs=epochs)
     mixes = [
         name for name in dict.fromkeys(x.rpartition(".")[0] for x in reports) if name != "final"
     ]
@@ -87,7 +87,7 @@ def measure_presets(job: Job, *, epochs: int = 3) -> None:
             changes = read_preset(name) | {"epochs": number}
             # One after another: a user waits for the seconds of a run alone.
             folder = f"preset-{name}-{number}"
-            report = _train(job, store.root, folder, {name: changes}, epochs=number)[name]
+            report = train_runs(job, store.root, folder, {name: changes}, epochs=number)[name]
             job.report(
                 f"preset.{name}.epochs_{number}",
                 report.carryon_nll,
@@ -108,7 +108,7 @@ def measure_sampled(job: Job, *, epochs: int = 3, sampled: int = 2048) -> None:
         runs |= {
             f"{number}.{seed}": {"sampled_softmax": number, "seed": seed} for number in (0, sampled)
         }
-    reports = _train(job, job.open_store().root, "sampled", runs, epochs=epochs)
+    reports = train_runs(job, job.open_store().root, "sampled", runs, epochs=epochs)
     exact = [reports[f"0.{seed}"] for seed in SEEDS]
     ours = [reports[f"{sampled}.{seed}"] for seed in SEEDS]
     nlls = [report.carryon_nll for report in ours]
@@ -156,9 +156,18 @@ def _middle_taps(store: Store) -> list[list[str]]:
     return [[layers[(len(layers) - 1) // 2]], *([[layers[-1], layers[0]]] if layers[1:] else [])]
 
 
-def _train(
+def train_runs(
     job: Job, root: Path, name: str, runs: Mapping[str, Changes], *, epochs: int
 ) -> dict[str, TrainReport]:
+    """Train runs on a store, all over the same samples in the same order, and return their reports.
+
+    Args:
+        job: has the folder that runs are written to.
+        root: of the store.
+        name: of the folder of the runs.
+        runs: changes of the settings of each.
+        epochs: of each.
+    """
     settings = TrainSettings(optimization=OptimizationSettings(epochs=epochs))
     reports = sweep(root, out=job.work / name, settings=settings, runs=runs)
     return dict(zip(runs, reports, strict=True))

@@ -317,6 +317,18 @@ BENCHMARKS = {
         needs="base",
         quick={"files": 40},
     ),
+    "vllm.speed": Benchmark(
+        place="exchange.engine:measure_engine_speed",
+        about="tokens a CPU second of an extraction by vLLM against one by transformers",
+        needs="base",
+        quick={"tokens": (500, 1500), "unit_tokens": 1024, "rounds": 1},
+    ),
+    "vllm.states": Benchmark(
+        place="exchange.engine:measure_engine_states",
+        about="states of vLLM against those of transformers, and carry-ons trained on each",
+        needs="base",
+        quick={"tokens": 3000, "epochs": 1},
+    ),
     "house.shape": Benchmark(
         place="house:measure_shape",
         about="modules, floors, imports and lines of the source",

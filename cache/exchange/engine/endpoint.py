@@ -82,7 +82,8 @@ class Endpoint:
                 "machine sees it"
             )
         self._model, self._has_file = "", False
-        self._lost: list[str] = []
+        self._kept: set[str] = set()
+        """Names of files that were told and not discarded; some may appear late."""
         self._is_over = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=vllm.requests, thread_name_prefix="endpoint")
 
@@ -104,12 +105,17 @@ class Endpoint:
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._pool.shutdown(cancel_futures=True)
-        for name in self._lost:  # written after all
+        for name in self._kept:
             remove_states(self.folder, name)
 
     def submit(self, tokens: list[int]) -> Future[str]:
         """Ask for the states of token ids; see `Engine`."""
         return self._pool.submit(self._states, tokens)
+
+    def discard(self, name: str) -> None:
+        """Remove a file that was read; see `Engine`."""
+        remove_states(self.folder, name)
+        self._kept.discard(name)
 
     def _choose(self, listed: Mapping[str, Any]) -> str:
         """Return the name of the base on the server."""
@@ -143,10 +149,10 @@ class Endpoint:
             content = self._ask("POST", "/v1/completions", salted).content
             known = content.get("kv_transfer_params")
             name = file_name(known.get("hidden_states_path") if isinstance(known, dict) else None)
+            self._kept.add(name)
             if wait_for_file(self.folder, name, timeout_s=timeout_s, is_over=self._is_over):
                 self._has_file = True
                 return name
-            self._lost.append(name)
             if not self._has_file or self._is_over.is_set():
                 break
             logger.info(f"--endpoint: no file {name}: asked again")

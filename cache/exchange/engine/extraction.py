@@ -19,9 +19,9 @@ from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
 from carryon.cache.exchange.agreement import check_first_states
 from carryon.cache.exchange.engine.endpoint import Endpoint
-from carryon.cache.exchange.engine.local import LocalEngine
+from carryon.cache.exchange.engine.local import EngineJob, LocalEngine
 from carryon.cache.exchange.engine.planning import VllmPlan, plan_with_vllm
-from carryon.cache.exchange.engine.requests import Engine, remove_states
+from carryon.cache.exchange.engine.requests import Engine
 from carryon.cache.exchange.engine.settings import (
     VllmSettings,
     check_measured,
@@ -32,11 +32,12 @@ from carryon.cache.exchange.state_file import read_facts
 from carryon.cache.exchange.taps import forward_facts
 from carryon.cache.extraction.forward import ExtractReport, run_units, units_to_do
 from carryon.cache.extraction.pilot import PILOT_TOKENS
-from carryon.cache.extraction.pipeline import Errors, describe_size, prepare_store
+from carryon.cache.extraction.pipeline import Errors, describe_size, prepare_store, resume_store
+from carryon.cache.extraction.plan import ExtractionPlan
 from carryon.cache.extraction.sharing.claims import drop_claims
 from carryon.cache.extraction.sharing.workers import Sharing, run_together
 from carryon.cache.files.atomic import sweep_partials
-from carryon.cache.format.manifest import Manifest
+from carryon.cache.format.manifest import Manifest, manifest_path
 from carryon.cache.format.probe import Probe
 from carryon.cache.lock import write_lock
 from carryon.cache.progress import Progress
@@ -95,18 +96,20 @@ class _Run:
 
     def prepare(self, *, append: bool, max_disk_bytes: int | None) -> Manifest:
         """Start the engine, compare it with the base, and write the plan; see `prepare_store`."""
-        plan, vllm = self._plan.extraction, self._plan.vllm
+        job, vllm = self._plan.job, self._plan.vllm
+        root = self._plan.extraction.root
+        if job is not None and not append and manifest_path(root).exists():
+            # refused, or nothing to do: known before vLLM starts
+            manifest = resume_store(
+                self._complete(self._known_columns(job), version=""), append=False
+            )
+            if not units_to_do(root, manifest):
+                return manifest
         engine = self._engine = self._engine or self._open()
-        columns = self._columns(engine)
-        columns.check_taps(plan.manifest.taps)
-        facts = forward_facts(columns.layers, num_layers=columns.num_layers, dtype=columns.dtype)
-        manifest = replace(
-            plan.manifest,
-            forward=facts,
-            versions=plan.manifest.versions | {"vllm": engine.version},
-        )
-        plan = replace(plan, manifest=manifest)
-        how: dict[str, Any] = {"taps": manifest.taps, "head": plan.head}
+        columns = self._known_columns(job) if job is not None else self._first_columns(engine)
+        columns.check_taps(self._plan.extraction.manifest.taps)
+        plan = self._complete(columns, version=engine.version)
+        how: dict[str, Any] = {"taps": plan.manifest.taps, "head": plan.head}
         files = FirstFiles(engine, columns, plan.samples, plan.units, **how)
 
         def check(probe: Probe | None) -> Errors:
@@ -157,17 +160,29 @@ class _Run:
         logger.info(f"vLLM {engine.version} is ready after {elapsed_s:.0f} s")
         return engine
 
-    def _columns(self, engine: Engine) -> Columns:
-        """Return what the engine's files hold."""
-        plan, job = self._plan.extraction, self._plan.job
-        sizes = {"num_layers": plan.base.identity.num_layers, "width": plan.manifest.width}
-        if job is not None:
-            return Columns(layers=list(job.layers), dtype=job.dtype, **sizes)
+    def _complete(self, columns: Columns, *, version: str) -> ExtractionPlan:
+        """Return the plan with what the manifest says of an engine."""
+        plan = self._plan.extraction
+        facts = forward_facts(columns.layers, num_layers=columns.num_layers, dtype=columns.dtype)
+        versions = plan.manifest.versions | {"vllm": version}
+        return replace(plan, manifest=replace(plan.manifest, forward=facts, versions=versions))
+
+    def _known_columns(self, job: EngineJob) -> Columns:
+        """Return what the files of an engine that is started here hold."""
+        return Columns(layers=list(job.layers), dtype=job.dtype, **self._sizes())
+
+    def _first_columns(self, engine: Engine) -> Columns:
+        """Return what the files of a server hold, from the first one."""
+        plan = self._plan.extraction
         tokens = plan.samples[int(plan.units.order[0])].tokens[:PILOT_TOKENS]
         name = engine.submit(tokens.tolist()).result()
         facts = read_facts(engine.folder, name, is_locked=True)
-        remove_states(engine.folder, name)
-        return Columns.of_file(facts, layers=self._plan.vllm.layer_ids, **sizes)
+        engine.discard(name)
+        return Columns.of_file(facts, layers=self._plan.vllm.layer_ids, **self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        plan = self._plan.extraction
+        return {"num_layers": plan.base.identity.num_layers, "width": plan.manifest.width}
 
 
 def extract_with_vllm(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from carryon.cache.errors import EngineError, InputError, MissingExtraError
-from carryon.cache.exchange.engine.requests import file_name, wait_for_file
+from carryon.cache.exchange.engine.requests import file_name, remove_states, wait_for_file
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +205,10 @@ class LocalEngine:
             self._waiting[name] = future
             self._say({"id": name, "tokens": tokens})
         return future
+
+    def discard(self, name: str) -> None:
+        """Remove a file that was read; see `Engine`."""
+        remove_states(self.folder, name)
 
     def _say(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None

@@ -35,6 +35,9 @@ class Engine(Protocol):
     def submit(self, tokens: list[int]) -> Future[str]:
         """Ask for the states of token ids; the result is the name of a file that is whole."""
 
+    def discard(self, name: str) -> None:
+        """Remove a file that was read. Those that are never read go when the engine ends."""
+
 
 def retry_waits(retries: int) -> list[float]:
     """Return the seconds to wait before each repetition of a request: doubled up to a limit."""

@@ -17,7 +17,7 @@ from carryon.cache.base.lm_head import Head, widen
 from carryon.cache.corpus.samples import Sample
 from carryon.cache.errors import InputError
 from carryon.cache.exchange.agreement import FirstStates, checked_positions
-from carryon.cache.exchange.engine.requests import Engine, remove_states, request_ahead
+from carryon.cache.exchange.engine.requests import Engine, request_ahead
 from carryon.cache.exchange.layers import column_taps, stored_taps
 from carryon.cache.exchange.state_file import FileFacts, read_facts, read_states
 from carryon.cache.exchange.taps import tap_states
@@ -186,7 +186,7 @@ class FirstFiles:
             name = self._asked[position].result()
             folder, how = self._engine.folder, {"taps": self._taps, "head": self._head}
             taps = read_taps(folder, name, tokens, self._columns, **how)  # type: ignore[arg-type]
-            remove_states(folder, name)
+            self._engine.discard(name)
             shown = str(folder / name)
             self._read[position] = shown, {tap: widen(rows) for tap, rows in taps.items()}
         name, states = self._read[position]
@@ -235,7 +235,7 @@ class EngineStates:
             folder = self._engine.folder
             how: Mapping[str, Any] = {"taps": self._manifest.taps, "head": self._head}
             put_states(hidden, rows, read_taps(folder, name, tokens, self._columns, **how))
-            remove_states(folder, name)
+            self._engine.discard(name)
             progress.update(len(tokens))
         return hidden
 

@@ -151,6 +151,16 @@ def test_a_refusal_is_not_tried_again(
     assert len(server.prompts) == NUM_FIRST + 1
 
 
+def test_files_that_nobody_reads_are_removed(
+    server: TinyServer, tiny_base: Base, corpus: Path, store_tmp: Path
+) -> None:
+    server.change, _ = WRONG["not finite"]
+    with pytest.raises(InputError, match="expected finite states"):
+        extract_served(server, tiny_base, corpus, store_tmp / "store", requests=8)
+    assert len(server.prompts) > NUM_FIRST + 4
+    assert not list(server.folder.iterdir())
+
+
 def test_a_stopped_extraction_resumes_by_receipts(
     server: TinyServer, tiny_base: Base, corpus: Path, store_tmp: Path
 ) -> None:
@@ -158,6 +168,7 @@ def test_a_stopped_extraction_resumes_by_receipts(
     server.faults = dict.fromkeys(range(NUM_FIRST + 6, 1000), "400")
     with pytest.raises(EngineError):
         extract_served(server, tiny_base, corpus, out, requests=1)
+    assert not list(server.folder.iterdir())
     done = len(list((out / "units").glob("*.json"))) - 1
     server.faults, before = {}, len(server.prompts)
     report = extract_served(server, tiny_base, corpus, out, requests=1)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ from support.tiny_stores import write_corpus
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import EngineError, InputError
 from carryon.cache.exchange.engine.extraction import run_with_vllm
-from carryon.cache.exchange.engine.local import PYTHON_VARIABLE
+from carryon.cache.exchange.engine.local import (
+    PYTHON_VARIABLE,
+    EngineJob,
+    LocalEngine,
+    find_python,
+)
 from carryon.cache.exchange.engine.planning import plan_with_vllm
 from carryon.cache.exchange.engine.settings import VllmSettings
 from carryon.cache.extraction.forward import ExtractReport
@@ -136,6 +142,11 @@ def test_a_stopped_extraction_resumes(run: Extract, store: Path, store_tmp: Path
     refuse_differences(store, root, rtol=1e-3, atol=1e-3)
 
 
+def test_a_finished_store_starts_no_engine(run: Extract, store: Path) -> None:
+    report = run(store, vllm_python=sys.executable)  # which has no vLLM
+    assert (report.computed_units, report.is_finished) == (0, True)
+
+
 def test_prefix_caching_and_chunked_prefill_are_as_measured(
     run: Extract, store: Path, store_tmp: Path
 ) -> None:
@@ -159,3 +170,25 @@ def test_an_argument_that_vllm_refuses_is_named(run: Extract, store_tmp: Path) -
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="--vllm-args"):
         run(store_tmp / "store", vllm_args=["dtype=float16"])
+
+
+@pytest.mark.parametrize("layers", [[1, 4], [2, 1]])
+def test_the_connector_refuses_layers_that_vllm_takes(
+    folder: Path, tmp_path: Path, layers: list[int]
+) -> None:
+    job = EngineJob(
+        model=str(folder),
+        revision=None,
+        layers=layers,
+        dtype="float32",
+        longest=20,
+        batch_tokens=64,
+        requests=4,
+        more={},
+    )
+    python = find_python("")
+    with (
+        pytest.raises(EngineError, match="expected ascending ids from 0 to 3, each once, got"),
+        LocalEngine(job, python=python, folder=tmp_path, timeout_s=10),
+    ):
+        pass
