@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SPEED_TARGET, ERROR_TARGET, LOSS_TARGET = 1.4, 0.025, 0.005
 _WAYS = ("transformers", "vllm")
-_DTYPE = "bfloat16"
+_DTYPE: Literal["bfloat16"] = "bfloat16"
 
 
 def measure_engine_speed(
