@@ -9,7 +9,15 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import Settings, bounded
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_OWN = ("model", "speculative_config", "kv_transfer_config", "dtype", "skip_tokenizer_init")
+_OWN = (
+    "model",
+    "revision",
+    "dtype",
+    "speculative_config",
+    "kv_transfer_config",
+    "trust_remote_code",
+    "skip_tokenizer_init",
+)
 _MEASURED = ("enable_prefix_caching", "enable_chunked_prefill")
 MEASURED_VERSIONS = ("0.32",)
 """Of vLLM, in which states with `_MEASURED` were compared with those without."""
@@ -57,7 +65,7 @@ def parse_engine_args(words: list[str]) -> dict[str, Any]:
         if name in _OWN:
             raise InputError(
                 f"--vllm-args: expected arguments that the extraction does not set, got {name}. "
-                "Fix: leave it out; --base, --compute-dtype and --taps set these"
+                "Fix: leave it out; --base, --taps, --compute-dtype, --trust-remote-code set these"
             )
         try:
             values[name] = json.loads(text)
