@@ -26,7 +26,7 @@ class BufferPool:
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
 
     def keep(self, max_free: int) -> None:
-        """Keep at least so many free blocks of one size."""
+        """Keep at least `max_free` free blocks of one size."""
         self._most_free = max(self._most_free, max_free)
 
     def take(self, num_bytes: int) -> NDArray[np.uint8]:
