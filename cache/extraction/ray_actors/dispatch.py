@@ -277,6 +277,7 @@ class Actors:
         slot = self._slot
         gpus = f" and {slot.gpus} GPU" if slot.gpus else ""
         return (
-            f"ray: expected nodes with {slot.cpus} CPUs{gpus} free for an actor, got none: "
-            f"{num} actors wait. Fix: --workers, --ray-cpus, or more nodes"
+            f"ray: expected an actor that has started, got {num} that wait: each needs {slot.cpus} "
+            f"CPUs{gpus} free on a node. Fix: wait, if the nodes are slow; else --workers, "
+            "--ray-cpus or more nodes"
         )

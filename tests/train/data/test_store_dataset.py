@@ -5,7 +5,7 @@ The store has 24 samples in a few units; batches of 30 tokens hold two to five o
 
 import pickle
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.store.reader import Store
 from carryon.train import StoreDataset
 from carryon.train.data import store_dataset
+from carryon.train.data.sampler import Window
 
 TAPS = ["final", "layer.1"]
 OPTIONS: dict[str, Any] = {"batch_tokens": 30, "window_units": 2}
@@ -125,6 +126,27 @@ def test_each_epoch_has_its_order_and_repeats_it(folder: Path) -> None:
     assert second != first == samples_of(dataset)
     assert sorted(second) == sorted(first)
     assert samples_of(StoreDataset(folder, seed=1, **OPTIONS)) != first
+
+
+def test_windows_are_planned_as_they_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Window] = []
+    plan = store_dataset.iter_store_epoch
+
+    def watched(*args: Any, **options: Any) -> Iterator[Window]:  # noqa: ANN401
+        for window in plan(*args, **options):
+            planned.append(window)
+            yield window
+
+    monkeypatch.setattr(store_dataset, "iter_store_epoch", watched)
+    dataset = StoreDataset(folder, batch_tokens=30, window_units=1)
+    next(iter(dataset))
+    read = len(planned)
+    as_read = list(dataset)
+    assert 0 < read < len(as_read)
+    assert len(as_read) == len(dataset)
+    assert_equal(as_read, list(dataset))  # from the list that the length needs
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
