@@ -110,8 +110,8 @@ def measure_base_loading(
             )
             job.report(
                 f"base.load.{method}",
-                found["anonymous_bytes"] / whole["anonymous_bytes"],
-                "x dense",
+                found["anonymous_bytes"] / whole["weight_bytes"],
+                "x dense weights",
                 is_same_head=found["head_sha256"] == whole["head_sha256"],
                 slowdown=found["run_s"] / whole["run_s"],
                 **found,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from carryon.cache.base.identity import ON_LOAD
 from carryon.cache.base.loading import locate_base
 from carryon.cache.base.model import Base
 from carryon.cache.corpus.rows import Data
@@ -52,6 +53,7 @@ def plan_with_vllm(
         InputError: a setting cannot be used.
     """
     _check_settings(vllm, endpoint)
+    _check_forward(base, forward)
     python = "" if endpoint else find_python(vllm.vllm_python)
     more = parse_engine_args(vllm.vllm_args)
     source = base.source if isinstance(base, Base) else str(base)
@@ -102,6 +104,21 @@ def asked_layers(taps: Sequence[str], *, num_layers: int) -> list[int]:
     return sorted(
         {num_layers if tap == "final" else layer_of(tap, num_layers=num_layers) for tap in taps}
     )
+
+
+def _check_forward(base: str | Base, forward: ForwardSettings) -> None:
+    """Check that vLLM runs the base as it is recorded: dense, or as its checkpoint is."""
+    quantization = base.identity.quantization if isinstance(base, Base) else forward.quantize
+    given = {
+        f"--quantize {quantization}": quantization in ON_LOAD,
+        "--device-map": bool(forward.device_map),
+        "--trust-remote-code": forward.trust_remote_code,
+    }
+    for option in [name for name, is_given in given.items() if is_given]:
+        raise InputError(
+            f"{option}: expected it for --backend transformers, got vllm, which loads the base "
+            "itself. Fix: leave it out"
+        )
 
 
 def _check_settings(vllm: VllmSettings, endpoint: str) -> None:

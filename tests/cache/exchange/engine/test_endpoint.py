@@ -353,3 +353,29 @@ def test_options_of_the_other_way_are_refused(
         extract_served(server, tiny_base, corpus, store_tmp / "store", vllm_args=["a=1"])
     with pytest.raises(InputError, match="--states-folder: expected the folder"):
         extract_served(server, tiny_base, corpus, store_tmp / "store", states_folder="")
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [
+        ({"quantize": "nf4"}, "--quantize nf4"),
+        ({"device_map": "auto"}, "--device-map"),
+        ({"trust_remote_code": True}, "--trust-remote-code"),
+    ],
+)
+def test_a_base_that_vllm_would_load_in_another_way_is_refused(
+    settings: dict[str, Any], option: str, tiny_base_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"^{option}: expected it for --backend transformers"):
+        plan_with_vllm(
+            base=str(tiny_base_folder),
+            data=[str(corpus)],
+            out=tmp_path / "store",
+            vllm=VllmSettings(states_folder=str(tmp_path)),
+            endpoint="http://localhost:9",
+            corpus=CorpusSettings(),
+            store=StoreSettings(),
+            forward=ForwardSettings(**settings),
+            data_settings=DataSettings(),
+        )
+    assert not (tmp_path / "store").exists()
