@@ -17,6 +17,7 @@ DEFAULT_CHUNK = 2048
 512, and keeps the logits of a few hundred at a time; on an accelerator their logits fit."""
 _CPU_ROWS = 256
 _MMAP_THRESHOLD = -3  # as malloc.h has it
+_TRIM_THRESHOLD = -1
 
 
 def pick_device(name: str) -> torch.device:
@@ -145,6 +146,23 @@ def return_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+@contextmanager
+def returning_freed_memory() -> Iterator[None]:
+    """Let glibc return freed blocks of 1 MB or more at once, until the block ends.
+
+    Each weight that is quantized leaves several; kept, they were more than the quantized base.
+    Afterwards glibc keeps freed blocks as it does once one of 32 MB was freed.
+    """
+    return_freed_memory()
+    try:
+        yield
+    finally:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, 32 << 20)
+            mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def return_small_memory() -> None:

@@ -58,7 +58,7 @@ from carryon.cache.base.quantizers import (
     quantizer_of,
 )
 from carryon.cache.base.saved_weights import digest_checkpoint, digest_files
-from carryon.cache.device import multiplies_bfloat16, pick_device
+from carryon.cache.device import multiplies_bfloat16, pick_device, returning_freed_memory
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.settings import ForwardSettings
 
@@ -205,7 +205,8 @@ def _read_weights(
                 how["quantizer"] = quantizer_of(forward.quantize, dtype)
             elif forward.compute_dtype == "auto":
                 dtype = saved_dtype
-            model = _load(place, dtype, how)
+            with returning_freed_memory():
+                model = _load(place, dtype, how)
             if forward.compute_dtype == "auto":  # unpacked to a dtype of its own
                 dtype = model.dtype
             _check_dtype(model, place, dtype)
