@@ -342,8 +342,8 @@ class ForwardSettings(Settings):
     trust_remote_code: bool = False
     """Run Python code that comes with a base; its digest is recorded. Read it first."""
     quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
-    """Quantize the base's linear layers on load, the head excepted: `nf4` (extra bitsandbytes),
-    `int8` or `fp8` (extra torchao). Its states are those of another base."""
+    """Quantize the base's linear layers on load, the head excepted: `nf4` (bitsandbytes), `int8`
+    or `fp8` (torchao); extra quantize. Its states are those of another base."""
     device_map: str = ""
     """How a base is spread over devices: `auto`, `balanced`, `balanced_low_0`, `sequential`, or a
     JSON file of module: device (0, cuda:1, cpu or disk). Empty: all of it on --device."""

@@ -80,13 +80,13 @@ def _read_map(path: Path) -> dict[str, Place]:
     """Return the place of each module in a JSON file."""
     if not path.is_file():
         raise MissingError(
-            f"device_map: expected {', '.join(DEVICE_MAPS)} or a JSON file, got {str(path)!r}, "
+            f"--device-map: expected {', '.join(DEVICE_MAPS)} or a JSON file, got {str(path)!r}, "
             "which does not exist"
         )
     try:
         places = parse_json(read_bounded(path, max_bytes=_MAX_MAP_BYTES))
     except (ValueError, StoreError) as error:
-        raise InputError(f"device_map: {path}: expected a JSON file: {error}") from error
+        raise InputError(f"--device-map: {path}: expected a JSON file: {error}") from error
     if not isinstance(places, dict) or not places:
         raise InputError(f'device_map: {path}: expected an object such as {{"": "cpu"}}')
     for place in dict.fromkeys(map(_checked, places.values(), [path] * len(places))):
@@ -101,7 +101,7 @@ def _checked(place: Any, path: Path) -> Place:  # noqa: ANN401 -- of a file
     if isinstance(place, str):
         return place
     raise InputError(
-        f"device_map: {path}: expected devices such as 0, cuda:1, cpu or disk, got {place!r:.80}"
+        f"--device-map: {path}: expected devices such as 0, cuda:1, cpu or disk, got {place!r:.80}"
     )
 
 
@@ -119,12 +119,12 @@ def _parse_sizes(texts: list[str]) -> dict[Place, int]:
         place = int(name) if name.isdecimal() and len(name) < 6 else name
         if match is None or (isinstance(place, str) and place not in ("cpu", "mps")):
             raise InputError(
-                f"max_memory: expected DEVICE=SIZE with a number or cpu, and a unit, such as "
+                f"--max-memory: expected DEVICE=SIZE with a number or cpu, and a unit, such as "
                 f"{_EXAMPLE}, got {text!r:.80}"
             )
         if place not in sizes:
             raise InputError(
-                f"max_memory: expected devices of this machine ({', '.join(map(str, sizes))}), "
+                f"--max-memory: expected devices of this machine ({', '.join(map(str, sizes))}), "
                 f"got {text!r:.80}"
             )
         sizes[place] = int(float(match[1]) * _UNITS[match[2].upper()])
@@ -145,7 +145,7 @@ def offload_folder(placement: Placement) -> Iterator[Path | None]:
         made = Path(tempfile.mkdtemp(prefix="carryon-offload-", dir=placement.offload_parent))
     except OSError as error:
         raise InputError(
-            f"offload_folder: expected a folder in which one can be made, got "
+            f"--offload-folder: expected a folder in which one can be made, got "
             f"{placement.offload_parent}: {error.strerror}"
         ) from error
     try:
@@ -193,7 +193,7 @@ def check_ties(model: nn.Module) -> None:
         is_kept, is_other_kept = map(has_offloaded_params, owners)
         if is_kept != is_other_kept:
             raise InputError(
-                f"device_map: expected tied weights in one place, got {one} and {other} in two. "
+                f"--device-map: expected tied weights in one place, got {one} and {other} in two. "
                 "Fix: give both modules the same device"
             )
 

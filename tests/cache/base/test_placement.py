@@ -180,7 +180,7 @@ def test_no_device_map_is_one_line(text: str, match: str, tmp_path: Path) -> Non
 )
 def test_no_size_is_one_line(size: str, tmp_path: Path) -> None:
     folder = make_tiny_base(tmp_path / "base")
-    with pytest.raises(InputError, match="max_memory: expected ") as raised:
+    with pytest.raises(InputError, match="--max-memory: expected ") as raised:
         load(folder, device_map="auto", max_memory=[size])
     assert "\n" not in str(raised.value)
 
