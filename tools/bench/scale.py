@@ -36,19 +36,22 @@ from carryon.cache.store.reader import Store
 from carryon.train import StoreDataset
 resident = psutil.Process().memory_info
 before = resident().rss
-started_at = time.perf_counter()
+started_at, cpu_at = time.perf_counter(), time.process_time()
 store = Store.open(sys.argv[1])
-open_s = time.perf_counter() - started_at
+open_s, open_cpu_s = time.perf_counter() - started_at, time.process_time() - cpu_at
 units, samples = store.num_units, store.num_samples
 del store
-started_at = time.perf_counter()
+started_at, cpu_at = time.perf_counter(), time.process_time()
 batch = next(iter(StoreDataset(sys.argv[1], batch_tokens=4096)))
 first_batch_s = time.perf_counter() - started_at
+first_batch_cpu_s = time.process_time() - cpu_at
 print(json.dumps({
     "units": units,
     "samples": samples,
     "open_s": open_s,
+    "open_cpu_s": open_cpu_s,
     "first_batch_s": first_batch_s,
+    "first_batch_cpu_s": first_batch_cpu_s,
     "batch_tokens": len(batch["input_ids"]),
     "mb": (resident().rss - before) / 1e6,
 }))
@@ -59,7 +62,7 @@ def measure_scale(job: Job, *, units: int = 1_000_000, rounds: int = 3) -> None:
     """Report seconds to open a store of many units, and to the first batch of a StoreDataset.
 
     The second counts everything from a closed store on: opening, the order of the units, reading.
-    In fresh processes, the files in the cache of the system.
+    In fresh processes, the files in the cache of the system; processor seconds are beside them.
 
     Args:
         job: input.

@@ -362,9 +362,12 @@ class _Shown:
     def _show(self) -> None:
         left = dict(self._tokens)
         with Progress(sum(left.values()), name="extract", unit="tokens") as progress:
-            is_over = False
+            is_over, pause_s = False, _LOOK_S
             while left and not is_over:
-                is_over = self._is_over.wait(_LOOK_S)
+                is_over = self._is_over.wait(pause_s)
+                started_at = time.perf_counter()
                 done = units_with_receipt(self._root) & left.keys()
+                # A million names take a second: a tenth of the time goes into looking.
+                pause_s = max(_LOOK_S, 10 * (time.perf_counter() - started_at))
                 progress.note = self._note
                 progress.update(sum(left.pop(unit) for unit in done))
