@@ -4,7 +4,8 @@ Choices depend on the reported hardware, never on a timing: equal machines give 
 """
 
 import ctypes
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -55,6 +56,13 @@ def device_of(name: str, number: int) -> str:
     return f"{kind.type}:{number % torch.accelerator.device_count()}"
 
 
+def count_cores() -> int:
+    """Return the cores that this process may use, or its share of them beside those of torchrun."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def pick_head_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the type of the head's products; `auto`: bfloat16 where `device` multiplies it."""
     if name == "auto":
@@ -98,13 +106,66 @@ class HostCopy:
         self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._copy.copy_(tensor, non_blocking=True)
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
+        # The current stream of another GPU than the current one is not that of the event.
+        self._event.record(torch.cuda.current_stream(tensor.device))
 
     def read(self) -> Tensor:
         """Return the copy, on the host, once it is whole."""
         if self._event is not None:
             self._event.synchronize()
         return self._copy
+
+
+class SideCopy:
+    """Copies of tensors of a GPU into pinned memory, under way on a stream beside its own.
+
+    The GPU computes on while they run, and the host does not wait. Any thread may wait for them.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], streams: "SideStreams") -> None:
+        """Begin to copy.
+
+        Args:
+            pairs: where to, in pinned memory, and from where; one from elsewhere than a GPU is
+                whole at once.
+            streams: of this process.
+        """
+        self._sources = [source for _, source in pairs]  # memory in use until the copy is whole
+        self._events: list[torch.cuda.Event] = []
+        for device in {source.device for source in self._sources}:
+            own = [pair for pair in pairs if pair[1].device == device]
+            if device.type != "cuda":
+                for to, source in own:
+                    to.copy_(source)
+                continue
+            stream = streams.of(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for to, source in own:
+                    to.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+            self._events.append(event)
+
+    def wait(self) -> None:
+        """Wait until they are whole."""
+        for event in self._events:
+            event.synchronize()
+        self._sources = []
+
+
+class SideStreams:
+    """A stream for copies on each GPU that is in use, made when it is needed first."""
+
+    def __init__(self) -> None:
+        """Begin without a stream."""
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(self, device: torch.device) -> torch.cuda.Stream:
+        """Return the stream of a device."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device]
 
 
 @contextmanager

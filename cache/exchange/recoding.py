@@ -22,7 +22,7 @@ from carryon.cache.errors import DamagedStoreError, InputError, SettingMismatchE
 from carryon.cache.extraction.layout_writer import array_documents, write_plan
 from carryon.cache.extraction.pilot import PILOT_TOKENS, profile_errors
 from carryon.cache.extraction.plan import refuse_foreign_folder
-from carryon.cache.files.atomic import sweep_partials, write_file
+from carryon.cache.files.atomic import Content, sweep_partials, write_file
 from carryon.cache.files.regular import read_below
 from carryon.cache.format.arrays import read_file
 from carryon.cache.format.manifest import (
@@ -240,5 +240,5 @@ def _recode_units(source: Store, root: Path, manifest: Manifest, units: list[int
             progress.update(old.num_tokens)
 
 
-def _write(root: Path, path: str, content: bytes | bytearray) -> None:
+def _write(root: Path, path: str, content: Content) -> None:
     write_file(root / path, content, root=root)

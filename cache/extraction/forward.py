@@ -1,31 +1,35 @@
 """The base over units: each is computed, written, and committed by its receipt.
 
-A thread compresses and writes a unit while the base runs over the next one. Units are independent
-of each other and of the order they are computed in.
+Batches are read ahead, and units are encoded and written while the base runs over later ones
+(`stages`). Units are independent of each other and of the order they are computed in.
 Letters: R rows of a unit, D base width.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
-from carryon.cache.device import HostCopy
+from carryon.cache.device import SideCopy, SideStreams, count_cores
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.extraction.aligned_forward import compute_aligned_states
-from carryon.cache.extraction.packing import plan_batches
+from carryon.cache.extraction.packing import Batch, make_batch, plan_batches
 from carryon.cache.extraction.prediction import Pilot, TimedBatch, Totals, spread
 from carryon.cache.extraction.sharing.claims import UnitSource
+from carryon.cache.extraction.stages.backpressure import limiting_stage, stage_seconds
+from carryon.cache.extraction.stages.read_ahead import ReadAhead
+from carryon.cache.extraction.stages.staging import Staging
+from carryon.cache.extraction.stages.unit_writers import MAX_ENCODERS, UnitWriters
 from carryon.cache.format.alignment import read_num_nodes, read_trees
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
@@ -42,6 +46,9 @@ StatesOf = Callable[[UnitInput, Progress], dict[str, NDArray[Any]]]
 """Returns the states of a unit, as `compute_states` does, and counts its tokens."""
 _CHUNK_OVERHEAD_BYTES = 1024  # header, checksum and index entry; or a chunk of zeros, compressed
 _RECEIPT_BYTES = 4096
+_BATCHES_AHEAD = 4  # read while the base runs
+_COPIES_AHEAD = 2  # batches that a GPU was given and has not copied yet
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +76,11 @@ class ExtractReport:
     """Seconds from the first forward pass to the last receipt."""
     is_finished: bool
     """False when the disk limit ended it."""
+    limit: str = ""
+    """The stage that held up the others: `read`, `forward`, `encode` or `write`; of several
+    processes, in the one that reports."""
+    stage_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of the forward passes, and those that they waited for each other stage."""
     predicted: Totals | None = None
     """The same quantities, predicted from the first batches. None: nothing was left to compute,
     other processes shared it, or the disk limit ended it before."""
@@ -91,6 +103,7 @@ def run_units(
     is_predicted: bool = False,
     claims: UnitSource | None = None,
     states_of: StatesOf | None = None,
+    num_encoders: int = 0,
 ) -> ExtractReport:
     """Compute and commit the units that have no receipt, or the given ones.
 
@@ -108,6 +121,7 @@ def run_units(
         claims: how units are shared with other processes; no progress is shown. None: there are
             none.
         states_of: computes the states of a unit in place of `base`. None: the base does.
+        num_encoders: threads that encode, MAX_ENCODERS at most. 0: one for each core.
     """
     todo = units_to_do(root, manifest) if units is None else list(units)
     inputs = UnitInputs(root, manifest)
@@ -123,92 +137,273 @@ def run_units(
             unit_tokens=unit_tokens,
             batch_tokens=batch_tokens,
         )
-    is_finished = True
-    writing: list[Future[Receipt | None]] = []  # at most the last of them is still at work
-    write: Callable[..., Receipt | None] = write_unit if claims is None else claims.write_unit
+    plan = _Plan(
+        root=root,
+        manifest=manifest,
+        inputs=inputs,
+        read_tokens=read_tokens,
+        batch_tokens=batch_tokens,
+        max_disk_bytes=max_disk_bytes,
+        claims=claims,
+        pilot=pilot,
+        states_of=states_of,
+    )
+    streams = SideStreams() if base.device.type == "cuda" else None
+    make_staging = partial(_stage, manifest, base, streams)
+    write = write_unit if claims is None else claims.write_unit
+    num_encoders = min(MAX_ENCODERS, num_encoders or count_cores())
     started_at = time.perf_counter()
     with (
         Progress(0 if claims else sum(unit_tokens), name="extract", unit="tokens") as progress,
-        ThreadPoolExecutor(max_workers=1) as thread,
+        UnitWriters(root, manifest, write, make_staging, num_encoders=num_encoders) as writers,
     ):
-        for unit in todo if claims is None else claims.iter_units(todo):
-            unit_input = inputs.read(unit)
-            if max_disk_bytes is not None:
-                wait(writing)
-                num_writers = 1 + (claims.num_others() if claims else 0)
-                largest = num_writers * largest_unit_bytes(manifest, unit_input.num_tokens)
-                if _folder_bytes(root) + largest > max_disk_bytes:
-                    is_finished = False
-                    if claims:
-                        claims.give_back(unit)
-                    break
-            unit_started_at = time.perf_counter()
-            if pilot is not None:
-                pilot.begin(unit)
-            hidden = (
-                states_of(unit_input, progress)
-                if states_of is not None
-                else _states_of_unit(
-                    root,
-                    manifest,
-                    base,
-                    unit_input,
-                    read_tokens=read_tokens[inputs.samples(unit)],
-                    batch_tokens=batch_tokens,
-                    progress=progress,
-                    pilot=pilot if pilot is not None and pilot.prediction is None else None,
-                )
-            )
-            elapsed_s = time.perf_counter() - unit_started_at
-            written = sum(_stored_bytes(manifest, each) for each in _finished(writing))
-            progress.note = f"{written / 1e6:,.0f} MB written"
-            writing.append(
-                thread.submit(write, root, manifest, unit_input, hidden, elapsed_s=elapsed_s)
-            )
-    receipts = _finished(writing)
+        with ReadAhead(partial(_read_batches, plan, todo, writers), most=_BATCHES_AHEAD) as reader:
+            forward = _Forward(base, plan, writers, reader, progress)
+            for item in reader:
+                forward.run(item)
+            forward.finish()
+        writers.collect(waits=True)
     elapsed_s = time.perf_counter() - started_at
+    is_finished = not reader.is_cut
+    receipts = writers.receipts
     report = summarize(root, manifest, receipts, elapsed_s=elapsed_s, is_finished=is_finished)
-    return replace(report, predicted=pilot.prediction) if pilot else report
+    return replace(
+        report,
+        predicted=pilot.prediction if pilot else None,
+        limit=limiting_stage(forward.waited_s, forward.elapsed_s),
+        stage_s=stage_seconds(forward.waited_s, forward.elapsed_s),
+    )
 
 
-def _states_of_unit(
-    root: Path,
-    manifest: Manifest,
-    base: Base,
-    unit_input: UnitInput,
-    *,
-    read_tokens: NDArray[np.int32],
-    **how: Any,  # noqa: ANN401 -- passed on
-) -> dict[str, NDArray[Any]]:
-    """Run the base over the samples of a unit, or over their trees in an aligned store.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """What an extraction computes."""
 
-    Args:
-        root: of the store.
-        manifest: of the store.
-        base: of the store.
-        unit_input: of the unit.
-        read_tokens: tokens that the base reads for each sample.
-        how: as of `compute_states`.
+    root: Path
+    manifest: Manifest
+    inputs: UnitInputs
+    read_tokens: NDArray[np.int32]
+    """Tokens that the base reads for each sample of the store."""
+    batch_tokens: int
+    max_disk_bytes: int | None
+    claims: UnitSource | None
+    pilot: Pilot | None
+    states_of: StatesOf | None
+    """Computes the states of a unit. None: the base does."""
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether the base runs over samples as they are."""
+        return self.states_of is None and not self.manifest.alignment
+
+    @property
+    def is_piloted(self) -> bool:
+        """Whether batches are timed for a prediction."""
+        return self.pilot is not None and self.pilot.prediction is None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Item:
+    """A batch to compute, or all of a unit."""
+
+    unit_input: UnitInput
+    batch: Batch | None
+    """None: all of the unit."""
+    is_first: bool = True
+    """Of its unit."""
+    is_last: bool = True
+    """Of its unit."""
+
+
+def _read_batches(
+    plan: _Plan, todo: Sequence[int], writers: UnitWriters, reader: "ReadAhead[_Item]"
+) -> Iterator[_Item]:
+    """Yield what is to be computed, unit by unit, until the disk limit ends it."""
+    claims = plan.claims
+    units = todo if claims is None else claims.iter_units(todo, is_over=reader.is_over)
+    for unit in units:
+        unit_input = plan.inputs.read(unit)
+        if not _has_room(plan, unit_input, writers, reader):
+            if claims:
+                claims.give_back(unit)
+            reader.is_cut = True
+            return
+        if plan.has_batches:
+            yield from _batches_of(plan, unit_input)
+        else:
+            yield _Item(unit_input=unit_input, batch=None)
+        if claims:  # a unit that waits here may be computed by another process
+            reader.wait_until_taken()
+
+
+def _batches_of(plan: _Plan, unit_input: UnitInput) -> Iterator[_Item]:
+    batches = plan_batches(unit_input.lengths, batch_tokens=plan.batch_tokens)
+    if plan.is_piloted:
+        batches = spread(batches)
+    for number, samples in enumerate(batches, start=1):
+        yield _Item(
+            unit_input=unit_input,
+            batch=_make_batch(unit_input, samples),
+            is_first=number == 1,
+            is_last=number == len(batches),
+        )
+
+
+def _make_batch(unit: UnitInput, samples: NDArray[np.int64]) -> Batch:
+    return make_batch(samples, lengths=unit.lengths, starts=unit.starts, tokens=unit.tokens)
+
+
+def _has_room(
+    plan: _Plan, unit_input: UnitInput, writers: UnitWriters, reader: "ReadAhead[_Item]"
+) -> bool:
+    """Return whether a unit stays within the disk limit, and expect it to be written.
+
+    Units under way count with the most that they can add; where that is too much, they are waited
+    for.
     """
-    keeps_bits = not manifest.is_lossy and manifest.settings["dtype"] == "bfloat16"
-    if not manifest.alignment:
-        return compute_states(base, manifest.taps, unit_input, keeps_bits=keeps_bits, **how)
-    trees = read_trees(
-        root,
-        manifest,
-        unit_input.unit,
-        num_nodes=read_tokens,
-        starts=unit_input.starts,
-        lengths=unit_input.lengths,
-    )
-    return compute_aligned_states(
-        base, manifest.taps, trees, read_tokens, keeps_bits=keeps_bits, **how
-    )
+    largest = largest_unit_bytes(plan.manifest, unit_input.num_tokens)
+    while plan.max_disk_bytes is not None and not reader.is_over.is_set():
+        num_writers = 1 + (plan.claims.num_others() if plan.claims else 0)
+        under_way = writers.expected_bytes()
+        if _folder_bytes(plan.root) + under_way + num_writers * largest <= plan.max_disk_bytes:
+            break
+        if not under_way:
+            return False
+        writers.wait_for_one(_LOOK_S)
+    writers.expect(unit_input.unit, largest)
+    return True
 
 
-def _finished(writing: Sequence[Future[Receipt | None]]) -> list[Receipt]:
-    """Wait for the receipts of this process; a unit that another has committed has none here."""
-    return [receipt for each in writing if (receipt := each.result()) is not None]
+class _Forward:
+    """The base over batches, in the thread of the caller; a GPU is kept a few of them ahead."""
+
+    def __init__(
+        self,
+        base: Base,
+        plan: _Plan,
+        writers: UnitWriters,
+        reader: "ReadAhead[_Item]",
+        progress: Progress,
+    ) -> None:
+        """Prepare."""
+        self._base, self._plan, self._progress = base, plan, progress
+        self._writers, self._reader = writers, reader
+        self._staging: Staging | None = None
+        self._waiting: deque[tuple[Batch, SideCopy]] = deque()
+        self._started_at = time.perf_counter()
+        self._unit_started_at = self._started_at
+        self._stored_bytes, self._known = 0, 0
+        self._before = (self.waited_s, 0.0)
+        self.elapsed_s = 0.0
+        """Seconds of all passes and waits, once they are finished."""
+
+    @property
+    def waited_s(self) -> dict[str, float]:
+        """Seconds that the passes waited for other stages."""
+        return {"read": self._reader.waited_s, **self._writers.waited_s}
+
+    def run(self, item: _Item) -> None:
+        """Compute an item; hand its unit on behind the last one."""
+        unit_input, plan = item.unit_input, self._plan
+        if item.is_first:
+            self._staging = self._writers.take() if item.batch is not None else None
+            self._writers.collect()
+            self._show_limit()
+            if plan.pilot is not None:
+                plan.pilot.begin(unit_input.unit)
+            self._unit_started_at = time.perf_counter()
+        if item.batch is None:
+            states: Staging | dict[str, NDArray[Any]] = self._run_unit(unit_input)
+        else:
+            assert self._staging is not None  # taken with the first batch
+            states = self._staging
+            self._run_batch(item.batch, states)
+        if item.is_last:
+            elapsed_s = time.perf_counter() - self._unit_started_at
+            self._writers.submit(unit_input, states, elapsed_s=elapsed_s)
+
+    def finish(self) -> None:
+        """Wait for the copies that are under way."""
+        self._wait_until(0)
+        self.elapsed_s = time.perf_counter() - self._started_at
+
+    def _run_batch(self, batch: Batch, staging: Staging) -> None:
+        pilot = self._plan.pilot if self._plan.is_piloted else None
+        started_at = time.perf_counter()
+        copy = staging.add(batch, capture(self._base, self._taps, torch.from_numpy(batch.ids)))
+        if copy is None:
+            self._progress.update(len(batch.rows))
+        else:
+            self._waiting.append((batch, copy))
+            self._wait_until(_COPIES_AHEAD if pilot is None else 0)
+        if pilot is not None:
+            seconds = time.perf_counter() - started_at
+            timed = TimedBatch.of(batch.lengths, seconds=seconds)
+            pilot.add(staging.newest(len(batch.rows)), batch.rows, timed)
+
+    @property
+    def _taps(self) -> list[str]:
+        return self._plan.manifest.taps
+
+    def _wait_until(self, most: int) -> None:
+        """Wait until at most `most` batches are under way: the GPU is that far behind the host."""
+        while len(self._waiting) > most:
+            batch, copy = self._waiting.popleft()
+            copy.wait()
+            self._progress.update(len(batch.rows))
+
+    def _run_unit(self, unit_input: UnitInput) -> dict[str, NDArray[Any]]:
+        """Return the states of a unit that is not run in batches of samples."""
+        plan = self._plan
+        if plan.states_of is not None:
+            return plan.states_of(unit_input, self._progress)
+        num_nodes = plan.read_tokens[plan.inputs.samples(unit_input.unit)]
+        trees = read_trees(
+            plan.root,
+            plan.manifest,
+            unit_input.unit,
+            num_nodes=num_nodes,
+            starts=unit_input.starts,
+            lengths=unit_input.lengths,
+        )
+        return compute_aligned_states(
+            self._base,
+            self._taps,
+            trees,
+            num_nodes,
+            keeps_bits=keeps_bits(plan.manifest),
+            batch_tokens=plan.batch_tokens,
+            progress=self._progress,
+            pilot=plan.pilot if plan.is_piloted else None,
+        )
+
+    def _show_limit(self) -> None:
+        """Show what is written, and which stage was the limit since the unit before."""
+        receipts = self._writers.receipts
+        for receipt in receipts[self._known :]:
+            self._stored_bytes += _stored_bytes(self._plan.manifest, receipt)
+        self._known = len(receipts)
+        waited_s, elapsed_s = self.waited_s, time.perf_counter() - self._started_at
+        before, before_s = self._before
+        self._before = (waited_s, elapsed_s)
+        since = {stage: seconds - before[stage] for stage, seconds in waited_s.items()}
+        limit = limiting_stage(since, elapsed_s - before_s)
+        self._progress.note = f"{self._stored_bytes / 1e6:,.0f} MB written, limit: {limit}"
+
+
+def keeps_bits(manifest: Manifest) -> bool:
+    """Return whether a store keeps states as bits of bfloat16."""
+    return not manifest.is_lossy and bool(manifest.settings["dtype"] == "bfloat16")
+
+
+def _stage(manifest: Manifest, base: Base, streams: SideStreams | None) -> Staging:
+    return Staging(
+        manifest.taps,
+        num_rows=manifest.unit_tokens,
+        width=manifest.width,
+        keeps_bits=keeps_bits(manifest),
+        streams=streams,
+    )
 
 
 def summarize(
@@ -255,8 +450,6 @@ def compute_states(
     *,
     keeps_bits: bool,
     batch_tokens: int,
-    progress: Progress | None = None,
-    pilot: Pilot | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Run the base over one unit, at most `batch_tokens` tokens (pads included) at a time.
 
@@ -264,50 +457,22 @@ def compute_states(
         For each tap [R, D]: uint16 bits of bfloat16 if `keeps_bits`, else float32. Rows that
         belong to no sample are 0.
     """
-    shape = (len(unit.tokens), base.identity.width)
-    dtype = np.uint16 if keeps_bits else np.float32
-    hidden: dict[str, NDArray[Any]] = {tap: np.zeros(shape, dtype) for tap in taps}
-
-    def scatter(batch: NDArray[np.int64], copies: dict[str, HostCopy]) -> None:
-        lengths, starts = unit.lengths[batch], unit.starts[batch]
-        for tap, copy in copies.items():
-            values = copy.read().numpy()
-            for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-                hidden[tap][start : start + length] = values[row, :length]
-        if progress is not None:
-            progress.update(int(lengths.sum()))
-
-    # A GPU computes a batch while the host scatters the one before it; batches of a pilot are timed
-    # one by one.
-    most_waiting = 1 if base.device.type == "cuda" and pilot is None else 0
-    waiting: list[tuple[NDArray[np.int64], dict[str, HostCopy]]] = []
-    batches = plan_batches(unit.lengths, batch_tokens=batch_tokens)
-    for batch in spread(batches) if pilot is not None else batches:
-        started_at = time.perf_counter()
-        lengths, starts = unit.lengths[batch], unit.starts[batch]
-        ids = np.zeros((len(batch), int(lengths.max())), dtype=np.int64)
-        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            ids[row, :length] = unit.tokens[start : start + length]
-        found = capture(base, taps, torch.from_numpy(ids))
-        waiting.append((batch, _host_copies(found, keeps_bits=keeps_bits)))
-        if len(waiting) > most_waiting:
-            scatter(*waiting.pop(0))
-        if pilot is not None:
-            pilot.add(
-                hidden,
-                np.concatenate([np.arange(x, x + n) for x, n in zip(starts, lengths, strict=True)]),
-                TimedBatch.of(lengths, seconds=time.perf_counter() - started_at),
-            )
-    for each in waiting:
-        scatter(*each)
-    return hidden
-
-
-def _host_copies(states: Mapping[str, Tensor], *, keeps_bits: bool) -> dict[str, HostCopy]:
-    return {
-        tap: HostCopy(each.bfloat16().view(torch.uint16) if keeps_bits else each.float())
-        for tap, each in states.items()
-    }
+    staging = Staging(
+        taps,
+        num_rows=len(unit.tokens),
+        width=base.identity.width,
+        keeps_bits=keeps_bits,
+        streams=SideStreams() if base.device.type == "cuda" else None,
+    )
+    waiting: deque[SideCopy] = deque()
+    for samples in plan_batches(unit.lengths, batch_tokens=batch_tokens):
+        batch = _make_batch(unit, samples)
+        copy = staging.add(batch, capture(base, taps, torch.from_numpy(batch.ids)))
+        if copy is not None:
+            waiting.append(copy)
+        if len(waiting) > _COPIES_AHEAD:
+            waiting.popleft().wait()
+    return {tap: rows[:] for tap, rows in staging.rows().items()}
 
 
 def largest_unit_bytes(manifest: Manifest, num_tokens: int) -> int:

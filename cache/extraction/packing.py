@@ -102,3 +102,51 @@ def plan_batches(lengths: NDArray[np.int32], *, batch_tokens: int) -> list[NDArr
         batches.append(by_length[first : first + rows])
         first += rows
     return batches
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Token ids that go through the base at one time, and where their states belong."""
+
+    samples: NDArray[np.int64]
+    """[B] index of each row's sample within the unit."""
+    lengths: NDArray[np.int32]
+    """[B] tokens of each."""
+    ids: NDArray[np.int64]
+    """[B, T] token ids, padded on the right."""
+    places: NDArray[np.int64]
+    """[n] index of each token that is no pad among all B x T of them."""
+    rows: NDArray[np.int64]
+    """[n] its row in the unit."""
+
+
+def make_batch(
+    samples: NDArray[np.int64],
+    *,
+    lengths: NDArray[np.int32],
+    starts: NDArray[np.int64],
+    tokens: NDArray[np.int32],
+) -> Batch:
+    """Return the batch of some samples of a unit.
+
+    Args:
+        samples: [B] which, as of `plan_batches`.
+        lengths: [S] tokens of each sample of the unit.
+        starts: [S] first row of each.
+        tokens: [R] token ids of the unit's rows.
+    """
+    own = lengths[samples]
+    longest = int(own.max())
+    firsts = np.cumsum(own, dtype=np.int64) - own  # of each sample, without pads
+    within = np.arange(int(own.sum()), dtype=np.int64) - np.repeat(firsts, own)
+    places = np.repeat(np.arange(len(samples), dtype=np.int64) * longest, own) + within
+    rows = np.repeat(starts[samples], own) + within
+    ids = np.zeros(len(samples) * longest, dtype=np.int64)
+    ids[places] = tokens[rows]
+    return Batch(
+        samples=samples,
+        lengths=own,
+        ids=ids.reshape(len(samples), longest),
+        places=places,
+        rows=rows,
+    )

@@ -8,7 +8,7 @@ Letters: R rows of a unit, D base width.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,23 +140,23 @@ class Pilot:
         self._unit = unit
 
     def add(
-        self, hidden: dict[str, NDArray[Any]], rows: NDArray[np.int64], batch: TimedBatch
+        self, hidden: Mapping[str, NDArray[Any]], rows: NDArray[np.int64], batch: TimedBatch
     ) -> None:
         """Count a batch, and log the prediction after the last one that is awaited.
 
         Args:
-            hidden: states [R, D] of a unit, by tap.
-            rows: of the batch's tokens among them.
+            hidden: states [n, D] of the batch's tokens, by tap.
+            rows: [n] row of each in the unit.
             batch: what was run.
         """
         if self.prediction is not None:
             return
         row_bytes = sum(states[:1].nbytes for states in hidden.values())
         most = max(self._manifest.rows_per_chunk, _PILOT_BYTES // (row_bytes * self._awaited))
-        rows = np.sort(rows[:most])
-        self._places.append(rows + self._unit * self._manifest.unit_tokens)
+        order = np.argsort(rows[:most], kind="stable")
+        self._places.append(rows[order] + self._unit * self._manifest.unit_tokens)
         for tap, states in hidden.items():
-            self._states[tap].append(states[rows])
+            self._states[tap].append(states[order])
         self._timed.append(batch)
         num_rows = sum(map(len, self._places))
         is_chunk = num_rows >= self._manifest.rows_per_chunk  # a smaller one is compressed worse

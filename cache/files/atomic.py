@@ -24,9 +24,13 @@ _PROCESS = secrets.token_hex(4)
 """Tells this process from one with the same number on another node of a shared file system."""
 
 
+Content = bytes | bytearray | memoryview | list[bytes]
+"""Content of a file; a list: its parts."""
+
+
 def write_file(
     path: Path,
-    content: bytes | bytearray | memoryview,
+    content: Content,
     *,
     is_synced: bool = True,
     root: Path | None = None,
@@ -46,8 +50,11 @@ def write_file(
         DiskFullError: no space left; nothing of this file remains.
         UnsafePathError: there is a folder at `path`, or a link among the folders below `root`.
     """
-    with whole_file(path, is_synced=is_synced, root=root) as partial:
-        partial.write_bytes(content)
+    with (
+        whole_file(path, is_synced=is_synced, root=root) as partial,
+        partial.open("wb") as file,
+    ):
+        file.writelines(content if isinstance(content, list) else [content])
 
 
 @contextmanager

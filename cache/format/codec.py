@@ -8,8 +8,9 @@ into its destination.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import google_crc32c
@@ -21,6 +22,7 @@ from carryon.cache.errors import DamagedStoreError
 
 _MAX_THREADS = 8
 """Threads that encode a shard at most."""
+ChunkMap = Callable[[Callable[[Any], bytes], Iterable[Any]], Iterable[bytes]]
 CRC_BYTES = 4
 """Of the checksum that ends a chunk."""
 _HEADER_BYTES = 16  # of Blosc
@@ -32,7 +34,7 @@ def encode_chunk(rows: NDArray[Any]) -> bytes:
     rows = np.ascontiguousarray(rows)
     shuffle = blosc.SHUFFLE if rows.itemsize > 1 else blosc.NOSHUFFLE
     packed = blosc.compress(rows, b"zstd", 1, shuffle, rows.nbytes)
-    return bytes(packed) + _crc(packed)
+    return b"".join([packed, _crc(packed)])
 
 
 def decode_chunk(stored: memoryview, out: NDArray[Any], *, name: str, is_raw: bool = False) -> None:
@@ -77,37 +79,49 @@ def raw_chunk_bytes(rows: NDArray[Any]) -> int:
     return rows.nbytes + CRC_BYTES
 
 
-def encode_shard(rows: NDArray[Any], *, rows_per_chunk: int, is_raw: bool = False) -> bytearray:
+def encode_shard(rows: NDArray[Any], *, rows_per_chunk: int, is_raw: bool = False) -> bytes:
     """Return the stored bytes of a unit's `rows` [R, D]; R is a multiple of `rows_per_chunk`.
 
     `is_raw`: as they are, not compressed.
     """
-    shard = bytearray()
-    index = []
     parts = np.split(rows, range(rows_per_chunk, rows.shape[0], rows_per_chunk))
-    for chunk in map(_encode_raw, parts) if is_raw else _encoded(parts):
-        index.append((len(shard), len(chunk)))
-        shard += chunk
-    entries = np.array(index, dtype="<u8").tobytes()
-    return shard + entries + _crc(entries)
+    with chunk_mapper(len(parts)) as each:
+        encoded = each(encode_raw_chunk if is_raw else encode_chunk, parts)
+        return b"".join(shard_parts(list(encoded)))
 
 
-def _encoded(parts: Sequence[NDArray[Any]]) -> Iterator[bytes]:
-    """Yield the chunks of `parts` in order.
+def shard_parts(chunks: Sequence[bytes]) -> list[bytes]:
+    """Return the parts of a shard: its chunks, and the index that ends it."""
+    sizes = np.array([len(chunk) for chunk in chunks], dtype="<u8")
+    offsets = np.concatenate([np.zeros(1, dtype="<u8"), np.cumsum(sizes, dtype="<u8")[:-1]])
+    entries = np.stack([offsets, sizes], axis=1).astype("<u8").tobytes()
+    return [*chunks, entries + _crc(entries)]
+
+
+@contextmanager
+def chunk_mapper(count: int, pool: ThreadPoolExecutor | None = None) -> Iterator[ChunkMap]:
+    """Yield a function like `map` for the chunks of a shard; results come in order.
 
     Half of the cores encode, as the other half may compute states: one core is slower than a GPU.
+
+    Args:
+        count: chunks there are.
+        pool: threads that encode. None: some that end with the block.
     """
-    threads = min(_MAX_THREADS, (os.cpu_count() or 1) // 2, len(parts))
-    if threads < 2:
-        yield from map(encode_chunk, parts)
-        return
-    with ThreadPoolExecutor(threads, "carryon-encoder") as pool:
-        yield from pool.map(encode_chunk, parts)
+    threads = min(_MAX_THREADS, (os.cpu_count() or 1) // 2, count)
+    if pool is not None:
+        yield pool.map
+    elif threads < 2:
+        yield map
+    else:
+        with ThreadPoolExecutor(threads, "carryon-encoder") as own:
+            yield own.map
 
 
-def _encode_raw(rows: NDArray[Any]) -> bytes:
-    content = np.ascontiguousarray(rows).tobytes()
-    return content + _crc(content)
+def encode_raw_chunk(rows: NDArray[Any]) -> bytes:
+    """Return the stored bytes of `rows` as a raw chunk."""
+    content = np.ascontiguousarray(rows)
+    return b"".join([bytes_of(content).data, _crc(bytes_of(content).data)])
 
 
 def index_bytes(num_chunks: int) -> int:
@@ -143,16 +157,6 @@ def shard_index(
 def chunk_checksum(stored: memoryview) -> str:
     """Return the crc32c that ends a chunk, hex."""
     return bytes(stored[-CRC_BYTES:]).hex()
-
-
-def chunk_checksums(stored: memoryview, *, num_chunks: int, name: str) -> list[str]:
-    """Return the crc32c that ends each chunk of a shard, hex.
-
-    Raises:
-        DamagedStoreError: the index is damaged.
-    """
-    index = shard_index(stored, num_chunks=num_chunks, name=name)
-    return [chunk_checksum(stored[offset : offset + size]) for offset, size in index]
 
 
 def bytes_of(rows: NDArray[Any]) -> NDArray[np.uint8]:

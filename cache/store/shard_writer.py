@@ -6,21 +6,29 @@ n samples of a unit.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import widen
 from carryon.cache.errors import InputError
-from carryon.cache.files.atomic import write_file
+from carryon.cache.files.atomic import Content, write_file
 from carryon.cache.files.regular import read_below
 from carryon.cache.format.arrays import check_tokens, read_array, read_chunk, unit_array_info
-from carryon.cache.format.codec import chunk_checksums, encode_chunk, encode_shard
-from carryon.cache.format.manifest import Manifest, sha256_hex
+from carryon.cache.format.codec import (
+    chunk_checksum,
+    chunk_mapper,
+    encode_chunk,
+    encode_raw_chunk,
+    shard_parts,
+)
+from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import STEPS, bfloat16_bits, to_codes
 from carryon.cache.format.receipt import FileEntry, Receipt, origin_of, write_receipt
 from carryon.cache.format.zarr_metadata import (
@@ -31,10 +39,33 @@ from carryon.cache.format.zarr_metadata import (
     token_scale_path,
 )
 from carryon.cache.store.samples import check_places
-from carryon.cache.store.shard_reader import is_finite
+from carryon.cache.store.shard_reader import are_finite, is_finite
 from carryon.cache.versions import library_versions
 
 States = NDArray[Any]  # float32, or uint16 bits of bfloat16
+
+
+class Rows(Protocol):
+    """States [R, D] that are read a few rows at a time, such as an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """R and D."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32, or uint16 for bits of bfloat16."""
+
+    def __getitem__(self, rows: slice, /) -> States:
+        """Return some rows, contiguous."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedUnit:
+    """The files of a unit's hidden states, in memory."""
+
+    files: dict[str, list[bytes]]
+    """By path relative to the store: the parts of each file; of a shard its chunks and index."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,13 +153,13 @@ def write_unit(
     root: Path,
     manifest: Manifest,
     unit_input: UnitInput,
-    hidden: Mapping[str, States],
+    hidden: Mapping[str, Rows] | EncodedUnit,
     *,
     elapsed_s: float,
 ) -> Receipt:
     """Write a unit's hidden states, then its receipt; arguments and errors of `write_states`."""
 
-    def write(path: str, content: bytes | bytearray) -> None:
+    def write(path: str, content: Content) -> None:
         write_file(root / path, content, root=root)
 
     receipt = write_states(root, manifest, unit_input, hidden, elapsed_s=elapsed_s, write=write)
@@ -140,10 +171,10 @@ def write_states(
     root: Path,
     manifest: Manifest,
     unit_input: UnitInput,
-    hidden: Mapping[str, States],
+    hidden: Mapping[str, Rows] | EncodedUnit,
     *,
     elapsed_s: float,
-    write: Callable[[str, bytes | bytearray], None],
+    write: Callable[[str, Content], None],
 ) -> Receipt:
     """Write a unit's hidden states and return its receipt, which is not written.
 
@@ -151,31 +182,24 @@ def write_states(
         root: of the store.
         manifest: of the store.
         unit_input: what the states were computed from.
-        hidden: [R, D] float32 for each tap of the store; rows without a sample are 0. For an
-            `exact` or `raw` bfloat16 store also uint16 bits.
+        hidden: states as of `encode_unit`, or what it made of them.
         elapsed_s: seconds its computation took.
         write: called with the path of each file, relative to the store, and its content.
 
     Raises:
-        InputError: taps or shapes do not match the store, or a state is not finite in the stored
-            type; names sample, token and tap. Nothing of the unit was written.
+        InputError: as of `encode_unit`. Nothing of the unit was written.
         DiskFullError: no space left; the unit has no receipt and will be computed again.
     """
-    _check_shapes(manifest, unit_input, hidden)
+    if not isinstance(hidden, EncodedUnit):
+        hidden = encode_unit(root, manifest, unit_input, hidden)
     unit = unit_input.unit
-    stored = {tap: _stored(manifest, states) for tap, states in hidden.items()}
-    for tap, rows in stored.items():
-        _check_rows(root, manifest, unit_input, tap, hidden[tap])
-        if rows is not hidden[tap]:
-            _check_rows(root, manifest, unit_input, tap, rows)
     entries: dict[str, FileEntry] = {}
     for path in (row_path(name, unit) for name in ROW_ARRAYS):
-        entries[path] = _entry(read_below(root, path))
-    num_chunks = manifest.unit_tokens // manifest.rows_per_chunk
-    for tap, rows in stored.items():
-        for path, content in _encode_tap(manifest, tap, unit, rows):
-            write(path, content)
-            entries[path] = _entry(content, num_chunks if path == shard_path(tap, unit) else 0)
+        entries[path] = _entry([read_below(root, path)])
+    shards = {shard_path(tap, unit) for tap in manifest.taps}
+    for path, parts in hidden.files.items():
+        write(path, parts)
+        entries[path] = _entry(parts, is_shard=path in shards)
     return Receipt(
         unit=unit,
         num_tokens=unit_input.num_tokens,
@@ -187,16 +211,75 @@ def write_states(
     )
 
 
-def _encode_tap(
-    manifest: Manifest, tap: str, unit: int, rows: NDArray[Any]
-) -> Iterator[tuple[str, bytes | bytearray]]:
-    if manifest.is_lossy:
-        codes = to_codes(rows, step=STEPS[manifest.settings["profile"]])
-        yield token_scale_path(tap, unit), encode_chunk(codes.token_scale)
-        yield channel_scale_path(tap, unit), encode_chunk(codes.channel_scale[None])
-        rows = codes.codes
-    per_chunk, is_raw = manifest.rows_per_chunk, manifest.is_raw
-    yield shard_path(tap, unit), encode_shard(rows, rows_per_chunk=per_chunk, is_raw=is_raw)
+def encode_unit(
+    root: Path,
+    manifest: Manifest,
+    unit_input: UnitInput,
+    hidden: Mapping[str, Rows],
+    *,
+    pool: ThreadPoolExecutor | None = None,
+) -> EncodedUnit:
+    """Encode a unit's hidden states, chunk by chunk; nothing is written.
+
+    Args:
+        root: of the store, for errors.
+        manifest: of the store.
+        unit_input: what the states were computed from.
+        hidden: [R, D] float32 for each tap of the store; rows without a sample are 0. For an
+            `exact` or `raw` bfloat16 store also uint16 bits.
+        pool: threads that encode chunks. None: some of its own.
+
+    Raises:
+        InputError: taps or shapes do not match the store, or a state is not finite in the stored
+            type; names sample, token and tap.
+    """
+    _check_shapes(manifest, unit_input, hidden)
+    per_chunk, unit = manifest.rows_per_chunk, unit_input.unit
+    encode = encode_raw_chunk if manifest.is_raw else encode_chunk
+    files: dict[str, list[bytes]] = {}
+
+    def encode_rows(tap: str, first: int) -> bytes:
+        return encode(_checked(root, manifest, unit_input, tap, hidden[tap], first))
+
+    with chunk_mapper(manifest.unit_tokens // per_chunk, pool) as each:
+        firsts = range(0, manifest.unit_tokens, per_chunk)
+        if not manifest.is_lossy:
+            chunks = {tap: each(partial(encode_rows, tap), firsts) for tap in manifest.taps}
+            return EncodedUnit(
+                files={
+                    shard_path(tap, unit): shard_parts(list(encoded))
+                    for tap, encoded in chunks.items()
+                }
+            )
+        stored = {
+            tap: _checked(root, manifest, unit_input, tap, rows, 0, manifest.unit_tokens)
+            for tap, rows in hidden.items()
+        }
+        for tap, values in stored.items():
+            codes = to_codes(values, step=STEPS[manifest.settings["profile"]])
+            parts = [codes.codes[first : first + per_chunk] for first in firsts]
+            files[token_scale_path(tap, unit)] = [encode_chunk(codes.token_scale)]
+            files[channel_scale_path(tap, unit)] = [encode_chunk(codes.channel_scale[None])]
+            files[shard_path(tap, unit)] = shard_parts(list(each(encode_chunk, parts)))
+    return EncodedUnit(files=files)
+
+
+def _checked(
+    root: Path,
+    manifest: Manifest,
+    unit_input: UnitInput,
+    tap: str,
+    hidden: Rows,
+    first: int,
+    count: int = 0,
+) -> NDArray[Any]:
+    """Return `count` rows from `first` on in the stored type, checked; 0: those of a chunk."""
+    given = hidden[first : first + (count or manifest.rows_per_chunk)]
+    stored = _stored(manifest, given)
+    _check_rows(root, manifest, unit_input, tap, given, first)
+    if stored is not given:
+        _check_rows(root, manifest, unit_input, tap, stored, first)
+    return stored
 
 
 def _stored(manifest: Manifest, states: States) -> NDArray[Any]:
@@ -211,7 +294,7 @@ def _stored(manifest: Manifest, states: States) -> NDArray[Any]:
         return states.astype(manifest.states_dtype)
 
 
-def _check_shapes(manifest: Manifest, unit_input: UnitInput, hidden: Mapping[str, States]) -> None:
+def _check_shapes(manifest: Manifest, unit_input: UnitInput, hidden: Mapping[str, Rows]) -> None:
     unit = unit_input.unit
     if list(hidden) != manifest.taps:
         raise InputError(f"unit {unit}: expected states at {manifest.taps}, got {list(hidden)}")
@@ -225,32 +308,38 @@ def _check_shapes(manifest: Manifest, unit_input: UnitInput, hidden: Mapping[str
 
 
 def _check_rows(
-    root: Path, manifest: Manifest, unit_input: UnitInput, tap: str, rows: NDArray[Any]
+    root: Path,
+    manifest: Manifest,
+    unit_input: UnitInput,
+    tap: str,
+    rows: NDArray[Any],
+    first: int,
 ) -> None:
-    """Check rows [R, D] as given or as stored: all finite, and 0 where there is no sample."""
+    """Check rows [r, D], from `first` on, as given or as stored: finite, 0 without a sample."""
     unit = unit_input.unit
-    if rows[unit_input.num_tokens :].any():
+    if rows[max(0, unit_input.num_tokens - first) :].any():
         raise InputError(
             f"unit {unit}, tap {tap}: expected 0 in the rows after the last sample's "
             f"{unit_input.num_tokens} tokens, got states: nothing of this unit was written"
         )
-    is_sound = is_finite(rows).all(axis=1)
-    if not is_sound.all():
-        row = int(np.argmin(is_sound))
-        within = int(np.searchsorted(unit_input.starts, row, side="right")) - 1
-        sample = unit_input.first_sample + within
-        ids = read_array(root, "samples/id", first=sample, stop=sample + 1, digests=manifest.files)
-        name = bytes(ids.tobytes()).rstrip(b"\0").decode()
-        raise InputError(
-            f"unit {unit}, tap {tap}: a state is not finite as {manifest.settings['dtype']}, in "
-            f"sample {name!r} at token {row - int(unit_input.starts[within])}: nothing of this "
-            "unit was written; leave the sample out or compute and store in another dtype"
-        )
+    if are_finite(rows):
+        return
+    row = first + int(np.argmin(is_finite(rows).all(axis=1)))
+    within = int(np.searchsorted(unit_input.starts, row, side="right")) - 1
+    sample = unit_input.first_sample + within
+    ids = read_array(root, "samples/id", first=sample, stop=sample + 1, digests=manifest.files)
+    name = bytes(ids.tobytes()).rstrip(b"\0").decode()
+    raise InputError(
+        f"unit {unit}, tap {tap}: a state is not finite as {manifest.settings['dtype']}, in "
+        f"sample {name!r} at token {row - int(unit_input.starts[within])}: nothing of this "
+        "unit was written; leave the sample out or compute and store in another dtype"
+    )
 
 
-def _entry(content: bytes | bytearray, num_chunks: int = 0) -> FileEntry:
+def _entry(parts: list[bytes], *, is_shard: bool = False) -> FileEntry:
     """Return the entry of a file in a receipt; of a shard, with the checksums of its chunks."""
-    chunks = []
-    if num_chunks:
-        chunks = chunk_checksums(memoryview(content), num_chunks=num_chunks, name="new shard")
-    return FileEntry(bytes=len(content), sha256=sha256_hex(content), chunks=chunks)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    chunks = [chunk_checksum(memoryview(part)) for part in parts[:-1]] if is_shard else []
+    return FileEntry(bytes=sum(map(len, parts)), sha256=digest.hexdigest(), chunks=chunks)

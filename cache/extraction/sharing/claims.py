@@ -2,7 +2,7 @@
 slow process does not hold up the others.
 """
 
-import time
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,7 +23,7 @@ from carryon.cache.files.atomic import remove_file, sweep_partials
 from carryon.cache.files.regular import names_below
 from carryon.cache.format.manifest import Manifest, read_manifest
 from carryon.cache.format.receipt import Receipt, has_receipt, units_with_receipt
-from carryon.cache.store.shard_writer import States, UnitInput, write_states
+from carryon.cache.store.shard_writer import EncodedUnit, Rows, UnitInput, write_states
 
 Standing = Literal["taken", "present", "busy"]
 """A unit is this process's now; has a receipt; or another process works on it."""
@@ -35,15 +35,17 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 1.0
 class UnitSource(Protocol):
     """What says which units a process computes, and commits them; as `Claims`."""
 
-    def iter_units(self, units: Sequence[int]) -> Iterator[int]:
-        """Yield each unit that this process is to compute."""
+    def iter_units(
+        self, units: Sequence[int], *, is_over: threading.Event | None = None
+    ) -> Iterator[int]:
+        """Yield each unit that this process is to compute; end soon once `is_over` is set."""
 
     def write_unit(
         self,
         root: Path,
         manifest: Manifest,
         unit_input: UnitInput,
-        hidden: Mapping[str, States],
+        hidden: Mapping[str, Rows] | EncodedUnit,
         *,
         elapsed_s: float,
     ) -> Receipt | None:
@@ -63,15 +65,24 @@ class Claims:
         """Prepare; nothing is written."""
         self._root, self._manifest, self._leases = root, manifest, leases
 
-    def iter_units(self, units: Sequence[int]) -> Iterator[int]:
+    def iter_units(
+        self, units: Sequence[int], *, is_over: threading.Event | None = None
+    ) -> Iterator[int]:
         """Yield each unit that this process is to compute, until every unit has a receipt.
 
         A unit that another process works on is waited for, and taken over if that process dies.
+
+        Args:
+            units: to compute.
+            is_over: ends it when set.
         """
+        is_over = is_over or threading.Event()
         pending, wait_s = list(units), _FIRST_WAIT_S
         while pending:
             busy, is_idle = [], True
             for unit in pending:
+                if is_over.is_set():
+                    return
                 standing = self.take(unit)
                 if standing == "present":
                     continue
@@ -83,7 +94,7 @@ class Claims:
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S) if is_idle else _FIRST_WAIT_S
             pending = busy
             if pending:
-                time.sleep(wait_s)
+                is_over.wait(wait_s)
 
     def take(self, unit: int) -> Standing:
         """Claim a unit, unless it is present or busy; a commit that was begun is finished."""
@@ -106,7 +117,7 @@ class Claims:
         root: Path,
         manifest: Manifest,
         unit_input: UnitInput,
-        hidden: Mapping[str, States],
+        hidden: Mapping[str, Rows] | EncodedUnit,
         *,
         elapsed_s: float,
     ) -> Receipt | None:

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from carryon.cache.errors import DamagedStoreError, InputError
-from carryon.cache.files.atomic import PARTIAL, remove_file, sync_below, write_file
+from carryon.cache.files.atomic import PARTIAL, Content, remove_file, sync_below, write_file
 from carryon.cache.files.regular import names_below, read_below, refuse_links, unsafe
 from carryon.cache.format.manifest import Manifest, sha256_hex
 from carryon.cache.format.receipt import (
@@ -32,7 +32,7 @@ _NAME = re.compile(r"[.](0|[1-9][0-9]{0,8})[.]commit")
 _TOKEN = re.compile(rb"[0-9a-f]{16}")
 
 
-def write_aside(root: Path, path: str, content: bytes | bytearray, *, token: str) -> None:
+def write_aside(root: Path, path: str, content: Content, *, token: str) -> None:
     """Write a file of a unit beside its final name; errors as of `write_file`."""
     write_file(root / _aside(path, token), content, root=root)
 
