@@ -42,12 +42,12 @@ def measure_extraction(job: Job, *, tokens: int = 24_576, unit_tokens: int = 409
     root = job.work / "extracted"
     manifest = _plan(root, base, samples, StoreSettings(unit_tokens=unit_tokens))
     inputs = _read_inputs(root, manifest)
-    _run_bare(base, inputs[0], batch_tokens=batch_tokens)  # the first pass is slower
+    run_bare(base, inputs[0], batch_tokens=batch_tokens)  # the first pass is slower
     bare, whole = [(0.0, 0.0)] * len(inputs), [(0.0, 0.0)] * len(inputs)
     for unit, unit_input in enumerate(inputs):
         for is_bare in (True, False) if unit % 2 == 0 else (False, True):
             if is_bare:
-                bare[unit] = _times(partial(_run_bare, base, unit_input, batch_tokens=batch_tokens))
+                bare[unit] = _times(partial(run_bare, base, unit_input, batch_tokens=batch_tokens))
             else:
                 run = partial(_extract, root, manifest, base, unit, batch_tokens=batch_tokens)
                 whole[unit] = _times(run)
@@ -110,7 +110,7 @@ def _times(work: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - started_at, time.process_time() - cpu_started_at
 
 
-def _run_bare(base: Base, unit_input: UnitInput, *, batch_tokens: int) -> None:
+def run_bare(base: Base, unit_input: UnitInput, *, batch_tokens: int) -> None:
     """Run the decoder over a unit's length-sorted batches and drop the states."""
     lengths, starts = unit_input.lengths, unit_input.starts
     for batch in plan_batches(lengths, batch_tokens=batch_tokens):

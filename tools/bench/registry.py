@@ -40,6 +40,18 @@ BENCHMARKS = {
         needs="base",
         quick={"tokens": 2048, "unit_tokens": 1024},
     ),
+    "store.pipeline": Benchmark(
+        place="pipeline:measure_pipeline",
+        about="extraction with a base that costs nothing: GB/s on one core, with two",
+        quick={
+            "tokens": 4096,
+            "width": 64,
+            "unit_tokens": 1024,
+            "batch_tokens": 512,
+            "mean_tokens": 64,
+            "rounds": 1,
+        },
+    ),
     "store.workers": Benchmark(
         place="workers:measure_workers",
         about="two processes that claim units against one with both cores",
@@ -118,10 +130,10 @@ BENCHMARKS = {
         quick=_HEAD,
     ),
     "gpu.extract": Benchmark(
-        place="extract:measure_extraction",
-        about="store.extract on an accelerator",
-        needs="gpu and base",
-        quick={"tokens": 2048, "unit_tokens": 1024},
+        place="gpu_extract:measure_gpu_extraction",
+        about="extraction against bare forward passes by width, compiled and not; a minute",
+        needs="gpu",
+        quick={"widths": (64,), "unit_tokens": 1024, "batch_tokens": 512, "seconds": 0.01},
     ),
     "train.memory": Benchmark(
         place="memory:measure_memory",
