@@ -21,7 +21,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -160,13 +160,18 @@ class FakeGpu(TorchDispatchMode):
                 return func(args[0], source)  # type: ignore[no-any-return]
             return func(source, **{**kwargs, "device": to})  # type: ignore[no-any-return]
         if _is_on_gpu(source) and to.type == "cpu":
-            if waits or name != "copy_" or args[0] not in self._pinned:
+            if waits or name != "copy_" or not self._is_pinned(args[0]):
                 self._wait("a copy to the host")
             dtype = kwargs.get("dtype") or source.dtype
             with unset_fake_temporarily():
                 values = torch.ones(source.shape, dtype=dtype)
                 return args[0].copy_(values) if name == "copy_" else values
         return func(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is in pinned memory, or a part of one that is."""
+        memory = tensor.untyped_storage().data_ptr()
+        return any(each.untyped_storage().data_ptr() == memory for each in self._pinned)
 
     def _uploaded(self, source: Tensor) -> Tensor:
         return torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device=CUDA)
@@ -320,14 +325,25 @@ def fake_gpu(library: Path) -> Iterator[FakeGpu]:
     class Event:
         """An event of a stream, for which the host waits."""
 
-        def record(self) -> None:
+        def record(self, stream: object = None) -> None:
             """Do nothing: nothing is computed."""
 
         def synchronize(self) -> None:
             """Count a wait."""
             gpu._wait("an event")
 
-    torch.cuda.Event = Event
+    class Stream:
+        """A stream, on which copies run."""
+
+        def __init__(self, device: object = None) -> None:
+            """Do nothing: nothing is computed."""
+
+        def wait_stream(self, stream: object) -> None:
+            """Do nothing: the host does not wait."""
+
+    torch.cuda.Event, torch.cuda.Stream = Event, Stream
+    torch.cuda.current_stream = lambda device=None: Stream()
+    torch.cuda.stream = lambda stream: nullcontext()
     with ExitStack() as modes:
         modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         modes.enter_context(gpu)

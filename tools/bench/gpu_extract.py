@@ -181,12 +181,12 @@ def _plan(root: Path, states: StateSet, *, width: int, unit_tokens: int) -> Mani
 
 
 def _compile(base: Base, *, batch_tokens: int, max_tokens: int) -> None:
-    """Compile the blocks of a base for any number of rows and tokens, and run it once each way."""
+    """Compile the blocks of a base for any number of tokens and rows; for one row it is another."""
     blocks: Any = base.architecture.blocks
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=True)
-    for length in (max_tokens, max_tokens // 2 + 3, max_tokens // 4 + 5):
-        rows = max(2, batch_tokens // length)
+    some = max(2, batch_tokens // max_tokens)
+    for rows, length in ((some, max_tokens), (some + 1, max_tokens // 2 + 3), (1, max_tokens)):
         ids = torch.ones(rows, length, dtype=torch.int64, device=base.device)
         with torch.inference_mode(), attention_of_any_shape():
             base.architecture.decoder(input_ids=ids, use_cache=False)
