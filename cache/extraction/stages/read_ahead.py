@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
-_LOOK_S = 0.05
+_LOOK_S = 0.01
 
 
 class ReadAhead(Generic[T]):
@@ -29,7 +29,7 @@ class ReadAhead(Generic[T]):
         self.is_cut = False
         """Set by the iterator if it ends before all is read."""
         self.waited_s = 0.0
-        """Seconds that were waited for items."""
+        """Seconds that were waited for items but the first, which nothing can be ahead of."""
         self._waiting: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=most)
         self._make = make
         self._thread = threading.Thread(target=self._read, name="carryon-reader", daemon=True)
@@ -43,10 +43,13 @@ class ReadAhead(Generic[T]):
         self._thread.join()
 
     def __iter__(self) -> Iterator[T]:
+        is_first = True
         while True:
             started_at = time.perf_counter()
             item = self._waiting.get()
-            self.waited_s += time.perf_counter() - started_at
+            if not is_first:
+                self.waited_s += time.perf_counter() - started_at
+            is_first = False
             if item is None:
                 return
             if isinstance(item, BaseException):
@@ -56,7 +59,7 @@ class ReadAhead(Generic[T]):
     def wait_until_taken(self) -> None:
         """Wait, in the thread, until every item so far was taken, or it is over."""
         while not self._waiting.empty() and not self.is_over.is_set():
-            self.is_over.wait(_LOOK_S / 10)
+            self.is_over.wait(_LOOK_S)
 
     def _read(self) -> None:
         try:

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from support.fake_gpu import CUDA, FakeGpu, move_base, on_fake_gpu
+from support.tiny_stores import make_given, plan_given
 
 from carryon.cache.base.hooks import base_logits, capture
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.extraction.aligned_forward import tree_inputs
-from carryon.cache.extraction.forward import compute_states
+from carryon.cache.extraction.forward import compute_states, run_units
 from carryon.cache.extraction.packing import plan_batches
+from carryon.cache.format.receipt import units_with_receipt
+from carryon.cache.lock import write_lock
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.shard_writer import UnitInput
 
@@ -82,6 +85,24 @@ def test_a_batch_begins_before_the_two_before_it_are_waited_for(
         compute_states(base, ["final"], _unit(), keeps_bits=True, batch_tokens=8)
 
     assert begun == [max(0, number - _AHEAD) for number in range(len(begun))]
+
+
+@on_fake_gpu
+def test_a_whole_extraction_waits_for_copies_alone(
+    gpu: FakeGpu, tiny_base_folder: Path, tmp_path: Path
+) -> None:
+    """All stages: batches read ahead, copies beside, chunks encoded and written by threads."""
+    root = tmp_path / "store"
+    manifest = plan_given(root, make_given())
+    base = _base(gpu, tiny_base_folder)
+
+    with gpu.allowing(WAIT), write_lock(root):
+        report = run_units(root, manifest, base, batch_tokens=32, max_disk_bytes=None)
+
+    assert report.computed_units == manifest.num_units > _AHEAD
+    assert report.limit in ("read", "forward", "encode", "write")
+    assert set(gpu.waits) == {WAIT}
+    assert units_with_receipt(root) == set(range(manifest.num_units))
 
 
 @on_fake_gpu

@@ -254,7 +254,7 @@ def test_few_rows_are_not_predicted_before_the_batches_that_are_awaited(
     manifest = read_manifest(root)
     lengths = np.full(3, 100, dtype=np.int32)
     pilot = Pilot(root, manifest, [lengths], units=[0], unit_tokens=[300], batch_tokens=128)
-    hidden = {tap: np.zeros((1024, manifest.width), np.float32) for tap in manifest.taps}
+    hidden = {tap: np.zeros((100, manifest.width), np.float32) for tap in manifest.taps}
     for number in range(2):
         assert pilot.prediction is None
         rows = np.arange(100) + 100 * number

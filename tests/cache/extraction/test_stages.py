@@ -1,0 +1,206 @@
+"""The stages around the forward passes: batches, staged states, reading ahead, writers, limits."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from support.tiny_stores import SETTINGS, UNIT_TOKENS, Given, make_given, plan_given, small_pieces
+
+from carryon.cache.errors import InputError
+from carryon.cache.extraction.packing import make_batch, plan_batches
+from carryon.cache.extraction.stages.backpressure import limiting_stage, stage_seconds
+from carryon.cache.extraction.stages.read_ahead import ReadAhead
+from carryon.cache.extraction.stages.staging import Staging
+from carryon.cache.extraction.stages.unit_writers import UnitWriters
+from carryon.cache.format.manifest import Manifest
+from carryon.cache.format.receipt import Receipt
+from carryon.cache.store.shard_writer import UnitInputs, write_unit
+
+LENGTHS = np.array([5, 3, 7, 2, 6, 4], dtype=np.int32)
+STARTS = np.cumsum(LENGTHS, dtype=np.int64) - LENGTHS
+ROWS, WIDTH = 32, 16
+
+
+def test_a_batch_has_every_token_at_its_place() -> None:
+    tokens = np.arange(100, 100 + ROWS, dtype=np.int32)
+    for samples in plan_batches(LENGTHS, batch_tokens=16):
+        batch = make_batch(samples, lengths=LENGTHS, starts=STARTS, tokens=tokens)
+        expected = np.zeros((len(samples), LENGTHS[samples].max()), dtype=np.int64)
+        rows = []
+        for row, sample in enumerate(samples):
+            own = np.arange(STARTS[sample], STARTS[sample] + LENGTHS[sample])
+            expected[row, : len(own)] = tokens[own]
+            rows.append(own)
+        assert np.array_equal(batch.ids, expected)
+        assert np.array_equal(batch.rows, np.concatenate(rows))
+        assert np.array_equal(batch.ids.reshape(-1)[batch.places], tokens[batch.rows])
+
+
+def _scattered(values: dict[int, torch.Tensor]) -> NDArray[np.float32]:
+    """Return the states [ROWS, WIDTH] of samples, scattered one by one."""
+    hidden = np.zeros((ROWS, WIDTH), np.float32)
+    for sample, states in values.items():
+        hidden[STARTS[sample] : STARTS[sample] + LENGTHS[sample]] = states.float().numpy()
+    return hidden
+
+
+@pytest.mark.parametrize("keeps_bits", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_staged_states_are_those_scattered_one_by_one(keeps_bits: bool, dtype: torch.dtype) -> None:
+    """And memory that is used again keeps nothing of the unit before."""
+    staging = Staging(["a", "b"], num_rows=ROWS, width=WIDTH, keeps_bits=keeps_bits, streams=None)
+    tokens = np.zeros(ROWS, dtype=np.int32)
+    for unit in range(2):
+        torch.manual_seed(unit)
+        staging.clear()
+        expected: dict[str, dict[int, torch.Tensor]] = {"a": {}, "b": {}}
+        for samples in plan_batches(LENGTHS, batch_tokens=16):
+            batch = make_batch(samples, lengths=LENGTHS, starts=STARTS, tokens=tokens)
+            found = {tap: torch.randn(*batch.ids.shape, WIDTH, dtype=dtype) for tap in ("a", "b")}
+            assert staging.add(batch, found) is None
+            for tap, states in found.items():
+                for row, sample in enumerate(samples.tolist()):
+                    kept = states[row, : LENGTHS[sample]]
+                    expected[tap][sample] = kept.bfloat16() if keeps_bits else kept
+            newest = staging.newest(len(batch.rows))["a"]
+            assert newest.shape == (len(batch.rows), WIDTH)
+        for tap, rows in staging.rows().items():
+            given = rows[:]
+            if keeps_bits:
+                given = (given.astype(np.uint32) << 16).view(np.float32)
+            assert np.array_equal(given, _scattered(expected[tap]))
+            for first in range(0, ROWS, 8):
+                assert np.array_equal(rows[first : first + 8], rows[:][first : first + 8])
+
+
+def _count_to(number: int, *, made: list[int] | None = None) -> Any:  # noqa: ANN401
+    def numbers(reader: ReadAhead[int]) -> Iterator[int]:
+        for each in range(number):
+            if made is not None:
+                made.append(each)
+            yield each
+
+    return numbers
+
+
+def test_items_come_in_order_and_an_error_where_its_item_would() -> None:
+    def broken(reader: ReadAhead[int]) -> Iterator[int]:
+        yield from range(3)
+        raise InputError("the fourth")
+
+    with ReadAhead(_count_to(20), most=2) as reader:
+        assert list(reader) == list(range(20))
+    with ReadAhead(broken, most=5) as reader:
+        items = iter(reader)
+        assert [next(items) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(InputError, match="the fourth"):
+            next(items)
+
+
+def test_no_more_is_read_ahead_than_allowed_and_leaving_ends_it() -> None:
+    made: list[int] = []
+    with ReadAhead(_count_to(1000, made=made), most=3) as reader:
+        items = iter(reader)
+        next(items)
+        time.sleep(0.05)
+        assert len(made) <= 1 + 3 + 1  # taken, waiting, in hand
+    assert not any(each.name == "carryon-reader" for each in threading.enumerate())
+
+
+def test_who_is_slower_is_the_limit() -> None:
+    waited = {"read": 0.0, "encode": 3.0, "write": 1.0}
+    assert limiting_stage(waited, 10.0) == "encode"
+    assert limiting_stage(waited, 100.0) == "forward"
+    assert limiting_stage(waited, 0.0) == ""
+    assert stage_seconds(waited, 10.0) == {"forward": 6.0} | waited
+
+
+class _Store:
+    """A planned store, whose units are written by a function that may be slow or fail."""
+
+    def __init__(self, root: Path) -> None:
+        self.given: Given = make_given(settings=SETTINGS, num_samples=60)
+        with small_pieces():
+            self.manifest: Manifest = plan_given(root, self.given)
+        self.root, self.inputs = root, UnitInputs(root, self.manifest)
+        self.num_made = 0
+
+    def staging(self) -> Staging:
+        self.num_made += 1
+        return Staging(
+            self.manifest.taps,
+            num_rows=UNIT_TOKENS,
+            width=self.manifest.width,
+            keeps_bits=True,
+            streams=None,
+        )
+
+    def fill(self, staging: Staging, unit: int) -> None:
+        """Stage the states of a unit in a few batches."""
+        read = self.inputs.read(unit)
+        for samples in plan_batches(read.lengths, batch_tokens=16):
+            how = {"lengths": read.lengths, "starts": read.starts, "tokens": read.tokens}
+            batch = make_batch(samples, **how)
+            found = {}
+            for tap in self.manifest.taps:
+                states = np.zeros((batch.ids.size, self.manifest.width), np.float32)
+                own = self.given.hidden[tap][unit * UNIT_TOKENS :][batch.rows]
+                states[batch.places] = own
+                found[tap] = torch.from_numpy(states).reshape(*batch.ids.shape, -1)
+            staging.add(batch, found)
+
+    def run(self, write: Any, *, num_encoders: int = 2) -> UnitWriters:  # noqa: ANN401
+        """Stage and write all units."""
+        with UnitWriters(
+            self.root, self.manifest, write, self.staging, num_encoders=num_encoders
+        ) as writers:
+            for unit in range(self.manifest.num_units):
+                staging = writers.take()
+                self.fill(staging, unit)
+                writers.expect(unit, 1)
+                writers.submit(self.inputs.read(unit), staging, elapsed_s=0.0)
+            writers.collect(waits=True)
+        assert writers.expected_bytes() == 0
+        return writers
+
+
+@pytest.mark.parametrize("num_encoders", [1, 3])
+def test_a_slow_disk_is_seen_as_the_limit_and_memory_stays_bounded(
+    store_tmp: Path, num_encoders: int
+) -> None:
+    store = _Store(store_tmp / "store")
+    at_work, most = 0, 0
+    lock = threading.Lock()
+
+    def slow(*given: Any, **how: Any) -> Receipt:  # noqa: ANN401
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+        time.sleep(0.05)
+        with lock:
+            at_work -= 1
+        return write_unit(*given, **how)
+
+    writers = store.run(slow, num_encoders=num_encoders)
+
+    assert {receipt.unit for receipt in writers.receipts} == set(range(store.manifest.num_units))
+    assert store.num_made == 2
+    assert most <= 3
+    assert limiting_stage(writers.waited_s, 0.1) == "write"
+
+
+def test_what_a_writer_raises_is_raised_by_the_next_call(store_tmp: Path) -> None:
+    store = _Store(store_tmp / "store")
+
+    def broken(*given: Any, **how: Any) -> Receipt:  # noqa: ANN401
+        raise InputError("no room")
+
+    with pytest.raises(InputError, match="no room"):
+        store.run(broken)
