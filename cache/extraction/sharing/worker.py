@@ -40,6 +40,7 @@ def run_worker(job: dict[str, Any]) -> None:
             max_disk_bytes=job["max_disk_bytes"],
             units=units_to_do(root, manifest),
             claims=claims,
+            num_encoders=job["num_threads"],
         )
 
 

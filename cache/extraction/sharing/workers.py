@@ -23,7 +23,7 @@ import torch
 
 from carryon.cache.base.model import Base
 from carryon.cache.base.recorded import recorded_forward
-from carryon.cache.device import device_of
+from carryon.cache.device import count_cores, device_of
 from carryon.cache.errors import InputError, StoreBusyError
 from carryon.cache.extraction.forward import (
     ExtractReport,
@@ -167,8 +167,9 @@ def run_together(
             times=sharing.times,
         )
         with _Shown(root, manifest, todo) as shown:
+            own: ExtractReport | None = None
             if sharing.ray is None:
-                _compute_here(job, todo, leases, sharing.workers, states_of)
+                own = _compute_here(job, todo, leases, sharing.workers, states_of)
             elif todo:
                 compute_in_ray(
                     todo,
@@ -184,24 +185,25 @@ def run_together(
         if len(done) == len(todo):
             clear_leftovers(root, manifest, leases)
         receipts = [read_receipt(root, manifest, unit) for unit in done]
-        return summarize(
+        report = summarize(
             root,
             manifest,
             receipts,
             elapsed_s=elapsed_s,
             is_finished=len(done) == len(todo),
         )
+        return replace(report, limit=own.limit, stage_s=own.stage_s) if own else report
 
 
 def _compute_here(
     job: "_Job", todo: list[int], leases: Leases, workers: int, states_of: StatesOf | None
-) -> None:
-    """Compute units in this process and in others that it starts."""
+) -> ExtractReport:
+    """Compute units in this process and in others that it starts; return the report of this one."""
     with (
         _divided_threads(workers) as num_threads,
         _Workers(job, num_threads, min(workers, len(todo)) - 1) as others,
     ):
-        run_units(
+        report = run_units(
             job.root,
             job.manifest,
             job.base,
@@ -210,9 +212,11 @@ def _compute_here(
             units=todo,
             claims=Claims(job.root, job.manifest, leases),
             states_of=states_of,
+            num_encoders=max(1, count_cores() // workers),
         )
         is_complete = units_with_receipt(job.root).issuperset(todo)
         others.wait(timeout_s=2 * _LOOK_S if is_complete else None)
+    return report
 
 
 def _alone(leases: Leases, prepare: Callable[[], Manifest]) -> Manifest:
