@@ -146,8 +146,8 @@ def compute_aligned_states(
         if pilot is not None:
             seconds = time.perf_counter() - started_at
             rows = np.flatnonzero(is_done & ~was_done)
-            own = {tap: states[rows] for tap, states in hidden.items()}
-            pilot.add(own, rows, TimedBatch.of(num_nodes[chosen], seconds=seconds))
+            made = {tap: states[rows] for tap, states in hidden.items()}
+            pilot.add(made, rows, TimedBatch.of(num_nodes[chosen], seconds=seconds))
     return hidden
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -544,21 +545,24 @@ def states_at_kills(
     """Run `run`, and copy what is below `root` before each chosen change.
 
     The disk before a change is in the state that a kill -9 since the change before it leaves.
+    Changes that other threads are about to make wait until it is copied.
 
     Returns:
         The copies, one for each instant; of a folder that does not exist yet there is none.
     """
     copies: list[Path] = []
     is_copying = False
+    lock = threading.RLock()
 
     def keep(number: int, path: Path) -> None:
         nonlocal is_copying
-        if is_copying or not at(number) or not root.exists():
-            return
-        is_copying = True
-        copies.append(into / f"{number:04}")
-        shutil.copytree(root, copies[-1])
-        is_copying = False
+        with lock:
+            if is_copying or not at(number) or not root.exists():
+                return
+            is_copying = True
+            copies.append(into / f"{number:04}")
+            shutil.copytree(root, copies[-1])
+            is_copying = False
 
     with watch_changes(root, keep):
         run()
