@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.hooks import capture
 from carryon.cache.base.model import Base
-from carryon.cache.device import SideCopy, SideStreams, count_cores
+from carryon.cache.device import SideCopy, SideStreams, count_cores, reuse_freed_memory
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.extraction.aligned_forward import compute_aligned_states
 from carryon.cache.extraction.packing import Batch, make_batch, plan_batches
@@ -148,6 +148,7 @@ def run_units(
         pilot=pilot,
         states_of=states_of,
     )
+    reuse_freed_memory()
     streams = SideStreams() if base.device.type == "cuda" else None
     make_staging = partial(_stage, manifest, base, streams)
     write = write_unit if claims is None else claims.write_unit

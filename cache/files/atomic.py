@@ -24,7 +24,8 @@ _PROCESS = secrets.token_hex(4)
 """Tells this process from one with the same number on another node of a shared file system."""
 
 
-Content = bytes | bytearray | memoryview | list[bytes]
+Part = bytes | bytearray | memoryview
+Content = Part | list[Part]
 """Content of a file; a list: its parts."""
 
 

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import google_crc32c
@@ -22,7 +24,7 @@ from carryon.cache.errors import DamagedStoreError
 
 _MAX_THREADS = 8
 """Threads that encode a shard at most."""
-ChunkMap = Callable[[Callable[[Any], bytes], Iterable[Any]], Iterable[bytes]]
+ChunkMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 CRC_BYTES = 4
 """Of the checksum that ends a chunk."""
 _HEADER_BYTES = 16  # of Blosc
@@ -31,10 +33,21 @@ _ENTRY_BYTES = 16
 
 def encode_chunk(rows: NDArray[Any]) -> bytes:
     """Return the stored bytes of `rows`, any shape, C-contiguous."""
+    return b"".join(chunk_parts(rows))
+
+
+def chunk_parts(rows: NDArray[Any], *, is_raw: bool = False) -> tuple[bytes | memoryview, bytes]:
+    """Return content and checksum of a chunk, any shape, C-contiguous.
+
+    `is_raw`: as it is, not compressed; the content is the memory of `rows`.
+    """
     rows = np.ascontiguousarray(rows)
+    if is_raw:
+        content = bytes_of(rows).data
+        return content, _crc(content)
     shuffle = blosc.SHUFFLE if rows.itemsize > 1 else blosc.NOSHUFFLE
-    packed = blosc.compress(rows, b"zstd", 1, shuffle, rows.nbytes)
-    return b"".join([packed, _crc(packed)])
+    packed: bytes = blosc.compress(rows, b"zstd", 1, shuffle, rows.nbytes)
+    return packed, _crc(packed)
 
 
 def decode_chunk(stored: memoryview, out: NDArray[Any], *, name: str, is_raw: bool = False) -> None:
@@ -84,18 +97,18 @@ def encode_shard(rows: NDArray[Any], *, rows_per_chunk: int, is_raw: bool = Fals
 
     `is_raw`: as they are, not compressed.
     """
-    parts = np.split(rows, range(rows_per_chunk, rows.shape[0], rows_per_chunk))
-    with chunk_mapper(len(parts)) as each:
-        encoded = each(encode_raw_chunk if is_raw else encode_chunk, parts)
-        return b"".join(shard_parts(list(encoded)))
+    rows_of_chunks = np.split(rows, range(rows_per_chunk, rows.shape[0], rows_per_chunk))
+    with chunk_mapper(len(rows_of_chunks)) as each:
+        chunks = list(each(partial(chunk_parts, is_raw=is_raw), rows_of_chunks))
+    return b"".join([*chain.from_iterable(chunks), shard_index_bytes(chunks)])
 
 
-def shard_parts(chunks: Sequence[bytes]) -> list[bytes]:
-    """Return the parts of a shard: its chunks, and the index that ends it."""
-    sizes = np.array([len(chunk) for chunk in chunks], dtype="<u8")
-    offsets = np.concatenate([np.zeros(1, dtype="<u8"), np.cumsum(sizes, dtype="<u8")[:-1]])
-    entries = np.stack([offsets, sizes], axis=1).astype("<u8").tobytes()
-    return [*chunks, entries + _crc(entries)]
+def shard_index_bytes(chunks: Sequence[Sequence[bytes | memoryview]]) -> bytes:
+    """Return the index that ends a shard, from the parts of each of its chunks."""
+    sizes = np.array([sum(map(len, parts)) for parts in chunks], dtype="<u8")
+    offsets = np.cumsum(sizes, dtype="<u8") - sizes
+    entries = np.stack([offsets, sizes], axis=1).tobytes()
+    return entries + _crc(entries)
 
 
 @contextmanager
@@ -116,12 +129,6 @@ def chunk_mapper(count: int, pool: ThreadPoolExecutor | None = None) -> Iterator
     else:
         with ThreadPoolExecutor(threads, "carryon-encoder") as own:
             yield own.map
-
-
-def encode_raw_chunk(rows: NDArray[Any]) -> bytes:
-    """Return the stored bytes of `rows` as a raw chunk."""
-    content = np.ascontiguousarray(rows)
-    return b"".join([bytes_of(content).data, _crc(bytes_of(content).data)])
 
 
 def index_bytes(num_chunks: int) -> int:

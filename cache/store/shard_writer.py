@@ -6,10 +6,11 @@ n samples of a unit.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,15 +19,14 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import widen
 from carryon.cache.errors import InputError
-from carryon.cache.files.atomic import Content, write_file
+from carryon.cache.files.atomic import Content, Part, write_file
 from carryon.cache.files.regular import read_below
 from carryon.cache.format.arrays import check_tokens, read_array, read_chunk, unit_array_info
 from carryon.cache.format.codec import (
-    chunk_checksum,
     chunk_mapper,
+    chunk_parts,
     encode_chunk,
-    encode_raw_chunk,
-    shard_parts,
+    shard_index_bytes,
 )
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.quantization import STEPS, bfloat16_bits, to_codes
@@ -61,11 +61,36 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedFile:
+    """A file of a unit, in memory."""
+
+    parts: list[Part]
+    """One after another."""
+    chunks: list[str]
+    """As of FileEntry."""
+
+    @classmethod
+    def of_chunks(cls, chunks: Iterable[tuple[bytes | memoryview, bytes]]) -> "EncodedFile":
+        """Return a shard of some chunks, each content and checksum."""
+        chunks = list(chunks)
+        parts: list[Part] = [*chain.from_iterable(chunks), shard_index_bytes(chunks)]
+        return cls(parts=parts, chunks=[checksum.hex() for _, checksum in chunks])
+
+    def entry(self) -> FileEntry:
+        """Return size and digest of the file."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(part)
+        num_bytes = sum(map(len, self.parts))
+        return FileEntry(bytes=num_bytes, sha256=digest.hexdigest(), chunks=self.chunks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedUnit:
     """The files of a unit's hidden states, in memory."""
 
-    files: dict[str, list[bytes]]
-    """By path relative to the store: the parts of each file; of a shard its chunks and index."""
+    files: dict[str, EncodedFile]
+    """By path relative to the store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,11 +220,10 @@ def write_states(
     unit = unit_input.unit
     entries: dict[str, FileEntry] = {}
     for path in (row_path(name, unit) for name in ROW_ARRAYS):
-        entries[path] = _entry([read_below(root, path)])
-    shards = {shard_path(tap, unit) for tap in manifest.taps}
-    for path, parts in hidden.files.items():
-        write(path, parts)
-        entries[path] = _entry(parts, is_shard=path in shards)
+        entries[path] = EncodedFile(parts=[read_below(root, path)], chunks=[]).entry()
+    for path, file in hidden.files.items():
+        write(path, file.parts)
+        entries[path] = file.entry()
     return Receipt(
         unit=unit,
         num_tokens=unit_input.num_tokens,
@@ -235,32 +259,34 @@ def encode_unit(
     """
     _check_shapes(manifest, unit_input, hidden)
     per_chunk, unit = manifest.rows_per_chunk, unit_input.unit
-    encode = encode_raw_chunk if manifest.is_raw else encode_chunk
-    files: dict[str, list[bytes]] = {}
+    encode = partial(chunk_parts, is_raw=manifest.is_raw)
+    firsts = range(0, manifest.unit_tokens, per_chunk)
 
-    def encode_rows(tap: str, first: int) -> bytes:
+    def encode_rows(tap: str, first: int) -> tuple[bytes | memoryview, bytes]:
         return encode(_checked(root, manifest, unit_input, tap, hidden[tap], first))
 
-    with chunk_mapper(manifest.unit_tokens // per_chunk, pool) as each:
-        firsts = range(0, manifest.unit_tokens, per_chunk)
+    with chunk_mapper(len(firsts), pool) as each:
         if not manifest.is_lossy:
+            # Chunks of all taps wait for a thread, before the first one is waited for.
             chunks = {tap: each(partial(encode_rows, tap), firsts) for tap in manifest.taps}
-            return EncodedUnit(
-                files={
-                    shard_path(tap, unit): shard_parts(list(encoded))
-                    for tap, encoded in chunks.items()
-                }
-            )
+            shards = {shard_path(tap, unit): own for tap, own in chunks.items()}
+            files = {path: EncodedFile.of_chunks(own) for path, own in shards.items()}
+            return EncodedUnit(files=files)
+        files = {}
         stored = {
             tap: _checked(root, manifest, unit_input, tap, rows, 0, manifest.unit_tokens)
             for tap, rows in hidden.items()
         }
         for tap, values in stored.items():
             codes = to_codes(values, step=STEPS[manifest.settings["profile"]])
+            scales = {
+                token_scale_path(tap, unit): codes.token_scale,
+                channel_scale_path(tap, unit): codes.channel_scale[None],
+            }
+            for path, scale in scales.items():
+                files[path] = EncodedFile(parts=[encode_chunk(scale)], chunks=[])
             parts = [codes.codes[first : first + per_chunk] for first in firsts]
-            files[token_scale_path(tap, unit)] = [encode_chunk(codes.token_scale)]
-            files[channel_scale_path(tap, unit)] = [encode_chunk(codes.channel_scale[None])]
-            files[shard_path(tap, unit)] = shard_parts(list(each(encode_chunk, parts)))
+            files[shard_path(tap, unit)] = EncodedFile.of_chunks(each(encode, parts))
     return EncodedUnit(files=files)
 
 
@@ -334,12 +360,3 @@ def _check_rows(
         f"sample {name!r} at token {row - int(unit_input.starts[within])}: nothing of this "
         "unit was written; leave the sample out or compute and store in another dtype"
     )
-
-
-def _entry(parts: list[bytes], *, is_shard: bool = False) -> FileEntry:
-    """Return the entry of a file in a receipt; of a shard, with the checksums of its chunks."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    chunks = [chunk_checksum(memoryview(part)) for part in parts[:-1]] if is_shard else []
-    return FileEntry(bytes=sum(map(len, parts)), sha256=digest.hexdigest(), chunks=chunks)

@@ -48,7 +48,7 @@ _PROGRAM = (
 def measure_pipeline(
     job: Job,
     *,
-    tokens: int = 393_216,
+    tokens: int = 786_432,
     width: int = 1024,
     unit_tokens: int = 32_768,
     batch_tokens: int = 16_384,

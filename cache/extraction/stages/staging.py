@@ -14,8 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from carryon.cache.buffers import BufferPool
 from carryon.cache.device import SideCopy, SideStreams, to_device
 from carryon.cache.extraction.packing import Batch
+
+_MOST_FREE = 8  # chunks; as many as there are threads that encode
 
 
 class Staging:
@@ -52,6 +55,7 @@ class Staging:
         """[R] for each row of the unit, the place of its states."""
         self._count = 0
         self._copies: list[SideCopy] = []
+        self._pool = BufferPool(max_free=_MOST_FREE)
 
     def clear(self) -> None:
         """Begin with another unit."""
@@ -98,7 +102,7 @@ class Staging:
         for copy in self._copies:
             copy.wait()
         order = self._order[: self._count]
-        return {tap: StagedRows(states, order) for tap, states in self._arrays.items()}
+        return {tap: StagedRows(states, order, self._pool) for tap, states in self._arrays.items()}
 
     def _stored(self, states: Tensor) -> Tensor:
         return states.bfloat16().view(torch.uint16) if self._keeps_bits else states.float()
@@ -107,21 +111,24 @@ class Staging:
 class StagedRows:
     """States [R, D] of a unit in the order of its rows, gathered when they are read."""
 
-    def __init__(self, states: NDArray[Any], order: NDArray[np.int64]) -> None:
+    def __init__(self, states: NDArray[Any], order: NDArray[np.int64], pool: BufferPool) -> None:
         """Wrap the memory of one tap.
 
         Args:
             states: [R, D] in any order.
             order: [n] place of each of the first n rows; the others are 0.
+            pool: memory for rows that are read.
         """
-        self._states, self._order = states, order
+        self._states, self._order, self._pool = states, order, pool
         self.shape: tuple[int, ...] = states.shape
         self.dtype: np.dtype[Any] = states.dtype
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
         first, stop, _ = rows.indices(self.shape[0])
         places = self._order[first:stop]
-        out = np.empty((stop - first, self.shape[1]), self.dtype)
+        shape = (max(0, stop - first), self.shape[1])
+        memory = self._pool.take(shape[0] * shape[1] * self.dtype.itemsize)
+        out = memory.view(self.dtype).reshape(shape)
         np.take(self._states, places, axis=0, out=out[: len(places)], mode="clip")
         out[len(places) :] = 0
         return out
