@@ -53,9 +53,10 @@ def measure_pipeline(
     unit_tokens: int = 32_768,
     batch_tokens: int = 16_384,
     mean_tokens: int = 256,
+    profiles: tuple[str, ...] = ("exact", "raw"),
     rounds: int = 3,
 ) -> None:
-    """Report GB/s of raw states on one core, for each profile without loss, and with two cores.
+    """Report GB/s of raw states on one core, for each profile, and with two cores.
 
     Two cores are one process whose pool has both, and two processes that claim units (`--workers`)
     with a core each. Files are in memory where there is a file system for it: the disk is not the
@@ -75,7 +76,7 @@ def measure_pipeline(
     if len(cores) > 1:
         ways |= {"two cores": [cores], "two workers": [[core] for core in cores]}
     with fast_folder(job, 4 * samples.num_tokens * width) as folder:
-        for profile in ("exact", "raw"):
+        for profile in profiles:
             planned = folder / profile
             _plan(planned, samples, width=width, unit_tokens=unit_tokens, profile=profile)
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}

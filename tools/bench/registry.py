@@ -49,6 +49,7 @@ BENCHMARKS = {
             "unit_tokens": 1024,
             "batch_tokens": 512,
             "mean_tokens": 64,
+            "profiles": ("exact",),
             "rounds": 1,
         },
     ),
