@@ -160,7 +160,8 @@ def run_units(
     ):
         with ReadAhead(partial(_read_batches, plan, todo, writers), most=_BATCHES_AHEAD) as reader:
             forward = _Forward(base, plan, writers, reader, progress)
-            for item in reader:
+            # A unit that cannot be written ends it, also while other processes are waited for.
+            for item in reader.items(writers.collect):
                 forward.run(item)
             forward.finish()
         writers.collect(waits=True)

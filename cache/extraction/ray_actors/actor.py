@@ -81,6 +81,7 @@ def open_store_job(job: Job) -> Iterator[tuple[str, Callable[[int], Outcome]]]:
                 max_disk_bytes=job["max_disk_bytes"],
                 units=[],
                 claims=orders,
+                num_encoders=job["num_threads"],
             )
 
         def serve() -> None:

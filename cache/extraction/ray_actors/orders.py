@@ -4,20 +4,22 @@ The pipeline takes its units from here in place of a list. One that fails does n
 the pipeline is started again behind it.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Literal
 
 from carryon.cache.errors import CarryOnError, DiskFullError
 from carryon.cache.extraction.sharing.claims import Claims
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import Receipt
-from carryon.cache.store.shard_writer import States, UnitInput
+from carryon.cache.store.shard_writer import EncodedUnit, Rows, UnitInput
 
+_LOOK_S = 0.05
 State = Literal["computed", "present", "busy", "failed", "broken", "full", "limit"]
 
 
@@ -51,7 +53,8 @@ class Orders:
         """Of these, lost by the pipeline with another one: each is now computed alone, so that it
         is known which of them fails."""
         self._is_over = False
-        self._reported: BaseException | None = None
+        self._reported: list[BaseException] = []
+        """Errors of units that were answered; several are written at a time."""
 
     def extract(self, unit: int) -> Outcome:
         """Have a unit computed and wait for it; called from any thread."""
@@ -72,13 +75,21 @@ class Orders:
         self._is_over = True
         self._ordered.put(None)
 
-    def iter_units(self, units: Sequence[int]) -> Iterator[int]:
+    def iter_units(
+        self, units: Sequence[int], *, is_over: threading.Event | None = None
+    ) -> Iterator[int]:
         """Yield units as they are ordered; none of `units`, which are for other sources."""
         assert not units
         if self._again:
             yield self._again.pop(0)
             return
-        while (unit := self._ordered.get()) is not None:
+        while not (is_over and is_over.is_set()):
+            try:
+                unit = self._ordered.get(timeout=_LOOK_S)
+            except Empty:
+                continue
+            if unit is None:
+                return
             try:
                 standing = self._claims.take(unit)
             except Exception as error:
@@ -95,7 +106,7 @@ class Orders:
         root: Path,
         manifest: Manifest,
         unit_input: UnitInput,
-        hidden: Mapping[str, States],
+        hidden: Mapping[str, Rows] | EncodedUnit,
         *,
         elapsed_s: float,
     ) -> Receipt | None:
@@ -106,7 +117,7 @@ class Orders:
                 root, manifest, unit_input, hidden, elapsed_s=elapsed_s
             )
         except BaseException as error:
-            self._reported = error
+            self._reported.append(error)
             self._answer(_failure(unit, error))
             raise
         outcome = Outcome(unit=unit, state="present")
@@ -132,7 +143,7 @@ class Orders:
     def _recover(self, error: Exception) -> None:
         """Answer for the unit that ended the pipeline; those beside it are computed again."""
         lost = [unit for unit in self._at_work if unit not in self._again]
-        if error is not self._reported:
+        if not any(error is each for each in self._reported):
             if not lost:
                 raise error  # of no unit: a mistake of ours
             if len(lost) == 1:
@@ -141,7 +152,7 @@ class Orders:
                     self._claims.give_back(unit)
                 self._answer(_failure(unit, error))
                 return
-        self._reported = None  # it holds the states of its unit
+        self._reported.clear()  # they hold the states of their units
         self._again += lost
 
     def _answer(self, outcome: Outcome) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
-_LOOK_S = 0.01
+_LOOK_S, _CHECK_S = 0.01, 0.1
 
 
 class ReadAhead(Generic[T]):
@@ -42,11 +42,16 @@ class ReadAhead(Generic[T]):
         self.is_over.set()
         self._thread.join()
 
-    def __iter__(self) -> Iterator[T]:
+    def items(self, check: Callable[[], object]) -> Iterator[T]:
+        """Yield the items as they come.
+
+        Args:
+            check: called while there is none yet; what it raises ends the wait.
+        """
         is_first = True
         while True:
             started_at = time.perf_counter()
-            item = self._waiting.get()
+            item = self._next(check)
             if not is_first:
                 self.waited_s += time.perf_counter() - started_at
             is_first = False
@@ -55,6 +60,13 @@ class ReadAhead(Generic[T]):
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+    def _next(self, check: Callable[[], object]) -> T | BaseException | None:
+        while True:
+            try:
+                return self._waiting.get(timeout=_CHECK_S)
+            except queue.Empty:
+                check()
 
     def wait_until_taken(self) -> None:
         """Wait, in the thread, until every item so far was taken, or it is over."""

@@ -89,15 +89,31 @@ def _count_to(number: int, *, made: list[int] | None = None) -> Any:  # noqa: AN
     return numbers
 
 
+def _nothing() -> None:
+    """Find no error."""
+
+
+def test_an_error_elsewhere_ends_the_wait_for_an_item() -> None:
+    def silent(reader: ReadAhead[int]) -> Iterator[int]:
+        reader.is_over.wait()
+        yield from ()
+
+    def check() -> None:
+        raise InputError("a unit cannot be written")
+
+    with ReadAhead(silent, most=1) as reader, pytest.raises(InputError, match="cannot be written"):
+        next(reader.items(check))
+
+
 def test_items_come_in_order_and_an_error_where_its_item_would() -> None:
     def broken(reader: ReadAhead[int]) -> Iterator[int]:
         yield from range(3)
         raise InputError("the fourth")
 
     with ReadAhead(_count_to(20), most=2) as reader:
-        assert list(reader) == list(range(20))
+        assert list(reader.items(_nothing)) == list(range(20))
     with ReadAhead(broken, most=5) as reader:
-        items = iter(reader)
+        items = reader.items(_nothing)
         assert [next(items) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(InputError, match="the fourth"):
             next(items)
@@ -106,7 +122,7 @@ def test_items_come_in_order_and_an_error_where_its_item_would() -> None:
 def test_no_more_is_read_ahead_than_allowed_and_leaving_ends_it() -> None:
     made: list[int] = []
     with ReadAhead(_count_to(1000, made=made), most=3) as reader:
-        items = iter(reader)
+        items = reader.items(_nothing)
         next(items)
         time.sleep(0.05)
         assert len(made) <= 1 + 3 + 1  # taken, waiting, in hand
