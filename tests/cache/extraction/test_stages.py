@@ -187,7 +187,7 @@ class _Store:
 
 
 @pytest.mark.parametrize("num_encoders", [1, 3])
-def test_a_slow_disk_is_seen_as_the_limit_and_memory_stays_bounded(
+def test_a_slow_disk_is_waited_for_and_memory_stays_bounded(
     store_tmp: Path, num_encoders: int
 ) -> None:
     store = _Store(store_tmp / "store")
@@ -209,7 +209,7 @@ def test_a_slow_disk_is_seen_as_the_limit_and_memory_stays_bounded(
     assert {receipt.unit for receipt in writers.receipts} == set(range(store.manifest.num_units))
     assert store.num_made == 2
     assert most <= 3
-    assert limiting_stage(writers.waited_s, 0.1) == "write"
+    assert writers.waited_s["write"] > 0.05
 
 
 def test_what_a_writer_raises_is_raised_by_the_next_call(store_tmp: Path) -> None:
