@@ -547,4 +547,5 @@ def test_reading_needs_numpy_numcodecs_and_google_crc32c(store: Store) -> None:
         [sys.executable, "-c", READING, str(store.root)], capture_output=True, text=True, check=True
     )
     expected = {"numpy", "numcodecs", "google_crc32c", "typing_extensions"}
-    assert set(done.stdout.split()) <= expected
+    by_numcodecs = {"msgpack"}  # for a codec of its own, where it is installed
+    assert set(done.stdout.split()) <= expected | by_numcodecs
