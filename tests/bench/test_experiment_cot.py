@@ -199,10 +199,11 @@ def test_the_steps_of_a_task_in_order(tmp_path: Path) -> None:
 def test_models_are_trained_with_the_seeds_of_their_folders(tmp_path: Path) -> None:
     [recipe] = recipes.choose_recipes(["leg_counting"])
     experiment_ = make_experiment(tmp_path, kinds=["bottleneck", "mlp", "top"], seeds=[3, 5])
-    for (seed, _), step in plan.plan_task(experiment_, recipe).models.items():
+    for (seed, kind), step in plan.plan_task(experiment_, recipe).models.items():
         assert step.argv[step.argv.index("--seed") + 1] == str(seed)
         assert step.result.parent.name == f"seed-{seed}"
-        assert step.argv[step.argv.index("--epochs") + 1] == "12"  # as the recipe says
+        if kind != plan.LORA:  # which has the clock
+            assert step.argv[step.argv.index("--epochs") + 1] == "12"  # as the recipe says
 
 
 def test_every_step_of_every_recipe_is_a_command_that_parses(tmp_path: Path) -> None:

@@ -16,6 +16,15 @@ from carryon.cache.format.zarr_metadata import receipt_path
 from carryon.cache.lock import LOCK_PATH, write_lock
 
 
+def settled_files(root: Path) -> dict[str, bytes]:
+    """Return the files of a store once a held process has written what it writes beside that."""
+    before, now = dict[str, bytes](), files_below(root)
+    while now != before:
+        time.sleep(0.5)
+        before, now = now, files_below(root)
+    return now
+
+
 @pytest.mark.slow
 def test_a_second_writer_is_refused_at_once_and_the_first_is_unharmed(
     tiny_base_folder: Path,
@@ -27,7 +36,7 @@ def test_a_second_writer_is_refused_at_once_and_the_first_is_unharmed(
     root = store_tmp / "store"
     first = start_extraction(tiny_base_folder, store_data, root, held_at=receipt_path(2))
     first.wait_for("held")
-    before = files_below(root)
+    before = settled_files(root)
     busy = f"process {first.process.pid} is writing to this store. Fix: wait for it, or stop it"
     started_at = time.perf_counter()
     with pytest.raises(StoreBusyError, match=busy):

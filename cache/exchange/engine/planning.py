@@ -63,11 +63,6 @@ def plan_with_vllm(
             f"base {source}: expected a folder or a hub id, which vLLM reads, got a .gguf file. "
             f"Fix: carryon convert {source} --out FOLDER"
         )
-    if forward.quantize != "none":
-        raise InputError(
-            f"--quantize: expected none with vLLM, which reads quantized checkpoints, got "
-            f"{forward.quantize}. Fix: leave it out, or --backend transformers"
-        )
     if forward.device == "auto" and not forward.device_map:
         forward = replace(forward, device="cpu")  # accelerators are vLLM's
     plan = plan_extraction(
@@ -94,7 +89,7 @@ def plan_with_vllm(
             longest=int(plan.samples.lengths.max()),
             batch_tokens=forward.batch_tokens,
             requests=vllm.requests,
-            more={"trust_remote_code": forward.trust_remote_code} | more,
+            more=more,
         )
     return VllmPlan(extraction=plan, vllm=vllm, endpoint=endpoint, job=job, python=python)
 

@@ -65,7 +65,7 @@ def parse_engine_args(words: list[str]) -> dict[str, Any]:
         if name in _OWN:
             raise InputError(
                 f"--vllm-args: expected arguments that the extraction does not set, got {name}. "
-                "Fix: leave it out; --base, --taps, --compute-dtype, --trust-remote-code set these"
+                "Fix: leave it out; --base, --taps, --compute-dtype set these"
             )
         try:
             values[name] = json.loads(text)

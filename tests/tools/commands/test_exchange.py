@@ -110,7 +110,10 @@ def test_extraction_by_a_server_from_the_command_line(
         (["--endpoint", "http://a"], "--states-folder: expected the folder"),
         (["--backend", "vllm", "--layer-ids", "1"], "--layer-ids: expected it for --endpoint only"),
         (["--backend", "vllm", "--vllm-args", "model=x"], "--vllm-args: expected arguments that"),
-        (["--backend", "vllm", "--quantize", "int8"], "--quantize: expected none with vLLM"),
+        (
+            ["--backend", "vllm", "--quantize", "int8"],
+            "--quantize int8: expected it for --backend t",
+        ),
         (["--backend", "vllm", "--vllm-python", "/no"], "--vllm-python: expected the Python"),
     ],
 )

@@ -75,12 +75,14 @@ def test_a_refused_prompt_is_an_error_of_that_prompt_alone(engine: LocalEngine) 
 
 
 def test_an_engine_that_dies_fails_every_prompt(engine: LocalEngine) -> None:
-    futures = [engine.submit([13]), engine.submit([1]), engine.submit([2])]
-    for future in futures[:1]:
-        with pytest.raises(EngineError, match=r"vLLM: ended with code 3: .*Fix: see /"):
-            future.result(timeout=20)
-    with pytest.raises(EngineError):
-        engine.submit([1]).result(timeout=20)
+    dying = engine.submit([13])
+    for tokens in ([1], [2]):  # some may be asked before it is dead
+        with pytest.raises(EngineError):
+            engine.submit(tokens).result(timeout=20)
+    with pytest.raises(EngineError, match=r"vLLM: ended with code 3: .*Fix: see /"):
+        dying.result(timeout=20)
+    with pytest.raises(EngineError, match=r"vLLM: ended with code 3: .*Fix: see /"):
+        engine.submit([3])
 
 
 @pytest.mark.parametrize(
