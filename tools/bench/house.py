@@ -76,9 +76,8 @@ def _imports_of_opening() -> Figure:
         "print(*{'torch', 'transformers'} & set(sys.modules))"
     )
     with tempfile.TemporaryDirectory() as scratch, tarfile.open(SMALL_STORES) as archive:
-        archive.extractall(
-            scratch, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
-        )  # since 3.11.4
+        safe: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # 3.11.4
+        archive.extractall(scratch, **safe)
         command = [sys.executable, "-c", code]
         result = subprocess.run(command, check=True, capture_output=True, cwd=scratch)
     names = result.stdout.decode().split()
