@@ -50,25 +50,28 @@ class Headline:
 HEADLINES = (
     Headline(
         benchmark="store.stream",
-        figures=("stream.synthetic.warm", "stream.synthetic.warm_raw"),
-        sizes={"samples": 32, "threads": (1,), "rounds": 3},
+        figures=(
+            "stream.synthetic.warm",
+            "stream.synthetic.warm_raw",
+            "stream.synthetic.slow_disk",
+        ),
+        sizes={"samples": 12, "threads": (1,), "rounds": 2},
     ),
     Headline(benchmark="store.dataset", figures=("dataset.speed",), sizes={"samples": 64}),
-    Headline(benchmark="store.write", figures=("write.growth",), sizes={"late_unit": 300}),
     Headline(
         benchmark="train.units",
         figures=("units.speed",),
-        sizes={"units": 10, "tokens": 200_000, "rounds": 3},
+        sizes={"units": 5, "tokens": 100_000, "rounds": 3},
     ),
     Headline(
-        benchmark="train.loss", figures=("loss.speed",), sizes={"tokens": 1024, "rounds": 5}
+        benchmark="train.loss", figures=("loss.speed",), sizes={"tokens": 512, "rounds": 2}
     ),
     Headline(
         benchmark="train.step", figures=("step.speed",), sizes={"tokens": 1024, "rounds": 5}
     ),
-    Headline(benchmark="store.extract", figures=("extract.speed",), sizes={"tokens": 8192}),
+    Headline(benchmark="store.extract", figures=("extract.speed",), sizes={"tokens": 4096}),
     Headline(
-        benchmark="train.lora", figures=("lora.speed",), sizes={"steps": 2, "rounds": 2}
+        benchmark="train.lora", figures=("lora.speed",), sizes={"steps": 2, "rounds": 1}
     ),
     Headline(
         benchmark="compose.generate",
@@ -137,6 +140,7 @@ def _measure(folder: Path) -> list[Figure]:
                     add=lambda figure: found.update({figure.figure: figure}),
                     base=str(base) if "base" in BENCHMARKS[headline.benchmark].needs else "",
                     shared=folder,
+                    is_quick=True,  # stores of little text
                 )
                 run(headline.benchmark, job, headline.sizes)
             gc.collect()
