@@ -24,7 +24,8 @@ from support.doc_pages import (
 import carryon.cache
 import carryon.train
 from carryon.tools.bench.__main__ import BENCH
-from carryon.tools.bench.registry import EXPERIMENTS, list_groups
+from carryon.tools.bench.experiments import EXPERIMENTS
+from carryon.tools.bench.registry import list_groups
 from carryon.tools.cli.main import CARRYON, main
 from carryon.train.kinds import KINDS
 

@@ -23,10 +23,11 @@ from carryon.tools.bench import stream
 from carryon.tools.bench.__main__ import main
 from carryon.tools.bench.disk import SlowDisk, charge_nothing
 from carryon.tools.bench.epoch import EPOCHS, run_peer_epoch, run_store_epoch
+from carryon.tools.bench.experiments import EXPERIMENTS
 from carryon.tools.bench.job import check_labels, in_turn, split_label
 from carryon.tools.bench.open import make_large_store
 from carryon.tools.bench.peers import Peer, deepspec, retyped_speculators, specforge
-from carryon.tools.bench.registry import BENCHMARKS, EXPERIMENTS
+from carryon.tools.bench.registry import BENCHMARKS
 from carryon.tools.bench.run import print_table, read_sizes
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import StateSet, make_states, samples_of, take_states

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from carryon.tools.bench.registry import BENCHMARKS, EXPERIMENTS, list_groups
+from carryon.tools.bench.experiments import EXPERIMENTS
+from carryon.tools.bench.registry import BENCHMARKS, list_groups
 from carryon.tools.cli.program import Program
 from carryon.tools.cli.table import format_table
 

@@ -1,4 +1,4 @@
-"""Host memory in which the states of a unit come together, in the order in which they are computed.
+"""Host memory that gathers the states of a unit, in the order in which they are computed.
 
 Batches are sorted by length, so their states are not in the order of the unit's rows. Each is
 copied behind the one before it, without its pads: from a GPU straight into pinned memory, on a
