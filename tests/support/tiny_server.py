@@ -38,7 +38,7 @@ class TinyServer(ThreadingHTTPServer):
         self.layers: tuple[int, ...] = LAYERS
         self.names_layers = True
         self.faults: dict[int, str] = {}
-        """By number of the prompt."""
+        """By number of the prompt; a name of a file is told, and no file is written."""
         self.change: Callable[[int, Tensors], Tensors] = lambda _, tensors: tensors
         """Changes what is written for a prompt of a number."""
         self.prompts: list[list[int]] = []
@@ -46,8 +46,8 @@ class TinyServer(ThreadingHTTPServer):
         self.in_flight = self.most_in_flight = 0
         self.guard, self.compute = threading.Lock(), threading.Lock()
 
-    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Answer a request for a completion."""
+    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        """Answer a request for a completion; None where it is to get no answer."""
         assert (body["max_tokens"], body["temperature"], body["model"]) == (1, 0, "tiny")
         with self.guard:
             number = len(self.prompts)
@@ -56,7 +56,9 @@ class TinyServer(ThreadingHTTPServer):
         fault = self.faults.get(number, "")
         if fault.isdigit():
             return int(fault), {"error": {"message": "told to\nfail"}}
-        name = f"cmpl-{number}-0a1b.safetensors"
+        if fault == "hang up":
+            return None
+        name = fault if fault.endswith(".safetensors") else f"cmpl-{number}-0a1b.safetensors"
         told = {"hidden_states_path": f"/on/the/server/{name}"}
         if fault == "no path":
             return 200, {"choices": []}
@@ -67,7 +69,7 @@ class TinyServer(ThreadingHTTPServer):
             fcntl.flock(handle, fcntl.LOCK_EX)
             (self.folder / name).write_bytes(b"half")
             threading.Thread(target=self._write_late, args=(number, name, handle)).start()
-        elif fault != "lost":
+        elif fault not in ("lost", name):
             self._write(number, name)
         return 200, {"kv_transfer_params": told}
 
@@ -104,11 +106,10 @@ class _Handler(BaseHTTPRequestHandler):
             server.in_flight += 1
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
         try:
-            if server.faults.get(len(server.prompts)) == "hang up":
-                server.prompts.append(body["prompt"])
+            if (answer := server.complete(body)) is None:
                 self.close_connection = True
-                return
-            self._answer(*server.complete(body))
+            else:
+                self._answer(*answer)
         finally:
             with server.guard:
                 server.in_flight -= 1

@@ -17,13 +17,9 @@ from typing import Any, Self
 from urllib.parse import SplitResult, urlsplit
 
 from carryon.cache.errors import EngineError, InputError
-from carryon.cache.exchange.engine.requests import (
-    file_name,
-    remove_states,
-    retry_waits,
-    wait_for_file,
-)
+from carryon.cache.exchange.engine.requests import file_name, retry_waits, wait_for_file
 from carryon.cache.exchange.engine.settings import MEASURED_VERSIONS, VllmSettings, is_measured
+from carryon.cache.exchange.engine.told_files import ToldFiles
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +78,7 @@ class Endpoint:
                 "machine sees it"
             )
         self._model, self._has_file = "", False
-        self._kept: set[str] = set()
-        """Names of files that were told and not discarded; some may appear late."""
+        self._files = ToldFiles(self.folder)
         self._is_over = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=vllm.requests, thread_name_prefix="endpoint")
 
@@ -105,8 +100,7 @@ class Endpoint:
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._pool.shutdown(cancel_futures=True)
-        for name in self._kept:
-            remove_states(self.folder, name)
+        self._files.remove_all()
 
     def submit(self, tokens: list[int]) -> Future[str]:
         """Ask for the states of token ids; see `Engine`."""
@@ -114,8 +108,7 @@ class Endpoint:
 
     def discard(self, name: str) -> None:
         """Remove a file that was read; see `Engine`."""
-        remove_states(self.folder, name)
-        self._kept.discard(name)
+        self._files.remove(name)
 
     def _choose(self, listed: Mapping[str, Any]) -> str:
         """Return the name of the base on the server."""
@@ -145,11 +138,12 @@ class Endpoint:
         body = {"model": self._model, "prompt": tokens, "max_tokens": 1, "temperature": 0}
         timeout_s = min(self._vllm.request_timeout_s, _FILE_WAIT_S)
         for _ in range(self._vllm.retries + 1):
+            look = self._files.look()
             salted = body | {"cache_salt": secrets.token_hex(16)}
             content = self._ask("POST", "/v1/completions", salted).content
             known = content.get("kv_transfer_params")
             name = file_name(known.get("hidden_states_path") if isinstance(known, dict) else None)
-            self._kept.add(name)
+            self._files.take(name, look=look)
             if wait_for_file(self.folder, name, timeout_s=timeout_s, is_over=self._is_over):
                 self._has_file = True
                 return name

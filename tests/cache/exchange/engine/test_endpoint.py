@@ -12,8 +12,8 @@ from support.tiny_stores import write_corpus
 
 from carryon.cache.base.model import Base
 from carryon.cache.errors import EngineError, InputError, SettingMismatchError
-from carryon.cache.exchange.engine import requests
-from carryon.cache.exchange.engine.endpoint import parse_url
+from carryon.cache.exchange.engine import endpoint, requests
+from carryon.cache.exchange.engine.endpoint import Endpoint, parse_url
 from carryon.cache.exchange.engine.extraction import run_with_vllm
 from carryon.cache.exchange.engine.planning import plan_with_vllm
 from carryon.cache.exchange.engine.settings import VllmSettings
@@ -124,11 +124,18 @@ def test_requests_are_token_ids_bounded_and_salted(
 
 @pytest.mark.parametrize("fault", ["500", "503", "429", "408", "hang up", "lost", "late"])
 def test_a_request_that_fails_is_sent_again(
-    server: TinyServer, tiny_base: Base, corpus: Path, store_tmp: Path, fault: str
+    server: TinyServer,
+    tiny_base: Base,
+    corpus: Path,
+    store_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
 ) -> None:
+    if fault == "lost":  # a slow machine's answer, or late file, is none: only this wait is short
+        monkeypatch.setattr(endpoint, "_FILE_WAIT_S", 0.5)
     server.faults = dict.fromkeys((NUM_FIRST + 1, NUM_FIRST + 4), fault)
     report = extract_served(
-        server, tiny_base, corpus, store_tmp / "store", request_timeout_s=1.0, requests=2
+        server, tiny_base, corpus, store_tmp / "store", request_timeout_s=60.0, requests=2
     )
     assert report.is_finished
     assert verify(store_tmp / "store", depth="full").is_complete
@@ -310,6 +317,32 @@ def test_a_path_that_is_no_file_of_states_is_refused(
     server.faults = {0: fault}
     with pytest.raises(EngineError, match="expected the name of a file of states"):
         extract_served(server, tiny_base, corpus, store_tmp / "store")
+
+
+MINE = "mine.safetensors"
+
+
+@pytest.mark.parametrize("name", [MINE, f"{MINE}.lock"])
+def test_a_file_that_was_there_before_the_request_stays(server: TinyServer, name: str) -> None:
+    server.faults = {1: MINE}
+    vllm = VllmSettings(states_folder=str(server.folder), requests=1)
+    with Endpoint(server.url, model="tiny", longest=9, vllm=vllm) as engine:
+        engine.discard(engine.submit([1, 2]).result())
+        (server.folder / name).write_bytes(b"another's")
+        with pytest.raises(EngineError, match=f"new file of states, got {MINE}, which was there"):
+            engine.submit([1, 2, 3]).result()
+    assert [path.name for path in server.folder.iterdir()] == [name]
+
+
+def test_a_file_is_told_for_one_prompt_alone(server: TinyServer) -> None:
+    server.faults = {1: "cmpl-0-0a1b.safetensors"}
+    vllm = VllmSettings(states_folder=str(server.folder), requests=1)
+    with Endpoint(server.url, model="tiny", longest=9, vllm=vllm) as engine:
+        asked = [engine.submit([1, 2]), engine.submit([1, 2])]
+        name = asked[0].result()
+        with pytest.raises(EngineError, match="which was there"):
+            asked[1].result()
+        assert (server.folder / name).is_file()
 
 
 def test_a_folder_that_is_not_the_servers_is_named(
