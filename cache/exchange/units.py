@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import widen
 from carryon.cache.exchange.state_file import StateFile, read_ahead
-from carryon.cache.extraction.forward import largest_unit_bytes, units_to_do
+from carryon.cache.extraction.forward import units_to_do
+from carryon.cache.extraction.stages.items import largest_unit_bytes
 from carryon.cache.format.manifest import CorpusPart, Manifest
 from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.format.receipt import Receipt

@@ -29,7 +29,7 @@ from carryon.cache.extraction.aligned_plan import (
     open_anchor,
     refuse_other_alignment,
 )
-from carryon.cache.extraction.forward import ExtractReport, run_units
+from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.layout_writer import (
     array_documents,
     refuse_large_plan,
@@ -37,6 +37,7 @@ from carryon.cache.extraction.layout_writer import (
 )
 from carryon.cache.extraction.pilot import PILOT_TOKENS, PilotSample, make_probe, measure_profile
 from carryon.cache.extraction.plan import forward_facts, refuse_foreign_folder
+from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.extraction.resume import refuse_other_data, refuse_other_settings
 from carryon.cache.extraction.sharing.claims import drop_claims
 from carryon.cache.extraction.sharing.workers import Sharing, run_together

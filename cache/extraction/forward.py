@@ -7,9 +7,9 @@ Letters: R rows of a unit, D base width.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,73 +23,23 @@ from carryon.cache.base.model import Base
 from carryon.cache.device import SideCopy, SideStreams, count_cores, reuse_freed_memory
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.extraction.aligned_forward import compute_aligned_states
-from carryon.cache.extraction.packing import Batch, make_batch, plan_batches
-from carryon.cache.extraction.prediction import Pilot, TimedBatch, Totals, spread
+from carryon.cache.extraction.packing import Batch, plan_batches
+from carryon.cache.extraction.prediction import Pilot, TimedBatch
+from carryon.cache.extraction.report import ExtractReport, stored_bytes, summarize
 from carryon.cache.extraction.sharing.claims import UnitSource
 from carryon.cache.extraction.stages.backpressure import limiting_stage, stage_seconds
+from carryon.cache.extraction.stages.items import Item, Plan, StatesOf, batch_of, read_items
 from carryon.cache.extraction.stages.read_ahead import ReadAhead
 from carryon.cache.extraction.stages.staging import Staging
 from carryon.cache.extraction.stages.unit_writers import MAX_ENCODERS, UnitWriters
 from carryon.cache.format.alignment import read_num_nodes, read_trees
 from carryon.cache.format.manifest import Manifest
-from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
-from carryon.cache.format.zarr_metadata import state_paths
+from carryon.cache.format.receipt import read_receipt, units_with_receipt
 from carryon.cache.progress import Progress
-from carryon.cache.store.shard_writer import (
-    UnitInput,
-    UnitInputs,
-    write_unit,
-)
-from carryon.cache.store.sizes import bytes_by_folder, raw_bytes
+from carryon.cache.store.shard_writer import UnitInput, UnitInputs, write_unit
 
-StatesOf = Callable[[UnitInput, Progress], dict[str, NDArray[Any]]]
-"""Returns the states of a unit, as `compute_states` does, and counts its tokens."""
-_CHUNK_OVERHEAD_BYTES = 1024  # header, checksum and index entry; or a chunk of zeros, compressed
-_RECEIPT_BYTES = 4096
 _BATCHES_AHEAD = 4  # read while the base runs
 _COPIES_AHEAD = 2  # batches that a GPU was given and has not copied yet
-_LOOK_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExtractReport:
-    """Summary of an extraction."""
-
-    store: str
-    fingerprint: str
-    num_units: int
-    num_tokens: int
-    computed_units: int
-    """Units computed since this call began, by it or beside it; the others had a receipt."""
-    computed_tokens: int
-    raw_bytes: int
-    """Hidden states of the units computed, before compression, without unused rows."""
-    stored_bytes: int
-    """The same in the store, with the scales of a lossy profile."""
-    head_bytes: int
-    """LM head and final norm in the store."""
-    blocks_bytes: int
-    """The base's last blocks in the store."""
-    store_bytes: int
-    """All files of the store."""
-    elapsed_s: float
-    """Seconds from the first forward pass to the last receipt."""
-    is_finished: bool
-    """False when the disk limit ended it."""
-    limit: str = ""
-    """The stage that held up the others: `read`, `forward`, `encode` or `write`; of several
-    processes, in the one that reports."""
-    stage_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of the forward passes, and those that they waited for each other stage."""
-    predicted: Totals | None = None
-    """The same quantities, predicted from the first batches. None: nothing was left to compute,
-    other processes shared it, or the disk limit ended it before."""
-
-    @property
-    def written(self) -> Totals:
-        """The quantities of a prediction, as they were."""
-        values = {item.name: getattr(self, item.name) for item in fields(Totals)}
-        return Totals(**values)
 
 
 def run_units(
@@ -107,8 +57,8 @@ def run_units(
 ) -> ExtractReport:
     """Compute and commit the units that have no receipt, or the given ones.
 
-    The caller holds the write lock. Ctrl-C ends it between two commits; only the current unit is
-    lost.
+    The caller holds the write lock. Ctrl-C ends it between two commits, once the units that are
+    computed are written; only the current one is lost. A kill loses five at most.
 
     Args:
         root: of the store.
@@ -125,19 +75,11 @@ def run_units(
     """
     todo = units_to_do(root, manifest) if units is None else list(units)
     inputs = UnitInputs(root, manifest)
-    unit_tokens = list(map(inputs.num_tokens, todo))
     read_tokens = read_num_nodes(root, manifest) if manifest.alignment else inputs.lengths
     pilot: Pilot | None = None
     if is_predicted and todo:
-        pilot = Pilot(
-            root,
-            manifest,
-            [read_tokens[rows] for rows in map(inputs.samples, todo)],
-            units=todo,
-            unit_tokens=unit_tokens,
-            batch_tokens=batch_tokens,
-        )
-    plan = _Plan(
+        pilot = _make_pilot(root, manifest, inputs, read_tokens, todo, batch_tokens=batch_tokens)
+    plan = Plan(
         root=root,
         manifest=manifest,
         inputs=inputs,
@@ -153,12 +95,13 @@ def run_units(
     make_staging = partial(_stage, manifest, base, streams)
     write = write_unit if claims is None else claims.write_unit
     num_encoders = min(MAX_ENCODERS, num_encoders or count_cores())
+    num_tokens = sum(map(inputs.num_tokens, todo))
     started_at = time.perf_counter()
     with (
-        Progress(0 if claims else sum(unit_tokens), name="extract", unit="tokens") as progress,
+        Progress(0 if claims else num_tokens, name="extract", unit="tokens") as progress,
         UnitWriters(root, manifest, write, make_staging, num_encoders=num_encoders) as writers,
     ):
-        with ReadAhead(partial(_read_batches, plan, todo, writers), most=_BATCHES_AHEAD) as reader:
+        with ReadAhead(partial(read_items, plan, todo, writers), most=_BATCHES_AHEAD) as reader:
             forward = _Forward(base, plan, writers, reader, progress)
             # A unit that cannot be written ends it, also while other processes are waited for.
             for item in reader.items(writers.collect):
@@ -177,103 +120,23 @@ def run_units(
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """What an extraction computes."""
-
-    root: Path
-    manifest: Manifest
-    inputs: UnitInputs
-    read_tokens: NDArray[np.int32]
-    """Tokens that the base reads for each sample of the store."""
-    batch_tokens: int
-    max_disk_bytes: int | None
-    claims: UnitSource | None
-    pilot: Pilot | None
-    states_of: StatesOf | None
-    """Computes the states of a unit. None: the base does."""
-
-    @property
-    def has_batches(self) -> bool:
-        """Whether the base runs over samples as they are."""
-        return self.states_of is None and not self.manifest.alignment
-
-    @property
-    def is_piloted(self) -> bool:
-        """Whether batches are timed for a prediction."""
-        return self.pilot is not None and self.pilot.prediction is None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Item:
-    """A batch to compute, or all of a unit."""
-
-    unit_input: UnitInput
-    batch: Batch | None
-    """None: all of the unit."""
-    is_first: bool = True
-    """Of its unit."""
-    is_last: bool = True
-    """Of its unit."""
-
-
-def _read_batches(
-    plan: _Plan, todo: Sequence[int], writers: UnitWriters, reader: "ReadAhead[_Item]"
-) -> Iterator[_Item]:
-    """Yield what is to be computed, unit by unit, until the disk limit ends it."""
-    claims = plan.claims
-    units = todo if claims is None else claims.iter_units(todo, is_over=reader.is_over)
-    for unit in units:
-        unit_input = plan.inputs.read(unit)
-        if not _has_room(plan, unit_input, writers, reader):
-            if claims:
-                claims.give_back(unit)
-            reader.is_cut = True
-            return
-        if plan.has_batches:
-            yield from _batches_of(plan, unit_input)
-        else:
-            yield _Item(unit_input=unit_input, batch=None)
-        if claims:  # a unit that waits here may be computed by another process
-            reader.wait_until_taken()
-
-
-def _batches_of(plan: _Plan, unit_input: UnitInput) -> Iterator[_Item]:
-    batches = plan_batches(unit_input.lengths, batch_tokens=plan.batch_tokens)
-    if plan.is_piloted:
-        batches = spread(batches)
-    for number, samples in enumerate(batches, start=1):
-        yield _Item(
-            unit_input=unit_input,
-            batch=_make_batch(unit_input, samples),
-            is_first=number == 1,
-            is_last=number == len(batches),
-        )
-
-
-def _make_batch(unit: UnitInput, samples: NDArray[np.int64]) -> Batch:
-    return make_batch(samples, lengths=unit.lengths, starts=unit.starts, tokens=unit.tokens)
-
-
-def _has_room(
-    plan: _Plan, unit_input: UnitInput, writers: UnitWriters, reader: "ReadAhead[_Item]"
-) -> bool:
-    """Return whether a unit stays within the disk limit, and expect it to be written.
-
-    Units under way count with the most that they can add; where that is too much, they are waited
-    for.
-    """
-    largest = largest_unit_bytes(plan.manifest, unit_input.num_tokens)
-    while plan.max_disk_bytes is not None and not reader.is_over.is_set():
-        num_writers = 1 + (plan.claims.num_others() if plan.claims else 0)
-        under_way = writers.expected_bytes()
-        if _folder_bytes(plan.root) + under_way + num_writers * largest <= plan.max_disk_bytes:
-            break
-        if not under_way:
-            return False
-        writers.wait_for_one(_LOOK_S)
-    writers.expect(unit_input.unit, largest)
-    return True
+def _make_pilot(
+    root: Path,
+    manifest: Manifest,
+    inputs: UnitInputs,
+    read_tokens: NDArray[np.int32],
+    todo: Sequence[int],
+    *,
+    batch_tokens: int,
+) -> Pilot:
+    return Pilot(
+        root,
+        manifest,
+        [read_tokens[rows] for rows in map(inputs.samples, todo)],
+        units=todo,
+        unit_tokens=list(map(inputs.num_tokens, todo)),
+        batch_tokens=batch_tokens,
+    )
 
 
 class _Forward:
@@ -282,9 +145,9 @@ class _Forward:
     def __init__(
         self,
         base: Base,
-        plan: _Plan,
+        plan: Plan,
         writers: UnitWriters,
-        reader: "ReadAhead[_Item]",
+        reader: "ReadAhead[Item]",
         progress: Progress,
     ) -> None:
         """Prepare."""
@@ -304,7 +167,7 @@ class _Forward:
         """Seconds that the passes waited for other stages."""
         return {"read": self._reader.waited_s, **self._writers.waited_s}
 
-    def run(self, item: _Item) -> None:
+    def run(self, item: Item) -> None:
         """Compute an item; hand its unit on behind the last one."""
         unit_input, plan = item.unit_input, self._plan
         if item.is_first:
@@ -383,7 +246,7 @@ class _Forward:
         """Show what is written, and which stage was the limit since the unit before."""
         receipts = self._writers.receipts
         for receipt in receipts[self._known :]:
-            self._stored_bytes += _stored_bytes(self._plan.manifest, receipt)
+            self._stored_bytes += stored_bytes(self._plan.manifest, receipt)
         self._known = len(receipts)
         waited_s, elapsed_s = self.waited_s, time.perf_counter() - self._started_at
         before, before_s = self._before
@@ -405,33 +268,6 @@ def _stage(manifest: Manifest, base: Base, streams: SideStreams | None) -> Stagi
         width=manifest.width,
         keeps_bits=keeps_bits(manifest),
         streams=streams,
-    )
-
-
-def summarize(
-    root: Path,
-    manifest: Manifest,
-    receipts: Sequence[Receipt],
-    *,
-    elapsed_s: float,
-    is_finished: bool,
-) -> ExtractReport:
-    """Return the report of an extraction that has written these receipts."""
-    tokens, present = sum(receipt.num_tokens for receipt in receipts), bytes_by_folder(root)
-    return ExtractReport(
-        store=str(root),
-        fingerprint=manifest.fingerprint,
-        num_units=manifest.num_units,
-        num_tokens=manifest.num_tokens,
-        computed_units=len(receipts),
-        computed_tokens=tokens,
-        raw_bytes=raw_bytes(manifest, tokens),
-        stored_bytes=sum(_stored_bytes(manifest, receipt) for receipt in receipts),
-        head_bytes=present.get("head", 0),
-        blocks_bytes=present.get("blocks", 0),
-        store_bytes=sum(present.values()),
-        elapsed_s=round(elapsed_s, 3),
-        is_finished=is_finished,
     )
 
 
@@ -468,29 +304,10 @@ def compute_states(
     )
     waiting: deque[SideCopy] = deque()
     for samples in plan_batches(unit.lengths, batch_tokens=batch_tokens):
-        batch = _make_batch(unit, samples)
+        batch = batch_of(unit, samples)
         copy = staging.add(batch, capture(base, taps, torch.from_numpy(batch.ids)))
         if copy is not None:
             waiting.append(copy)
         if len(waiting) > _COPIES_AHEAD:
             waiting.popleft().wait()
     return {tap: rows[:] for tap, rows in staging.rows().items()}
-
-
-def largest_unit_bytes(manifest: Manifest, num_tokens: int) -> int:
-    """Return the most bytes that a unit of `num_tokens` tokens can add to the store."""
-    chunks = -(-num_tokens // manifest.rows_per_chunk)
-    raw = raw_bytes(manifest, chunks * manifest.rows_per_chunk)  # incompressible: stored as it is
-    scales = 4 * (manifest.unit_tokens + manifest.width)
-    frames = manifest.unit_tokens // manifest.rows_per_chunk * _CHUNK_OVERHEAD_BYTES
-    return raw + len(manifest.taps) * (scales + frames) + _RECEIPT_BYTES
-
-
-def _stored_bytes(manifest: Manifest, receipt: Receipt) -> int:
-    """Return the bytes of a unit's hidden states in the store."""
-    paths = state_paths(manifest.taps, receipt.unit, is_lossy=manifest.is_lossy)
-    return sum(receipt.files[path].bytes for path in paths)
-
-
-def _folder_bytes(root: Path) -> int:
-    return sum(bytes_by_folder(root).values())

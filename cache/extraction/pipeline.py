@@ -15,7 +15,7 @@ from carryon.cache.base.model import Base
 from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.aligned import plan_aligned, refuse_with_alignment, run_aligned
-from carryon.cache.extraction.forward import ExtractReport, run_units
+from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.layout_writer import (
     append_plan,
     plan_files,
@@ -24,6 +24,7 @@ from carryon.cache.extraction.layout_writer import (
 )
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
+from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.extraction.resume import (
     refuse_known_data,
     refuse_other_data,

@@ -31,13 +31,13 @@ from carryon.cache.corpus.rows import Data
 from carryon.cache.corpus.samples import Sample, SampleTable
 from carryon.cache.errors import CarryOnError
 from carryon.cache.extraction import sample_tables
-from carryon.cache.extraction.forward import ExtractReport
 from carryon.cache.extraction.layout_writer import plan_files, write_plan
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
 from carryon.cache.extraction.pilot import PilotSample, make_probe, measure_profile
 from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.extraction.plan import plan_extraction
 from carryon.cache.extraction.repair import RepairReport, repair
+from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.extraction.sharing.leases import LeaseTimes
 from carryon.cache.extraction.sharing.workers import Sharing
 from carryon.cache.files.documents import digest_of

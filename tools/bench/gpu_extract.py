@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from carryon.cache.base.model import Base
 from carryon.cache.device import attention_of_any_shape
-from carryon.cache.extraction.forward import ExtractReport, run_units
+from carryon.cache.extraction.forward import run_units
+from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.shard_writer import UnitInputs

@@ -20,7 +20,7 @@ from carryon.tools.cli.table import format_table
 
 if TYPE_CHECKING:
     from carryon.cache.extraction.estimate import Estimate
-    from carryon.cache.extraction.forward import ExtractReport
+    from carryon.cache.extraction.report import ExtractReport
 
 logger = logging.getLogger(__name__)
 

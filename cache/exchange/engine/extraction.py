@@ -30,10 +30,11 @@ from carryon.cache.exchange.engine.staging import staging_folder
 from carryon.cache.exchange.engine.states import Columns, EngineStates, FirstFiles
 from carryon.cache.exchange.state_file import read_facts
 from carryon.cache.exchange.taps import forward_facts
-from carryon.cache.extraction.forward import ExtractReport, run_units, units_to_do
+from carryon.cache.extraction.forward import run_units, units_to_do
 from carryon.cache.extraction.pilot import PILOT_TOKENS
 from carryon.cache.extraction.pipeline import Errors, describe_size, prepare_store, resume_store
 from carryon.cache.extraction.plan import ExtractionPlan
+from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.extraction.sharing.claims import drop_claims
 from carryon.cache.extraction.sharing.workers import Sharing, run_together
 from carryon.cache.files.atomic import sweep_partials

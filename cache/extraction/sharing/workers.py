@@ -25,16 +25,12 @@ from carryon.cache.base.model import Base
 from carryon.cache.base.recorded import recorded_forward
 from carryon.cache.device import count_cores, device_of
 from carryon.cache.errors import InputError, StoreBusyError
-from carryon.cache.extraction.forward import (
-    ExtractReport,
-    StatesOf,
-    run_units,
-    summarize,
-    units_to_do,
-)
+from carryon.cache.extraction.forward import run_units, units_to_do
 from carryon.cache.extraction.ray_actors.computing import compute_in_ray
+from carryon.cache.extraction.report import ExtractReport, summarize
 from carryon.cache.extraction.sharing.claims import PLAN, Claims, clear_leftovers
 from carryon.cache.extraction.sharing.leases import Leases, LeaseTimes
+from carryon.cache.extraction.stages.items import StatesOf
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import has_receipt, read_receipt, units_with_receipt
 from carryon.cache.lock import write_lock

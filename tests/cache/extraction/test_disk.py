@@ -15,7 +15,7 @@ from support.tiny_stores import (
 
 from carryon.cache.base.model import Base
 from carryon.cache.errors import DiskFullError, InputError, UnfinishedStoreError
-from carryon.cache.extraction.forward import largest_unit_bytes
+from carryon.cache.extraction.stages.items import largest_unit_bytes
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify

@@ -11,7 +11,7 @@ from support.tiny_stores import FORWARD, READING, files_below
 
 from carryon.cache.base.model import Base
 from carryon.cache.extraction.estimate import estimate
-from carryon.cache.extraction.forward import ExtractReport, run_units
+from carryon.cache.extraction.forward import run_units
 from carryon.cache.extraction.pipeline import run_extraction
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.extraction.prediction import (
@@ -23,6 +23,7 @@ from carryon.cache.extraction.prediction import (
     fit_seconds,
     spread,
 )
+from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.format.manifest import read_manifest
 from carryon.cache.format.zarr_metadata import receipt_path, shard_path
 from carryon.cache.settings import CorpusSettings, StoreSettings

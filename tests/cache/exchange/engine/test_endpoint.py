@@ -17,9 +17,9 @@ from carryon.cache.exchange.engine.endpoint import Endpoint, parse_url
 from carryon.cache.exchange.engine.extraction import run_with_vllm
 from carryon.cache.exchange.engine.planning import plan_with_vllm
 from carryon.cache.exchange.engine.settings import VllmSettings
-from carryon.cache.extraction.forward import ExtractReport
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.extraction.repair import repair
+from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.extraction.sharing.workers import Sharing
 from carryon.cache.format.zarr_metadata import receipt_path
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings

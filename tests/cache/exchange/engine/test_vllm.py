@@ -24,8 +24,8 @@ from carryon.cache.exchange.engine.local import (
 )
 from carryon.cache.exchange.engine.planning import plan_with_vllm
 from carryon.cache.exchange.engine.settings import VllmSettings
-from carryon.cache.extraction.forward import ExtractReport
 from carryon.cache.extraction.pipeline import extract
+from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
