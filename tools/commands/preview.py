@@ -63,7 +63,13 @@ def preview(
     from carryon.cache.corpus.report import format_report, warnings
     from carryon.cache.files.atomic import write_file
 
-    code_sha256 = digest_code(locate_base(base))
+    code_sha256 = None
+    try:
+        code_sha256 = digest_code(locate_base(base))
+    except InputError as error:
+        if trust_remote_code:
+            raise
+        logger.warning(f"{error}; its code is not run")
     if code_sha256 is not None:
         logger.warning(
             f"base {base}: it comes with Python code ({code_sha256[:12]}), "

@@ -95,6 +95,52 @@ def test_code_of_another_repository_is_refused(folder: Path, canary: Path) -> No
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("where", ["sub/own", "../own", "/{parent}/own"])
+def test_code_that_is_not_beside_the_config_is_refused(
+    folder: Path, canary: Path, where: str
+) -> None:
+    module = where.format(parent=folder.parent)
+    path = (folder / f"{module}.py").resolve()
+    path.parent.mkdir(exist_ok=True)
+    (folder / "own.py").rename(path)
+    edit(folder, auto_map={"AutoConfig": f"{module}.OwnConfig"})
+    with pytest.raises(InputError, match="beside the config, got "):
+        load_base(str(folder), forward=TRUSTED)
+    assert not canary.exists()
+
+
+def test_code_that_another_config_names_is_refused(folder: Path, canary: Path) -> None:
+    shutil.copy(folder / "config.json", folder / "config.4.0.0.json")
+    edit(folder, model_type="llama", auto_map={}, configuration_files=["config.4.0.0.json"])
+    with pytest.raises(InputError, match="got a config that names other configs"):
+        load_base(str(folder), forward=TRUSTED)
+    assert not canary.exists()
+
+
+@pytest.mark.usefixtures("folder")  # where modules are cached
+def test_code_that_generates_counts_too(tmp_path: Path, canary: Path) -> None:
+    plain = make_tiny_base(tmp_path / "generates")
+    code = plain / "custom_generate" / "generate.py"
+    code.parent.mkdir()
+    code.write_text(f"open({str(canary)!r}, 'a').close()\ndef generate(model): pass\n")
+    recorded = load_base(str(plain), forward=TRUSTED).identity.to_dict()
+    assert canary.exists()
+    assert len(recorded["code_sha256"]) == 64
+    canary.unlink()
+    with code.open("a") as file:
+        file.write("pass\n")
+    with pytest.raises(SettingMismatchError, match="expected the recorded code .*not run"):
+        load_recorded_base(recorded, where="store", forward=TRUSTED)
+    assert not canary.exists()
+
+
+def test_a_loop_of_links_is_refused(folder: Path, canary: Path) -> None:
+    (folder / "loop.py").symlink_to("loop.py")
+    with pytest.raises(InputError, match="loop"):
+        load_base(str(folder), forward=TRUSTED)
+    assert not canary.exists()
+
+
 def test_a_base_without_code_is_the_same_base_where_code_may_run(tmp_path: Path) -> None:
     folder = make_tiny_base(tmp_path / "base")
     (folder / "unused.py").write_text("raise SystemExit\n")
