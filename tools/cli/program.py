@@ -21,6 +21,7 @@ from typing import Any
 
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.files.full_disk import disk_full_number
+from carryon.tools.cli.options import options_of
 from carryon.tools.cli.output import (
     discard,
     has_reader,
@@ -102,7 +103,7 @@ class Program:
             sys.stdout.flush()
             return code
         except CarryOnError as error:
-            return _fail(f"{prog}: error: {error}")
+            return _fail(f"{prog}: error: {self._as_typed(words[0], str(error))}")
         except KeyboardInterrupt as error:
             return _fail(f"{prog}: {str(error) or INTERRUPTED}", code=130)
         except BrokenPipeError:
@@ -119,6 +120,13 @@ class Program:
             if isinstance(error, OSError) and error.errno in NOT_ALLOWED:
                 return _fail(f"{prog}: error: {error.strerror}{where}")
             raise
+
+    def _as_typed(self, command: str, text: str) -> str:
+        """Return the text of an error that begins with the name of a setting with its option."""
+        name, colon, rest = text.partition(": ")
+        known = options_of(self.find(command)) if command in self.commands else []
+        flags = {option.name: option.flag for option in known}
+        return f"{flags.get(name, name)}{colon}{rest}"
 
     def _run(self, words: Sequence[str]) -> int:
         if not words or words[0] in ("-h", "--help"):

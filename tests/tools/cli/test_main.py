@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from carryon.cache.errors import DiskFullError, InputError
 from carryon.tools.cli.main import CARRYON, main
 from carryon.tools.cli.options import options_of
 from carryon.tools.cli.output import log_to_stderr
+from carryon.tools.cli.program import Program
 from carryon.tools.commands import inspect_store as inspect_file
 
 NAMES = sorted(CARRYON.commands)
@@ -168,3 +170,31 @@ def test_a_control_character_of_a_file_does_not_reach_the_terminal(
     with log_to_stderr("info"):
         logging.getLogger("carryon").warning("of a file: \x1b[31mred\r")
     assert capsys.readouterr().err == "warning: of a file: \\x1b[31mred\\r\n"
+
+
+def refuse(path: str, /, *, max_tokens: int = 3) -> None:
+    """Refuse.
+
+    Args:
+        path: Where.
+        max_tokens: How many.
+    """
+    raise InputError(f"{path}: expected 2 or more, got {max_tokens}")
+
+
+@pytest.mark.parametrize(
+    ("begins", "shown"),
+    [("max_tokens", "--max-tokens"), ("path", "path"), ("rows.jsonl", "rows.jsonl")],
+)
+def test_an_error_names_a_setting_as_it_is_typed(
+    begins: str,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "refusing", SimpleNamespace(refuse=refuse))
+    commands = {"refuse": "refusing:refuse"}
+    program = Program(prog="tool", about="", closing="", commands=commands)
+    assert program.main(["refuse", begins]) == 2
+    text = f"tool refuse: error: {shown}: expected 2 or more, got 3\n"
+    assert capsys.readouterr().err == text
