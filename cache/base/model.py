@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -243,7 +244,7 @@ def _read_model(
         model = _load(place, compute_dtype, how)
         digest = _digest_as_saved(model, place, compute_dtype=compute_dtype, dtype=saved_dtype)
         if digest is None:
-            digest = digest_weights(_load(place, saved_dtype, how))
+            digest = _digest_again(place, saved_dtype, how)
         return model, saved_dtype, digest
     model = _load(place, saved_dtype, how)
     checkpoint_dtype: torch.dtype = model.dtype
@@ -263,6 +264,15 @@ def _load(place: BaseSource, dtype: torch.dtype | str, how: Mapping[str, Any]) -
     model = read_model(place, dtype=dtype, **how)
     check_ties(model)
     return model
+
+
+def _digest_again(place: BaseSource, dtype: torch.dtype, how: Mapping[str, Any]) -> str:
+    """Return the digest of the base loaded once more, apart from what is on disk of the first."""
+    folder: str | None = how.get("offload_folder")
+    if folder is None:
+        return digest_weights(_load(place, dtype, how))
+    with TemporaryDirectory(dir=folder) as apart:
+        return digest_weights(_load(place, dtype, {**how, "offload_folder": apart}))
 
 
 def _check_dtype(model: PreTrainedModel, place: BaseSource, dtype: torch.dtype) -> None:
