@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{name}I": 1 << 10 * power for power, name in enumerate("KMGT", start=1)}
-_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?I?)B", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*((?:[KMGT]I?)?)B", re.IGNORECASE)
 _EXAMPLE = "0=70GiB cpu=100GiB"
 _MAX_MAP_BYTES = 16 << 20
 
@@ -88,7 +88,7 @@ def _read_map(path: Path) -> dict[str, Place]:
     except (ValueError, StoreError) as error:
         raise InputError(f"--device-map: {path}: expected a JSON file: {error}") from error
     if not isinstance(places, dict) or not places:
-        raise InputError(f'device_map: {path}: expected an object such as {{"": "cpu"}}')
+        raise InputError(f'--device-map: {path}: expected an object such as {{"": "cpu"}}')
     for place in dict.fromkeys(map(_checked, places.values(), [path] * len(places))):
         if place not in ("cpu", "disk"):
             pick_device(_device_name(place))

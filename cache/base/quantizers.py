@@ -85,6 +85,8 @@ def checkpoint_quantization(config: PreTrainedConfig) -> str | None:
         return None
     values: Mapping[str, Any] = facts if isinstance(facts, Mapping) else facts.to_dict()
     words = [str(values.get("quant_method") or "unknown")]
+    if values.get("load_in_8bit") or values.get("load_in_4bit"):
+        words = ["bitsandbytes"]  # whatever the method says, as transformers takes it
     if values.get("load_in_8bit"):
         words.append("int8")
     else:

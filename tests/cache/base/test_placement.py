@@ -100,6 +100,24 @@ def test_other_families_all_on_disk(family: str, saved: torch.dtype, tmp_path: P
         assert not any((tmp_path / "kept").iterdir())
 
 
+def test_joined_matrices_on_disk_are_not_replaced_by_those_read_for_the_digest(
+    tmp_path: Path,
+) -> None:
+    folder = make_tiny_base(tmp_path / "base", "mixtral", dtype=torch.float32)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+    plain = load(folder, device="cpu", compute_dtype="float32")
+    places = tmp_path / "map.json"
+    places.write_text('{"": "disk"}')
+    parent = tmp_path / "offload"
+    parent.mkdir()
+    base = load(folder, device_map=str(places), offload_folder=str(parent), compute_dtype="float32")
+    assert torch.equal(base_logits(base, IDS), base_logits(plain, IDS))
+    assert base.identity == plain.identity
+    [made] = parent.iterdir()
+    assert not [each for each in made.iterdir() if each.is_dir()]
+
+
 @pytest.mark.parametrize("way", ["auto", "balanced", "balanced_low_0", "sequential"])
 def test_what_does_not_fit_max_memory_is_read_from_disk(
     way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -176,7 +194,7 @@ def test_no_device_map_is_one_line(text: str, match: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "size", ["cpu", "cpu=", "cpu=70", "cpu=70 XB", "disk=3GB", "9=1GB", "-1=1GB"]
+    "size", ["cpu", "cpu=", "cpu=70", "cpu=70 XB", "disk=3GB", "9=1GB", "-1=1GB", "cpu=1IB"]
 )
 def test_no_size_is_one_line(size: str, tmp_path: Path) -> None:
     folder = make_tiny_base(tmp_path / "base")

@@ -258,6 +258,8 @@ def test_a_checkpoint_of_bitsandbytes_runs_and_says_so(folder: Path, tmp_path: P
         ({"quant_method": "mxfp4"}, "mxfp4"),
         ({"quant_method": "fp8", "fmt": "e4m3"}, "fp8-e4m3"),
         ({"quant_method": "\x1b[31m" + "x" * 500}, "31m" + "x" * 56),
+        ({"quant_method": "gptq", "load_in_8bit": True}, "bitsandbytes-int8"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes-fp4"),
         ({}, "unknown"),
     ],
 )
