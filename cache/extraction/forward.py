@@ -310,4 +310,4 @@ def compute_states(
             waiting.append(copy)
         if len(waiting) > _COPIES_AHEAD:
             waiting.popleft().wait()
-    return {tap: rows[:] for tap, rows in staging.rows().items()}
+    return {tap: rows[:] for tap, rows in staging.rows(unit.num_tokens).items()}

@@ -108,14 +108,18 @@ def _has_room(
 ) -> bool:
     """Return whether a unit stays within the disk limit, and expect it to be written.
 
-    Units under way count with the most that they can add; where that is too much, they are waited
-    for.
+    Units under way, also those of other processes, count with the most that they can add; where
+    that is too much, those of this one are waited for.
     """
-    largest = largest_unit_bytes(plan.manifest, unit_input.num_tokens)
+    largest, whole = (
+        largest_unit_bytes(plan.manifest, count)
+        for count in (unit_input.num_tokens, plan.manifest.unit_tokens)
+    )
     while plan.max_disk_bytes is not None and not reader.is_over.is_set():
-        num_writers = 1 + (plan.claims.num_others() if plan.claims else 0)
+        others = plan.claims.num_others() * whole if plan.claims else 0
         under_way = writers.expected_bytes()
-        if _folder_bytes(plan.root) + under_way + num_writers * largest <= plan.max_disk_bytes:
+        present = sum(bytes_by_folder(plan.root).values())
+        if present + under_way + others + largest <= plan.max_disk_bytes:
             break
         if not under_way:
             return False
@@ -131,7 +135,3 @@ def largest_unit_bytes(manifest: Manifest, num_tokens: int) -> int:
     scales = 4 * (manifest.unit_tokens + manifest.width)
     frames = manifest.unit_tokens // manifest.rows_per_chunk * _CHUNK_OVERHEAD_BYTES
     return raw + len(manifest.taps) * (scales + frames) + _RECEIPT_BYTES
-
-
-def _folder_bytes(root: Path) -> int:
-    return sum(bytes_by_folder(root).values())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from carryon.cache.buffers import BufferPool
 from carryon.cache.device import SideCopy, SideStreams, to_device
+from carryon.cache.errors import InputError
 from carryon.cache.extraction.packing import Batch
 
 _MOST_FREE = 8  # chunks; as many as there are threads that encode
@@ -51,8 +52,8 @@ class Staging:
         self._arrays: dict[str, NDArray[Any]] = {
             tap: states.numpy() for tap, states in self._states.items()
         }
-        self._order = np.empty(num_rows, dtype=np.int64)
-        """[R] for each row of the unit, the place of its states."""
+        self._order = np.full(num_rows, -1, dtype=np.int64)
+        """[R] for each row of the unit, the place of its states; -1: there are none yet."""
         self._count = 0
         self._copies: list[SideCopy] = []
         self._pool = BufferPool(max_free=_MOST_FREE)
@@ -60,6 +61,7 @@ class Staging:
     def clear(self) -> None:
         """Begin with another unit."""
         self._count, self._copies = 0, []
+        self._order.fill(-1)
 
     def add(self, batch: Batch, found: Mapping[str, Tensor]) -> SideCopy | None:
         """Copy the states of a batch behind those that are there.
@@ -70,7 +72,16 @@ class Staging:
 
         Returns:
             Copies that are under way. None: they are whole.
+
+        Raises:
+            InputError: the base has not returned a state for each token.
         """
+        for tap, states in found.items():
+            if states.shape[:-1].numel() != batch.ids.size:
+                raise InputError(
+                    f"tap {tap}: expected a state for each token of {batch.ids.shape}, got "
+                    f"{tuple(states.shape)}. Fix: leave out {tap}"
+                )
         first, stop = self._count, self._count + len(batch.rows)
         self._order[batch.rows] = np.arange(first, stop)
         self._count = stop
@@ -97,11 +108,20 @@ class Staging:
         """Return the states [count, D] that came last, by tap; their copies are whole."""
         return {tap: each[self._count - count : self._count] for tap, each in self._arrays.items()}
 
-    def rows(self) -> dict[str, "StagedRows"]:
-        """Return the states of the unit by tap, once their copies are whole."""
+    def rows(self, num_tokens: int) -> dict[str, "StagedRows"]:
+        """Return the states of the unit by tap, once their copies are whole.
+
+        Args:
+            num_tokens: of the unit.
+
+        Raises:
+            RuntimeError: a token has no states, or has them twice.
+        """
+        order = self._order[:num_tokens]
+        if self._count != num_tokens or (order < 0).any():
+            raise RuntimeError(f"expected states of {num_tokens} tokens, got {self._count}")
         for copy in self._copies:
             copy.wait()
-        order = self._order[: self._count]
         return {tap: StagedRows(states, order, self._pool) for tap, states in self._arrays.items()}
 
     def _stored(self, states: Tensor) -> Tensor:

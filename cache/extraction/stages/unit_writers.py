@@ -5,11 +5,13 @@ units are written at a time, as each waits for the disk. Memory is bounded: two 
 one of which is being computed, and as many are compressed as there are writers.
 """
 
+import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +25,7 @@ MAX_ENCODERS = 8
 _STAGED = 2
 _WRITERS = 3
 _LOOK_S = 0.02
+logger = logging.getLogger(__name__)
 
 WriteUnit = Callable[..., Receipt | None]
 """As `carryon.cache.store.shard_writer.write_unit`; None: another process has committed it."""
@@ -67,9 +70,12 @@ class UnitWriters:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._writers.shutdown()
         self._encoders.shutdown()
+        for job in self._jobs:
+            if (other := job.exception()) is not None and other is not error:
+                logger.warning(f"a unit was not written: {other}")  # `error` is raised, not this
 
     def expect(self, unit: int, max_bytes: int) -> None:
         """Count a unit as one that will be written; any thread may call it."""
@@ -98,13 +104,19 @@ class UnitWriters:
             self._num_staged += 1
             return self._make()
         while True:
-            started_at, stage = time.perf_counter(), "encode" if self._num_encoding else "write"
             try:
-                return self._free.get(timeout=_LOOK_S)
+                with self._timed_wait():
+                    return self._free.get(timeout=_LOOK_S)
             except queue.Empty:
                 self.collect()
-            finally:
-                self.waited_s[stage] += time.perf_counter() - started_at
+
+    @contextmanager
+    def _timed_wait(self) -> Iterator[None]:
+        started_at, stage = time.perf_counter(), "encode" if self._num_encoding else "write"
+        try:
+            yield
+        finally:
+            self.waited_s[stage] += time.perf_counter() - started_at
 
     def submit(
         self, unit_input: UnitInput, states: Staging | Mapping[str, Rows], *, elapsed_s: float
@@ -117,7 +129,8 @@ class UnitWriters:
             elapsed_s: seconds its computation took.
         """
         while not isinstance(states, Staging) and len(self._jobs) >= _STAGED:
-            wait(self._jobs, return_when=FIRST_COMPLETED)  # whose memory nothing else bounds
+            with self._timed_wait():
+                wait(self._jobs, _LOOK_S, FIRST_COMPLETED)  # whose memory nothing else bounds
             self.collect()
         self._jobs.append(self._writers.submit(self._run, unit_input, states, elapsed_s))
 
@@ -146,7 +159,8 @@ class UnitWriters:
             with self._change:
                 self._num_encoding += 1
             try:
-                rows = states.rows() if isinstance(states, Staging) else states
+                num_tokens = unit_input.num_tokens
+                rows = states.rows(num_tokens) if isinstance(states, Staging) else states
                 encoded = encode_unit(
                     self._root, self._manifest, unit_input, rows, pool=self._encoders
                 )

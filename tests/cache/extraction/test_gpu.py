@@ -41,7 +41,7 @@ def test_copied_states_are_those_of_a_plain_copy(keeps_bits: bool, dtype: torch.
         for number, batch in enumerate(batches):
             assert staging.add(batch, made(batch, 100 * unit + number)) is not None
         plain = {tap: torch.zeros(rows, width, dtype=dtype) for tap in taps}
-        staged = {tap: each[:] for tap, each in staging.rows().items()}
+        staged = {tap: each[:] for tap, each in staging.rows(int(lengths.sum())).items()}
         for number, batch in enumerate(batches):
             for tap, states in made(batch, 100 * unit + number).items():
                 plain[tap][batch.rows] = states.cpu().reshape(-1, width)[batch.places]

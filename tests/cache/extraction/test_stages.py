@@ -19,7 +19,10 @@ from carryon.cache.extraction.stages.read_ahead import ReadAhead
 from carryon.cache.extraction.stages.staging import Staging
 from carryon.cache.extraction.stages.unit_writers import UnitWriters
 from carryon.cache.format.manifest import Manifest
-from carryon.cache.format.receipt import Receipt
+from carryon.cache.format.quantization import bfloat16_bits
+from carryon.cache.format.receipt import Receipt, units_with_receipt
+from carryon.cache.settings import StoreSettings
+from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_writer import UnitInputs, write_unit
 
 LENGTHS = np.array([5, 3, 7, 2, 6, 4], dtype=np.int32)
@@ -56,6 +59,7 @@ def test_staged_states_are_those_scattered_one_by_one(keeps_bits: bool, dtype: t
     """And memory that is used again keeps nothing of the unit before."""
     staging = Staging(["a", "b"], num_rows=ROWS, width=WIDTH, keeps_bits=keeps_bits, streams=None)
     tokens = np.zeros(ROWS, dtype=np.int32)
+    num_tokens = int(LENGTHS.sum())
     for unit in range(2):
         torch.manual_seed(unit)
         staging.clear()
@@ -70,13 +74,32 @@ def test_staged_states_are_those_scattered_one_by_one(keeps_bits: bool, dtype: t
                     expected[tap][sample] = kept.bfloat16() if keeps_bits else kept
             newest = staging.newest(len(batch.rows))["a"]
             assert newest.shape == (len(batch.rows), WIDTH)
-        for tap, rows in staging.rows().items():
+        for tap, rows in staging.rows(num_tokens).items():
             given = rows[:]
             if keeps_bits:
                 given = (given.astype(np.uint32) << 16).view(np.float32)
             assert np.array_equal(given, _scattered(expected[tap]))
             for first in range(0, ROWS, 8):
                 assert np.array_equal(rows[first : first + 8], rows[:][first : first + 8])
+
+
+def test_a_token_without_states_or_with_those_of_another_is_refused() -> None:
+    staging = Staging(["a"], num_rows=ROWS, width=WIDTH, keeps_bits=True, streams=None)
+    tokens, num_tokens = np.zeros(ROWS, dtype=np.int32), int(LENGTHS.sum())
+    for _ in range(2):  # places of the unit before count for nothing
+        staging.clear()
+        for samples in plan_batches(LENGTHS, batch_tokens=16):
+            with pytest.raises(RuntimeError, match="expected states of 27 tokens"):
+                staging.rows(num_tokens)
+            batch = make_batch(samples, lengths=LENGTHS, starts=STARTS, tokens=tokens)
+            found = {"a": torch.zeros(*batch.ids.shape, WIDTH)}
+            with pytest.raises(InputError, match="tap a: expected a state for each token of"):
+                staging.add(batch, {"a": found["a"][:, 1:]})
+            staging.add(batch, found)
+        staging.rows(num_tokens)
+    staging.add(batch, found)
+    with pytest.raises(RuntimeError, match="expected states of 27 tokens"):
+        staging.rows(num_tokens)
 
 
 def _count_to(number: int, *, made: list[int] | None = None) -> Any:  # noqa: ANN401
@@ -140,12 +163,13 @@ def test_who_is_slower_is_the_limit() -> None:
 class _Store:
     """A planned store, whose units are written by a function that may be slow or fail."""
 
-    def __init__(self, root: Path) -> None:
-        self.given: Given = make_given(settings=SETTINGS, num_samples=60)
+    def __init__(self, root: Path, **settings: object) -> None:
+        changed = StoreSettings.from_dict(SETTINGS.to_dict() | settings)
+        self.given: Given = make_given(settings=changed, num_samples=60)
         with small_pieces():
             self.manifest: Manifest = plan_given(root, self.given)
         self.root, self.inputs = root, UnitInputs(root, self.manifest)
-        self.num_made = 0
+        self.num_made = self.most_lost = 0
 
     def staging(self) -> Staging:
         self.num_made += 1
@@ -178,6 +202,7 @@ class _Store:
         ) as writers:
             for unit in range(self.manifest.num_units):
                 staging = writers.take()
+                self.most_lost = max(self.most_lost, unit + 1 - len(units_with_receipt(self.root)))
                 self.fill(staging, unit)
                 writers.expect(unit, 1)
                 writers.submit(self.inputs.read(unit), staging, elapsed_s=0.0)
@@ -209,6 +234,7 @@ def test_a_slow_disk_is_waited_for_and_memory_stays_bounded(
     assert {receipt.unit for receipt in writers.receipts} == set(range(store.manifest.num_units))
     assert store.num_made == 2
     assert most <= 3
+    assert 3 < store.most_lost <= 5
     assert writers.waited_s["write"] > 0.05
 
 
@@ -220,3 +246,61 @@ def test_what_a_writer_raises_is_raised_by_the_next_call(store_tmp: Path) -> Non
 
     with pytest.raises(InputError, match="no room"):
         store.run(broken)
+
+
+def test_memory_is_not_used_again_before_it_is_written(store_tmp: Path) -> None:
+    """A raw chunk is written from the memory it was gathered into, while others are gathered."""
+    store = _Store(store_tmp / "store", profile="raw")
+
+    def slow(*given: Any, **how: Any) -> Receipt:  # noqa: ANN401
+        time.sleep(0.02)
+        return write_unit(*given, **how)
+
+    store.run(slow)
+
+    for unit in Store.open(store.root).iter_units():
+        rows = slice(unit.unit * UNIT_TOKENS, (unit.unit + 1) * UNIT_TOKENS)
+        for tap, stored in unit.hidden.items():
+            assert np.array_equal(stored, bfloat16_bits(store.given.hidden[tap][rows]))
+
+
+def test_ctrl_c_keeps_what_is_computed_and_hides_no_error(
+    store_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = _Store(store_tmp / "store")
+
+    def half(*given: Any, **how: Any) -> Receipt:  # noqa: ANN401
+        if given[2].unit == 0:
+            raise InputError("no room for unit 0")
+        return write_unit(*given, **how)
+
+    def interrupted() -> None:
+        how = (store.root, store.manifest, half, store.staging)
+        with UnitWriters(*how, num_encoders=1) as writers:
+            for unit in range(2):
+                staging = store.staging()
+                store.fill(staging, unit)
+                writers.submit(store.inputs.read(unit), staging, elapsed_s=0.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert units_with_receipt(store.root) == {1}
+    assert "a unit was not written: no room for unit 0" in caplog.text
+
+
+def test_a_wait_for_whole_units_counts_as_one_for_the_disk(store_tmp: Path) -> None:
+    store = _Store(store_tmp / "store")
+
+    def slow(*given: Any, **how: Any) -> Receipt:  # noqa: ANN401
+        time.sleep(0.05)
+        return write_unit(*given, **how)
+
+    how = (store.root, store.manifest, slow, store.staging)
+    with UnitWriters(*how, num_encoders=1) as writers:
+        for unit in range(4):
+            rows = slice(unit * UNIT_TOKENS, (unit + 1) * UNIT_TOKENS)
+            hidden = {tap: store.given.hidden[tap][rows] for tap in store.manifest.taps}
+            writers.submit(store.inputs.read(unit), hidden, elapsed_s=0.0)
+        writers.collect(waits=True)
+    assert sum(writers.waited_s.values()) > 0.03

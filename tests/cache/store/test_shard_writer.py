@@ -79,9 +79,10 @@ def test_a_state_that_is_not_finite_is_refused_with_sample_and_position(
     )
 
 
-def test_not_finite_bits_of_bfloat16_are_refused_too(planned: Planned) -> None:
+@pytest.mark.parametrize("bits", [0x7F80, 0x7FC0, 0x7FFF, 0xFF80, 0xFFC0, 0xFFFF])
+def test_not_finite_bits_of_bfloat16_are_refused_too(planned: Planned, bits: int) -> None:
     hidden = {tap: bfloat16_bits(states) for tap, states in planned.hidden_of(1).items()}
-    hidden["final"][0, 0] = 0xFF80  # minus infinity
+    hidden["final"][0, 0] = bits
     planned.assert_refused(
         hidden, "tap final: a state is not finite as bfloat16, in sample .* at token 0"
     )
