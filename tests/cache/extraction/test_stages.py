@@ -100,6 +100,10 @@ def test_a_token_without_states_or_with_those_of_another_is_refused() -> None:
     staging.add(batch, found)
     with pytest.raises(RuntimeError, match="expected states of 27 tokens"):
         staging.rows(num_tokens)
+    staging.clear()
+    staging.add(batch, found)  # not the first rows of the unit
+    with pytest.raises(RuntimeError, match=f"expected states of {len(batch.rows)} tokens"):
+        staging.rows(len(batch.rows))
 
 
 def _count_to(number: int, *, made: list[int] | None = None) -> Any:  # noqa: ANN401
