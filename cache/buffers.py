@@ -29,6 +29,11 @@ class BufferPool:
         """Keep at least `max_free` free blocks of one size."""
         self._most_free = max(self._most_free, max_free)
 
+    def close(self) -> None:
+        """Give free blocks back to the system, and those in use when they are free."""
+        self._most_free = 0
+        self._free.clear()
+
     def take(self, num_bytes: int) -> NDArray[np.uint8]:
         """Return an uninitialized array [num_bytes].
 

@@ -54,6 +54,7 @@ class Stream:
         self._taps = list(taps)
         self._is_pinned = is_pinned
         self._memory = BufferPool(max_free=0)
+        self._left_bytes = self._most_batches = 0
         self._max_tokens = 1
         self._is_known = isinstance(windows, Sequence)
         if isinstance(windows, Sequence):
@@ -74,7 +75,7 @@ class Stream:
     @property
     def made_bytes(self) -> int:
         """Bytes of hidden states allocated so far; later batches reuse them."""
-        return self._memory.made_bytes
+        return self._left_bytes + self._memory.made_bytes
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Yield the batches of each step; errors of the threads are raised here."""
@@ -100,9 +101,14 @@ class Stream:
 
     def _make_room(self, windows: Sequence[Window]) -> None:
         """Keep as much memory as these windows need, and what those before needed."""
-        most_batches = max((sum(map(len, window.steps)) for window in windows), default=0)
-        self._memory.keep(2 * len(self._taps) * most_batches)
-        self._max_tokens = max(self._max_tokens, _max_ordinary_tokens(self._store, windows))
+        counts = [sum(map(len, window.steps)) for window in windows]
+        self._most_batches = max([self._most_batches, *counts])
+        max_tokens = _max_ordinary_tokens(self._store, windows)
+        if max_tokens > self._max_tokens:  # no later batch has room in the blocks made so far
+            self._memory.close()
+            self._left_bytes += self._memory.made_bytes
+            self._memory, self._max_tokens = BufferPool(max_free=0), max_tokens
+        self._memory.keep(2 * len(self._taps) * self._most_batches)
 
     def _allocate(self, samples: NDArray[np.int64]) -> "_BatchRows":
         """Return memory for a batch, with anything in it."""

@@ -1,6 +1,7 @@
 """The right rows, in the given order, within the memory bound."""
 
 import threading
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from support.tiny_train_stores import make_tiny_store
 
+from carryon.cache import buffers
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.format.zarr_metadata import shard_path
 from carryon.cache.store.reader import Store
@@ -175,6 +177,27 @@ def test_memory_stays_within_the_bound_and_is_used_again(tmp_path: Path, taps: l
     num_rows = int(store.sample_lengths.sum())
     bound = stream_bytes(store, windows, taps=taps)
     assert made_bytes <= bound < num_rows * 16 * 2 * len(taps)  # width, bytes of bfloat16
+
+
+def test_memory_stays_within_the_bound_where_windows_are_planned_as_they_are_read(
+    tmp_path: Path,
+) -> None:
+    store = Store.open(make_tiny_store(tmp_path / "store", num_samples=200))
+    windows = _windows(store)
+    sizes = [max(int(store.sample_lengths[each].sum()) for [each] in w.steps) for w in windows]
+    assert max(sizes) > max(sizes[:2]), "a later window has a larger batch"
+    blocks = tracemalloc.Filter(True, buffers.__file__)
+    held = 0
+
+    tracemalloc.start()
+    stream = Stream(store, iter(windows), taps=["final"], settings=SETTINGS, is_pinned=False)
+    with stream as steps:
+        for _ in steps:
+            traces = tracemalloc.take_snapshot().filter_traces([blocks]).traces
+            held = max(held, sum(trace.size for trace in traces if trace.size > 512))
+    tracemalloc.stop()
+
+    assert 0 < held <= stream_bytes(store, windows, taps=["final"])
 
 
 def test_a_step_that_is_kept_is_not_written_over(store: Store) -> None:
