@@ -93,7 +93,7 @@ def run_units(
     reuse_freed_memory()
     streams = SideStreams() if base.device.type == "cuda" else None
     make_staging = partial(_stage, manifest, base, streams)
-    write = write_unit if claims is None else claims.write_unit
+    write = partial(write_unit, root, manifest) if claims is None else claims.write_unit
     num_encoders = min(MAX_ENCODERS, num_encoders or count_cores())
     num_tokens = sum(map(inputs.num_tokens, todo))
     started_at = time.perf_counter()

@@ -90,14 +90,7 @@ def open_sleeper(job: ActorJob) -> Iterator[tuple[str, Callable[[int], Outcome]]
                 for unit in orders.iter_units([]):
                     unit_input = inputs.read(unit)
                     time.sleep(job["sleep_s"])
-                    writer.submit(
-                        orders.write_unit,
-                        root,
-                        manifest,
-                        unit_input,
-                        hidden,
-                        elapsed_s=job["sleep_s"],
-                    )
+                    writer.submit(orders.write_unit, unit_input, hidden, elapsed_s=job["sleep_s"])
 
         threads.submit(orders.serve, run)
         yield leases.token, orders.extract

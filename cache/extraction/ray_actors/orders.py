@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Literal
 
 from carryon.cache.errors import CarryOnError, DiskFullError
 from carryon.cache.extraction.sharing.claims import Claims
-from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.receipt import Receipt
 from carryon.cache.store.shard_writer import EncodedUnit, Rows, UnitInput
 
@@ -102,20 +100,12 @@ class Orders:
                 self._answer(Outcome(unit=unit, state=standing))
 
     def write_unit(
-        self,
-        root: Path,
-        manifest: Manifest,
-        unit_input: UnitInput,
-        hidden: Mapping[str, Rows] | EncodedUnit,
-        *,
-        elapsed_s: float,
+        self, unit_input: UnitInput, hidden: Mapping[str, Rows] | EncodedUnit, *, elapsed_s: float
     ) -> Receipt | None:
         """Write and commit a unit and say what became of it; arguments as of `Claims`."""
         unit = unit_input.unit
         try:
-            receipt = self._claims.write_unit(
-                root, manifest, unit_input, hidden, elapsed_s=elapsed_s
-            )
+            receipt = self._claims.write_unit(unit_input, hidden, elapsed_s=elapsed_s)
         except BaseException as error:
             self._reported.append(error)
             self._answer(_failure(unit, error))

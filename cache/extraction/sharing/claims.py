@@ -41,13 +41,7 @@ class UnitSource(Protocol):
         """Yield each unit that this process is to compute; end soon once `is_over` is set."""
 
     def write_unit(
-        self,
-        root: Path,
-        manifest: Manifest,
-        unit_input: UnitInput,
-        hidden: Mapping[str, Rows] | EncodedUnit,
-        *,
-        elapsed_s: float,
+        self, unit_input: UnitInput, hidden: Mapping[str, Rows] | EncodedUnit, *, elapsed_s: float
     ) -> Receipt | None:
         """Write and commit a unit that was yielded; None if another process has committed it."""
 
@@ -113,18 +107,13 @@ class Claims:
         return self._leases.token
 
     def write_unit(
-        self,
-        root: Path,
-        manifest: Manifest,
-        unit_input: UnitInput,
-        hidden: Mapping[str, Rows] | EncodedUnit,
-        *,
-        elapsed_s: float,
+        self, unit_input: UnitInput, hidden: Mapping[str, Rows] | EncodedUnit, *, elapsed_s: float
     ) -> Receipt | None:
         """Write and commit a claimed unit; None if another process has committed it.
 
         Arguments and errors are those of `carryon.cache.store.shard_writer.write_unit`.
         """
+        root, manifest = self._root, self._manifest
         token, unit = self._leases.token, unit_input.unit
         write = partial(write_aside, root, token=token)
         try:

@@ -176,18 +176,7 @@ def run_together(
                     settings=sharing.ray,
                     workers=sharing.workers,
                 )
-        elapsed_s = time.perf_counter() - started_at
-        done = [unit for unit in todo if has_receipt(root, manifest, unit)]
-        if len(done) == len(todo):
-            clear_leftovers(root, manifest, leases)
-        receipts = [read_receipt(root, manifest, unit) for unit in done]
-        report = summarize(
-            root,
-            manifest,
-            receipts,
-            elapsed_s=elapsed_s,
-            is_finished=len(done) == len(todo),
-        )
+        report = _finish(job, todo, leases, elapsed_s=time.perf_counter() - started_at)
         return replace(report, limit=own.limit, stage_s=own.stage_s) if own else report
 
 
@@ -213,6 +202,16 @@ def _compute_here(
         is_complete = units_with_receipt(job.root).issuperset(todo)
         others.wait(timeout_s=2 * _LOOK_S if is_complete else None)
     return report
+
+
+def _finish(job: "_Job", todo: list[int], leases: Leases, *, elapsed_s: float) -> ExtractReport:
+    """Report what all have written, and remove what killed ones have left if that is all."""
+    done = [unit for unit in todo if has_receipt(job.root, job.manifest, unit)]
+    is_finished = len(done) == len(todo)
+    if is_finished:
+        clear_leftovers(job.root, job.manifest, leases)
+    receipts = [read_receipt(job.root, job.manifest, unit) for unit in done]
+    return summarize(job.root, job.manifest, receipts, elapsed_s=elapsed_s, is_finished=is_finished)
 
 
 def _alone(leases: Leases, prepare: Callable[[], Manifest]) -> Manifest:

@@ -28,7 +28,8 @@ _LOOK_S = 0.02
 logger = logging.getLogger(__name__)
 
 WriteUnit = Callable[..., Receipt | None]
-"""As `carryon.cache.store.shard_writer.write_unit`; None: another process has committed it."""
+"""As `carryon.cache.store.shard_writer.write_unit` from the unit's input on; None: another process
+has committed it."""
 
 
 class UnitWriters:
@@ -154,7 +155,6 @@ class UnitWriters:
     def _run(
         self, unit_input: UnitInput, states: Staging | Mapping[str, Rows], elapsed_s: float
     ) -> Receipt | None:
-        how = {"elapsed_s": elapsed_s}
         try:
             with self._change:
                 self._num_encoding += 1
@@ -170,7 +170,7 @@ class UnitWriters:
                 if isinstance(states, Staging):
                     states.clear()
                     self._free.put(states)
-            return self._write(self._root, self._manifest, unit_input, encoded, **how)
+            return self._write(unit_input, encoded, elapsed_s=elapsed_s)
         finally:
             with self._change:
                 self._expected.pop(unit_input.unit, None)

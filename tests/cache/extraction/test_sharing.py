@@ -203,7 +203,7 @@ def test_two_writers_of_other_bytes_never_mix(
         assert one.take("1")
         assert list(first.iter_units([0])) == []
         (root / receipt_path(1)).write_bytes(expected[receipt_path(1)])
-        assert late.write_unit(root, manifest, unit_input, states, elapsed_s=0.0) is None
+        assert late.write_unit(unit_input, states, elapsed_s=0.0) is None
     assert files_below(root) == expected
 
 
@@ -231,7 +231,7 @@ def test_a_late_writer_leaves_nothing_where_others_finish_and_clear_its_unit(
         claims = Claims(root, manifest, leases)
         assert leases.take("1")
         with watch_changes(root, finish):
-            assert claims.write_unit(root, manifest, unit_input, states, elapsed_s=0.0) is None
+            assert claims.write_unit(unit_input, states, elapsed_s=0.0) is None
     assert is_cleared
     assert files_below(root) == expected
 

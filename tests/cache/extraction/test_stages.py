@@ -231,7 +231,7 @@ def test_a_slow_disk_is_waited_for_and_memory_stays_bounded(
         time.sleep(0.05)
         with lock:
             at_work -= 1
-        return write_unit(*given, **how)
+        return write_unit(store.root, store.manifest, *given, **how)
 
     writers = store.run(slow, num_encoders=num_encoders)
 
