@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from carryon.cache.errors import MissingError
 from carryon.cache.extraction.ray_actors.actor import Job
@@ -15,9 +15,13 @@ from carryon.cache.extraction.ray_actors.orders import Outcome
 def open_sleeper(job: Job) -> Iterator[tuple[str, Callable[[int], Outcome]]]:
     """Sleep for each unit; kill the process at those of the job that are deadly.
 
-    The job's `broken` are units that only the first process fails at; without `base` an actor
-    cannot start.
+    The job's `broken` are units that only the first process fails at. The first
+    `fatal_starts` processes die as they start; without `base` an actor cannot start.
     """
+    for number in range(job.get("fatal_starts", 0)):
+        with suppress(FileExistsError):
+            os.mkdir(f"{job['folder']}/start-{number}")
+            os.kill(os.getpid(), signal.SIGKILL)
     if "base" not in job:
         raise MissingError("base: expected a folder, got nothing.\nFix: another")
     broken = set(job.get("broken", []))

@@ -15,7 +15,7 @@ from carryon.cache.extraction.ray_actors.dispatch import Actors
 from carryon.cache.extraction.ray_actors.ledger import Ledger
 from carryon.cache.extraction.ray_actors.slots import plan_slot
 from carryon.cache.extraction.sharing.leases import Leases
-from carryon.cache.settings import RaySettings
+from carryon.cache.settings import DEVICE_MAPS, RaySettings
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,7 @@ def compute_in_ray(
             cpus=settings.ray_cpus,
             gpus=settings.ray_gpus,
         )
-        job = job_of(num_threads=slot.cpus)
-        if Path(job["base"]).exists():  # an actor may start in another folder
-            job["base"] = str(Path(job["base"]).absolute())
+        job = with_whole_paths(job_of(num_threads=slot.cpus))
         actors = Actors(
             ray,
             job,
@@ -72,6 +70,21 @@ def compute_in_ray(
     for line in actors.report():
         logger.info(line)
     _refuse_failures(ledger, store=job["root"])
+
+
+def with_whole_paths(job: Job) -> Job:
+    """Return a job for an actor, which may start in another folder."""
+    forward, base = job["forward"], Path(job["base"])
+    named = {name: forward.get(name, "") for name in ("device_map", "offload_folder")}
+    paths = {
+        name: str(Path(path).absolute())
+        for name, path in named.items()
+        if path and path not in DEVICE_MAPS
+    }
+    return job | {
+        "base": str(base.absolute()) if base.exists() else job["base"],
+        "forward": forward | paths,
+    }
 
 
 def _refuse_failures(ledger: Ledger, *, store: str) -> None:

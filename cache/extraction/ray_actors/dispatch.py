@@ -29,7 +29,8 @@ _LOOK_S = 5.0
 _WAIT_S = 0.5
 _SILENT_S = 30.0
 _MOST_STARTS = 3
-"""Actors that may die while they load the base, before one has computed anything."""
+"""Actors that may die while they load the base, or as many as are there, before a unit is computed:
+a node that goes takes all of its actors along."""
 _MOST_LINES = 8
 _END_S = 10.0
 
@@ -221,7 +222,7 @@ class Actors:
         self._drop(actor, ledger, reason, counts=counts, where=where)
         if is_starting and counts:
             self._num_died += 1
-            if self._num_died >= _MOST_STARTS:
+            if self._num_died >= max(_MOST_STARTS, len(self._actors) + 1):
                 raise InputError(
                     f"backend: expected actors that load the base, got {self._num_died} that died: "
                     f"{reason}. Fix: see Ray's logs; perhaps more memory"

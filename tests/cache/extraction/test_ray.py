@@ -128,6 +128,21 @@ def test_an_actor_that_cannot_load_the_base_says_why_in_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("workers", "fatal_starts"), [(5, 4), (1, 100)])
+def test_actors_that_die_as_they_start_end_the_job_if_none_is_left(
+    connected_ray: ModuleType, tmp_path: Path, workers: int, fatal_starts: int
+) -> None:
+    dead: list[str] = []
+    actors = actors_of(connected_ray, tmp_path, dead, workers=workers, fatal_starts=fatal_starts)
+    if fatal_starts > workers:
+        with pytest.raises(InputError, match="expected actors that load the base, got 3 that died"):
+            actors.compute(range(3), lambda _: None)
+    else:
+        assert not actors.compute(range(3), lambda _: None).failed
+    assert len(list(tmp_path.glob("start-*"))) == min(fatal_starts, 4 if workers > 1 else 3)
+
+
+@pytest.mark.slow
 def test_a_node_that_joins_late_takes_part_and_an_interrupt_ends_all_actors(
     connected_ray: ModuleType,
     cluster: Any,  # noqa: ANN401 -- untyped

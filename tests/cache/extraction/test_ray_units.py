@@ -9,6 +9,7 @@ from support.tiny_stores import FORWARD, error_of, readable_content
 
 from carryon.cache.base.model import Base
 from carryon.cache.extraction.forward import run_units
+from carryon.cache.extraction.ray_actors.computing import with_whole_paths
 from carryon.cache.extraction.ray_actors.ledger import Ledger
 from carryon.cache.extraction.ray_actors.orders import Orders, Outcome
 from carryon.cache.extraction.ray_actors.slots import Slot, count_slots, plan_slot
@@ -259,6 +260,18 @@ def test_a_job_whose_units_all_fail_ends_early() -> None:
 
 
 # How many actors
+
+
+def test_a_job_names_files_by_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    forward = {"device": "auto", "device_map": "places.json", "offload_folder": "off"}
+    job = with_whole_paths({"root": "/store", "base": "base", "forward": forward})
+    places, folder = str(tmp_path / "places.json"), str(tmp_path / "off")
+    whole = {"device": "auto", "device_map": places, "offload_folder": folder}
+    assert job == {"root": "/store", "base": str(tmp_path / "base"), "forward": whole}
+    by_id = {"base": "org/base", "forward": {"device_map": "auto"}}
+    assert with_whole_paths(by_id) == by_id
 
 
 @pytest.mark.parametrize(
