@@ -258,7 +258,7 @@ def test_memory_is_not_used_again_before_it_is_written(store_tmp: Path) -> None:
 
     def slow(*given: Any, **how: Any) -> Receipt:  # noqa: ANN401
         time.sleep(0.02)
-        return write_unit(*given, **how)
+        return write_unit(store.root, store.manifest, *given, **how)
 
     store.run(slow)
 
@@ -274,9 +274,9 @@ def test_ctrl_c_keeps_what_is_computed_and_hides_no_error(
     store = _Store(store_tmp / "store")
 
     def half(*given: Any, **how: Any) -> Receipt:  # noqa: ANN401
-        if given[2].unit == 0:
+        if given[0].unit == 0:
             raise InputError("no room for unit 0")
-        return write_unit(*given, **how)
+        return write_unit(store.root, store.manifest, *given, **how)
 
     def interrupted() -> None:
         how = (store.root, store.manifest, half, store.staging)
@@ -298,7 +298,7 @@ def test_a_wait_for_whole_units_counts_as_one_for_the_disk(store_tmp: Path) -> N
 
     def slow(*given: Any, **how: Any) -> Receipt:  # noqa: ANN401
         time.sleep(0.05)
-        return write_unit(*given, **how)
+        return write_unit(store.root, store.manifest, *given, **how)
 
     how = (store.root, store.manifest, slow, store.staging)
     with UnitWriters(*how, num_encoders=1) as writers:

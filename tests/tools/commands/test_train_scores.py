@@ -172,7 +172,7 @@ WRONG: dict[str, tuple[Ways, str]] = {
     ),
     "mixture": (  # refused before the base is looked for
         lambda base, tmp, data: [*score_ways(data, tmp / "nowhere"), "--mix", "other"],
-        "score_every: expected 0 with mix",
+        "--score-every: expected 0 with mix",
     ),
     "merged kind": (
         lambda base, tmp, data: [*score_ways(data, base), "--kind", "native", "--dropout", "0"],
