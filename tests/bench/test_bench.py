@@ -28,7 +28,7 @@ from carryon.tools.bench.job import check_labels, in_turn, split_label
 from carryon.tools.bench.open import make_large_store
 from carryon.tools.bench.peers import Peer, deepspec, retyped_speculators, specforge
 from carryon.tools.bench.registry import BENCHMARKS
-from carryon.tools.bench.run import print_table, read_sizes
+from carryon.tools.bench.run import describe, print_table, read_sizes
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import StateSet, make_states, samples_of, take_states
 from carryon.tools.bench.stream import stream_layouts
@@ -134,6 +134,17 @@ def test_every_registered_benchmark_exists_and_has_its_quick_sizes(name: str) ->
         for key, value in sizes.items()
     ]
     assert read_sizes(name, given, is_quick=False) == sizes
+
+
+def test_help_of_a_benchmark_names_what_it_measures_and_its_sizes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["store.ray", "--help"])
+    page = capsys.readouterr().out
+    assert all(text in page for text in ("two actors", "unit_tokens=2048", "--sizes"))
+    for name in BENCHMARKS:
+        assert all(f"{key}=" in describe(name) for key in read_sizes(name, [], is_quick=True))
 
 
 def test_without_a_name_all_benchmarks_are_listed_without_loading_torch() -> None:

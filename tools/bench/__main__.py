@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0
+    if words[0] in BENCHMARKS and {"-h", "--help"} & set(words):
+        from carryon.tools.bench.run import describe  # which imports torch
+
+        print(describe(words[0]))
     if words[0] in _NAMED:
         words.insert(1, words[0])  # they share one function, whose first argument is the name
     return BENCH.main(words)

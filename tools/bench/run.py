@@ -93,6 +93,22 @@ def run(name: str, job: Job, sizes: Mapping[str, Any]) -> None:
     _function_of(name)(job, **sizes)
 
 
+def describe(name: str) -> str:
+    """Return what a benchmark measures and the sizes that --sizes changes, with their defaults."""
+    function, each = _function_of(name), BENCHMARKS[name]
+    about = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    sizes = [f"  {key}={_text(value)}" for key, value in _defaults(name).items()]
+    return "\n".join(
+        [
+            f"{name}: {each.about}. It needs {each.needs or 'nothing'}.",
+            "",
+            about,
+            *(["", "sizes, as of --sizes NAME=NUMBER ...:", *sizes] if sizes else []),
+            "",
+        ]
+    )
+
+
 def read_sizes(name: str, given: Sequence[str], *, is_quick: bool) -> dict[str, Any]:
     """Return the sizes of a benchmark that differ from its defaults.
 
@@ -104,11 +120,7 @@ def read_sizes(name: str, given: Sequence[str], *, is_quick: bool) -> dict[str, 
     Raises:
         InputError: the benchmark has no such size, or a value is not a positive number.
     """
-    defaults = {
-        parameter.name: parameter.default
-        for parameter in inspect.signature(_function_of(name)).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
+    defaults = _defaults(name)
     sizes = dict(BENCHMARKS[name].quick) if is_quick else {}
     for text in given:
         key, _, value = text.partition("=")
@@ -117,6 +129,14 @@ def read_sizes(name: str, given: Sequence[str], *, is_quick: bool) -> dict[str, 
             raise InputError(f"--sizes: expected some of {known} for {name}, got {text}")
         sizes[key] = _parse(key, value, defaults[key])
     return sizes
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    return {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(_function_of(name)).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
 
 
 def _parse(key: str, value: str, default: object) -> object:

@@ -65,7 +65,7 @@ def measure_ray(
     threads: int = 2,
     rounds: int = 3,
 ) -> None:
-    """Report tokens/s of two actors of Ray against two workers; arguments as of the above."""
+    """Report tokens/s of two actors of Ray against two workers that `--workers 2` starts."""
     require("ray", extra="ray", purpose="the benchmark store.ray")
     _compare(
         job,
