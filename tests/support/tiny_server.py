@@ -39,12 +39,16 @@ class TinyServer(ThreadingHTTPServer):
         self.names_layers = True
         self.faults: dict[int, str] = {}
         """By number of the prompt; a name of a file is told, and no file is written."""
+        self.on_prompt: Callable[[int], object] = lambda _: None
+        """Called with the number of each prompt, before it is answered."""
         self.change: Callable[[int, Tensors], Tensors] = lambda _, tensors: tensors
         """Changes what is written for a prompt of a number."""
         self.prompts: list[list[int]] = []
         self.salts: list[str] = []
         self.in_flight = self.most_in_flight = 0
         self.guard, self.compute = threading.Lock(), threading.Lock()
+        self.may_end = threading.Event()
+        """Ends the wait of silent requests."""
 
     def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """Answer a request for a completion; None where it is to get no answer."""
@@ -53,10 +57,14 @@ class TinyServer(ThreadingHTTPServer):
             number = len(self.prompts)
             self.prompts.append(body["prompt"])
             self.salts.append(body["cache_salt"])
+        self.on_prompt(number)
         fault = self.faults.get(number, "")
         if fault.isdigit():
             return int(fault), {"error": {"message": "told to\nfail"}}
         if fault == "hang up":
+            return None
+        if fault == "silent":
+            self.may_end.wait()
             return None
         name = fault if fault.endswith(".safetensors") else f"cmpl-{number}-0a1b.safetensors"
         told = {"hidden_states_path": f"/on/the/server/{name}"}
@@ -137,5 +145,6 @@ def serving(base: Base, folder: Path) -> Iterator[TinyServer]:
         try:
             yield server
         finally:
+            server.may_end.set()
             server.shutdown()
             thread.join()

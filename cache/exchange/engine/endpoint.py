@@ -7,6 +7,7 @@ answers is checked as a stranger's answer is.
 import http.client
 import json
 import logging
+import re
 import secrets
 import threading
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any, Self
 from urllib.parse import SplitResult, urlsplit
 
 from carryon.cache.errors import EngineError, InputError
+from carryon.cache.exchange.engine.connections import Connections
 from carryon.cache.exchange.engine.requests import file_name, retry_waits, wait_for_file
 from carryon.cache.exchange.engine.settings import MEASURED_VERSIONS, VllmSettings, is_measured
 from carryon.cache.exchange.engine.told_files import ToldFiles
@@ -27,6 +29,9 @@ _MAX_ANSWER_BYTES = 1 << 20
 _FILE_WAIT_S = 60.0
 """For a file whose name was told: as long as a file system of a network may hide it."""
 _LONGEST_TOLD_WAIT_S = 60.0
+_END_S = 10.0
+_LONGEST_VERSION = 40
+_UNUSUAL = re.compile(r"[^ -~]")
 _SHOWN = 300  # characters of what a server says
 
 
@@ -77,6 +82,7 @@ class Endpoint:
                 f"folder {vllm.states_folder!a:.200}. Fix: give its shared_storage_path, as this "
                 "machine sees it"
             )
+        self._connections = Connections(self._place, timeout_s=vllm.request_timeout_s)
         self._model, self._has_file = "", False
         self._files = ToldFiles(self.folder)
         self._is_over = threading.Event()
@@ -84,7 +90,8 @@ class Endpoint:
 
     def __enter__(self) -> Self:
         try:
-            self.version = str(self._ask("GET", "/version").content.get("version", "unknown"))[:40]
+            told = self._ask("GET", "/version").content.get("version", "unknown")
+            self.version = _UNUSUAL.sub("?", str(told)[:_LONGEST_VERSION])  # the store keeps it
             self._model = self._choose(self._ask("GET", "/v1/models").content)
         except BaseException:
             self.__exit__()
@@ -99,6 +106,8 @@ class Endpoint:
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
+        # An answer tells the name of a file, which is removed then; no answer is waited for long.
+        self._connections.cut(after_s=_END_S)
         self._pool.shutdown(cancel_futures=True)
         self._files.remove_all()
 
@@ -187,20 +196,13 @@ class Endpoint:
         )
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
-        place = self._place
-        kind = (
-            http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
-        )
-        connection = kind(place.hostname or "", place.port, timeout=self._vllm.request_timeout_s)
-        try:
-            content = None if body is None else json.dumps(body)
-            headers = {} if body is None else {"Content-Type": "application/json"}
-            connection.request(method, place.path.rstrip("/") + path, content, headers)
+        content = None if body is None else json.dumps(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        with self._connections.opened() as connection:
+            connection.request(method, self._place.path.rstrip("/") + path, content, headers)
             response = connection.getresponse()
             read = response.read(_MAX_ANSWER_BYTES + 1)
             told = response.getheader("Retry-After", "")
-        finally:
-            connection.close()
         is_short = told.isascii() and told.isdigit() and len(told) < 6
         wait_s = min(float(told), _LONGEST_TOLD_WAIT_S) if is_short else 0.0
         return Answer(status=response.status, content=_parse(read), wait_s=wait_s)
@@ -215,6 +217,7 @@ def parse_url(url: str) -> SplitResult:
     try:
         place = urlsplit(url.rstrip("/").removesuffix("/v1"))
         is_sound = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+        (place.hostname or "").encode("idna")  # a UnicodeError is a ValueError
     except ValueError:
         is_sound = False
     if not is_sound or place.query or place.fragment or place.username:

@@ -3,6 +3,7 @@
 A server is a stranger, and its folder may hold files of others.
 """
 
+import logging
 import threading
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from carryon.cache.errors import EngineError
 from carryon.cache.exchange.engine.requests import remove_states
 from carryon.cache.exchange.state_file import LOCK_SUFFIX
 from carryon.cache.files.regular import names_below
+
+logger = logging.getLogger(__name__)
 
 
 class ToldFiles:
@@ -54,12 +57,25 @@ class ToldFiles:
             self._kept.add(name)
 
     def remove(self, name: str) -> None:
-        """Remove a file that was taken."""
-        remove_states(self._folder, name)
+        """Remove a file that was taken.
+
+        Raises:
+            EngineError: this user may not, or it is no file.
+        """
         with self._guard:
             self._kept.discard(name)
+        try:
+            remove_states(self._folder, name)
+        except OSError as error:
+            raise EngineError(
+                f"{self._folder / name}: expected a file that can be removed once it is read, got "
+                f"'{error.strerror}'. Fix: let this user write to the server's folder"
+            ) from error
 
     def remove_all(self) -> None:
-        """Remove every file that was taken and not removed."""
+        """Remove every file that was taken and not removed; warn of those that cannot be."""
         for name in list(self._kept):
-            self.remove(name)
+            try:
+                self.remove(name)
+            except EngineError as error:
+                logger.warning(str(error))

@@ -1,5 +1,7 @@
 """Extraction by a served engine: the store, requests, retries, resume, and each wrong answer."""
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ from support.tiny_server import Tensors, TinyServer, serving
 from support.tiny_stores import write_corpus
 
 from carryon.cache.base.model import Base
-from carryon.cache.errors import EngineError, InputError, SettingMismatchError
+from carryon.cache.errors import EngineError, InputError, SettingMismatchError, UnsafePathError
 from carryon.cache.exchange.engine import endpoint, requests
 from carryon.cache.exchange.engine.endpoint import Endpoint, parse_url
 from carryon.cache.exchange.engine.extraction import run_with_vllm
 from carryon.cache.exchange.engine.planning import plan_with_vllm
 from carryon.cache.exchange.engine.settings import VllmSettings
+from carryon.cache.exchange.engine.told_files import ToldFiles
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.extraction.repair import repair
 from carryon.cache.extraction.report import ExtractReport
@@ -345,6 +348,60 @@ def test_a_file_is_told_for_one_prompt_alone(server: TinyServer) -> None:
         assert (server.folder / name).is_file()
 
 
+def test_leaving_does_not_wait_for_a_server_that_is_silent(
+    server: TinyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C: a request may take ten minutes, and its answer is of no more use."""
+    monkeypatch.setattr(endpoint, "_END_S", 0.05)
+    server.faults = dict.fromkeys((0, 1), "silent")
+    vllm = VllmSettings(states_folder=str(server.folder), requests=2)
+    engine = Endpoint(server.url, model="tiny", longest=9, vllm=vllm).__enter__()
+    asked = [engine.submit([1, 2]), engine.submit([3])]
+    while len(server.prompts) < 2:
+        time.sleep(0.01)
+    leaving = threading.Thread(target=engine.__exit__, daemon=True)
+    leaving.start()
+    leaving.join(60)
+    is_left = not leaving.is_alive()
+    server.may_end.set()
+    leaving.join()
+    assert is_left
+    assert all(isinstance(each.exception(), EngineError) for each in asked)
+    assert len(server.prompts) == 2, "nothing is asked again"
+
+
+def test_a_folder_in_place_of_a_file_of_states_is_refused_and_stays(
+    server: TinyServer, tiny_base: Base, corpus: Path, store_tmp: Path
+) -> None:
+    server.faults = {0: MINE}
+    server.on_prompt = lambda number: (server.folder / MINE).mkdir(exist_ok=True)
+    with pytest.raises(UnsafePathError, match="expected a file, got a folder"):
+        extract_served(server, tiny_base, corpus, store_tmp / "store")
+    assert (server.folder / MINE).is_dir()
+
+
+def test_a_file_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
+    files = ToldFiles(tmp_path)
+    files.take(MINE, look=files.look())
+    (tmp_path / MINE).mkdir()
+    with pytest.raises(EngineError, match=rf"{MINE}: expected a file that can be removed.*Fix: "):
+        files.remove(MINE)
+
+
+@pytest.mark.parametrize(
+    "version", ["0.32\ud800", "0.32\nerror: all is lost", "\x1b[31m", "v" * 999]
+)
+def test_any_text_may_be_a_servers_version(
+    server: TinyServer, tiny_base: Base, corpus: Path, store_tmp: Path, version: str
+) -> None:
+    server.version = version
+    assert extract_served(server, tiny_base, corpus, store_tmp / "store").is_finished
+    kept = Store.open(store_tmp / "store").manifest.versions["vllm"]
+    assert kept.isascii()
+    assert kept.isprintable()
+    assert len(kept) <= 40
+
+
 def test_a_folder_that_is_not_the_servers_is_named(
     server: TinyServer, tiny_base: Base, corpus: Path, store_tmp: Path
 ) -> None:
@@ -368,7 +425,7 @@ def test_nobody_answers(server: TinyServer, tiny_base: Base, corpus: Path, store
 
 
 @pytest.mark.parametrize(
-    "url", ["", "127.0.0.1:8000", "ftp://a", "http://", "http://a:x", "http://a?b"]
+    "url", ["", "127.0.0.1:8000", "ftp://a", "http://", "http://a:x", "http://a?b", "http://a..b"]
 )
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="--endpoint: expected http://HOST:PORT"):
