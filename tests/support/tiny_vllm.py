@@ -11,6 +11,8 @@ from pathlib import Path
 _PACKAGE = '''
 """Stands in for vLLM."""
 import os
+import tempfile
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +25,9 @@ SamplingParams = SimpleNamespace
 class LLM:
     def __init__(self, **args):
         print("all that vLLM prints")
+        tempfile.mkstemp(prefix="vllm_dist_")  # which the real one leaves, too
+        if args["model"] == "slow to start":
+            time.sleep(1000)
         if args["model"] == "broken":
             raise RuntimeError("no such\\nmodel")
         self.llm_engine = Engine(args)
@@ -54,6 +59,17 @@ class Engine:
             save_file(tensors, f"{self.folder}/{name}-ab.safetensors")
         taken, self.waiting = self.waiting[:2], self.waiting[2:]
         self.done = taken
+        for name, tokens in taken:
+            if tokens[0] == 14:
+                time.sleep(1000)
+            if tokens[0] == 15:  # as where several processes hold a base
+                pid = os.fork()
+                if not pid:
+                    time.sleep(1000)
+                with open(f"{self.folder}/forked", "w") as file:
+                    file.write(str(pid))
+            if tokens[0] == 16:
+                os.write(3, b"not of the driver\\n" * 9)
         path = self.folder + "/{}-ab.safetensors"
         return [
             SimpleNamespace(

@@ -1,34 +1,27 @@
-"""vLLM in a process of this machine, in its own environment, fed through pipes.
-
-It ends with this process, however that ends: it notices that its standard input is closed.
-"""
+"""vLLM on this machine: what it is to run, requests to its process, and the answers."""
 
 import importlib.util
 import json
 import logging
 import os
 import queue
-import re
-import secrets
 import shutil
-import subprocess
 import sys
-import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from carryon.cache.errors import EngineError, InputError, MissingExtraError
 from carryon.cache.exchange.engine.requests import file_name, remove_states, wait_for_file
+from carryon.cache.exchange.engine.vllm_process import END_S, VllmProcess, one_line
 
 logger = logging.getLogger(__name__)
 
 PYTHON_VARIABLE = "CARRYON_VLLM_PYTHON"
-_SIDE = Path(__file__).resolve().parent / "vllm_side"
 _ENVIRONMENT = {
     # On a CPU threads are as many as OMP_NUM_THREADS says, wherever the system puts them.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -40,9 +33,7 @@ _REQUIRED = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process that is fed
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a token is asked for behind a sample of full length
 }
-_END_S = 10.0
-_ERROR = re.compile(r"(?:[\w.]*(?:Error|Exception)): .*")
-_LONGEST_REASON = 400
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +56,13 @@ class EngineJob:
     more: Mapping[str, Any]
     """Arguments of the engine that the user gave."""
 
-    def to_dict(self, folder: Path) -> dict[str, Any]:
-        """Return the job as the process reads it; files go to `folder`."""
+    def to_dict(self, folder: Path, *, temporary: Path) -> dict[str, Any]:
+        """Return the job as the process reads it.
+
+        Args:
+            folder: for files of states.
+            temporary: for other files; it removes it at its end.
+        """
         given = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
         engine: dict[str, Any] = {
             "model": self.model,
@@ -97,7 +93,8 @@ class EngineJob:
         }
         if self.revision is not None:
             engine["revision"] = self.revision
-        return {"environment": given | _REQUIRED, "engine": engine}
+        environment = given | _REQUIRED
+        return {"environment": environment, "engine": engine, "temporary": str(temporary)}
 
 
 def find_python(asked: str) -> str:
@@ -137,14 +134,17 @@ class LocalEngine:
             job: to run.
             python: of vLLM's environment.
             folder: for the files of states; made and removed by the caller.
-            timeout_s: until a file that was told is missing.
+            timeout_s: until an answer, or a file that was told, is missing.
         """
         self.folder, self.version = folder, ""
         self._job, self._python, self._timeout_s = job, python, timeout_s
-        self._log = Path(tempfile.gettempdir()) / f"carryon-vllm-{secrets.token_hex(8)}.log"
         self._waiting: dict[str, Future[str]] = {}
+        self._heard_at = 0.0
+        """When the last answer came, or the first of the requests that wait was sent."""
         self._guard = threading.Lock()
+        self._threads: list[threading.Thread] = []
         self._number, self._is_ending = 0, False
+        self._verb = "did not start"
         self._failure: EngineError | None = None
         self._has_ended = threading.Event()
         self._answers: queue.SimpleQueue[tuple[Future[str], dict[str, Any]] | None] = (
@@ -152,34 +152,16 @@ class LocalEngine:
         )
 
     def __enter__(self) -> Self:
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("PYTHONHOME", "VIRTUAL_ENV")
-        }
-        environment["PYTHONPATH"] = str(_SIDE)  # packages of this environment are not for that one
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [self._python, str(_SIDE / "carryon_driver.py")],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C ends this process, which ends that one
-            )
-        logger.info("vLLM starts, which takes some ten seconds or more")
+        self._process = VllmProcess(self._python)
         try:
-            self._say(self._job.to_dict(self.folder))
-            assert self._process.stdout is not None
-            line = self._process.stdout.readline()
-            if not line:
-                raise self._failed("did not start")
-            self.version = str(json.loads(line)["version"])
+            logger.info("vLLM starts, which takes some ten seconds or more")
+            self._say(self._job.to_dict(self.folder, temporary=self._process.temporary))
+            self.version = self._read_version()
+            self._verb = "ended"
         except BaseException:
-            self._end()
-            self._close()
+            self._leave(after_s=0.0)
             raise
-        targets = (self._listen, self._take_answers)
+        targets = (self._listen, self._take_answers, self._watch)
         self._threads = [threading.Thread(target=each, daemon=True) for each in targets]
         for thread in self._threads:
             thread.start()
@@ -187,12 +169,7 @@ class LocalEngine:
 
     def __exit__(self, *_: object) -> None:
         self._is_ending = True
-        self._end()
-        for thread in self._threads:
-            thread.join()
-        self._close()
-        if self._failure is None:
-            self._log.unlink(missing_ok=True)
+        self._leave(after_s=END_S)
 
     def submit(self, tokens: list[int]) -> Future[str]:
         """Ask for the states of token ids; see `Engine`."""
@@ -200,6 +177,8 @@ class LocalEngine:
         with self._guard:
             if self._failure is not None:
                 raise self._failure
+            if not self._waiting:
+                self._heard_at = time.monotonic()
             self._number += 1
             name = str(self._number)
             self._waiting[name] = future
@@ -210,25 +189,44 @@ class LocalEngine:
         """Remove a file that was read; see `Engine`."""
         remove_states(self.folder, name)
 
-    def _say(self, message: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
+    def _leave(self, *, after_s: float) -> None:
+        """End the process after a while, and remove what it leaves."""
+        self._process.end(after_s=after_s)
+        for thread in self._threads:
+            thread.join()
+        self._process.lines.close()
+        self._process.clear(keeps_log=self._failure is not None)
+
+    def _read_version(self) -> str:
+        line = self._process.lines.readline()
         try:
-            self._process.stdin.write(json.dumps(message).encode("ascii") + b"\n")
-            self._process.stdin.flush()
+            return str(json.loads(line)["version"])
+        except (ValueError, KeyError, TypeError):
+            problem = f"expected its version, got {line!a:.80}" if line else ""
+            raise self._fail(problem) from None
+
+    def _say(self, message: Mapping[str, Any]) -> None:
+        try:
+            self._process.say(message)
         except BrokenPipeError as error:
-            raise self._failed("ended") from error
+            raise self._fail() from error
 
     def _listen(self) -> None:
         """Hand each answer on; when there are no more, the rest have failed."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            answer = json.loads(line)
-            with self._guard:
-                future = self._waiting.pop(str(answer["id"]))
+        problem = ""
+        for line in self._process.lines:
+            try:
+                answer = json.loads(line)
+                with self._guard:
+                    future = self._waiting.pop(str(answer["id"]))
+                    self._heard_at = time.monotonic()
+            except (ValueError, KeyError, TypeError):
+                problem = f"expected an answer, got {line!a:.80}"
+                break
             self._answers.put((future, answer))
-        failure = None if self._is_ending else self._failed("ended")
+        failure = None if self._is_ending else self._fail(problem)
         with self._guard:
-            self._failure, left = failure, list(self._waiting.values())
+            left = list(self._waiting.values())
         self._has_ended.set()
         self._answers.put(None)
         for future in left:
@@ -246,11 +244,22 @@ class LocalEngine:
             except Exception as error:  # noqa: BLE001 -- of whoever waits for the answer
                 future.set_exception(error)
 
+    def _watch(self) -> None:
+        """End a process that gives no answer, and what a dead one has left running."""
+        while not self._has_ended.wait(_LOOK_S):
+            if self._process.code is not None:
+                self._process.kill()  # what it has started may keep its output open
+            with self._guard:
+                silent_s = time.monotonic() - self._heard_at if self._waiting else 0.0
+                if silent_s > self._timeout_s:
+                    fix = "run the same command to resume, or raise --request-timeout-s"
+                    self._fail(f"no answer within {self._timeout_s:g} s", fix=fix)
+
     def _file(self, answer: Mapping[str, Any]) -> str:
         """Return the name of the file of an answer, when it is whole."""
         if "error" in answer:
             raise EngineError(
-                f"vLLM: expected it to take a prompt, got {_one_line(answer['error'])}. Fix: "
+                f"vLLM: expected it to take a prompt, got {one_line(answer['error'])}. Fix: "
                 "--max-tokens, or --vllm-args"
             )
         name = file_name(answer["file"])
@@ -262,33 +271,20 @@ class LocalEngine:
             "same command to resume, or raise --request-timeout-s"
         )
 
-    def _failed(self, what: str) -> EngineError:
-        """Return the error of a process that has ended, with the reason that its log names."""
-        with_code = ""
-        try:
-            with_code = f" with code {self._process.wait(_END_S)}"
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        reasons = [match[0] for line in lines if (match := _ERROR.search(line))]
-        reason = _one_line((reasons or [line for line in lines if line.strip()] or ["no word"])[-1])
-        return EngineError(f"vLLM: {what}{with_code}: {reason}. Fix: see {self._log}")
+    def _fail(self, problem: str = "", *, fix: str = "") -> EngineError:
+        """Return why no more answers will come, and kill the process; the first reason counts.
 
-    def _end(self) -> None:
-        """Close the pipe, which ends the process; end it by force where that takes long."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _close(self) -> None:
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())[:_LONGEST_REASON]
+        Args:
+            problem: with a process that may still run. Empty: it has ended.
+            fix: what helps besides the log.
+        """
+        if not problem:
+            self._process.end(after_s=END_S)
+            problem = f"{self._verb} with code {self._process.code}"
+        self._process.kill()
+        if self._failure is None:
+            more = f"{fix}; see" if fix else "see"
+            self._failure = EngineError(
+                f"vLLM: {problem}: {self._process.last_word()}. Fix: {more} {self._process.log}"
+            )
+        return self._failure

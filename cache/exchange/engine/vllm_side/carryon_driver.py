@@ -2,12 +2,14 @@
 
 A JSON line each way, on standard input and output: first the job and that the engine is ready, then
 {"id", "tokens"} and {"id", "file"}. All else that is printed goes to standard error. It ends when
-its standard input is closed, as when the process that started it is killed.
+its standard input is closed, as when the process that started it is killed, and removes the folder
+of its temporary files.
 """
 
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
 from typing import Any, TextIO
@@ -16,8 +18,8 @@ _MORE_STEPS = 2
 """After the last request: the connector is told of a finished request in the step after it."""
 
 
-def main() -> None:
-    """Run the job."""
+def main() -> str:
+    """Run the job and return its folder of temporary files."""
     said = os.fdopen(os.dup(1), "w", buffering=1, encoding="ascii")
     os.dup2(2, 1)
     job = json.loads(sys.stdin.buffer.readline())
@@ -36,6 +38,7 @@ def main() -> None:
             if output.finished:
                 path = (output.kv_transfer_params or {}).get("hidden_states_path", "")
                 _say(said, {"id": output.request_id, "file": os.path.basename(path)})
+    return str(job["temporary"])
 
 
 def _take(
@@ -72,5 +75,5 @@ def _say(said: TextIO, message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    shutil.rmtree(main(), ignore_errors=True)
     os._exit(0)  # nothing to save; vLLM's own end takes seconds

@@ -1,0 +1,136 @@
+"""The process that runs vLLM, in its own environment: a line each way, a log, and its end.
+
+It ends with this process, however that ends: it notices that its standard input is closed. Requests
+and answers are not here.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from carryon.cache.errors import InputError
+from carryon.cache.files.atomic import remove_anything
+
+_SIDE = Path(__file__).resolve().parent / "vllm_side"
+_ERROR = re.compile(r"(?:[\w.]*(?:Error|Exception)): .*")
+_LONGEST_REASON = 400
+_TAIL_BYTES = 1 << 20
+"""Of a log that is searched for the reason of an end."""
+END_S = 10.0
+"""Seconds that it has to end by itself."""
+
+
+class VllmProcess:
+    """A started driver of vLLM; `end`, then `clear`."""
+
+    def __init__(self, python: str) -> None:
+        """Start it.
+
+        Args:
+            python: of vLLM's environment.
+
+        Raises:
+            InputError: it cannot be run; nothing is left.
+        """
+        # vLLM leaves files where temporary ones go, and a killed process cannot remove its own.
+        self.temporary = Path(tempfile.mkdtemp(prefix="carryon-vllm-"))
+        """Folder for its temporary files, and the log."""
+        self.log = self.temporary / "log"
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONHOME", "VIRTUAL_ENV")
+        }
+        environment["PYTHONPATH"] = str(_SIDE)  # packages of this environment are not for that one
+        environment["TMPDIR"] = str(self.temporary)
+        try:
+            with self.log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [python, str(_SIDE / "carryon_driver.py")],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C ends this process, which ends that one
+                )
+        except OSError as error:
+            self.clear(keeps_log=False)
+            raise InputError(
+                f"--vllm-python: expected a program that can be run, got {python}: "
+                f"{error.strerror}. Fix: --vllm-python ENV/bin/python"
+            ) from error
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.poll()
+
+    @property
+    def lines(self) -> IO[bytes]:
+        """What it says, a JSON line each."""
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def say(self, message: Mapping[str, Any]) -> None:
+        """Write a line to its standard input.
+
+        Raises:
+            BrokenPipeError: it has ended.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message).encode("ascii") + b"\n")
+        self._process.stdin.flush()
+
+    def last_word(self) -> str:
+        """Return the last error in its log, or else the last line."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = log.read().decode("utf-8", errors="replace").splitlines()
+        reasons = [match[0] for line in lines if (match := _ERROR.search(line))]
+        return one_line((reasons or [line for line in lines if line.strip()] or ["no word"])[-1])
+
+    def end(self, *, after_s: float) -> None:
+        """Close its standard input, which ends it; kill it, and what it has started, after a while.
+
+        Args:
+            after_s: seconds that it has to end by itself.
+        """
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(after_s)
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill what still runs of it and of the processes that it has started."""
+        with suppress(ProcessLookupError, PermissionError):  # none is left
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def clear(self, *, keeps_log: bool) -> None:
+        """Remove its temporary files; with `keeps_log` all but the log."""
+        if not keeps_log:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            return
+        for path in self.temporary.iterdir():
+            if path != self.log:
+                remove_anything(path)
+
+
+def one_line(text: object) -> str:
+    """Return a text of vLLM as one line of limited length."""
+    return " ".join(str(text).split())[:_LONGEST_REASON]
