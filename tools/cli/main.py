@@ -1,13 +1,21 @@
 """The `carryon` program: its commands, and which options their short help shows."""
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
+_IS_STARTING = threading.current_thread() is threading.main_thread() and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+)
+if _IS_STARTING:  # Ctrl-C ends the process until `Program.main` sees to it: an import may lose it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     from carryon.tools.cli.program import Program
-except KeyboardInterrupt:
-    sys.exit(130)  # as `Program.main` does
+finally:
+    if _IS_STARTING:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CARRYON = Program(
     prog="carryon",

@@ -10,17 +10,14 @@ import errno
 import importlib
 import inspect
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.files.full_disk import disk_full_number
+from carryon.tools.cli.interrupts import interrupts
 from carryon.tools.cli.options import options_of
 from carryon.tools.cli.output import (
     discard,
@@ -87,13 +84,14 @@ class Program:
         words = list(sys.argv[1:] if argv is None else argv)
         prog = f"{self.prog} {words[0]}" if words and words[0] in self.commands else self.prog
         open_closed_streams()
-        with _interrupts() as interrupts:
+        text = f"{prog}: {INTERRUPTED}"
+        with interrupts(text, inside=sys._getframe(), own="carryon.tools") as seen:
             try:
                 return self._code(words, prog)
             except Exception:
-                if not interrupts:  # libraries make other errors of one in the midst of an import
+                if not seen:  # libraries make other errors of one
                     raise
-                return _fail(f"{prog}: {INTERRUPTED}", code=130)
+                return _fail(text, code=130)
             finally:
                 _flush()
 
@@ -164,24 +162,3 @@ def _flush() -> None:
             stream.flush()
         except OSError:
             discard(stream)
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Yield a list that is no longer empty once Ctrl-C has been pressed, which acts as before."""
-    seen: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or before is not signal.default_int_handler:
-        yield seen
-        return
-
-    def notice(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        signal.default_int_handler(number, frame)
-
-    signal.signal(signal.SIGINT, notice)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
