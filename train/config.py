@@ -225,10 +225,10 @@ class LossSettings(Settings):
     position's gradient is at most the probability left out, times the largest distance of a row of
     the head from their mean. 0: nothing is left out."""
     sampled_softmax: int = bounded(0, at_least=0)
-    """Train against the 4,096 most frequent tokens of the store and the step's own targets, plus
-    this many uniformly sampled negatives per step, reweighted. 2048 makes a step of a small
-    carry-on several times as fast. Training losses are then estimates; held-out losses are over
-    the whole vocabulary, as all are with 0."""
+    """Train against the 4,096 tokens that are the most frequent or that the base finds the most
+    probable, the step's own targets, and this many sampled negatives per step, reweighted. 2048
+    makes a step of a small carry-on several times as fast. Training losses are then estimates;
+    held-out losses are over the whole vocabulary, as all are with 0."""
 
     def problems(self) -> list[tuple[bool, str]]:
         """Check what depends on two fields."""

@@ -33,12 +33,27 @@ def test_every_preset_is_measured_after_one_epoch_and_after_all(tmp_path: Path) 
     assert sizes == sorted(set(sizes))
 
 
-def test_a_sampled_softmax_is_compared_with_the_exact_loss(tmp_path: Path) -> None:
+def test_a_sampled_softmax_is_compared_at_equal_steps_and_at_equal_seconds(tmp_path: Path) -> None:
     store = make_tiny_store(tmp_path / "store", vocab_size=1000)
 
     figures = measure("train.sampled", tmp_path, given_stores=[str(store)], sizes={"sampled": 100})
 
-    assert names_of(figures) == ["sampled.speed", "sampled.nll"]
-    details = figures[1].details
-    assert len(set(details["held_out_nll"]) | set(details["held_out_nll_exact"])) == 6
-    assert max(details["held_out_nll_exact"]) < details["base_nll"]
+    names = ("speed", "equal_steps", "equal_seconds")
+    assert names_of(figures) == [f"sampled.store.{name}" for name in names]
+    steps, seconds = figures[1].details, figures[2].details
+    assert len({*steps["held_out_nll"], *steps["held_out_nll_exact"]}) == 6
+    assert max(steps["held_out_nll_exact"]) < steps["base_nll"]
+    assert seconds["steps"] == steps["steps"] * seconds["epochs"] // steps["epochs"]
+    assert figures[2].value == sum(difference < 0 for difference in seconds["differences"])
+
+
+def test_proposals_of_negatives_are_compared_by_their_gradient(tmp_path: Path) -> None:
+    store = make_tiny_store(tmp_path / "store", vocab_size=1000)
+
+    figures = measure("train.proposals", tmp_path, given_stores=[str(store)], sizes={"draws": 40})
+
+    names = ["uniform", "unigram", "log_uniform", "scored_uniform", "scored"]
+    assert names_of(figures) == [f"proposal.store.{name}" for name in names]
+    for figure in figures:
+        assert 0 < figure.details["bias"] < figure.value < 1
+        assert 128 < figure.details["rows"] < 500

@@ -2,8 +2,8 @@
 
 Both run as processes of the command line, each with its own source first on the import path. The
 bits of a run depend on processor and libraries, so both are made here, never compared with stored
-digests. The run `low_memory` differs from FIRST_LAYOUT: its rounding noise was seeded by Python's
-`hash` of a tuple, and is seeded by a SeedSequence since.
+digests. Two runs differ from FIRST_LAYOUT: the rounding noise of `low_memory` was seeded by
+Python's `hash` of a tuple, and is seeded by a SeedSequence since; `sampled` had other rows.
 """
 
 import hashlib

@@ -71,18 +71,30 @@ class Job:
         settings = ForwardSettings.from_dict({"device": device, "compute_dtype": dtype})
         return load_base(self.base, forward=settings)
 
-    def open_stores(self, default: Sequence[str]) -> dict[str, Store]:
+    def open_stores(
+        self,
+        default: Sequence[str],
+        *,
+        settings: StoreSettings | None = None,
+        num_tokens: int = _CORPUS_TOKENS,
+        max_tokens: int = 1024,
+    ) -> dict[str, Store]:
         """Return the given stores by label, and with a base those of the corpora.
 
         Args:
             default: corpora to extract if none are named.
+            settings: of stores that are extracted.
+            num_tokens: tokens of each, roughly.
+            max_tokens: length at which longer documents are split.
         """
         stores = {label: Store.open(path) for label, path in map(split_label, self.given_stores)}
         if self.base:
             for corpus in self.corpora or default:
                 label, _ = split_label(corpus)
                 if label not in stores:
-                    stores[label] = self._extract(corpus, StoreSettings(), _CORPUS_TOKENS, 1024)
+                    stores[label] = self._extract(
+                        corpus, settings or StoreSettings(), num_tokens, max_tokens
+                    )
         return stores
 
     def open_store(

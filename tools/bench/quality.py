@@ -1,4 +1,4 @@
-"""Held-out loss of carry-ons: from lossy stores, with several taps, presets, a sampled softmax.
+"""Held-out loss of carry-ons: from lossy stores, with several taps, of presets.
 
 Every comparison is one sweep over one store, so all runs see the same samples in the same order.
 """
@@ -99,40 +99,6 @@ def measure_presets(job: Job, *, epochs: int = 3) -> None:
                 held_out_contamination=report.held_out_contamination,
                 **changes,
             )
-
-
-def measure_sampled(job: Job, *, epochs: int = 3, sampled: int = 2048) -> None:
-    """Train with a sampled softmax and with the exact loss side by side, with three seeds."""
-    runs: dict[str, Changes] = {}
-    for seed in SEEDS:
-        runs |= {
-            f"{number}.{seed}": {"sampled_softmax": number, "seed": seed} for number in (0, sampled)
-        }
-    reports = train_runs(job, job.open_store().root, "sampled", runs, epochs=epochs)
-    exact = [reports[f"0.{seed}"] for seed in SEEDS]
-    ours = [reports[f"{sampled}.{seed}"] for seed in SEEDS]
-    nlls = [report.carryon_nll for report in ours]
-    exact_nlls = [report.carryon_nll for report in exact]
-    job.report(
-        "sampled.speed",
-        statistics.median(
-            one.tokens_per_second / other.tokens_per_second
-            for one, other in zip(ours, exact, strict=True)
-        ),
-        "of the exact loss's tokens/s",
-        tokens_per_second=[report.tokens_per_second for report in ours],
-        tokens_per_second_exact=[report.tokens_per_second for report in exact],
-    )
-    job.report(
-        "sampled.nll",
-        statistics.mean(nlls) - statistics.mean(exact_nlls),
-        "nats above the exact loss, held out, mean of three seeds",
-        held_out_nll=nlls,
-        held_out_nll_exact=exact_nlls,
-        base_nll=exact[0].base_nll,
-        rows=sampled,
-        epochs=epochs,
-    )
 
 
 def _open_with_layers(job: Job) -> Store:

@@ -198,10 +198,16 @@ BENCHMARKS = {
         quick={"epochs": 1, "sampled": 20},
     ),
     "train.sampled": Benchmark(
-        place="quality:measure_sampled",
-        about="speed and held-out loss with a sampled softmax against the exact loss",
+        place="sampled:measure_sampled",
+        about="a sampled softmax against the exact loss, at equal steps and seconds; an hour",
         needs="store",
-        quick={**_QUALITY, "sampled": 1024},
+        quick={"sampled": 1024, "tokens": 4096},
+    ),
+    "train.proposals": Benchmark(
+        place="proposals:measure_proposals",
+        about="error of the sampled softmax's gradient by where its negatives come from",
+        needs="store",
+        quick={"sampled": 128, "targets": 64, "draws": 4},
     ),
     "mixing.train": Benchmark(
         place="mixing:measure_mixing",

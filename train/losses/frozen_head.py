@@ -56,10 +56,21 @@ class FrequentRows:
     """The rows of every step."""
     is_frequent: Tensor
     """[V] bool, on the host: whether a token is among them."""
-    others: Tensor
-    """[V - rows] int64, on the host: all other tokens."""
+    strata: tuple[Tensor, ...]
+    """int64, on the host: all other tokens, in groups that are sampled from one by one."""
     num_sampled: int
-    """How many of the others are sampled for a step."""
+    """How many of the others are sampled for a step, at most."""
+
+    def counts(self) -> list[int]:
+        """Return how many are sampled from each stratum: the same number, or all of it.
+
+        What a small one leaves over goes to the later ones.
+        """
+        counts, left = [], self.num_sampled
+        for number, stratum in enumerate(self.strata):
+            counts.append(min(len(stratum), left // (len(self.strata) - number)))
+            left -= counts[-1]
+        return counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from carryon.cache.store.view import StoreLike
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_softmax import (
-    MOST_FREQUENT,
+    most_frequent,
     sampled_head,
     with_sampled_softmax,
 )
@@ -76,7 +76,10 @@ def time_losses(
     device = [head.device] if head.device.type == "cuda" else []
     with torch.random.fork_rng(devices=device):
         exact = _seconds(lambda: _loss(head, some, chunk=chunk)) / len(some) * len(targets)
-        sampling = with_sampled_softmax(head, _counts(store, head.vocab_size), NUM_SAMPLED)
+        scores = (
+            _counts(store, head.vocab_size) + 1
+        )  # as many rows as with the base's probabilities
+        sampling = with_sampled_softmax(head, scores, NUM_SAMPLED)
 
         def call() -> None:
             _loss(sampled_head(sampling, targets), targets, chunk=chunk)
@@ -87,7 +90,7 @@ def time_losses(
 
 def expected_rows(vocab_size: int) -> int:
     """Return about how many rows of the head a step of the sampled softmax multiplies."""
-    return min(vocab_size, MOST_FREQUENT + NUM_SAMPLED)
+    return min(vocab_size, most_frequent(vocab_size) + NUM_SAMPLED)
 
 
 def _some(targets: Tensor, at_most_s: float) -> Tensor:

@@ -16,15 +16,11 @@ from support.tiny_runs import Killed, assert_same_bits, kill_at, train_tiny
 from support.tiny_train_stores import make_tiny_store
 from torch import Tensor
 
-from carryon.cache.store.reader import Store
-from carryon.train.config import LossSettings
 from carryon.train.losses import sampled_softmax
 from carryon.train.losses.calibration import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from carryon.train.losses.cross_entropy import token_losses
-from carryon.train.losses.frozen_head import FrozenHead, place_head
+from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_softmax import (
-    count_tokens,
-    place_training_head,
     sampled_head,
     with_sampled_softmax,
 )
@@ -60,11 +56,10 @@ def _found_and_expected(whole: FrozenHead, *, dtype: torch.dtype) -> tuple[Tenso
         replace(whole, weight=whole.weight.to(dtype), dtype=dtype), _counts(), NUMBER
     )
     torch.manual_seed(3)
-    drawn = FREQUENT + torch.randint(VOCABULARY - FREQUENT, (NUMBER,))
     rare = sorted(set(targets.tolist()) - set(range(FREQUENT)))
-    drawn = drawn[[token not in rare for token in drawn.tolist()]]
+    others = torch.tensor([each for each in range(FREQUENT, VOCABULARY) if each not in rare])
+    drawn = others[torch.randperm(len(others))[:NUMBER]]
     assert len(rare) > 5
-    assert 0 < len(drawn) < NUMBER
     plain_states = states.clone().requires_grad_()
     logits = _plain_logits(plain_states, whole)
     weighed = logits[:, drawn] + math.log((VOCABULARY - FREQUENT - len(rare)) / len(drawn))
@@ -141,8 +136,8 @@ def test_what_is_evaluated_is_of_the_whole_vocabulary() -> None:
 
 @pytest.mark.parametrize(
     ("frequent", "number"),
-    [(FREQUENT, 0), (FREQUENT, VOCABULARY - FREQUENT), (0, NUMBER), (VOCABULARY, NUMBER)],
-    ids=["off", "as many as others", "no counts", "all frequent"],
+    [(FREQUENT, 0), (FREQUENT, VOCABULARY - FREQUENT), (0, NUMBER)],
+    ids=["off", "as many as others", "no counts"],
 )
 def test_where_nothing_is_saved_the_head_stays_whole(frequent: int, number: int) -> None:
     whole = make_head()
@@ -156,17 +151,18 @@ def test_where_nothing_is_saved_the_head_stays_whole(frequent: int, number: int)
 def test_the_rows_multiplied_are_the_frequent_those_of_the_targets_and_the_drawn() -> None:
     head = with_sampled_softmax(make_head(), _counts(), NUMBER)
     targets = torch.tensor([3, FREQUENT + 5, FREQUENT + 5, FREQUENT + 9])
+    others = torch.tensor([*range(FREQUENT, FREQUENT + 5), *range(FREQUENT + 6, FREQUENT + 9)])
+    others = torch.cat([others, torch.arange(FREQUENT + 10, VOCABULARY)])
     torch.manual_seed(3)
-    drawn = FREQUENT + torch.randint(VOCABULARY - FREQUENT, (NUMBER,))
-    kept = drawn[(drawn != FREQUENT + 5) & (drawn != FREQUENT + 9)]
+    drawn = others[torch.randperm(len(others))[:NUMBER]]
 
     torch.manual_seed(3)
     blocks = list(sampled_head(head, targets).blocks())
 
     assert [block.first for block in blocks] == [0, FREQUENT, FREQUENT + 2]
     assert [block.log_weight for block in blocks[:2]] == [0.0, 0.0]
-    assert blocks[2].log_weight == math.log((VOCABULARY - FREQUENT - 2) / len(kept))
-    ids = [torch.arange(FREQUENT), torch.tensor([FREQUENT + 5, FREQUENT + 9]), kept]
+    assert blocks[2].log_weight == math.log((VOCABULARY - FREQUENT - 2) / NUMBER)
+    ids = [torch.arange(FREQUENT), torch.tensor([FREQUENT + 5, FREQUENT + 9]), drawn]
     for block, some in zip(blocks, ids, strict=True):
         assert torch.equal(block.weight, head.rows(some))
 
@@ -184,31 +180,49 @@ def test_only_so_many_tokens_are_frequent_the_most_frequent_ones(
     assert torch.nonzero(head.frequent.is_frequent)[:, 0].tolist() == list(
         range(VOCABULARY - 10, VOCABULARY)
     )
-    assert head.frequent.others.tolist() == list(range(VOCABULARY - 10))
+    [others] = head.frequent.strata
+    assert sorted(others.tolist()) == list(range(VOCABULARY - 10))
+
+
+def test_never_more_than_a_quarter_of_the_vocabulary_is_frequent() -> None:
+    head = with_sampled_softmax(make_head(), _counts(VOCABULARY), NUMBER)
+
+    assert head.frequent is not None
+    assert torch.nonzero(head.frequent.is_frequent)[:, 0].tolist() == list(range(VOCABULARY // 4))
+
+
+def test_others_are_cut_by_score_and_each_part_gives_as_many() -> None:
+    scores = np.random.default_rng(0).permutation(np.linspace(0.1, 1, VOCABULARY))
+    head = with_sampled_softmax(make_head(), scores, NUMBER)
+
+    assert head.frequent is not None
+    ids = [torch.nonzero(head.frequent.is_frequent)[:, 0], *head.frequent.strata]
+    assert [len(each) for each in ids] == [75, 10, 43, 172]
+    for better, worse in zip(ids[:-1], ids[1:], strict=True):
+        assert scores[better].min() > scores[worse].max()
+    blocks = list(sampled_head(head, ids[1][:1]).blocks())
+    assert [len(block.weight) for block in blocks] == [75, 1, 8, 8, 8]
+    weights = [math.exp(block.log_weight) for block in blocks]
+    assert weights == pytest.approx([1, 1, 9 / 8, 43 / 8, 172 / 8])
+
+
+def test_a_part_that_is_smaller_than_its_share_is_sampled_whole() -> None:
+    scores = np.linspace(1, 0.1, VOCABULARY)
+    head = with_sampled_softmax(make_head(), scores, 200)
+
+    blocks = list(sampled_head(head, torch.tensor([0])).blocks())
+
+    assert [len(block.weight) for block in blocks] == [75, 10, 43, 128, 19]
+    assert [math.exp(block.log_weight) for block in blocks[:3]] == [1, 1, 1]
 
 
 def test_many_rows_come_in_blocks() -> None:
     whole = replace(make_head(), block_rows=64)
 
-    head = sampled_head(with_sampled_softmax(whole, _counts(150), 100), torch.tensor([1]))
+    head = sampled_head(with_sampled_softmax(whole, _counts(70), 100), torch.tensor([1]))
 
-    assert [block.first for block in head.blocks()] == [0, 64, 128, 150, 214]
-    assert sum(len(block.weight) for block in head.blocks()) == 250
-
-
-def test_what_is_counted_is_what_stands_in_the_store(tmp_path: Path) -> None:
-    store = Store.open(make_tiny_store(tmp_path / "store", vocab_size=1000))
-    cpu = torch.device("cpu")
-    whole = place_head(store, LossSettings(), device=cpu)
-    tokens = [token for unit in store.iter_units(taps=[]) for token in unit.tokens.tolist()]
-
-    found = count_tokens(store, vocab_size=whole.vocab_size)
-
-    assert found.tolist() == [tokens.count(token) for token in range(whole.vocab_size)]
-    head = place_training_head(store, LossSettings(sampled_softmax=3), device=cpu)
-    assert head.frequent is not None
-    assert int(head.frequent.is_frequent.sum()) == len(set(tokens))
-    assert set(head.frequent.others.tolist()) == set(range(whole.vocab_size)) - set(tokens)
+    assert [block.first for block in head.blocks()] == [0, 64, 70, 134]
+    assert sum(len(block.weight) for block in head.blocks()) == 170
 
 
 def test_training_with_it_lowers_the_held_out_nll_and_repeats(tmp_path: Path) -> None:
