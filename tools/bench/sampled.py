@@ -9,6 +9,7 @@ the learning rate covers its own steps. All held-out losses are exact.
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
@@ -49,7 +50,7 @@ def measure_sampled(
         CORPORA, settings=_settings(job), num_tokens=tokens, max_tokens=_MAX_TOKENS
     )
     for label, store in stores.items():
-        common: Changes = {
+        common: dict[str, Any] = {
             "taps": sorted(store.taps, key=lambda tap: tap != "final"),
             "tokens_per_step": tokens_per_step,
             "held_out_ratio": HELD_OUT_RATIO,
