@@ -213,8 +213,9 @@ def return_freed_memory() -> None:
 def returning_freed_memory() -> Iterator[None]:
     """Let glibc return freed blocks of 1 MB or more at once, until the block ends.
 
-    Each weight that is quantized leaves several; kept, they were more than the quantized base.
-    Afterwards glibc keeps freed blocks as it does once one of 32 MB was freed.
+    Each weight that is converted leaves one, and each that is quantized several; kept, they were
+    more than the quantized base. Afterwards glibc keeps freed blocks as it does once one of 32 MB
+    was freed.
     """
     return_freed_memory()
     try:

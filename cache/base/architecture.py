@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from carryon.cache.base.lm_head import FinalNorm
 from carryon.cache.base.placement import copy_alone, input_device
+from carryon.cache.base.pretrained import PreTrainedModel
 from carryon.cache.errors import InputError
 
 _PROBE_TOKENS = 8

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from carryon.cache.base.identity import digest_all_but_weights, digest_weights
@@ -24,6 +23,7 @@ from carryon.cache.base.loading import (
     read_model,
     read_tokenizer,
 )
+from carryon.cache.base.pretrained import PreTrainedModel
 from carryon.cache.errors import InputError
 from carryon.cache.files.atomic import whole_folder
 from carryon.cache.files.documents import write_json

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from carryon.cache.base.offloaded import Weight
+    from carryon.cache.base.weights.offloaded import Weight
 
 MAX_TOKEN_ID = 1 << 24
 ON_LOAD = ("nf4", "int8", "fp8")
 """Ways to quantize a dense base when it is loaded."""
-PIECE_ITEMS = 1 << 22
-"""Numbers of a weight that are hashed at one time; 16 MB of float32."""
+PIECE_ITEMS = 1 << 16
+"""Numbers of a weight that are hashed at one time. With 64 times as many, copies in another dtype
+left 170 MB behind in the C allocator, and took longer."""
 _NOT_COMPUTED_WITH = {
     "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "is_decoder",
     "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
@@ -99,7 +100,7 @@ def saved_tensors(model: "nn.Module") -> dict[tuple[str, ...], "Weight"]:
 
     Of a base that is spread over devices some are in files, and a tied one may be on several.
     """
-    from carryon.cache.base.offloaded import kept_weight, place_of
+    from carryon.cache.base.weights.offloaded import kept_weight, place_of
 
     is_spread = hasattr(model, "_hf_hook")
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -265,16 +266,15 @@ def _digest_tensor(names: tuple[str, ...], weight: "Weight", *, dtype: "torch.dt
 
 
 def pieces_of(weight: "Weight") -> "Iterator[Tensor]":
-    """Yield the values of a weight in order, a few megabytes at a time."""
+    """Yield the values of a weight in order, some at a time."""
     import torch
 
-    if isinstance(weight, torch.Tensor):
-        flat = weight.detach().contiguous().reshape(-1)
-        for first in range(0, len(flat), PIECE_ITEMS):
-            yield flat[first : first + PIECE_ITEMS]
+    if not isinstance(weight, torch.Tensor):
+        yield from weight.pieces()
         return
-    for rows in row_parts(weight.shape):
-        yield weight[rows]
+    flat = weight.detach().contiguous().reshape(-1)
+    for first in range(0, len(flat), PIECE_ITEMS):
+        yield flat[first : first + PIECE_ITEMS]
 
 
 def row_parts(shape: Sequence[int]) -> Iterator[slice]:

@@ -9,7 +9,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,13 +24,15 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from carryon.cache.base.gguf_header import check_gguf
 from carryon.cache.base.identity import check_token_ids, recorded_normalizer
+from carryon.cache.base.pretrained import PreTrainedModel
+from carryon.cache.base.quiet import errors_only
+from carryon.cache.base.weights.files import reading_unmapped
 from carryon.cache.errors import CarryOnError, InputError, MissingError
 from carryon.cache.optional import require
 
@@ -184,6 +186,7 @@ def read_model(
     attention: str,
     allow_pickle: bool = False,
     shows_progress: bool = False,
+    maps_files: bool = True,
     quantizer: Any = None,  # noqa: ANN401 -- a config of transformers
     **spread: Any,  # noqa: ANN401
 ) -> PreTrainedModel:
@@ -196,6 +199,8 @@ def read_model(
         attention: backend of transformers; `sdpa` becomes eager where an architecture lacks it.
         allow_pickle: read weights in pickle files too, not in safetensors only.
         shows_progress: show the bars of transformers for a local base too, on a terminal.
+        maps_files: leave weights that stay as they are saved in the mapped files. False: the files
+            are read, for weights that are all converted.
         quantizer: settings of transformers that quantize it. None: it stays as it is.
         spread: more arguments of transformers for a device map.
 
@@ -210,7 +215,8 @@ def read_model(
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     auto: Any = AutoModelForCausalLM
     what = "weights" if allow_pickle else "model"
-    with _loading(source, what, shows_progress=shows_progress):
+    reading = nullcontext() if maps_files else reading_unmapped()
+    with _loading(source, what, shows_progress=shows_progress), reading:
         model, report = auto.from_pretrained(
             source.name,
             dtype=dtype,
@@ -278,9 +284,6 @@ def _loading(source: BaseSource, what: str, *, shows_progress: bool = False) -> 
     Progress bars stay on for the hub, where a download may take minutes, and where asked for.
     """
     log: Any = transformers.utils.logging
-    spreading = logging.getLogger("accelerate.big_modeling")
-    level = spreading.level
-    spreading.setLevel(logging.ERROR)  # `placement.py` says where weights are
     verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     is_silent = (source.is_local and not shows_progress) or not sys.stderr.isatty()
@@ -288,6 +291,8 @@ def _loading(source: BaseSource, what: str, *, shows_progress: bool = False) -> 
         log.disable_progress_bar()
     try:
         with ExitStack() as silence:
+            # `placement.py` says where weights are
+            silence.enter_context(errors_only("accelerate.big_modeling"))
             if source.gguf_file is not None and is_silent:  # its bar obeys no switch
                 silence.enter_context(redirect_stderr(silence.enter_context(open(os.devnull, "w"))))
             yield
@@ -318,7 +323,6 @@ def _loading(source: BaseSource, what: str, *, shows_progress: bool = False) -> 
             f"{transformers.__version__} can load; its {what} could not be loaded: {reason}"
         ) from error
     finally:
-        spreading.setLevel(level)
         log.set_verbosity(verbosity)
         if has_bars:
             log.enable_progress_bar()

@@ -9,7 +9,7 @@ or quantized, which makes it another base.
 
 import copy
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from carryon.cache.base.architecture import Architecture, get_architecture, read_norm
@@ -52,13 +51,14 @@ from carryon.cache.base.placement import (
     remove_with,
     weights_of,
 )
+from carryon.cache.base.pretrained import PreTrainedModel
 from carryon.cache.base.quantizers import (
     check_quantized,
     checkpoint_quantization,
     import_quantizer,
     quantizer_of,
 )
-from carryon.cache.base.saved_weights import digest_checkpoint, digest_files
+from carryon.cache.base.weights.saved import digest_checkpoint, digest_files
 from carryon.cache.device import multiplies_bfloat16, pick_device, returning_freed_memory
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.settings import ForwardSettings
@@ -241,7 +241,9 @@ def _read_model(
     """
     saved_dtype = read_checkpoint_dtype(place)
     if isinstance(saved_dtype, torch.dtype) and place.gguf_file is None:
-        model = _load(place, compute_dtype, how)
+        is_same = compute_dtype == saved_dtype
+        with nullcontext() if is_same else returning_freed_memory():
+            model = _load(place, compute_dtype, {**how, "maps_files": is_same})
         digest = _digest_as_saved(model, place, compute_dtype=compute_dtype, dtype=saved_dtype)
         if digest is None:
             digest = _digest_again(place, saved_dtype, how)

@@ -22,7 +22,7 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device, get_max_memory, has_offloaded_params
 from torch import Tensor, nn
 
-from carryon.cache.base.offloaded import FileWeight, kept_weight
+from carryon.cache.base.weights.offloaded import FileWeight, kept_weight
 from carryon.cache.device import pick_device
 from carryon.cache.errors import InputError, MissingError, StoreError
 from carryon.cache.files.documents import parse_json, read_bounded

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, TorchAoConfig
 
+from carryon.cache.base.quiet import errors_only
 from carryon.cache.errors import InputError
 from carryon.cache.optional import require
 
@@ -59,17 +60,15 @@ def import_quantizer(package: str, *, purpose: str) -> ModuleType:
     Raises:
         MissingExtraError: it is not installed.
     """
-    log, before = logging.getLogger(package), sys.modules.get("kernels")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    before = sys.modules.get("kernels")
     sys.modules["kernels"] = None  # type: ignore[assignment]  # its import fails
     try:
-        return require(package, extra=_EXTRA, purpose=purpose)
+        with errors_only(package):
+            return require(package, extra=_EXTRA, purpose=purpose)
     finally:
         sys.modules.pop("kernels", None)
         if before is not None:
             sys.modules["kernels"] = before
-        log.setLevel(level)
 
 
 def quantizer_version(quantization: str | None) -> dict[str, str]:

@@ -24,9 +24,10 @@ from carryon.cache.format.arrays import read_file
 from carryon.cache.format.manifest import Manifest
 
 if TYPE_CHECKING:  # the trainer reads blocks and loads no base
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
     from carryon.cache.base.model import Base
+    from carryon.cache.base.pretrained import PreTrainedModel
 
 CONFIG_PATH = "blocks/config.json"
 _COMPARED_TOKENS = 12
@@ -101,6 +102,8 @@ def build_decoder(
         attention: backend.
     """
     from transformers import AutoModel
+
+    from carryon.cache.base.pretrained import PreTrainedModel
 
     config = shortened_config(blocks.config, number)
     config._attn_implementation = attention

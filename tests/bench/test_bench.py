@@ -445,7 +445,7 @@ def test_loading_a_base_is_measured_in_fresh_processes(
     assert [(each.figure, each.target) for each in figures] == [
         ("base.load.resident.bfloat16", 1.25),
         ("base.load.anonymous.bfloat16", 1.25),
-        ("base.load.resident.float32", None),
+        ("base.load.resident.float32", 1.25),
         ("base.load.anonymous.float32", 1.25),
         ("base.load.offload", 1.25),
         ("base.load.offload.differing", 0.0),

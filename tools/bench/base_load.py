@@ -1,8 +1,8 @@
 """Peak memory and time to load a base and digest its weights, in a fresh process for each way.
 
 Two peaks, above a process that has imported everything, against the bytes of the loaded weights:
-resident memory, which counts pages of the files as long as the system leaves them mapped, and
-anonymous memory, which only this process can free.
+resident memory, which is what limits of batch systems count, pages of mapped files too, and
+anonymous memory, which only this process can free. Both have the target.
 
 Then, in float32, of which nothing is mapped, the base with `--max-memory` for half of its weights,
 which also runs once: its peak against
@@ -80,7 +80,7 @@ def measure_base_loading(
     share: float = 0.5,
     quantize: Sequence[str] = ("nf4", "int8"),
 ) -> None:
-    """Report the peaks of each dtype against its weights; the checkpoint's own has the target.
+    """Report the peaks of each dtype against its weights, of an offloaded and of quantized bases.
 
     Args:
         job: with a base.
@@ -92,13 +92,11 @@ def measure_base_loading(
     for dtype in dtypes:
         found = _load(job, compute_dtype=dtype, device="cpu")
         for kind in ("resident", "anonymous"):
-            # Mapped files of another dtype are no part of the weights, but are resident.
-            is_judged = kind == "anonymous" or dtype == found["checkpoint_dtype"]
             job.report(
                 f"base.load.{kind}.{dtype}",
                 found[f"{kind}_bytes"] / found["weight_bytes"],
                 "x",
-                at_most=TARGET if is_judged else None,
+                at_most=TARGET,
                 **found,
             )
     whole = _load(job, is_run=True, compute_dtype=offload_dtype, device="cpu")

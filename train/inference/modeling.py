@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin
 
 from carryon.cache.base.hooks import contiguous_head_input, watch_taps
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.base.placement import is_spread, output_device
+from carryon.cache.base.pretrained import PreTrainedModel
 from carryon.cache.device import attention_of_any_shape
 from carryon.cache.errors import InputError
 from carryon.cache.format.framing import Framing

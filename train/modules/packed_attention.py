@@ -61,8 +61,9 @@ def pack(lengths: Tensor) -> Packing:
 
 def register_packed_attention() -> None:
     """Register PACKED_ATTENTION with transformers; idempotent."""
-    from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    from carryon.cache.base.pretrained import AttentionInterface
 
     AttentionInterface.register(PACKED_ATTENTION, _attention)
     AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -7,10 +7,11 @@ import pytest
 from support.tiny_bases import write_tiny_gguf
 
 from carryon.cache.base.gguf_header import check_gguf
-from carryon.cache.base.loading import locate_base
+from carryon.cache.base.loading import locate_base, read_config
 from carryon.cache.errors import InputError
 
 UINT8, UINT32, STRING, LIST, UINT64 = 0, 4, 8, 9, 10
+HEADER_BYTES = 24  # magic, version, and the numbers of tensors and of entries
 
 
 def _string(text: bytes) -> bytes:
@@ -76,10 +77,34 @@ def test_blocks_are_counted_in_the_type_of_the_format(
         check_gguf(path)
 
 
-def test_what_is_sound_or_no_gguf_file_raises_nothing(tmp_path: Path) -> None:
-    check_gguf(write_tiny_gguf(tmp_path / "tiny.gguf"))
-    entries = [_entry(b"a", LIST, _list(LIST, 1, _list(UINT8, 3, bytes(3)))), _entry(b"b", 7, b"x")]
-    check_gguf(_file(tmp_path / "sound.gguf", *entries))
-    for content in (b"", b"GGUF", b"none" + bytes(100)):
-        (tmp_path / "none.gguf").write_bytes(content)
-        check_gguf(tmp_path / "none.gguf")
+def test_a_sound_header_is_accepted_and_refused_wherever_it_is_cut(tmp_path: Path) -> None:
+    lists = _entry(b"a", LIST, _list(LIST, 1, _list(UINT8, 3, bytes(3))))
+    path = _file(tmp_path / "sound.gguf", lists, _entry(b"b", 7, b"x"))
+    assert locate_base(str(path)).gguf_file == path.name
+    whole = path.read_bytes()
+    for size in range(HEADER_BYTES, len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=f"ends within the file of {size} bytes"):
+            locate_base(str(path))
+
+
+def test_a_file_of_the_package_gguf_is_accepted_until_it_has_more_blocks_than_tensors(
+    tmp_path: Path,
+) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    assert locate_base(str(path)).gguf_file == path.name
+    content = path.read_bytes()
+    name = content.index(b"block_count") + len(b"block_count")
+    assert content[name : name + 8] == struct.pack("<II", UINT32, 1)
+    path.write_bytes(content[: name + 4] + struct.pack("<I", 13) + content[name + 8 :])
+    with pytest.raises(InputError, match="expected at most 11 blocks, .*, got 13"):
+        locate_base(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"none" + bytes(100)])
+def test_what_is_no_gguf_file_at_all_is_left_to_its_reader(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "none.gguf").write_bytes(content)
+    source = locate_base(str(tmp_path / "none.gguf"))
+    assert source.gguf_file == "none.gguf"
+    with pytest.raises(InputError, match="its config could not be loaded"):
+        read_config(source)

@@ -270,13 +270,17 @@ def test_a_checkpoints_quantization_has_a_short_name(facts: dict[str, Any], name
     assert checkpoint_quantization(config) == name
 
 
-def test_bitsandbytes_fetches_no_code(tmp_path: Path) -> None:
-    """It would, on import, from the hub, where kernels is installed and the CPU has bfloat16."""
+def test_a_package_that_quantizes_fetches_no_code(tmp_path: Path) -> None:
+    """bitsandbytes would, on import, from the hub, where kernels is installed and the CPU has
+    bfloat16; the stand-in on every CPU."""
     (tmp_path / "kernels.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    lines = ["try:", "    import kernels", "except ImportError:", "    pass"]
+    (tmp_path / "eager.py").write_text("\n".join(lines))
     program = (
         "from pathlib import Path\n"
         "from carryon.cache.base.quantizers import import_quantizer\n"
-        "import_quantizer('bitsandbytes', purpose='a test')\n"
+        "for package in ('bitsandbytes', 'eager'):\n"
+        "    import_quantizer(package, purpose='a test')\n"
         f"ran = Path({str(tmp_path / 'ran')!r})\n"
         "assert not ran.exists()\n"
         "import kernels\n"  # itself, after that

@@ -1,26 +1,25 @@
 """Weights of a base as its checkpoint holds them, read in pieces from its safetensors.
 
 Loading in a narrower dtype loses bits that the digest of the base covers. They are read from the
-files again, a few megabytes at a time, and each piece is compared with the weight that was loaded.
+files again, some rows at a time, and each piece is compared with the weight that was loaded.
 """
 
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from carryon.cache.base.identity import digest_pieces, join_digests, row_parts, saved_tensors
 from carryon.cache.base.loading import BaseSource
-from carryon.cache.base.offloaded import Weight
+from carryon.cache.base.weights.files import WeightFile
+from carryon.cache.base.weights.offloaded import FileWeight, Weight
 from carryon.cache.errors import InputError
 
 
@@ -40,39 +39,40 @@ def digest_checkpoint(model: nn.Module, source: BaseSource, *, dtype: torch.dtyp
         dtype: of the checkpoint.
     """
     try:
-        with ExitStack() as stack:
-            found: dict[str, Any] = {}
-            for path in _files(source):
-                # Not mapped: what was read once is not counted as memory of this process.
-                file: Any = stack.enter_context(
-                    safe_open(path, framework="pt", device="cpu", backend="pread")
-                )
-                found |= dict.fromkeys(file.keys(), file)
-            return join_digests(
-                _digest_saved(names, tensor, found, dtype=dtype)
-                for names, tensor in saved_tensors(model).items()
-            )
+        found: dict[str, WeightFile] = {}
+        for path in _files(source):
+            file = WeightFile(path)
+            found |= dict.fromkeys(file.names(), file)
+            file.close()
+        return join_digests(
+            _digest_saved(names, tensor, found, dtype=dtype)
+            for names, tensor in saved_tensors(model).items()
+        )
     except _OtherWeights:
         return None
 
 
 def _digest_saved(
-    names: tuple[str, ...], loaded: Weight, files: dict[str, Any], *, dtype: torch.dtype
+    names: tuple[str, ...], loaded: Weight, files: dict[str, WeightFile], *, dtype: torch.dtype
 ) -> str:
     name = next((each for each in names if each in files), None)
     if name is None or not loaded.dtype.is_floating_point:
         raise _OtherWeights
-    saved = files[name].get_slice(name)
-    if tuple(saved.get_shape()) != tuple(loaded.shape) or not loaded.shape:
+    file = files[name]
+    if file.shape(name) != tuple(loaded.shape) or not loaded.shape:
         raise _OtherWeights
-    return digest_pieces(names[0], loaded.shape, dtype, _pieces(saved, loaded))
+    digest = digest_pieces(names[0], loaded.shape, dtype, _pieces(file, name, loaded))
+    file.close()  # of many files, one is mapped at a time
+    return digest
 
 
-def _pieces(saved: Any, loaded: Weight) -> Iterator[Tensor]:  # noqa: ANN401 -- of safetensors
+def _pieces(file: WeightFile, name: str, loaded: Weight) -> Iterator[Tensor]:
     """Yield the rows of a saved tensor, each compared with those that were loaded."""
-    for rows in row_parts(loaded.shape):
-        piece: Tensor = saved[rows]
-        same = loaded[rows]
+    if isinstance(loaded, FileWeight):
+        others = loaded.pieces()
+    else:
+        others = (loaded[rows] for rows in row_parts(loaded.shape))
+    for piece, same in zip(file.pieces(name), others, strict=True):
         if not torch.equal(piece.to(same.device, same.dtype), same):
             raise _OtherWeights
         yield piece
@@ -104,17 +104,11 @@ def digest_files(source: BaseSource, *, quantization: str) -> str:
 
 def _digest_file(path: str) -> list[str]:
     """Return the line of each tensor in a file."""
-    lines = []
-    with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
-        for name in file.keys():  # noqa: SIM118 -- it is no mapping
-            saved = file.get_slice(name)
-            shape = saved.get_shape()
-            if not shape:
-                pieces = iter([file.get_tensor(name)])
-            else:
-                pieces = (saved[rows] for rows in row_parts(shape))
-            first = next(pieces, torch.empty(0))
-            lines.append(digest_pieces(name, shape, first.dtype, chain([first], pieces)))
+    lines, file = [], WeightFile(path)
+    for name in file.names():
+        pieces = file.pieces(name)
+        first = next(pieces, torch.empty(0))
+        lines.append(digest_pieces(name, file.shape(name), first.dtype, chain([first], pieces)))
     return lines
 
 

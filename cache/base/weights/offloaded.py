@@ -3,19 +3,20 @@
 accelerate keeps them in a map that each module's hook looks its weights up in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
-from safetensors import safe_open
 from torch import Tensor, nn
+
+from carryon.cache.base.weights.files import WeightFile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileWeight:
-    """A weight in a safetensors file, of which rows are read as of a tensor."""
+    """A weight in a safetensors file."""
 
     path: str
     """Of the file."""
@@ -23,18 +24,14 @@ class FileWeight:
     """Of the weight in it."""
     dtype: torch.dtype
     """In which the base computes with it."""
-    rows: Any
-    """What safetensors gives of it without reading it."""
+    shape: tuple[int, ...]
+    """Of the whole weight."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole weight."""
-        return tuple(self.rows.get_shape())
-
-    def __getitem__(self, part: slice) -> Tensor:
-        """Return some rows, or with `slice(None)` all, in `dtype`."""
-        rows: Tensor = self.rows[...] if part == slice(None) else self.rows[part]
-        return rows.to(self.dtype)
+    def pieces(self) -> Iterator[Tensor]:
+        """Yield its rows in order, in `dtype`; the file is closed afterwards."""
+        file = WeightFile(self.path)
+        for piece in file.pieces(self.name):
+            yield piece.to(self.dtype)
 
 
 Weight = Tensor | FileWeight
@@ -74,9 +71,8 @@ def _look_up(found: Any, parts: Sequence[str]) -> Weight:  # noqa: ANN401 -- map
         facts = inner.index[key]
         path, name = facts.get("safetensors_file"), facts.get("weight_name", key)
         if path is not None:
-            # Not mapped: what was read once is not counted as memory of this process.
-            file: Any = safe_open(path, framework="pt", device="cpu", backend="pread")
             dtype: torch.dtype = getattr(torch, facts["dtype"])
-            return FileWeight(path=path, name=name, dtype=dtype, rows=file.get_slice(name))
+            shape = WeightFile(path).shape(name)
+            return FileWeight(path=path, name=name, dtype=dtype, shape=shape)
     weight: Tensor = inner[key]
     return weight
