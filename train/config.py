@@ -152,6 +152,12 @@ class StreamSettings(Settings):
     read."""
     reader_threads: int = bounded(2, at_least=1)
     """Threads that read and decode units."""
+    decoded_cache: str = ""
+    """Folder for decoded hidden states, on a fast disk. The first epoch writes them there; later
+    epochs and runs map them instead of decompressing. Empty: none."""
+    decoded_cache_gb: float = bounded(50.0, above=0)
+    """Maximum size of `decoded_cache`, in units of 1e9 bytes. Units that do not fit are decoded in
+    each epoch; nothing is removed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

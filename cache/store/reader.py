@@ -27,6 +27,7 @@ from carryon.cache.format.probe import check_head, check_states, read_probe
 from carryon.cache.format.receipt import Receipt, read_receipt, units_with_receipt
 from carryon.cache.format.schema import MAX_DOCUMENT_BYTES
 from carryon.cache.format.zarr_metadata import ROW_ARRAYS, TABLE_ROWS, receipt_path
+from carryon.cache.store.decoded_cache import DecodedCache
 from carryon.cache.store.samples import StoredSample, Unit, check_places
 from carryon.cache.store.shard_reader import CopyRange, UnitFiles
 from carryon.cache.store.view import StoreLike
@@ -58,6 +59,7 @@ class Store(StoreLike):
         *,
         part: int | None = None,
         as_torch: bool = False,
+        decoded: DecodedCache | None = None,
     ) -> None:
         """Keep what `open` has checked.
 
@@ -67,6 +69,7 @@ class Store(StoreLike):
             with_receipt: units of the whole store that are finished.
             part: number of the part to read, counted from 1. None: the whole store.
             as_torch: read torch tensors.
+            decoded: keeps decoded states. None: nothing does.
         """
         self._whole = manifest
         self.manifest = manifest if part is None else manifest.of_part(part, name=str(root))
@@ -77,6 +80,7 @@ class Store(StoreLike):
         numbers = {number - self._first_unit for number in with_receipt}
         self.finished_units = {unit for unit in numbers if 0 <= unit < self.num_units}
         self._as_torch = as_torch
+        self.decoded = decoded
         self._files = UnitFiles(root, manifest)
         self._receipts: Callable[[int, tuple[int, ...]], Receipt] = lru_cache(_RECEIPTS)(
             partial(_read_receipt, root, manifest)
@@ -91,6 +95,7 @@ class Store(StoreLike):
         allow_unfinished: bool = False,
         as_torch: bool = False,
         allow_aligned: bool = False,
+        decoded: DecodedCache | None = None,
     ) -> "Store":
         """Open and check the store at `path`.
 
@@ -103,6 +108,7 @@ class Store(StoreLike):
             as_torch: read units and samples as torch tensors, bfloat16 states as such.
             allow_aligned: also open a store that is aligned to another one, whose tokens are not
                 those of its head.
+            decoded: folder of decoded states that `copy_states` reads from and adds to.
 
         Raises:
             MissingError: there is no store.
@@ -127,7 +133,7 @@ class Store(StoreLike):
                 raise
             _check_documents(root, manifest)  # samples were appended between the two
         with_receipt = units_with_receipt(root)
-        store = cls(root, manifest, with_receipt, part=part, as_torch=as_torch)
+        store = cls(root, manifest, with_receipt, part=part, as_torch=as_torch, decoded=decoded)
         missing = store.num_units - len(store.finished_units)
         if missing and not allow_unfinished:
             raise UnfinishedStoreError(
@@ -267,7 +273,11 @@ class Store(StoreLike):
     def copy_states(self, unit: int, tap: str, moves: Sequence[CopyRange]) -> None:
         """Decode rows of a unit's states at a tap straight to where they are wanted."""
         self._check_taps([tap])
-        self._files.copy_states(tap, self._first_unit + unit, moves, self.receipt(unit))
+        number, receipt = self._first_unit + unit, self.receipt(unit)
+        if self.decoded is None or not self.decoded.copy_states(
+            self._files, tap, number, moves, receipt
+        ):
+            self._files.copy_states(tap, number, moves, receipt)
 
     def head(self, *, is_mapped: bool = False) -> Head:
         """Return the base's frozen head and final norm."""

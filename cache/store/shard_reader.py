@@ -4,6 +4,7 @@ Every file is compared with the size in the unit's receipt, every chunk with its
 Letters: R rows of a unit, D base width.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.buffers import BufferPool
 from carryon.cache.errors import DamagedStoreError, StoreError
-from carryon.cache.files.regular import open_below, stat_below
+from carryon.cache.files.regular import open_below, open_file_below, stat_below
 from carryon.cache.format.arrays import check_tokens, read_chunk, unit_array_info
 from carryon.cache.format.codec import (
     CRC_BYTES,
@@ -36,6 +37,7 @@ from carryon.cache.format.zarr_metadata import (
     channel_scale_path,
     row_path,
     shard_path,
+    state_paths,
     token_scale_path,
 )
 
@@ -132,6 +134,47 @@ class UnitFiles:
                         ),
                         out=move.to,
                     )
+
+    def states_identity(self, tap: str, unit: int, receipt: Receipt) -> dict[str, Any]:
+        """Return what decides a unit's states at a tap: digests of its files, how they are decoded.
+
+        Raises:
+            DamagedStoreError: a file is missing or has another size.
+        """
+        manifest = self._manifest
+        paths = state_paths([tap], unit, is_lossy=manifest.is_lossy)
+        return {
+            "files": [self._entry(path, receipt).sha256 for path in paths],
+            "profile": manifest.settings["profile"],
+            "dtype": self._dtype.str,
+            "width": manifest.width,
+            "rows_per_chunk": manifest.rows_per_chunk,
+            "unit_tokens": manifest.unit_tokens,
+            "num_tokens": receipt.num_tokens,
+        }
+
+    def iter_states(self, tap: str, unit: int, receipt: Receipt) -> Iterator[NDArray[Any]]:
+        """Yield all rows that belong to samples, chunk by chunk, in memory that is used again.
+
+        Unlike `states` this compares the whole shard with its SHA-256: a chunk with a forged
+        checksum is noticed. The rows count once the iterator has ended.
+
+        Raises:
+            DamagedStoreError: as `states`, or the shard is not the one of the receipt.
+        """
+        manifest, path = self._manifest, shard_path(tap, unit)
+        with open_file_below(self._root, path) as file:
+            before = change_stamp(os.fstat(file.fileno()))
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self._entry(path, receipt).sha256:
+            raise DamagedStoreError(
+                f"{self._root / path}: the content differs from the SHA-256 in the receipt"
+            )
+        for first in range(0, receipt.num_tokens, manifest.rows_per_chunk):
+            stop = min(first + manifest.rows_per_chunk, receipt.num_tokens)
+            yield self.states(tap, unit, slice(first, stop), receipt)
+        if change_stamp(stat_below(self._root, path)) != before:
+            raise DamagedStoreError(f"{self._root / path}: it was changed while it was read")
 
     def _chunk_readers(
         self, tap: str, unit: int, chunks: Sequence[int], receipt: Receipt, *, name: str
@@ -252,6 +295,11 @@ def is_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
     if values.dtype == np.uint16:  # not finite where the exponent is all ones
         return np.asarray((values & 0x7F80) != 0x7F80)
     return np.asarray(np.isfinite(values))
+
+
+def change_stamp(facts: os.stat_result) -> tuple[int, ...]:
+    """Return what differs after a file was changed or replaced."""
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def _split_at_chunks(moves: Sequence[CopyRange], per_chunk: int) -> dict[int, list[CopyRange]]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.errors import InputError
+from carryon.cache.store.decoded_cache import DecodedCache, open_cache
 from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import OptimizationSettings, StreamSettings, TrainSettings
@@ -48,6 +49,8 @@ class TrainData:
     """As given, except `window_units`, which the memory may lower."""
     mix_fingerprints: tuple[str, ...] = ()
     """Of the stores of other bases that are mixed in."""
+    decoded: DecodedCache | None = None
+    """Keeps decoded states of the stores. None: nothing does."""
     planned: dict[tuple[int, ...], list[Window]] = field(default_factory=dict)
     """Epochs planned so far, by the settings that decide them."""
 
@@ -100,10 +103,12 @@ def open_data(
 
     Raises:
         InputError: the stores do not fit together, lack a tap or hold preference pairs, one half
-            would be empty, or one unit does not fit into the memory.
+            would be empty, one unit does not fit into the memory, or the decoded cache is a folder
+            of something else.
     """
     stream = settings.stream
-    store = open_stores(paths, stream.store_weights)
+    decoded = open_decoded_cache(stream)
+    store = open_stores(paths, stream.store_weights, decoded=decoded)
     refuse_pairs(store)
     if taps is None:
         taps = stream_taps(resolve_taps(settings.carryon, store.base.get("num_layers", 0)))
@@ -113,7 +118,17 @@ def open_data(
         store=store,
         split=split_store(store, stream),
         settings=replace(stream, window_units=units),
+        decoded=decoded,
     )
+
+
+def open_decoded_cache(settings: StreamSettings) -> DecodedCache | None:
+    """Return the decoded cache that the settings name, if they do.
+
+    Raises:
+        InputError: it is a file, or a folder of something else.
+    """
+    return open_cache(settings.decoded_cache, max_gb=settings.decoded_cache_gb)
 
 
 def split_store(store: StoreLike, settings: StreamSettings) -> Split:

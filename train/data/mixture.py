@@ -18,6 +18,7 @@ from carryon.cache.base.lm_head import Head
 from carryon.cache.errors import InputError
 from carryon.cache.files.documents import digest_of
 from carryon.cache.format.framing import merge_framings
+from carryon.cache.store.decoded_cache import DecodedCache
 from carryon.cache.store.reader import Store
 from carryon.cache.store.samples import StoredSample, Unit
 from carryon.cache.store.shard_reader import CopyRange
@@ -199,8 +200,10 @@ class MixedStore(StoreLike):
         return [place for place in self._places if place.first_sample <= sample][-1]
 
 
-def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store | MixedStore:
-    """Open and check one store, or several as a mix.
+def open_stores(
+    paths: Sequence[str], weights: Sequence[float], *, decoded: DecodedCache | None = None
+) -> Store | MixedStore:
+    """Open and check one store, or several as a mix; `decoded` keeps what is decoded of them.
 
     Raises:
         InputError: the stores do not fit together, or the weights do not fit them.
@@ -212,7 +215,7 @@ def open_stores(paths: Sequence[str], weights: Sequence[float]) -> Store | Mixed
             f"store: expected each folder once, got {' '.join(paths)}. Fix: --store-weights with 2 "
             "takes a store twice"
         )
-    stores = [Store.open(path) for path in paths]
+    stores = [Store.open(path, decoded=decoded) for path in paths]
     if len(stores) > 1:
         return MixedStore(stores, weights)
     if weights:

@@ -24,6 +24,7 @@ from carryon.train.data.batch import Batch
 from carryon.train.data.datasets import (
     StorePaths,
     iter_store_epoch,
+    open_decoded_cache,
     split_store,
     store_paths,
     window_units,
@@ -101,7 +102,9 @@ class StoreDataset(IterableDataset[dict[str, Any]]):
                 does not fit into `host_memory_gb`.
         """
         [stream] = apply_options(options, StreamSettings())
-        self.store = open_stores(store_paths(store), stream.store_weights)
+        self.store = open_stores(
+            store_paths(store), stream.store_weights, decoded=open_decoded_cache(stream)
+        )
         self.taps = list(self.store.taps) if taps is None else list(taps)
         if missing := sorted(set(self.taps) - set(self.store.taps)):
             raise InputError(

@@ -19,6 +19,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import apply_options
 from carryon.cache.store.reader import Store
 from carryon.train.config import LossSettings, StreamSettings
+from carryon.train.data.datasets import open_decoded_cache
 from carryon.train.data.split import refuse_pairs, split_samples
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import place_head
@@ -125,7 +126,7 @@ def evaluate(
             the samples are too few.
     """
     stream, loss = apply_options(options, stream or StreamSettings(), loss or LossSettings())
-    plain = Store.open(store)
+    plain = Store.open(store, decoded=open_decoded_cache(stream))
     refuse_pairs(plain)
     load = load_mixture if mix else load_carryon
     module, card = load(locate_carryon(carryon), blocks=plain.blocks)

@@ -159,7 +159,7 @@ def order_sources(sources: Sequence[Source], card: Mapping[str, Any]) -> list[So
 
 
 def _open_aligned(anchor: Store, path: str) -> Store:
-    store = Store.open(path, allow_aligned=True)
+    store = Store.open(path, allow_aligned=True, decoded=anchor.decoded)
     facts = store.manifest.alignment
     fix = f"Fix: carryon extract --align-to {anchor.root}"
     if not facts:

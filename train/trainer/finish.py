@@ -96,6 +96,10 @@ class TrainReport:
     mixture: dict[str, Any] = field(default_factory=dict)
     """Of a mixture of several bases, whose loss `carryon_nll` is: losses of its parts, and shares
     of the gate (MixtureNll). Empty: it is of one base."""
+    decoded_cache: dict[str, int] = field(default_factory=dict)
+    """Units at a tap that this session read from the decoded cache (`hits`, `hit_bytes`), decoded
+    (`misses`), wrote there (`written`, `written_bytes`), and files that it refused. Empty: it has
+    none."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -123,8 +127,15 @@ class TrainReport:
         """Return one line for people."""
         return (
             f"{self.carryon}: {self.carryon_bytes / 1e6:.2f} MB, trained in {self.train_s:,.0f} s "
-            f"({self.tokens_per_second:,.0f} tokens/s); {self.losses()}"
+            f"({self.tokens_per_second:,.0f} tokens/s); {self.losses()}{self._cached()}"
         )
+
+    def _cached(self) -> str:
+        counts = self.decoded_cache
+        if not counts:
+            return ""
+        reads = counts["hits"] + counts["misses"]
+        return f"; {counts['hits']:,} of {reads:,} reads of a unit from the decoded cache"
 
 
 def read_finished(root: str | Path) -> TrainReport:
@@ -342,4 +353,5 @@ def _report(
         evaluate_s=round(progress.evaluate_s, 3),
         last_evaluate_s=round(last_evaluate_s, 3),
         mixture=nll.mixture.to_dict() if nll.mixture else {},
+        decoded_cache=run.data.decoded.facts() if run.data.decoded else {},
     )

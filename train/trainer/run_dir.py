@@ -48,6 +48,8 @@ FREE_SETTINGS = (
     "log_every",
     "reader_threads",
     "host_memory_gb",
+    "decoded_cache",
+    "decoded_cache_gb",
     "tracker",
 )
 """Settings that a resumed run may change, as they do not decide the result. (When and on what to

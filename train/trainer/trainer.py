@@ -377,6 +377,10 @@ def _warn_about_held_out(contamination: Contamination) -> None:
 def _describe(run: Run) -> str:
     train_half, lengths = run.data.split.train, run.store.sample_lengths
     memory = stream_bytes(run.store, run.windows, taps=run.taps)
+    cached = ""
+    if run.data.decoded:
+        num_bytes = run.store.num_tokens * run.store.row_bytes(run.taps)
+        cached = f"decoded cache: {run.data.decoded}; all states take {num_bytes / 1e9:.3g} GB\n"
     return (
         f"train on {len(train_half)} samples, {int(lengths[train_half].sum())} tokens; "
         f"{len(run.data.split.held_out)} samples held out, {len(run.evaluated)} of them "
@@ -384,6 +388,6 @@ def _describe(run: Run) -> str:
         f"{run.settings.optimization.epochs} epochs, {run.num_steps} steps; "
         f"{num_parameters(run.carryon)} weights to train; on {run.head.device}, head in "
         f"{str(run.head.dtype).removeprefix('torch.')}; at most {memory / 1e6:.0f} MB of "
-        f"hidden states in memory\n"
+        f"hidden states in memory\n{cached}"
         f"settings: {run.folder.config}"
     )

@@ -104,6 +104,20 @@ def test_a_killed_run_ends_with_the_same_bits_and_a_sweep_too(
     assert_same_bits(tmp_path / "sweep" / "a", finished[0])
 
 
+def test_a_decoded_cache_keeps_the_states_of_all_bases(
+    folder: Path, finished: tuple[Path, TrainReport], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    for name in ("one", "two"):
+        report = mix(
+            folder, tmp_path / name, "good", "lacking", dropout=0.1, decoded_cache=str(cache)
+        )
+        assert_same_bits(tmp_path / name, finished[0])
+    stores = [Store.open(folder / x, allow_aligned=True) for x in ("anchor", "good", "lacking")]
+    assert len(list(cache.glob("*.states"))) == sum(store.num_units for store in stores)
+    assert report.decoded_cache["misses"] == 0
+
+
 def test_losses_are_those_of_the_aligned_rows_side_by_side(
     folder: Path, finished: tuple[Path, TrainReport]
 ) -> None:

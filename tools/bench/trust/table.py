@@ -23,7 +23,7 @@ TIMES = {"tokens_per_second", "targets_per_second", "data_wait_ratio", "elapsed_
 """Entries of a line of metrics.jsonl that differ from run to run."""
 _REPORTS = ("result.json", "sweep.json", "lineage.json")
 _PASSING = TIMES | {"train_s", "evaluate_s", "last_evaluate_s"}
-_PASSING |= {"out", "carryon", "files", "stores", "limit", "stage_s"}
+_PASSING |= {"out", "carryon", "files", "stores", "limit", "stage_s", "decoded_cache"}
 """Entries of reports that differ from run to run."""
 
 
