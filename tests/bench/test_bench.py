@@ -342,7 +342,7 @@ def test_a_slow_disk_keeps_its_bandwidth() -> None:
     assert time.perf_counter() - started_at >= 0.0399
 
 
-def test_streaming_gives_a_figure_per_layout_and_three_against_the_best_peer(
+def test_streaming_gives_a_figure_per_layout_and_four_against_the_best_peer(
     states: StateSet, store_tmp: Path
 ) -> None:
     some = [specforge(has_padding=True), deepspec(is_straight=False), deepspec(is_straight=True)]
@@ -355,18 +355,24 @@ def test_streaming_gives_a_figure_per_layout_and_three_against_the_best_peer(
         threads=[1],
         slow_mb_per_second=1e4,
     )
-    ours = ["exact", "raw", "near", "compact"]
+    ours = ["exact", "raw", "near", "compact", "decoded"]
     theirs = [peer.name for peer in some]
-    last = ["warm", "warm_raw", "slow_disk"]
+    last = ["warm", "warm_raw", "warm_decoded", "slow_disk"]
     expected = [f"stream.made-up.{name}" for name in [*ours, *theirs, *last]]
     assert names_of(figures) == expected
     values = {figure.figure.rpartition(".")[2]: figure.value for figure in figures}
     assert values["warm_raw"] == pytest.approx(values["raw"] / values["torch_save_padded"])
+    best = values["torch_save_padded"]
+    assert values["warm_decoded"] == pytest.approx(values["decoded"] / best)
     assert values["warm"] == pytest.approx(values["exact"] / values["torch_save_padded"])
     details = {figure.figure.rpartition(".")[2]: figure.details for figure in figures}
     for name in (*ours, *theirs):
         assert details[name]["role"] in ("ours", "peer", "limit")
         assert details[name]["bytes_per_token"] > 0
+    stored, decoded = details["exact"]["ratio_to_raw"], details["decoded"]["ratio_to_raw"]
+    assert 1 + stored <= decoded < 1.1 + stored  # store and cache
+    for name in ("filling", "comparing"):
+        assert details["decoded"][f"{name}_tokens_per_second"] > 0
     assert details["torch_save_padded"]["ratio_to_raw"] > details["raw_map"]["ratio_to_raw"] >= 1
     assert details["warm"]["best_peer"] == "torch_save_padded"
     assert set(details["warm"]["to_limit"]) == {"raw_map", "raw_map_straight"}

@@ -121,7 +121,7 @@ class ChargedStore(Store):
     """A store that charges each file before it is read."""
 
     def __init__(self, store: Store, charge: Charge) -> None:
-        super().__init__(store.root, store.manifest, store.finished_units)
+        super().__init__(store.root, store.manifest, store.finished_units, decoded=store.decoded)
         self._charge = charge
 
     def read_unit(self, unit: int, *, taps: Sequence[str] | None = None) -> Unit:
@@ -129,6 +129,10 @@ class ChargedStore(Store):
         return super().read_unit(unit, taps=taps)
 
     def copy_states(self, unit: int, tap: str, moves: Sequence[CopyRange]) -> None:
+        if self.decoded is not None:  # filled before: its files hold the rows as they are read
+            self._charge(self.receipt(unit).num_tokens * self.row_bytes([tap]))
+            super().copy_states(unit, tap, moves)
+            return
         is_lossy = self.manifest.settings["profile"] in STEPS
         self._charge_files(unit, state_paths([tap], unit, is_lossy=is_lossy))
         super().copy_states(unit, tap, moves)

@@ -13,8 +13,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from carryon.cache.settings import StoreSettings
+from carryon.cache.store.decoded_cache import open_cache
 from carryon.cache.store.reader import Store
+from carryon.cache.store.shard_reader import CopyRange
 from carryon.tools.bench.disk import (
     Charge,
     SlowDisk,
@@ -32,8 +36,11 @@ from carryon.tools.compare.figure import Figure
 from carryon.train.config import StreamSettings
 
 PROFILES = ("exact", "raw", "near", "compact")
+DECODED = "decoded"
+"""Layout of a store of the profile exact beside a decoded cache that a first epoch filled."""
 WARM_TARGET = 1.0
 RAW_TARGET = 1.05
+DECODED_TARGET = 1.0
 SLOW_TARGET = 1.4
 _SEED = 1
 
@@ -47,7 +54,8 @@ class Layout:
     """`ours`, `peer` or `limit`."""
     read_as: str
     folder: Path
-    write: Callable[[], None]
+    write: Callable[[], dict[str, float] | None]
+    """Writes them, and returns further details of the figure, if there are some."""
     run: Callable[[int, Charge], Epoch]
     """Reads one epoch with a number of threads."""
 
@@ -111,10 +119,11 @@ def stream_layouts(
     """Write all layouts below `work`, stream them and remove them; see `measure_streaming`.
 
     Returns:
-        A figure for each layout, then three against the best peer.
+        A figure for each layout, then four against the best peer.
     """
     layouts = [
         *(_our_layout(states, work, profile, unit_tokens) for profile in PROFILES),
+        _our_layout(states, work, "exact", unit_tokens, name=DECODED),
         *(_peer_layout(states, work, peer) for peer in peers),
     ]
     written = {layout.name: _write(layout, states) for layout in layouts}
@@ -150,6 +159,7 @@ def stream_layouts(
         *figures,
         _against_best_peer(states, speeds, "warm", WARM_TARGET, {}),
         _against_best_peer(states, speeds, "warm", RAW_TARGET, {}, ours="raw"),
+        _against_best_peer(states, speeds, "warm", DECODED_TARGET, {}, ours=DECODED),
         _against_best_peer(states, speeds, "slow_disk", SLOW_TARGET, slow_details),
     ]
 
@@ -191,31 +201,56 @@ def _against_best_peer(
     )
 
 
-def _our_layout(states: StateSet, work: Path, profile: str, unit_tokens: int) -> Layout:
-    folder = work / f"store-{profile}"
+def _our_layout(
+    states: StateSet, work: Path, profile: str, unit_tokens: int, *, name: str = ""
+) -> Layout:
+    """Return a store of a profile; with a name of its own, read through a decoded cache."""
+    folder = work / f"store-{name or profile}"
     settings = StoreSettings.from_dict(
         {"taps": states.taps, "profile": profile, "unit_tokens": unit_tokens}
     )
 
-    def write() -> None:
-        write_scratch_store(folder, states, settings=settings)
+    decoded_gb = 1 + 2 * states.raw_bytes / 1e9
+
+    def write() -> dict[str, float]:
+        write_scratch_store(folder / "store", states, settings=settings)
+        if not name:
+            return {}
+        speeds = {"filling_tokens_per_second": _read_once(store())}
+        store.cache_clear()  # as a new run, which compares each file once
+        return speeds | {"comparing_tokens_per_second": _read_once(store())}
 
     @cache
-    def store() -> Store:
-        return Store.open(folder)  # once, as in a run of many epochs
+    def store() -> Store:  # opened once, as in a run of many epochs
+        decoded = open_cache(str(folder / "decoded") if name else "", max_gb=decoded_gb)
+        return Store.open(folder / "store", decoded=decoded)
 
     def run(num_threads: int, charge: Charge) -> Epoch:
         stream = StreamSettings(reader_threads=num_threads)
         return run_store_epoch(store(), seed=_SEED, settings=stream, charge=charge)
 
+    through = ", from a decoded cache after its first epoch" * bool(name)
     return Layout(
-        name=profile,
+        name=name or profile,
         role="ours",
-        read_as="the trainer's stream: units in random order, packed batches of random samples",
+        read_as="the trainer's stream: units in random order, packed batches of random samples"
+        + through,
         folder=folder,
         write=write,
         run=run,
     )
+
+
+def _read_once(store: Store) -> float:
+    """Return the tokens/s of reading all units once, in their order, in one thread."""
+    rows = np.empty((store.unit_tokens, store.width), dtype=store.states_dtype)
+    started_at = time.perf_counter()
+    for unit in range(store.num_units):
+        num_tokens = store.receipt(unit).num_tokens
+        for tap in store.taps:
+            move = CopyRange(first=0, stop=num_tokens, to=rows[:num_tokens])
+            store.copy_states(unit, tap, [move])
+    return store.num_tokens / (time.perf_counter() - started_at)
 
 
 def _peer_layout(states: StateSet, work: Path, peer: Peer) -> Layout:
@@ -240,7 +275,7 @@ def _write(layout: Layout, states: StateSet) -> dict[str, Any]:
     """Write a layout and flush it to the disk; return its size and write speed."""
     layout.folder.mkdir(parents=True)
     started_at = time.perf_counter()
-    layout.write()
+    details = layout.write() or {}
     flush(layout.folder)
     elapsed_s = time.perf_counter() - started_at
     num_files, num_bytes = measure_folder(layout.folder)
@@ -249,6 +284,7 @@ def _write(layout: Layout, states: StateSet) -> dict[str, Any]:
         "bytes_per_token": num_bytes / states.num_tokens,
         "ratio_to_raw": num_bytes / states.raw_bytes,
         "write_mb_per_second": states.raw_bytes / elapsed_s / 1e6,
+        **details,
     }
 
 
