@@ -129,9 +129,31 @@ def test_layers_of_taps_are_ascending_and_once_each() -> None:
 
 
 def test_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    left = tmp_path / "units/.states-left"
-    left.mkdir(parents=True)
-    (left / "1.safetensors").touch()
+    units = tmp_path / "units"
+    (units / ".states-empty").mkdir(parents=True)
+    (units / ".states-left").mkdir()
+    for name in (".owner", "1.safetensors"):
+        (units / ".states-left" / name).touch()
     with staging_folder(tmp_path) as first, staging_folder(tmp_path) as second:
-        assert {path.name for path in (tmp_path / "units").iterdir()} == {first.name, second.name}
-    assert not list((tmp_path / "units").iterdir())
+        assert {path.name for path in units.iterdir()} == {first.name, second.name}
+    assert not list(units.iterdir())
+
+
+def test_a_folder_whose_owner_is_not_known_is_kept(tmp_path: Path) -> None:
+    """The lock is one of a file: other nodes do not see that of a folder."""
+    kept = tmp_path / "units/.states-kept"
+    kept.mkdir(parents=True)
+    (kept / "1.safetensors").touch()
+    (tmp_path / "elsewhere").touch()
+    linked = tmp_path / "units/.states-linked"
+    linked.mkdir()
+    (linked / ".owner").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "units/.states-link").symlink_to(tmp_path)
+    with staging_folder(tmp_path) as own:
+        held = os.open(own / ".owner", os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(held)
+    assert (kept / "1.safetensors").exists()
+    assert (linked / ".owner").is_symlink()
+    assert (tmp_path / "units/.states-link").is_symlink()
