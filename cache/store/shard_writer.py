@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.base.lm_head import widen
-from carryon.cache.errors import InputError
+from carryon.cache.errors import DamagedStoreError, InputError
 from carryon.cache.files.atomic import Content, Part, write_file
 from carryon.cache.files.regular import read_below
 from carryon.cache.format.arrays import check_tokens, read_array, read_chunk, unit_array_info
@@ -129,7 +129,9 @@ class UnitInputs:
         """[S] tokens of each sample of the store."""
         check_places(self._starts, self.lengths, manifest, name=str(root))
         first_rows = np.arange(manifest.num_units + 1) * manifest.unit_tokens
-        self._bounds = np.searchsorted(self._starts, first_rows).tolist()
+        bounds = np.searchsorted(self._starts, first_rows)
+        _check_planned(self._starts, self.lengths, bounds, first_rows, name=str(root))
+        self._bounds = bounds.tolist()
 
     def num_tokens(self, unit: int) -> int:
         """Return the tokens of a unit's samples."""
@@ -171,6 +173,39 @@ class UnitInputs:
             lengths=lengths,
             tokens=rows["tokens"],
             sha256=digest.hexdigest(),
+        )
+
+
+def _check_planned(
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    bounds: NDArray[np.int64],
+    first_rows: NDArray[np.int64],
+    *,
+    name: str,
+) -> None:
+    """Check that each unit has samples, one behind the other from its first row on, none empty.
+
+    A stranger's store may have others. A unit without samples is never computed, and processes that
+    share it would wait for it without end.
+
+    Args:
+        starts: [S] first row of each sample.
+        lengths: [S] tokens of each sample.
+        bounds: [U + 1] first sample of each unit, and S.
+        first_rows: [U + 1] first row of each unit, and the rows of the store.
+        name: of the store, for errors.
+    """
+    is_filled = bool((np.diff(bounds) > 0).all()) and bool((lengths > 0).all())
+    if is_filled:
+        expected = np.concatenate([first_rows[:1], (starts + lengths)[:-1]])
+        expected[bounds[:-1]] = first_rows[:-1]
+        is_filled = np.array_equal(starts, expected)
+    if not is_filled:
+        raise DamagedStoreError(
+            f"{name}: samples/start, samples/length: expected the samples of a unit one behind "
+            "the other from its first row on, each of a token or more, got others",
+            fix="extract into another folder",
         )
 
 

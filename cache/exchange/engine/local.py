@@ -143,7 +143,7 @@ class LocalEngine:
         """When the last answer came, or the first of the requests that wait was sent."""
         self._guard = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._number, self._is_ending = 0, False
+        self._number, self._num_cached, self._is_ending = 0, 0, False
         self._verb = "did not start"
         self._failure: EngineError | None = None
         self._has_ended = threading.Event()
@@ -170,6 +170,8 @@ class LocalEngine:
     def __exit__(self, *_: object) -> None:
         self._is_ending = True
         self._leave(after_s=END_S)
+        if self._num_cached:
+            logger.info(f"vLLM took {self._num_cached:,} tokens from its prefix cache")
 
     def submit(self, tokens: list[int]) -> Future[str]:
         """Ask for the states of token ids; see `Engine`."""
@@ -263,6 +265,7 @@ class LocalEngine:
                 "--max-tokens, or --vllm-args"
             )
         name = file_name(answer["file"])
+        self._num_cached += answer["cached"]
         how: dict[str, Any] = {"timeout_s": self._timeout_s, "is_over": self._has_ended}
         if wait_for_file(self.folder, name, **how):
             return name

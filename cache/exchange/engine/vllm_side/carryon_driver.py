@@ -1,9 +1,9 @@
 """The process that runs vLLM: prompts of token ids come in, names of files of states go out.
 
 A JSON line each way, on standard input and output: first the job and that the engine is ready, then
-{"id", "tokens"} and {"id", "file"}. All else that is printed goes to standard error. It ends when
-its standard input is closed, as when the process that started it is killed, and removes the folder
-of its temporary files.
+{"id", "tokens"} and {"id", "file", "cached"}, the tokens that a prefix cache had. All else that is
+printed goes to standard error. It ends when its standard input is closed, as when the process that
+started it is killed, and removes the folder of its temporary files.
 """
 
 import json
@@ -37,7 +37,9 @@ def main() -> str:
         for output in engine.step():
             if output.finished:
                 path = (output.kv_transfer_params or {}).get("hidden_states_path", "")
-                _say(said, {"id": output.request_id, "file": os.path.basename(path)})
+                cached = getattr(output, "num_cached_tokens", None) or 0
+                facts = {"file": os.path.basename(path), "cached": cached}
+                _say(said, {"id": output.request_id, **facts})
     return str(job["temporary"])
 
 
