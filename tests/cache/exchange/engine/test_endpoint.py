@@ -64,7 +64,7 @@ def extract_served(
     """Extract from a server; options of VllmSettings and StoreSettings."""
     names = VllmSettings.__dataclass_fields__
     vllm = {name: options.pop(name) for name in list(options) if name in names}
-    vllm = {"states_folder": str(server.folder), "retries": 3, "request_timeout_s": 5.0} | vllm
+    vllm = {"states_folder": str(server.folder), "retries": 3} | vllm  # minutes for a slow machine
     plan = plan_with_vllm(
         base=base,
         data=[str(corpus)],
@@ -134,12 +134,10 @@ def test_a_request_that_fails_is_sent_again(
     monkeypatch: pytest.MonkeyPatch,
     fault: str,
 ) -> None:
-    if fault == "lost":  # a slow machine's answer, or late file, is none: only this wait is short
-        monkeypatch.setattr(endpoint, "_FILE_WAIT_S", 0.5)
+    if fault == "lost":  # other files are written before they are told
+        monkeypatch.setattr(endpoint, "_FILE_WAIT_S", 0.05)
     server.faults = dict.fromkeys((NUM_FIRST + 1, NUM_FIRST + 4), fault)
-    report = extract_served(
-        server, tiny_base, corpus, store_tmp / "store", request_timeout_s=60.0, requests=2
-    )
+    report = extract_served(server, tiny_base, corpus, store_tmp / "store", requests=2)
     assert report.is_finished
     assert verify(store_tmp / "store", depth="full").is_complete
     again = 0 if fault == "late" else 2
@@ -403,11 +401,16 @@ def test_any_text_may_be_a_servers_version(
 
 
 def test_a_folder_that_is_not_the_servers_is_named(
-    server: TinyServer, tiny_base: Base, corpus: Path, store_tmp: Path
+    server: TinyServer,
+    tiny_base: Base,
+    corpus: Path,
+    store_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(endpoint, "_FILE_WAIT_S", 0.05)
     server.faults = {0: "lost"}
     with pytest.raises(EngineError, match="--states-folder .*: expected the file cmpl-0"):
-        extract_served(server, tiny_base, corpus, store_tmp / "store", request_timeout_s=0.05)
+        extract_served(server, tiny_base, corpus, store_tmp / "store")
 
 
 def test_a_server_without_room_is_named(
