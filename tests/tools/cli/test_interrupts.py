@@ -1,5 +1,6 @@
 """Ctrl-C in an import and in a callback, where Python would lose it. Each command is a process."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,15 @@ def run(folder: Path, body: str, *, name: str = "carryon.tools.made") -> tuple[i
     (folder / "library.py").write_text(LIBRARY)
     (folder / "twice.py").write_text("from pressed import press\npress()\npress()\n")
     words = [sys.executable, "-c", COMMAND.format(body=body, name=name), str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored in the background
+    )
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 

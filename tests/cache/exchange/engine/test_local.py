@@ -144,9 +144,13 @@ def test_an_interrupt_while_it_starts_leaves_nothing(tmp_path: Path, python: str
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        engine.__enter__()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            engine.__enter__()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert engine._process.code == -signal.SIGKILL
     assert not list((tmp_path / "temporary").iterdir())
 
