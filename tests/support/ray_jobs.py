@@ -16,7 +16,8 @@ def open_sleeper(job: Job) -> Iterator[tuple[str, Callable[[int], Outcome]]]:
     """Sleep for each unit; kill the process at those of the job that are deadly.
 
     The job's `broken` are units that only the first process fails at. The first
-    `fatal_starts` processes die as they start; without `base` an actor cannot start.
+    `fatal_starts` processes die as they start; without `base` an actor cannot start. With
+    `together` no process starts before there are so many.
     """
     for number in range(job.get("fatal_starts", 0)):
         with suppress(FileExistsError):
@@ -25,6 +26,9 @@ def open_sleeper(job: Job) -> Iterator[tuple[str, Callable[[int], Outcome]]]:
     if "base" not in job:
         raise MissingError("base: expected a folder, got nothing.\nFix: another")
     broken = set(job.get("broken", []))
+    os.makedirs(f"{job['folder']}/processes/{os.getpid()}")
+    while len(os.listdir(f"{job['folder']}/processes")) < job.get("together", 0):
+        time.sleep(0.01)
 
     def extract(unit: int) -> Outcome:
         if unit in job.get("deadly", []):

@@ -84,7 +84,7 @@ def test_every_unit_is_computed_once_and_each_actor_has_a_line(
 ) -> None:
     notes: list[str] = []
     dead: list[str] = []
-    actors = actors_of(connected_ray, tmp_path, dead)
+    actors = actors_of(connected_ray, tmp_path, dead, together=2, sleep_s=0.05)
     ledger = actors.compute(range(60), notes.append)
     assert (ledger.failed, ledger.stopped) == ({}, None)
     lines = [re.sub(r"[\d,]+ tokens/s", "N tokens/s", line) for line in actors.report()]
