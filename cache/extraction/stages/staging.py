@@ -89,6 +89,7 @@ class Staging:
             for tap, states in found.items():
                 values = self._stored(states).cpu().numpy()
                 flat = values.reshape(-1, values.shape[-1])
+                # Places are in range, as the shape was compared; "raise" would copy by a buffer.
                 np.take(flat, batch.places, axis=0, out=self._arrays[tap][first:stop], mode="clip")
             return None
         places: dict[torch.device, Tensor] = {}
@@ -149,6 +150,7 @@ class StagedRows:
         shape = (max(0, stop - first), self.shape[1])
         memory = self._pool.take(shape[0] * shape[1] * self.dtype.itemsize)
         out = memory.view(self.dtype).reshape(shape)
+        # Places are in range: `Staging.rows` has looked for -1, and counts the rest itself.
         np.take(self._states, places, axis=0, out=out[: len(places)], mode="clip")
         out[len(places) :] = 0
         return out

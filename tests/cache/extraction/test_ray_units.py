@@ -60,10 +60,10 @@ def ordered(
         for each in [*callers, server]:
             each.start()
         for each in callers:
-            each.join(timeout=30)
+            each.join(timeout=300)
             assert not each.is_alive()
         orders.close()
-        server.join(timeout=30)
+        server.join(timeout=300)
         assert not server.is_alive()
     assert not list((root / "units").glob(".*.lease"))
     return outcomes
@@ -160,7 +160,7 @@ def ordered_beside(root: Path, base: Base) -> dict[int, Outcome]:
         server.start()
         outcomes = {unit: orders.extract(unit) for unit in (0, 1)}
         orders.close()
-        server.join(timeout=30)
+        server.join(timeout=300)
     return outcomes
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,19 @@ PROGRAM = [sys.executable, "-c", "import sys; from carryon.tools.cli.main import
 PROGRAM[-1] += "sys.exit(main())"
 
 
-def start(base_folder: Path, data: Path, root: Path, *, held_at: str = "") -> Extraction:
-    return start_extraction(base_folder, data, root, held_at=held_at, sharing=SHARING)
+PATIENCE_S = 300.0
+"""For a slow machine; on none is it waited for."""
+
+
+def start(
+    base_folder: Path,
+    data: Path,
+    root: Path,
+    *,
+    held_at: str = "",
+    sharing: Sharing = SHARING,
+) -> Extraction:
+    return start_extraction(base_folder, data, root, held_at=held_at, sharing=sharing)
 
 
 def assert_same_as_alone(root: Path, original: Path) -> None:
@@ -85,12 +97,13 @@ def test_processes_that_start_at_the_same_time_share_the_units(
     tiny_base_folder: Path, store_data: Path, store_original: Path, store_tmp: Path
 ) -> None:
     root = store_tmp / "store"
-    first = start(tiny_base_folder, store_data, root, held_at=receipt_path(0))
+    sharing = replace(SHARING, times=LeaseTimes(heartbeat_s=0.1, expiry_s=PATIENCE_S))
+    first = start(tiny_base_folder, store_data, root, held_at=receipt_path(0), sharing=sharing)
     first.wait_for("held")  # it has the leases of units 0 and 1: one is written, one computed
-    others = [start(tiny_base_folder, store_data, root) for _ in range(2)]
+    others = [start(tiny_base_folder, store_data, root, sharing=sharing) for _ in range(2)]
     wanted = {f"{unit}.json" for unit in range(2, read_manifest(root).num_units)}
     assert wanted
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not wanted <= {path.name for path in (root / "units").glob("*.json")}:
         assert time.monotonic() < deadline, "others do not go on while one unit is at work"
         time.sleep(0.02)
@@ -501,7 +514,7 @@ def test_ctrl_c_ends_all_workers_and_loses_nothing(
     )
     children = children_at_first_receipt(process, root)
     os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, errors
     assert errors.splitlines()[-1].endswith("Fix: run the same command to resume")
     assert "Traceback" not in errors
@@ -523,7 +536,7 @@ def test_workers_end_with_the_process_that_started_them(
     process.kill()
     process.wait()
     assert children
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while any(map(is_alive, children)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -545,7 +558,7 @@ def test_torchrun_with_two_processes_makes_the_store_of_one(
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert len(done.stdout.splitlines()) == 1, "only the first process prints"
     assert done.stderr.count("samples kept") <= 1

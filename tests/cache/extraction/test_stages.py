@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.tiny_stores import SETTINGS, UNIT_TOKENS, Given, make_given, plan_g
 
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.packing import make_batch, plan_batches
+from carryon.cache.extraction.stages import unit_writers
 from carryon.cache.extraction.stages.backpressure import limiting_stage, stage_seconds
 from carryon.cache.extraction.stages.read_ahead import ReadAhead
 from carryon.cache.extraction.stages.staging import Staging
@@ -23,7 +25,7 @@ from carryon.cache.format.quantization import bfloat16_bits
 from carryon.cache.format.receipt import Receipt, units_with_receipt
 from carryon.cache.settings import StoreSettings
 from carryon.cache.store.reader import Store
-from carryon.cache.store.shard_writer import UnitInputs, write_unit
+from carryon.cache.store.shard_writer import EncodedUnit, UnitInputs, write_unit
 
 LENGTHS = np.array([5, 3, 7, 2, 6, 4], dtype=np.int32)
 STARTS = np.cumsum(LENGTHS, dtype=np.int64) - LENGTHS
@@ -174,7 +176,7 @@ class _Store:
         with small_pieces():
             self.manifest: Manifest = plan_given(root, self.given)
         self.root, self.inputs = root, UnitInputs(root, self.manifest)
-        self.num_made = self.most_lost = 0
+        self.num_made = self.num_staged = self.most_lost = 0
         self.writers: UnitWriters | None = None
 
     def staging(self) -> Staging:
@@ -211,6 +213,7 @@ class _Store:
                 staging = writers.take()
                 self.most_lost = max(self.most_lost, unit + 1 - len(units_with_receipt(self.root)))
                 self.fill(staging, unit)
+                self.num_staged += 1
                 writers.expect(unit, 1)
                 writers.submit(self.inputs.read(unit), staging, elapsed_s=0.0)
             writers.collect(waits=True)
@@ -276,6 +279,34 @@ def test_memory_is_not_used_again_before_it_is_written(store_tmp: Path) -> None:
 
     store.run(slow)
 
+    assert_stored(store)
+
+
+def test_memory_is_not_used_again_before_it_is_encoded(
+    store_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each unit is encoded only when later ones are staged in its memory, or wait for it."""
+    store = _Store(store_tmp / "store")
+    encode, last = unit_writers.encode_unit, store.manifest.num_units - 1
+
+    def late(*given: Any, **how: Any) -> EncodedUnit:  # noqa: ANN401
+        writers, unit = store.writers, given[2].unit
+        assert writers is not None
+        waited_s = writers.waited_s["encode"]
+        wait_until(
+            lambda: store.num_staged > min(last, unit + 3) or writers.waited_s["encode"] > waited_s
+        )
+        return encode(*given, **how)
+
+    monkeypatch.setattr(unit_writers, "encode_unit", late)
+    store.run(partial(write_unit, store.root, store.manifest))
+
+    assert store.num_staged == last + 1 > 4
+    assert_stored(store)
+
+
+def assert_stored(store: _Store) -> None:
+    """Check that a store holds the states that were staged."""
     for unit in Store.open(store.root).iter_units():
         rows = slice(unit.unit * UNIT_TOKENS, (unit.unit + 1) * UNIT_TOKENS)
         for tap, stored in unit.hidden.items():
