@@ -160,6 +160,15 @@ def begin(store: Path, out: Path, *, is_sweep: bool) -> Any:  # noqa: ANN401 -- 
     return process
 
 
+def begin_tiny(store: Path, out: Path, samples_cache: Path, **changes: Any) -> Any:  # noqa: ANN401
+    """Start `train_tiny` in a child process whose samples and key are kept in `samples_cache`."""
+    process = _processes().Process(
+        target=_train_tiny_in_child, args=(store, out, samples_cache, changes)
+    )
+    process.start()
+    return process
+
+
 @cache
 def _processes() -> Any:  # noqa: ANN401 -- a context has no public type
     """Return processes forked from one that has imported the trainer, which takes seconds."""
@@ -187,6 +196,14 @@ def _train_in_child(store: Path, out: Path, is_sweep: bool, talk: Connection) ->
         sweep(store, out=out, settings=TINY, runs=RUNS)
     else:
         train_tiny(store, out, **KILLED)
+
+
+def _train_tiny_in_child(
+    store: Path, out: Path, samples_cache: Path, changes: dict[str, Any]
+) -> None:
+    _be_quiet()
+    os.environ["CARRYON_CACHE"] = str(samples_cache)
+    train_tiny(store, out, **changes)
 
 
 def _die_at_rename(number: int) -> None:

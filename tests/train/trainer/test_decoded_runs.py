@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from support.tiny_runs import (
     TINY,
     Killed,
     assert_same_bits,
+    begin_tiny,
     kill_at,
     metrics_without_times,
     train_tiny,
@@ -110,31 +110,21 @@ def test_a_sweep_of_several_stores_reads_all_of_them_through_it(
     assert cached[0].decoded_cache["written"] == len(files_of(tmp_path / "c")) == num_units
 
 
-def test_runs_at_one_folder_at_once_end_with_their_bits(
+def test_processes_at_one_folder_at_once_end_with_the_bits_of_their_runs(
     stores: list[Path], plain: Path, tmp_path: Path
 ) -> None:
-    """Of one process; those of several are in tests/cache/store/test_decoded_cache.py."""
-    errors: list[BaseException] = []
-
-    def run(name: str, store: Path) -> None:
-        try:
-            train_tiny(store, tmp_path / name, decoded_cache=str(tmp_path / "cache"))
-        except BaseException as error:
-            errors.append(error)
-
     train_tiny(stores[1], tmp_path / "plain-2")
-    threads = [
-        threading.Thread(target=run, args=(name, store))
+    options: dict[str, Any] = {"decoded_cache": str(tmp_path / "cache")}
+    processes = [
+        begin_tiny(store, tmp_path / name, tmp_path / "own", **options)
         for name, store in (("a", stores[0]), ("b", stores[1]), ("c", stores[0]))
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert_same_bits(tmp_path / "a", plain)
-    assert_same_bits(tmp_path / "b", tmp_path / "plain-2")
-    assert_same_bits(tmp_path / "c", plain)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    for name, expected in (("a", plain), ("b", tmp_path / "plain-2"), ("c", plain)):
+        assert_same_bits(tmp_path / name, expected)
+    assert files_of(tmp_path / "cache")
 
 
 def test_an_update_of_a_lineage_and_an_evaluation_use_it(
