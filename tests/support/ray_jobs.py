@@ -17,7 +17,7 @@ def open_sleeper(job: Job) -> Iterator[tuple[str, Callable[[int], Outcome]]]:
 
     The job's `broken` are units that only the first process fails at. The first
     `fatal_starts` processes die as they start; without `base` an actor cannot start. With
-    `together` no process starts before there are so many.
+    `together` none starts before that number of them is there.
     """
     for number in range(job.get("fatal_starts", 0)):
         with suppress(FileExistsError):

@@ -80,7 +80,7 @@ class VllmProcess:
 
     @property
     def lines(self) -> IO[bytes]:
-        """What it says, a JSON line each."""
+        """Its standard output, a JSON line each."""
         assert self._process.stdout is not None
         return self._process.stdout
 
