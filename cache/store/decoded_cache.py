@@ -286,7 +286,7 @@ class DecodedCache:
 
     def _stop(self, reason: str) -> None:
         self._is_stopped = True
-        self._warn("stopped", f"{reason}: no more units are kept; the run goes on without them")
+        self._warn("stopped", f"{reason}: no more units are kept; the run continues without them")
 
     def _warn(self, kind: str, text: str) -> None:
         if self._is_new(kind):
@@ -330,7 +330,7 @@ def open_cache(folder: str, *, max_gb: float) -> DecodedCache | None:
         names = os.listdir(root)
     except OSError as error:
         if full := what_is_full(error):
-            logger.warning(f"{root}: decoded cache: {full}: the run goes on without it")
+            logger.warning(f"{root}: decoded cache: {full}: the run continues without it")
             return None
         problem = "a file" if isinstance(error, FileExistsError) else error.strerror
         raise InputError(
