@@ -302,8 +302,9 @@ class _Workers:
                     num_threads=self._num_threads,
                     device=device_of(self._job.forward.device, number),
                 )
-                process.stdin.write(json.dumps(job).encode() + b"\n")
-                process.stdin.flush()
+                with suppress(BrokenPipeError):  # it is dead already: `wait` warns of it
+                    process.stdin.write(json.dumps(job).encode() + b"\n")
+                    process.stdin.flush()
         except BaseException:
             self._stop()
             raise

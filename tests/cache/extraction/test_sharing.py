@@ -456,6 +456,30 @@ def test_workers_are_refused_where_torchrun_starts_processes(
     assert "Fix: --workers 2" in error_of(lambda: plan_sharing(-1, FORWARD))
 
 
+def test_workers_that_die_before_they_are_told_their_job_are_warned_of(
+    tiny_base: Base,
+    store_data: Path,
+    store_original: Path,
+    store_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start_process = subprocess.Popen
+
+    def start_and_die(words: list[str], **how: Any) -> subprocess.Popen[bytes]:  # noqa: ANN401
+        process = start_process([sys.executable, "-c", "raise SystemExit(1)"], **how)
+        process.wait()
+        started.append(process)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_die)
+    extract_tiny(tiny_base, store_data, store_tmp / "store", sharing=replace(SHARING, workers=2))
+    assert len(started) == 1
+    assert_same_as_alone(store_tmp / "store", store_original)
+    assert "worker 2 was ended by an error: others took over" in caplog.text
+
+
 # Commands
 
 
