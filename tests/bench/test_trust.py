@@ -53,7 +53,14 @@ def test_of_processes_that_share_a_store_one_is_killed(
     things: Things, tmp_path: Path, is_again: bool
 ) -> None:
     limits = Limits(kill_at=20)  # in the plan, or in a unit of the first that the other has planned
-    assert kill_one(things, tmp_path / "trial", limits, is_again=is_again) == (True, {})
+    for number in range(10):
+        trial = tmp_path / f"{number}/trial"
+        trial.parent.mkdir()
+        was_killed, wrong = kill_one(things, trial, limits, is_again=is_again)
+        assert wrong == {}
+        if was_killed:  # else the other has written it all before
+            return
+    pytest.fail("the first process always ended before its 20th change")
 
 
 def test_a_merge_killed_behind_its_last_step_is_there_and_leaves_no_lock(

@@ -82,7 +82,14 @@ def test_what_a_kind_computes_from_what_it_draws_is_the_same_when_it_is_loaded(
 
 
 @pytest.mark.usefixtures("linear")
-@pytest.mark.parametrize("change", [{"optimizer": "muon"}, {"weights_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "muon"},
+        {"weights_dtype": "bfloat16", "head_dtype": "bfloat16"},
+        {"weights_dtype": "bfloat16", "head_dtype": "float32"},
+    ],
+)
 def test_a_registered_kind_trains_with_every_optimizer(
     tmp_path: Path, change: dict[str, str]
 ) -> None:

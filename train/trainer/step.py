@@ -5,12 +5,14 @@ Letters: M supervised pairs of a batch, D base width.
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from carryon.train.data.batch import Batch
+from carryon.train.kinds import BUILT_IN
 from carryon.train.losses.base_states import BaseStates
 from carryon.train.losses.cross_entropy import base_divergences, token_losses
 from carryon.train.losses.frozen_head import FrozenHead
@@ -221,8 +223,20 @@ def pair_losses(
 
 def pair_delta(carryon: CarryOn, batch: Batch, *, head: FrozenHead) -> Tensor:
     """Return the carry-on's correction at each supervised pair, before alpha, [M, D]."""
-    with head.autocast():
+    with _products(carryon, head):
         return carryon.correct_packed(batch.states, batch.packing(), batch.positions)
+
+
+def _products(carryon: CarryOn, head: FrozenHead) -> AbstractContextManager[object]:
+    """Return the context of a carry-on's products: in the head's dtype, mostly.
+
+    A module of the user's need not cast its states to the dtype of its weights. So with weights in
+    bfloat16 its products are in that, also below a head in float32.
+    """
+    is_users = carryon.settings.kind == "custom" or carryon.settings.kind not in BUILT_IN
+    if is_users and any(weight.dtype == torch.bfloat16 for weight in carryon.parameters()):
+        return torch.autocast(head.device.type, torch.bfloat16)
+    return head.autocast()
 
 
 def losses_of_delta(

@@ -141,7 +141,7 @@ class LocalEngine:
         self._waiting: dict[str, Future[str]] = {}
         self._heard_at = 0.0
         """When the last answer came, or the first of the requests that wait was sent."""
-        self._guard = threading.Lock()
+        self._guard, self._reason = threading.Lock(), threading.Lock()
         self._threads: list[threading.Thread] = []
         self._number, self._num_cached, self._is_ending = 0, 0, False
         self._verb = "did not start"
@@ -284,10 +284,11 @@ class LocalEngine:
         if not problem:
             self._process.end(after_s=END_S)
             problem = f"{self._verb} with code {self._process.code}"
-        self._process.kill()
-        if self._failure is None:
-            more = f"{fix}; see" if fix else "see"
-            self._failure = EngineError(
-                f"vLLM: {problem}: {self._process.last_word()}. Fix: {more} {self._process.log}"
-            )
+        with self._reason:
+            if self._failure is None:
+                more = f"{fix}; see" if fix else "see"
+                self._failure = EngineError(
+                    f"vLLM: {problem}: {self._process.last_word()}. Fix: {more} {self._process.log}"
+                )
+        self._process.kill()  # only now, or its end would look like the reason
         return self._failure

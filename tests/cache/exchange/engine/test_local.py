@@ -22,6 +22,7 @@ from carryon.cache.exchange.engine.local import (
     LocalEngine,
     find_python,
 )
+from carryon.cache.exchange.engine.vllm_process import VllmProcess
 
 PATIENCE_S = 300.0
 """For a slow machine; on none is it waited for."""
@@ -111,8 +112,13 @@ def test_an_engine_that_does_not_start_says_why(
 
 
 def test_an_engine_without_an_answer_is_not_waited_for_without_end(
-    tmp_path: Path, python: str
+    tmp_path: Path, python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """However slowly its log is read: that it is killed is not the reason."""
+    last_word = VllmProcess.last_word
+    monkeypatch.setattr(
+        VllmProcess, "last_word", lambda process: (time.sleep(0.5), last_word(process))[1]
+    )
     engine = LocalEngine(make_job(), python=python, folder=tmp_path, timeout_s=0.2)
     with engine, pytest.raises(EngineError, match=r"vLLM: no answer within 0.2 s: .*request-time"):
         engine.submit([14]).result(timeout=PATIENCE_S)
