@@ -331,8 +331,8 @@ class ForwardSettings(Settings):
     device: str = "auto"
     """`auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type the base computes in. `auto`: bfloat16 where the device multiplies it natively,
-    float32 on a CPU that does not."""
+    """Type the base computes in. `auto`: that of the store that is resumed or extended; else
+    bfloat16, or float32 where one block of the base, timed at the start, is faster in it."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention backend of transformers."""
     batch_tokens: int = bounded(4096, at_least=1)

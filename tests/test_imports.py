@@ -17,7 +17,8 @@ CACHE_ROOT = {
     "cache/files": {"cache/errors"},
     "cache/settings": {"cache/errors"},
     "cache/optional": {"cache/errors"},
-    "cache/device": {"cache/errors"},
+    "cache/timing": set(),
+    "cache/device": {"cache/errors", "cache/timing"},
     "cache/lock": {"cache/errors", "cache/files"},
 }
 FLOORS = [

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from carryon.cache.base.architecture import Architecture, get_architecture, read_norm
+from carryon.cache.base.calibration.compute_dtype import pick_compute_dtype
 from carryon.cache.base.facts import get_context_tokens
 from carryon.cache.base.identity import (
     BaseIdentity,
@@ -59,7 +60,7 @@ from carryon.cache.base.quantizers import (
     quantizer_of,
 )
 from carryon.cache.base.weights.saved import digest_checkpoint, digest_files
-from carryon.cache.device import multiplies_bfloat16, pick_device, returning_freed_memory
+from carryon.cache.device import returning_freed_memory
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.settings import ForwardSettings
 
@@ -124,7 +125,8 @@ def load_base(
         refuse_other_quantization(expected, {"quantization": quantization}, where=where)
         digests = digest_all_but_weights(config, tokenizer)
         refuse_other_digests(expected, digests, where=where)
-    loaded = _read_weights(place, forward, placement, quantization=quantization)
+    dtype = pick_compute_dtype(place, config, forward, placement, quantization=quantization)
+    loaded = _read_weights(place, forward, placement, dtype=dtype, quantization=quantization)
     model, compute_dtype, checkpoint_dtype, weights_sha256 = loaded
     if expected is not None:
         refuse_other_digests(expected, {"weights_sha256": weights_sha256}, where=where)
@@ -181,10 +183,14 @@ def _architecture(model: PreTrainedModel, source: str, quantization: str | None)
 
 
 def _read_weights(
-    place: BaseSource, forward: ForwardSettings, placement: Placement, *, quantization: str | None
+    place: BaseSource,
+    forward: ForwardSettings,
+    placement: Placement,
+    *,
+    dtype: torch.dtype,
+    quantization: str | None,
 ) -> tuple[PreTrainedModel, torch.dtype, torch.dtype, str]:
     """Return the model, the dtypes in which it computes and is saved, and the weights' digest."""
-    dtype = _pick_compute_dtype(forward.compute_dtype, _fastest(placement))
     with offload_folder(placement) as folder:
         how: dict[str, Any] = {
             "device": placement.device_map,
@@ -204,8 +210,6 @@ def _read_weights(
                 import_quantizer("bitsandbytes", purpose=f"base {place.name}")
             if forward.quantize != "none":
                 how["quantizer"] = quantizer_of(forward.quantize, dtype)
-            elif forward.compute_dtype == "auto":
-                dtype = saved_dtype
             with returning_freed_memory():
                 model = _load(place, dtype, how)
             if forward.compute_dtype == "auto":  # unpacked to a dtype of its own
@@ -221,15 +225,6 @@ def _read_weights(
         if folder is not None:
             remove_with(model, folder)
     return model, dtype, saved_dtype, digest
-
-
-def _fastest(placement: Placement) -> torch.device:
-    """Return the device that most of a base is computed on."""
-    places = placement.device_map
-    if isinstance(places, torch.device):
-        return places
-    is_on_cpu = isinstance(places, dict) and set(places.values()) <= {"cpu", "disk"}
-    return torch.device("cpu") if is_on_cpu else pick_device("auto")
 
 
 def _read_model(
@@ -370,15 +365,3 @@ def read_head(base: Base) -> Head:
         softcap=base.architecture.softcap,
         norm=read_norm(base.architecture.norm, width=base.identity.width),
     )
-
-
-def _pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype called `name`; `auto`: bfloat16 where the device multiplies it.
-
-    Where a CPU emulates it, bfloat16 was 5 times slower than float32 (135M base, AVX2).
-    """
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    is_native = device.type not in ("cpu", "cuda") or multiplies_bfloat16(device)
-    return torch.bfloat16 if is_native else torch.float32

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from carryon.cache.alignment.tree import needed_nodes
 from carryon.cache.base.hooks import base_logits, capture
 from carryon.cache.base.lm_head import Head
-from carryon.cache.base.model import Base, load_base, read_head
+from carryon.cache.base.model import Base, read_head
 from carryon.cache.base.quantizers import quantizer_version
 from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
@@ -36,7 +36,14 @@ from carryon.cache.extraction.layout_writer import (
     write_plan,
 )
 from carryon.cache.extraction.pilot import PILOT_TOKENS, PilotSample, make_probe, measure_profile
-from carryon.cache.extraction.plan import forward_facts, refuse_foreign_folder
+from carryon.cache.extraction.plan import (
+    Reload,
+    forward_facts,
+    keep_compute_dtype,
+    load_to_extract,
+    refuse_foreign_folder,
+    reloaded_as_stored,
+)
 from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.extraction.resume import refuse_other_data, refuse_other_settings
 from carryon.cache.extraction.sharing.claims import drop_claims
@@ -85,6 +92,8 @@ class AlignedPlan:
     batch_tokens: int
     manifest: Manifest
     """Of a new store."""
+    reload: Reload | None
+    """As of ExtractionPlan."""
 
 
 def plan_aligned(
@@ -124,7 +133,7 @@ def plan_aligned(
     refuse_busy(root, is_shared=is_shared)
     anchor = open_anchor(align_to)
     store = keep_settings(anchor, corpus, store)
-    loaded = base if isinstance(base, Base) else load_base(str(base), forward=forward)
+    loaded, reload = load_to_extract(base, keep_compute_dtype(forward, root))
     for tap in store.taps:
         parse_tap(tap, num_layers=loaded.identity.num_layers)
     check_tree_forward(loaded)
@@ -145,6 +154,7 @@ def plan_aligned(
         alignment=alignment,
         batch_tokens=forward.batch_tokens,
         manifest=_manifest(anchor, loaded, head, alignment, store),
+        reload=reload,
     )
 
 
@@ -202,13 +212,21 @@ def run_aligned(
     nodes, rows = int(plan.alignment.num_nodes.sum()), plan.manifest.num_tokens
     logger.info(f"{rows:,} tokens of {plan.anchor.name}, read in {nodes:,} tokens of this base")
     how: dict[str, Any] = {"batch_tokens": plan.batch_tokens, "max_disk_bytes": max_disk_bytes}
-    prepare = partial(_prepare, plan, max_disk_bytes)
     if sharing is not None:
-        return run_together(root, plan.base, prepare, sharing=sharing, **how)
+        prepare = partial(_prepare_shared, plan, max_disk_bytes)
+        return run_together(root, prepare, sharing=sharing, **how)
     with write_lock(root):
         drop_claims(root)
         sweep_partials(root)
-        return run_units(root, prepare(), plan.base, is_predicted=True, **how)
+        manifest = _prepare(plan, max_disk_bytes)
+        return run_units(root, manifest, plan.base, is_predicted=True, **how)
+
+
+def _prepare_shared(plan: AlignedPlan, max_disk_bytes: int | None) -> tuple[Manifest, Base]:
+    """Write the plan, or check it, in the compute dtype that another process has chosen."""
+    changes = reloaded_as_stored(plan.root, plan.base, plan.manifest, plan.reload)
+    plan = replace(plan, **changes)
+    return _prepare(plan, max_disk_bytes), plan.base
 
 
 def _prepare(plan: AlignedPlan, max_disk_bytes: int | None) -> Manifest:

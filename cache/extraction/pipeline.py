@@ -23,7 +23,7 @@ from carryon.cache.extraction.layout_writer import (
     write_plan,
 )
 from carryon.cache.extraction.pilot import make_probe, measure_profile, run_pilot
-from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
+from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction, reloaded_as_stored
 from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.extraction.resume import (
     refuse_known_data,
@@ -177,16 +177,21 @@ def run_extraction(
     """
     root = plan.root
     logger.info(describe_size(plan.manifest))
-    prepare = partial(
-        prepare_store, plan, append=append, max_disk_bytes=max_disk_bytes, is_shared=bool(sharing)
-    )
     how: dict[str, Any] = {"batch_tokens": plan.batch_tokens, "max_disk_bytes": max_disk_bytes}
+    limits: dict[str, Any] = {"append": append, "max_disk_bytes": max_disk_bytes}
     if sharing is not None:
-        return run_together(root, plan.base, prepare, sharing=sharing, **how)
+
+        def prepare() -> tuple[Manifest, Base]:
+            changes = reloaded_as_stored(root, plan.base, plan.manifest, plan.reload)
+            own = replace(plan, **changes)
+            return prepare_store(own, **limits, is_shared=True), own.base
+
+        return run_together(root, prepare, sharing=sharing, **how)
     with write_lock(root):
         drop_claims(root)
         sweep_partials(root)
-        return run_units(root, prepare(), plan.base, is_predicted=True, **how)
+        manifest = prepare_store(plan, **limits)
+        return run_units(root, manifest, plan.base, is_predicted=True, **how)
 
 
 def prepare_store(

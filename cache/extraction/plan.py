@@ -27,7 +27,13 @@ from carryon.cache.device import pick_device
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.packing import UnitPlan, plan_samples
 from carryon.cache.format.head_arrays import head_facts
-from carryon.cache.format.manifest import CorpusPart, Manifest, manifest_path, read_manifest
+from carryon.cache.format.manifest import (
+    ENGINE,
+    CorpusPart,
+    Manifest,
+    manifest_path,
+    read_manifest,
+)
 from carryon.cache.format.quantization import STATE_TYPES
 from carryon.cache.format.zarr_metadata import chunk_rows
 from carryon.cache.lock import LOCK_PATH, refuse_busy
@@ -41,6 +47,9 @@ from carryon.cache.settings import (
 from carryon.cache.versions import library_versions
 
 logger = logging.getLogger(__name__)
+
+Reload = Callable[[str], Base]
+"""From the name of a compute dtype to the base in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +69,8 @@ class ExtractionPlan:
     """Place and problem of each row that was left out."""
     manifest: Manifest
     """Of a new store with these samples."""
+    reload: Reload | None
+    """Loads the base in another compute dtype. None: its dtype was given."""
 
 
 def plan_extraction(
@@ -90,6 +101,7 @@ def plan_extraction(
     refuse_foreign_folder(root)
     refuse_busy(root, is_shared=is_shared)
     pick_device(forward.device)  # refuses one that is not there
+    forward = keep_compute_dtype(forward, root)
     like = _stored_tokenizer(root)
     if isinstance(base, Base):
         facts = facts_of(base)
@@ -118,7 +130,7 @@ def plan_extraction(
     texts = read() if choose is None else choose(read, facts, corpus)
     log_report(texts)
     units = plan_samples(texts.samples, unit_tokens=store.unit_tokens, seed=store.seed)
-    loaded = base if isinstance(base, Base) else load_base(str(base), forward=forward, like=like)
+    loaded, reload = load_to_extract(base, forward, like=like)
     loaded = _with_tokenizer(loaded, tokenizer)
     _check_sizes(facts_of(loaded), store)
     head = read_head(loaded)
@@ -131,7 +143,63 @@ def plan_extraction(
         units=units,
         skipped=texts.skipped,
         manifest=describe(loaded, head, texts, units, corpus=corpus, store=store),
+        reload=reload,
     )
+
+
+def load_to_extract(
+    base: str | Base, forward: ForwardSettings, *, like: str | None = None
+) -> tuple[Base, Reload | None]:
+    """Return a loaded base, and how to load it in another dtype if `forward` leaves that open.
+
+    Args:
+        base: hub id, folder or .gguf file; or a loaded base.
+        forward: how the base is run.
+        like: digest of a recorded tokenizer, as of `read_tokenizer`.
+    """
+    if isinstance(base, Base):
+        return base, None
+
+    def load(dtype: str) -> Base:
+        how = replace(forward, compute_dtype=dtype)  # type: ignore[arg-type]  # checked
+        return load_base(str(base), forward=how, like=like)
+
+    is_open = forward.compute_dtype == "auto"
+    return load(forward.compute_dtype), load if is_open else None
+
+
+def keep_compute_dtype(forward: ForwardSettings, root: Path) -> ForwardSettings:
+    """Return settings in which `auto` is the compute dtype of the store at `root`, if there is one.
+
+    So a store has one dtype on machines of which others are faster in another.
+    """
+    recorded = _stored_dtype(root)
+    if forward.compute_dtype != "auto" or recorded is None:
+        return forward
+    return replace(forward, compute_dtype=recorded)  # type: ignore[arg-type]  # checked
+
+
+def reloaded_as_stored(
+    root: Path, base: Base, manifest: Manifest, reload: Reload | None
+) -> dict[str, Any]:
+    """Return what changes of a plan if another process has planned the store in another dtype.
+
+    Args:
+        root: of the store.
+        base: as it was loaded before the store was planned.
+        manifest: of the plan with it.
+        reload: as of ExtractionPlan.
+
+    Returns:
+        `base`, `head` and `manifest` in the compute dtype of the store; nothing if it is that.
+    """
+    recorded = _stored_dtype(root)
+    if reload is None or recorded in (None, forward_facts(base)["compute_dtype"]):
+        return {}
+    loaded = _with_tokenizer(reload(str(recorded)), base.tokenizer)
+    head = read_head(loaded)
+    new = replace(manifest, forward=forward_facts(loaded), head=head_facts(head))
+    return {"base": loaded, "head": head, "manifest": new}
 
 
 def log_report(texts: Corpus) -> None:
@@ -159,6 +227,14 @@ def _stored_date(root: Path) -> str:
     if not manifest_path(root).exists():
         return ""
     return str(read_manifest(root).corpus.get("template_date", ""))
+
+
+def _stored_dtype(root: Path) -> str | None:
+    """Return the dtype that an existing store was computed in; None for none, or another engine."""
+    if not manifest_path(root).exists():
+        return None
+    forward = read_manifest(root).forward
+    return None if ENGINE in forward else forward.get("compute_dtype")
 
 
 def _stored_tokenizer(root: Path) -> str | None:

@@ -8,7 +8,6 @@ whose blocks do not run alone is refused.
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from carryon.cache.base.calibration.few_blocks import shortened_config
 from carryon.cache.errors import DamagedStoreError, InputError
 from carryon.cache.files.documents import json_bytes, parse_json
 from carryon.cache.format.arrays import read_file
 from carryon.cache.format.manifest import Manifest
 
 if TYPE_CHECKING:  # the trainer reads blocks and loads no base
-    from transformers import PretrainedConfig
-
     from carryon.cache.base.model import Base
     from carryon.cache.base.pretrained import PreTrainedModel
 
@@ -116,27 +114,6 @@ def build_decoder(
             block.load_state_dict(weights)
     model.set_input_embeddings(nn.Identity())  # it reads hidden states
     return model
-
-
-def shortened_config(values: Mapping[str, Any], number: int) -> "PretrainedConfig":
-    """Return a base's config with its last `number` blocks only, and no vocabulary."""
-    from transformers import AutoConfig
-
-    values = dict(values)
-    kind = values.pop("model_type")
-    values.pop("auto_map", None)  # it names code
-    for name in ("layer_types", "mlp_layer_types"):
-        if isinstance(values.get(name), list):
-            values[name] = repeat_last(values[name], number)
-    tokens = {name: None for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    values |= {"num_hidden_layers": number, "vocab_size": 1, **tokens}
-    config: PretrainedConfig = AutoConfig.for_model(kind, **values)
-    return config
-
-
-def repeat_last(kinds: list[str], number: int) -> list[str]:
-    """Return the last `number` of a base's kinds of blocks."""
-    return (kinds * -(-number // len(kinds)))[-number:]
 
 
 def block_files(base: "Base", number: int) -> dict[str, bytes]:

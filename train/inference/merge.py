@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from carryon.cache.base.architecture import get_architecture
+from carryon.cache.base.calibration.few_blocks import repeat_last
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.base.placement import refuse_spread
 from carryon.cache.base.recorded import load_recorded_base, tokenizer_of
@@ -17,7 +18,7 @@ from carryon.cache.files.atomic import whole_folder
 from carryon.cache.files.new_folder import refuse_content, replaceable
 from carryon.cache.optional import require
 from carryon.cache.settings import ForwardSettings
-from carryon.cache.store.top_blocks import read_blocks, repeat_last
+from carryon.cache.store.top_blocks import read_blocks
 from carryon.train.kinds import get_kind
 from carryon.train.modules.base_blocks import BlocksCarryOn, lora_targets
 from carryon.train.modules.serialization import (

@@ -4,7 +4,6 @@ The same code as in training multiplies some rows of the head with synthetic sta
 first compared with the plain formula in float32. Letters: M positions, D base width, V vocabulary.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from carryon.cache.device import pick_chunk
+from carryon.cache.timing import least_seconds
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.frozen_head import FrozenHead, HeadBlock
 from carryon.train.losses.ways import ways_of
@@ -27,8 +27,6 @@ CALL_FLOPS = 6e9
 _MAX_POSITIONS = 1024
 _CHECKED = 128  # positions compared with the plain formula
 _MIN_ROWS = 1024
-_ROUNDS = 3
-_HOPELESS = 1.3  # a way that takes so much longer than the fastest is not timed again
 _EQUAL = 1.03
 """Of two ways whose times differ by less, the more exact is taken."""
 _SPREAD = 4.0  # standard deviation of a synthetic state's logits
@@ -92,7 +90,8 @@ def calibrate(head: FrozenHead, *, positions: int, chunk_tokens: int) -> Calibra
         if name == names[0]  # what runs did before there was a choice
         or (errors[name][0] <= LOSS_TOLERANCE and errors[name][1] <= GRADIENT_TOLERANCE)
     ]
-    seconds = least_seconds({name: calls[name] for name in exact})
+    timed = {name: calls[name] for name in exact}
+    seconds = least_seconds(timed, num_threads=torch.get_num_threads())
     return Calibration(
         way=choose(seconds),
         seconds=seconds,
@@ -146,24 +145,6 @@ def loss_call(
         torch.autograd.grad(losses.sum(), states)
 
     return call
-
-
-def least_seconds(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Return the least seconds of each call, timed in turn.
-
-    One thread is timed by its own clock, which stands while other processes use the core.
-    """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds = dict.fromkeys(calls, float("inf"))
-    for number in range(_ROUNDS):
-        least = min(seconds.values())
-        for name, call in calls.items():
-            if number > 0 and seconds[name] > _HOPELESS * least:
-                continue
-            start = clock()
-            call()
-            seconds[name] = min(seconds[name], clock() - start)
-    return seconds
 
 
 def _errors(head: FrozenHead, states: Tensor, targets: Tensor) -> tuple[float, float]:

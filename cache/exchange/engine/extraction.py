@@ -76,8 +76,13 @@ def run_with_vllm(
         run = _Run(plan, stack, is_shared=sharing is not None)
         prepare = partial(run.prepare, append=append, max_disk_bytes=max_disk_bytes)
         if sharing is not None:
-            states_of = run.states_of
-            return run_together(root, base, prepare, sharing=sharing, states_of=states_of, **how)
+            return run_together(
+                root,
+                lambda: (prepare(), base),
+                sharing=sharing,
+                states_of=run.states_of,
+                **how,
+            )
         with write_lock(root):
             drop_claims(root)
             sweep_partials(root)

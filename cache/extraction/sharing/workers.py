@@ -128,8 +128,7 @@ def plan_sharing(
 
 def run_together(
     root: Path,
-    base: Base,
-    prepare: Callable[[], Manifest],
+    prepare: Callable[[], tuple[Manifest, Base]],
     *,
     sharing: Sharing,
     batch_tokens: int,
@@ -140,8 +139,8 @@ def run_together(
 
     Args:
         root: of the store.
-        base: of this process.
-        prepare: writes the plan, or checks that the plan written is the same.
+        prepare: writes the plan, or checks that the plan written is the same; returns it, and the
+            base of this process.
         sharing: how many processes to start here.
         batch_tokens: tokens in one forward pass.
         max_disk_bytes: as of `run_units`.
@@ -151,7 +150,7 @@ def run_together(
         UnfinishedStoreError: with Ray, some units failed; each was named in the log.
     """
     with write_lock(root, is_shared=True), Leases(root, sharing.times) as leases:
-        manifest = _alone(leases, prepare)
+        manifest, base = _alone(leases, prepare)
         todo = units_to_do(root, manifest)
         started_at = time.perf_counter()
         job = _Job(
@@ -214,7 +213,7 @@ def _finish(job: "_Job", todo: list[int], leases: Leases, *, elapsed_s: float) -
     return summarize(job.root, job.manifest, receipts, elapsed_s=elapsed_s, is_finished=is_finished)
 
 
-def _alone(leases: Leases, prepare: Callable[[], Manifest]) -> Manifest:
+def _alone(leases: Leases, prepare: Callable[[], tuple[Manifest, Base]]) -> tuple[Manifest, Base]:
     """Call `prepare` while no other process that shares the store does."""
     while True:
         while not leases.take(PLAN):

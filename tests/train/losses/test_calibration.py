@@ -11,7 +11,6 @@ from carryon.train.losses import calibration
 from carryon.train.losses.calibration import (
     calibrate,
     choose,
-    least_seconds,
     synthetic_input,
     timed_positions,
 )
@@ -110,16 +109,3 @@ def test_a_wide_head_is_timed_with_fewer_positions() -> None:
         some, states, _ = synthetic_input(head, positions=timed_positions(head, positions=2048))
         assert some.parts is not None
         assert 4 * len(states) * some.parts[0].weight.numel() <= 1.1 * calibration.CALL_FLOPS
-
-
-def test_a_slow_call_is_not_timed_again() -> None:
-    calls = {"fast": 0, "slow": 0}
-
-    def call(name: str, size: int) -> None:
-        calls[name] += 1
-        torch.ones(size, size) @ torch.ones(size, size)
-
-    least_seconds({"slow": lambda: call("slow", 700), "fast": lambda: call("fast", 40)})
-
-    assert calls["slow"] == 1
-    assert calls["fast"] > 1
