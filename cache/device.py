@@ -19,6 +19,8 @@ from carryon.cache.timing import least_seconds
 DEFAULT_CHUNK = 2048
 """Positions of a chunk of the loss: a CPU's kernel is a quarter slower at 1,024, half as fast at
 512, and keeps the logits of a few hundred at a time; on an accelerator their logits fit."""
+HEAD_DTYPES = ("bfloat16", "float32")
+"""In which the head, and the carry-on below it, can be multiplied."""
 _CPU_ROWS = 256
 _MMAP_THRESHOLD = -3  # as malloc.h has it
 _TRIM_THRESHOLD = -1

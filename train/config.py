@@ -206,7 +206,8 @@ class LossSettings(Settings):
 
     head_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of matrix products, of the LM head and of the carry-on. `auto`: bfloat16 if the device
-    multiplies it faster, else float32. The loss is always summed in float32."""
+    multiplies it faster, which is timed when a run begins, else float32; a resumed run keeps it.
+    The loss is always summed in float32."""
     loss_way: Literal["auto", "attention", "float32", "shifted", "rounded", "plain"] = "auto"
     """How a CPU computes the loss with its gradient. `auto`: the fastest on this machine that is
     exact to 0.002 nats of the mean loss and 0.5 % of the gradient, timed when a run begins; a

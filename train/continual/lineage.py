@@ -39,7 +39,7 @@ from carryon.train.settings_file import write_settings
 from carryon.train.trainer.checkpoint import checkpoint_at, newest_checkpoint
 from carryon.train.trainer.finish import TrainReport, read_finished
 from carryon.train.trainer.run import Job
-from carryon.train.trainer.run_dir import RunFolder, saved_loss_way
+from carryon.train.trainer.run_dir import RunFolder, saved_choices
 from carryon.train.trainer.segment import Segment, digest_of_state
 from carryon.train.trainer.trainer import train_jointly
 
@@ -227,7 +227,7 @@ def release(
 ) -> TrainReport:
     """Train the branch of a version in `out`; in another folder again, with the same bits.
 
-    There the loss has the way with which the version was released.
+    There the loss has the way and the dtype with which the version was released.
 
     Raises:
         MissingError: there is no such version.
@@ -236,9 +236,11 @@ def release(
         raise MissingError(
             f"{lineage.root}: expected a version from 1 to {len(lineage.increments)}, got {version}"
         )
-    way = saved_loss_way(out) or saved_loss_way(lineage.version(version).root)
-    if way and settings.loss.loss_way == "auto":
-        settings = settings.with_options(loss_way=way)
+    saved = saved_choices(out) or saved_choices(lineage.version(version).root)
+    still_open = {
+        name: value for name, value in saved.items() if getattr(settings.loss, name) == "auto"
+    }
+    settings = settings.with_options(**still_open)
     return _train(lineage, version, "branch", settings, out)
 
 

@@ -232,7 +232,8 @@ def _absolute(store: str, root: Path) -> str:
 def lasting_settings(settings: TrainSettings) -> dict[str, Any]:
     """Return the settings, flat, that all runs of a lineage have in common.
 
-    The way of the loss is each run's own: an update may be trained on another machine.
+    The way of the loss is each run's own, as its dtype is unless it was given: an update may be
+    trained on another machine.
     """
     flat = settings.to_flat()
     return {

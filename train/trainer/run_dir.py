@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import yaml
 
+from carryon.cache.device import HEAD_DTYPES
 from carryon.cache.errors import CarryOnError, DamagedFileError, InputError
 from carryon.cache.files.atomic import PARTIAL, write_file
 from carryon.cache.files.documents import read_sealed, sealed, write_json
@@ -178,13 +179,14 @@ def saved_evaluate_tokens(root: str | Path) -> int:
     return 0
 
 
-def saved_loss_way(root: str | Path) -> str:
-    """Return the way of the loss of the run in a folder; empty without one.
+def saved_choices(root: str | Path) -> dict[str, str]:
+    """Return what the run in a folder has chosen by timing; nothing without a run.
 
-    Runs from before there was a choice have the one way of that time.
+    Runs from before there was a choice of `loss_way` have the one way of that time; those from
+    before `head_dtype` was kept have `auto`.
 
     Raises:
-        InputError: it has a way that does not exist.
+        InputError: a choice does not exist.
     """
     folder = RunFolder(root)
     identity: Any = None
@@ -193,14 +195,18 @@ def saved_loss_way(root: str | Path) -> str:
     if not isinstance(identity, dict):
         identity = saved_identity(folder.checkpoints)
     if identity is None:
-        return ""
-    way = setting_of(identity, "loss_way")
-    if not isinstance(way, str) or way not in WAYS:
-        raise InputError(
-            f"{root}: expected a run whose loss_way is one of {', '.join(WAYS)}, got "
-            f"{way!a:.80}. Fix: give another --out"
-        )
-    return way
+        return {}
+    known = {"loss_way": tuple(WAYS), "head_dtype": ("auto", *HEAD_DTYPES)}
+    choices = {}
+    for name, values in known.items():
+        choice = setting_of(identity, name)
+        if not isinstance(choice, str) or choice not in values:
+            raise InputError(
+                f"{root}: expected a run whose {name} is one of {', '.join(values)}, got "
+                f"{choice!a:.80}. Fix: give another --out"
+            )
+        choices[name] = choice
+    return choices
 
 
 def run_identity(

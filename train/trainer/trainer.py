@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from carryon.cache.device import pick_device
+from carryon.cache.device import HEAD_DTYPES, pick_device, pick_head_dtype
 from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.documents import sealed, write_json
 from carryon.cache.store.view import StoreLike
@@ -59,8 +60,8 @@ from carryon.train.trainer.run_dir import (
     RunFolder,
     open_run_folder,
     open_to_write,
+    saved_choices,
     saved_evaluate_tokens,
-    saved_loss_way,
 )
 from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
@@ -203,7 +204,7 @@ def _prepare(
     contamination = _contamination(data, jobs)
     pick_device(jobs[0].settings.run.device)
     heads: dict[LossSettings, FrozenHead] = {}
-    jobs = _choose_loss_ways(jobs, data.store, heads, processes)
+    jobs = _choose_products(jobs, data.store, heads, processes)
     identities = [job.identity(data) for job in jobs]
     projected: ProjectedSources | None = None
     runs = []
@@ -276,13 +277,15 @@ def _keep_evaluated(job: Job) -> Job:
     return replace(job, settings=job.settings.with_options(evaluate_tokens=number))
 
 
-def _choose_loss_ways(
+def _choose_products(
     jobs: Sequence[Job],
     store: StoreLike,
     heads: dict[LossSettings, FrozenHead],
     processes: Processes,
 ) -> list[Job]:
-    """Return the jobs with a way of the loss each; nothing is written.
+    """Return the jobs with a dtype of products and a way of the loss each; nothing is written.
+
+    A run keeps what it began with, so that its bits stay, also on another machine.
 
     Args:
         jobs: with resolved settings, on one device.
@@ -291,20 +294,29 @@ def _choose_loss_ways(
         processes: that train together; the first one measures.
 
     Raises:
-        InputError: the run in the folder of a job has a way that does not exist.
+        InputError: the run in the folder of a job has a choice that does not exist.
     """
     chosen: dict[LossSettings, str] = {}
     resolved = []
     for job in jobs:
+        saved = saved_choices(job.out)
+        if job.settings.loss.head_dtype == "auto":
+            dtype = saved.get("head_dtype") or _measure_head_dtype(job, processes)
+            job = replace(job, settings=job.settings.with_options(head_dtype=dtype))
         loss = job.settings.loss
         if loss.loss_way == "auto":
-            way = saved_loss_way(job.out)
+            way = saved.get("loss_way") or chosen.get(loss)
             if not way:
-                chosen.setdefault(loss, "")
-                way = chosen[loss] = chosen[loss] or _measure_loss_way(job, store, heads, processes)
+                way = chosen[loss] = _measure_loss_way(job, store, heads, processes)
             job = replace(job, settings=job.settings.with_options(loss_way=way))
         resolved.append(job)
     return resolved
+
+
+def _measure_head_dtype(job: Job, processes: Processes) -> str:
+    device = pick_device(job.settings.run.device)
+    dtype = str(pick_head_dtype("auto", device)).removeprefix("torch.")
+    return _of_first(HEAD_DTYPES, dtype, processes, device)
 
 
 def _measure_loss_way(
@@ -312,8 +324,7 @@ def _measure_loss_way(
 ) -> str:
     loss, optimization = job.settings.loss, job.settings.optimization
     head = place_training_head(store, loss, device=pick_device(job.settings.run.device))
-    names = list(WAYS)
-    way = names[0]
+    way = next(iter(WAYS))
     if processes.is_first:
         measured = calibrate(
             head,
@@ -323,10 +334,15 @@ def _measure_loss_way(
         if measured is not None:
             way = measured.way
             logger.info(str(measured))
-    [index] = sum_over_processes(names.index(way) if processes.is_first else 0, device=head.device)
-    way = names[int(index)]
+    way = _of_first(list(WAYS), way, processes, head.device)
     heads[job.settings.with_options(loss_way=way).loss] = replace(head, way=way)
     return way
+
+
+def _of_first(names: Sequence[str], name: str, processes: Processes, device: torch.device) -> str:
+    """Return the name, one of `names`, that the first process has chosen."""
+    [index] = sum_over_processes(names.index(name) if processes.is_first else 0, device=device)
+    return names[int(index)]
 
 
 def _project(

@@ -9,6 +9,7 @@ import yaml
 from support.tiny_runs import TINY, Killed, assert_same_bits, kill_at, saved_weights, train_tiny
 from support.tiny_train_stores import make_tiny_store
 
+from carryon.cache import device
 from carryon.cache.errors import InputError
 from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.train.continual.lineage import release, update
@@ -106,14 +107,54 @@ def test_a_run_from_before_resumes_with_the_way_of_before(
     assert_same_bits(run, whole)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_resumed_run_keeps_its_dtype_of_products(
+    store: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a machine that multiplies the other dtype faster."""
+    train_tiny(store, tmp_path / "whole", epochs=3, head_dtype=dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "multiplies_bfloat16", lambda _: dtype == "bfloat16")
+        kill_at(patch, 9)
+        with pytest.raises(Killed):
+            train_tiny(store, tmp_path / "run", epochs=3)
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: dtype == "float32")
+
+    train_tiny(store, tmp_path / "run", epochs=3)
+
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["head_dtype"] == dtype
+    assert_same_bits(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_from_before_dtypes_were_kept_resumes(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_tiny(store, tmp_path / "whole", epochs=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_measure_head_dtype", lambda *_: "auto")  # as they recorded it
+        kill_at(patch, 9)
+        with pytest.raises(Killed):
+            train_tiny(store, tmp_path / "run", epochs=3)
+
+    train_tiny(store, tmp_path / "run", epochs=3)
+
+    assert read_sealed(tmp_path / "run/run.json")["identity"]["head_dtype"] == "auto"
+    run, whole = (saved_weights(tmp_path / name) for name in ("run", "whole"))
+    assert all(torch.equal(run[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("name", ["loss_way", "head_dtype"])
 @pytest.mark.parametrize("way", ["telepathy", ["shifted"], {}, None])
-def test_a_way_that_does_not_exist_is_refused(store: Path, tmp_path: Path, way: object) -> None:
+def test_a_choice_that_does_not_exist_is_refused(
+    store: Path, tmp_path: Path, name: str, way: object
+) -> None:
     run = tmp_path / "run"
     train_tiny(store, run)
     document = read_sealed(run / "run.json")
-    document["identity"]["loss_way"] = way
+    document["identity"][name] = way
     write_json(run / "run.json", sealed(document))
-    with pytest.raises(InputError, match="one of attention, .*, got .*. Fix: "):
+    with pytest.raises(InputError, match=f"{name} is one of a.*, got .*. Fix: "):
         train_tiny(store, run)
 
 

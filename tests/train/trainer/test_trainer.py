@@ -16,6 +16,7 @@ import yaml
 from support.tiny_runs import TINY, Killed, assert_same_bits, kill_at, train_tiny
 from support.tiny_train_stores import make_tiny_store
 
+from carryon.cache.device import HEAD_DTYPES
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.store.reader import Store
 from carryon.train import StoreDataset, sweep, train
@@ -87,6 +88,8 @@ def test_the_config_is_flat_and_complete(store: Path, finished: tuple[Path, Trai
     config = yaml.safe_load((out / "config.yaml").read_text())
 
     settings = {**TINY.to_flat(), "loss_way": "attention"}  # chosen for a small head
+    assert config["head_dtype"] in HEAD_DTYPES  # measured
+    settings["head_dtype"] = config["head_dtype"]
     assert config == {"store": [str(store)], "out": str(out), **settings}
 
 
