@@ -45,7 +45,7 @@ def measure_overhead(
         actors: each with a CPU of its own, as far as Ray knows.
     """
     root = job.work / "store"
-    _plan(root, num_units=units)
+    plan_units(root, num_units=units)
     started_at = time.perf_counter()
     with connected("", num_cpus=actors) as ray:
         connected_s = time.perf_counter() - started_at
@@ -72,6 +72,7 @@ def measure_overhead(
         sleep_s=sleep_s,
         connect_s=connected_s,
         seconds=time.perf_counter() - started_at,
+        units_per_second=actors / per_unit_s,
     )
 
 
@@ -81,7 +82,7 @@ def open_sleeper(job: ActorJob) -> Iterator[tuple[str, Callable[[int], Outcome]]
     root = Path(job["root"])
     manifest = read_manifest(root)
     inputs = UnitInputs(root, manifest)
-    hidden = {tap: _states(manifest.unit_tokens) for tap in manifest.taps}
+    hidden = {tap: unit_states(manifest.unit_tokens) for tap in manifest.taps}
     with Leases(root) as leases, ThreadPoolExecutor(2) as threads:
         orders = Orders(Claims(root, manifest, leases))
 
@@ -97,7 +98,8 @@ def open_sleeper(job: ActorJob) -> Iterator[tuple[str, Callable[[int], Outcome]]
         orders.close()
 
 
-def _plan(root: Path, *, num_units: int) -> None:
+def plan_units(root: Path, *, num_units: int) -> None:
+    """Write the plan of a store of small units."""
     tokens = np.arange(_UNIT_TOKENS, dtype=np.int32)
     samples = [
         Sample(
@@ -109,11 +111,12 @@ def _plan(root: Path, *, num_units: int) -> None:
         )
         for index in range(num_units)
     ]
-    first: Mapping[str, NDArray[np.uint16]] = {"final": _states(_UNIT_TOKENS)}
+    first: Mapping[str, NDArray[np.uint16]] = {"final": unit_states(_UNIT_TOKENS)}
     plan_scratch(
         root, samples, settings=StoreSettings(unit_tokens=_UNIT_TOKENS), first_states=first
     )
 
 
-def _states(num_rows: int) -> NDArray[np.uint16]:
+def unit_states(num_rows: int) -> NDArray[np.uint16]:
+    """Return states of ones, [R, D] bits of bfloat16."""
     return np.full((num_rows, _WIDTH), 0x3F80, dtype=np.uint16)  # 1.0 in bfloat16

@@ -70,6 +70,11 @@ BENCHMARKS = {
         about="time that Ray adds to a unit, with units that sleep",
         quick={"units": 20, "sleep_s": 0.01},
     ),
+    "store.file_operations": Benchmark(
+        place="file_operations:measure_file_operations",
+        about="file operations of a worker for a unit",
+        quick={"units": 4},
+    ),
     "store.predicted": Benchmark(
         place="predicted:measure_prediction",
         about="bytes and seconds of an extraction as predicted, against what it took",

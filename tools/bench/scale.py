@@ -42,9 +42,14 @@ open_s, open_cpu_s = time.perf_counter() - started_at, time.process_time() - cpu
 units, samples = store.num_units, store.num_samples
 del store
 started_at, cpu_at = time.perf_counter(), time.process_time()
-batch = next(iter(StoreDataset(sys.argv[1], batch_tokens=4096)))
+dataset = StoreDataset(sys.argv[1], batch_tokens=4096)
+batch = next(iter(dataset))
 first_batch_s = time.perf_counter() - started_at
 first_batch_cpu_s = time.process_time() - cpu_at
+mb = (resident().rss - before) / 1e6
+cpu_at = time.process_time()
+len(dataset)
+plan_cpu_s = time.process_time() - cpu_at
 print(json.dumps({
     "units": units,
     "samples": samples,
@@ -53,7 +58,8 @@ print(json.dumps({
     "first_batch_s": first_batch_s,
     "first_batch_cpu_s": first_batch_cpu_s,
     "batch_tokens": len(batch["input_ids"]),
-    "mb": (resident().rss - before) / 1e6,
+    "mb": mb,
+    "plan_cpu_s": plan_cpu_s,
 }))
 """
 
@@ -62,7 +68,8 @@ def measure_scale(job: Job, *, units: int = 1_000_000, rounds: int = 3) -> None:
     """Report seconds to open a store of many units, and to the first batch of a StoreDataset.
 
     The second counts everything from a closed store on: opening, the order of the units, reading.
-    In fresh processes, the files in the cache of the system; processor seconds are beside them.
+    In fresh processes, the files in the cache of the system; processor seconds are beside them,
+    and those of the plan of a whole epoch (`plan_cpu_s`), which training makes before it begins.
 
     Args:
         job: input.
