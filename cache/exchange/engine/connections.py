@@ -22,7 +22,7 @@ class Connections:
 
         Args:
             place: of the server.
-            timeout_s: seconds without a byte of an answer after which there is none.
+            timeout_s: seconds after which there is no answer, or no more of one.
         """
         self._place, self._timeout_s = place, timeout_s
         self._change = threading.Condition()
@@ -34,7 +34,7 @@ class Connections:
         """Yield a new connection, closed at the end.
 
         Raises:
-            OSError: there is no server, or connections are cut off.
+            OSError: there is no server, it takes too long, or connections are cut off.
         """
         place, is_secure = self._place, self._place.scheme == "https"
         kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
@@ -47,12 +47,20 @@ class Connections:
                 if self._is_cut:
                     raise ConnectionAbortedError("given up")
                 self._sockets.add(link)
+            # The socket's own limit is for each byte: an answer may bring one at a time.
+            is_late = threading.Event()
+            limit = threading.Timer(self._timeout_s, _end, (link, is_late))
+            limit.daemon = True
+            limit.start()
             try:
                 yield connection
             finally:
+                limit.cancel()
                 with self._change:
                     self._sockets.discard(link)
                     self._change.notify_all()
+            if is_late.is_set():  # what was read may be a part of an answer
+                raise TimeoutError(f"not whole within {self._timeout_s:g} s")
 
     def cut(self, *, after_s: float) -> None:
         """Refuse new connections, and end the wait of every thread that still uses one.
@@ -64,5 +72,12 @@ class Connections:
             self._is_cut = True
             self._change.wait_for(lambda: not self._sockets, after_s)
             for link in self._sockets:
-                with suppress(OSError):  # the server was faster
-                    link.shutdown(socket.SHUT_RDWR)
+                _end(link)
+
+
+def _end(link: socket.socket, is_late: threading.Event | None = None) -> None:
+    """End the wait of the thread that reads a connection."""
+    if is_late is not None:
+        is_late.set()
+    with suppress(OSError):  # the server was faster
+        link.shutdown(socket.SHUT_RDWR)

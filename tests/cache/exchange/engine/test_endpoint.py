@@ -1,8 +1,10 @@
 """Extraction by a served engine: the store, requests, retries, resume, and each wrong answer."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +368,34 @@ def test_leaving_does_not_wait_for_a_server_that_is_silent(
     assert is_left
     assert all(isinstance(each.exception(), EngineError) for each in asked)
     assert len(server.prompts) == 2, "nothing is asked again"
+
+
+def _trickle(listener: socket.socket, seconds: float) -> None:
+    """Answer one request a byte at a time."""
+    link, _ = listener.accept()
+    with link:
+        link.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n{")
+        end = time.monotonic() + seconds
+        with suppress(OSError):  # it is no longer read
+            while time.monotonic() < end:
+                link.sendall(b" ")
+                time.sleep(0.01)
+
+
+def test_an_answer_that_comes_a_byte_at_a_time_is_not_waited_for_without_end(
+    tmp_path: Path,
+) -> None:
+    vllm = VllmSettings(states_folder=str(tmp_path), request_timeout_s=0.3, retries=0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        answering = threading.Thread(target=_trickle, args=(listener, 20.0))
+        answering.start()
+        with (
+            pytest.raises(EngineError, match=r"/version: .*not whole within 0.3 s"),
+            Endpoint(url, model="tiny", longest=9, vllm=vllm),
+        ):
+            pass
+        answering.join()
 
 
 def test_a_folder_in_place_of_a_file_of_states_is_refused_and_stays(
