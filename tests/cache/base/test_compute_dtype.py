@@ -23,7 +23,7 @@ NEVER, ALWAYS = 1e9, 0.0
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Blocks of tiny bases are timed, each anew."""
+    """Blocks of tiny bases are timed, each again."""
     monkeypatch.setattr(compute_dtype, "SMALLEST_BLOCK", 1)
     monkeypatch.setattr(compute_dtype, "_known", {})
     return monkeypatch
