@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: tiny bases, tiny stores; and how many rounds damage tests run."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -81,6 +82,22 @@ def tiny_base(tiny_base_folder: Path) -> Base:
     return load_base(
         str(tiny_base_folder), forward=ForwardSettings(device="cpu", compute_dtype="float32")
     )
+
+
+@pytest.fixture(scope="session")
+def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a folder, made once for all processes of a test run."""
+    from carryon.tools.demo.base_model import fetch_base
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "real-base"
+    with (shared / "real-base.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            fetch_base(folder)
+    return folder
 
 
 @pytest.fixture

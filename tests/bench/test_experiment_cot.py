@@ -508,14 +508,11 @@ def test_wrong_words_leave_no_folder(
 
 @pytest.mark.real
 def test_a_real_base_learns_to_end_in_plain_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    real_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from carryon.tools.demo.base_model import fetch_base
-
-    fetch_base(tmp_path / "base")
-    argv = ["experiment-cot", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
+    argv = ["experiment-cot", "--base", str(real_base), "--out", str(tmp_path / "out")]
     argv += ["--tasks", "leg_counting", "--seeds", "0", "--samples", "16", "--num", "4"]
-    argv += ["--shots", "2", "--max-new-tokens", "64", "--lora"]
+    argv += ["--shots", "2", "--max-new-tokens", "64", "--lora", "--lora-rates", "5e-4"]
     assert main(argv) == 0
     rows_ = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     nlls = {row["arm"]: row["costs"]["nll"] for row in rows_}

@@ -15,7 +15,6 @@ from support.tiny_stores import extract_tiny
 from carryon.cache.base.model import Base
 from carryon.cache.errors import StoreBusyError
 from carryon.tools.cli.main import call_command, main
-from carryon.tools.demo.base_model import fetch_base
 from carryon.train.config import CarryOnSettings
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
@@ -302,9 +301,9 @@ def test_a_model_that_cannot_answer_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.real
-def test_a_real_base_answers_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    real_base = tmp_path / "base"
-    fetch_base(real_base)
+def test_a_real_base_answers_a_task(
+    real_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task = "leg_counting:min_animals=2,max_animals=2"
     argv = ["--base", str(real_base), "--tasks", task, "--num", "4", "--max-new-tokens", "24"]
     arms = ["--arms", "base", "few-shot:3"]

@@ -10,7 +10,6 @@ import pytest
 from carryon.cache.errors import StoreBusyError
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import call_command, main
-from carryon.tools.demo.base_model import fetch_base
 from carryon.train.inference.scoring.answer_file import AnswerFile
 
 
@@ -218,9 +217,10 @@ def test_neither_tasks_nor_data(easy: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.real
-def test_a_real_base_solves_some_sums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fetch_base(tmp_path / "base")
-    argv = ["sample", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "c.jsonl")]
+def test_a_real_base_solves_some_sums(
+    real_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["sample", "--base", str(real_base), "--out", str(tmp_path / "c.jsonl")]
     argv += ["--tasks", "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"]
     argv += ["--num", "4", "--samples", "4", "--max-new-tokens", "32", "--keep-cut"]
     assert main([*argv, "--instruction", "Think step by step."]) == 0
