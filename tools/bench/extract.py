@@ -38,7 +38,7 @@ def measure_extraction(job: Job, *, tokens: int = 24_576, unit_tokens: int = 409
     that tail with the next unit's passes, so the measured ratio is a lower bound.
     """
     base, batch_tokens = job.load_base(), ForwardSettings().batch_tokens
-    samples = samples_of(job.open_store(), max_tokens=tokens)
+    samples = samples_of(job.open_store(num_tokens=tokens), max_tokens=tokens)
     root = job.work / "extracted"
     manifest = _plan(root, base, samples, StoreSettings(unit_tokens=unit_tokens))
     inputs = _read_inputs(root, manifest)
