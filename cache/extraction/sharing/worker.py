@@ -32,6 +32,7 @@ def run_worker(job: dict[str, Any]) -> None:
 
     root = Path(job["root"])
     with opened_store(job) as (manifest, base, claims):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there are leases
         run_units(
             root,
             manifest,
@@ -90,7 +91,8 @@ def _stop_with_input() -> None:
 
 def main() -> int:
     """Run the job on standard input and return the exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    # Ctrl-C ends the process at once while it only imports and loads: raised there it may be lost.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         job = json.loads(sys.stdin.buffer.readline())
         threading.Thread(target=_stop_with_input, daemon=True).start()

@@ -444,6 +444,45 @@ def test_a_worker_needs_the_store_and_the_base_alone(
     assert_same_as_alone(root, store_original)
 
 
+LOSING = """
+import sys, time
+
+class Losing:
+    def find_spec(self, name, path, target=None):
+        if name != {module!r}:
+            return None
+        sys.stderr.write("here" + chr(10))
+        try:
+            time.sleep({patience})
+        except KeyboardInterrupt:
+            raise ImportError("as a library's C code makes of it") from None
+
+sys.meta_path.insert(0, Losing())
+"""
+
+
+def test_a_worker_that_is_told_to_stop_while_it_imports_is_silent(store_tmp: Path) -> None:
+    (store_tmp / "sitecustomize.py").write_text(
+        LOSING.format(module="numpy", patience=PATIENCE_S), encoding="utf-8"
+    )
+    worker = subprocess.Popen(
+        [sys.executable, "-P", "-m", "carryon.cache.extraction.sharing.worker"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(store_tmp), *sys.path])},
+    )
+    assert worker.stdin is not None
+    assert worker.stderr is not None
+    job = {"root": str(store_tmp / "store"), "number": 1}
+    worker.stdin.write(json.dumps(job) + "\n")
+    worker.stdin.flush()
+    assert worker.stderr.readline() == "here\n"
+    _, errors = worker.communicate(timeout=PATIENCE_S)  # closes its input
+    assert errors == ""
+    assert worker.returncode == -signal.SIGINT
+
+
 def test_workers_are_refused_where_torchrun_starts_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
