@@ -91,8 +91,12 @@ class VllmProcess:
             BrokenPipeError: it has ended.
         """
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message).encode("ascii") + b"\n")
-        self._process.stdin.flush()
+        line = json.dumps(message).encode("ascii") + b"\n"
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+        except ValueError as error:  # another thread, which noticed its end, has closed it
+            raise BrokenPipeError(f"process {self.pid} has ended") from error
 
     def last_word(self) -> str:
         """Return the last error in its log, or else the last line."""

@@ -93,6 +93,15 @@ def test_an_engine_that_dies_fails_every_prompt(engine: LocalEngine) -> None:
         engine.submit([3])
 
 
+def test_a_process_whose_input_another_thread_has_closed_has_ended() -> None:
+    process = VllmProcess(sys.executable)
+    process.end(after_s=0.0)
+    with pytest.raises(BrokenPipeError):
+        process.say({})
+    process.lines.close()
+    process.clear(keeps_log=False)
+
+
 @pytest.mark.parametrize(
     ("model", "says"), [("broken", "RuntimeError: no such"), ("tiny", "No module named 'vllm'")]
 )
