@@ -511,8 +511,8 @@ def test_a_real_base_learns_to_end_in_plain_words(
     real_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["experiment-cot", "--base", str(real_base), "--out", str(tmp_path / "out")]
-    argv += ["--tasks", "leg_counting", "--seeds", "0", "--samples", "16", "--num", "4"]
-    argv += ["--shots", "2", "--max-new-tokens", "64", "--lora", "--lora-rates", "5e-4"]
+    argv += ["--tasks", "leg_counting", "--seeds", "0", "--samples", "16", "--num", "2"]
+    argv += ["--shots", "2", "--max-new-tokens", "24", "--lora", "--lora-rates", "5e-4"]
     assert main(argv) == 0
     rows_ = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     nlls = {row["arm"]: row["costs"]["nll"] for row in rows_}
