@@ -131,7 +131,13 @@ def _measure(work: Work, name: str) -> torch.dtype:
     if calls is None:
         return torch.float32
     if not calls:
-        return torch.bfloat16 if multiplies_bfloat16(work.device) else torch.float32
+        does = multiplies_bfloat16(work.device)
+        products = torch.bfloat16 if does else torch.float32
+        logger.info(
+            f"base {name}: compute dtype {str(products).removeprefix('torch.')}: no block could be "
+            f"timed, and this device {'multiplies' if does else 'only emulates'} bfloat16"
+        )
+        return products
     seconds = dict.fromkeys(_CANDIDATES, float("inf"))
     seconds |= least_seconds(calls, num_threads=torch.get_num_threads())
     chosen = choose_dtype(seconds)
