@@ -24,7 +24,7 @@ from carryon.tools.bench.path_plan import (
 from carryon.tools.bench.path_runs import PathRuns, mean_weights
 from carryon.train.config import CarryOnSettings, OptimizationSettings, TrainSettings
 from carryon.train.optim.lr_paths import PARADIGMS
-from carryon.train.trainer.nll import EvalJob
+from carryon.train.trainer.held_out.job import EvalJob
 
 SETTINGS = TINY.with_options(epochs=1, tokens_per_step=20, min_lr_ratio=0.1, dropout=0.2)
 OPTIMIZATION = OptimizationSettings(

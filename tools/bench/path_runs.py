@@ -29,7 +29,8 @@ from carryon.train.losses.frozen_head import FrozenHead, place_head
 from carryon.train.modules.carryon import CarryOn, build_carryon
 from carryon.train.saved_settings import refuse_other_settings
 from carryon.train.trainer.checkpoint import STATE, WEIGHTS
-from carryon.train.trainer.nll import EvalJob, Nll, measure_nlls
+from carryon.train.trainer.held_out.job import EvalJob
+from carryon.train.trainer.held_out.nll import Nll, measure_nlls
 from carryon.train.trainer.run import Job
 from carryon.train.trainer.run_dir import FREE_SETTINGS, RunFolder
 from carryon.train.trainer.trainer import train_segments

@@ -56,7 +56,7 @@ def evaluate(
     from carryon.train.inference.evaluate import plot_alphas
     from carryon.train.mixing.mixture_nll import mixture_rows
     from carryon.train.modules.serialization import write_alpha as write_to_folder
-    from carryon.train.trainer.nll import shown_nll
+    from carryon.train.trainer.held_out.nll import shown_nll
 
     alphas = parse_alphas(alpha)
     if plot and len(alphas) < 2:

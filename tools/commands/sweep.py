@@ -37,7 +37,7 @@ def sweep(
             optionally a name.
         settings: Settings that all runs share.
     """
-    from carryon.train.trainer.nll import shown_nll
+    from carryon.train.trainer.held_out.nll import shown_nll
     from carryon.train.trainer.sweep import choose_runs
     from carryon.train.trainer.sweep import sweep as train_sweep
 

@@ -56,7 +56,7 @@ def versions(
 
 def _summary(released: Sequence["ReleasedVersion"]) -> str:
     """Return a table of losses, a table of costs, and the data of each increment."""
-    from carryon.train.trainer.nll import shown_nll
+    from carryon.train.trainer.held_out.nll import shown_nll
 
     first, last = released[0], released[-1]
     losses = [["held-out loss", *(f"increment {each.version}" for each in released)]]

@@ -44,7 +44,8 @@ from carryon.train.modules.serialization import load_carryon
 from carryon.train.modules.taps import stream_taps
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
 from carryon.train.trainer.checkpoint import START, save_checkpoint
-from carryon.train.trainer.nll import EvalJob, measure_nlls
+from carryon.train.trainer.held_out.job import EvalJob
+from carryon.train.trainer.held_out.nll import measure_nlls
 
 logger = logging.getLogger(__name__)
 

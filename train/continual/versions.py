@@ -23,7 +23,8 @@ from carryon.train.modules.serialization import load_carryon
 from carryon.train.optim.lr_paths import Paradigm, path_rate
 from carryon.train.plots import NLL_LABEL, Line, draw, lines, plot_paths
 from carryon.train.trainer.finish import TrainReport
-from carryon.train.trainer.nll import FEW_TARGETS, EvalJob, measure_nlls, null_if_nan, warn_if_few
+from carryon.train.trainer.held_out.job import EvalJob
+from carryon.train.trainer.held_out.nll import FEW_TARGETS, measure_nlls, null_if_nan, warn_if_few
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,8 @@ from carryon.train.modules.serialization import (
 )
 from carryon.train.modules.taps import check_alpha, check_taps, stream_taps
 from carryon.train.plots import NLL_LABEL, Line, draw, lines
-from carryon.train.trainer.nll import EvalJob, measure_nlls, null_if_nan, warn_if_few
+from carryon.train.trainer.held_out.job import EvalJob
+from carryon.train.trainer.held_out.nll import measure_nlls, null_if_nan, warn_if_few
 
 Samples = Literal["auto", "held-out", "all"]
 
@@ -61,7 +62,7 @@ class AlphaChoice:
 class EvaluateReport:
     """Losses of base and carry-on, in nats per supervised token, with their standard errors.
 
-    Standard errors are clustered by sample (trainer/nll.py); None for a single sample.
+    Standard errors are clustered by sample (trainer/held_out/nll.py); None for a single sample.
     """
 
     store: str

@@ -34,7 +34,8 @@ from carryon.train.losses.sampled_gain import (
 )
 from carryon.train.trainer.checkpoint import Progress as Position
 from carryon.train.trainer.distributed import Processes, sum_over_processes
-from carryon.train.trainer.nll import EvalJob, measure_nlls
+from carryon.train.trainer.held_out.job import EvalJob
+from carryon.train.trainer.held_out.nll import measure_nlls
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_state import RunState
 

@@ -26,8 +26,8 @@ from carryon.train.trainer.checkpoint import (
     newest_checkpoint,
 )
 from carryon.train.trainer.distributed import Processes, wait_for_all
+from carryon.train.trainer.held_out.nll import Nll, measure_nlls, null_if_nan, shown_nll
 from carryon.train.trainer.metrics import read_metrics
-from carryon.train.trainer.nll import Nll, measure_nlls, null_if_nan, shown_nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import RunFolder, finished_files, library_versions
 from carryon.train.trainer.run_documents import read_values
@@ -77,7 +77,7 @@ class TrainReport:
     finished_with_step: int
     """Step of the carry-on's weights: the last, or that of the best held-out loss."""
     base_nll_se: float | None = None
-    """Standard error of base_nll, clustered by sample; trainer/nll.py has the formula."""
+    """Standard error of base_nll, clustered by sample; trainer/held_out/nll.py has the formula."""
     carryon_nll_se: float | None = None
     """Standard error of carryon_nll."""
     nll_difference_se: float | None = None

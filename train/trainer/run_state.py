@@ -25,6 +25,7 @@ from carryon.train.trainer.checkpoint import (
     save_checkpoint,
 )
 from carryon.train.trainer.distributed import Processes
+from carryon.train.trainer.held_out.nll import Nll, shown_nll
 from carryon.train.trainer.metrics import (
     RESULT,
     Meter,
@@ -33,7 +34,6 @@ from carryon.train.trainer.metrics import (
     rewind_metrics,
     start_tracker,
 )
-from carryon.train.trainer.nll import Nll, shown_nll
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import record_session
 from carryon.train.trainer.segment import progress_at

@@ -53,8 +53,8 @@ from carryon.train.trainer.engine import (
     stop_on_signal,
 )
 from carryon.train.trainer.finish import TrainReport, finish_runs, read_reports
+from carryon.train.trainer.held_out.nll import warn_if_few
 from carryon.train.trainer.metrics import Callback, Scoring
-from carryon.train.trainer.nll import warn_if_few
 from carryon.train.trainer.run import Job, Run, prepare_run
 from carryon.train.trainer.run_dir import (
     RunFolder,

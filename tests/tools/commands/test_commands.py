@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from carryon.tools.cli.main import main
-from carryon.train.trainer.nll import shown_nll
+from carryon.train.trainer.held_out.nll import shown_nll
 
 # 12 samples of 6 to 28 tokens in units of 64: several units, and a unit with several samples.
 UNIT_TOKENS = 64

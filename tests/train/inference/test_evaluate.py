@@ -20,7 +20,7 @@ from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.decoder import Decoder
 from carryon.train.modules.linear import Product
 from carryon.train.modules.serialization import CarryOnCard, load_carryon, save_carryon
-from carryon.train.trainer import nll
+from carryon.train.trainer.held_out import nll
 
 SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)
 

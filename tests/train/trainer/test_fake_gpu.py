@@ -33,7 +33,8 @@ from carryon.train.mixing.projected import ProjectedSources
 from carryon.train.mixing.projection import FEATURES
 from carryon.train.modules.carryon import CarryOn, build_carryon, taps_of
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
-from carryon.train.trainer.nll import EvalJob, measure_nlls
+from carryon.train.trainer.held_out.job import EvalJob
+from carryon.train.trainer.held_out.nll import measure_nlls
 from carryon.train.trainer.step import NotFiniteError, Step, read_steps
 from carryon.train.trainer.trainer import train
 
@@ -48,7 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "top by LoRA": {"kind": "top", "blocks": 1, "lora_rank": 2},
 }
 OPTIMIZATION = OptimizationSettings(learning_rate=1e-3)
-READ, EVALUATION = "step.py:read_steps", "nll.py:read"
+READ, EVALUATION = "step.py:read_steps", "sums.py:read"
 ONCE = ["frozen_head.py:frozen_head", "run.py:prepare_run"]
 ONCE += ["checkpoint.py:save_checkpoint", "serialization.py:<dictcomp>"]
 ONCE += ["sampled_gain.py:evaluation_seconds", "sampled_gain.py:call"]

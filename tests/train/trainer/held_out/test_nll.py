@@ -16,9 +16,16 @@ from carryon.train.config import CarryOnSettings, LossSettings, StreamSettings
 from carryon.train.losses import ways
 from carryon.train.losses.frozen_head import place_head
 from carryon.train.modules.bottleneck import build_bottleneck
-from carryon.train.trainer import nll
+from carryon.train.trainer.held_out import sums
+from carryon.train.trainer.held_out.job import EvalJob
+from carryon.train.trainer.held_out.nll import (
+    FEW_TARGETS,
+    Nll,
+    in_eval_mode,
+    measure_nlls,
+    warn_if_few,
+)
 from carryon.train.trainer.metrics import read_metrics
-from carryon.train.trainer.nll import EvalJob, Nll, in_eval_mode, measure_nlls, warn_if_few
 
 SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)
 
@@ -99,7 +106,7 @@ def test_an_interrupted_evaluation_leaves_modules_in_their_modes(
         assert not module.training
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nll, "pair_delta", interrupted)
+    monkeypatch.setattr(sums, "pair_delta", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure(store, [0, 1])
 
@@ -119,7 +126,7 @@ def test_each_part_of_a_module_gets_its_own_mode_back() -> None:
 
 def test_few_targets_draw_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="carryon"):
-        warn_if_few(nll.FEW_TARGETS)
+        warn_if_few(FEW_TARGETS)
         assert not caplog.records
         warn_if_few(77)
 
