@@ -18,6 +18,7 @@ from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError
 from carryon.cache.settings import apply_options
 from carryon.cache.store.reader import Store
+from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings, StreamSettings
 from carryon.train.data.datasets import open_decoded_cache
 from carryon.train.data.split import refuse_pairs, split_samples
@@ -160,20 +161,7 @@ def evaluate(
     ]
     choice = None
     if len(jobs) > 1:
-        if len(rows) < 2:
-            raise InputError(
-                f"alpha: expected 2 samples or more, to choose one of {len(jobs)} alphas and to "
-                "measure it on others, got 1. Fix: give one alpha, or samples all"
-            )
-        nlls = measure_nlls(opened, rows[::2], jobs, stream=stream)
-        choice = AlphaChoice(
-            num_samples=nlls[0].samples,
-            num_targets=nlls[0].targets,
-            base_nll=nlls[0].base,
-            alphas=[job.alpha for job in jobs],
-            nlls=[nll.carryon for nll in nlls],
-            nll_ses=[null_if_nan(nll.carryon_se) for nll in nlls],
-        )
+        choice = _choose_alpha(opened, rows, jobs, stream=stream)
         rows, jobs = rows[1::2], [jobs[int(np.argmin(choice.nlls))]]
     [nll] = measure_nlls(opened, rows, jobs, stream=stream)
     warn_if_few(min(nll.targets, choice.num_targets) if choice else nll.targets)
@@ -193,6 +181,30 @@ def evaluate(
         carryon_perplexity=math.exp(nll.carryon),
         choice=choice,
         mixture=nll.mixture.to_dict() if nll.mixture else {},
+    )
+
+
+def _choose_alpha(
+    store: StoreLike, rows: NDArray[np.int64], jobs: Sequence[EvalJob], *, stream: StreamSettings
+) -> AlphaChoice:
+    """Measure each job on every second sample.
+
+    Raises:
+        InputError: there is no sample left to measure the best on.
+    """
+    if len(rows) < 2:
+        raise InputError(
+            f"alpha: expected 2 samples or more, to choose one of {len(jobs)} alphas and to "
+            "measure it on others, got 1. Fix: give one alpha, or samples all"
+        )
+    nlls = measure_nlls(store, rows[::2], jobs, stream=stream)
+    return AlphaChoice(
+        num_samples=nlls[0].samples,
+        num_targets=nlls[0].targets,
+        base_nll=nlls[0].base,
+        alphas=[job.alpha for job in jobs],
+        nlls=[nll.carryon for nll in nlls],
+        nll_ses=[null_if_nan(nll.carryon_se) for nll in nlls],
     )
 
 
