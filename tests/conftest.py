@@ -42,23 +42,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 THREADS = torch.get_num_threads()
 
 
-CACHE = tempfile.TemporaryDirectory(prefix="carryon-tests-")
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 6e9
 """A whole run leaves 1 GB there."""
+HAS_ROOM = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES
+CACHE = tempfile.TemporaryDirectory(prefix="carryon-tests-", dir=MEMORY if HAS_ROOM else None)
 
 
 def pytest_configure() -> None:
     """One thread for tiny tensors, which mostly wait on several; in fixtures and processes too.
 
     How many threads there are decides the last bits of a sum. Samples are cached in a new folder.
-    Temporary folders are in memory where there is room: runs and stores flush every file, which on
-    a disk takes half of the time of their tests.
+    That and temporary folders are in memory where there is room: runs and stores flush every file,
+    which on a disk takes half of the time of their tests.
     """
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["CARRYON_CACHE"] = CACHE.name
-    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
+    if HAS_ROOM:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 

@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
@@ -144,11 +144,15 @@ def _content(source: Source) -> list[Any]:
     return [source.sha256, *names, sorted(source.columns.items())]
 
 
+_version = cache(version)
+"""Of a package; its files are read once."""
+
+
 def _tokenizer_rules(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     rules = hashlib.sha256(get_backend(tokenizer).to_str().encode()).hexdigest()
     letter = tokenizer("a").input_ids
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    versions = [version(name) for name in _CODE[1:]]
+    versions = [_version(name) for name in _CODE[1:]]
     return [rules, letter, special, tokenizer.chat_template, versions, _FORMAT]
 
 
