@@ -18,6 +18,7 @@ from carryon.cache.format.probe import channel_relative_error
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import main
+from carryon.tools.demo import command
 from carryon.tools.demo.command import answer_command, answers_won, commands
 from carryon.tools.demo.corpus import (
     HELD_OUT_SEED,
@@ -135,11 +136,13 @@ def test_each_command_reads_files_of_those_before(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole demo on the real base; the base is downloaded once, 93 MB."""
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A demo on the real base, with answers that are cut; the base is downloaded once, 93 MB."""
     folder = tmp_path_factory.mktemp("real") / "demo"
-    assert main(["demo", "--out", str(folder), *FEW]) == 0
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "ANSWER_TOKENS", 24)
+        assert main(["demo", "--out", str(folder), *FEW]) == 0
+        yield folder
 
 
 @pytest.mark.real
