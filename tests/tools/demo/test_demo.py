@@ -1,6 +1,7 @@
 """The demo: its parts, and all of it on the real base."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -136,9 +137,11 @@ def test_each_command_reads_files_of_those_before(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A demo on the real base, with answers that are cut; the base is downloaded once, 93 MB."""
+def demo_folder(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A demo on the real base that was stopped when it had the base; answers are cut."""
     folder = tmp_path_factory.mktemp("real") / "demo"
+    prepare_corpus(folder / "corpus.jsonl", 16)
+    shutil.copytree(real_base, folder / "base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "ANSWER_TOKENS", 24)
         assert main(["demo", "--out", str(folder), *FEW]) == 0
