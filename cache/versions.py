@@ -5,12 +5,10 @@ from importlib.metadata import version
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "numcodecs", "zarr", "gpt-carry-on")
 
+installed_version = cache(version)
+"""Return the installed version of a distribution; its files are read once in a process."""
+
 
 def library_versions() -> dict[str, str]:
     """Return the installed version of each, by the name of its distribution."""
-    return dict(_versions())
-
-
-@cache
-def _versions() -> tuple[tuple[str, str], ...]:
-    return tuple((name, version(name)) for name in _LIBRARIES)
+    return {name: installed_version(name) for name in _LIBRARIES}

@@ -22,8 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib.metadata import version
+from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +40,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.files.documents import read_object
 from carryon.cache.progress import Progress
 from carryon.cache.settings import CorpusSettings, DataSettings
+from carryon.cache.versions import installed_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,15 +144,11 @@ def _content(source: Source) -> list[Any]:
     return [source.sha256, *names, sorted(source.columns.items())]
 
 
-_version = cache(version)
-"""Of a package; its files are read once."""
-
-
 def _tokenizer_rules(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     rules = hashlib.sha256(get_backend(tokenizer).to_str().encode()).hexdigest()
     letter = tokenizer("a").input_ids
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    versions = [_version(name) for name in _CODE[1:]]
+    versions = [installed_version(name) for name in _CODE[1:]]
     return [rules, letter, special, tokenizer.chat_template, versions, _FORMAT]
 
 

@@ -131,13 +131,12 @@ def _measure(work: Work, name: str) -> torch.dtype:
     if calls is None:
         return torch.float32
     if not calls:
-        does = multiplies_bfloat16(work.device)
-        products = torch.bfloat16 if does else torch.float32
+        products = "bfloat16" if multiplies_bfloat16(work.device) else "float32"
         logger.info(
-            f"base {name}: compute dtype {str(products).removeprefix('torch.')}: no block could be "
-            f"timed, and this device {'multiplies' if does else 'only emulates'} bfloat16"
+            f"base {name}: compute dtype {products}, in which plain products are faster here: no "
+            "block could be timed"
         )
-        return products
+        return _CANDIDATES[products]
     seconds = dict.fromkeys(_CANDIDATES, float("inf"))
     seconds |= least_seconds(calls, num_threads=torch.get_num_threads())
     chosen = choose_dtype(seconds)

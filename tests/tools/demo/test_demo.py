@@ -1,7 +1,10 @@
 """The demo: its parts, and all of it on the real base."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -134,6 +137,22 @@ def test_each_command_reads_files_of_those_before(tmp_path: Path) -> None:
         made = {argv[argv.index(word) + 1] for word in ("--out", "--html") if word in argv}
         assert paths - made <= known
         known |= made | {f"{path}/carryon" for path in made}
+
+
+def test_a_demo_without_a_network_says_so_in_one_line_and_keeps_the_corpus(tmp_path: Path) -> None:
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PIP_NO_INDEX": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "carryon.tools.cli.main", "demo", "--out", str(tmp_path / "new")],
+        capture_output=True,
+        text=True,
+        env=os.environ | offline,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("carryon demo: error: demo base: expected HuggingFaceTB/SmolLM2-135M")
+    assert "Fix: " in last
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["corpus.jsonl"]
 
 
 @pytest.fixture(scope="module")
