@@ -29,6 +29,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from carryon.cache.base.gguf_header import check_gguf
+from carryon.cache.base.hub import is_hub_reachable
 from carryon.cache.base.identity import check_token_ids, recorded_normalizer
 from carryon.cache.base.pretrained import PreTrainedModel
 from carryon.cache.base.quiet import errors_only
@@ -61,6 +62,8 @@ class BaseSource:
     """File in that folder, or None for a base in transformers' own format."""
     trusts_code: bool = False
     """Whether Python code that comes with it may run."""
+    is_cached_only: bool = False
+    """Whether the hub does not answer, so that only earlier downloads are looked at."""
 
     @property
     def is_local(self) -> bool:
@@ -78,13 +81,15 @@ class BaseSource:
 
     def place(self) -> dict[str, Any]:
         """Return the keyword arguments that say where a base is."""
-        values = {"revision": self.revision, "gguf_file": self.gguf_file}
+        values: dict[str, Any] = {"revision": self.revision, "gguf_file": self.gguf_file}
+        values |= {"local_files_only": self.is_cached_only or None}
         return {key: value for key, value in values.items() if value is not None}
 
 
 def locate_base(source: str, *, trusts_code: bool = False) -> BaseSource:
     """Return where the base `source` (hub id, folder or .gguf file) lies; nothing is loaded.
 
+    The hub is asked once for each id whether it answers.
     `trusts_code` is whether Python code that comes with it may run.
 
     Raises:
@@ -114,7 +119,12 @@ def locate_base(source: str, *, trusts_code: bool = False) -> BaseSource:
             "a .gguf file or the id of a model on the hub"
         )
     name, _, revision = source.partition("@")
-    return BaseSource(name=name, revision=revision or None, trusts_code=trusts_code)
+    return BaseSource(
+        name=name,
+        revision=revision or None,
+        trusts_code=trusts_code,
+        is_cached_only=not is_hub_reachable(name, revision or None),
+    )
 
 
 def _refuse_odd_files(folder: Path) -> None:
@@ -225,6 +235,8 @@ def read_model(
             attn_implementation=None if attention == "sdpa" else attention,
             output_loading_info=True,
             use_safetensors=None if allow_pickle else True,
+            # An adapter beside the model is looked for with arguments of its own.
+            adapter_kwargs={"local_files_only": True} if source.is_cached_only else None,
             **source.arguments(),
             **extra,
             **spread,
@@ -314,9 +326,12 @@ def _loading(source: BaseSource, what: str, *, shows_progress: bool = False) -> 
                 "can run code. Fix: save it as safetensors, or --allow-pickle if you trust it"
             ) from error
         if isinstance(error, OSError) and not source.is_local:
+            if source.is_cached_only:
+                reason = "the hub cannot be reached, and its cache does not hold it"
             raise MissingError(
-                f"base {source.name}: expected a folder, a .gguf file or the id of a model on a "
-                f"hub that can be reached; the {what} could not be fetched: {reason}"
+                f"base {source.name}: expected a folder, a .gguf file or the id of a model on the "
+                f"hub; its {what} could not be fetched: {reason}. Fix: check the name, the folder "
+                "and the connection"
             ) from error
         raise InputError(
             f"base {source.name}: expected a causal LM that transformers "

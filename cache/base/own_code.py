@@ -94,9 +94,7 @@ def _folder(source: BaseSource) -> Path:
         return Path(source.name)
     try:
         return Path(
-            snapshot_download(
-                source.name, revision=source.revision, allow_patterns=["*.py", *_CONFIGS]
-            )
+            snapshot_download(source.name, allow_patterns=["*.py", *_CONFIGS], **source.place())
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:300]

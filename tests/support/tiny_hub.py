@@ -119,7 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+        # An open connection would be served when the hub is gone.
+        ends = {"Content-Length": str(len(content)), "Connection": "close"}
+        for key, value in {**headers, **ends}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +115,7 @@ def _files(source: BaseSource) -> list[str]:
     """Return the safetensors of a base that was just loaded; none where it has other files."""
     index, single = (
         cached_file(
-            source.name, name, _raise_exceptions_for_missing_entries=False, **_place(source)
+            source.name, name, _raise_exceptions_for_missing_entries=False, **source.place()
         )
         for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
     )
@@ -126,11 +125,7 @@ def _files(source: BaseSource) -> list[str]:
         return []
     try:
         names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        paths = [cached_file(source.name, str(name), **_place(source)) for name in names]
+        paths = [cached_file(source.name, str(name), **source.place()) for name in names]
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise InputError(f"base {source.name}: {index}: expected an index of weights") from error
     return [str(path) for path in paths]
-
-
-def _place(source: BaseSource) -> dict[str, Any]:
-    return {"revision": source.revision} if source.revision is not None else {}
