@@ -16,14 +16,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from carryon.cache.base.identity import digest_all_but_weights, digest_weights
 from carryon.cache.base.loading import (
     CONVERSION,
-    BaseSource,
-    locate_base,
     read_checkpoint_dtype,
     read_config,
     read_model,
     read_tokenizer,
 )
 from carryon.cache.base.pretrained import PreTrainedModel
+from carryon.cache.base.source.location import BaseSource, locate_base
 from carryon.cache.errors import InputError
 from carryon.cache.files.atomic import whole_folder
 from carryon.cache.files.documents import write_json

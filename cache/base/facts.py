@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from carryon.cache.base.loading import (
-    BaseSource,
-    locate_base,
-    read_config,
-    read_generation_config,
-    read_tokenizer,
-    say_slow,
-)
-from carryon.cache.base.own_code import digest_code
+from carryon.cache.base.loading import read_config, read_generation_config, read_tokenizer, say_slow
+from carryon.cache.base.source.location import BaseSource, locate_base
+from carryon.cache.base.source.own_code import digest_code
 from carryon.cache.errors import InputError
 
 if TYPE_CHECKING:

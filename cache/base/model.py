@@ -33,15 +33,12 @@ from carryon.cache.base.identity import (
 )
 from carryon.cache.base.lm_head import Head
 from carryon.cache.base.loading import (
-    BaseSource,
-    locate_base,
     read_checkpoint_dtype,
     read_config,
     read_model,
     read_tokenizer,
     say_slow,
 )
-from carryon.cache.base.own_code import digest_code, refuse_other_code
 from carryon.cache.base.placement import (
     Placement,
     check_ties,
@@ -59,6 +56,8 @@ from carryon.cache.base.quantizers import (
     import_quantizer,
     quantizer_of,
 )
+from carryon.cache.base.source.location import BaseSource, locate_base
+from carryon.cache.base.source.own_code import digest_code, refuse_other_code
 from carryon.cache.base.weights.saved import digest_checkpoint, digest_files
 from carryon.cache.device import returning_freed_memory
 from carryon.cache.errors import CarryOnError, InputError

@@ -26,7 +26,8 @@ from pathlib import Path
 import accelerate, numpy as np, torch, transformers
 from carryon.cache.base.facts import read_facts
 from carryon.cache.base.hooks import capture
-from carryon.cache.base.loading import locate_base, read_config
+from carryon.cache.base.loading import read_config
+from carryon.cache.base.source.location import locate_base
 from carryon.cache.base.model import load_base, read_head
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.compare.peak_memory import anonymous_bytes, watched_peak

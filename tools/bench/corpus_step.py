@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from carryon.cache.base.loading import locate_base, read_tokenizer
+from carryon.cache.base.loading import read_tokenizer
+from carryon.cache.base.source.location import locate_base
 from carryon.cache.corpus.dataset import read_corpus
 from carryon.cache.errors import InputError
 from carryon.cache.settings import CorpusSettings, DataSettings
@@ -241,7 +242,8 @@ def _read(
 _READ = """
 import sys
 from pathlib import Path
-from carryon.cache.base.loading import locate_base, read_tokenizer
+from carryon.cache.base.loading import read_tokenizer
+from carryon.cache.base.source.location import locate_base
 from carryon.cache.corpus.dataset import read_corpus
 from carryon.cache.settings import CorpusSettings, DataSettings
 read_corpus([sys.argv[1]], read_tokenizer(locate_base(sys.argv[2])), settings=CorpusSettings(),

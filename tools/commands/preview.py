@@ -56,8 +56,8 @@ def preview(
     if rows < 1:
         raise InputError(f"--rows: expected 1 or more, got {rows}")
     from carryon.cache.base.facts import read_facts
-    from carryon.cache.base.loading import locate_base
-    from carryon.cache.base.own_code import digest_code
+    from carryon.cache.base.source.location import locate_base
+    from carryon.cache.base.source.own_code import digest_code
     from carryon.cache.corpus.chat.template_settings import resolve_settings
     from carryon.cache.corpus.first_rows import read_first
     from carryon.cache.corpus.report import format_report, warnings

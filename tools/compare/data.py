@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.base.loading import locate_base, read_tokenizer
+from carryon.cache.base.loading import read_tokenizer
+from carryon.cache.base.source.location import locate_base
 from carryon.cache.corpus.dataset import read_corpus
 from carryon.cache.corpus.files import plan_shards, read_shard
 from carryon.cache.corpus.formats.contents import Chat, Completion, Text

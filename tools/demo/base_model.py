@@ -89,6 +89,6 @@ def download_gguf(scratch: Path) -> Path:
 def unpack_gguf(gguf: Path, folder: Path) -> None:
     """Write the base in `gguf` to `folder` as bfloat16 safetensors, with its tokenizer."""
     from carryon.cache.base.conversion import write_base
-    from carryon.cache.base.loading import locate_base
+    from carryon.cache.base.source.location import locate_base
 
     write_base(locate_base(str(gguf)), folder)

@@ -18,9 +18,10 @@ from transformers import PreTrainedConfig
 
 from carryon.cache.base.calibration.few_blocks import empty_block, make_up_weights_
 from carryon.cache.base.identity import digest_config
-from carryon.cache.base.loading import BaseSource, read_checkpoint_dtype
+from carryon.cache.base.loading import read_checkpoint_dtype
 from carryon.cache.base.placement import Placement
 from carryon.cache.base.pretrained import PreTrainedModel
+from carryon.cache.base.source.location import BaseSource
 from carryon.cache.device import attention_of_any_shape, multiplies_bfloat16, pick_device
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.timing import least_seconds

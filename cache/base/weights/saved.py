@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from carryon.cache.base.identity import digest_pieces, join_digests, row_parts, saved_tensors
-from carryon.cache.base.loading import BaseSource
+from carryon.cache.base.source.location import BaseSource
 from carryon.cache.base.weights.files import WeightFile
 from carryon.cache.base.weights.offloaded import FileWeight, Weight
 from carryon.cache.errors import InputError

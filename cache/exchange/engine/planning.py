@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from carryon.cache.base.identity import ON_LOAD
-from carryon.cache.base.loading import locate_base
 from carryon.cache.base.model import Base
+from carryon.cache.base.source.location import locate_base
 from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
 from carryon.cache.exchange.engine.local import EngineJob, find_python

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from support.tiny_bases import write_tiny_gguf
 
-from carryon.cache.base.gguf_header import check_gguf
-from carryon.cache.base.loading import locate_base, read_config
+from carryon.cache.base.loading import read_config
+from carryon.cache.base.source.gguf_header import check_gguf
+from carryon.cache.base.source.location import locate_base
 from carryon.cache.errors import InputError
 
 UINT8, UINT32, STRING, LIST, UINT64 = 0, 4, 8, 9, 10

@@ -18,7 +18,7 @@ with run_tiny_hub() as hub:
     os.environ["HF_ENDPOINT"] = hub.url
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.repositories["anna/base"] = files
-    from carryon.cache.base import hub as asked
+    from carryon.cache.base.source import hub as asked
     from carryon.cache.base.model import load_base
     from carryon.cache.errors import CarryOnError
     from carryon.cache.settings import ForwardSettings

@@ -23,8 +23,8 @@ from carryon.cache.base.facts import check_token_id, read_facts
 from carryon.cache.base.hooks import base_logits, capture
 from carryon.cache.base.identity import BaseIdentity, digest_tokenizer, digest_weights
 from carryon.cache.base.lm_head import widen
-from carryon.cache.base.loading import locate_base
 from carryon.cache.base.model import Base, load_base, read_head
+from carryon.cache.base.source.location import locate_base
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.settings import ForwardSettings
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from support.tiny_bases import make_tiny_base
 
-from carryon.cache.base.loading import locate_base, read_config, read_tokenizer
+from carryon.cache.base.loading import read_config, read_tokenizer
 from carryon.cache.base.model import load_base
 from carryon.cache.base.recorded import load_recorded_base
+from carryon.cache.base.source.location import locate_base
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.settings import ForwardSettings
 

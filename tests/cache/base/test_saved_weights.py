@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from carryon.cache.base.identity import digest_weights
-from carryon.cache.base.loading import locate_base, read_model
+from carryon.cache.base.loading import read_model
 from carryon.cache.base.model import load_base
+from carryon.cache.base.source.location import locate_base
 from carryon.cache.base.weights.saved import digest_checkpoint
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from carryon.cache.base.loading import BaseSource
+from carryon.cache.base.source.location import BaseSource
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.cache.files.documents import parse_json, read_bounded
 
