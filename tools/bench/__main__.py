@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from carryon.tools.bench.experiments import EXPERIMENTS
 from carryon.tools.bench.registry import BENCHMARKS, list_groups
@@ -9,7 +10,39 @@ from carryon.tools.cli.program import Program
 from carryon.tools.cli.table import format_table
 
 _NAMED = [*list_groups(), *BENCHMARKS]
-BENCH = Program(
+
+
+class _Benchmarks(Program):
+    """Commands of which all but experiments share one function; its first argument is the name."""
+
+    def call(self, name: str, argv: Sequence[str]) -> Any:  # noqa: ANN401 -- each has its own
+        if name not in _NAMED:
+            return Program.call(self, name, argv)
+        if name in BENCHMARKS and {"-h", "--help"} & set(argv):
+            from carryon.tools.bench.run import describe  # which imports torch
+
+            print(describe(name))
+        return Program.call(self, name, [name, *argv])
+
+    def overview(self) -> str:
+        rows = [("name", "needs", "measures")]
+        rows += [
+            (name, each.needs, each.about) for name, each in (BENCHMARKS | EXPERIMENTS).items()
+        ]
+        return "\n".join(
+            [
+                f"usage: {self.prog} NAME [options]",
+                "",
+                f"{self.about} NAME is a group ({', '.join(list_groups())}) or one of:",
+                "",
+                format_table(rows),
+                "",
+                self.closing,
+            ]
+        )
+
+
+BENCH = _Benchmarks(
     prog="python -m carryon.tools.bench",
     about="Measure Carry-On. Each figure is one JSON line with its target.",
     closing="python -m carryon.tools.bench NAME --help explains its options.",
@@ -20,34 +53,7 @@ BENCH = Program(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark, a group or an experiment, or list them; return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(overview())
-        return 0
-    if words[0] in BENCHMARKS and {"-h", "--help"} & set(words):
-        from carryon.tools.bench.run import describe  # which imports torch
-
-        print(describe(words[0]))
-    if words[0] in _NAMED:
-        words.insert(1, words[0])  # they share one function, whose first argument is the name
-    return BENCH.main(words)
-
-
-def overview() -> str:
-    """Return all names with one line each."""
-    rows = [("name", "needs", "measures")]
-    rows += [(name, each.needs, each.about) for name, each in (BENCHMARKS | EXPERIMENTS).items()]
-    return "\n".join(
-        [
-            f"usage: {BENCH.prog} NAME [options]",
-            "",
-            f"{BENCH.about} NAME is a group ({', '.join(list_groups())}) or one of:",
-            "",
-            format_table(rows),
-            "",
-            BENCH.closing,
-        ]
-    )
+    return BENCH.main(argv)
 
 
 if __name__ == "__main__":

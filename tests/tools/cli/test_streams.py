@@ -12,6 +12,7 @@ import pytest
 from support.tiny_train_stores import make_tiny_store
 
 PROGRAM = f"{sys.executable} -m carryon.tools.cli.main"
+BENCH = f"{sys.executable} -m carryon.tools.bench"
 SMALL = "--width 8 --blocks 1 --heads 2 --intermediate-size 8 --epochs 1 --device cpu"
 
 
@@ -53,6 +54,13 @@ def test_a_failed_check_keeps_its_exit_code_without_a_reader(
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
     assert "Exception ignored" not in result.stderr
+
+
+@pytest.mark.parametrize("program", [BENCH, f"{BENCH} store.open --help", f"{PROGRAM} --help"])
+def test_help_without_a_reader_is_no_error(program: str) -> None:
+    result = in_shell(f"{program} | head -c 0")
+
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("ends", ["| head -c 0", ">&-", "2>&-", "2>&1 | head -c 0"])
