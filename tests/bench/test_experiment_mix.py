@@ -101,6 +101,8 @@ def test_an_experiment_that_no_step_could_run_is_refused(tmp_path: Path) -> None
         ({"data": ["x"]}, "--data: expected either --data or --corpus, got both"),
         ({"corpus": ""}, "got neither"),
         ({"width": 12}, "--width: expected a multiple of 8, got 12"),
+        ({"arms": ["gate", "own-b"]}, "--arms: expected carryon, own-anchor, .*, got 'own-b'"),
+        ({"arms": ["gate", "carryon"]}, "--arms: expected .* among them, gate.carryon is not"),
     ):
         with pytest.raises(InputError, match=message):
             make_experiment(tmp_path, **changes)
@@ -252,6 +254,31 @@ def test_a_large_gain_of_one_tokenizer_is_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_arms_that_are_left_out_are_neither_trained_nor_counted(tmp_path: Path) -> None:
+    arms = ["gate", "carryon", "gate+carryon"]
+    experiment = make_experiment(tmp_path, arms=arms, seeds=[0])
+    planned = plan.plan_mix(experiment)
+    assert [arm for _, arm in planned.runs] == ["carryon", "gate", "gate+carryon"]
+    assert [step.result.name for step in planned.stores] == ["anchor.json", "source-1.aligned.json"]
+    assert list(planned.bytes) == ["anchor"]
+    with_own = make_experiment(tmp_path, arms=[*arms, "own-source-1"], seeds=[0])
+    assert [step.result.name for step in plan.plan_mix(with_own).stores] == [
+        "anchor.json", "source-1.json", "source-1.aligned.json"
+    ]  # fmt: skip
+
+    nlls = {"carryon": 1.8, "gate": 1.7, "gate+carryon": 1.5}
+    shares = {"carry-on": 0.4, "b": 0.6}
+    runs = {
+        (0, arm): result(nll, shares=shares if "gate" in arm else None) for arm, nll in nlls.items()
+    }
+    rows = report.make_rows(experiment, {"anchor": {"targets": 10, "bytes": 40}}, runs, {})
+    assert [row.arm for row in rows] == ["anchor", *nlls]
+    figures = report.figures_of(experiment, rows, corpus={"shared_ratio": 0.01})
+    by_name = {figure.figure: figure for figure in figures}
+    assert by_name["mix.gain"].details["values"] == pytest.approx([0.3])
+    assert not {"mix.against_best_own", "mix.gain.state"} & by_name.keys()
+
+
 def test_bases_are_mixed_measured_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ def experiment_mix(
     data: list[str] = [],  # noqa: B006 -- shown in the help, never changed
     corpus: Literal["", "gsm", "python", "pydoc", "manpages", "mixed"] = "",
     seeds: list[int] = [0, 1, 2],  # noqa: B006
+    arms: list[str] = [],  # noqa: B006
     tokens: int = 120_000,
     held_out_tokens: int = 12_000,
     window_tokens: int = 512,
@@ -80,6 +81,9 @@ def experiment_mix(
             pages of this system, or documentation of installed packages, which mixes prose and
             code.
         seeds: Seeds of weights and sample order.
+        arms: Which to train, by their names in the table: carryon, gate and gate+carryon, and any
+            of own-anchor, own-source-1, ..., state and both. A base without its own carry-on needs
+            no store of its own. Empty: all.
         tokens: Training tokens at most, of the anchor.
         held_out_tokens: Held-out tokens at most.
         window_tokens: Tokens of the windows that longer texts are cut into.
@@ -96,6 +100,7 @@ def experiment_mix(
         data=data,
         corpus=corpus,
         seeds=seeds,
+        arms=arms,
         tokens=tokens,
         held_out_tokens=held_out_tokens,
         window_tokens=window_tokens,

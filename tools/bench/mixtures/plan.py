@@ -23,6 +23,8 @@ from carryon.train.modules.taps import middle_taps
 ALONE, GATE, GATED = "carryon", "gate", "gate+carryon"
 STATE, BOTH = "state", "both"
 MIXTURES = (GATE, GATED, STATE, BOTH)
+NEEDED = (ALONE, GATE, GATED)
+"""Arms without which an experiment says nothing."""
 _READING = (STATE, BOTH)
 """Those whose carry-on reads the other bases' states."""
 _HEADS = 4
@@ -66,6 +68,8 @@ class MixExperiment:
     epochs: int
     patience: int
     tokens_per_step: int
+    arms: Sequence[str] = ()
+    """Names of those that are trained. Empty: all."""
     forward: ForwardSettings = field(default_factory=ForwardSettings)
 
     def __post_init__(self) -> None:
@@ -81,11 +85,29 @@ class MixExperiment:
             )
         if self.width < 2 * _HEADS or self.width % (2 * _HEADS):
             raise InputError(f"--width: expected a multiple of {2 * _HEADS}, got {self.width}")
+        named = all_arms(self.bases)
+        if unknown := [arm for arm in self.arms if arm not in named]:
+            raise InputError(f"--arms: expected {', '.join(named)}, got {unknown[0]!a:.80}")
+        if self.arms and (missing := [arm for arm in NEEDED if arm not in self.arms]):
+            raise InputError(
+                f"--arms: expected {', '.join(NEEDED)} among them, {missing[0]} is not"
+            )
 
     @property
     def anchor(self) -> BaseFacts:
         """The base whose tokens and head are used."""
         return self.bases[0]
+
+    @property
+    def trained(self) -> list[str]:
+        """Arms in the order in which they are trained."""
+        return [arm for arm in all_arms(self.bases) if not self.arms or arm in self.arms]
+
+    @property
+    def stored(self) -> list[BaseFacts]:
+        """Bases whose own store is needed: the anchor, and those with a carry-on of their own."""
+        owners = [base for base in self.bases[1:] if own_arm(base) in self.trained]
+        return [self.anchor, *owners]
 
     @property
     def budget(self) -> int:
@@ -143,18 +165,22 @@ def own_arm(base: BaseFacts) -> str:
     return f"own-{base.name}"
 
 
+def all_arms(bases: Sequence[BaseFacts]) -> list[str]:
+    """Return the names of all arms; large bases have the largest heads, so those are last."""
+    own, *others = map(own_arm, bases)
+    return [ALONE, own, *MIXTURES, *others]
+
+
 def plan_mix(experiment: MixExperiment) -> MixPlan:
     """Return all steps of an experiment."""
-    own, *others = map(own_arm, experiment.bases)
-    arms = [ALONE, own, *MIXTURES, *others]  # large bases have the largest heads: those last
-    keys = [(seed, arm) for seed in experiment.seeds for arm in arms]
+    keys = [(seed, arm) for seed in experiment.seeds for arm in experiment.trained]
     return MixPlan(
         corpus=_corpus(experiment),
         stores=[
-            *(_extract(experiment, base, is_aligned=False) for base in experiment.bases),
+            *(_extract(experiment, base, is_aligned=False) for base in experiment.stored),
             *(_extract(experiment, base, is_aligned=True) for base in experiment.bases[1:]),
         ],
-        bytes={base.name: _bytes(experiment, base) for base in experiment.bases},
+        bytes={base.name: _bytes(experiment, base) for base in experiment.stored},
         runs={(seed, arm): _train(experiment, seed, arm) for seed, arm in keys},
         places={
             (seed, arm): _places(experiment, seed, arm) for seed, arm in keys if arm in MIXTURES

@@ -69,8 +69,9 @@ def make_rows(
     """
     seeds = experiment.seeds
     rows = []
-    for base in experiment.bases:
-        nll = runs[seeds[0], own_arm(base)]["base_nll"]
+    for base in experiment.stored:
+        arm = ALONE if base is experiment.anchor else own_arm(base)
+        nll = runs[seeds[0], arm]["base_nll"]
         size = _bytes_per_target(sizes[base.name])
         rows.append(Row(arm=base.name, per_byte=[nll / size], per_target=[nll]))
     store_of = {own_arm(base): base.name for base in experiment.bases}
@@ -144,16 +145,16 @@ def figures_of(
     target = "nats a target below the {}, least of the seeds"
     gate = [anchor - each for each in by_arm[GATE].per_target]
     add("gate_gain", gate, target.format("anchor"), target=LEAST_GATE_GAIN, sense="at least")
-    own = by_arm[own_arm(experiment.anchor)].per_target
+    alone = [by_arm[arm].per_target for arm in (ALONE, own_arm(experiment.anchor)) if arm in by_arm]
     for arm in (STATE, BOTH):
         if arm in by_arm:
-            better = gain(arm, by_arm[ALONE].per_target, own)
+            better = gain(arm, *alone)
             unit = target.format("better of the anchor's carry-ons")
             add(f"gain.{arm}", better, unit, sense="at least")
     add(
         "gain",
-        gain(GATED, by_arm[ALONE].per_target, own),
-        target.format("anchor's carry-on, of its shape or of equal bytes"),
+        gain(GATED, *alone),
+        target.format("anchor's carry-on, of its shape or, if trained, of equal bytes"),
         target=LEAST_GAIN,
         sense="at least",
     )
@@ -167,7 +168,8 @@ def figures_of(
                 target=0.0,
                 details={"targets": found[0]["targets"], "base_nll": found[0]["base_nll"]},
             )
-    figures += _against_best(experiment, by_arm, shared)
+    if all(own_arm(base) in by_arm for base in experiment.bases):
+        figures += _against_best(experiment, by_arm, shared)
     ratios = [
         mixed / alone
         for mixed, alone in zip(
