@@ -136,6 +136,11 @@ def test_opening_a_store_loads_neither_torch_nor_transformers() -> None:
     assert loaded_by("import carryon.cache.store.reader").isdisjoint({"torch", "transformers"})
 
 
+def test_what_measures_the_memory_of_training_does_not_load_transformers() -> None:
+    loaded = loaded_by("import carryon.tools.bench.memory")
+    assert "transformers" not in loaded, "150 MB would be counted as those of a run"
+
+
 @pytest.mark.parametrize("module", ["carryon.cache.settings", "carryon.train.config"])
 def test_settings_load_nothing_large(module: str) -> None:
     large = {"torch", "transformers", "zarr", "numpy"}

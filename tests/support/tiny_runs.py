@@ -25,7 +25,8 @@ from carryon.train.config import (
     TrainSettings,
 )
 from carryon.train.continual.lineage import update
-from carryon.train.trainer import finish, run_state
+from carryon.train.trainer import finish
+from carryon.train.trainer import run as run_module
 from carryon.train.trainer import sweep as sweep_module
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
@@ -73,7 +74,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise Killed
         return take_step(*args, **kwargs)
 
-    monkeypatch.setattr(run_state, "take_step", killed_step)
+    monkeypatch.setattr(run_module, "take_step", killed_step)
 
 
 def saved_weights(out: Path) -> dict[str, torch.Tensor]:

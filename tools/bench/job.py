@@ -8,18 +8,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import InputError
-from carryon.cache.extraction.pipeline import extract
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.corpora import write_named_corpus
 from carryon.tools.compare.figure import Figure
+
+if TYPE_CHECKING:
+    from carryon.cache.base.model import Base
 
 _CORPUS_TOKENS = 65_536
 _QUICK_CORPUS_TOKENS = 4096
@@ -66,8 +67,10 @@ class Job:
             )
         )
 
-    def load_base(self, *, device: str = "auto", dtype: str = "auto") -> Base:
+    def load_base(self, *, device: str = "auto", dtype: str = "auto") -> "Base":
         """Load the base."""
+        from carryon.cache.base.model import load_base  # 150 MB: `train.memory` counts imports
+
         settings = ForwardSettings.from_dict({"device": device, "compute_dtype": dtype})
         return load_base(self.base, forward=settings)
 
@@ -126,6 +129,8 @@ class Job:
         name = "-".join([label, *settings.taps, str(settings.with_blocks), str(num_tokens)])
         root = folder / name
         if not root.exists():
+            from carryon.cache.extraction.pipeline import extract
+
             base = self.load_base()
             limits = {}
             if "=" not in corpus:

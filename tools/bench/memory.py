@@ -26,10 +26,10 @@ from carryon.train.config import (
     StreamSettings,
     TrainSettings,
 )
-from carryon.train.trainer.memory_estimate import MemoryCase, plan_memory
+from carryon.train.trainer.forecast.memory_estimate import MemoryCase, plan_memory
 
 TARGET_GB = 0.75
-PLAN_TARGET = 0.15
+PLAN_TARGET = 0.10
 """Largest error of `carryon plan-memory`, either way, relative to the measured peak."""
 _SAMPLES_A_STEP = 8
 _HELD_OUT = 1

@@ -16,7 +16,7 @@ from carryon.train.config import (
 )
 
 if TYPE_CHECKING:
-    from carryon.train.trainer.memory_estimate import SourceCase
+    from carryon.train.trainer.forecast.memory_estimate import SourceCase
 
 
 def plan_memory(
@@ -56,8 +56,8 @@ def plan_memory(
         memory: Memory settings.
         mixing: Other bases, whose stores are opened.
     """
-    from carryon.train.trainer.memory_estimate import MemoryCase, leaner_settings
-    from carryon.train.trainer.memory_estimate import plan_memory as plan
+    from carryon.train.trainer.forecast.memory_estimate import MemoryCase, leaner_settings
+    from carryon.train.trainer.forecast.memory_estimate import plan_memory as plan
 
     case = MemoryCase(
         base_width=base_width,
@@ -101,7 +101,7 @@ def _read_sources(
         InputError: a store is aligned to no other or to that of another base, or lacks a tap.
     """
     from carryon.cache.store.reader import Store
-    from carryon.train.trainer.memory_estimate import SourceCase
+    from carryon.train.trainer.forecast.memory_estimate import SourceCase
 
     settings.check_mix()
     mixing, sources = settings.mixing, []

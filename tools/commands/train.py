@@ -26,6 +26,7 @@ def train(
     score_num: int = 40,
     score_seed: int = 1_000_001,
     score_new_tokens: int = 256,
+    dry_run: bool = False,
     settings: TrainSettings,
 ) -> dict[str, Any]:
     """Train a carry-on from a store, without the base.
@@ -53,6 +54,8 @@ def train(
         score_num: Problems of each task.
         score_seed: Seed of the problems; take one far from the seed of the training problems.
         score_new_tokens: Maximum length of an answer, in tokens.
+        dry_run: Write nothing: take some steps, and say what the run would be: its data and steps,
+            the way of the loss that is the fastest here, memory and time.
         settings: All settings of a run.
     """
     given = {
@@ -65,6 +68,11 @@ def train(
         "--score-new-tokens": score_new_tokens,
     }
     settings.check_mix(is_scored=score_every > 0)  # before the base is loaded to score
+    if dry_run:
+        if score_every:
+            raise InputError("--dry-run: expected no --score-every, which it does not time")
+        _is_scored(given)
+        return _preview(store, out, settings)
     scoring = _open_scoring(store, given, settings) if _is_scored(given) else None
     from carryon.train.trainer.trainer import train as train_carryon
 
@@ -75,6 +83,19 @@ def train(
         rows = mixture_rows(report.base_nll, report.carryon_nll, report.mixture)
         logger.info(format_table(rows))
     return print_result(report.to_dict(), report.summary())
+
+
+def _preview(store: list[str], out: str, settings: TrainSettings) -> dict[str, Any]:
+    from carryon.train.trainer.forecast.preview import preview_run
+    from carryon.train.trainer.step import NotFiniteError
+
+    try:
+        preview = preview_run(store, out=out, settings=settings)
+    except NotFiniteError as error:
+        raise InputError(
+            f"the loss of a step is {error}. Fix: carryon verify of the store"
+        ) from error
+    return print_result(preview.to_dict(), preview.summary())
 
 
 def _is_scored(given: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from carryon.cache.progress import Progress, show_seconds
 from carryon.train.data.batch import Batch
 from carryon.train.data.datasets import TrainData
 from carryon.train.data.duration import Evaluations, awaited_steps, seconds_per_token
-from carryon.train.data.evaluation_set import Work, choose_evaluated, count_evaluations
+from carryon.train.data.evaluation_set import choose_evaluated, count_evaluations
 from carryon.train.data.joint_sampler import JointOrder, join_orders
 from carryon.train.data.loader import Stream, stream_bytes
 from carryon.train.losses.endings import MIN_ANSWERS, Endings
@@ -317,7 +317,7 @@ class _Forecast:
             last_targets=run.contamination.held_out_targets,
             target_s=target_s / self._num_processes,
         )
-        return evaluations.seconds(_work(run), token_s=token_s, density=_density(state))
+        return evaluations.seconds(run.work, token_s=token_s, density=_density(state))
 
     def _say_gain(self, state: RunState, batch: Batch) -> None:
         """Say what a sampled softmax would do to the time of a run, where it is dear without."""
@@ -327,7 +327,7 @@ class _Forecast:
         exact_s = token_s * (state.progress.tokens + _tokens_left(state))
         if takes_all or not batch.num_targets or exact_s < HINT_S:
             return
-        work, density = _work(run), _density(state)
+        work, density = run.work, _density(state)
         few = replace(work, trained_rows=expected_rows(work.vocabulary))
         if work.of_training(1, density) < HINT_RATIO * few.of_training(1, density):
             return
@@ -359,15 +359,6 @@ def _name(state: RunState) -> str:
 def _first(run: Run) -> int:
     """Return the step with which a run begins."""
     return run.segment.first if run.segment else 0
-
-
-def _work(run: Run) -> Work:
-    return Work(
-        weights=sum(weight.numel() for weight in run.carryon.parameters()),
-        width=run.store.width,
-        vocabulary=run.head.vocab_size,
-        trained_rows=run.head.trained_rows,
-    )
 
 
 def _density(state: RunState) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import CarryOnSettings, LossSettings, TrainSettings
+from carryon.train.data.batch import Batch
 from carryon.train.data.contamination import Contamination
 from carryon.train.data.datasets import TrainData
 from carryon.train.data.evaluation_set import (
@@ -43,6 +44,7 @@ from carryon.train.trainer.held_out.job import EvalJob
 from carryon.train.trainer.metrics import Callback, Scoring
 from carryon.train.trainer.run_dir import RunFolder, run_identity
 from carryon.train.trainer.segment import Segment, cut_epochs
+from carryon.train.trainer.step import Step, take_step
 
 GATE_RATE = 3e-3
 """Peak learning rate of a gate, whatever that of its carry-on; alone, of the kind `none`, it has
@@ -144,6 +146,27 @@ class Run:
     def num_steps(self) -> int:
         """Steps of all epochs."""
         return sum(map(count_steps, self.epochs))
+
+    @property
+    def work(self) -> Work:
+        """What a step and an evaluation multiply."""
+        return _work(self.carryon, self.head, width=self.store.width)
+
+    def take_step(self, batches: Sequence[Batch], *, rate: float, is_read: bool) -> Step:
+        """Take a step with the learning rate `rate`, as `take_step` of step.py."""
+        return take_step(
+            self.carryon,
+            self.optimizer,
+            batches,
+            head=self.head,
+            chunk=self.chunk,
+            learning_rate=rate,
+            grad_clip=self.settings.optimization.grad_clip,
+            kl_weight=self.settings.loss.kl_weight,
+            base=self.base,
+            projected=self.projected,
+            is_read=is_read,
+        )
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -285,12 +308,7 @@ def _plan_evaluations(
         every=settings.run.evaluate_every,
         includes_last=settings.run.finishes_with_best,
     )
-    work = Work(
-        weights=sum(weight.numel() for weight in carryon.parameters()),
-        width=data.store.width,
-        vocabulary=head.vocab_size,
-        trained_rows=head.trained_rows,
-    )
+    work = _work(carryon, head, width=data.store.width)
     per_token = contamination.held_out_targets / int(lengths[held_out].sum())
     density = contamination.train_targets / int(lengths[data.split.train].sum())
 
@@ -310,3 +328,12 @@ def _plan_evaluations(
         share = MAX_RATIO / ratio(held_out)
         samples = choose_evaluated(held_out, lengths, targets_per_token=per_token, share=share)
     return samples, ratio(samples)
+
+
+def _work(carryon: CarryOn, head: FrozenHead, *, width: int) -> Work:
+    return Work(
+        weights=sum(weight.numel() for weight in carryon.parameters()),
+        width=width,
+        vocabulary=head.vocab_size,
+        trained_rows=head.trained_rows,
+    )

@@ -37,7 +37,7 @@ from carryon.train.trainer.metrics import (
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import record_session
 from carryon.train.trainer.segment import progress_at
-from carryon.train.trainer.step import NotFiniteError, Step, read_steps, take_step
+from carryon.train.trainer.step import NotFiniteError, Step, read_steps
 
 logger = logging.getLogger(__name__)
 
@@ -118,19 +118,7 @@ class RunState:
         rate = self.run.rate(self.progress.step)
         try:
             with _seeded(run, self.progress.step):
-                step = take_step(
-                    run.carryon,
-                    run.optimizer,
-                    batches,
-                    head=run.head,
-                    chunk=run.chunk,
-                    learning_rate=rate,
-                    grad_clip=run.settings.optimization.grad_clip,
-                    kl_weight=run.settings.loss.kl_weight,
-                    base=run.base,
-                    projected=run.projected,
-                    is_read=run.head.device.type != "cuda",
-                )
+                step = run.take_step(batches, rate=rate, is_read=run.head.device.type != "cuda")
         except NotFiniteError as error:
             raise self._not_finite(error, step=self.progress.step + 1) from error
         before = self.progress

@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from carryon.cache.device import HEAD_DTYPES, pick_device, pick_head_dtype
+from carryon.cache.device import pick_device
 from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.documents import sealed, write_json
 from carryon.cache.store.view import StoreLike
@@ -31,19 +30,16 @@ from carryon.train.data.datasets import (
 )
 from carryon.train.data.loader import stream_bytes
 from carryon.train.losses.base_states import get_base_states
-from carryon.train.losses.calibration import calibrate
 from carryon.train.losses.frozen_head import FrozenHead
-from carryon.train.losses.sampled_softmax import place_training_head
-from carryon.train.losses.ways import WAYS
 from carryon.train.mixing.projected import ProjectedSources, project_sources
 from carryon.train.mixing.sources import Source, join_states, open_sources, warn_about_missing
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import read_weights
 from carryon.train.modules.taps import resolve_taps, stream_taps
+from carryon.train.trainer.choices import choose_products, keep_evaluated
 from carryon.train.trainer.distributed import (
     Processes,
     join_processes,
-    sum_over_processes,
     wait_for_all,
 )
 from carryon.train.trainer.engine import (
@@ -60,8 +56,6 @@ from carryon.train.trainer.run_dir import (
     RunFolder,
     open_run_folder,
     open_to_write,
-    saved_choices,
-    saved_evaluate_tokens,
 )
 from carryon.train.trainer.run_documents import read_values
 from carryon.train.trainer.run_state import RunState
@@ -143,7 +137,7 @@ def train_jointly(
                     "summed first, got yes"
                 )
         if runs and processes.is_first:
-            _warn_about_held_out(runs[0].contamination)
+            warn_about_held_out(runs[0].contamination)
         states = [RunState(run, processes) for run in runs]
         with stop_on_signal() as stop:
             measure_base([state for state in states if state.is_new])
@@ -200,11 +194,11 @@ def _prepare(
     data, sources = _open_mixture(data, jobs[0].settings)
     if wrap_store is not None:
         data = replace(data, store=wrap_store(data.store))
-    jobs = [_keep_evaluated(job.resolved(data)) for job in jobs]
+    jobs = [keep_evaluated(job.resolved(data)) for job in jobs]
     contamination = _contamination(data, jobs)
     pick_device(jobs[0].settings.run.device)
     heads: dict[LossSettings, FrozenHead] = {}
-    jobs = _choose_products(jobs, data.store, heads, processes)
+    jobs = choose_products(jobs, data.store, heads, processes)
     identities = [job.identity(data) for job in jobs]
     projected: ProjectedSources | None = None
     runs = []
@@ -233,7 +227,7 @@ def _prepare(
             sources=sources,
         )
         if processes.is_first:
-            logger.info(_describe(run))
+            logger.info(f"{describe(run)}\nsettings: {run.folder.config}")
             if warning := rate_warning(run.settings.optimization, run.settings.carryon):
                 logger.warning(warning)
             if not run.learns():
@@ -269,82 +263,6 @@ def _open_mixture(data: TrainData, settings: TrainSettings) -> tuple[TrainData, 
     return data, sources
 
 
-def _keep_evaluated(job: Job) -> Job:
-    """Return a job that chooses what to evaluate with the number that its run began with."""
-    if job.settings.run.evaluate_tokens:
-        return job
-    number = saved_evaluate_tokens(job.out)
-    return replace(job, settings=job.settings.with_options(evaluate_tokens=number))
-
-
-def _choose_products(
-    jobs: Sequence[Job],
-    store: StoreLike,
-    heads: dict[LossSettings, FrozenHead],
-    processes: Processes,
-) -> list[Job]:
-    """Return the jobs with a dtype of products and a way of the loss each; nothing is written.
-
-    A run keeps what it began with, so that its bits stay, also on another machine.
-
-    Args:
-        jobs: with resolved settings, on one device.
-        store: with the head.
-        heads: those that are placed to be timed are added, by the settings that they end with.
-        processes: that train together; the first one measures.
-
-    Raises:
-        InputError: the run in the folder of a job has a choice that does not exist.
-    """
-    chosen: dict[LossSettings, str] = {}
-    resolved = []
-    for job in jobs:
-        saved = saved_choices(job.out)
-        if job.settings.loss.head_dtype == "auto":
-            dtype = saved.get("head_dtype") or _measure_head_dtype(job, processes)
-            job = replace(job, settings=job.settings.with_options(head_dtype=dtype))
-        loss = job.settings.loss
-        if loss.loss_way == "auto":
-            way = saved.get("loss_way") or chosen.get(loss)
-            if not way:
-                way = chosen[loss] = _measure_loss_way(job, store, heads, processes)
-            job = replace(job, settings=job.settings.with_options(loss_way=way))
-        resolved.append(job)
-    return resolved
-
-
-def _measure_head_dtype(job: Job, processes: Processes) -> str:
-    device = pick_device(job.settings.run.device)
-    dtype = str(pick_head_dtype("auto", device)).removeprefix("torch.")
-    return _of_first(HEAD_DTYPES, dtype, processes, device)
-
-
-def _measure_loss_way(
-    job: Job, store: StoreLike, heads: dict[LossSettings, FrozenHead], processes: Processes
-) -> str:
-    loss, optimization = job.settings.loss, job.settings.optimization
-    head = place_training_head(store, loss, device=pick_device(job.settings.run.device))
-    way = next(iter(WAYS))
-    if processes.is_first:
-        measured = calibrate(
-            head,
-            positions=optimization.micro_batch_tokens or optimization.tokens_per_step,
-            chunk_tokens=loss.chunk_tokens,
-        )
-        if measured is not None:
-            way = measured.way
-            logger.info(str(measured))
-    way = _of_first(list(WAYS), way, processes, head.device)
-    heads[job.settings.with_options(loss_way=way).loss] = replace(head, way=way)
-    return way
-
-
-def _of_first(names: Sequence[str], name: str, processes: Processes, device: torch.device) -> str:
-    """Return the name, one of `names`, that the first process has chosen."""
-    [index] = sum_over_processes(names.index(name) if processes.is_first else 0, device=device)
-    return names[int(index)]
-
-
 def _project(
     data: TrainData, sources: Sequence[Source], job: Job, processes: Processes
 ) -> ProjectedSources:
@@ -359,16 +277,12 @@ def _project(
     return projected or project_sources(data.store, sources, base=base, **options)
 
 
-def _contamination(data: TrainData, jobs: Sequence[Job]) -> Contamination:
-    """Return what was measured when the first of the runs began, or measure it."""
-    for job in jobs:
-        path = RunFolder(job.out).contamination
-        if not os.path.lexists(path):
-            continue
-        try:
-            return read_values(Contamination, path)
-        except DamagedFileError as error:
-            logger.warning(f"{path}: damaged, so it is measured again: {error}")
+def measure_halves(data: TrainData) -> Contamination:
+    """Measure the halves of the data.
+
+    Raises:
+        InputError: one has no target.
+    """
     measured = measure_contamination(data.store, data.split)
     halves = {"train on": measured.train_targets, "hold out": measured.held_out_targets}
     for half, targets in halves.items():
@@ -380,7 +294,21 @@ def _contamination(data: TrainData, jobs: Sequence[Job]) -> Contamination:
     return measured
 
 
-def _warn_about_held_out(contamination: Contamination) -> None:
+def _contamination(data: TrainData, jobs: Sequence[Job]) -> Contamination:
+    """Return what was measured when the first of the runs began, or measure it."""
+    for job in jobs:
+        path = RunFolder(job.out).contamination
+        if not os.path.lexists(path):
+            continue
+        try:
+            return read_values(Contamination, path)
+        except DamagedFileError as error:
+            logger.warning(f"{path}: damaged, so it is measured again: {error}")
+    return measure_halves(data)
+
+
+def warn_about_held_out(contamination: Contamination) -> None:
+    """Warn of few held-out targets, and of those that occur in the training half."""
     warn_if_few(contamination.held_out_targets)
     if contamination.share > WARN_ABOVE:
         logger.warning(
@@ -390,7 +318,8 @@ def _warn_about_held_out(contamination: Contamination) -> None:
         )
 
 
-def _describe(run: Run) -> str:
+def describe(run: Run) -> str:
+    """Return data, steps, weights and device of a run in a few lines."""
     train_half, lengths = run.data.split.train, run.store.sample_lengths
     memory = stream_bytes(run.store, run.windows, taps=run.taps)
     cached = ""
@@ -404,6 +333,5 @@ def _describe(run: Run) -> str:
         f"{run.settings.optimization.epochs} epochs, {run.num_steps} steps; "
         f"{num_parameters(run.carryon)} weights to train; on {run.head.device}, head in "
         f"{str(run.head.dtype).removeprefix('torch.')}; at most {memory / 1e6:.0f} MB of "
-        f"hidden states in memory\n{cached}"
-        f"settings: {run.folder.config}"
+        f"hidden states in memory\n{cached}".rstrip()
     )

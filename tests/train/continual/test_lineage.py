@@ -22,7 +22,7 @@ from carryon.train.continual.lineage_dir import Lineage, open_lineage, read_line
 from carryon.train.continual.versions import list_versions
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.optim.lr_paths import path_rate
-from carryon.train.trainer import run_state
+from carryon.train.trainer import run as run_module
 from carryon.train.trainer.checkpoint import newest_checkpoint
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.run import Job
@@ -174,10 +174,10 @@ def test_an_interrupted_update_resumes_to_the_same_bits(
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    real = run_state.take_step
+    real = run_module.take_step
     root = str(tmp_path / "lineage")
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "take_step", stop_after)
+        patch.setattr(run_module, "take_step", stop_after)
         with pytest.raises(KeyboardInterrupt):
             _update_all(root, stores[:2])
     lineage = read_lineage(root)

@@ -15,7 +15,7 @@ from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.train.continual.lineage import release, update
 from carryon.train.continual.lineage_dir import open_lineage
 from carryon.train.losses import calibration
-from carryon.train.trainer import trainer
+from carryon.train.trainer import choices
 from carryon.train.trainer.sweep import sweep
 
 
@@ -29,13 +29,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chosen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Take the way `shifted` in the tiny heads as well; counts the measurements."""
     counted = {"measured": 0}
-    calibrate = trainer.calibrate
+    calibrate = choices.calibrate
 
     def count(*args: object, **options: object) -> calibration.Calibration | None:
         counted["measured"] += 1
         return calibrate(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer, "calibrate", count)
+    monkeypatch.setattr(choices, "calibrate", count)
     monkeypatch.setattr(calibration, "SMALLEST_HEAD", 1)
     monkeypatch.setattr(calibration, "choose", lambda seconds: "shifted")
     return counted
@@ -132,7 +132,7 @@ def test_a_run_from_before_dtypes_were_kept_resumes(
 ) -> None:
     train_tiny(store, tmp_path / "whole", epochs=3)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_measure_head_dtype", lambda *_: "auto")  # as they recorded it
+        patch.setattr(choices, "_measure_head_dtype", lambda *_: "auto")  # as they recorded it
         kill_at(patch, 9)
         with pytest.raises(Killed):
             train_tiny(store, tmp_path / "run", epochs=3)

@@ -10,7 +10,7 @@ from carryon.train.losses.ways import WAYS
 from carryon.train.mixing.gate import Gate
 from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
 from carryon.train.modules.carryon import num_parameters
-from carryon.train.trainer.memory_estimate import (
+from carryon.train.trainer.forecast.memory_estimate import (
     MemoryCase,
     SourceCase,
     leaner_settings,

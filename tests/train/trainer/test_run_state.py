@@ -25,7 +25,8 @@ from carryon.tools.cli.main import call_command
 from carryon.train import sweep
 from carryon.train.data.evaluation_set import MIN_TARGETS
 from carryon.train.modules.bottleneck import build_bottleneck
-from carryon.train.trainer import finish, run_state
+from carryon.train.trainer import finish
+from carryon.train.trainer import run as run_module
 from carryon.train.trainer.checkpoint import START, Progress, load_weights
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.run_state import with_evaluation
@@ -80,7 +81,7 @@ def test_a_killed_run_with_dropout_resumes_to_the_same_bits(
         return take_step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "take_step", killed_step)
+        patch.setattr(run_module, "take_step", killed_step)
         with pytest.raises(SystemError, match="killed"):
             train_tiny(store, tmp_path / "run", dropout=0.4)
     torch.manual_seed(5)  # whatever state the process is in
@@ -162,7 +163,7 @@ def test_each_beginning_is_recorded_and_another_version_said(
         raise SystemError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "take_step", stop)
+        patch.setattr(run_module, "take_step", stop)
         with pytest.raises(SystemError):
             train_tiny(store, tmp_path / "run")
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ import pytest
 from support.tiny_runs import assert_same_bits, metrics_without_times, train_tiny, without_plots
 from support.tiny_train_stores import make_tiny_store
 
-from carryon.train.trainer import run_state
+from carryon.train.trainer import run as run_module
 from carryon.train.trainer.step import take_step
 
 OPTIONS: dict[str, Any] = {"evaluate_every": 3, "checkpoint_every": 4, "log_every": 4}
@@ -23,7 +23,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             signal.raise_signal(signal.SIGINT)
         return take_step(*args, **kwargs)
 
-    monkeypatch.setattr(run_state, "take_step", stopped_step)
+    monkeypatch.setattr(run_module, "take_step", stopped_step)
 
 
 @pytest.mark.parametrize("finish_with", ["last", "best"])

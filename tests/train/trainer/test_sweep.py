@@ -11,7 +11,8 @@ from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError, MissingError, UnsafePathError
 from carryon.cache.store.reader import Store
-from carryon.train.trainer import finish, run_state
+from carryon.train.trainer import finish
+from carryon.train.trainer import run as run_module
 from carryon.train.trainer import sweep as sweep_module
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.step import take_step
@@ -112,7 +113,7 @@ def test_a_killed_sweep_resumes_to_the_same_bits(
         return take_step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "take_step", killed_step)
+        patch.setattr(run_module, "take_step", killed_step)
         with pytest.raises(SystemError, match="killed"):
             _sweep(store, tmp_path / "sweep")
 

@@ -22,7 +22,8 @@ from carryon.cache.store.reader import Store
 from carryon.train import StoreDataset, sweep, train
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.modules.serialization import load_carryon
-from carryon.train.trainer import finish, run_state
+from carryon.train.trainer import finish
+from carryon.train.trainer import run as run_module
 from carryon.train.trainer.finish import TrainReport
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.step import take_step
@@ -190,7 +191,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(
         return take_step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "take_step", interrupted_step)
+        patch.setattr(run_module, "take_step", interrupted_step)
         with pytest.raises(KeyboardInterrupt, match="after step 3 of .*Run the same command"):
             train_tiny(store, tmp_path / "run")
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
