@@ -14,6 +14,7 @@ from support.tiny_bases import make_tiny_base
 from support.tiny_stores import extract_tiny, write_corpus
 
 from carryon.cache.base.model import Base, load_base
+from carryon.cache.exchange.engine.vllm_process import PYTHON_VARIABLE
 from carryon.cache.settings import ForwardSettings
 
 
@@ -70,7 +71,9 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """All threads for real bases."""
+    """All threads for real bases; vLLM only where a test is about it."""
+    if request.node.get_closest_marker("vllm") is None:
+        monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
     if request.node.get_closest_marker("real") is not None:
         torch.set_num_threads(THREADS)
         monkeypatch.delenv("OMP_NUM_THREADS")

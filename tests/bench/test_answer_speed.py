@@ -18,7 +18,7 @@ def test_without_vllm_one_line_says_why_nothing_is_measured(
     with caplog.at_level(logging.WARNING):
         assert measure("accuracy.answers", tmp_path, base="nowhere") == []
     [record] = caplog.records
-    assert record.message.startswith("accuracy.answers: skipped, engine: vllm needs the package")
+    assert record.message.startswith("accuracy.answers: skipped, --engine vllm needs the package")
 
 
 def test_tokens_of_all_answers_count(tmp_path: Path) -> None:

@@ -1,12 +1,21 @@
 """A package called vllm that does what the driver asks of it, for machines without the real one.
 
-Files are written in the step after the one that answers, as by the real connector.
+Files are written in the step after the one that answers, as by the real connector. And whether the
+real one is there to be tested.
 """
 
+import importlib.util
 import os
 import stat
 import sys
 from pathlib import Path
+
+from carryon.cache.exchange.engine.vllm_process import PYTHON_VARIABLE
+
+HAS_VLLM = bool(os.environ.get(PYTHON_VARIABLE)) or importlib.util.find_spec("vllm") is not None
+WITHOUT_VLLM = (
+    f"VLLM IS NOT TESTED HERE: set {PYTHON_VARIABLE} to the Python of an environment that has it"
+)
 
 _PACKAGE = '''
 """Stands in for vLLM."""
@@ -30,7 +39,27 @@ class LLM:
             time.sleep(1000)
         if args["model"] == "broken":
             raise RuntimeError("no such\\nmodel")
-        self.llm_engine = Engine(args)
+        self.args = args
+        if "kv_transfer_config" in args:
+            self.llm_engine = Engine(args)
+
+    def generate(self, prompts, sampling, use_tqdm):
+        answers = []
+        for prompt, each in zip(prompts, sampling, strict=True):
+            tokens = prompt["prompt_token_ids"]
+            if tokens[0] == 13:
+                os._exit(3)
+            if tokens[0] == 14:
+                time.sleep(1000)
+            if len(tokens) > self.args["max_model_len"]:
+                raise ValueError("too\\nlong")
+            given = (each.seed, each.max_tokens, each.temperature, each.top_p, each.detokenize)
+            output = SimpleNamespace(
+                token_ids=[*tokens, *(int(10 * value) for value in given)],
+                finish_reason="length" if each.seed else "stop",
+            )
+            answers.append(SimpleNamespace(outputs=[output]))
+        return answers[:1] if tokens[0] == 15 else answers
 
 
 class Engine:

@@ -66,7 +66,8 @@ def score(
             task.
         store: Stores that models were trained on; problems whose question is in them are refused.
         drop_known: Leave out the problems found in --store.
-        engine: What generates. `auto`: vLLM where it is installed, for ordinary checkpoints.
+        engine: What generates. `auto`: vLLM, for ordinary checkpoints, where CARRYON_VLLM_PYTHON
+            names the Python of its environment.
         batch_rows: Problems answered at a time by transformers; fewer need less memory.
         mix: The other bases of a mixture, in the order of its card. Omitted: where they were at
             extraction.

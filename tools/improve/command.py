@@ -88,7 +88,8 @@ def improve(
         extract_config: YAML file with more options of carryon extract. Empty: none.
         train_config: YAML file or preset with options of carryon train. Empty: 6 epochs of small
             steps against a sampled softmax, for short answers.
-        engine: What generates the base's answers. `auto`: vLLM where it is installed.
+        engine: What generates the base's answers. `auto`: vLLM where CARRYON_VLLM_PYTHON names the
+            Python of its environment.
         batch_rows: Answers that transformers generates at a time; fewer need less memory.
         forward: How the base is run.
     """

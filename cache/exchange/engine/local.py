@@ -1,12 +1,8 @@
 """vLLM on this machine: what it is to run, requests to its process, and the answers."""
 
-import importlib.util
 import json
 import logging
-import os
 import queue
-import shutil
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,24 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from carryon.cache.errors import EngineError, InputError, MissingExtraError
+from carryon.cache.errors import EngineError
 from carryon.cache.exchange.engine.requests import file_name, remove_states, wait_for_file
-from carryon.cache.exchange.engine.vllm_process import END_S, VllmProcess, one_line
+from carryon.cache.exchange.engine.vllm_process import (
+    END_S,
+    VllmProcess,
+    one_line,
+    vllm_environment,
+)
 
 logger = logging.getLogger(__name__)
 
-PYTHON_VARIABLE = "CARRYON_VLLM_PYTHON"
-_ENVIRONMENT = {
-    # On a CPU threads are as many as OMP_NUM_THREADS says, wherever the system puts them.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""What is set unless the user has set it."""
-_REQUIRED = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process that is fed
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a token is asked for behind a sample of full length
-}
 _LOOK_S = 0.5
 
 
@@ -63,7 +52,6 @@ class EngineJob:
             folder: for files of states.
             temporary: for other files; it removes it at its end.
         """
-        given = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
         engine: dict[str, Any] = {
             "model": self.model,
             "dtype": self.dtype,
@@ -93,35 +81,8 @@ class EngineJob:
         }
         if self.revision is not None:
             engine["revision"] = self.revision
-        environment = given | _REQUIRED
+        environment = vllm_environment()
         return {"environment": environment, "engine": engine, "temporary": str(temporary)}
-
-
-def find_python(asked: str) -> str:
-    """Return the Python that has vLLM.
-
-    Args:
-        asked: by the user. Empty: that of the environment variable, or this one.
-
-    Raises:
-        InputError: there is no such program.
-        MissingExtraError: none is named, and vLLM is not installed here.
-    """
-    name = "--vllm-python" if asked else PYTHON_VARIABLE
-    if python := asked or os.environ.get(PYTHON_VARIABLE, ""):
-        if (found := shutil.which(Path(python).expanduser())) is None:
-            raise InputError(
-                f"{name}: expected the Python of the environment that has vLLM, got {python!a:.200}"
-                ", which is no program. Fix: --vllm-python ENV/bin/python"
-            )
-        return str(found)
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError(
-            "--backend vllm needs the package 'vllm' of the extra 'vllm', which is not installed: "
-            "vLLM and this package want different versions of transformers, so run python -m venv "
-            "ENV; ENV/bin/pip install vllm, and add --vllm-python ENV/bin/python"
-        )
-    return sys.executable
 
 
 class LocalEngine:
@@ -152,7 +113,7 @@ class LocalEngine:
         )
 
     def __enter__(self) -> Self:
-        self._process = VllmProcess(self._python)
+        self._process = VllmProcess(self._python, driver="carryon_driver.py")
         try:
             logger.info("vLLM starts, which takes some ten seconds or more")
             self._say(self._job.to_dict(self.folder, temporary=self._process.temporary))

@@ -9,8 +9,9 @@ from carryon.cache.base.model import Base
 from carryon.cache.base.source.location import locate_base
 from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
-from carryon.cache.exchange.engine.local import EngineJob, find_python
+from carryon.cache.exchange.engine.local import EngineJob
 from carryon.cache.exchange.engine.settings import VllmSettings, parse_engine_args
+from carryon.cache.exchange.engine.vllm_process import find_python
 from carryon.cache.exchange.layers import layer_of
 from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings

@@ -4,19 +4,21 @@ It ends with this process, however that ends: it notices that its standard input
 and answers are not here.
 """
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from carryon.cache.errors import InputError
+from carryon.cache.errors import InputError, MissingExtraError
 from carryon.cache.files.atomic import remove_anything
 
 _SIDE = Path(__file__).resolve().parent / "vllm_side"
@@ -24,18 +26,65 @@ _ERROR = re.compile(r"(?:[\w.]*(?:Error|Exception)): .*")
 _LONGEST_REASON = 400
 _TAIL_BYTES = 1 << 20
 """Of a log that is searched for the reason of an end."""
+_ENVIRONMENT = {
+    # On a CPU threads are as many as OMP_NUM_THREADS says, wherever the system puts them.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What is set unless the user has set it."""
+_REQUIRED = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process that is fed
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a token is asked for behind a sample of full length
+}
+PYTHON_VARIABLE = "CARRYON_VLLM_PYTHON"
 END_S = 10.0
 """Seconds that it has to end by itself."""
+
+
+def find_python(asked: str, *, what: str = "--backend vllm", fix: str = "") -> str:
+    """Return the Python that has vLLM.
+
+    Args:
+        asked: by the user. Empty: that of the environment variable, or this one.
+        what: needs it.
+        fix: how it is named. Empty: --vllm-python.
+
+    Raises:
+        InputError: there is no such program.
+        MissingExtraError: none is named, and vLLM is not installed here.
+    """
+    name, fix = "--vllm-python" if asked else PYTHON_VARIABLE, fix or "add --vllm-python"
+    if python := asked or os.environ.get(PYTHON_VARIABLE, ""):
+        if (found := shutil.which(Path(python).expanduser())) is None:
+            raise InputError(
+                f"{name}: expected the Python of the environment that has vLLM, got {python!a:.200}"
+                f", which is no program. Fix: {name}{' ' if asked else '='}ENV/bin/python"
+            )
+        return str(found)
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError(
+            f"{what} needs the package 'vllm' of the extra 'vllm', which is not installed: "
+            "vLLM and this package want different versions of transformers, so run python -m venv "
+            f"ENV; ENV/bin/pip install vllm, and {fix} ENV/bin/python"
+        )
+    return sys.executable
+
+
+def vllm_environment() -> dict[str, str]:
+    """Return the environment variables that vLLM gets besides those of this process."""
+    return {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()} | _REQUIRED
 
 
 class VllmProcess:
     """A started driver of vLLM; `end`, then `clear`."""
 
-    def __init__(self, python: str) -> None:
+    def __init__(self, python: str, *, driver: str) -> None:
         """Start it.
 
         Args:
             python: of vLLM's environment.
+            driver: name of its program, in vllm_side.
 
         Raises:
             InputError: it cannot be run; nothing is left.
@@ -54,7 +103,7 @@ class VllmProcess:
         try:
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [python, str(_SIDE / "carryon_driver.py")],
+                    [python, str(_SIDE / driver)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from carryon.cache.base.facts import read_facts
 from carryon.cache.errors import InputError, MissingExtraError
 from carryon.cache.exchange.engine.extraction import extract_with_vllm
-from carryon.cache.exchange.engine.local import find_python
+from carryon.cache.exchange.engine.vllm_process import find_python
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store

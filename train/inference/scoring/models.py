@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from carryon.cache.base.architecture import get_architecture
 from carryon.cache.base.loading import check_is_there
@@ -37,7 +38,7 @@ from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.vllm_engine import (
     BATCH_ROWS,
     Engine,
-    open_vllm,
+    VllmAnswers,
     uses_vllm,
 )
 from carryon.train.kinds import get_kind
@@ -185,16 +186,17 @@ class Models:
             other = load_base(arm.place, forward=self._forward)
             model = CarryOnForCausalLM.from_base(other)
             opened = self._answerer(model, digest_of(other.identity.to_dict()))
-            return self._with_vllm(opened, source) if is_vllm else opened
+            return self._with_vllm(opened, source, other.tokenizer) if is_vllm else opened
         if arm.model == "lora":
             return self._open_lora(arm)
         opened = self._answerer(self._main, self._base_digest)
-        return self._with_vllm(opened, source) if is_vllm else opened
+        return self._with_vllm(opened, source, self.base.tokenizer) if is_vllm else opened
 
-    def _with_vllm(self, opened: Answerer, source: str) -> Answerer:
+    def _with_vllm(self, opened: Answerer, source: str, tokenizer: Tokenizer) -> Answerer:
         if source not in self._engines:
-            self._engines[source] = open_vllm(
+            self._engines[source] = VllmAnswers(
                 source,
+                tokenizer=tokenizer,
                 settings=self._settings,
                 context_tokens=opened.context_tokens,
                 dtype=str(self.base.compute_dtype).removeprefix("torch."),

@@ -16,13 +16,8 @@ from safetensors.numpy import load_file
 from support.tiny_vllm import make_tiny_vllm
 
 from carryon.cache.errors import EngineError, InputError, MissingExtraError
-from carryon.cache.exchange.engine.local import (
-    PYTHON_VARIABLE,
-    EngineJob,
-    LocalEngine,
-    find_python,
-)
-from carryon.cache.exchange.engine.vllm_process import VllmProcess
+from carryon.cache.exchange.engine.local import EngineJob, LocalEngine
+from carryon.cache.exchange.engine.vllm_process import PYTHON_VARIABLE, VllmProcess, find_python
 
 PATIENCE_S = 300.0
 """For a slow machine; on none is it waited for."""
@@ -94,7 +89,7 @@ def test_an_engine_that_dies_fails_every_prompt(engine: LocalEngine) -> None:
 
 
 def test_a_process_whose_input_another_thread_has_closed_has_ended() -> None:
-    process = VllmProcess(sys.executable)
+    process = VllmProcess(sys.executable, driver="carryon_driver.py")
     process.end(after_s=0.0)
     with pytest.raises(BrokenPipeError):
         process.say({})

@@ -1,8 +1,6 @@
 """Extraction by the real vLLM, in its own environment: CARRYON_VLLM_PYTHON names its Python."""
 
-import importlib.util
 import json
-import os
 import re
 import shutil
 import sys
@@ -14,18 +12,15 @@ import numpy as np
 import pytest
 from support.tiny_bases import make_tiny_base
 from support.tiny_stores import write_corpus
+from support.tiny_vllm import HAS_VLLM, WITHOUT_VLLM
 
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import EngineError, InputError
 from carryon.cache.exchange.engine.extraction import run_with_vllm
-from carryon.cache.exchange.engine.local import (
-    PYTHON_VARIABLE,
-    EngineJob,
-    LocalEngine,
-    find_python,
-)
+from carryon.cache.exchange.engine.local import EngineJob, LocalEngine
 from carryon.cache.exchange.engine.planning import plan_with_vllm
 from carryon.cache.exchange.engine.settings import VllmSettings
+from carryon.cache.exchange.engine.vllm_process import find_python
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.extraction.report import ExtractReport
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
@@ -33,14 +28,10 @@ from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
 from carryon.tools.bench.exchange.engine import relative_errors
 
-HAS_VLLM = bool(os.environ.get(PYTHON_VARIABLE)) or importlib.util.find_spec("vllm") is not None
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not HAS_VLLM,
-        reason=f"VLLM IS NOT TESTED HERE: set {PYTHON_VARIABLE} to the Python of an environment "
-        "that has it",
-    ),
+    pytest.mark.vllm,
+    pytest.mark.skipif(not HAS_VLLM, reason=WITHOUT_VLLM),
 ]
 CONTEXT = 128
 TAPS = ["final", "prenorm", "layer.0", "layer.1"]

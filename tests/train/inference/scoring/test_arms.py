@@ -94,5 +94,5 @@ def test_vllm_runs_ordinary_checkpoints_only() -> None:
 def test_vllm_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert not uses_vllm(one("base"), "folder", engine="auto")
-    with pytest.raises(MissingExtraError, match="engine: vllm needs the package 'vllm'"):
+    with pytest.raises(MissingExtraError, match="--engine vllm needs the package 'vllm'"):
         uses_vllm(one("merged=m"), "m", engine="vllm")
