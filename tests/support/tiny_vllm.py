@@ -8,10 +8,12 @@ import importlib.util
 import os
 import stat
 import sys
+import time
 from pathlib import Path
 
 from carryon.cache.exchange.engine.vllm_process import PYTHON_VARIABLE
 
+PATIENCE_S = 60.0
 HAS_VLLM = bool(os.environ.get(PYTHON_VARIABLE)) or importlib.util.find_spec("vllm") is not None
 WITHOUT_VLLM = (
     f"VLLM IS NOT TESTED HERE: set {PYTHON_VARIABLE} to the Python of an environment that has it"
@@ -123,3 +125,20 @@ def make_tiny_vllm(folder: Path) -> str:
     )
     os.chmod(python, stat.S_IRWXU)
     return str(python)
+
+
+def wait_for_the_end_of(pid: int) -> None:
+    """Wait until a process has ended; fail if it runs on."""
+    stop = time.monotonic() + PATIENCE_S
+    while is_alive(pid) and time.monotonic() < stop:
+        time.sleep(0.02)
+    assert not is_alive(pid)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"

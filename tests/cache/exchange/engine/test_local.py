@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.tiny_vllm import make_tiny_vllm
+from support.tiny_vllm import is_alive, make_tiny_vllm, wait_for_the_end_of
 
 from carryon.cache.errors import EngineError, InputError, MissingExtraError
 from carryon.cache.exchange.engine.local import EngineJob, LocalEngine
@@ -133,7 +133,7 @@ def test_what_an_engine_has_started_ends_with_it(engine: LocalEngine) -> None:
     """Also where that keeps the streams of an engine that has died open."""
     engine.submit([15]).result(timeout=PATIENCE_S)
     forked = int((engine.folder / "forked").read_text())
-    assert _is_alive(forked)
+    assert is_alive(forked)
     dying = [engine.submit([13]), engine.submit([1]), engine.submit([1]), engine.submit([1])]
     with pytest.raises(EngineError, match="vLLM: ended with code 3"):
         dying[-1].result(timeout=PATIENCE_S)
@@ -208,21 +208,6 @@ def test_the_engine_ends_with_a_killed_parent(tmp_path: Path, python: str) -> No
     wait_for_the_end_of(child)
     while list((tmp_path / "temporary").iterdir()):  # the last that it does
         time.sleep(0.02)
-
-
-def wait_for_the_end_of(pid: int) -> None:
-    stop = time.monotonic() + PATIENCE_S
-    while _is_alive(pid) and time.monotonic() < stop:
-        time.sleep(0.02)
-    assert not _is_alive(pid)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state not in "ZX"
 
 
 def test_the_python_of_vllm_is_found(monkeypatch: pytest.MonkeyPatch, python: str) -> None:

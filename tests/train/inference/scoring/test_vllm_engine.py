@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.tiny_bases import make_tiny_base
-from support.tiny_vllm import HAS_VLLM, WITHOUT_VLLM, make_tiny_vllm
+from support.tiny_vllm import HAS_VLLM, WITHOUT_VLLM, make_tiny_vllm, wait_for_the_end_of
 
 from carryon.cache.errors import EngineError, InputError
 from carryon.cache.exchange.engine.vllm_process import PYTHON_VARIABLE
@@ -110,19 +109,8 @@ def test_an_engine_that_answers_ends_with_a_killed_parent(tiny: Path) -> None:
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    stop = time.monotonic() + 60
-    while (list(tiny.iterdir()) or _is_alive(child)) and time.monotonic() < stop:
-        time.sleep(0.02)
+    wait_for_the_end_of(child)
     assert list(tiny.iterdir()) == []
-    assert not _is_alive(child)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state not in "ZX"
 
 
 @pytest.mark.slow
