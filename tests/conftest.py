@@ -12,6 +12,7 @@ import torch
 from support.small_disks import mounted
 from support.tiny_bases import make_tiny_base
 from support.tiny_stores import extract_tiny, write_corpus
+from support.tiny_vllm import VLLM_PYTHON
 
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.exchange.engine.vllm_process import PYTHON_VARIABLE
@@ -72,8 +73,8 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All threads for real bases; vLLM only where a test is about it."""
-    if request.node.get_closest_marker("vllm") is None:
-        monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    if VLLM_PYTHON and request.node.get_closest_marker("vllm") is not None:
+        monkeypatch.setenv(PYTHON_VARIABLE, VLLM_PYTHON)
     if request.node.get_closest_marker("real") is not None:
         torch.set_num_threads(THREADS)
         monkeypatch.delenv("OMP_NUM_THREADS")

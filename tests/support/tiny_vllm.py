@@ -14,7 +14,9 @@ from pathlib import Path
 from carryon.cache.exchange.engine.vllm_process import PYTHON_VARIABLE
 
 PATIENCE_S = 60.0
-HAS_VLLM = bool(os.environ.get(PYTHON_VARIABLE)) or importlib.util.find_spec("vllm") is not None
+VLLM_PYTHON = os.environ.pop(PYTHON_VARIABLE, "")
+"""Of the real one. Taken away before any test: a command would answer by vLLM, a forked one too."""
+HAS_VLLM = bool(VLLM_PYTHON) or importlib.util.find_spec("vllm") is not None
 WITHOUT_VLLM = (
     f"VLLM IS NOT TESTED HERE: set {PYTHON_VARIABLE} to the Python of an environment that has it"
 )

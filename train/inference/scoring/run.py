@@ -115,8 +115,8 @@ def _refuse_other_model(arm: Arm, model: Answerer, file: AnswerFile) -> None:
     for answer in file.answers.values():
         if answer.arm == arm.name and answer.model != model.digest:
             raise InputError(
-                f"{file.path}: {arm.name}: expected answers of this model, got another one's. "
-                "Fix: another --out"
+                f"{file.path}: {arm.name}: expected answers of this model by this engine, got "
+                "other ones. Fix: another --out, or the --engine that they are of"
             )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.tiny_bases import make_tiny_base
 from support.tiny_stores import write_corpus
-from support.tiny_vllm import HAS_VLLM, WITHOUT_VLLM
+from support.tiny_vllm import HAS_VLLM, VLLM_PYTHON, WITHOUT_VLLM
 
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import EngineError, InputError
@@ -81,7 +81,7 @@ def run(base: Base, corpus: Path) -> Extract:
             base=base,
             data=[str(corpus)],
             out=out,
-            vllm=VllmSettings(**vllm),
+            vllm=VllmSettings(**{"vllm_python": VLLM_PYTHON} | vllm),
             endpoint="",
             corpus=CorpusSettings(),
             store=StoreSettings(taps=TAPS, unit_tokens=CONTEXT, dtype=dtype),  # type: ignore[arg-type]
