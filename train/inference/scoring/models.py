@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from carryon.cache.base.architecture import get_architecture
 from carryon.cache.base.loading import check_is_there
 from carryon.cache.base.model import load_base
 from carryon.cache.base.placement import refuse_spread
-from carryon.cache.errors import InputError, MissingError
+from carryon.cache.errors import EngineError, InputError, MissingError
 from carryon.cache.files.documents import digest_of
 from carryon.cache.files.regular import digest_file
 from carryon.cache.format.framing import Framing
@@ -43,6 +44,8 @@ from carryon.train.inference.scoring.vllm_engine import (
 )
 from carryon.train.kinds import get_kind
 from carryon.train.modules.serialization import CarryOnCard, locate_carryon, read_card
+
+logger = logging.getLogger(__name__)
 
 Answer = Callable[[Sequence[Sequence[int]], int, Sequence[Prompt]], list[Generation]]
 _ADAPTER = "adapter_model.safetensors"
@@ -131,7 +134,7 @@ class Models:
         """
         self._forward, self._settings = forward, settings
         self._engine, self._batch_rows = engine, batch_rows
-        self._engines = dict[str, Answer]()
+        self._engines = dict[str, Answer | None]()
         self._mix, self._mix_device = mix, mix_device
         self._mixtures = dict[str, MixedForCausalLM]()
         self.card: CarryOnCard | None = None
@@ -170,6 +173,7 @@ class Models:
             MissingError: its folder is not there.
             InputError: vLLM is asked for and cannot run it, or a LoRA of another base.
             SettingMismatchError: its carry-on was trained on another base.
+            EngineError: vLLM is asked for and does not start.
         """
         source = arm.place or self.base.source
         is_vllm = uses_vllm(arm, source, engine=self._engine)
@@ -194,16 +198,29 @@ class Models:
 
     def _with_vllm(self, opened: Answerer, source: str, tokenizer: Tokenizer) -> Answerer:
         if source not in self._engines:
-            self._engines[source] = VllmAnswers(
+            self._engines[source] = self._start_vllm(opened, source, tokenizer)
+        if (answer := self._engines[source]) is None:
+            return opened
+        digest = f"vllm-{opened.digest}"
+        return replace(opened, digest=digest, answer=answer, batch_rows=BATCH_ROWS)
+
+    def _start_vllm(
+        self, opened: Answerer, source: str, tokenizer: Tokenizer
+    ) -> VllmAnswers | None:
+        """Return what answers; None where nobody asked for vLLM and it does not run this base."""
+        try:
+            return VllmAnswers(
                 source,
                 tokenizer=tokenizer,
                 settings=self._settings,
                 context_tokens=opened.context_tokens,
                 dtype=str(self.base.compute_dtype).removeprefix("torch."),
             )
-        digest = f"vllm-{opened.digest}"
-        answer = self._engines[source]
-        return replace(opened, digest=digest, answer=answer, batch_rows=BATCH_ROWS)
+        except EngineError as error:
+            if self._engine == "vllm":
+                raise
+            logger.warning(f"{error}. With --engine auto transformers answers instead")
+            return None
 
     def _open_carryon(self, arm: Arm) -> Answerer:
         folder = arm.place or self._carryon

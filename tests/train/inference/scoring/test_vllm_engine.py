@@ -1,6 +1,7 @@
 """Answers of vLLM: requests, failures, its end; and the real one beside transformers."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,3 +145,32 @@ def test_vllm_gives_the_answers_of_transformers(tmp_path: Path) -> None:
     answered = answer("auto")
     assert '"model": "vllm-' in (tmp_path / "auto.jsonl").read_text()
     assert answered == answer("transformers")
+
+
+def test_without_being_asked_for_a_vllm_that_does_not_start_leaves_it_to_transformers(
+    tiny: Path,
+    tiny_base_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv(PYTHON_VARIABLE, shutil.which("false") or "")
+    problems = {"chain_sum": read_problems("chain_sum", num=2, seed=3)}
+
+    def score(engine: Engine) -> int:
+        measured = measure(
+            problems,
+            arms=["base", "base+instruct:Think."],
+            base=str(tiny_base_folder),
+            settings=GenerateSettings(max_new_tokens=2),
+            forward=ForwardSettings(device="cpu"),
+            engine=engine,
+            out=tiny.parent / f"{engine}.jsonl",
+        )
+        return sum(len(rows) for rows in measured.answers["chain_sum"].values())
+
+    assert score("auto") == 4
+    warned = [each.message for each in caplog.records if "vLLM: did not start" in each.message]
+    assert len(warned) == 1  # it is started once for all arms
+    assert warned[0].endswith("With --engine auto transformers answers instead")
+    with pytest.raises(EngineError, match="did not start, and ended with code 1"):
+        score("vllm")
