@@ -52,6 +52,21 @@ def test_alignment_is_timed_and_edits_are_counted(tmp_path: Path) -> None:
         measure("mixing.leak", tmp_path, given_stores=stores[:1])
 
 
+def test_projecting_is_timed_beside_the_products_of_the_heads(tmp_path: Path) -> None:
+    anchor = make_anchor(tmp_path)
+    stores = [str(anchor), str(make_source(tmp_path, anchor))]
+
+    [speed] = measure("mixing.projection", tmp_path, given_stores=stores)
+
+    assert speed.figure == "mixing.projection"
+    assert 0 < speed.details["positions"] <= 32
+    assert speed.details["products_alone"] > 0
+    part = speed.value / speed.details["products_alone"]
+    assert speed.details["share_of_products"] == pytest.approx(part)
+    with pytest.raises(InputError, match="expected the anchor's store and one that is aligned"):
+        measure("mixing.projection", tmp_path, given_stores=stores[:1])
+
+
 class _Leaky(Aligner):
     """Says at each position how long the text is."""
 

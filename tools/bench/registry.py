@@ -232,6 +232,12 @@ BENCHMARKS = {
         needs="stores",
         quick={"edits": 20},
     ),
+    "mixing.projection": Benchmark(
+        place="projection:measure_projection",
+        about="positions/s of projecting a base's distributions onto another vocabulary",
+        needs="stores",
+        quick={"positions": 32, "rounds": 1},
+    ),
     "mixing.generation": Benchmark(
         place="mixed_generation:measure_mixed_generation",
         about="text of a mixture with and without a cache, and its speed beside its bases",
