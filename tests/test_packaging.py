@@ -16,6 +16,7 @@ NOT_INSTALLED = {
     "carryon.tools.bench.accuracy",
     "carryon.tools.bench.exchange",
     "carryon.tools.bench.mixtures",
+    "carryon.tools.bench.teacher",
     "carryon.tools.bench.trust",
 }
 """Run from a checkout."""

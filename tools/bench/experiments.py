@@ -25,6 +25,11 @@ EXPERIMENTS = {
         about="a mixture of bases beside each base with its own carry-on, per byte",
         needs="base",
     ),
+    "experiment-teacher": Benchmark(
+        place="teacher.experiment:experiment_teacher",
+        about="a carry-on trained with a larger base as its teacher, and without",
+        needs="stores",
+    ),
     "mix-corpus": Benchmark(
         place="mixtures.corpus:make_mix_corpus",
         about="a step of experiment-mix: windows of documents, by half",
