@@ -111,16 +111,37 @@ def read_corpus(
         raise InputError(f"max_tokens: expected 2 or more tokens, got {max_tokens}")
     data_settings, folder = data_settings or DataSettings(), folder or cache_folder()
     sources = open_sources(data, data_settings, folder=folder)
-    converter = partial(
-        Converter,
-        tokenizer,
-        settings=settings,
-        data_settings=data_settings,
-        max_tokens=max_tokens,
-        held_out=frozenset(held_out),
-        end_tokens=list(end_tokens),
-        vocab_size=vocab_size,
-    )
+    how: dict[str, Any] = {
+        "settings": settings,
+        "data_settings": data_settings,
+        "max_tokens": max_tokens,
+        "held_out": frozenset(held_out),
+        "end_tokens": list(end_tokens),
+        "vocab_size": vocab_size,
+    }
+    converter = partial(Converter, tokenizer, **how)
+    place = folder / "samples" / _digest_inputs(sources, tokenizer, **how)[:32]
+    if not _is_whole(place):
+        with writing_cache(folder):
+            _convert_all(sources, converter, place, num_workers=data_settings.tokenizer_workers)
+    return _open(place, sources)
+
+
+def _digest_inputs(
+    sources: Sequence[Source],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    settings: CorpusSettings,
+    data_settings: DataSettings,
+    max_tokens: int,
+    held_out: Collection[str],
+    end_tokens: Sequence[int],
+    vocab_size: int | None,
+) -> str:
+    """Return the digest of all that determines the samples: sources, and the converter's arguments.
+
+    Equal digests share a folder of the cache, so a new argument of the converter belongs here.
+    """
     facts = {
         "sources": [_content(source) for source in sources],
         "settings": settings.to_dict(),
@@ -130,12 +151,7 @@ def read_corpus(
         "counts": 2,  # raised when what is counted changes
         "tokenizer": _tokenizer_rules(tokenizer),
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    place = folder / "samples" / digest[:32]
-    if not _is_whole(place):
-        with writing_cache(folder):
-            _convert_all(sources, converter, place, num_workers=data_settings.tokenizer_workers)
-    return _open(place, sources)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _content(source: Source) -> list[Any]:
