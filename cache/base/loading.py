@@ -91,8 +91,7 @@ def read_model(
     allow_pickle: bool = False,
     shows_progress: bool = False,
     maps_files: bool = True,
-    quantizer: Any = None,  # noqa: ANN401 -- a config of transformers
-    **spread: Any,  # noqa: ANN401
+    **more: Any,  # noqa: ANN401
 ) -> PreTrainedModel:
     """Return the base's model in evaluation mode, every weight from its checkpoint.
 
@@ -105,18 +104,16 @@ def read_model(
         shows_progress: show the bars of transformers for a local base too, on a terminal.
         maps_files: leave weights that stay as they are saved in the mapped files. False: the files
             are read, for weights that are all converted.
-        quantizer: settings of transformers that quantize it. None: it stays as it is.
-        spread: more arguments of transformers for a device map.
+        more: arguments of transformers that quantize it, or spread it over devices.
 
     Raises:
         MissingError: it is not on the hub, or the hub cannot be reached.
         InputError: transformers cannot load it as a causal LM, or weights are missing or in
             pickle files.
     """
-    extra: dict[str, Any] = {} if quantizer is None else {"quantization_config": quantizer}
     if source.gguf_file is not None:
         # Without dequantize the weights stay packed: 15 s to load 135M, and not plain tensors.
-        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
     auto: Any = AutoModelForCausalLM
     what = "weights" if allow_pickle else "model"
     reading = nullcontext() if maps_files else reading_unmapped()
@@ -132,8 +129,7 @@ def read_model(
             # An adapter beside the model is looked for with arguments of its own.
             adapter_kwargs={"local_files_only": True} if source.is_cached_only else None,
             **source.arguments(),
-            **extra,
-            **spread,
+            **more,
         )
     if missing := sorted(report["missing_keys"]):
         raise InputError(

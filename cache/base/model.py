@@ -208,7 +208,7 @@ def _read_weights(
             if quantization.startswith("bitsandbytes") and find_spec("bitsandbytes"):
                 import_quantizer("bitsandbytes", purpose=f"base {place.name}")
             if forward.quantize != "none":
-                how["quantizer"] = quantizer_of(forward.quantize, dtype)
+                how["quantization_config"] = quantizer_of(forward.quantize, dtype)
             with returning_freed_memory():
                 model = _load(place, dtype, how)
             if forward.compute_dtype == "auto":  # unpacked to a dtype of its own
