@@ -5,7 +5,7 @@ Letters: S samples, T tokens of a sample.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,22 +17,13 @@ from carryon.cache.corpus.report import Report, Tally, merge_reports
 from carryon.cache.corpus.samples import Sample, SampleTable
 from carryon.cache.errors import InputError
 from carryon.cache.exchange.char_ends import CharEnds
-from carryon.cache.exchange.folder import StatesFolder, read_files, sample_of
+from carryon.cache.exchange.folder import StatesFolder, read_file, read_files, sample_of
 from carryon.cache.exchange.saved_rows import SavedRow
+from carryon.cache.exchange.settings import ImportSettings
 from carryon.cache.exchange.state_file import FileFacts, StateFile
 from carryon.cache.progress import Progress
 
 _MISSING = "no file of states"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """Samples, and the file of each."""
-
-    corpus: Corpus
-    files: list[StateFile]
-    of_sample: NDArray[np.int64]
-    """[S] index, in `files`, of the file of each sample."""
 
 
 class FileSamples:
@@ -41,29 +32,35 @@ class FileSamples:
     def __init__(
         self,
         folder: StatesFolder,
+        imports: ImportSettings,
         *,
-        layers: Sequence[int],
-        dtype: str,
-        unit_tokens: int,
         drop_missing: bool,
     ) -> None:
-        """Keep what every file has to agree with.
+        """Take from the first file what every other one has to agree with.
 
         Args:
             folder: of the files.
-            layers: layer ids of the columns.
-            dtype: of the states.
-            unit_tokens: most tokens of a file.
+            imports: what they hold, as far as it is given.
             drop_missing: leave out, and count, samples without a file.
+
+        Raises:
+            InputError: the first file cannot be read.
         """
-        self._folder, self._layers, self._dtype = folder, tuple(layers), dtype
-        self._unit_tokens, self._drops = unit_tokens, drop_missing
-        self._files: list[StateFile] = []
+        first = read_file(folder, folder.names[0])
+        self.layers = imports.layer_ids or list(first.layer_ids or ())
+        """Layer ids of the columns; empty if neither settings nor files name them."""
+        self.dtype = first.dtype
+        """Of the states."""
+        self._folder, self._unit_tokens, self._drops = folder, imports.unit_tokens, drop_missing
+        self.files: list[StateFile] = []
+        """Those that were read."""
+        self.of_sample: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        """[S] index, in `files`, of the file of each sample."""
         self._digest = hashlib.sha256()
         self._dropped: list[str] = []
 
-    def read(self, base: BaseFacts, texts: Corpus | None) -> Found:
-        """Return the samples.
+    def read(self, base: BaseFacts, texts: Corpus | None) -> Corpus:
+        """Return the samples, and keep the file of each.
 
         Args:
             base: facts of the base.
@@ -75,15 +72,14 @@ class FileSamples:
         """
         entry: dict[str, Any] = {"name": self._folder.states.resolve().name or "states"}
         if texts is None:
-            corpus, of_sample = self._own(base)
+            corpus, self.of_sample = self._own(base)
         else:
-            corpus, of_sample = self._matched(base, texts)
+            corpus, self.of_sample = self._matched(base, texts)
         entry |= {
-            "bytes": sum(file.num_bytes for file in self._files),
+            "bytes": sum(file.num_bytes for file in self.files),
             "sha256": self._digest.hexdigest(),
         }
-        corpus = replace(corpus, files=[*corpus.files, entry])
-        return Found(corpus=corpus, files=self._files, of_sample=of_sample)
+        return replace(corpus, files=[*corpus.files, entry])
 
     def _checked(self, base: BaseFacts) -> Iterator[tuple[FileFacts, SavedRow | None]]:
         """Yield the files, each compared with the base and with the others."""
@@ -91,7 +87,7 @@ class FileSamples:
         with Progress(len(self._folder.names), name="read files", unit="files") as progress:
             for facts, row in read_files(self._folder, dropped=dropped):
                 self._check(facts, base)
-                self._files.append(facts.file)
+                self.files.append(facts.file)
                 name = facts.file.name.encode()
                 self._digest.update(len(name).to_bytes(8, "little") + name + facts.digest)
                 progress.update(1)
@@ -100,12 +96,12 @@ class FileSamples:
     def _check(self, facts: FileFacts, base: BaseFacts) -> None:
         shown = self._folder.states / facts.file.name
         num_tokens, num_columns, width = facts.shape
-        ids = facts.layer_ids or self._layers
+        ids = facts.layer_ids or self.layers
         for what, expected, got in (
-            ("columns, one for each layer id", len(self._layers), num_columns),
-            ("layer ids", " ".join(map(str, self._layers)), " ".join(map(str, ids))),
+            ("columns, one for each layer id", len(self.layers), num_columns),
+            ("layer ids", " ".join(map(str, self.layers)), " ".join(map(str, ids))),
             ("width", base.width, width),
-            ("dtype", self._dtype, facts.dtype),
+            ("dtype", self.dtype, facts.dtype),
         ):
             if got != expected:
                 raise InputError(
@@ -167,17 +163,17 @@ class FileSamples:
             used.update(files)
             if masks.get(number, targets) != targets:
                 raise InputError(
-                    f"{self._folder.states / self._files[number].name}: expected the loss mask of "
+                    f"{self._folder.states / self.files[number].name}: expected the loss mask of "
                     f"the sample {sample.id!a:.80}, got another one. Fix: leave out --data to take "
                     "that of the files, or check --mask"
                 )
             kept.append(index)
             of_sample.append(number)
         _refuse_none(len(kept), self._folder)
-        if unused := sorted(set(range(len(self._files))) - used):
+        if unused := sorted(set(range(len(self.files))) - used):
             raise InputError(
-                f"{self._folder.states / self._files[unused[0]].name}: expected the token ids of "
-                f"a sample of the data, got others, as in {len(unused)} of {len(self._files)} "
+                f"{self._folder.states / self.files[unused[0]].name}: expected the token ids of "
+                f"a sample of the data, got others, as in {len(unused)} of {len(self.files)} "
                 "files. Fix: check --data, its chat template and --base, or move them elsewhere"
             )
         places = np.array(of_sample, dtype=np.int64)

@@ -14,22 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.base.facts import BaseFacts, facts_of, read_facts
 from carryon.cache.base.lm_head import widen
 from carryon.cache.base.model import Base, load_base
-from carryon.cache.corpus.dataset import Corpus
 from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import SettingMismatchError
 from carryon.cache.exchange.agreement import FirstStates, check_first_states
-from carryon.cache.exchange.file_samples import FileSamples, Found
-from carryon.cache.exchange.folder import list_folder, read_file
+from carryon.cache.exchange.file_samples import FileSamples
+from carryon.cache.exchange.folder import list_folder
 from carryon.cache.exchange.layers import column_taps, stored_taps
 from carryon.cache.exchange.settings import ImportSettings
 from carryon.cache.exchange.state_file import StateFile, read_states
 from carryon.cache.exchange.taps import forward_facts, tap_states
 from carryon.cache.exchange.units import ImportReport, fill_units
 from carryon.cache.extraction.pipeline import Errors, prepare_store
-from carryon.cache.extraction.plan import ExtractionPlan, plan_extraction
+from carryon.cache.extraction.plan import ExtractionPlan, look_up_facts, plan_extraction
 from carryon.cache.files.atomic import sweep_partials
 from carryon.cache.format.manifest import CorpusPart, Manifest
 from carryon.cache.format.probe import Probe
@@ -72,18 +70,17 @@ def plan_import(
 ) -> ImportPlan:
     """Read everything of the files but their states, and pack their samples into units.
 
+    `out`, `corpus` and `data_settings` are those of `extract`.
+
     Args:
         folder: with the files, or with a data set of speculators.
         base: that computed the states.
-        out: folder of the store.
         data: the corpus that the nodes were given: samples, masks and ids are then its own. Empty:
             those of the data set, or every token of every file a target.
         states: folder of the files, where they are not in the data set's `hidden_states`.
         drop_missing: leave out, and count, samples without a file.
         imports: what the files hold.
-        corpus: how `data` become samples.
         forward: how the base is run for the check of a few samples.
-        data_settings: how `data` are read.
 
     Raises:
         InputError: a file or setting cannot be used; names it.
@@ -92,64 +89,52 @@ def plan_import(
     """
     imports, forward = imports or ImportSettings(), forward or ForwardSettings()
     listed = list_folder(Path(folder), Path(states) if states else None)
-    base, facts = _with_sizes(base, forward)
-    assert facts.num_layers is not None
-    first = read_file(listed, listed.names[0])
-    layers = imports.layer_ids or list(first.layer_ids or ())
-    columns = column_taps(layers, num_layers=facts.num_layers)
-    taps = stored_taps(imports.taps, columns, num_layers=facts.num_layers)
-    samples = FileSamples(
-        listed,
-        layers=layers,
-        dtype=first.dtype,
-        unit_tokens=imports.unit_tokens,
-        drop_missing=drop_missing,
-    )
-    found: list[Found] = []
-
-    def choose(read: Any, known: BaseFacts, corpus: CorpusSettings) -> Corpus:  # noqa: ANN401
-        texts = read() if data else None
-        found.append(samples.read(known, texts))
-        return found[0].corpus
-
+    base, num_layers = _with_sizes(base, forward)
+    samples = FileSamples(listed, imports, drop_missing=drop_missing)
+    layers, dtype = samples.layers, samples.dtype
     plan = plan_extraction(
         base=base,
         data=data,
         out=out,
         corpus=corpus or CorpusSettings(),
-        store=_store_settings(imports, taps, dtype=first.dtype),
+        store=_store_settings(imports, layers, num_layers=num_layers, dtype=dtype),
         forward=forward,
         data_settings=data_settings or DataSettings(),
-        choose=choose,
+        choose=lambda read, facts: samples.read(facts, read() if data else None),
     )
-    how = forward_facts(layers, num_layers=facts.num_layers, dtype=first.dtype)
+    how = forward_facts(layers, num_layers=num_layers, dtype=dtype)
     return ImportPlan(
         extraction=replace(plan, manifest=replace(plan.manifest, forward=how)),
         folder=listed.states,
-        files=found[0].files,
-        of_sample=found[0].of_sample,
+        files=samples.files,
+        of_sample=samples.of_sample,
         layers=layers,
-        dtype=first.dtype,
+        dtype=dtype,
         max_error=imports.max_error,
     )
 
 
-def _with_sizes(base: str | Base, forward: ForwardSettings) -> tuple[str | Base, BaseFacts]:
-    """Return the base, loaded only where its config does not name its sizes, and its facts."""
-    if isinstance(base, Base):
-        facts = facts_of(base)
-    else:
-        facts = read_facts(str(base), trusts_code=forward.trust_remote_code)
-    if facts.num_layers is None or facts.width is None:
-        base = load_base(str(base), forward=forward)
-        facts = facts_of(base)
-    return base, facts
+def _with_sizes(base: str | Base, forward: ForwardSettings) -> tuple[str | Base, int]:
+    """Return the base, loaded only where its config does not name its sizes, and how many blocks
+    it has."""
+    facts = look_up_facts(base, forward)
+    if facts.num_layers is not None and facts.width is not None:
+        return base, facts.num_layers
+    loaded = load_base(str(base), forward=forward)
+    return loaded, loaded.identity.num_layers
 
 
-def _store_settings(imports: ImportSettings, taps: list[str], *, dtype: str) -> StoreSettings:
-    """Return the settings of the store of files with states of a dtype."""
+def _store_settings(
+    imports: ImportSettings, layers: Sequence[int], *, num_layers: int, dtype: str
+) -> StoreSettings:
+    """Return the settings of the store of files with states of these layers, of a dtype.
+
+    Raises:
+        InputError: layer ids or taps are not those of a base of `num_layers` blocks.
+    """
+    columns = column_taps(layers, num_layers=num_layers)
     return StoreSettings(
-        taps=taps,
+        taps=stored_taps(imports.taps, columns, num_layers=num_layers),
         profile=imports.profile,
         dtype=dtype if imports.dtype == "auto" else imports.dtype,  # type: ignore[arg-type]
         unit_tokens=imports.unit_tokens,

@@ -83,7 +83,7 @@ def plan_extraction(
     forward: ForwardSettings,
     data_settings: DataSettings,
     held_out: Collection[str] = (),
-    choose: Callable[[Callable[[], Corpus], BaseFacts, CorpusSettings], Corpus] | None = None,
+    choose: Callable[[Callable[[], Corpus], BaseFacts], Corpus] | None = None,
     is_shared: bool = False,
 ) -> ExtractionPlan:
     """Check the folder of the store, read the data, load the base, and pack samples into units.
@@ -93,8 +93,7 @@ def plan_extraction(
     other processes may be at work.
 
     Raises:
-        InputError: the folder holds something else, the base has no such tap, `max_tokens` is
-            more than the base or a unit can hold, or the data cannot be read.
+        InputError: the folder, a tap, `max_tokens` or the data cannot be used.
         StoreBusyError: another process writes to the store.
     """
     root = Path(out)
@@ -103,18 +102,9 @@ def plan_extraction(
     pick_device(forward.device)  # refuses one that is not there
     forward = keep_compute_dtype(forward, root)
     like = _stored_tokenizer(root)
-    if isinstance(base, Base):
-        facts = facts_of(base)
-    else:
-        facts = read_facts(str(base), like=like, trusts_code=forward.trust_remote_code)
+    facts = look_up_facts(base, forward, like=like)
     _check_sizes(facts, store)
-    limit = min(facts.context_tokens, store.unit_tokens)
-    if corpus.max_tokens > limit:
-        raise InputError(
-            f"max_tokens: expected at most {limit} (the base's context is {facts.context_tokens}, "
-            f"a unit {store.unit_tokens} tokens), got {corpus.max_tokens}"
-        )
-    corpus = replace(corpus, max_tokens=corpus.max_tokens or limit)
+    corpus = _with_max_tokens(corpus, facts, store)
     corpus, tokenizer = resolve_settings(corpus, facts.tokenizer, stored_date=_stored_date(root))
     read = partial(
         read_corpus,
@@ -127,7 +117,7 @@ def plan_extraction(
         end_tokens=facts.end_tokens,
         vocab_size=facts.vocab_size,
     )
-    texts = read() if choose is None else choose(read, facts, corpus)
+    texts = read() if choose is None else choose(read, facts)
     log_report(texts)
     units = plan_samples(texts.samples, unit_tokens=store.unit_tokens, seed=store.seed)
     loaded, reload = load_to_extract(base, forward, like=like)
@@ -145,6 +135,35 @@ def plan_extraction(
         manifest=describe(loaded, head, texts, units, corpus=corpus, store=store),
         reload=reload,
     )
+
+
+def look_up_facts(
+    base: str | Base, forward: ForwardSettings, *, like: str | None = None
+) -> BaseFacts:
+    """Return what is known of a base before it is loaded, or of one that is.
+
+    Arguments are those of `load_to_extract`, errors those of `read_facts`.
+    """
+    if isinstance(base, Base):
+        return facts_of(base)
+    return read_facts(str(base), like=like, trusts_code=forward.trust_remote_code)
+
+
+def _with_max_tokens(
+    corpus: CorpusSettings, facts: BaseFacts, store: StoreSettings
+) -> CorpusSettings:
+    """Return the settings with the length that `max_tokens` stands for, if it is 0.
+
+    Raises:
+        InputError: it is more than the base or a unit can hold.
+    """
+    limit = min(facts.context_tokens, store.unit_tokens)
+    if corpus.max_tokens > limit:
+        raise InputError(
+            f"max_tokens: expected at most {limit} (the base's context is {facts.context_tokens}, "
+            f"a unit {store.unit_tokens} tokens), got {corpus.max_tokens}"
+        )
+    return replace(corpus, max_tokens=corpus.max_tokens or limit)
 
 
 def load_to_extract(
