@@ -5,7 +5,7 @@ resumes: finished units are skipped, the others computed.
 """
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from carryon.cache.settings import (
     DataSettings,
     ForwardSettings,
     RaySettings,
+    Settings,
     StoreSettings,
     apply_options,
 )
@@ -119,20 +120,8 @@ def extract(
         StoreBusyError: another process writes to the store.
         DiskFullError: finished units are kept; the same call resumes.
     """
-    for given in (corpus, store, forward, data_settings, ray):
-        names = [item.name for item in fields(given)] if given is not None else []
-        if both := [name for name in options if name in names]:
-            raise InputError(
-                f"{both[0]}: expected it once, got it as an option and in "
-                f"{type(given).__name__}. Fix: leave one of them out"
-            )
-    corpus, store, forward, data_settings, ray = apply_options(
-        options,
-        corpus or CorpusSettings(),
-        store or StoreSettings(),
-        forward or ForwardSettings(),
-        data_settings or DataSettings(),
-        ray or RaySettings(),
+    corpus, store, forward, data_settings, ray = _with_options(
+        options, corpus, store, forward, data_settings, ray
     )
     is_ray = check_backend(backend, ray)
     sharing, forward = plan_sharing(workers, forward, ray=ray if is_ray else None)
@@ -150,14 +139,35 @@ def extract(
         refuse_with_alignment(append=append, held_out=bool(held_out))
         aligned = plan_aligned(**inputs, align_to=align_to, drop_missing=drop_missing)
         report = run_aligned(aligned, max_disk_bytes=max_disk_bytes, sharing=sharing)
-        return Store.open(out, allow_unfinished=not report.is_finished, allow_aligned=True)
-    if drop_missing:
+    elif drop_missing:
         raise InputError("drop_missing: expected align_to beside it. Fix: leave it out")
-    plan = plan_extraction(**inputs, held_out=held_out)
-    report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes, sharing=sharing)
-    if not report.is_finished:
+    else:
+        plan = plan_extraction(**inputs, held_out=held_out)
+        report = run_extraction(plan, append=append, max_disk_bytes=max_disk_bytes, sharing=sharing)
+    is_cut = not report.is_finished
+    if is_cut:
         logger.warning("%s: stopped at max_disk_bytes=%s, unfinished", out, max_disk_bytes)
-    return Store.open(out, allow_unfinished=not report.is_finished)
+    return Store.open(out, allow_unfinished=is_cut, allow_aligned=align_to is not None)
+
+
+_SETTINGS = (CorpusSettings, StoreSettings, ForwardSettings, DataSettings, RaySettings)
+
+
+def _with_options(options: Mapping[str, Any], *given: Settings | None) -> list[Any]:
+    """Return settings of the classes `_SETTINGS`, those not given from options and defaults.
+
+    Raises:
+        InputError: an option is unknown or out of range, or its settings are given too.
+    """
+    for part in given:
+        names = [item.name for item in fields(part)] if part is not None else []  # type: ignore[arg-type]
+        if both := [name for name in options if name in names]:
+            raise InputError(
+                f"{both[0]}: expected it once, got it as an option and in "
+                f"{type(part).__name__}. Fix: leave one of them out"
+            )
+    parts = [part or cls() for part, cls in zip(given, _SETTINGS, strict=True)]
+    return apply_options(options, *parts)
 
 
 def run_extraction(

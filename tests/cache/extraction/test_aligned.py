@@ -1,6 +1,7 @@
 """A store aligned to another: states against plain forward passes, edits, refusals, resume."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from carryon.cache.extraction.aligned_forward import check_tree_forward, tree_in
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.extraction.repair import repair
 from carryon.cache.format.alignment import read_alignment
+from carryon.cache.format.zarr_metadata import receipt_path, shard_path
 from carryon.cache.settings import CorpusSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
@@ -277,6 +279,22 @@ def test_a_plan_larger_than_the_limit_is_refused_before_it_is_written(
             max_disk_bytes=1000,
         )
     assert not (tmp_path / "b" / "head").exists()
+
+
+def test_an_aligned_store_stopped_by_its_limit_is_opened_unfinished_with_a_warning(
+    anchor: Path, other: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "b"
+    align(other, anchor, root)
+    (root / receipt_path(0)).unlink()
+    (root / shard_path("final", 0)).unlink()
+    limit = sum(map(len, files_below(root).values())) + 100
+    given: dict[str, Any] = {"store": SETTINGS, "forward": FORWARD, "max_disk_bytes": limit}
+    data = write(ROWS, tmp_path / "data")
+    with small_pieces(), caplog.at_level(logging.WARNING):
+        store = extract(base=other, data=data, align_to=anchor, out=root, **given)
+    assert 0 not in store.finished_units
+    assert f"stopped at max_disk_bytes={limit}" in caplog.text
 
 
 def test_other_data_are_refused_by_name(anchor: Path, other: Base, tmp_path: Path) -> None:
