@@ -7,14 +7,13 @@ Letters: R rows of a unit, D base width.
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -73,35 +72,36 @@ def run_units(
         states_of: computes the states of a unit in place of `base`. None: the base does.
         num_encoders: threads that encode, MAX_ENCODERS at most. 0: one for each core.
     """
-    todo = units_to_do(root, manifest) if units is None else list(units)
     inputs = UnitInputs(root, manifest)
-    read_tokens = read_num_nodes(root, manifest) if manifest.alignment else inputs.lengths
-    pilot: Pilot | None = None
-    if is_predicted and todo:
-        pilot = _make_pilot(root, manifest, inputs, read_tokens, todo, batch_tokens=batch_tokens)
     plan = Plan(
         root=root,
         manifest=manifest,
         inputs=inputs,
-        read_tokens=read_tokens,
+        units=units_to_do(root, manifest) if units is None else list(units),
+        read_tokens=read_num_nodes(root, manifest) if manifest.alignment else inputs.lengths,
         batch_tokens=batch_tokens,
         max_disk_bytes=max_disk_bytes,
         claims=claims,
-        pilot=pilot,
         states_of=states_of,
     )
+    if is_predicted and plan.units:
+        plan = replace(plan, pilot=_make_pilot(plan))
+    return _carry_out(plan, base, num_encoders=min(MAX_ENCODERS, num_encoders or count_cores()))
+
+
+def _carry_out(plan: Plan, base: Base, *, num_encoders: int) -> ExtractReport:
+    """Run the stages of an extraction beside each other, and report what they did."""
+    root, manifest, claims = plan.root, plan.manifest, plan.claims
     reuse_freed_memory()
-    streams = SideStreams() if base.device.type == "cuda" else None
-    make_staging = partial(_stage, manifest, base, streams)
     write = partial(write_unit, root, manifest) if claims is None else claims.write_unit
-    num_encoders = min(MAX_ENCODERS, num_encoders or count_cores())
-    num_tokens = sum(map(inputs.num_tokens, todo))
+    stager = _stager(manifest, base)
+    num_tokens = 0 if claims else sum(map(plan.inputs.num_tokens, plan.units))
     started_at = time.perf_counter()
     with (
-        Progress(0 if claims else num_tokens, name="extract", unit="tokens") as progress,
-        UnitWriters(root, manifest, write, make_staging, num_encoders=num_encoders) as writers,
+        Progress(num_tokens, name="extract", unit="tokens") as progress,
+        UnitWriters(root, manifest, write, stager, num_encoders=num_encoders) as writers,
     ):
-        with ReadAhead(partial(read_items, plan, todo, writers), most=_BATCHES_AHEAD) as reader:
+        with ReadAhead(partial(read_items, plan, writers), most=_BATCHES_AHEAD) as reader:
             forward = _Forward(base, plan, writers, reader, progress)
             # A unit that cannot be written ends it, also while other processes are waited for.
             for item in reader.items(writers.collect):
@@ -114,28 +114,20 @@ def run_units(
     report = summarize(root, manifest, receipts, elapsed_s=elapsed_s, is_finished=is_finished)
     return replace(
         report,
-        predicted=pilot.prediction if pilot else None,
+        predicted=plan.pilot.prediction if plan.pilot else None,
         limit=limiting_stage(forward.waited_s, forward.elapsed_s),
         stage_s=stage_seconds(forward.waited_s, forward.elapsed_s),
     )
 
 
-def _make_pilot(
-    root: Path,
-    manifest: Manifest,
-    inputs: UnitInputs,
-    read_tokens: NDArray[np.int32],
-    todo: Sequence[int],
-    *,
-    batch_tokens: int,
-) -> Pilot:
+def _make_pilot(plan: Plan) -> Pilot:
     return Pilot(
-        root,
-        manifest,
-        [read_tokens[rows] for rows in map(inputs.samples, todo)],
-        units=todo,
-        unit_tokens=list(map(inputs.num_tokens, todo)),
-        batch_tokens=batch_tokens,
+        plan.root,
+        plan.manifest,
+        [plan.read_tokens[rows] for rows in map(plan.inputs.samples, plan.units)],
+        units=plan.units,
+        unit_tokens=list(map(plan.inputs.num_tokens, plan.units)),
+        batch_tokens=plan.batch_tokens,
     )
 
 
@@ -261,13 +253,15 @@ def keeps_bits(manifest: Manifest) -> bool:
     return not manifest.is_lossy and bool(manifest.settings["dtype"] == "bfloat16")
 
 
-def _stage(manifest: Manifest, base: Base, streams: SideStreams | None) -> Staging:
-    return Staging(
+def _stager(manifest: Manifest, base: Base) -> Callable[[], Staging]:
+    """Return what makes memory for the states of a unit; all is filled by the same streams."""
+    return partial(
+        Staging,
         manifest.taps,
         num_rows=manifest.unit_tokens,
         width=manifest.width,
         keeps_bits=keeps_bits(manifest),
-        streams=streams,
+        streams=SideStreams() if base.device.type == "cuda" else None,
     )
 
 

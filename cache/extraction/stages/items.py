@@ -32,14 +32,17 @@ class Plan:
     root: Path
     manifest: Manifest
     inputs: UnitInputs
+    units: Sequence[int]
+    """To compute."""
     read_tokens: NDArray[np.int32]
     """Tokens that the base reads for each sample of the store."""
     batch_tokens: int
     max_disk_bytes: int | None
     claims: UnitSource | None
-    pilot: Pilot | None
     states_of: StatesOf | None
     """Computes the states of a unit. None: the base does."""
+    pilot: Pilot | None = None
+    """Predicts what the whole will take. None: nothing is predicted."""
 
     @property
     def has_batches(self) -> bool:
@@ -65,11 +68,10 @@ class Item:
     """Of its unit."""
 
 
-def read_items(
-    plan: Plan, todo: Sequence[int], writers: UnitWriters, reader: "ReadAhead[Item]"
-) -> Iterator[Item]:
+def read_items(plan: Plan, writers: UnitWriters, reader: "ReadAhead[Item]") -> Iterator[Item]:
     """Yield what is to be computed, unit by unit, until the disk limit ends it."""
     claims = plan.claims
+    todo = plan.units
     units = todo if claims is None else claims.iter_units(todo, is_over=reader.is_over)
     for unit in units:
         unit_input = plan.inputs.read(unit)
