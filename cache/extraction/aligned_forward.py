@@ -120,27 +120,17 @@ def compute_aligned_states(
         chosen = has_nodes[batch]
         trees = [_local(alignment.parents, starts[x], stops[x]) for x in chosen]
         for parts in _split(base, trees):
-            parents = [_of_part(tree, part) for tree, part in zip(trees, parts, strict=True)]
-            ids = np.zeros((len(chosen), max(map(len, parents))), dtype=np.int64)
-            for row, (sample, part) in enumerate(zip(chosen, parts, strict=True)):
-                ids[row, : len(part)] = alignment.tokens[starts[sample] + part]
-            states = capture(base, run_taps, torch.from_numpy(ids), tree_inputs(base, parents))
+            ids = _padded_tokens(alignment.tokens, starts[chosen], parts)
+            states = _run_parts(base, run_taps, trees, parts, ids, keeps_bits=keeps_bits)
             before = int(is_done.sum())
-            copies = {  # all begin before the first is read
-                tap: HostCopy(each.bfloat16().view(torch.uint16) if keeps_bits else each.float())
-                for tap, each in states.items()
-            }
             for tap in taps:
-                values = copies["final" if tap == "stable" else tap].read().numpy()
+                values = states["final" if tap == "stable" else tap]
                 nodes = alignment.stable if tap == "stable" else alignment.exact
-                for row, (sample, part) in enumerate(zip(chosen, parts, strict=True)):
-                    places = np.full(num_nodes[sample], -1, dtype=np.int64)
-                    places[part] = np.arange(len(part))
-                    own = np.flatnonzero((nodes >= starts[sample]) & (nodes < stops[sample]))
-                    at = places[nodes[own] - starts[sample]]
-                    hidden[tap][own[at >= 0]] = values[row, at[at >= 0]]
+                for number, (sample, part) in enumerate(zip(chosen, parts, strict=True)):
+                    rows, at = _rows_of_part(nodes, part, starts[sample], stops[sample])
+                    hidden[tap][rows] = values[number, at]
                     if tap == taps[0]:
-                        is_done[own[at >= 0]] = True
+                        is_done[rows] = True
             if progress is not None:
                 progress.update(int(is_done.sum()) - before)
         if pilot is not None:
@@ -177,6 +167,53 @@ def _split(base: Base, trees: Sequence[NDArray[np.int32]]) -> Iterator[list[NDAr
         for part in split_tree(tree, max_nodes=max(MAX_NODES, deepest + deepest // 4)):
             none = np.empty(0, dtype=np.int64)
             yield [part if number == other else none for other in range(len(trees))]
+
+
+def _padded_tokens(
+    tokens: NDArray[np.int32], starts: NDArray[np.int64], parts: Sequence[NDArray[np.int64]]
+) -> Tensor:
+    """Return the tokens of some nodes of each tree, whose first is at `starts`: [B, L] int64."""
+    ids = np.zeros((len(parts), max(map(len, parts))), dtype=np.int64)
+    for row, (start, part) in enumerate(zip(starts, parts, strict=True)):
+        ids[row, : len(part)] = tokens[start + part]
+    return torch.from_numpy(ids)
+
+
+def _run_parts(
+    base: Base,
+    taps: Sequence[str],
+    trees: Sequence[NDArray[np.int32]],
+    parts: Sequence[NDArray[np.int64]],
+    ids: Tensor,
+    *,
+    keeps_bits: bool,
+) -> dict[str, NDArray[Any]]:
+    """Return the states of some nodes of each tree, whose tokens are `ids`: [B, L, D] by tap."""
+    parents = [_of_part(tree, part) for tree, part in zip(trees, parts, strict=True)]
+    states = capture(base, taps, ids, tree_inputs(base, parents))
+    copies = {  # all begin before the first is read
+        tap: HostCopy(each.bfloat16().view(torch.uint16) if keeps_bits else each.float())
+        for tap, each in states.items()
+    }
+    return {tap: copy.read().numpy() for tap, copy in copies.items()}
+
+
+def _rows_of_part(
+    nodes: NDArray[np.int32], part: NDArray[np.int64], start: int, stop: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows of a unit whose node is among `part` of a tree, and where in `part` it is.
+
+    Args:
+        nodes: [R] node of each row, counted from the unit's first; -1 for none.
+        part: nodes of the tree, counted from its own first.
+        start: first node of the tree.
+        stop: node behind its last.
+    """
+    places = np.full(stop - start, -1, dtype=np.int64)
+    places[part] = np.arange(len(part))
+    rows = np.flatnonzero((nodes >= start) & (nodes < stop))
+    at = places[nodes[rows] - start]
+    return rows[at >= 0], at[at >= 0]
 
 
 def _of_part(parents: NDArray[np.int32], part: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -133,20 +133,18 @@ def align_to_anchor(
     is_same_data = all(source.sha256 in known for source in sources)
     aligner = Aligner(own, other, is_same_data=is_same_data)
     unknown = 0
-    for record in _records(sources, data_settings):
-        for aligned in _aligned(aligner, record, drops_unfit=data_settings.drop_unfit):
-            index = numbers.get(aligned.sample.id)
-            if index is None:
-                unknown += 1
-                if not drop_missing:
-                    raise InputError(
-                        f"sample {aligned.sample.id!r}: expected samples of {anchor.name}, got "
-                        "one that it does not hold. Fix: give the anchor's own --data, or "
-                        "--drop-missing"
-                    )
-                continue
+    for aligned in _aligned(aligner, sources, data_settings):
+        index = numbers.get(aligned.sample.id)
+        if index is not None:
             _refuse_long(aligned, base)
             found[index] = aligned
+            continue
+        unknown += 1
+        if not drop_missing:
+            raise InputError(
+                f"sample {aligned.sample.id!r}: expected samples of {anchor.name}, got one that "
+                "it does not hold. Fix: give the anchor's own --data, or --drop-missing"
+            )
     missing = [index for index in range(anchor.num_samples) if index not in found]
     if missing and not drop_missing:
         raise InputError(
@@ -212,14 +210,18 @@ def _records(sources: Sequence[Source], settings: DataSettings) -> Iterator[Reco
             yield record
 
 
-def _aligned(aligner: Aligner, record: Record, *, drops_unfit: bool) -> Iterator[AlignedSample]:
-    try:
-        yield from aligner.align(record)
-    except UnfitError as error:
-        if not drops_unfit:
+def _aligned(
+    aligner: Aligner, sources: Sequence[Source], settings: DataSettings
+) -> Iterator[AlignedSample]:
+    """Yield the samples of all records; an error names the record."""
+    for record in _records(sources, settings):
+        try:
+            yield from aligner.align(record)
+        except UnfitError as error:
+            if not settings.drop_unfit:
+                raise InputError(f"{record.where}: {error}") from error
+        except InputError as error:
             raise InputError(f"{record.where}: {error}") from error
-    except InputError as error:
-        raise InputError(f"{record.where}: {error}") from error
 
 
 def _refuse_long(aligned: AlignedSample, base: Base) -> None:
