@@ -100,15 +100,11 @@ def fill_units(
             unit_input = inputs.read(unit)
             if max_disk_bytes is not None:
                 wait(writing)
-                largest = largest_unit_bytes(manifest, unit_input.num_tokens)
-                if sum(bytes_by_folder(root).values()) + largest > max_disk_bytes:
+                if not _has_room(root, manifest, unit_input.num_tokens, max_disk_bytes):
                     is_finished = False
                     break
-            first = unit_input.first_sample - part.first_sample
-            files = [file_of(first + number) for number in range(len(unit_input.lengths))]
-            stop = first + len(files)
-            ahead = range(stop, min(stop + len(files), part.num_samples))  # about the next unit
-            read_ahead(folder, (file_of(position).name for position in ahead))
+            files, next_files = _files_of(unit_input, part, file_of)
+            read_ahead(folder, (file.name for file in next_files))
             unit_started_at = time.perf_counter()
             if (most := max(file.num_bytes for file in files)) > len(memory):
                 memory = np.empty(most, np.uint8)
@@ -123,6 +119,22 @@ def fill_units(
     receipts = [each.result() for each in writing]
     elapsed_s = time.perf_counter() - started_at
     return _report(root, manifest, receipts, read, elapsed_s=elapsed_s, is_finished=is_finished)
+
+
+def _has_room(root: Path, manifest: Manifest, num_tokens: int, max_disk_bytes: int) -> bool:
+    """Return whether a unit of so many tokens stays within the disk limit, whatever its size."""
+    largest = largest_unit_bytes(manifest, num_tokens)
+    return sum(bytes_by_folder(root).values()) + largest <= max_disk_bytes
+
+
+def _files_of(
+    unit: UnitInput, part: CorpusPart, file_of: Callable[[int], StateFile]
+) -> tuple[list[StateFile], list[StateFile]]:
+    """Return the files of a unit's samples, and as many behind them, about those of the next."""
+    first, count = unit.first_sample - part.first_sample, len(unit.lengths)
+    stop = min(first + 2 * count, part.num_samples)
+    files = [file_of(position) for position in range(first, stop)]
+    return files[:count], files[count:]
 
 
 def _report(

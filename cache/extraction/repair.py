@@ -41,6 +41,8 @@ from carryon.cache.store.top_blocks import block_files
 from carryon.cache.store.verify import Problem, verify
 
 _AGAIN = "extract into another folder"
+_CONTRADICTIONS = ("probe", "samples")
+"""Paths of problems of files that are as written, yet do not fit each other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,10 +90,7 @@ def repair(
         manifest = read_manifest(root)
         problems = verify(root, depth="full").problems
         for problem in problems:
-            if problem.path in (
-                "probe",
-                "samples",
-            ):  # all files are as written, yet they contradict each other
+            if problem.path in _CONTRADICTIONS:
                 raise DamagedStoreError(problem.text, fix=_AGAIN)
         lost = {problem.unit for problem in problems if _is_of_states(problem)}
         units = sorted(unit for unit in lost if unit is not None)
@@ -99,11 +98,7 @@ def repair(
         head_paths = [problem.path for problem in problems if not is_mirrored(problem.path)]
         if head_paths or units:
             _refuse_imported(root, manifest, units)
-            names = {"compute_dtype", "attention"} & manifest.forward.keys()
-            facts = {name: manifest.forward[name] for name in names}
-            settings = recorded_forward(replace(forward, **facts), manifest.base)
-            loaded = _load(root, manifest, base, forward=settings)
-            refuse_other_base(manifest, loaded, name=str(root))
+            loaded = _load(root, manifest, base, forward=forward)
             restored += _restore_head(root, manifest, loaded, head_paths)
             for unit in units:
                 remove_anything(root / receipt_path(unit))
@@ -147,17 +142,34 @@ def _refuse_imported(root: Path, manifest: Manifest, units: Sequence[int]) -> No
 def _load(
     root: Path, manifest: Manifest, base: str | Base | None, *, forward: ForwardSettings
 ) -> Base:
-    """Return the base, by default the one that the manifest names."""
-    if base:
-        if isinstance(base, Base):
-            return base
-        return load_base(str(base), forward=forward, like=tokenizer_of(manifest.base))
-    return load_recorded_base(
-        manifest.base,
-        where=root,
-        forward=forward,
-        has_own_template=bool(manifest.corpus.get("chat_template")),
-    )
+    """Return the base of the store, which computes as the store records.
+
+    Args:
+        root: of the store.
+        manifest: of the store.
+        base: as of `repair`. None: the one that the manifest names.
+        forward: as of `repair`.
+
+    Raises:
+        MissingError: there is no such base.
+        SettingMismatchError: it is another one, or computes in another way.
+    """
+    names = {"compute_dtype", "attention"} & manifest.forward.keys()
+    facts = {name: manifest.forward[name] for name in names}
+    forward = recorded_forward(replace(forward, **facts), manifest.base)
+    if isinstance(base, Base):
+        loaded = base
+    elif base:
+        loaded = load_base(str(base), forward=forward, like=tokenizer_of(manifest.base))
+    else:
+        loaded = load_recorded_base(
+            manifest.base,
+            where=root,
+            forward=forward,
+            has_own_template=bool(manifest.corpus.get("chat_template")),
+        )
+    refuse_other_base(manifest, loaded, name=str(root))
+    return loaded
 
 
 def _restore_manifest(root: Path) -> list[str]:

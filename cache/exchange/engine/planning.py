@@ -1,12 +1,13 @@
 """The plan of an extraction by vLLM: settings checked, data read, samples packed into units."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from carryon.cache.base.identity import ON_LOAD
 from carryon.cache.base.model import Base
-from carryon.cache.base.source.location import locate_base
+from carryon.cache.base.source.location import BaseSource, locate_base
 from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
 from carryon.cache.exchange.engine.local import EngineJob
@@ -76,23 +77,31 @@ def plan_with_vllm(
         data_settings=data_settings,
         is_shared=is_shared,
     )
-    job = None
-    if not endpoint:
-        dtype = forward.compute_dtype
-        num_layers = plan.base.identity.num_layers
-        job = EngineJob(
-            model=place.name,
-            revision=place.revision,
-            layers=asked_layers(store.taps, num_layers=num_layers),
-            dtype=str(plan.base.checkpoint_dtype).removeprefix("torch.")
-            if dtype == "auto"
-            else dtype,
-            longest=int(plan.samples.lengths.max()),
-            batch_tokens=forward.batch_tokens,
-            requests=vllm.requests,
-            more=more,
-        )
+    dtype = forward.compute_dtype
+    job = None if endpoint else _job(plan, place, vllm, compute_dtype=dtype, more=more)
     return VllmPlan(extraction=plan, vllm=vllm, endpoint=endpoint, job=job, python=python)
+
+
+def _job(
+    plan: ExtractionPlan,
+    place: BaseSource,
+    vllm: VllmSettings,
+    *,
+    compute_dtype: str,
+    more: Mapping[str, Any],
+) -> EngineJob:
+    """Return what vLLM runs here for the states that the plan needs; `more` is of `EngineJob`."""
+    saved_dtype = str(plan.base.checkpoint_dtype).removeprefix("torch.")
+    return EngineJob(
+        model=place.name,
+        revision=place.revision,
+        layers=asked_layers(plan.manifest.taps, num_layers=plan.base.identity.num_layers),
+        dtype=saved_dtype if compute_dtype == "auto" else compute_dtype,
+        longest=int(plan.samples.lengths.max()),
+        batch_tokens=plan.batch_tokens,
+        requests=vllm.requests,
+        more=more,
+    )
 
 
 def asked_layers(taps: Sequence[str], *, num_layers: int) -> list[int]:
