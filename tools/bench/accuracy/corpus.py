@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,8 @@ def make_corpus(
     """
     wording = wording or task.partition(":")[0]
     if test_out:
-        wanted = math.ceil(_SPARE * samples), math.ceil(_SPARE * _UNSEEN_EVERY * test_num)
-        problems = _with_templates(task, wanted[0], seed=task_seed, is_unseen=False)[:samples]
-        tests = _with_templates(task, wanted[1], seed=test_seed, is_unseen=True)[:test_num]
+        problems = _with_templates(task, samples, seed=task_seed, is_unseen=False)
+        tests = _with_templates(task, test_num, seed=test_seed, is_unseen=True)
         write_file(Path(test_out), _test_lines(tests))
     else:
         problems = read_problems(task, num=samples, seed=task_seed)
@@ -76,29 +75,19 @@ def make_corpus(
             f"{len(problems):,}. Fix: more --samples, or other settings of the task"
         )
     held_out = choose_held_out((problem for problem, _ in right), ratio=held_out_ratio)
-    records = [
-        make_record(
-            problem,
-            problem.question,
-            text,
-            is_chat=True,
-            is_held_out=problem.id in held_out,
-            provenance={"task": task, "task_seed": task_seed, "source": "chains"},
-        )
-        for problem, text in right
-    ]
-    write_file(Path(out), to_lines(records))
-    document = {"out": out, "kept": len(records), "held_out": len(held_out), "equal": dropped}
+    provenance = {"task": task, "task_seed": task_seed, "source": "chains"}
+    write_file(Path(out), to_lines(_records(right, held_out, provenance)))
+    document = {"out": out, "kept": len(right), "held_out": len(held_out), "equal": dropped}
     document["wrong"] = len(pairs) - len(right)
     return print_result(
         document,
-        f"{out}: {len(records):,} worked answers, {len(held_out):,} of them held out; left out: "
+        f"{out}: {len(right):,} worked answers, {len(held_out):,} of them held out; left out: "
         f"{dropped:,} equal questions, {document['wrong']:,} chains that the verifier refuses",
     )
 
 
 def _with_templates(task: str, num: int, *, seed: int, is_unseen: bool) -> list[Problem]:
-    """Return problems whose template is one for the test, or one for training.
+    """Return at most `num` problems whose template is one for the test, or one for training.
 
     Raises:
         InputError: the generator does not tell templates apart.
@@ -106,13 +95,15 @@ def _with_templates(task: str, num: int, *, seed: int, is_unseen: bool) -> list[
     if task != WITH_TEMPLATES:
         raise InputError(f"--test-out: expected the task {WITH_TEMPLATES}, got {task}")
     gym = require("reasoning_gym", extra="demo", purpose="the templates of a task")
-    templates = gym.create_dataset(task, size=num, seed=seed).task_indices
-    problems = read_problems(task, num=num, seed=seed)
-    return [
+    drawn = math.ceil(_SPARE * num * (_UNSEEN_EVERY if is_unseen else 1))
+    templates = gym.create_dataset(task, size=drawn, seed=seed).task_indices
+    problems = read_problems(task, num=drawn, seed=seed)
+    fitting = [
         problem
         for template, problem in zip(templates, problems, strict=True)
         if is_unseen_template(template) == is_unseen
     ]
+    return fitting[:num]
 
 
 def is_unseen_template(template: int) -> bool:
@@ -129,6 +120,25 @@ def _drop_equal(problems: Sequence[Problem], tests: Sequence[Problem]) -> tuple[
             seen.add(problem.question)
             kept.append(problem)
     return kept, len(problems) - len(kept)
+
+
+def _records(
+    answers: Sequence[tuple[Problem, str]],
+    held_out: Collection[str],
+    provenance: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Return worked answers as records of a chat; `held_out` are ids of problems."""
+    return [
+        make_record(
+            problem,
+            problem.question,
+            text,
+            is_chat=True,
+            is_held_out=problem.id in held_out,
+            provenance=provenance,
+        )
+        for problem, text in answers
+    ]
 
 
 def _test_lines(problems: Sequence[Problem]) -> bytes:
