@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
+from carryon.cache.checked_settings import Settings, apply_options, bounded, parse_options
 from carryon.cache.errors import InputError
-from carryon.cache.settings import Settings, apply_options, bounded, parse_options
 from carryon.train.kinds import KINDS, get_kind, kind_problem
 from carryon.train.saved_settings import FORMER_NAMES
 

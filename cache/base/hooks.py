@@ -37,7 +37,7 @@ def capture(
     The head and the blocks above the deepest tap are not run.
 
     Args:
-        taps: `final`, `prenorm`, `layer.K` from 0; see carryon.cache.settings.
+        taps: `final`, `prenorm`, `layer.K` from 0; see `StoreSettings`.
         token_ids: [B, T] int64, padded on the right with any valid token.
         inputs: more arguments of the base, such as a mask.
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from carryon.cache.settings import Settings, bounded
+from carryon.cache.checked_settings import Settings, bounded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carryon.cache.base.model import Base
+from carryon.cache.checked_settings import Settings, apply_options
 from carryon.cache.corpus.rows import Data
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.aligned import plan_aligned, refuse_with_alignment, run_aligned
@@ -47,9 +48,7 @@ from carryon.cache.settings import (
     DataSettings,
     ForwardSettings,
     RaySettings,
-    Settings,
     StoreSettings,
-    apply_options,
 )
 from carryon.cache.store.reader import Store
 from carryon.cache.store.sizes import raw_bytes

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.buffers import BufferPool
 from carryon.cache.errors import DamagedStoreError, StoreError
 from carryon.cache.files.regular import open_below, open_file_below, stat_below
 from carryon.cache.format.arrays import check_tokens, read_chunk, unit_array_info
@@ -40,6 +39,7 @@ from carryon.cache.format.zarr_metadata import (
     state_paths,
     token_scale_path,
 )
+from carryon.cache.store.buffers import BufferPool
 
 MAX_FREE = 32
 """Arrays whose memory is kept for reuse: those of a few units with a few taps."""

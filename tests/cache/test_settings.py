@@ -5,15 +5,9 @@ from typing import Any, Literal
 
 import pytest
 
+from carryon.cache.checked_settings import Settings, bounded, parse_value
 from carryon.cache.errors import InputError
-from carryon.cache.settings import (
-    CorpusSettings,
-    ForwardSettings,
-    Settings,
-    StoreSettings,
-    bounded,
-    parse_value,
-)
+from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

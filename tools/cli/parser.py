@@ -14,8 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from carryon.cache.checked_settings import choices_of, parse_value
 from carryon.cache.errors import InputError
-from carryon.cache.settings import choices_of, parse_value
 from carryon.tools.cli.options import REQUIRED, Option, is_settings, options_of
 from carryon.tools.cli.output import LEVELS
 from carryon.train.config import OTHER_NAMES

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from carryon.cache.checked_settings import Settings, bounded
 from carryon.cache.errors import InputError
-from carryon.cache.settings import Settings, bounded
 from carryon.train.config import CarryOnSettings, rates_of
 
 RunName = Literal["first", "second", "sweep"]

@@ -11,10 +11,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from carryon.cache.checked_settings import apply_options
 from carryon.cache.errors import DamagedFileError, InputError, MissingError
 from carryon.cache.files.documents import read_sealed
 from carryon.cache.format.manifest import read_manifest
-from carryon.cache.settings import DataSettings, apply_options
+from carryon.cache.settings import DataSettings
 from carryon.cache.store.reader import split_name
 from carryon.train.config import TrainSettings
 from carryon.train.continual.increment_data import data_of

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.buffers import BufferPool
+from carryon.cache.store.buffers import BufferPool
 from carryon.cache.store.shard_reader import CopyRange
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import StreamSettings

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
 
+from carryon.cache.checked_settings import apply_options
 from carryon.cache.errors import InputError
-from carryon.cache.settings import apply_options
 from carryon.train.config import StreamSettings
 from carryon.train.data.batch import Batch
 from carryon.train.data.datasets import (

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from carryon.cache.checked_settings import apply_options
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.errors import InputError
-from carryon.cache.settings import apply_options
 from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings, StreamSettings

@@ -29,10 +29,11 @@ from carryon.cache.base.hooks import contiguous_head_input, watch_taps
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.base.placement import is_spread, output_device
 from carryon.cache.base.pretrained import PreTrainedModel
+from carryon.cache.checked_settings import apply_options
 from carryon.cache.device import attention_of_any_shape
 from carryon.cache.errors import InputError
 from carryon.cache.format.framing import Framing
-from carryon.cache.settings import ForwardSettings, apply_options
+from carryon.cache.settings import ForwardSettings
 from carryon.train.config import ChatChoice, GenerateSettings
 from carryon.train.inference.adapters import DEFAULT, Alpha, CarryOnSet, Names
 from carryon.train.inference.correction import get_correction

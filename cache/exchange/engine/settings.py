@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from carryon.cache.checked_settings import Settings, bounded
 from carryon.cache.errors import InputError
-from carryon.cache.settings import Settings, bounded
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _OWN = (

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from carryon.cache.buffers import BufferPool
 from carryon.cache.device import SideCopy, SideStreams, to_device
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.packing import Batch
+from carryon.cache.store.buffers import BufferPool
 
 _MOST_FREE = 8  # chunks; as many as there are threads that encode
 

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import torch
 
-from carryon.cache.buffers import BufferPool
+from carryon.cache.store.buffers import BufferPool
 
 
 def address(array: np.ndarray) -> int:
