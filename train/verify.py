@@ -31,13 +31,9 @@ from carryon.train.cross_checks import (
 )
 from carryon.train.kinds import get_kind
 from carryon.train.mixing.mixture import load_gate
+from carryon.train.modules.card import CarryOnCard
 from carryon.train.modules.card_file import CARD, GATE, README, WEIGHTS, check_digest, read_signed
-from carryon.train.modules.serialization import (
-    CarryOnCard,
-    load_carryon,
-    read_card,
-    read_weights,
-)
+from carryon.train.modules.serialization import load_carryon, read_card, read_weights
 from carryon.train.saved_settings import with_current_names
 from carryon.train.settings_file import check_settings
 from carryon.train.trainer.checkpoint import BEST, LAST, OPTIMIZER, STATE, check_checkpoint

@@ -10,9 +10,9 @@ from carryon.cache.files.documents import write_json
 from carryon.cache.files.regular import digest_file
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.card import CarryOnCard
 from carryon.train.modules.card_file import CARD, GATE, WEIGHTS, signed
 from carryon.train.modules.carryon import CarryOn
-from carryon.train.modules.serialization import CarryOnCard
 from support.tiny_bases import randomize_
 
 

@@ -13,8 +13,8 @@ from carryon.cache.base.model import Base
 from carryon.tools.bench.corpora import PYTHON, write_named_corpus
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
+from carryon.train.modules.card import CarryOnCard
 from carryon.train.modules.carryon import num_parameters
-from carryon.train.modules.serialization import CarryOnCard
 
 BYTES_PER_WEIGHT = 2
 """Carry-ons are saved in bfloat16."""

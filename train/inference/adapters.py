@@ -16,10 +16,10 @@ from torch import Tensor
 from carryon.cache.errors import InputError
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import Bottleneck
+from carryon.train.modules.card import CarryOnCard, check_base
 from carryon.train.modules.card_checks import check_sizes, check_weights
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.no_correction import NoCorrection
-from carryon.train.modules.serialization import CarryOnCard, check_base
 from carryon.train.modules.stacked_weights import with_weights
 from carryon.train.modules.taps import check_alpha
 

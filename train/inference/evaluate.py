@@ -33,12 +33,8 @@ from carryon.train.mixing.sources import (
     order_sources,
     warn_about_missing,
 )
-from carryon.train.modules.serialization import (
-    CarryOnCard,
-    check_base,
-    load_carryon,
-    locate_carryon,
-)
+from carryon.train.modules.card import CarryOnCard, check_base
+from carryon.train.modules.serialization import load_carryon, locate_carryon
 from carryon.train.modules.taps import check_alpha, check_taps, stream_taps
 from carryon.train.plots import NLL_LABEL, Line, draw, lines
 from carryon.train.trainer.held_out.job import EvalJob

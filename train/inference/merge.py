@@ -21,13 +21,8 @@ from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.top_blocks import read_blocks
 from carryon.train.kinds import get_kind
 from carryon.train.modules.base_blocks import BlocksCarryOn, lora_targets
-from carryon.train.modules.serialization import (
-    CarryOnCard,
-    check_base,
-    load_carryon,
-    locate_carryon,
-    read_card,
-)
+from carryon.train.modules.card import CarryOnCard, check_base
+from carryon.train.modules.serialization import load_carryon, locate_carryon, read_card
 
 
 def merge(

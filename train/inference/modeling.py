@@ -41,9 +41,9 @@ from carryon.train.inference.generate import answer_all
 from carryon.train.inference.merge import load_own_base, merge_in_memory
 from carryon.train.inference.prompts import Prompt, framing_warnings
 from carryon.train.kinds import get_kind
+from carryon.train.modules.card import CarryOnCard
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import (
-    CarryOnCard,
     locate_carryon,
     read_card,
     read_weights,

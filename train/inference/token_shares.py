@@ -27,8 +27,9 @@ from carryon.train.mixing.mixture import MixedCarryOn, load_mixture
 from carryon.train.mixing.mixture_nll import OWN
 from carryon.train.mixing.projected import project_sources
 from carryon.train.mixing.sources import join_states, open_sources, order_sources
+from carryon.train.modules.card import check_base
 from carryon.train.modules.carryon import taps_of
-from carryon.train.modules.serialization import check_base, locate_carryon
+from carryon.train.modules.serialization import locate_carryon
 from carryon.train.modules.taps import check_taps, stream_taps
 from carryon.train.trainer.step import losses_of_delta, pair_delta
 

@@ -16,11 +16,12 @@ from carryon.cache.errors import InputError
 from carryon.cache.store.top_blocks import Blocks
 from carryon.train.mixing.gate import Gate, initial_shares, mixture_log_probs, target_shares
 from carryon.train.mixing.projected import PairProjections, ProjectedSources
+from carryon.train.modules.card import CarryOnCard
 from carryon.train.modules.card_checks import check_weights
 from carryon.train.modules.card_file import GATE, check_digest
 from carryon.train.modules.carryon import NO_SOURCES, CarryOn
 from carryon.train.modules.packed_attention import Packing
-from carryon.train.modules.serialization import CarryOnCard, load_carryon
+from carryon.train.modules.serialization import load_carryon
 
 
 class MixedCarryOn(CarryOn):

@@ -16,8 +16,9 @@ from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
 from carryon.cache.files.tensor_files import digest_tensors
 from carryon.train.mixing.mixture import MixedCarryOn, inner_carryon
 from carryon.train.mixing.mixture_nll import leak_warning
+from carryon.train.modules.card import CarryOnCard
 from carryon.train.modules.carryon import num_parameters
-from carryon.train.modules.serialization import CarryOnCard, check_carryon, save_carryon
+from carryon.train.modules.serialization import check_carryon, save_carryon
 from carryon.train.plots import plot_curves
 from carryon.train.trainer.checkpoint import (
     WEIGHTS,

@@ -17,9 +17,10 @@ from carryon.train.inference import evaluate as evaluate_module
 from carryon.train.inference.evaluate import AlphaChoice, evaluate, plot_alphas
 from carryon.train.losses.frozen_head import place_head
 from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.card import CarryOnCard
 from carryon.train.modules.decoder import Decoder
 from carryon.train.modules.linear import Product
-from carryon.train.modules.serialization import CarryOnCard, load_carryon, save_carryon
+from carryon.train.modules.serialization import load_carryon, save_carryon
 from carryon.train.trainer.held_out import nll
 
 SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)

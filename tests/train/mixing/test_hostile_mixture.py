@@ -17,15 +17,10 @@ from carryon.train.config import CarryOnSettings
 from carryon.train.mixing.gate import Gate
 from carryon.train.mixing.mixture import load_mixture
 from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.card import CarryOnCard
 from carryon.train.modules.card_checks import SOURCE_FACTS
 from carryon.train.modules.card_file import GATE, MAX_GATE_BYTES, WEIGHTS
-from carryon.train.modules.serialization import (
-    CarryOnCard,
-    load_carryon,
-    read_card,
-    read_weights,
-    save_carryon,
-)
+from carryon.train.modules.serialization import load_carryon, read_card, read_weights, save_carryon
 from carryon.train.verify import verify_folder
 
 SETTINGS = CarryOnSettings(width=8, blocks=1, heads=2, intermediate_size=8)

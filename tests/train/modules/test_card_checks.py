@@ -17,10 +17,10 @@ from carryon.cache.errors import CarryOnError, InputError
 from carryon.train.config import CarryOnSettings
 from carryon.train.inference.adapters import CarryOnSet
 from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.card import CarryOnCard
 from carryon.train.modules.card_file import CARD, MAX_CARD_BYTES, WEIGHTS
 from carryon.train.modules.carryon import make_carryon
 from carryon.train.modules.serialization import (
-    CarryOnCard,
     load_carryon,
     locate_carryon,
     read_card,

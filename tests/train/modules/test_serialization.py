@@ -16,14 +16,13 @@ from support.tiny_stores import states_at_kills
 from carryon.cache.errors import InputError, MissingError, SettingMismatchError
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import build_bottleneck
+from carryon.train.modules.card import CarryOnCard, check_base
 from carryon.train.modules.card_file import check_digest
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.modules.serialization import (
     CARD,
     README,
     WEIGHTS,
-    CarryOnCard,
-    check_base,
     load_carryon,
     locate_carryon,
     read_card,

@@ -28,8 +28,9 @@ from carryon.train.inference.mixing.source_base import BaseCost, check_places, p
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.prompts import Prompt
 from carryon.train.mixing.mixture import load_gate
+from carryon.train.modules.card import CarryOnCard
 from carryon.train.modules.card_file import GATE
-from carryon.train.modules.serialization import CarryOnCard, read_weights
+from carryon.train.modules.serialization import read_weights
 
 logger = logging.getLogger(__name__)
 _KINDS = ("bottleneck", "none")

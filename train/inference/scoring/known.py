@@ -12,7 +12,7 @@ from carryon.cache.store.reader import Store
 from carryon.cache.store.samples import Unit
 from carryon.train.data.split import split_samples
 from carryon.train.inference.scoring.problems import Problem
-from carryon.train.modules.serialization import CarryOnCard
+from carryon.train.modules.card import CarryOnCard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

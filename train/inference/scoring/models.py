@@ -43,7 +43,8 @@ from carryon.train.inference.scoring.vllm_engine import (
     uses_vllm,
 )
 from carryon.train.kinds import get_kind
-from carryon.train.modules.serialization import CarryOnCard, locate_carryon, read_card
+from carryon.train.modules.card import CarryOnCard
+from carryon.train.modules.serialization import locate_carryon, read_card
 
 logger = logging.getLogger(__name__)
 

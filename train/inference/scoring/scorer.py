@@ -30,7 +30,7 @@ from carryon.train.inference.scoring.comparison import wilson_interval
 from carryon.train.inference.scoring.known import find_known
 from carryon.train.inference.scoring.problems import Problem, read_problems
 from carryon.train.inference.scoring.run import check_rooms
-from carryon.train.modules.serialization import CarryOnCard
+from carryon.train.modules.card import CarryOnCard
 
 _ARM = Arm(name="carryon", model="carryon")
 _SHOWN = 3
