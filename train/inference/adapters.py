@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from carryon.cache.errors import InputError
+from carryon.cache.format.framing import Framing
 from carryon.train.config import CarryOnSettings
 from carryon.train.modules.bottleneck import Bottleneck
 from carryon.train.modules.card import CarryOnCard, check_base
@@ -150,6 +151,19 @@ class CarryOnSet:
         checked = [check_alpha(each) for each in alphas]
         corrects = {slot: self._corrects(slot) for slot in slots}
         return slots, [a if corrects[s] else 0.0 for s, a in zip(slots, checked, strict=True)]
+
+    def framings(self, names: Names, *, num_rows: int, fallback: Framing) -> list[Framing]:
+        """Return for each row how the training texts of its carry-on were framed.
+
+        A row without a carry-on is framed as those of the default one; `fallback` if there is none.
+        Raises as `resolve`.
+        """
+        slots, _ = self.resolve(names, None, num_rows=num_rows)
+        default = self._names.get(DEFAULT, NOBODY)
+        cards = {slot: self._loaded[slot].card for slot in {default, *slots} - {NOBODY}}
+        known = {slot: Framing.from_dict(card.framing) for slot, card in cards.items()}
+        own = known.get(default, fallback)
+        return [known.get(slot, own) for slot in slots]
 
     def modules(
         self, slots: Sequence[int], *, device: torch.device, dtype: torch.dtype

@@ -3,15 +3,19 @@
 Letters: B rows, T positions, D base width.
 """
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from carryon.cache.base.architecture import Architecture
+from carryon.cache.base.hooks import watch_taps
 from carryon.cache.device import to_device
 from carryon.cache.errors import InputError
 from carryon.train.inference.adapters import Alpha, CarryOnSet, Names
@@ -117,6 +121,60 @@ def get_correction(
         strengths[0] if is_one else to_device(torch.tensor(strengths, dtype=torch.float32), device)
     )
     return Correction(slots=used, modules=modules, alpha=each)
+
+
+@contextmanager
+def correcting(
+    architecture: Architecture,
+    correction: Correction | None,
+    *,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+) -> Iterator[None]:
+    """Replace the last states of the base by the customized ones, where this thread runs it.
+
+    Args:
+        architecture: of the base.
+        correction: of the batch. None: nothing is replaced.
+        position_ids: as in `Correction.apply`.
+        attention_mask: likewise.
+
+    Raises:
+        InputError: the mask is not one of tokens.
+    """
+    if correction is None:
+        yield
+        return
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise InputError(
+            "attention_mask: expected 0 and 1 for each token, [B, T], got "
+            f"{attention_mask.ndim} dimensions"
+        )
+    states: dict[str, Tensor] = {}
+    thread = threading.get_ident()  # other threads may run the same base
+
+    def correct(module: nn.Module, args: tuple[object, ...], output: Any) -> None:  # noqa: ANN401
+        if threading.get_ident() != thread:
+            return
+        final = output.last_hidden_state
+        # From other devices, of a base that is spread over several.
+        lower = {tap: each.to(final.device) for tap, each in states.items()}
+        positions, mask = (
+            None if each is None else each.to(final.device)
+            for each in (position_ids, attention_mask)
+        )
+        output["last_hidden_state"] = correction.apply(
+            lower | {"final": final},
+            position_ids=positions,
+            attention_mask=mask,
+            cache=output.get("past_key_values"),
+        )
+
+    with (
+        watch_taps(architecture, correction.lower_taps, states.__setitem__),
+        architecture.decoder.register_forward_hook(correct),
+    ):
+        yield
 
 
 def carryon_layers(cache: Cache) -> list[CarryOnLayer]:

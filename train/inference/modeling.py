@@ -13,7 +13,6 @@ Letters: B rows, T positions, D base width.
 import copy
 import inspect
 import logging
-import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import chain
@@ -22,10 +21,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, GenerationMixin
 
-from carryon.cache.base.hooks import contiguous_head_input, watch_taps
+from carryon.cache.base.hooks import contiguous_head_input
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.base.placement import is_spread, output_device
 from carryon.cache.base.pretrained import PreTrainedModel
@@ -36,7 +35,7 @@ from carryon.cache.format.framing import Framing
 from carryon.cache.settings import ForwardSettings
 from carryon.train.config import ChatChoice, GenerateSettings
 from carryon.train.inference.adapters import DEFAULT, Alpha, CarryOnSet, Names
-from carryon.train.inference.correction import get_correction
+from carryon.train.inference.correction import correcting, get_correction
 from carryon.train.inference.generate import answer_all
 from carryon.train.inference.merge import load_own_base, merge_in_memory
 from carryon.train.inference.prompts import Prompt, framing_warnings
@@ -204,10 +203,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether what prompts share may be read once, with padding behind it.
-
-        The base has to be told the position of each token.
-        """
+        """Whether what prompts share may be read once: the base is told each token's position."""
         return "position_ids" in self._optional
 
     @property
@@ -285,27 +281,13 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         )
         return answers[0] if isinstance(prompts, str) else answers
 
-    def read_prompts(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        chat: ChatChoice,
-    ) -> dict[str, Any]:
+    def read_prompts(self, prompts: Sequence[Prompt], *, chat: ChatChoice) -> dict[str, Any]:
         """Return what `generate` needs besides the token ids of prompts: nothing for one base."""
         return {}
 
     def framings(self, carryons: Sequence[str | None] | None, *, num_rows: int) -> list[Framing]:
-        """Return for each row how the training texts of its carry-on were framed.
-
-        A row of the base alone is framed as those of the default carry-on.
-        """
-        slots, _ = self.carryons.resolve(carryons, None, num_rows=num_rows)
-        known = {
-            self.carryons.slot(name): Framing.from_dict(self.carryons.get(name).card.framing)
-            for name in self.carryons.names
-        }
-        own = known.get(self.carryons.slot(DEFAULT)) if DEFAULT in self.carryons.names else None
-        return [known.get(slot) or own or self._framing for slot in slots]
+        """Return how the training texts of each row's carry-on, or of the default, were framed."""
+        return self.carryons.framings(carryons, num_rows=num_rows, fallback=self._framing)
 
     def generate(
         self,
@@ -385,41 +367,15 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
             device=self._final_device or given.device,
             dtype=self._compute_dtype,
         )
-        if self._final_device is not None:
-            position_ids, attention_mask = (
-                None if each is None else each.to(self._final_device)
-                for each in (position_ids, attention_mask)
-            )
-        if correction is None:
-            with attention_of_any_shape(), contiguous_head_input(self.base):
-                return self.base(**inputs)
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise InputError(
-                "attention_mask: expected 0 and 1 for each token, [B, T], got "
-                f"{attention_mask.ndim} dimensions"
-            )
-
-        states: dict[str, Tensor] = {}
-        thread = threading.get_ident()  # other threads may run the same base
-
-        def correct(module: nn.Module, args: tuple[object, ...], output: Any) -> None:  # noqa: ANN401
-            if threading.get_ident() != thread:
-                return
-            final = output.last_hidden_state
-            # From other devices, of a base that is spread over several.
-            lower = {tap: each.to(final.device) for tap, each in states.items()}
-            output["last_hidden_state"] = correction.apply(
-                lower | {"final": final},
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                cache=output.get("past_key_values"),
-            )
-
         with (
             attention_of_any_shape(),  # each token that is generated makes another shape
             contiguous_head_input(self.base),
-            watch_taps(self._architecture, correction.lower_taps, states.__setitem__),
-            self._architecture.decoder.register_forward_hook(correct),
+            correcting(
+                self._architecture,
+                correction,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+            ),
         ):
             return self.base(**inputs)
 
