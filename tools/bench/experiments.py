@@ -1,6 +1,6 @@
 """All experiments and their steps by name: commands with options of their own."""
 
-from carryon.tools.bench.registry import Benchmark
+from carryon.tools.bench.benchmark import Benchmark
 
 EXPERIMENTS = {
     "growth": Benchmark(

@@ -1,24 +1,13 @@
-"""All benchmarks by name. To add one, write `measure(job, *, size=...)` and add a line here."""
+"""All benchmarks by name.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+To add one, write `measure(job, *, size=...)` and add a line here, or to `benchmarks.py` of its
+folder.
+"""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Benchmark:
-    """One benchmark, imported when it runs."""
-
-    place: str
-    """`file:function` of this folder, called with a Job and with sizes by keyword."""
-    about: str
-    """One line for the list."""
-    needs: Literal["", "base", "store", "stores", "gpu", "gpu and base"] = ""
-    """Input without which it is skipped; a base provides a store, by extracting text. `stores`: of
-    two bases, which none provides. `gpu`: an accelerator of this machine."""
-    quick: Mapping[str, Any] = field(default_factory=dict)
-    """Sizes with which it shows in seconds that it runs; its figures then mean nothing."""
-
+from carryon.tools.bench.accuracy.benchmarks import ACCURACY
+from carryon.tools.bench.benchmark import Benchmark
+from carryon.tools.bench.exchange.benchmarks import EXCHANGE
+from carryon.tools.bench.trust.benchmarks import TRUST
 
 _SYNTHETIC = {"width": 256, "taps": 2, "mean_tokens": 128, "max_tokens": 512, "unit_tokens": 1024}
 _QUALITY = {"epochs": 1}
@@ -322,43 +311,8 @@ BENCHMARKS = {
         about="versions: steps against other ways, the trunk's bits, learning rates",
         quick={"schedules": ("cosine",)},
     ),
-    "trust.corruptions": Benchmark(
-        place="trust.corruption:measure_corruptions",
-        about="damaged carry-ons, runs, sweeps and lineages: noticed, and wrong numbers",
-        quick={"trials": 5},
-    ),
-    "trust.store_corruptions": Benchmark(
-        place="trust.corruption:measure_store_corruptions",
-        about="damaged stores: noticed, and wrong numbers",
-        quick={"trials": 2},
-    ),
-    "exchange.guards": Benchmark(
-        place="exchange.guards:measure_guards",
-        about="wrong files of hidden states that an import takes",
-    ),
-    "exchange.round_trip": Benchmark(
-        place="exchange.round_trip:measure_round_trip",
-        about="a store as files of speculators and back: states with other bits",
-        quick={"samples": 20},
-    ),
-    "exchange.import": Benchmark(
-        place="exchange.rate:measure_import",
-        about="MB/s of an import of many small files, against the disk's own rate",
-        needs="base",
-        quick={"files": 40},
-    ),
-    "vllm.speed": Benchmark(
-        place="exchange.engine:measure_engine_speed",
-        about="tokens a CPU second of an extraction by vLLM against one by transformers",
-        needs="base",
-        quick={"tokens": (500, 1500), "unit_tokens": 1024, "rounds": 1},
-    ),
-    "vllm.states": Benchmark(
-        place="exchange.engine:measure_engine_states",
-        about="states of vLLM against those of transformers, and carry-ons trained on each",
-        needs="base",
-        quick={"tokens": 3000, "epochs": 1},
-    ),
+    **TRUST,
+    **EXCHANGE,
     "house.shape": Benchmark(
         place="house:measure_shape",
         about="modules, floors, imports and lines of the source",
@@ -393,48 +347,7 @@ BENCHMARKS = {
         about="seconds before the first unit of a second extraction of the same data",
         quick={"records": 1000, "rounds": 1},
     ),
-    "trust.kills": Benchmark(
-        place="trust.kills:measure_kills",
-        about="commands killed at any instant end with the same bits",
-        quick={"kills": 1},
-    ),
-    "trust.shared_kills": Benchmark(
-        place="trust.shared_kills:measure_shared_kills",
-        about="workers, drivers and actors of Ray killed at random moments: the same bits",
-        quick={"kills": 3},
-    ),
-    "trust.full_disk": Benchmark(
-        place="trust.full_disks:measure_full_disks",
-        about="commands on a disk that becomes full: one line, then the same bits",
-        quick={"sizes": 1},
-    ),
-    "trust.writers": Benchmark(
-        place="trust.writers:measure_writers",
-        about="two commands at one folder: one works, one is refused",
-        quick={"pairs": 4},
-    ),
-    "trust.open": Benchmark(
-        place="trust.opening:measure_opening",
-        about="seconds to open a store and carry-ons, against an earlier commit",
-        quick={"units": 20, "samples": 2000, "widths": (16,), "rounds": 1},
-    ),
-    "trust.documents": Benchmark(
-        place="trust.hostile:measure_documents",
-        about="documents with any change: tracebacks, hangs, writes outside, memory; half an hour",
-        quick={"documents": 16},
-    ),
-    "accuracy.copy": Benchmark(
-        place="accuracy.copying:measure_copying",
-        about="answers whose last line repeats the number that they computed, by taps",
-        needs="base",
-        quick={"samples": 24, "answers": 4, "epochs": 1, "max_new_tokens": 8},
-    ),
-    "accuracy.answers": Benchmark(
-        place="accuracy.answers:measure_answers",
-        about="tokens/s of answers that are scored, vLLM against transformers",
-        needs="base",
-        quick={"answers": 4, "max_new_tokens": 4},
-    ),
+    **ACCURACY,
     "before.bits": Benchmark(
         place="before:measure_bits",
         about="bits of stores, runs, a sweep and a lineage against an earlier commit",
