@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.store.reader import Store
 from carryon.train.data.split import split_samples
-from carryon.train.modules.serialization import CarryOnCard, check_base
+from carryon.train.modules.card import CarryOnCard, check_base
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
