@@ -302,42 +302,10 @@ class RunSettings(Settings):
         return self.finish_with == "best" or (self.finish_with == "auto" and self.patience > 0)
 
 
-ChatChoice = Literal["auto", True, False]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateSettings(Settings):
-    """Generation."""
-
-    max_new_tokens: int = bounded(256, at_least=1)
-    """Maximum length of an answer, in tokens."""
-    temperature: float = bounded(0.0, at_least=0)
-    """Sampling temperature. 0: greedy."""
-    top_p: float = bounded(1.0, above=0, at_most=1)
-    """Nucleus sampling: sample from the most probable tokens up to this sum of probabilities."""
-    seed: int = bounded(0, at_least=0)
-    """Seed of sampling."""
-    chat: ChatChoice = "auto"
-    """Whether the prompt goes into the chat template, as a user turn, or stands as it is. `auto`:
-    as the carry-on's training texts did; if that is not known, where the base has a template."""
-
-
 def rates_of(carryon: CarryOnSettings) -> tuple[float, ...]:
     """Return the learning rates that suit a carry-on, its default first."""
     kind = get_kind(carryon.kind)
     return kind.lora_rates if carryon.lora_rank else kind.learning_rates
-
-
-def rate_warning(optimization: OptimizationSettings, carryon: CarryOnSettings) -> str:
-    """Return a warning about a learning rate that is too high for the kind; empty if it is not."""
-    rate, default = optimization.learning_rate, rates_of(carryon)[0]
-    if rate <= get_kind(carryon.kind).max_rate_factor * default:
-        return ""
-    return (
-        f"learning_rate: {rate:g} is {rate / default:.0f} times the default of a {carryon.kind}"
-        f"{' with LoRA' if carryon.lora_rank else ''} ({default:g}), which begins as the base and "
-        "may be worse than it after a few steps. Fix: leave out --learning-rate, or lower it"
-    )
 
 
 Changes = Mapping[str, Any]

@@ -17,9 +17,10 @@ from carryon.tools.bench.experiment_paths import experiment_paths
 from carryon.tools.cli.options import options_of
 from carryon.tools.compare.settings import CompareSettings, get_methods
 from carryon.train import sweep, train, update
-from carryon.train.config import CarryOnSettings, OptimizationSettings, rate_warning
+from carryon.train.config import CarryOnSettings, OptimizationSettings
 from carryon.train.kinds import KINDS
 from carryon.train.trainer.metrics import read_metrics
+from carryon.train.trainer.trainer import rate_warning
 
 TOP = {"kind": "top", "blocks": 1}
 DEFAULT = replace(TINY, optimization=replace(TINY.optimization, learning_rate=0.0))

@@ -6,7 +6,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.cli.output import visible
 from carryon.tools.cli.table import side_by_side
-from carryon.train.config import GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 
 
 def generate(

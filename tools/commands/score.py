@@ -9,7 +9,7 @@ from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.cli.output import print_result
 from carryon.tools.cli.table import format_table
-from carryon.train.config import GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 
 if TYPE_CHECKING:
     from carryon.train.inference.scoring.counts import ArmScore

@@ -116,7 +116,7 @@ def _is_scored(given: dict[str, Any]) -> bool:
 
 def _open_scoring(store: list[str], given: dict[str, Any], settings: TrainSettings) -> "Scoring":
     from carryon.cache.settings import ForwardSettings
-    from carryon.train.config import GenerateSettings
+    from carryon.train.inference.generate_settings import GenerateSettings
     from carryon.train.inference.scoring.scorer import open_scorer
     from carryon.train.trainer.metrics import Scoring
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.cli.output import print_result
-from carryon.train.config import GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 
 if TYPE_CHECKING:
     from carryon.train.inference.scoring.problems import Problem

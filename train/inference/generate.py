@@ -14,8 +14,8 @@ from transformers import Cache, GenerationConfig
 
 from carryon.cache.base.facts import check_token_id, end_ids
 from carryon.cache.errors import InputError
-from carryon.train.config import ChatChoice, GenerateSettings
 from carryon.train.inference.draw import sampling_processors
+from carryon.train.inference.generate_settings import ChatChoice, GenerateSettings
 from carryon.train.inference.prefill import arrange, prefill
 from carryon.train.inference.prompts import encode_prompts
 

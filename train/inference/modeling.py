@@ -33,10 +33,10 @@ from carryon.cache.device import attention_of_any_shape
 from carryon.cache.errors import InputError
 from carryon.cache.format.framing import Framing
 from carryon.cache.settings import ForwardSettings
-from carryon.train.config import ChatChoice, GenerateSettings
 from carryon.train.inference.adapters import DEFAULT, Alpha, CarryOnSet, Names
 from carryon.train.inference.correction import correcting, get_correction
 from carryon.train.inference.generate import answer_all
+from carryon.train.inference.generate_settings import ChatChoice, GenerateSettings
 from carryon.train.inference.merge import load_own_base, merge_in_memory
 from carryon.train.inference.prompts import Prompt, framing_warnings
 from carryon.train.kinds import get_kind

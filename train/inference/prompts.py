@@ -11,7 +11,7 @@ from carryon.cache.corpus.conversion import parse_variables
 from carryon.cache.corpus.records import Chat
 from carryon.cache.errors import InputError
 from carryon.cache.format.framing import Framing
-from carryon.train.config import ChatChoice
+from carryon.train.inference.generate_settings import ChatChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

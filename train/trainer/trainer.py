@@ -19,7 +19,13 @@ from carryon.cache.device import pick_device
 from carryon.cache.errors import DamagedFileError, InputError
 from carryon.cache.files.documents import sealed, write_json
 from carryon.cache.store.view import StoreLike
-from carryon.train.config import LossSettings, TrainSettings, rate_warning
+from carryon.train.config import (
+    CarryOnSettings,
+    LossSettings,
+    OptimizationSettings,
+    TrainSettings,
+    rates_of,
+)
 from carryon.train.data.contamination import NGRAM, WARN_ABOVE, Contamination, measure_contamination
 from carryon.train.data.datasets import (
     StorePaths,
@@ -29,6 +35,7 @@ from carryon.train.data.datasets import (
     window_units,
 )
 from carryon.train.data.loader import stream_bytes
+from carryon.train.kinds import get_kind
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.mixing.projected import ProjectedSources, project_sources
@@ -334,4 +341,16 @@ def describe(run: Run) -> str:
         f"{num_parameters(run.carryon)} weights to train; on {run.head.device}, head in "
         f"{str(run.head.dtype).removeprefix('torch.')}; at most {memory / 1e6:.0f} MB of "
         f"hidden states in memory\n{cached}".rstrip()
+    )
+
+
+def rate_warning(optimization: OptimizationSettings, carryon: CarryOnSettings) -> str:
+    """Return a warning about a learning rate that is too high for the kind; empty if it is not."""
+    rate, default = optimization.learning_rate, rates_of(carryon)[0]
+    if rate <= get_kind(carryon.kind).max_rate_factor * default:
+        return ""
+    return (
+        f"learning_rate: {rate:g} is {rate / default:.0f} times the default of a {carryon.kind}"
+        f"{' with LoRA' if carryon.lora_rank else ''} ({default:g}), which begins as the base and "
+        "may be worse than it after a few steps. Fix: leave out --learning-rate, or lower it"
     )

@@ -13,9 +13,9 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
-from carryon.train.config import GenerateSettings
 from carryon.train.inference import generate
 from carryon.train.inference.generate import generate_rows
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.prefill import common_length
 from carryon.train.modules.serialization import save_carryon

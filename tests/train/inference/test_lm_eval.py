@@ -10,7 +10,7 @@ import yaml
 from support.tiny_carryons import make_tiny_carryon
 
 from carryon.cache.base.model import Base
-from carryon.train.config import GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.modeling import CarryOnForCausalLM
 
 CHOICES = {

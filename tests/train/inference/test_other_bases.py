@@ -13,7 +13,7 @@ from support.tiny_carryons import make_tiny_carryon
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.settings import ForwardSettings
-from carryon.train.config import GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.merge import load_for_base
 from carryon.train.inference.mixing.source_base import place_sources
 from carryon.train.inference.modeling import CarryOnForCausalLM

@@ -21,11 +21,9 @@ from carryon.cache.files.atomic import recover_folder
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.verify import verify
-from carryon.train.config import (
-    CarryOnSettings,
-    GenerateSettings,
-)
+from carryon.train.config import CarryOnSettings
 from carryon.train.inference.evaluate import evaluate
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.merge import merge
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.modules.carryon import build_carryon

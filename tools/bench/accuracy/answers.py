@@ -6,7 +6,7 @@ from pathlib import Path
 from carryon.cache.errors import InputError, MissingExtraError
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.bench.job import Job
-from carryon.train.config import GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.measure import measure
 from carryon.train.inference.scoring.problems import read_problems

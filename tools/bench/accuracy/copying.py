@@ -14,8 +14,9 @@ from carryon.cache.extraction.pipeline import extract
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.job import Job
 from carryon.tools.demo.corpus import ENDING
-from carryon.train.config import GenerateSettings, TrainSettings
+from carryon.train.config import TrainSettings
 from carryon.train.inference.generate import answer_batch
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.scoring.comparison import wilson_interval
 from carryon.train.modules.taps import middle_taps

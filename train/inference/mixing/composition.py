@@ -12,7 +12,7 @@ from carryon.cache.alignment.growing_text import GrowingText, begin_text, end_pr
 from carryon.cache.base.model import Base
 from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.format.framing import Framing
-from carryon.train.config import ChatChoice
+from carryon.train.inference.generate_settings import ChatChoice
 from carryon.train.inference.mixing.session import AnchorWords, Prompts, Session
 from carryon.train.inference.mixing.source_base import BaseCost, SourceBase, head_in_place
 from carryon.train.inference.prompts import Prompt, encode_prompts, joined, uses_template

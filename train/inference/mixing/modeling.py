@@ -19,8 +19,8 @@ from carryon.cache.base.hooks import watch_taps
 from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError
 from carryon.cache.settings import ForwardSettings
-from carryon.train.config import ChatChoice
 from carryon.train.inference.adapters import DEFAULT, Alpha, Names
+from carryon.train.inference.generate_settings import ChatChoice
 from carryon.train.inference.merge import load_own_base
 from carryon.train.inference.mixing.composition import Composition
 from carryon.train.inference.mixing.session import Prompts, find_session, host_rows, keep_session

@@ -16,7 +16,7 @@ from carryon.cache.files.atomic import write_file
 from carryon.cache.files.documents import digest_of
 from carryon.cache.files.locked import held
 from carryon.cache.settings import ForwardSettings
-from carryon.train.config import GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.prompts import uses_template
 from carryon.train.inference.sampling.records import (
     choose_held_out,

@@ -17,7 +17,7 @@ from carryon.cache.files.documents import digest_of
 from carryon.cache.files.locked import held
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
-from carryon.train.config import GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
 from carryon.train.inference.scoring.arms import Arm, parse_arms
 from carryon.train.inference.scoring.counts import ArmScore, count, judge

@@ -23,9 +23,9 @@ from carryon.cache.files.regular import digest_file
 from carryon.cache.format.framing import Framing
 from carryon.cache.optional import require
 from carryon.cache.settings import ForwardSettings
-from carryon.train.config import GenerateSettings
 from carryon.train.inference.adapters import DEFAULT
 from carryon.train.inference.generate import Generation, generate_rows
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.merge import load_own_base
 from carryon.train.inference.mixing.modeling import (
     MixedForCausalLM,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from carryon.cache.errors import InputError
 from carryon.cache.progress import Progress
-from carryon.train.config import GenerateSettings
 from carryon.train.inference.generate import Generation, check_room
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
 from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.models import Answerer

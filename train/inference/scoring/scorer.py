@@ -18,10 +18,11 @@ from carryon.cache.errors import InputError
 from carryon.cache.progress import track
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.view import StoreLike
-from carryon.train.config import CarryOnSettings, GenerateSettings, StreamSettings
+from carryon.train.config import CarryOnSettings, StreamSettings
 from carryon.train.data.mixture import MixedStore, open_stores
 from carryon.train.inference.adapters import DEFAULT
 from carryon.train.inference.generate import generate_rows
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.merge import load_own_base
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.inference.prompts import encode_prompts

@@ -21,8 +21,8 @@ from carryon.cache.exchange.engine.vllm_process import (
     one_line,
     vllm_environment,
 )
-from carryon.train.config import GenerateSettings
 from carryon.train.inference.generate import Generation
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.prompts import Prompt
 from carryon.train.inference.scoring.arms import Arm
 

@@ -15,7 +15,7 @@ from support.tiny_vllm import HAS_VLLM, WITHOUT_VLLM, make_tiny_vllm, wait_for_t
 from carryon.cache.errors import EngineError, InputError
 from carryon.cache.exchange.engine.vllm_process import PYTHON_VARIABLE
 from carryon.cache.settings import ForwardSettings
-from carryon.train.config import GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.scoring.measure import measure
 from carryon.train.inference.scoring.problems import read_problems
 from carryon.train.inference.scoring.vllm_engine import Engine, VllmAnswers
@@ -37,7 +37,7 @@ HOW: dict[str, Any] = {
 }
 PARENT = """
 import sys, time
-from carryon.train.config import GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.scoring.vllm_engine import VllmAnswers
 how = {"settings": GenerateSettings(), "context_tokens": 9, "dtype": "float32"}
 answers = VllmAnswers("m", tokenizer=None, **how)
