@@ -315,7 +315,7 @@ def test_lora_is_saved_as_it_was_trained(base_folder: Path, store: Path, tmp_pat
     import peft
 
     result = train_lora(
-        base=str(base_folder), store=str(store), out=str(tmp_path / "lora"), seconds=0.3,
+        base=str(base_folder), store=str(store), out=str(tmp_path / "lora"), seconds=1.0,
         learning_rates=[1e-9, 1e-2, 1e-8], sampled_softmax=0, forward=CPU,
     )  # fmt: skip
     assert result["learning_rate"] == 1e-2  # the best of them, which is neither first nor last
@@ -331,8 +331,8 @@ def test_lora_is_saved_as_it_was_trained(base_folder: Path, store: Path, tmp_pat
         patch.setattr("warnings.warn", lambda *_, **__: None)  # PEFT reads a deprecated attribute
         adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "lora"))
     assert plain_nll(adapted, opened) == pytest.approx(result["lora_nll"], abs=0.02)
-    assert result["lora_nll"] < result["base_nll"] - 0.05
-    assert result["train_s"] >= 0.15
+    assert result["lora_nll"] < result["base_nll"] - 0.03
+    assert result["train_s"] >= 0.5
     with pytest.raises(InputError, match="--run: expected a run or --seconds"):
         train_lora(base="none", store=str(store), out="none", forward=CPU)
     for rates in ([], [1e-3, 0.0], [float("nan")]):
