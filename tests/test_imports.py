@@ -27,7 +27,7 @@ FLOORS = [
     {"cache/store"},
     {"cache/extraction"},
     {"cache/exchange"},
-    {"train/kinds", "train/plots", "train/saved_settings"},
+    {"train/kinds", "train/plots", "train/saved_settings", "train/compile_settings"},
     {"train/config"},
     {"train/settings_file"},
     {"train/modules"},

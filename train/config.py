@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from carryon.cache.checked_settings import Settings, apply_options, bounded, parse_options
 from carryon.cache.errors import InputError
+from carryon.train.compile_settings import CompileSettings
 from carryon.train.kinds import KINDS, get_kind, kind_problem
 from carryon.train.saved_settings import FORMER_NAMES
 
@@ -331,6 +332,7 @@ class TrainSettings:
     mixing: MixSettings = field(default_factory=MixSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
+    compilation: CompileSettings = field(default_factory=CompileSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def check_mix(self, *, is_scored: bool = False) -> None:

@@ -35,6 +35,8 @@ class Kind:
     reads_sources: bool = False
     """Whether it can read the states of other bases too; `build` is then also given
     `sources={tap: width}`, if there are any."""
+    compiles: bool = False
+    """Whether torch may compile its `correct_packed`, which then also sees samples of zeros."""
     merges: Literal["", "append", "replace"] = ""
     """How its blocks merge into a checkpoint of the base: behind the base's blocks, or in place of
     the last ones. Empty: it does not merge."""
@@ -53,6 +55,7 @@ KINDS = {
         build="carryon.train.modules.bottleneck:Bottleneck",
         learning_rates=(3e-3, 1e-3),
         reads_sources=True,
+        compiles=True,
     ),
     "native": Kind(
         build="carryon.train.modules.base_blocks:BlocksCarryOn",

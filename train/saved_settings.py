@@ -14,6 +14,8 @@ LATER_SETTINGS: Mapping[str, Any] = {
     "mix_by": "probability",
     "mix_taps": ["final"],
     "loss_way": "attention",
+    "compile": False,
+    "padded_sizes": [],
 }
 """Settings that are younger than the first runs -> the value those runs had."""
 FORMER_NAMES = {

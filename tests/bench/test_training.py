@@ -12,6 +12,7 @@ from carryon.cache import extract
 CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "train.step": (["step.speed"], {}),
     "gpu.ahead": (["gpu.ahead"], {"steps": 2}),
+    "train.compiled": (["train.compiled"], {}),
     "train.memory": (["memory.peak", "memory.plan"], {}),
     "train.data_wait": (["data_wait.share"], {}),
     "train.padding": (["padding.share"], {}),

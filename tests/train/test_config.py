@@ -101,7 +101,7 @@ def test_options_of_all_groups_are_given_by_name() -> None:
         ({"lr": 1e-3}, r"no setting lr: did you mean learning_rate\?"),
         ({"learning_rates": 1e-3}, r"no setting learning_rates: did you mean learning_rate\?"),
         ({"rank": 4}, r"no setting rank: did you mean lora_rank\?"),
-        ({"colour": "red"}, "no setting colour: none of 58 is similar"),
+        ({"colour": "red"}, "no setting colour: none of 60 is similar"),
         ({"width": "wide"}, "width: expected a whole number, got 'wide'"),
         ({"recompute": "maybe"}, "recompute: expected true or false, got 'maybe'"),
     ],

@@ -112,6 +112,11 @@ BENCHMARKS = {
     "train.step": Benchmark(
         place="step:measure_step", about="a whole step against its loss", quick=_HEAD
     ),
+    "train.compiled": Benchmark(
+        place="compiled:measure_compiled",
+        about="compiled steps against others; minutes of compiling",
+        quick={**_HEAD, "batches": 2, "backend": "eager"},
+    ),
     "gpu.loss": Benchmark(
         place="loss:measure_loss", about="train.loss on an accelerator", needs="gpu", quick=_HEAD
     ),
@@ -123,6 +128,12 @@ BENCHMARKS = {
         about="steps whose figures are read together against steps read one by one",
         needs="gpu",
         quick=_HEAD,
+    ),
+    "gpu.compiled": Benchmark(
+        place="compiled:measure_compiled",
+        about="train.compiled on an accelerator, captured as CUDA graphs",
+        needs="gpu",
+        quick={**_HEAD, "batches": 2, "backend": "eager"},
     ),
     "gpu.extract": Benchmark(
         place="gpu_extract:measure_gpu_extraction",

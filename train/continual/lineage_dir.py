@@ -232,14 +232,13 @@ def _absolute(store: str, root: Path) -> str:
 def lasting_settings(settings: TrainSettings) -> dict[str, Any]:
     """Return the settings, flat, that all runs of a lineage have in common.
 
-    The way of the loss is each run's own, as its dtype is unless it was given: an update may be
-    trained on another machine.
+    The way of the loss is each run's own, and whether its steps are compiled; so is its dtype
+    unless it was given: an update may be trained on another machine.
     """
+    own = ("loss_way", "compile", "padded_sizes")
     flat = settings.to_flat()
     return {
-        name: value
-        for name, value in flat.items()
-        if name not in FREE_SETTINGS and name != "loss_way"
+        name: value for name, value in flat.items() if name not in FREE_SETTINGS and name not in own
     }
 
 

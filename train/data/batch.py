@@ -5,7 +5,7 @@ target of the same sample. Letters: N tokens of the batch, B samples, D base wid
 pairs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from carryon.cache.device import to_device
+from carryon.cache.store.view import StoreLike
 from carryon.train.modules.packed_attention import Packing, pack
 
 
@@ -116,6 +117,14 @@ def make_batch(
         targets=torch.from_numpy(tokens[targets_at].astype(np.int64)),
     )
     return batch.pinned() if is_pinned else batch
+
+
+def no_states(store: StoreLike, taps: Sequence[str]) -> dict[str, Tensor]:
+    """Return [0, D] for each tap, in the dtype of the states of a batch."""
+    return {
+        tap: _as_tensor(np.empty((0, store.tap_width(tap)), dtype=store.tap_dtype(tap)))
+        for tap in taps
+    }
 
 
 def _as_tensor(rows: NDArray[Any]) -> Tensor:

@@ -8,6 +8,7 @@ Letters: N tokens of a batch, B samples, T longest sample, H heads, K head width
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,9 +34,9 @@ class Packing:
     position_ids: Tensor
     """[1, N] int64: t of each token."""
     num_rows: int
-    """B."""
+    """B, or more: the last rows are empty."""
     longest: int
-    """T."""
+    """T, or more."""
 
     def to(self, device: torch.device) -> "Packing":
         """Return the packing on `device`, copied without a wait."""
@@ -45,16 +46,22 @@ class Packing:
         return replace(self, place=place, position_ids=position_ids)
 
 
-def pack(lengths: Tensor) -> Packing:
-    """Return the packing of samples of `lengths` [B] int64, in order."""
-    longest = int(lengths.max())
+def pack(lengths: Tensor, *, num_rows: int = 0, longest: int = 0) -> Packing:
+    """Return the packing of samples of `lengths` [B] int64, in order.
+
+    Args:
+        lengths: of the samples.
+        num_rows: rows to spread to, at least B. 0: B.
+        longest: tokens of a row, at least those of the longest sample. 0: as many.
+    """
+    longest = longest or int(lengths.max())
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     starts = torch.cumsum(lengths, dim=0) - lengths
     within = torch.arange(len(rows), device=lengths.device) - starts[rows]
     return Packing(
         place=rows * longest + within,
         position_ids=within[None],
-        num_rows=len(lengths),
+        num_rows=num_rows or len(lengths),
         longest=longest,
     )
 
@@ -147,7 +154,9 @@ def _within_samples(
     k_BHTK = _spread(key, packing).repeat_interleave(groups, dim=1)
     v_BHTK = _spread(value, packing).repeat_interleave(groups, dim=1)
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
-    with torch.autocast(query.device.type, enabled=False), attention_of_any_shape():
+    # A compiler cannot trace the latter: who compiles this is within it.
+    any_shape = nullcontext() if torch.compiler.is_compiling() else attention_of_any_shape()
+    with torch.autocast(query.device.type, enabled=False), any_shape:
         if softcap is None:
             out = nn.functional.scaled_dot_product_attention(
                 q_BHTK,

@@ -98,6 +98,9 @@ def run_engine(
     )
     if not order.steps:
         return
+    for state in states:
+        if not state.is_done:
+            state.run.compile()
     taps = list(dict.fromkeys(tap for state in states for tap in state.run.taps))
     if len(states) > 1:
         _check_memory(data, order, taps)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from carryon.cache.device import pick_chunk, pick_device
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import CarryOnSettings, LossSettings, TrainSettings
-from carryon.train.data.batch import Batch
+from carryon.train.data.batch import Batch, no_states
 from carryon.train.data.contamination import Contamination
 from carryon.train.data.datasets import TrainData
 from carryon.train.data.evaluation_set import (
@@ -24,6 +24,7 @@ from carryon.train.data.evaluation_set import (
     evaluation_ratio,
     first_samples,
 )
+from carryon.train.data.padding import PaddedSize
 from carryon.train.data.sampler import Window, count_steps
 from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
@@ -40,6 +41,7 @@ from carryon.train.modules.carryon import (
 )
 from carryon.train.optim.lr_schedule import learning_rate
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
+from carryon.train.trainer.compiled import CompiledCarryOn
 from carryon.train.trainer.held_out.job import EvalJob
 from carryon.train.trainer.metrics import Callback, Scoring
 from carryon.train.trainer.run_dir import RunFolder, run_identity
@@ -125,6 +127,8 @@ class Run:
     segment: Segment | None
     callbacks: Sequence[Callback]
     scoring: Scoring | None
+    compiled: CompiledCarryOn | None
+    """The carry-on as steps compute it once it is compiled. None: as it is."""
 
     @property
     def taps(self) -> list[str]:
@@ -165,8 +169,14 @@ class Run:
             kl_weight=self.settings.loss.kl_weight,
             base=self.base,
             projected=self.projected,
+            correct=self.compiled,
             is_read=is_read,
         )
+
+    def compile(self) -> None:
+        """Compile the carry-on of steps, if that was chosen; takes long."""
+        if self.compiled is not None:
+            self.compiled.compile(no_states(self.store, taps_of(self.carryon)))
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -285,7 +295,17 @@ def prepare_run(
         segment=segment,
         callbacks=job.callbacks,
         scoring=job.scoring,
+        compiled=_plan_compilation(settings, carryon, heads[settings.loss]),
     )
+
+
+def _plan_compilation(
+    settings: TrainSettings, carryon: CarryOn, head: FrozenHead
+) -> CompiledCarryOn | None:
+    if settings.compilation.compile is not True:
+        return None
+    sizes = [PaddedSize.parse(each) for each in settings.compilation.padded_sizes]
+    return CompiledCarryOn(carryon, head, sizes)
 
 
 def _plan_evaluations(

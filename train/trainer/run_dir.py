@@ -30,6 +30,7 @@ from carryon.cache.files.atomic import PARTIAL, write_file
 from carryon.cache.files.documents import read_sealed, sealed, write_json
 from carryon.cache.files.regular import digest_file
 from carryon.cache.lock import FOLDER_LOCK, folder_lock
+from carryon.train.compile_settings import CompileSettings
 from carryon.train.losses.ways import WAYS
 from carryon.train.modules.card_file import GATE
 from carryon.train.saved_settings import refuse_other_settings, setting_of, with_current_names
@@ -188,12 +189,7 @@ def saved_choices(root: str | Path) -> dict[str, str]:
     Raises:
         InputError: a choice does not exist.
     """
-    folder = RunFolder(root)
-    identity: Any = None
-    with suppress(OSError, ValueError, CarryOnError):
-        identity = read_sealed(folder.identity).get("identity")
-    if not isinstance(identity, dict):
-        identity = saved_identity(folder.checkpoints)
+    identity = _identity_in(root)
     if identity is None:
         return {}
     known = {"loss_way": tuple(WAYS), "head_dtype": ("auto", *HEAD_DTYPES)}
@@ -207,6 +203,34 @@ def saved_choices(root: str | Path) -> dict[str, str]:
             )
         choices[name] = choice
     return choices
+
+
+def saved_compilation(root: str | Path) -> CompileSettings | None:
+    """Return how the steps of the run in a folder are compiled; None without a run.
+
+    Runs from before that could be chosen are not.
+
+    Raises:
+        InputError: such settings do not exist.
+    """
+    identity = _identity_in(root)
+    if identity is None:
+        return None
+    names = ("compile", "padded_sizes")
+    try:
+        return CompileSettings.from_dict({name: setting_of(identity, name) for name in names})
+    except InputError as error:
+        raise InputError(f"{root}: {error}. Fix: give another --out") from error
+
+
+def _identity_in(root: str | Path) -> dict[str, Any] | None:
+    """Return the identity of the run in a folder, from run.json or a checkpoint, if it has one."""
+    folder = RunFolder(root)
+    with suppress(OSError, ValueError, CarryOnError):
+        identity = read_sealed(folder.identity).get("identity")
+        if isinstance(identity, dict):
+            return identity
+    return saved_identity(folder.checkpoints)
 
 
 def run_identity(

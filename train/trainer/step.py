@@ -4,7 +4,7 @@ Letters: M supervised pairs of a batch, D base width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -112,12 +112,14 @@ def take_step(
     kl_weight: float = 0.0,
     base: BaseStates | None = None,
     projected: ProjectedSources | None = None,
+    correct: Callable[[Batch], Tensor] | None = None,
     is_read: bool = True,
 ) -> Step:
     """Update the weights of `carryon` by the gradient of the batches' mean loss.
 
-    `base` is needed with a `kl_weight` and in a mixture, `projected` in a mixture. Without
-    `is_read` the host does not wait for the figures, which only `Step.read` checks.
+    `base` is needed with a `kl_weight` and in a mixture, `projected` in a mixture. `correct` takes
+    the place of `pair_delta`. Without `is_read` the host does not wait for the figures, which only
+    `Step.read` checks.
 
     Raises:
         NotFiniteError: the loss or a gradient is not finite. No weight is updated, except by an
@@ -150,6 +152,7 @@ def take_step(
             kl_weight=kl_weight,
             base=base,
             pairs=pairs,
+            correct=correct,
         )
         losses.append(batch_losses.detach())
         mean = objective / max(1, num_targets)
@@ -197,9 +200,10 @@ def _objective(
     kl_weight: float,
     base: BaseStates | None,
     pairs: PairProjections | None,
+    correct: Callable[[Batch], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies [M], and the sum to minimize."""
-    delta_MD = pair_delta(carryon, batch, head=head)
+    delta_MD = correct(batch) if correct else pair_delta(carryon, batch, head=head)
     states_MD = carryon.customize(batch.states, batch.positions, delta_MD, alpha=1.0)
     rows = sampled_head(head, batch.host.targets)
     losses = token_losses(states_MD, batch.targets, head=rows, chunk=chunk)
@@ -223,11 +227,11 @@ def pair_losses(
 
 def pair_delta(carryon: CarryOn, batch: Batch, *, head: FrozenHead) -> Tensor:
     """Return the carry-on's correction at each supervised pair, before alpha, [M, D]."""
-    with _products(carryon, head):
+    with products_of(carryon, head):
         return carryon.correct_packed(batch.states, batch.packing(), batch.positions)
 
 
-def _products(carryon: CarryOn, head: FrozenHead) -> AbstractContextManager[object]:
+def products_of(carryon: CarryOn, head: FrozenHead) -> AbstractContextManager[object]:
     """Return the context of a carry-on's products: in the head's dtype, mostly.
 
     A module of the user's need not cast its states to the dtype of its weights. So with weights in

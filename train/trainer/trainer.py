@@ -2,7 +2,7 @@
 
 The same call starts runs, resumes them after a kill and repeats them. On the same CPU with the
 same number of threads a resumed run ends with the same bits as one that was never stopped, and a
-run beside others with the same bits as one alone that has the same `loss_way`.
+run beside others with the same bits as one alone that has the same `loss_way` and `compile`.
 """
 
 import logging
@@ -44,6 +44,7 @@ from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import read_weights
 from carryon.train.modules.taps import resolve_taps, stream_taps
 from carryon.train.trainer.choices import choose_products, keep_evaluated
+from carryon.train.trainer.compile_choice import choose_compilation
 from carryon.train.trainer.distributed import (
     Processes,
     join_processes,
@@ -206,6 +207,7 @@ def _prepare(
     pick_device(jobs[0].settings.run.device)
     heads: dict[LossSettings, FrozenHead] = {}
     jobs = choose_products(jobs, data.store, heads, processes)
+    jobs = choose_compilation(jobs, data, contamination, processes)
     identities = [job.identity(data) for job in jobs]
     projected: ProjectedSources | None = None
     runs = []

@@ -23,6 +23,8 @@ from carryon.train.config import (
     OptimizationSettings,
     StreamSettings,
 )
+from carryon.train.data.batch import Batch
+from carryon.train.data.padding import choose_sizes, pad
 from carryon.train.losses.base_states import BaseStates, get_base_states
 from carryon.train.losses.cross_entropy import token_losses
 from carryon.train.losses.endings import Endings
@@ -164,6 +166,30 @@ def test_a_step_in_little_memory(gpu: FakeGpu, store: Path, memory: dict[str, An
     loss = LossSettings(head_dtype="bfloat16")
 
     _take_steps(gpu, store, KINDS["bottleneck"], loss=loss, memory=MemorySettings(**memory))
+
+
+@on_fake_gpu
+def test_a_padded_step(gpu: FakeGpu, store: Path) -> None:
+    opened = Store.open(store)
+    carryon = build_carryon(CarryOnSettings(**KINDS["bottleneck"]), opened, seed=0)
+    with gpu.setup():
+        head = place_training_head(opened, LossSettings(head_dtype="bfloat16"), device=CUDA)
+        carryon = carryon.to(CUDA)
+    optimizer = build_optimizer(carryon, OPTIMIZATION, MemorySettings())
+    batches = read_batches(opened, ["final"], is_pinned=True)[:2]
+    [size, *_] = choose_sizes([each.lengths for each in batches], most_tokens=64, density=1.0)
+
+    def correct(batch: Batch) -> torch.Tensor:
+        padded = pad(batch, size, taps=["final"])
+        assert padded.positions.device == padded.packing.place.device == CUDA
+        with head.autocast():
+            found = carryon.correct_packed(padded.states, padded.packing, padded.positions)
+        return found[: batch.num_targets]
+
+    step = take(carryon, optimizer, batches, head=head, correct=correct, is_read=False)
+
+    assert step.values.device == CUDA
+    assert gpu.waits == []
 
 
 @on_fake_gpu

@@ -20,7 +20,8 @@ from carryon.train.config import (
     MemorySettings,
     OptimizationSettings,
 )
-from carryon.train.data.batch import Batch
+from carryon.train.data.batch import Batch, no_states
+from carryon.train.data.padding import choose_sizes
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.inference.modeling import CarryOnForCausalLM
 from carryon.train.losses.cross_entropy import token_losses
@@ -28,6 +29,7 @@ from carryon.train.losses.frozen_head import frozen_head, with_gradient_filter
 from carryon.train.losses.sampled_softmax import place_training_head
 from carryon.train.modules.carryon import build_carryon
 from carryon.train.optim.optimizer import build_optimizer
+from carryon.train.trainer.compiled import CompiledCarryOn
 from carryon.train.trainer.step import Step, read_steps
 from carryon.train.trainer.trainer import train
 
@@ -150,6 +152,46 @@ def test_a_step_does_not_wait_for_the_gpu(store: Path) -> None:
 
     read_steps(taken)
     assert all(each.read().loss > 0 for each in taken)
+
+
+@pytest.mark.filterwarnings("default")  # of the compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_in_cuda_graphs_end_where_others_do(store: Path, dtype: Any) -> None:  # noqa: ANN401
+    opened = Store.open(store)
+    head = place_training_head(opened, LossSettings(head_dtype=dtype), device=CUDA)
+    batches = read_batches(opened, ["final"], is_pinned=True)
+    lengths = [batch.lengths for batch in batches]
+    sizes = choose_sizes(lengths, most_tokens=64, density=1.0)
+    losses = []
+    for is_compiled in (False, True):
+        shape = CarryOnSettings(width=8, heads=2, intermediate_size=8, blocks=1)
+        carryon = build_carryon(shape, opened, seed=0).to(CUDA)
+        optimizer = build_optimizer(carryon, OptimizationSettings(), MemorySettings())
+        compiled = CompiledCarryOn(carryon, head, sizes)
+        more: dict[str, Any] = {}
+        if is_compiled:
+            compiled.compile(no_states(opened, ["final"]))
+            assert compiled.is_compiled
+            more = {"correct": compiled}
+        # Two batches a step: gradients of the first wait for the second.
+        pairs = [[batches[step % len(batches)], batches[0]] for step in range(20)]
+        steps = [take(carryon, optimizer, each, head=head, **more) for each in pairs]
+        losses.append([step.read().loss for step in steps])
+        assert compiled.is_compiled is is_compiled
+
+    assert losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-3 if dtype == "float32" else 0.03)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_compiled_run_resumes_with_its_choice(store: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"epochs": 2, "tokens_per_step": 64, "device": "cuda"}
+    plain = train(store, out=tmp_path / "plain", **settings)
+    report = train(store, out=tmp_path / "run", compile=True, **settings)
+
+    assert report.carryon_nll == pytest.approx(plain.carryon_nll, abs=0.02)
+    again = train(store, out=tmp_path / "run", **settings)
+    assert again.carryon_nll == report.carryon_nll
 
 
 def test_the_packing_of_a_batch_does_not_wait_for_the_gpu() -> None:

@@ -11,6 +11,7 @@ from carryon.train.mixing.gate import Gate
 from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.trainer.forecast.memory_estimate import (
+    INDUCTOR_BYTES,
     MemoryCase,
     SourceCase,
     leaner_settings,
@@ -81,6 +82,11 @@ def test_the_dearest_way_that_a_run_may_choose_is_counted(width: int, head_bytes
 
 def test_a_small_head_is_counted_in_the_way_that_it_has() -> None:
     assert _of_loss(CASE) == _of_loss(CASE, "attention") != _of_loss(CASE, "shifted")
+
+
+def test_compiled_steps_take_a_compiler() -> None:
+    plain, compiled = (plan_memory(replace(CASE, is_compiled=each)) for each in (False, True))
+    assert compiled == plain | {"imports": plain["imports"] + INDUCTOR_BYTES}
 
 
 def test_settings_are_added_until_the_limit_is_kept() -> None:

@@ -33,6 +33,8 @@ IMPORT_BYTES = 10_000_000
 """Imports of the trainer of a `bottleneck`."""
 COMPILER_BYTES = 70_000_000
 """Further imports of torch's own optimizers."""
+INDUCTOR_BYTES = 130_000_000
+"""Further imports of compiled steps, and what the compiler keeps."""
 TRANSFORMERS_BYTES = 130_000_000
 """Further imports of the kinds made of the base's own blocks."""
 _ROOM = 1.25  # a batch takes the memory of the longest, so that its memory can be reused
@@ -68,6 +70,8 @@ class MemoryCase:
     carryon: CarryOnSettings
     loss: LossSettings
     memory: MemorySettings
+    is_compiled: bool = False
+    """Whether steps are compiled. Memory of CUDA graphs is not counted."""
     sources: Sequence[SourceCase] = ()
     """Other bases that are mixed in."""
     has_gate: bool = False
@@ -96,6 +100,7 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
     parts = {
         "imports": IMPORT_BYTES
         + (0 if is_lean else COMPILER_BYTES)
+        + (INDUCTOR_BYTES if case.is_compiled else 0)
         + (TRANSFORMERS_BYTES if get_kind(case.carryon.kind).needs_blocks else 0),
         "weights": num_weights * item,
         "gradients": moved * item,

@@ -19,10 +19,12 @@ from carryon.train.data.datasets import open_data
 from carryon.train.data.duration import TIMED_STEPS, Evaluations, seconds_per_token
 from carryon.train.data.evaluation_set import count_evaluations
 from carryon.train.data.loader import Stream, stream_bytes
+from carryon.train.data.padding import PaddedSize
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_gain import evaluation_seconds
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.trainer.choices import choose_products, keep_evaluated
+from carryon.train.trainer.compile_choice import choose_compilation
 from carryon.train.trainer.distributed import join_processes
 from carryon.train.trainer.forecast.memory_estimate import MemoryCase, plan_memory
 from carryon.train.trainer.run import Job, Run, prepare_run
@@ -52,6 +54,12 @@ class Preview:
     device: str
     head_dtype: str
     loss_way: str
+    compile: bool
+    """Whether steps are padded and compiled: it was chosen, and works here."""
+    padded_sizes: list[str]
+    """See CompileSettings."""
+    compile_s: float
+    """Seconds that compiling takes at each start, which are not in `seconds`."""
     timed_steps: int
     step_s: float
     """Mean seconds of the timed steps, without the first."""
@@ -75,8 +83,14 @@ class Preview:
 
     def summary(self) -> str:
         """Describe it in a few lines."""
+        compiled = ""
+        if self.compile:
+            compiled = (
+                f"compiled in {show_seconds(self.compile_s)}, which come on top, for batches of "
+                f"{' '.join(self.padded_sizes)}\n"
+            )
         return (
-            f"{self.about}\n"
+            f"{self.about}\n{compiled}"
             f"about {show_seconds(self.seconds)}, evaluations included: {self.step_s:.3g} s a step "
             f"by {self.timed_steps} steps, whose weights are thrown away\n"
             f"about {self.memory_bytes / 1e9:.2f} GB of memory; by part: carryon plan-memory"
@@ -106,8 +120,10 @@ def preview_run(paths: Sequence[str], *, out: str | Path, settings: TrainSetting
     contamination = measure_halves(data)
     heads: dict[LossSettings, FrozenHead] = {}
     [job] = choose_products([job], data.store, heads, processes)
+    [job] = choose_compilation([job], data, contamination, processes)
     run = prepare_run(job, data, identity={}, contamination=contamination, heads=heads)
     warn_about_held_out(contamination)
+    run.compile()
     seconds, tokens, targets = _time_steps(run)
     token_s = seconds_per_token(seconds, tokens, skipped=_LEFT_OUT_STEPS)
     lengths, train_half = run.store.sample_lengths, data.split.train
@@ -124,6 +140,9 @@ def preview_run(paths: Sequence[str], *, out: str | Path, settings: TrainSetting
         device=str(run.head.device),
         head_dtype=job.settings.loss.head_dtype,
         loss_way=job.settings.loss.loss_way,
+        compile=run.compiled is not None and run.compiled.is_compiled,
+        padded_sizes=job.settings.compilation.padded_sizes,
+        compile_s=run.compiled.compile_s if run.compiled is not None else 0.0,
         timed_steps=len(seconds),
         step_s=sum(timed) / len(timed),
         seconds=_all_seconds(run, token_s=token_s, targets=targets),
@@ -195,16 +214,18 @@ def _memory(run: Run) -> dict[str, int]:
     settings, lengths = run.settings, run.store.sample_lengths
     batches = [batch for window in run.windows for step in window.steps for batch in step]
     train_tokens = int(lengths[run.data.split.train].sum())
+    sizes = [PaddedSize.parse(each).tokens for each in settings.compilation.padded_sizes]
     case = MemoryCase(
         base_width=run.store.width,
         vocab_size=run.head.vocab_size,
-        micro_batch_tokens=max(int(lengths[batch].sum()) for batch in batches),
+        micro_batch_tokens=max([*sizes, *(int(lengths[batch].sum()) for batch in batches)]),
         supervised_ratio=run.contamination.train_targets / max(1, train_tokens),
         window_tokens=0,
         head_bytes=run.head.dtype.itemsize,
         carryon=settings.carryon,
         loss=settings.loss,
         memory=settings.memory,
+        is_compiled=run.compiled is not None and run.compiled.is_compiled,
     )
     parts = plan_memory(case)
     return parts | {"batches": stream_bytes(run.store, run.windows, taps=run.taps)}
