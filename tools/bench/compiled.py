@@ -21,7 +21,7 @@ from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.modules.bottleneck import build_bottleneck
 from carryon.train.modules.carryon import CarryOn
 from carryon.train.optim.optimizer import build_optimizer
-from carryon.train.trainer.compiled import CompiledCarryOn
+from carryon.train.trainer.compilation.carryon import CompiledCarryOn
 from carryon.train.trainer.step import read_steps, take_step
 
 TARGET = 1.0

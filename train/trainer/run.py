@@ -41,7 +41,7 @@ from carryon.train.modules.carryon import (
 )
 from carryon.train.optim.lr_schedule import learning_rate
 from carryon.train.optim.optimizer import apply_memory_settings, build_optimizer
-from carryon.train.trainer.compiled import CompiledCarryOn
+from carryon.train.trainer.compilation.carryon import CompiledCarryOn
 from carryon.train.trainer.held_out.job import EvalJob
 from carryon.train.trainer.metrics import Callback, Scoring
 from carryon.train.trainer.run_dir import RunFolder, run_identity

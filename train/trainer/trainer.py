@@ -44,7 +44,7 @@ from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import read_weights
 from carryon.train.modules.taps import resolve_taps, stream_taps
 from carryon.train.trainer.choices import choose_products, keep_evaluated
-from carryon.train.trainer.compile_choice import choose_compilation
+from carryon.train.trainer.compilation.choice import choose_compilation
 from carryon.train.trainer.distributed import (
     Processes,
     join_processes,

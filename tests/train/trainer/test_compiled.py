@@ -35,8 +35,9 @@ from carryon.train.losses.sampled_softmax import place_training_head
 from carryon.train.modules.carryon import CarryOn, build_carryon
 from carryon.train.modules.packed_attention import Packing
 from carryon.train.optim.optimizer import build_optimizer
-from carryon.train.trainer import compile_choice, compiled
-from carryon.train.trainer.compiled import CompiledCarryOn
+from carryon.train.trainer.compilation import carryon as compiled
+from carryon.train.trainer.compilation import choice as compile_choice
+from carryon.train.trainer.compilation.carryon import CompiledCarryOn
 
 TRACED = "eager"
 SIZE = PaddedSize(tokens=72, rows=16, longest=16, pairs=56)

@@ -29,7 +29,7 @@ from carryon.train.losses.frozen_head import frozen_head, with_gradient_filter
 from carryon.train.losses.sampled_softmax import place_training_head
 from carryon.train.modules.carryon import build_carryon
 from carryon.train.optim.optimizer import build_optimizer
-from carryon.train.trainer.compiled import CompiledCarryOn
+from carryon.train.trainer.compilation.carryon import CompiledCarryOn
 from carryon.train.trainer.step import Step, read_steps
 from carryon.train.trainer.trainer import train
 

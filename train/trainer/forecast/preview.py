@@ -24,7 +24,7 @@ from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_gain import evaluation_seconds
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.trainer.choices import choose_products, keep_evaluated
-from carryon.train.trainer.compile_choice import choose_compilation
+from carryon.train.trainer.compilation.choice import choose_compilation
 from carryon.train.trainer.distributed import join_processes
 from carryon.train.trainer.forecast.memory_estimate import MemoryCase, plan_memory
 from carryon.train.trainer.run import Job, Run, prepare_run
