@@ -122,7 +122,7 @@ def fill_units(
 
 
 def _has_room(root: Path, manifest: Manifest, num_tokens: int, max_disk_bytes: int) -> bool:
-    """Return whether a unit of so many tokens stays within the disk limit, whatever its size."""
+    """Return whether a unit of that many tokens stays within the disk limit, whatever its size."""
     largest = largest_unit_bytes(manifest, num_tokens)
     return sum(bytes_by_folder(root).values()) + largest <= max_disk_bytes
 
