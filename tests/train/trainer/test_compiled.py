@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from support.steps import read_batches, take
-from support.tiny_runs import Killed, assert_same_bits, kill_at, saved_weights, train_tiny
+from support.tiny_runs import TINY, Killed, assert_same_bits, kill_at, saved_weights, train_tiny
 from support.tiny_train_stores import make_tiny_store
 from torch import Tensor
 
@@ -38,6 +38,8 @@ from carryon.train.optim.optimizer import build_optimizer
 from carryon.train.trainer.compilation import carryon as compiled
 from carryon.train.trainer.compilation import choice as compile_choice
 from carryon.train.trainer.compilation.carryon import CompiledCarryOn
+from carryon.train.trainer.forecast.memory_estimate import INDUCTOR_BYTES
+from carryon.train.trainer.forecast.preview import preview_run
 
 TRACED = "eager"
 SIZE = PaddedSize(tokens=72, rows=16, longest=16, pairs=56)
@@ -265,3 +267,22 @@ def test_a_choice_that_does_not_exist_is_refused(store: Path, tmp_path: Path) ->
         write_json(run / "run.json", sealed(document | {"identity": identity}))
         with pytest.raises(InputError, match=f"run: {name}: expected .*. Fix: give another --out"):
             train_tiny(store, run, epochs=1)
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_preview_says_for_what_a_run_would_be_compiled(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(padding, "MOST_SIZES", 1)
+    settings = TINY.with_options(compile=True)
+
+    seen = preview_run([str(store)], out=tmp_path / "run", settings=settings)
+
+    assert seen.compile is True
+    assert seen.compile_s > 0
+    [size] = seen.padded_sizes
+    assert f"which come on top, for batches of {size}\n" in seen.summary()
+    plain = preview_run([str(store)], out=tmp_path / "run", settings=TINY)
+    assert (plain.compile, plain.padded_sizes, plain.compile_s) == (False, [], 0.0)
+    assert seen.memory["imports"] - plain.memory["imports"] == INDUCTOR_BYTES
+    assert "compiled" not in plain.summary()

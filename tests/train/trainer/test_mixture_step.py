@@ -107,6 +107,7 @@ def backward(
         kl_weight=0.0,
         base=get_base_states(store, device=CPU),
         pairs=pairs,
+        correct=None,
     )
     objective.backward()
     return losses
