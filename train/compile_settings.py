@@ -17,8 +17,8 @@ class CompileSettings(Settings):
     compile: Literal["auto", True, False] = "auto"
     """Whether torch compiles the carry-on in each step, for a few sizes that batches are padded to,
     and on a GPU captures it as CUDA graphs: the same steps up to rounding. Of the kind
-    `bottleneck` alone, without dropout and without settings that save memory. `auto`: on a GPU
-    with triton, for a run of 2,000 steps or more by itself; a resumed run keeps it."""
+    `bottleneck` alone, without dropout and without settings that save memory. `auto`: as the
+    run that is resumed, and false for a new one."""
     padded_sizes: list[str] = bounded([], is_unique=True)
     """Sizes of batches for `compile`, each TOKENSxROWSxLONGESTxPAIRS: tokens, samples, tokens of
     the longest sample, supervised tokens. None given: at most 4, which hold nearly all batches; a

@@ -248,7 +248,6 @@ def test_a_run_from_before_resumes_as_it_was(
     document = read_sealed(run / "run.json")
     del document["identity"]["compile"], document["identity"]["padded_sizes"]
     write_json(run / "run.json", sealed(document))
-    monkeypatch.setattr(compile_choice, "_pays", lambda *_: True)
 
     train_tiny(store, run, epochs=3)
 

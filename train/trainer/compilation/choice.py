@@ -3,12 +3,10 @@
 Padded and compiled, a step is the same up to rounding, so the last bits depend on both.
 """
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from carryon.cache.device import pick_device
@@ -17,16 +15,11 @@ from carryon.train.config import MemorySettings
 from carryon.train.data.contamination import Contamination
 from carryon.train.data.datasets import TrainData
 from carryon.train.data.padding import PaddedSize, choose_sizes
-from carryon.train.data.sampler import count_steps, rank_rows
+from carryon.train.data.sampler import rank_rows
 from carryon.train.kinds import get_kind
 from carryon.train.trainer.distributed import Processes, sum_over_processes
 from carryon.train.trainer.run import Job
 from carryon.train.trainer.run_dir import saved_compilation
-
-LEAST_STEPS = 2000
-"""Steps from which `auto` compiles: it takes up to minutes, of which a step saves milliseconds."""
-_LEAST_CAPABILITY = (7, 0)
-"""Of a GPU that triton compiles for."""
 
 
 def choose_compilation(
@@ -44,25 +37,17 @@ def choose_compilation(
         InputError: a run is to be compiled that cannot be, a size is none, or the run in the folder
             of a job has a choice that does not exist.
     """
-    return [_choose(job, data, contamination, processes, is_alone=len(jobs) == 1) for job in jobs]
+    return [_choose(job, data, contamination, processes) for job in jobs]
 
 
-def _choose(
-    job: Job,
-    data: TrainData,
-    contamination: Contamination,
-    processes: Processes,
-    *,
-    is_alone: bool,
-) -> Job:
+def _choose(job: Job, data: TrainData, contamination: Contamination, processes: Processes) -> Job:
     given, problem = job.settings.compilation, _obstacle(job)
     is_compiled, sizes = given.compile, list(given.padded_sizes)
     saved = saved_compilation(job.out)
     if is_compiled == "auto":
-        pays = is_alone and job.segment is None and not problem and _pays(job, data)
-        own = saved.compile if saved is not None else pays
+        own = saved is not None and saved.compile is True
         [is_first] = sum_over_processes(
-            own is True and processes.is_first, device=pick_device(job.settings.run.device)
+            own and processes.is_first, device=pick_device(job.settings.run.device)
         )
         is_compiled = bool(is_first)
     if is_compiled and problem:
@@ -103,16 +88,6 @@ def _obstacle(job: Job) -> str:
     if settings.memory != MemorySettings():
         return "false with settings that save memory, of which compiled steps need more, got true"
     return ""
-
-
-def _pays(job: Job, data: TrainData) -> bool:
-    device = pick_device(job.settings.run.device)
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
-        return False
-    steps = sum(map(count_steps, data.plan(job.settings.optimization)))
-    return steps >= LEAST_STEPS
 
 
 def _sizes(
