@@ -14,8 +14,12 @@ from pathlib import Path
 from carryon.cache.exchange.engine.vllm_process import PYTHON_VARIABLE
 
 PATIENCE_S = 60.0
-VLLM_PYTHON = os.environ.pop(PYTHON_VARIABLE, "")
-"""Of the real one. Taken away before any test: a command would answer by vLLM, a forked one too."""
+_KEPT = "CARRYON_TESTS_VLLM_PYTHON"
+if PYTHON_VARIABLE in os.environ:
+    os.environ[_KEPT] = os.environ.pop(PYTHON_VARIABLE)
+VLLM_PYTHON = os.environ.get(_KEPT, "")
+"""Of the real one. Its variable is renamed before any test: a command, also in a fixture or forked,
+would answer by vLLM. Renamed, not removed, as the workers of pytest-xdist start after that."""
 HAS_VLLM = bool(VLLM_PYTHON) or importlib.util.find_spec("vllm") is not None
 WITHOUT_VLLM = (
     f"VLLM IS NOT TESTED HERE: set {PYTHON_VARIABLE} to the Python of an environment that has it"

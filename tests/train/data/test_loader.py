@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.tiny_train_stores import make_tiny_store
 
-from carryon.cache import buffers
 from carryon.cache.errors import DamagedStoreError
 from carryon.cache.format.zarr_metadata import shard_path
+from carryon.cache.store import buffers
 from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_reader import CopyRange
 from carryon.train.config import StreamSettings
