@@ -145,10 +145,10 @@ def choose_sizes(
     if not shapes:
         return ()
     N, B, T = np.array(shapes, dtype=np.int64).T
-    tokens = _rounded_up(int(N.max()))
-    pairs = min(tokens, _rounded_up(int(np.ceil(density * _SPREAD * tokens))))
+    tokens = rounded_up(int(N.max()))
+    pairs = min(tokens, rounded_up(int(np.ceil(density * _SPREAD * tokens))))
     # Of rows half as long each time; the last also for what is shorter.
-    longests = [_rounded_up(-(-int(T.max()) // 2**number)) for number in range(MOST_SIZES)]
+    longests = [rounded_up(-(-int(T.max()) // 2**number)) for number in range(MOST_SIZES)]
     sizes = []
     for longest, shorter in zip(longests, [*longests[1:], 0], strict=True):
         is_own = (longest >= T) & (shorter < T)
@@ -182,5 +182,6 @@ def measure_padding(batches: Iterable[NDArray[np.int64]], sizes: Sequence[Padded
     return Padded(held=held / max(1, total), rows=padded / max(1, plain))
 
 
-def _rounded_up(number: int) -> int:
+def rounded_up(number: int) -> int:
+    """Return a number as sizes have it."""
     return -(-number // _MULTIPLE) * _MULTIPLE

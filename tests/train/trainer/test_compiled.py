@@ -224,6 +224,8 @@ def test_what_is_compiled_wrongly_is_not_used(
         ({"recompute": True}, "compile: expected false with settings that save memory"),
         ({"weights_dtype": "bfloat16"}, "compile: expected false with settings that save memory"),
         ({"padded_sizes": ["8x1x4x4"]}, "padded_sizes: expected sizes TOKENSxROWSx"),
+        ({"padded_sizes": ["4096x64x64x4"]}, "padded_sizes: expected at most .* of a step, got 4"),
+        ({"padded_sizes": ["64x4096x64x4"]}, "padded_sizes: expected at most .* of a step, got 6"),
         ({"padded_sizes": ["many"]}, "padded_sizes: expected TOKENSxROWSx.* got 'many'"),
         ({"compile": False, "padded_sizes": ["8x2x4x4"]}, "Fix: --compile true"),
     ],

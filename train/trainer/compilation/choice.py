@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from carryon.cache.device import pick_device
 from carryon.cache.errors import InputError
-from carryon.train.config import MemorySettings
+from carryon.train.config import MemorySettings, OptimizationSettings
 from carryon.train.data.contamination import Contamination
 from carryon.train.data.datasets import TrainData
-from carryon.train.data.padding import PaddedSize, choose_sizes
+from carryon.train.data.padding import PaddedSize, choose_sizes, rounded_up
 from carryon.train.data.sampler import rank_rows
 from carryon.train.kinds import get_kind
 from carryon.train.trainer.distributed import Processes, sum_over_processes
@@ -34,8 +34,8 @@ def choose_compilation(
         processes: that train together; the first one decides.
 
     Raises:
-        InputError: a run is to be compiled that cannot be, a size is none, or the run in the folder
-            of a job has a choice that does not exist.
+        InputError: a run is to be compiled that cannot be, a size is none or larger than a batch,
+            or the run in the folder of a job has a choice that does not exist.
     """
     return [_choose(job, data, contamination, processes) for job in jobs]
 
@@ -57,10 +57,28 @@ def _choose(job: Job, data: TrainData, contamination: Contamination, processes: 
     elif not sizes:
         sizes = list(saved.padded_sizes) if saved is not None else []
         sizes = sizes or [str(each) for each in _sizes(job, data, contamination, processes)]
-    for size in sizes:
-        PaddedSize.parse(size)
+    _check_sizes(sizes, data, optimization=job.settings.optimization)
     changed = replace(given, compile=is_compiled, padded_sizes=sizes)
     return replace(job, settings=replace(job.settings, compilation=changed))
+
+
+def _check_sizes(
+    sizes: Sequence[str], data: TrainData, *, optimization: OptimizationSettings
+) -> None:
+    """Refuse sizes that no batch has: each is tried before the first step, and takes memory.
+
+    Raises:
+        InputError: a size is none, or has more tokens or rows than a step can have.
+    """
+    longest = int(data.store.sample_lengths.max(initial=0))
+    # Of a step: a resumed run may have other micro-batches than when its sizes were chosen.
+    most = rounded_up(max(longest, optimization.tokens_per_step))
+    for size in map(PaddedSize.parse, sizes):
+        if max(size.tokens, size.rows) > most:
+            raise InputError(
+                f"padded_sizes: expected at most {most:,} tokens and rows, those of a step, got "
+                f"{size}. Fix: leave it out, and sizes are chosen"
+            )
 
 
 def lengths_of_batches(
