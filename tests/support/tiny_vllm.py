@@ -20,6 +20,8 @@ if PYTHON_VARIABLE in os.environ:
 VLLM_PYTHON = os.environ.get(_KEPT, "")
 """Of the real one. Its variable is renamed before any test: a command, also in a fixture or forked,
 would answer by vLLM. Renamed, not removed, as the workers of pytest-xdist start after that."""
+if os.environ.get("CARRYON_TESTS_NEED_VLLM") and not VLLM_PYTHON:
+    raise RuntimeError("expected the real vLLM, which was installed, got no Python that has it")
 HAS_VLLM = bool(VLLM_PYTHON) or importlib.util.find_spec("vllm") is not None
 WITHOUT_VLLM = (
     f"VLLM IS NOT TESTED HERE: set {PYTHON_VARIABLE} to the Python of an environment that has it"
