@@ -12,7 +12,6 @@ import ctypes
 import functools
 import importlib.util
 import inspect
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -36,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from carryon.cache.base.model import Base
+from carryon.tools.bench.processes import processes
 
 CUDA = torch.device("cuda", 0)
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -274,9 +274,8 @@ def _worker() -> _Worker:
     library, problem = _library()
     if problem:  # no skip: a new torch would end all these tests without a word
         pytest.fail(f"fake_gpu.cpp does not fit torch {torch.__version__}: {problem[:1000]}", False)
-    context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_run_tests, args=(library, theirs), daemon=True)
+    ours, theirs = processes().Pipe()
+    process = processes().Process(target=_run_tests, args=(library, theirs), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process=process, talk=ours)

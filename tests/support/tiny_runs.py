@@ -1,13 +1,11 @@
 """Tiny training runs: settings, kills, and what their folders hold."""
 
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from carryon.tools.bench.processes import processes
 from carryon.train.config import (
     CarryOnSettings,
     OptimizationSettings,
@@ -141,8 +140,8 @@ def begin_update(
     With `dies_at` it ends as by kill -9 at the rename of a file or folder of this number: before
     an odd one and after an even one.
     """
-    ours, theirs = _processes().Pipe()
-    process = _processes().Process(
+    ours, theirs = processes().Pipe()
+    process = processes().Process(
         target=_update_in_child, args=(lineage, data, base, settings, dies_at, theirs)
     )
     process.start()
@@ -153,8 +152,8 @@ def begin_update(
 
 def begin(store: Path, out: Path, *, is_sweep: bool) -> Any:  # noqa: ANN401 -- a Process
     """Start the training in a child process; returns once it trains."""
-    ours, theirs = _processes().Pipe()
-    process = _processes().Process(target=_train_in_child, args=(store, out, is_sweep, theirs))
+    ours, theirs = processes().Pipe()
+    process = processes().Process(target=_train_in_child, args=(store, out, is_sweep, theirs))
     process.start()
     theirs.close()
     assert ours.recv() == "begun"
@@ -163,21 +162,11 @@ def begin(store: Path, out: Path, *, is_sweep: bool) -> Any:  # noqa: ANN401 -- 
 
 def begin_tiny(store: Path, out: Path, samples_cache: Path, **changes: Any) -> Any:  # noqa: ANN401
     """Start `train_tiny` in a child process whose samples and key are kept in `samples_cache`."""
-    process = _processes().Process(
+    process = processes().Process(
         target=_train_tiny_in_child, args=(store, out, samples_cache, changes)
     )
     process.start()
     return process
-
-
-@cache
-def _processes() -> Any:  # noqa: ANN401 -- a context has no public type
-    """Return processes forked from one that has imported the trainer, which takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["carryon.train.continual.lineage", "transformers.models.llama.modeling_llama"]
-    )
-    return context
 
 
 def _update_in_child(

@@ -6,7 +6,6 @@ so every kind of boundary is crossed. Letters: T tokens, D width, V vocabulary, 
 
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -49,6 +48,7 @@ from carryon.cache.format.zarr_metadata import places
 from carryon.cache.settings import CorpusSettings, DataSettings, ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.cache.store.shard_writer import UnitInputs, write_unit
+from carryon.tools.bench.processes import processes
 
 WIDTH = 16
 UNIT_TOKENS = 64
@@ -321,7 +321,7 @@ def start_extraction(
             until it is released.
         sharing: as in run_extraction.
     """
-    context = _processes()
+    context = processes()
     ours, theirs = context.Pipe()
     process = context.Process(
         target=_extract_in_child, args=(base_folder, data, out, append, held_at, sharing, theirs)
@@ -354,23 +354,13 @@ class Extraction:
         self.talk.close()
 
 
-@cache
-def _processes() -> Any:  # noqa: ANN401 -- multiprocessing's contexts have no public type
-    context = multiprocessing.get_context("forkserver")
-    # Loaded once, then forked: a process starts in a tenth of a second instead of ten.
-    context.set_forkserver_preload(
-        ["pytest", "carryon.cache.extraction.pipeline", "transformers.models.llama.modeling_llama"]
-    )
-    return context
-
-
 def kill_at(number: int, root: Path, call: Callable[[], object]) -> int:
     """Run `call` in a process that sends itself SIGKILL before the n-th change below `root`.
 
     Returns:
         Its exit code, -9 if it was killed.
     """
-    process = _processes().Process(target=_die_in_child, args=(number, root, call))
+    process = processes().Process(target=_die_in_child, args=(number, root, call))
     process.start()
     process.join()
     return int(process.exitcode)

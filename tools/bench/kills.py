@@ -1,6 +1,5 @@
 """Training killed at random instants: the resumed run ends with the same bits."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 
 from carryon.cache.settings import StoreSettings
 from carryon.tools.bench.job import Job
+from carryon.tools.bench.processes import processes
 from carryon.tools.bench.scratch import write_scratch_store
 from carryon.tools.bench.states import make_states
 
@@ -62,11 +62,8 @@ def _finish(store: Path, out: Path) -> None:
 
 
 def _begin(store: Path, out: Path) -> Any:  # noqa: ANN401 -- a Process of some context
-    # Forked from a process that has imported everything: a start takes a tenth of a second.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["carryon.train.trainer.trainer", "transformers.models.llama"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_train, args=(store, out, theirs))
+    ours, theirs = processes().Pipe()
+    process = processes().Process(target=_train, args=(store, out, theirs))
     process.start()
     theirs.close()
     ours.recv()

@@ -6,7 +6,6 @@ comes before the change of a given number, which makes it the same on every mach
 """
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -15,22 +14,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-_PRELOADED = [
-    "carryon.tools.cli.main",
-    "carryon.cache.extraction.pipeline",
-    "carryon.cache.extraction.repair",
-    "carryon.train.verify",
-    "carryon.train.continual.lineage",
-    "carryon.train.inference.merge",
-    "carryon.train.trainer.sweep",
-    "carryon.tools.commands.evaluate",
-    "transformers.models.llama.modeling_llama",
-    "matplotlib.pyplot",
-]
+from carryon.tools.bench.processes import processes
+
 _CHANGES = {
     "os.rename": 2,
     "os.mkdir": 1,
@@ -138,7 +126,7 @@ class Call:
         for name in ("home", "tmp"):
             (own / name).mkdir(exist_ok=True)
         self._started_at = time.perf_counter()
-        self._process = _processes().Process(
+        self._process = processes().Process(
             target=_run, args=(self._words, function, cwd, self._notes, limits)
         )
         self._process.start()
@@ -201,15 +189,6 @@ def call(
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-@cache
-def _processes() -> Any:  # noqa: ANN401 -- a context has no public type
-    # Its keeper of semaphores names at its end those of processes that were killed.
-    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    return context
 
 
 def _run(
