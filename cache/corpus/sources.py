@@ -84,7 +84,7 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise MissingError(f"{path}: no such file or folder")
+            raise MissingError(f"{path}: no such file or folder. Fix: check the path")
         files += folders.list_files(path) if path.is_dir() else [path]
     _refuse_twice(files)
     return files
@@ -140,7 +140,10 @@ def _locate(text: str) -> list[Part | HubName]:
         elif hub := parse_hub_name(text):
             return [hub]
         else:
-            raise MissingError(f"{text}: no such file or folder")
+            raise MissingError(
+                f"{text}: no such file or folder. Fix: check the path; a data set of the hub is "
+                "OWNER/NAME"
+            )
     if path.is_dir():
         if not split and is_evaluation(path.name):
             _log_trained(path)
