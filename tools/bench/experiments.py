@@ -20,6 +20,11 @@ EXPERIMENTS = {
         about="right answers of carry-ons beside prompts and LoRA, on chains of thought",
         needs="base",
     ),
+    "experiment-improve": Benchmark(
+        place="accuracy.rounds:experiment_improve",
+        about="rounds of carryon improve with several seeds: whether accuracy rises",
+        needs="base",
+    ),
     "experiment-mix": Benchmark(
         place="mixtures.experiment:experiment_mix",
         about="a mixture of bases beside each base with its own carry-on, per byte",
