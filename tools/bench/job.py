@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from carryon.cache.base.model import Base
 
 _CORPUS_TOKENS = 65_536
-_QUICK_CORPUS_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +43,8 @@ class Job:
     """Folder of stores that several benchmarks use; None: `work`."""
     is_quick: bool = False
     """Extract little text."""
+    quick_tokens: int = 4096
+    """How little, for a tokenizer of about 50,000 tokens."""
 
     def report(
         self,
@@ -125,6 +126,7 @@ class Job:
         self, corpus: str, settings: StoreSettings, num_tokens: int, max_tokens: int
     ) -> Store:
         label, path = split_label(corpus)
+        num_tokens = min(num_tokens, self.quick_tokens) if self.is_quick else num_tokens
         folder = self.shared or self.work
         name = "-".join([label, *settings.taps, str(settings.with_blocks), str(num_tokens)])
         root = folder / name
@@ -135,8 +137,6 @@ class Job:
             limits = {}
             if "=" not in corpus:
                 path = str(folder / f"{name}.jsonl")
-                if self.is_quick:
-                    num_tokens = min(num_tokens, _QUICK_CORPUS_TOKENS)
                 write_named_corpus(label, Path(path), num_tokens=num_tokens)
                 limit = min(max_tokens, base.identity.context_tokens, settings.unit_tokens)
                 limits = {"long": "split", "max_tokens": limit}
