@@ -7,6 +7,7 @@ written but a log line that says how to install it.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def lines(
     levels: Mapping[str, float] | None = None,
     is_from_zero: bool = False,
 ) -> None:
-    """Draw lines, and a dotted horizontal line for each of `levels`."""
+    """Draw lines, and a gray horizontal one for each of `levels`, dotted or dashed by turns."""
     for line in series:
         axes.plot(
             list(line.xs),
@@ -120,8 +121,8 @@ def lines(
                 elinewidth=0.8,
                 capsize=2,
             )
-    for name, level in (levels or {}).items():
-        axes.axhline(level, linestyle=":", color="gray", label=name)
+    for (name, level), style in zip((levels or {}).items(), cycle((":", "-."))):
+        axes.axhline(level, linestyle=style, color="gray", label=name)
     axes.set(xlabel=x_label, ylabel=y_label)
     if all(isinstance(x, int) for line in series for x in line.xs):
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -48,7 +48,8 @@ def test_panels_show_lines_and_points(tmp_path: Path) -> None:
     def curves(axes: Axes) -> None:
         seen.append(axes)
         series = [Line(xs=[1, 2], ys=[3.0, 4.0], label="a"), Line(xs=[1], ys=[2.0], is_dashed=True)]
-        lines(axes, series, x_label="step", y_label="loss", levels={"base": 3.5})
+        levels = {"base": 3.5, "base, instructed": 3.7}
+        lines(axes, series, x_label="step", y_label="loss", levels=levels)
 
     def sizes(axes: Axes) -> None:
         seen.append(axes)
@@ -60,7 +61,10 @@ def test_panels_show_lines_and_points(tmp_path: Path) -> None:
     assert is_png(path)
     assert [entry.name for entry in path.parent.iterdir()] == ["plot.png"]
     left, right = seen
-    assert [text.get_text() for text in left.get_legend().get_texts()] == ["a", "base"]
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        *("a", "base", "base, instructed")
+    ]
+    assert len({each.get_linestyle() for each in left.get_lines()[-2:]}) == 2, "levels look alike"
     assert [text.get_text() for text in right.texts] == ["p", "q"]
 
 

@@ -226,7 +226,7 @@ def write_report(folder: Path, curves: Sequence[Curve], facts: Mapping[str, Any]
     write_json(folder / "table.json", {**facts, "figures": figures})
     series = [
         Line(
-            xs=[1.0 + at for at in range(len(curve.rounds))],
+            xs=range(1, len(curve.rounds) + 1),
             ys=list(curve.rounds),
             label=f"seed {curve.seed}",
             color=f"C{number}",
