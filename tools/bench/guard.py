@@ -71,7 +71,11 @@ HEADLINES = (
     Headline(
         benchmark="train.step", figures=("step.speed",), sizes={"tokens": 1024, "rounds": 5}
     ),
-    Headline(benchmark="store.extract", figures=("extract.speed",), sizes={"tokens": 4096}),
+    Headline(
+        benchmark="store.extract",
+        figures=("extract.speed",),
+        sizes={"tokens": 3072, "unit_tokens": 1536},
+    ),
     Headline(
         benchmark="train.lora",
         figures=("lora.speed",),
