@@ -512,7 +512,7 @@ def test_a_real_base_learns_to_end_in_plain_words(
 ) -> None:
     argv = ["experiment-cot", "--base", str(real_base), "--out", str(tmp_path / "out")]
     argv += ["--tasks", "leg_counting", "--seeds", "0", "--samples", "12", "--num", "2"]
-    argv += ["--epochs", "6", "--shots", "2", "--max-new-tokens", "8"]
+    argv += ["--epochs", "6", "--shots", "2", "--max-new-tokens", "24"]
     argv += ["--lora", "--lora-rates", "5e-4"]
     assert main(argv) == 0
     rows_ = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
