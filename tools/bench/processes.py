@@ -5,7 +5,7 @@ import sys
 from functools import cache
 from typing import Any
 
-_PRELOADED = [
+PRELOADED = [
     "carryon.tools.cli.main",
     "carryon.cache.extraction.pipeline",
     "carryon.cache.extraction.repair",
@@ -34,5 +34,5 @@ def processes() -> Any:  # noqa: ANN401 -- multiprocessing's contexts have no pu
     # Its keeper of semaphores names at its end those of processes that were killed.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(PRELOADED)
     return context
