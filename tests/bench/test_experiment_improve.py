@@ -56,11 +56,9 @@ def test_two_seeds_are_run_told_and_resumed(
     assert figures[0]["value"] == pytest.approx(min(last - first for first, last in rounds))
     assert "--task-seed 10001" in output.err
     for seed in (0, 1):
-        [of_improve] = [
-            json.loads(path.read_text())["result"]["rounds"]
-            for path in (work / "out" / "done").glob(f"seed-{seed}-*.json")
-        ]
-        assert rounds[seed] == [row["accuracy"] for row in of_improve if row["round"]]
+        scores = [work / "out" / f"seed-{seed}" / f"round-{at}" / "score.json" for at in (1, 2)]
+        results = [json.loads(path.read_text())["result"][0]["arms"][0] for path in scores]
+        assert rounds[seed] == [each["accuracy"] for each in results]
     for name in ("table.md", "table.json", "accuracy.png"):
         assert (work / "out" / name).stat().st_size > 0
 
@@ -69,12 +67,17 @@ def test_two_seeds_are_run_told_and_resumed(
     assert capsys.readouterr().out == output.out
     assert (work / "out/seed-1/round-2/run/result.json").stat().st_mtime_ns == trained
 
+    (work / "tiny.yaml").write_text(TINY_RUN.replace("width: 8", "width: 16"))
+    assert main(argv_of(tiny_base_folder)) == 2
+    assert "tiny.yaml: expected the file that" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--rounds", "1"], "--rounds: expected 2 or more"),
         (["--seeds", "1", "1"], "--seeds: expected different ones"),
+        (["--seeds", "0", "100"], "--seeds: expected different ones from 0 to 99"),
         (["--num", "6000"], "--num: expected 5000 or fewer for 2 rounds"),
     ],
 )

@@ -3,8 +3,11 @@
 Each seed is one `carryon improve` with training problems of its own and the same test problems.
 """
 
+import io
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -15,11 +18,10 @@ from carryon.cache.files.atomic import write_file
 from carryon.cache.files.documents import write_json
 from carryon.cache.lock import folder_lock
 from carryon.cache.settings import ForwardSettings
-from carryon.tools.bench.planned import Planned, check_steps, run_steps
-from carryon.tools.cli.program import Program
+from carryon.tools.cli.main import call_command, check_command
 from carryon.tools.cli.table import format_table
 from carryon.tools.compare.figure import Figure, describe_core, print_json
-from carryon.tools.improve.plan import forward_argv
+from carryon.tools.improve.plan import TEST_SEED, forward_argv
 from carryon.train.plots import Line, draw, lines
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,8 @@ RISE_TARGET = 0.05
 APART = 10_000
 """Between the training problems of two seeds, each of which draws --rounds times --num of them."""
 _ONE_DIGIT = "basic_arithmetic:min_terms=2,max_terms=2,min_digits=1,max_digits=1"
-_NO_STEPS = Program(prog="python -m carryon.tools.bench", about="", closing="", commands={})
+_SEEDS = (TEST_SEED - 1) // APART
+"""Beyond stand the test problems."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +74,8 @@ def experiment_improve(
 ) -> list[dict[str, Any]]:
     """Run `carryon improve` with several seeds, and compare its rounds with each other.
 
-    Each seed has training problems of its own; all answer the same test problems. The command is
-    logged as typed; the same one resumes, and more --seeds or --rounds go further.
+    Each seed has training problems of its own from --tasks; all answer the same test problems. The
+    command is logged as typed; the same one resumes, and more --seeds or --rounds go further.
 
     OUT/table.md, table.json and accuracy.png hold the result, and each figure is a JSON line on
     stdout.
@@ -100,8 +103,8 @@ def experiment_improve(
     """
     if rounds < 2:
         raise InputError(f"--rounds: expected 2 or more, which are compared, got {rounds}")
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise InputError(f"--seeds: expected different ones from 0 on, got {seeds}")
+    if not seeds or len(set(seeds)) < len(seeds) or not 0 <= min(seeds) <= max(seeds) < _SEEDS:
+        raise InputError(f"--seeds: expected different ones from 0 to {_SEEDS - 1}, got {seeds}")
     if rounds * num > APART:
         raise InputError(
             f"--num: expected {APART // rounds} or fewer for {rounds} rounds, so that no two seeds "
@@ -116,23 +119,22 @@ def experiment_improve(
     shared += ["--config", improve_config] if improve_config else []
     shared += forward_argv(forward)
     plan = {
-        seed: Planned(
-            result=root / "done" / f"seed-{seed}-rounds-{rounds}.json",
-            argv=[
-                *("improve", "--out", str(root / f"seed-{seed}")),
-                *("--task-seed", str(1 + APART * seed), *shared),
-            ],
-        )
+        seed: [
+            *("improve", "--out", str(root / f"seed-{seed}")),
+            *("--task-seed", str(1 + APART * seed), *shared),
+        ]
         for seed in seeds
     }
-    check_steps(list(plan.values()), own=_NO_STEPS)
+    for argv in plan.values():
+        check_command(argv[0], argv[1:])  # not first after the hours of another seed
     facts = {"base": base, "tasks": tasks, "instruction": instruction, "core": describe_core()}
     curves = list[Curve]()
     with folder_lock(root, kind="experiment"):
-        (root / "done").mkdir(exist_ok=True)
-        for seed, step in plan.items():
-            [done] = run_steps([step], own=_NO_STEPS).values()
-            curves.append(read_curve(seed, done.result["rounds"]))
+        for seed, argv in plan.items():
+            logger.info(f"\n$ carryon {shlex.join(argv)}")
+            with redirect_stdout(io.StringIO()):
+                result = call_command(argv[0], argv[1:])  # what is done it checks, and skips
+            curves.append(read_curve(seed, result["rounds"]))
             write_report(root, curves, facts)  # a stopped experiment has its finished seeds
     figures = figures_of(curves)
     for figure in figures:
