@@ -8,8 +8,11 @@ also group them by kind. The order does not depend on the number of processes: e
 every batch (`rank_rows`).
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import sub
 from typing import Any
 
 import numpy as np
@@ -62,6 +65,7 @@ def iter_epoch(
     random = np.random.default_rng([*seed, epoch, shuffle_seed, _SHUFFLE])
     by_unit = samples[np.argsort(units[samples], kind="stable")]
     unit_of = units[by_unit]
+    batch_tokens = micro_batch_tokens or tokens_per_step
     for first in range(0, len(unit_order), window_units):
         chosen = tuple(unit_order[first : first + window_units].tolist())
         lows = np.searchsorted(unit_of, chosen, side="left").tolist()
@@ -69,11 +73,13 @@ def iter_epoch(
         parts = [by_unit[low:high] for low, high in zip(lows, highs, strict=True)]
         inside = np.sort(np.concatenate(parts))
         shuffled = inside[random.permutation(len(inside))]
-        steps = tuple(
-            tuple(_cut(step, lengths, budget=micro_batch_tokens or tokens_per_step))
-            for step in _cut_evenly(shuffled, lengths, budget=tokens_per_step)
-        )
-        yield Window(units=chosen, steps=steps)
+        ends = np.cumsum(lengths[shuffled], dtype=np.int64).tolist()
+        steps, first_sample = [], 0
+        for stop in _find_even_stops(ends, budget=tokens_per_step):
+            batches = _find_stops(ends, budget=batch_tokens, first=first_sample, last=stop)
+            steps.append(tuple(_split(shuffled, batches, first=first_sample)))
+            first_sample = stop
+        yield Window(units=chosen, steps=tuple(steps))
 
 
 def plan_epoch(samples: NDArray[np.int64], **options: Any) -> list[Window]:  # noqa: ANN401
@@ -91,7 +97,8 @@ def plan_pass(
     """Return one pass over `samples` in stored order, a unit at a time."""
     windows = []
     for unit, inside in sorted(_samples_by_unit(samples, units).items()):
-        batches = _cut(inside, lengths, budget=tokens_per_step)
+        ends = np.cumsum(lengths[inside], dtype=np.int64).tolist()
+        batches = _split(inside, _find_stops(ends, budget=tokens_per_step))
         windows.append(Window(units=(unit,), steps=tuple((batch,) for batch in batches)))
     return windows
 
@@ -124,34 +131,49 @@ def rank_rows(batch: NDArray[np.int64], *, rank: int, world_size: int) -> NDArra
     return batch[rank::world_size]
 
 
-def _cut_evenly(
-    samples: NDArray[np.int64], lengths: NDArray[np.int32], *, budget: int
-) -> list[NDArray[np.int64]]:
-    # A plain cut leaves a short last step. The smallest budget that needs no more steps than the
+def _find_even_stops(ends: list[int], *, budget: int) -> list[int]:
+    # A plain cut leaves a short last run. The smallest budget that needs no more runs than the
     # full one spreads it over the others.
-    num_steps = len(_cut(samples, lengths, budget=budget))
-    low, high = min(budget, int(lengths[samples].max())), budget
+    stops = _find_stops(ends, budget=budget)
+    longest = max(map(sub, ends, [0, *ends]))
+    low, high = min(budget, max(longest, -(-ends[-1] // len(stops)))), budget
     while low < high:
         middle = (low + high) // 2
-        if len(_cut(samples, lengths, budget=middle)) <= num_steps:
-            high = middle
+        fewer = _find_stops(ends, budget=middle)
+        if len(fewer) <= len(stops):
+            high, stops = middle, fewer
         else:
             low = middle + 1
-    return _cut(samples, lengths, budget=high)
+    return stops
 
 
-def _cut(
-    samples: NDArray[np.int64], lengths: NDArray[np.int32], *, budget: int
+def _find_stops(
+    ends: list[int], *, budget: int, first: int = 0, last: int | None = None
+) -> list[int]:
+    """Return where runs of at most `budget` tokens stop.
+
+    An epoch has millions of them, and to find a place in a list takes a tenth of what it takes in
+    an array.
+
+    Args:
+        ends: tokens of each sample and of all before it.
+        budget: maximum tokens of a run; a longer sample is a run.
+        first, last: samples to cut, the last excluded. None: to the end.
+    """
+    stops = []
+    last = len(ends) if last is None else last
+    stop, used = first, ends[first - 1] if first else 0
+    while stop < last:
+        stop = bisect_right(ends, used + budget, stop + 1, last)
+        used = ends[stop - 1]
+        stops.append(stop)
+    return stops
+
+
+def _split(
+    samples: NDArray[np.int64], stops: list[int], *, first: int = 0
 ) -> list[NDArray[np.int64]]:
-    """Cut `samples`, in their order, into runs of at most `budget` tokens."""
-    ends = np.cumsum(lengths[samples], dtype=np.int64)
-    runs = []
-    first, used = 0, 0
-    while first < len(samples):
-        stop = max(first + 1, int(np.searchsorted(ends, used + budget, side="right")))
-        runs.append(samples[first:stop])
-        first, used = stop, int(ends[stop - 1])
-    return runs
+    return [samples[first:stop] for first, stop in pairwise([first, *stops])]
 
 
 def _order_units(

@@ -111,6 +111,23 @@ def test_no_step_is_a_stub() -> None:
         assert min(tokens) > 0.4 * max(tokens)
 
 
+def test_steps_are_cut_by_the_smallest_budget_that_needs_no_more_of_them() -> None:
+    def cut(samples: NDArray[np.int64], budget: int) -> list[list[int]]:
+        steps: list[list[int]] = []
+        for sample in samples.tolist():
+            if not steps or LENGTHS[[*steps[-1], sample]].sum() > budget:
+                steps.append([])
+            steps[-1].append(sample)
+        return steps
+
+    for tokens_per_step in (300, 700, 2048):
+        for window in _plan(tokens_per_step=tokens_per_step):
+            samples, budget = _flat([window]), tokens_per_step
+            while budget > 1 and len(cut(samples, budget - 1)) == len(window.steps):
+                budget -= 1
+            assert [batch.tolist() for (batch,) in window.steps] == cut(samples, budget)
+
+
 def test_only_a_sample_longer_than_the_budget_makes_a_larger_step() -> None:
     budget = int(np.median(LENGTHS))
 
