@@ -52,7 +52,8 @@ def join_orders(
         left = []
         for group, runs in enumerate(runs_of.values()):
             window = orders[runs[0]][number]
-            for index, batches in enumerate(window.steps):
+            skipped = min(len(window.steps), max(0, min(done[run] - before[run] for run in runs)))
+            for index, batches in enumerate(window.steps[skipped:], skipped):
                 takers = tuple(run for run in runs if done[run] <= before[run] + index)
                 if takers:
                     # All groups end together, each with its steps spread evenly before.

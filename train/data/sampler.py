@@ -63,23 +63,18 @@ def iter_epoch(
     """
     unit_order = _order_units(samples, units, kinds, np.random.default_rng([*seed, epoch]))
     random = np.random.default_rng([*seed, epoch, shuffle_seed, _SHUFFLE])
-    by_unit = samples[np.argsort(units[samples], kind="stable")]
-    unit_of = units[by_unit]
+    by_window, bounds = _group_by_window(samples, units, unit_order, window_units=window_units)
     batch_tokens = micro_batch_tokens or tokens_per_step
-    for first in range(0, len(unit_order), window_units):
-        chosen = tuple(unit_order[first : first + window_units].tolist())
-        lows = np.searchsorted(unit_of, chosen, side="left").tolist()
-        highs = np.searchsorted(unit_of, chosen, side="right").tolist()
-        parts = [by_unit[low:high] for low, high in zip(lows, highs, strict=True)]
-        inside = np.sort(np.concatenate(parts))
-        shuffled = inside[random.permutation(len(inside))]
+    for number, (low, high) in enumerate(pairwise(bounds)):
+        chosen = unit_order[number * window_units : (number + 1) * window_units]
+        shuffled = by_window[low:high][random.permutation(high - low)]
         ends = np.cumsum(lengths[shuffled], dtype=np.int64).tolist()
-        steps, first_sample = [], 0
+        steps, first = [], 0
         for stop in _find_even_stops(ends, budget=tokens_per_step):
-            batches = _find_stops(ends, budget=batch_tokens, first=first_sample, last=stop)
-            steps.append(tuple(_split(shuffled, batches, first=first_sample)))
-            first_sample = stop
-        yield Window(units=chosen, steps=tuple(steps))
+            batches = _find_stops(ends, budget=batch_tokens, first=first, last=stop)
+            steps.append(tuple(_split(shuffled, batches, first=first)))
+            first = stop
+        yield Window(units=tuple(chosen.tolist()), steps=tuple(steps))
 
 
 def plan_epoch(samples: NDArray[np.int64], **options: Any) -> list[Window]:  # noqa: ANN401
@@ -193,6 +188,22 @@ def _order_units(
         places[random.permutation(inside)] = np.arange(len(inside)) + random.random(len(inside))
         places[inside] /= len(inside)
     return distinct[np.argsort(places, kind="stable")]
+
+
+def _group_by_window(
+    samples: NDArray[np.int64],
+    units: NDArray[np.int64],
+    unit_order: NDArray[np.int64],
+    *,
+    window_units: int,
+) -> tuple[NDArray[np.int64], list[int]]:
+    """Return `samples` by window, ascending within each, and where windows begin, with the end."""
+    ascending, places = np.sort(samples), np.argsort(unit_order)
+    windows = places[np.searchsorted(unit_order, units[ascending], sorter=places)] // window_units
+    order = np.argsort(windows, kind="stable")
+    num_windows = -(-len(unit_order) // window_units)
+    bounds = np.searchsorted(windows[order], np.arange(num_windows + 1))
+    return ascending[order], bounds.tolist()
 
 
 def _samples_by_unit(
