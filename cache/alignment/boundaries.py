@@ -18,7 +18,8 @@ from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.errors import InputError
 
 _KEEPING = {"Split", "Digits", "ByteLevel", "Punctuation"}
-_SPACE = "\u2581"
+SPACE = "\u2581"
+"""With which SentencePiece's vocabularies write a blank."""
 _LONGEST_CONTRACTION = 3
 _CASELESS, _CAPITALS = {"Lo", "Lm", "Mn", "Mc", "Me"}, {"Lu", "Lt"}
 
@@ -59,6 +60,7 @@ class BoundaryRules:
             last -= 1
         if not self.has_pieces:
             return last
+        last = _before_blanks(text, starts, last, opened)
         while last and self._hangs_together(
             text[starts[last - 1] : starts[last]], text[starts[last] :]
         ):
@@ -79,7 +81,7 @@ class BoundaryRules:
     def _hangs_together(self, piece: str, rest: str) -> bool:
         if rest.isspace() and piece.isspace():
             return True  # a newline may take in all white space before it
-        if self.counts_from_right and rest.isdigit() and piece.strip().isdigit():
+        if self.counts_from_right and rest.isnumeric() and piece.strip().isnumeric():
             return True
         is_caseless = unicodedata.category(piece[-1]) in _CASELESS
         if (
@@ -114,10 +116,17 @@ def read_rules(encoder: Encoder, *, name: str) -> BoundaryRules:
     normalizers = steps_of(rules.get("normalizer"), "normalizers")
     added = list(backend.get_added_tokens_decoder().values())
     has_pieces = any(step.get("type") == "ByteLevel" for step in steps)
+
+    def pieces(text: str) -> list[str]:
+        if backend.pre_tokenizer is None:
+            return [text]
+        return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+
     problem = (
         _model_problem(model)
         or (_piece_problem(steps) if has_pieces else _whole_problem(steps, model))
         or _normalizer_problem(normalizers, has_pieces=has_pieces)
+        or _digit_problem(pieces("    1"), pieces("    1a"))
         or next(
             (
                 f"an added token, {token.content!r}, that takes in or looks at its neighbours"
@@ -133,11 +142,6 @@ def read_rules(encoder: Encoder, *, name: str) -> BoundaryRules:
             "with a byte-level BPE tokenizer, or a BPE tokenizer without dropout"
         )
 
-    def pieces(text: str) -> list[str]:
-        if backend.pre_tokenizer is None:
-            return [text]
-        return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-
     names = [token.content for token in added]
     return BoundaryRules(
         has_pieces=has_pieces,
@@ -149,6 +153,25 @@ def read_rules(encoder: Encoder, *, name: str) -> BoundaryRules:
         added_starts="".join(sorted({name[0] for name in names if len(name) > 1})),
         is_nfc=any(step.get("type") == "NFC" for step in normalizers),
     )
+
+
+def _before_blanks(text: str, starts: Sequence[int], last: int, opened: int) -> int:
+    """Return the first piece of white space before an added token that may have begun.
+
+    If it has, the text ends before it, and all white space at the end of a text is one piece. So
+    the piece stays `last` where it is one.
+
+    Args:
+        text: as in `first_unstable`.
+        starts: as in `first_unstable`.
+        last: piece at whose beginning, or in which, the added token may have begun.
+        opened: where it may have; the length of the text for none.
+    """
+    first = last
+    while first and text[starts[first - 1] : opened].isspace():
+        first -= 1
+    is_one = starts[last] == opened and first == last - 1
+    return last if is_one else first
 
 
 def _model_problem(model: dict[str, Any]) -> str:
@@ -170,6 +193,12 @@ def _piece_problem(steps: Sequence[dict[str, Any]]) -> str:
     return ""
 
 
+def _digit_problem(alone: list[str], before_letter: list[str]) -> str:
+    if alone[0] != before_letter[0] and len(before_letter) > 1:  # a word boundary is looked for
+        return "a pre-tokenizer that cuts blanks before digits as the letter behind them says"
+    return ""
+
+
 def _whole_problem(steps: Sequence[dict[str, Any]], model: dict[str, Any]) -> str:
     if model.get("ignore_merges"):
         return "a BPE that looks up whole texts"
@@ -186,9 +215,9 @@ def _normalizer_problem(steps: Sequence[dict[str, Any]], *, has_pieces: bool) ->
         is_blank = (
             kind == "Replace"
             and step.get("pattern") == {"String": " "}
-            and step.get("content") == _SPACE
+            and step.get("content") == SPACE
         )
-        is_prefix = kind == "Prepend" and step.get("prepend") == _SPACE
+        is_prefix = kind == "Prepend" and step.get("prepend") == SPACE
         if kind != "NFC" and not (not has_pieces and (is_blank or is_prefix)):
             return f"a normalizer of the kind {kind}, which changes the bytes of a text"
     return ""
@@ -200,7 +229,7 @@ def _pairs(vocabulary: Sequence[str], added: set[str]) -> frozenset[str]:
         first + second
         for name in vocabulary
         if name not in added
-        for first, second in pairwise(name.replace(_SPACE, " "))
+        for first, second in pairwise(name.replace(SPACE, " "))
     )
 
 

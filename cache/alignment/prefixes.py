@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.alignment.boundaries import BoundaryRules
+from carryon.cache.alignment.boundaries import SPACE, BoundaryRules
 from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.errors import InputError
 
@@ -204,20 +204,25 @@ class PrefixTokenizer:
 
     def _read_whole(self, text: str, *, is_next: bool) -> _Whole:
         encoding = self._encoder.backend(is_next=is_next).encode(text, add_special_tokens=False)
-        offsets: list[tuple[int, int]] = encoding.offsets
-        firsts = self._firsts(encoding, text, offsets)
-        bounds = np.array([offsets[first][0] for first in firsts], dtype=np.int64)
-        bounds[:1] = 0
+        firsts, starts = self._pieces(encoding, text)
         return _Whole(
             text=text,
             ids=np.array(encoding.ids, dtype=np.int32),
             is_next=is_next,
-            bounds=bounds,
+            bounds=np.array(starts, dtype=np.int64),
             firsts=np.array(firsts, dtype=np.int64),
         )
 
+    def _pieces(self, encoding: Any, text: str) -> tuple[list[int], list[int]]:  # noqa: ANN401
+        """Return the index of the first token of each piece, and the character it begins at."""
+        offsets: list[tuple[int, int]] = encoding.offsets
+        if not offsets:  # a text of which the vocabulary has no byte
+            return [0], [0]
+        firsts = self._firsts(encoding, text, offsets)
+        return firsts, [0, *(offsets[first][0] for first in firsts[1:])]
+
     def _firsts(self, encoding: Any, text: str, offsets: list[tuple[int, int]]) -> list[int]:  # noqa: ANN401
-        """Return the index of the first token of each piece."""
+        """Return the index of the first token of each piece of a text with tokens."""
         if self._rules.has_pieces:
             words: list[int] = encoding.word_ids
             last, firsts = -1, []
@@ -227,6 +232,7 @@ class PrefixTokenizer:
                     last = word
             return firsts
         pairs, firsts = self._rules.pairs, [0]
+        text = text.replace(SPACE, " ")  # which has the token of a blank
         for index in range(1, len(offsets)):
             start = offsets[index][0]
             # not between two bytes of one character
@@ -264,10 +270,7 @@ class PrefixTokenizer:
         return tails
 
     def _read_tail(self, text: str, encoding: Any) -> Tail:  # noqa: ANN401
-        offsets: list[tuple[int, int]] = encoding.offsets
-        firsts = self._firsts(encoding, text, offsets)
-        starts = [offsets[first][0] for first in firsts]
-        starts[:1] = [0]
+        firsts, starts = self._pieces(encoding, text)
         piece = self._rules.first_unstable(text, starts)
         return Tail(
             ids=tuple(encoding.ids),

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from support.aligned_tokenizers import TEXTS, make_tokenizer
+from tokenizers import Regex, pre_tokenizers
 
 from carryon.cache.alignment.boundaries import read_rules
 from carryon.cache.alignment.prefixes import PrefixTokenizer
@@ -104,6 +105,75 @@ def test_nothing_within_a_begun_added_token_is_stable(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("blanks", ["", " ", "  ", "\t\t", "\t\t\t", "\n\n  ", "\n\n\n", " \n "])
+def test_blanks_before_a_begun_added_token_are_one_piece_if_it_is_one(
+    kind: str, blanks: str
+) -> None:
+    encoder = Encoder(make_tokenizer(kind))
+    tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name=kind))
+    name = "<|im_start|>"
+    for length in range(1, len(name)):
+        known = f"usage:{blanks}{name[:length]}"
+        facts = []
+        for text in (f"usage:{blanks}{name}'re", known + " y", known + "file>", known):
+            made = tokenizer.tokenize(text, range(1, len(text) + 1), is_next=False)
+            for end in range(1, len(text) + 1):
+                prefix = made.at(end)
+                got = [*made.tokens[: prefix.num_shared].tolist(), *prefix.others]
+                assert got == encoder.encode(text[:end]).ids.tolist(), (text, end)
+            prefix = made.at(len(known))
+            facts.append((made.tokens[: prefix.num_stable].tolist(), prefix.stable_end))
+        assert all(fact == facts[0] for fact in facts), (known, facts)
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "gemma"])
+def test_the_sign_of_a_blank_joins_tokens_as_a_blank_does(kind: str) -> None:
+    encoder = Encoder(make_tokenizer(kind))
+    tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name=kind))
+    text = "\u4e00\u30a2    \U0001f3f49\u2581the\u2581def B\u2581The"
+    made = tokenizer.tokenize(text, range(1, len(text) + 1), is_next=False)
+    for end in range(1, len(text) + 1):
+        prefix = made.at(end)
+        got = [*made.tokens[: prefix.num_shared].tolist(), *prefix.others]
+        assert got == encoder.encode(text[:end]).ids.tolist(), (text, end)
+
+
+def test_a_beginning_of_which_the_vocabulary_has_no_byte_has_no_token() -> None:
+    encoder = Encoder(make_tokenizer("lossy"))
+    tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name="b"))
+    made = tokenizer.tokenize("\x04\x06ab", range(1, 5), is_next=False)
+    assert made.tokens.tolist() == encoder.encode("ab").ids.tolist()
+    assert [made.num_shared[row] + len(made.at(row + 1).others) for row in range(4)][:3] == [0, 0, 1]
+    alone = tokenizer.tokenize("\x04", [1], is_next=True)
+    assert (alone.tokens.tolist(), alone.num_stable.tolist()) == ([], [0])
+    assert tokenizer.tail("\x04", is_next=True).ids == ()
+
+
+def make_split(*patterns: str) -> Encoder:
+    """Return a byte-level tokenizer whose text is cut by patterns, one after the other."""
+    made = make_tokenizer("gpt2")
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return Encoder(made)
+
+
+def test_numbers_that_are_no_digits_are_grouped_from_the_right_too() -> None:
+    encoder = make_split(r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))|\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
+    tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name="b"))
+    for known in ("x\xbd12", "x 12\xbd34", "x\u2167\u2167\u2167\u2167"):
+        facts = []
+        for more in ("", "5", "56", "567 y", "\xbd"):
+            made = tokenizer.tokenize(known + more, [len(known), len(known + more)], is_next=False)
+            prefix = made.at(len(known))
+            facts.append((made.tokens[: prefix.num_stable].tolist(), prefix.stable_end))
+        assert all(fact == facts[0] for fact in facts), (known, facts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_most_stable_boundaries_are_near_the_end(kind: str) -> None:
     encoder = Encoder(make_tokenizer(kind))
     tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name=kind))
@@ -119,7 +189,12 @@ def test_tokenizers_that_cannot_be_aligned_are_refused_by_name() -> None:
     lower = make_tokenizer("gpt2")
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], 0))
+    words = make_split(r"\d{1,3}(?=(?:\d{3})*\b)", r"\s+(?!\S)|\s+|\S+")._first
     cases = [
+        (
+            PreTrainedTokenizerFast(tokenizer_object=words),
+            "blanks before digits as the letter behind them says",
+        ),
         (lower, "normalizer of the kind Lowercase"),
         (PreTrainedTokenizerFast(tokenizer_object=unigram), "kind Unigram"),
     ]
