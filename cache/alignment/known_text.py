@@ -78,26 +78,31 @@ def broken_tokens(encoder: Encoder) -> dict[int, bytes]:
     return broken
 
 
-def map_known(known: Known, own: Sequence[Span], other: Sequence[Span]) -> Known:
+def map_known(
+    known: Known, own: Sequence[Span], other: Sequence[Span], cuts: Sequence[Span] = ()
+) -> Known:
     """Return how much of another rendering is known: all of it that says the same, and no more.
 
-    Within a content it is the same part of the content. Behind a content, up to the last token
-    before the next one, it is the content's end: what a template writes next may depend on what
-    follows. At the beginning of a content it is everything before it.
+    Within a content it is the same part of the content. Behind a content, up to the beginning of
+    the next one, it is the content's end: what a template writes next may depend on what follows,
+    a call of a tool where a text might have come. Where generation begins it is all before it.
 
     Args:
         known: at each token of the anchor.
-        own: (start, stop) of each content in the anchor's text, ascending.
+        own: (start, stop) of each content in the anchor's text, ascending, none empty.
         other: the same contents in the other text.
+        cuts: where generation begins in the anchor's text and in the other, ascending.
     """
     starts, stops = (np.array([0, *each]) for each in zip(*own, strict=True))
     firsts, lasts = (np.array([0, *each]) for each in zip(*other, strict=True))
-    number = np.searchsorted(starts[1:], known.ends, side="right")  # 0: before the first
-    within = np.minimum(known.ends, stops[number]) - starts[number]
-    ends = firsts[number] + within
-    is_behind = (number > 0) & (known.ends >= stops[number])
-    ends = np.where(is_behind & (starts[number] < stops[number]), lasts[number], ends)
+    is_begun = known.partial > 0  # the first character of a content, perhaps
+    number = np.searchsorted(starts[1:], known.ends + is_begun)  # 0: before the first
+    ends = firsts[number] + np.minimum(known.ends, stops[number]) - starts[number]
     is_inside = (number > 0) & (known.ends < stops[number])
+    ends = np.where(is_inside, ends, lasts[number])
+    own_cuts, other_cuts = (np.array([0, *(cut[side] for cut in cuts)]) for side in (0, 1))
+    turn = np.searchsorted(own_cuts[1:], known.ends, side="right")
+    ends = np.where(own_cuts[turn] > starts[number], other_cuts[turn], ends)
     return Known(ends=ends, partial=np.where(is_inside, known.partial, 0).astype(np.int32))
 
 

@@ -8,14 +8,14 @@ import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carryon.cache.alignment.boundaries import BoundaryRules, read_rules
-from carryon.cache.alignment.contents import common_places, locate, mark_chat
+from carryon.cache.alignment.contents import common_places, locate, mark_chat, with_own_blanks
 from carryon.cache.alignment.known_text import (
     Known,
     Span,
@@ -199,7 +199,7 @@ class Aligner:
             return
         for piece in self._anchor.pieces(record):
             text, cuts = self._other_text(record, piece)
-            own, places = self._contents(record, piece, text)
+            own, text, places, cuts = self._contents(record, piece, text, cuts)
             start = self._other.encoder.start
             if _chat_of(record, piece.role) is not None or _begins_with(
                 start, text, self._other.encoder
@@ -213,7 +213,7 @@ class Aligner:
                     )
                 known = find_known(sample.tokens, sample.char_end, self._broken)
                 stop = int(known.ends.max(initial=0))
-                mapped = map_known(known, own, places)
+                mapped = map_known(known, own, places, list(zip(piece.cuts, cuts, strict=True)))
                 yield self._grow(sample, text, cuts, mapped, start, read=piece.text[:stop])
 
     def answer_start(self, record: Record) -> int:
@@ -255,8 +255,10 @@ class Aligner:
             )
         return rendering
 
-    def _contents(self, record: Record, piece: Piece, text: str) -> tuple[list[Span], list[Span]]:
-        """Return the places of the contents in the texts of both bases."""
+    def _contents(
+        self, record: Record, piece: Piece, text: str, cuts: tuple[int, ...]
+    ) -> tuple[list[Span], str, list[Span], tuple[int, ...]]:
+        """Return the places of the contents in both texts; the other with the anchor's blanks."""
         name = record.id + piece.suffix
         chat = _chat_of(record, piece.role)
         if chat is None:  # prompt and completion
@@ -265,15 +267,17 @@ class Aligner:
             found: tuple[list[Span], list[Span]] | None = (spans, spans)
         else:
             found = self._places(chat, piece, text)
-        if found is None:
+        if found is None or len(cuts) != len(piece.cuts):
             raise InputError(
                 f"sample {name!r}: expected chat templates that write the texts of messages as "
                 "they are and in one order, got others. Fix: --chat-template FILE"
             )
-        refuse_other_contents(piece.text, found[0], text, found[1], sample=name)
-        for start, stop in found[0]:
+        own = found[0]
+        text, places, cuts = with_own_blanks(piece.text, own, text, found[1], cuts)
+        refuse_other_contents(piece.text, own, text, places, sample=name)
+        for start, stop in own:
             self._refuse_unproven(piece.text[start:stop], sample=name)
-        return found
+        return own, text, places, cuts
 
     def _refuse_unproven(self, text: str, *, sample: str) -> None:
         """Check that the anchor's tokens of a text are those of no other text."""
@@ -282,8 +286,8 @@ class Aligner:
             self._anchor.refuse_lost(text, sample=sample)
 
     def _places(self, chat: Chat, piece: Piece, text: str) -> tuple[list[Span], list[Span]] | None:
-        for whole_arguments in (True, False):
-            marks = mark_chat(chat, whole_arguments=whole_arguments)
+        for whole_arguments, with_blanks in product((True, False), repeat=2):
+            marks = mark_chat(chat, whole_arguments=whole_arguments, with_blanks=with_blanks)
             try:
                 own = self._anchor.render(marks.chat, piece.suffix)
                 other = self._other.render(marks.chat, piece.suffix)
@@ -295,10 +299,14 @@ class Aligner:
             second = locate(other[0], text, marks)
             if first is None or second is None:
                 continue
-            found = common_places(first, second, piece.text, text)
+            # a prompt is known as a whole, and its template trims it when answers are generated
+            trimmed = (
+                set() if self._anchor.settings.mask == "all" else {*marks.texts} - marks.answers
+            )
+            found = common_places(first, second, piece.text, text, trimmed=trimmed)
             if found is not None:
                 pairs = [(a, b) for a, b in zip(*found, strict=True) if a[0] < a[1]]
-                if pairs:
+                if any(piece.text[a:b].strip() for (a, b), _ in pairs):
                     return [a for a, _ in pairs], [b for _, b in pairs]
         return None
 

@@ -143,7 +143,11 @@ def test_a_beginning_of_which_the_vocabulary_has_no_byte_has_no_token() -> None:
     tokenizer = PrefixTokenizer(encoder, read_rules(encoder, name="b"))
     made = tokenizer.tokenize("\x04\x06ab", range(1, 5), is_next=False)
     assert made.tokens.tolist() == encoder.encode("ab").ids.tolist()
-    assert [made.num_shared[row] + len(made.at(row + 1).others) for row in range(4)][:3] == [0, 0, 1]
+    assert [made.num_shared[row] + len(made.at(row + 1).others) for row in range(4)][:3] == [
+        0,
+        0,
+        1,
+    ]
     alone = tokenizer.tokenize("\x04", [1], is_next=True)
     assert (alone.tokens.tolist(), alone.num_stable.tolist()) == ([], [0])
     assert tokenizer.tail("\x04", is_next=True).ids == ()

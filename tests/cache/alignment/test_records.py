@@ -167,6 +167,45 @@ def test_a_conversation_is_seen_under_the_other_template(anchor: str, other: str
     assert seen_at(made, row)[0] == encoder.encode_all([(known, [len(expected)])])[0].ids.tolist()
 
 
+def say(content: str, *, argument: str = "") -> dict[str, Any]:
+    """Return an answer, with a call of a tool if it has an argument."""
+    call = {**CALL, "function": {"name": "add", "arguments": {"a": argument}}}
+    return {"role": "assistant", "content": content, **({"tool_calls": [call]} if argument else {})}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (say("Hello"), say(" Hello")),
+        (say("\n\nHello"), say("\n\n\tHello")),
+        (say("Hello \n"), say("Hello \nyou")),
+        (say("Hello\n\n"), say("Hello\n\n  you \n")),
+        (say("Hello"), say("", argument="x")),
+        (say("\nHello"), say("\n", argument="x")),
+        (say("\n\n ", argument="x"), say("\n\n  y", argument="x")),
+        (say("ok ", argument="x"), say("ok then")),
+        (say("ok", argument="x "), say("ok", argument="x y")),
+    ],
+)
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_how_an_answer_goes_on_is_not_told_by_blanks_or_calls(
+    first: dict[str, Any], second: dict[str, Any], is_turned: bool
+) -> None:
+    aligner = make_aligner("gpt2", "qwen")  # the template of the second trims white space
+    if is_turned:
+        aligner = Aligner(aligner._other, aligner._anchor)
+    question, more = {"role": "user", "content": " Go. "}, [{"role": "user", "content": "and"}]
+    chats = [[question, first], [question, second, *more, say(" x ")]]
+    one, other = (align(aligner, {"messages": chat})[0] for chat in chats)
+    num_compared = 0
+    for row in range(min(len(one.sample.tokens), len(other.sample.tokens))):
+        if one.sample.tokens[row] != other.sample.tokens[row]:
+            break
+        assert seen_at(one, row) == seen_at(other, row), row
+        num_compared += 1
+    assert num_compared > 10
+
+
 def test_later_turns_change_nothing_that_was_seen() -> None:
     aligner = make_aligner("gpt2", "qwen")
     long, short = (align(aligner, {"messages": CHAT[:count]})[0] for count in (4, 2))
@@ -213,8 +252,18 @@ def test_a_character_with_a_token_is_spelled_though_its_bytes_have_none() -> Non
 def test_bytes_of_a_template_s_character_are_not_known_behind_a_content() -> None:
     known = Known(ends=np.array([1, 2, 4, 5]), partial=np.array([0, 1, 2, 0], dtype=np.int32))
     mapped = map_known(known, [(1, 4)], [(3, 6)])
-    assert mapped.ends.tolist() == [3, 4, 6, 6]
+    assert mapped.ends.tolist() == [0, 4, 6, 6]
     assert mapped.partial.tolist() == [0, 1, 0, 0]
+
+
+def test_where_generation_begins_all_before_it_is_known_whatever_comes() -> None:
+    known = Known(ends=np.array([3, 4, 4, 5]), partial=np.array([0, 0, 2, 0], dtype=np.int32))
+    for answers, ends in (([], [5, 9, 9, 9]), ([(4, 6)], [5, 9, 11, 12]), ([(5, 6)], [5, 9, 9, 9])):
+        own = [(1, 3), *answers]
+        others = [(3, 5), *((11, 13) for _ in answers)]
+        mapped = map_known(known, own, others, [(4, 9)])
+        assert mapped.ends.tolist() == ends
+        assert mapped.partial.tolist() == [0, 0, 2 if (4, 6) in answers else 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["metaspace", "gemma"])
