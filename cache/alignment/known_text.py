@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from carryon.cache.alignment.boundaries import steps_of
+from carryon.cache.alignment.boundaries import SPACE, steps_of
 from carryon.cache.corpus.tokenize import Encoder
 from carryon.cache.errors import InputError
 
 Span = tuple[int, int]
+_START_CHARS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -76,6 +77,23 @@ def broken_tokens(encoder: Encoder) -> dict[int, bytes]:
         except UnicodeDecodeError:
             broken[token] = piece
     return broken
+
+
+def begins_with(start: NDArray[np.int32], text: str, encoder: Encoder) -> bool:
+    """Tell whether a text itself begins with the tokens that are put before any text."""
+    ids = encoder.encode(text[:_START_CHARS]).ids[: len(start)]
+    return len(start) > 0 and bool(np.array_equal(ids, start))
+
+
+def begins_with_prefix(text: str, encoder: Encoder) -> bool:
+    """Tell whether the first token is the blank alone that a tokenizer puts before any text.
+
+    Its place is that of the first character, which it tells nothing of.
+    """
+    if not encoder.has_prefix:
+        return False
+    made = encoder.encode(text[:_START_CHARS])
+    return bool((made.starts[1:2] == 0).any()) and encoder.name_of(made.ids[:1].tolist()) == [SPACE]
 
 
 def map_known(

@@ -19,6 +19,8 @@ from carryon.cache.alignment.contents import common_places, locate, mark_chat, w
 from carryon.cache.alignment.known_text import (
     Known,
     Span,
+    begins_with,
+    begins_with_prefix,
     broken_tokens,
     find_known,
     map_known,
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 
 _CHECKED_SAMPLES, _CHECKED_ROWS, _CHECKED_CHARS = 32, 6, 2000
 """The last row of a sample, and rows of its first characters: each costs its whole beginning."""
-_START_CHARS = 256
 
 
 class BaseTexts:
@@ -201,7 +202,7 @@ class Aligner:
             text, cuts = self._other_text(record, piece)
             own, text, places, cuts = self._contents(record, piece, text, cuts)
             start = self._other.encoder.start
-            if _chat_of(record, piece.role) is not None or _begins_with(
+            if _chat_of(record, piece.role) is not None or begins_with(
                 start, text, self._other.encoder
             ):
                 start = start[:0]  # the text has them
@@ -211,7 +212,7 @@ class Aligner:
                         f"sample {sample.id!r}: expected a whole conversation or its beginning, "
                         "got a later piece. Fix: extract the anchor with --long truncate"
                     )
-                known = find_known(sample.tokens, sample.char_end, self._broken)
+                known = self._known(sample, piece.text)
                 stop = int(known.ends.max(initial=0))
                 mapped = map_known(known, own, places, list(zip(piece.cuts, cuts, strict=True)))
                 yield self._grow(sample, text, cuts, mapped, start, read=piece.text[:stop])
@@ -230,15 +231,22 @@ class Aligner:
         )
         for number, sample in enumerate(samples):
             has_start = number == 0 or self._other.settings.start_pieces
-            is_written = number == 0 and _begins_with(encoder.start, text, encoder)
+            is_written = number == 0 and begins_with(encoder.start, text, encoder)
             start = encoder.start if has_start and not is_written else encoder.start[:0]
-            known = find_known(sample.tokens, sample.char_end, self._broken, start=first)
+            known = self._known(sample, text, start=first)
             own = Known(ends=known.ends - first, partial=known.partial)
             stop = max(int(sample.char_end.max(initial=0)), first)
             read = text[first:stop]
             self._refuse_unproven(read, sample=sample.id)
             yield self._grow(sample, read, (), own, start, read=read)
             first = stop
+
+    def _known(self, sample: Sample, text: str, *, start: int = 0) -> Known:
+        """Return what is known at each token of a sample that begins at a character of a text."""
+        known = find_known(sample.tokens, sample.char_end, self._broken, start=start)
+        if not start and begins_with_prefix(text, self._anchor.encoder):
+            known.ends[np.argmax(sample.char_end > 0)] = 0
+        return known
 
     def _other_text(self, record: Record, piece: Piece) -> tuple[str, tuple[int, ...]]:
         """Return the other base's rendering of a piece, and where generation begins in it."""
@@ -388,9 +396,3 @@ def _chat_of(record: Record, role: int) -> Chat | None:
     if isinstance(content, Pair):
         content = content.chosen if role == 1 else content.rejected
     return content if isinstance(content, Chat) else None
-
-
-def _begins_with(start: NDArray[np.int32], text: str, encoder: Encoder) -> bool:
-    """Tell whether a text itself begins with the tokens that are put before any text."""
-    ids = encoder.encode(text[:_START_CHARS]).ids[: len(start)]
-    return len(start) > 0 and bool(np.array_equal(ids, start))

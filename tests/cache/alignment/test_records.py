@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.aligned_tokenizers import BRACKETS, CHATML, TEXTS, make_tokenizer
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
 from carryon.cache.alignment.known_text import Known, broken_tokens, map_known
 from carryon.cache.alignment.records import AlignedSample, Aligner, BaseTexts, path_to
@@ -280,6 +280,32 @@ def test_characters_begun_are_found_under_sequences_within_sequences() -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Sequence([inner])])
     assert len(broken_tokens(Encoder(plain))) > 64
     assert broken_tokens(Encoder(nested)) == broken_tokens(Encoder(plain))
+
+
+@pytest.mark.parametrize("is_always", [False, True])
+def test_the_blank_before_any_text_tells_nothing_of_it(is_always: bool) -> None:
+    tokenizer = make_tokenizer("metaspace", vocab_size=300)
+    if is_always:  # as Llama 2's, which puts it before a blank too
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+        tokenizer.backend_tokenizer.pre_tokenizer = None
+    anchor = BaseTexts(
+        tokenizer,
+        name="metaspace",
+        settings=CorpusSettings(),
+        max_tokens=512,
+        end_tokens=(),
+        vocab_size=None,
+    )
+    aligner = Aligner(anchor, make_aligner("gpt2", "qwen")._other)
+    for text in ("(x", "\u4f60", "'re"):
+        [made] = align(aligner, {"text": text})
+        assert anchor.encoder.name_of([int(made.sample.tokens[0])]) == ["\u2581"]
+        assert seen_at(made, 0) == ([], [], 0, 1)
+    [made] = align(aligner, {"text": " (x"})
+    assert seen_at(made, 0) == (([], [], 0, 1) if is_always else ([222], [], 1, 1))
+    [made] = align(aligner, {"prompt": "(", "completion": "x"})
+    assert seen_at(made, 0) == ([], [], 0, 1)
 
 
 def test_a_conversation_of_blanks_is_refused_by_name() -> None:
