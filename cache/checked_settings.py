@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_h
 from carryon.cache.errors import InputError
 
 T = TypeVar("T")
+_INFINITE = (float("inf"), float("-inf"))
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -43,11 +44,14 @@ class Bounds:
             return f"expected some of {' '.join(self.choices)}, got {got}"
         if all(map(self._is_within, items)):
             return ""
+        if any(item in _INFINITE for item in items):
+            return f"expected a finite number, got {got}"
         return f"expected {self._range()}{' for each' * isinstance(value, list)}, got {got}"
 
     def _is_within(self, item: Any) -> bool:  # noqa: ANN401
         return (  # false for a NaN
-            (self.at_least is None or item >= self.at_least)
+            item not in _INFINITE
+            and (self.at_least is None or item >= self.at_least)
             and (self.above is None or item > self.above)
             and (self.at_most is None or item <= self.at_most)
             and (self.below is None or item < self.below)

@@ -54,6 +54,16 @@ ALL = (
             {"held_out_ratio": 1.0},
             "held_out_ratio: expected more than 0 and below 1",
         ),
+        (
+            StreamSettings,
+            {"decoded_cache_gb": float("inf")},
+            "decoded_cache_gb: expected a finite number, got inf",
+        ),
+        (
+            StreamSettings,
+            {"store_weights": [1.0, float("inf")]},
+            "store_weights: expected a finite number, got 1.0 inf",
+        ),
         (StreamSettings, {"window_units": 0}, "window_units: expected 1 or more, got 0"),
         (LossSettings, {"chunk_tokens": -1}, "chunk_tokens: expected 0 or more, got -1"),
         (LossSettings, {"kl_weight": -1.0}, "kl_weight: expected 0 or more, got -1.0"),

@@ -1,8 +1,10 @@
 """`carryon plan-memory`: peak memory of training, estimated before a run."""
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from carryon.cache.checked_settings import Bounds
 from carryon.cache.errors import InputError
 from carryon.tools.cli.output import print_result
 from carryon.tools.cli.sizes import parse_bytes
@@ -14,9 +16,19 @@ from carryon.train.config import (
     MixSettings,
     TrainSettings,
 )
+from carryon.train.kinds import get_kind
 
 if TYPE_CHECKING:
     from carryon.train.trainer.forecast.memory_estimate import SourceCase
+
+_MOST = 1 << 40  # of a number of tokens, channels or rows
+_BOUNDS = {
+    "--base-width": Bounds(at_least=1, at_most=1 << 20),
+    "--vocab-size": Bounds(at_least=1, at_most=1 << 30),
+    "--tokens-per-step": Bounds(at_least=1, at_most=_MOST),
+    "--supervised-ratio": Bounds(at_least=0, at_most=1),
+    "--window-tokens": Bounds(at_least=0, at_most=_MOST),
+}
 
 
 def plan_memory(
@@ -59,6 +71,17 @@ def plan_memory(
     from carryon.train.trainer.forecast.memory_estimate import MemoryCase, leaner_settings
     from carryon.train.trainer.forecast.memory_estimate import plan_memory as plan
 
+    _check(
+        carryon.kind,
+        head_bytes,
+        {
+            "--base-width": base_width,
+            "--vocab-size": vocab_size,
+            "--tokens-per-step": tokens_per_step,
+            "--supervised-ratio": supervised_ratio,
+            "--window-tokens": window_tokens,
+        },
+    )
     case = MemoryCase(
         base_width=base_width,
         vocab_size=vocab_size,
@@ -90,6 +113,24 @@ def plan_memory(
         summary += f"\n\n--limit {limit}: {answer}"
     document = {**tried[-1], "limit": max_bytes if limit else None, "fits": fits, "tried": tried}
     return print_result(document, summary)
+
+
+def _check(kind: str, head_bytes: int, given: Mapping[str, float]) -> None:
+    """Check the options that no settings hold.
+
+    Raises:
+        InputError: a number is out of range, or the carry-on has the sizes of a base's blocks.
+    """
+    for name, value in given.items():
+        if problem := _BOUNDS[name].problem(value):
+            raise InputError(f"{name}: {problem}")
+    if head_bytes not in (2, 4):
+        raise InputError(f"--head-bytes: expected 2 or 4, got {head_bytes}")
+    if get_kind(kind).needs_blocks:
+        raise InputError(
+            f"--kind: expected bottleneck or none, got {kind}, which has the sizes of its base's "
+            "blocks. Fix: carryon train --dry-run, which reads them from the store"
+        )
 
 
 def _read_sources(

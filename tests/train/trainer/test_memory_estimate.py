@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from carryon.tools.cli.main import main
 from carryon.train.config import CarryOnSettings, LossSettings, MemorySettings
 from carryon.train.losses.ways import WAYS
 from carryon.train.mixing.gate import Gate
@@ -131,3 +132,24 @@ def test_a_gate_alone_has_no_weights_of_a_carry_on() -> None:
     parts = plan_memory(none)
     assert (parts["weights"], parts["activations"]) == (0, 0)
     assert parts["gate"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--base-width 0", "--base-width: expected 1 to 1048576, got 0"),
+        ("--vocab-size -3", "--vocab-size: expected 1 to"),
+        ("--tokens-per-step -5", "--tokens-per-step: expected 1 to"),
+        ("--supervised-ratio nan", "--supervised-ratio: expected 0 to 1, got nan"),
+        ("--supervised-ratio inf", "--supervised-ratio: expected a finite number, got inf"),
+        ("--window-tokens -1", "--window-tokens: expected 0 to"),
+        ("--head-bytes 3", "--head-bytes: expected 2 or 4, got 3"),
+        ("--kind top", "--kind: expected bottleneck or none, got top"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], words: str, text: str
+) -> None:
+    argv = ["plan-memory", "--base-width", "64", "--vocab-size", "1000"]
+    assert main([*argv, *words.split()]) == 2
+    assert f"carryon plan-memory: error: {text}" in capsys.readouterr().err

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.tiny_bases import make_tiny_base
 from support.tiny_runs import TINY, train_tiny
+from support.tiny_stores import write_corpus
 from support.tiny_train_stores import make_tiny_store
 
 from carryon.cache.errors import InputError
+from carryon.cache.extraction.pipeline import extract
+from carryon.cache.settings import CorpusSettings, ForwardSettings, StoreSettings
 from carryon.tools.cli.main import main
 from carryon.train.losses import calibration
 from carryon.train.trainer import choices
@@ -63,6 +67,25 @@ def test_a_run_that_is_there_keeps_its_choices_in_the_preview(
     monkeypatch.setattr(choices, "calibrate", refuse)
     assert preview(store, tmp_path / "run").loss_way == "shifted"
     assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_memory_of_a_top_is_that_of_the_blocks_of_its_base(
+    tmp_path: Path, lora_rank: int
+) -> None:
+    extract(
+        base=str(make_tiny_base(tmp_path / "base")),
+        data=[write_corpus(tmp_path / "data.jsonl", num_samples=12)],
+        out=tmp_path / "store",
+        corpus=CorpusSettings(mask="all", max_tokens=32),
+        store=StoreSettings(taps=["final", "layer.1"], unit_tokens=64, with_blocks=1),
+        forward=ForwardSettings(device="cpu", compute_dtype="float32", batch_tokens=256),
+    )
+    whole = preview(tmp_path / "store", tmp_path / "run", kind="top", blocks=1)
+    seen = preview(tmp_path / "store", tmp_path / "run", kind="top", blocks=1, lora_rank=lora_rank)
+    assert seen.memory["gradients"] == 4 * seen.num_parameters
+    added = seen.memory["weights"] - whole.memory["weights"]
+    assert added == (4 * seen.num_parameters if lora_rank else 0)
 
 
 def test_what_a_preview_cannot_tell_is_refused(store: Path, tmp_path: Path) -> None:

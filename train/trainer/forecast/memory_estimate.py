@@ -70,6 +70,10 @@ class MemoryCase:
     carryon: CarryOnSettings
     loss: LossSettings
     memory: MemorySettings
+    weights: Sequence[int] | None = None
+    """Numbers of each trained weight of the carry-on. None: those of a bottleneck."""
+    frozen_bytes: int = 0
+    """Bytes of weights of the carry-on that are not trained."""
     is_compiled: bool = False
     """Whether steps are compiled. Memory of CUDA graphs is not counted."""
     sources: Sequence[SourceCase] = ()
@@ -102,7 +106,7 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
         + (0 if is_lean else COMPILER_BYTES)
         + (INDUCTOR_BYTES if case.is_compiled else 0)
         + (TRANSFORMERS_BYTES if get_kind(case.carryon.kind).needs_blocks else 0),
-        "weights": num_weights * item,
+        "weights": num_weights * item + case.frozen_bytes,
         "gradients": moved * item,
         "optimizer": int(num_weights * state_bytes) + (WORKING_BYTES if is_lean else 0),
         "head": _placed_head(case) + copies,
@@ -115,7 +119,9 @@ def plan_memory(case: MemoryCase) -> dict[str, int]:
 
 
 def _weights(case: MemoryCase) -> list[int]:
-    """Return the numbers of each weight of the carry-on."""
+    """Return the numbers of each trained weight of the carry-on."""
+    if case.weights is not None:
+        return list(case.weights)
     if case.carryon.kind == "none":
         return []
     with torch.device("meta"):

@@ -5,7 +5,7 @@ Nothing is written. The first steps are taken and timed, and their weights throw
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from carryon.cache.errors import InputError
 from carryon.cache.progress import Progress, show_seconds
-from carryon.train.config import LossSettings, TrainSettings
+from carryon.train.config import CarryOnSettings, LossSettings, TrainSettings
 from carryon.train.data.datasets import open_data
 from carryon.train.data.duration import TIMED_STEPS, Evaluations, seconds_per_token
 from carryon.train.data.evaluation_set import count_evaluations
 from carryon.train.data.loader import Stream, stream_bytes
 from carryon.train.data.padding import PaddedSize
+from carryon.train.kinds import get_kind
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.sampled_gain import evaluation_seconds
 from carryon.train.modules.carryon import num_parameters
@@ -30,6 +31,7 @@ from carryon.train.trainer.forecast.memory_estimate import MemoryCase, plan_memo
 from carryon.train.trainer.run import Job, Run, prepare_run
 from carryon.train.trainer.trainer import describe, measure_halves, warn_about_held_out
 
+_MOST_INNER = 262_144  # that settings allow; experts of a block are one matrix
 _LEFT_OUT_STEPS = 1
 """First steps that set up memory."""
 
@@ -214,6 +216,7 @@ def _memory(run: Run) -> dict[str, int]:
     settings, lengths = run.settings, run.store.sample_lengths
     batches = [batch for window in run.windows for step in window.steps for batch in step]
     train_tokens = int(lengths[run.data.split.train].sum())
+    weights = list(run.carryon.parameters())
     sizes = [PaddedSize.parse(each).tokens for each in settings.compilation.padded_sizes]
     case = MemoryCase(
         base_width=run.store.width,
@@ -222,10 +225,22 @@ def _memory(run: Run) -> dict[str, int]:
         supervised_ratio=run.contamination.train_targets / max(1, train_tokens),
         window_tokens=0,
         head_bytes=run.head.dtype.itemsize,
-        carryon=settings.carryon,
+        carryon=_shape(run),
         loss=settings.loss,
         memory=settings.memory,
+        weights=[each.numel() for each in weights if each.requires_grad],
+        frozen_bytes=sum(each.nbytes for each in weights if not each.requires_grad),
         is_compiled=run.compiled is not None and run.compiled.is_compiled,
     )
     parts = plan_memory(case)
     return parts | {"batches": stream_bytes(run.store, run.windows, taps=run.taps)}
+
+
+def _shape(run: Run) -> CarryOnSettings:
+    """Return the shape of the blocks of a carry-on, which the settings may not hold."""
+    shape, width = run.settings.carryon, run.store.width
+    if not get_kind(shape.kind).needs_blocks:
+        return shape
+    largest = max(each.numel() for each in run.carryon.parameters())  # of an MLP, mostly
+    inner = min(max(1, largest // width), _MOST_INNER)
+    return replace(shape, width=width, heads=1, intermediate_size=inner)
