@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from carryon.cache.errors import InputError
 from carryon.cache.files.full_disk import disk_full_named
 from carryon.cache.files.locked import held, sign, take
 from carryon.cache.files.regular import open_below, refuse_links
@@ -48,13 +49,20 @@ def write_lock(root: Path, *, is_shared: bool = False) -> Iterator[None]:
     Raises:
         StoreBusyError: another process holds it; nothing was changed.
         DiskFullError: no space left for the lock.
-        InputError: the lock holds something else; nothing was changed.
+        InputError: the lock holds something else, or no folder can be made there; nothing was
+            changed.
         UnsafePathError: the lock is no regular file, or lies behind a link; nothing was changed.
     """
     path = root / LOCK_PATH
     with disk_full_named(path):
         refuse_links(root, path.parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(
+                f"{root}: expected a folder for the store, got a place where none can be made: "
+                f"{error.strerror} ({error.filename}). Fix: give another folder"
+            ) from error
         handle = open_below(root, LOCK_PATH, flags=os.O_RDWR | os.O_CREAT)
     try:
         take(handle, root, kind="store", is_shared=is_shared)

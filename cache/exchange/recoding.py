@@ -126,8 +126,8 @@ def _refuse(source: Store, root: Path, profile: str) -> None:
             f"{source.name}: expected a whole store, got a part. Fix: recode {source.root}, with "
             "all its parts"
         )
-    if root.resolve() == source.root.resolve():
-        raise InputError(f"--out: expected another folder than the store, got {root}")
+    if root.resolve().is_relative_to(source.root.resolve()):
+        raise InputError(f"--out: expected another folder than the store, outside it, got {root}")
     refuse_foreign_folder(root)
     if settings["profile"] == profile:
         raise InputError(

@@ -115,10 +115,13 @@ def _locked(path: Path, of: Path, kind: str) -> int:
             with disk_full_named(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:  # removed by the process that made it; or the path leads nowhere
+        except FileNotFoundError as error:  # removed by the process that made it; or leads nowhere
             tries -= 1
             if not tries:
-                raise
+                raise InputError(
+                    f"{of}: expected a folder for the {kind}, got a place where none can be made: "
+                    f"{error.strerror} ({error.filename}). Fix: give another folder"
+                ) from error
             continue
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"{of}: expected a folder for the {kind}, got a file") from error

@@ -10,10 +10,10 @@ import pytest
 from support.tiny_stores import extract_tiny, files_below, readable_content, start_extraction
 
 from carryon.cache.base.model import Base
-from carryon.cache.errors import StoreBusyError
+from carryon.cache.errors import InputError, StoreBusyError
 from carryon.cache.extraction.repair import repair
 from carryon.cache.format.zarr_metadata import receipt_path
-from carryon.cache.lock import LOCK_PATH, write_lock
+from carryon.cache.lock import LOCK_PATH, folder_lock, write_lock
 
 
 def settled_files(root: Path) -> dict[str, bytes]:
@@ -99,3 +99,11 @@ def test_a_holder_that_is_no_number_is_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(StoreBusyError, match="process unknown is writing"), write_lock(tmp_path):
         pass
     os.close(handle)
+
+
+def test_a_place_where_no_folder_can_be_made_is_refused_in_a_line() -> None:
+    root = Path("/proc/carryon-store")
+    with pytest.raises(InputError, match="place where none can be made: No such file"):
+        write_lock(root).__enter__()
+    with pytest.raises(InputError, match="place where none can be made: No such file"):
+        folder_lock(root, kind="run").__enter__()

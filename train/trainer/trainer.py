@@ -38,6 +38,7 @@ from carryon.train.data.loader import stream_bytes
 from carryon.train.kinds import get_kind
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
+from carryon.train.losses.ways import way_of, ways_of
 from carryon.train.mixing.projected import ProjectedSources, project_sources
 from carryon.train.mixing.sources import Source, join_states, open_sources, warn_about_missing
 from carryon.train.modules.carryon import num_parameters
@@ -239,6 +240,8 @@ def _prepare(
             logger.info(f"{describe(run)}\nsettings: {run.folder.config}")
             if warning := rate_warning(run.settings.optimization, run.settings.carryon):
                 logger.warning(warning)
+            if warning := way_warning(run.head):
+                logger.warning(warning)
             if not run.learns():
                 logger.warning(
                     f"{job.out}: every step has the learning rate 0, so that nothing is learned: "
@@ -355,4 +358,14 @@ def rate_warning(optimization: OptimizationSettings, carryon: CarryOnSettings) -
         f"learning_rate: {rate:g} is {rate / default:.0f} times the default of a {carryon.kind}"
         f"{' with LoRA' if carryon.lora_rank else ''} ({default:g}), which begins as the base and "
         "may be worse than it after a few steps. Fix: leave out --learning-rate, or lower it"
+    )
+
+
+def way_warning(head: FrozenHead) -> str:
+    """Return a warning about a way of the loss that is given in vain; empty if it is taken."""
+    if head.way == way_of(head):
+        return ""
+    return (
+        f"loss_way: expected {', '.join(ways_of(head))} for this head on {head.device.type}, got "
+        f"{head.way}: {way_of(head)} is taken. Fix: leave out --loss-way"
     )

@@ -236,6 +236,12 @@ def test_what_cannot_be_recoded_is_refused_and_nothing_is_written(
         recode(store_folder, out=out, profile="x")
     with pytest.raises(InputError, match="--out: expected another folder than the store"):
         recode(store_folder, out=store_folder, profile="raw")
+    with pytest.raises(InputError, match="--out: expected another folder than .*, outside it"):
+        recode(store_folder, out=store_folder / "raw", profile="raw")
+    assert files_below(store_folder) == before
+    (store_tmp / "link").symlink_to(store_tmp / "nowhere")
+    with pytest.raises(InputError, match=r"link: .* place where none can be made: File exists"):
+        recode(store_folder, out=store_tmp / "link", profile="raw")
     extract_tiny(
         tiny_base, store_data, store_tmp / "half", store=replace(SETTINGS, dtype="float16")
     )

@@ -66,6 +66,18 @@ def test_what_is_chosen_is_logged_recorded_and_repeats_from_the_config(
     assert_same_bits(tmp_path / "again", tmp_path / "run")
 
 
+def test_a_way_that_cannot_multiply_the_head_is_warned_of(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_tiny(store, tmp_path / "plain", head_dtype="float32", loss_way="plain")
+    assert "loss_way" not in caplog.text
+
+    train_tiny(store, tmp_path / "run", head_dtype="float32", loss_way="rounded")
+
+    expected = "expected attention, shifted, plain for this head on cpu, got rounded: attention is"
+    assert f"loss_way: {expected} taken" in caplog.text
+
+
 def test_a_resumed_run_keeps_its_way(
     store: Path, tmp_path: Path, chosen: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
