@@ -2,13 +2,21 @@
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from carryon.cache.errors import InputError
 from carryon.tools.bench import guard as module
-from carryon.tools.bench.guard import HEADLINES, Headline, compare, guard, read_recorded
+from carryon.tools.bench.guard import (
+    HEADLINES,
+    Headline,
+    compare,
+    guard,
+    read_recorded,
+    report_lines,
+)
 from carryon.tools.bench.registry import BENCHMARKS
 from carryon.tools.bench.run import _function_of
 from carryon.tools.compare.figure import Figure
@@ -26,6 +34,7 @@ def figure(value: float, sense: str = "at least") -> Figure:
         (2.0, "at least", 1.0, 2.0, False),
         (1.2, "at most", 1.0, 1 / 1.2, True),  # less is better
         (0.5, "at most", 1.0, 2.0, False),
+        (0.0, "at least", 1.0, 0.0, True),
     ],
 )
 def test_a_fall_is_a_loss_of_more_than_a_tenth(
@@ -38,6 +47,18 @@ def test_a_fall_is_a_loss_of_more_than_a_tenth(
 def test_a_figure_without_a_record_has_not_fallen() -> None:
     found = compare(figure(0.1), {"g": 1.0})
     assert found.details == {"recorded": None, "of_recorded": None, "fell": False}
+
+
+def test_ratios_without_a_record_are_named_and_not_counted() -> None:
+    known = {"f": 1.0}
+    figures = [
+        compare(replace(figure(1.0), figure=name, unit=unit), known)
+        for name, unit in (("f", "x"), ("new", "x"), ("guard.seconds", "s"))
+    ]
+    assert report_lines(figures, kind="core", is_known=True) == [
+        "core: none of 1 recorded ratios fell by more than 10%",
+        "not recorded yet: new; --record keeps them",
+    ]
 
 
 def test_ten_ratios_of_benchmarks_that_take_these_sizes() -> None:

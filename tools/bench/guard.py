@@ -210,15 +210,17 @@ def compare(figure: Figure, recorded: Mapping[str, float]) -> Figure:
     """Return a figure beside its recorded value, with its part of it and whether it fell."""
     before = recorded.get(figure.figure)
     part = None
-    if before and figure.value:
-        part = figure.value / before if figure.sense == "at least" else before / figure.value
+    if before and figure.sense == "at least":
+        part = figure.value / before
+    elif before and figure.value:
+        part = before / figure.value
     details = {"recorded": before, "of_recorded": part}
     details["fell"] = part is not None and part < 1 - FALL
     return replace(figure, details=details)
 
 
 def report_lines(figures: Sequence[Figure], *, kind: str, is_known: bool) -> list[str]:
-    """Return the closing lines: what fell, or what there is to compare with."""
+    """Return the closing lines: what fell, what there is to compare with, and what there is not."""
     if not is_known:
         return [f"{kind}: nothing recorded on this kind of core yet; --record keeps these values"]
     fell = [figure for figure in figures if figure.details.get("fell")]
@@ -227,4 +229,9 @@ def report_lines(figures: Sequence[Figure], *, kind: str, is_known: bool) -> lis
         f"{figure.value:.3g} against {figure.details['recorded']:.3g}"
         for figure in fell
     ]
-    return lines or [f"{kind}: none of {len(figures) - 1} ratios fell by more than {FALL:.0%}"]
+    known = [figure for figure in figures if figure.details.get("recorded") is not None]
+    if not lines:
+        lines = [f"{kind}: none of {len(known)} recorded ratios fell by more than {FALL:.0%}"]
+    ratios = [figure for figure in figures if figure.unit != "s"]
+    new = [figure.figure for figure in ratios if figure not in known]
+    return [*lines, *([f"not recorded yet: {', '.join(new)}; --record keeps them"] if new else [])]
