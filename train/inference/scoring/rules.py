@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from carryon.cache.errors import InputError
 from carryon.cache.time_limit import TimeLimitError, limited_time
 from carryon.train.inference.scoring.numbers import (
@@ -51,6 +53,7 @@ _MARKER = re.compile(
     r"(?:\banswer[*_]*\s*(?:is\b|[:=])|\bfinal answer(?:\s+is)?\b|####\s*(?=[-$\d]))[\s:=*_]*",
     re.IGNORECASE,
 )
+_TAG_END = re.compile("</answer>", re.IGNORECASE)
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 
 
@@ -104,13 +107,16 @@ def find_last_number(text: str) -> str | None:
 
 def find_boxed(text: str) -> str | None:
     """Return what the last whole \\boxed{} holds."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for at in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if not depth:
-                return text[start:at].strip()
-    return None
+    starts = {match.end() for match in re.finditer(r"\\boxed\s*\{", text)}
+    if not starts:
+        return None
+    last, end, opened = -1, -1, list[int]()
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened and (start := opened.pop()) in starts and start > last:
+            last, end = start, brace.start()
+    return text[last:end].strip() if last >= 0 else None
 
 
 def find_after(text: str, marker: str) -> str | None:
@@ -122,13 +128,16 @@ def find_after(text: str, marker: str) -> str | None:
 
 def find_marked(text: str) -> str | None:
     """Return the answer that a text marks as final: tagged, boxed, or behind `answer is`, ..."""
-    if tagged := _TAGGED.findall(text):
+    ends = [match.end() for match in _TAG_END.finditer(text)]
+    if tagged := _TAGGED.findall(text[: ends[-1]] if ends else ""):
         return str(tagged[-1]).strip()
     if (boxed := find_boxed(text)) is not None:
         return boxed
-    rests = [text[match.end() :].partition("\n")[0] for match in _MARKER.finditer(text)]
-    marked = [rest.strip(" \t.*_") for rest in rests if rest.strip(" \t.*_")]
-    return marked[-1] if marked else None
+    for start in reversed([match.end() for match in _MARKER.finditer(text)]):
+        end = text.find("\n", start)
+        if marked := text[start : end if end >= 0 else None].strip(" \t.*_"):
+            return marked
+    return None
 
 
 def _is_same(found: str, right: str) -> bool:
@@ -251,7 +260,7 @@ def _calling(name: str) -> Rule:
         function: Any = importlib.import_module(module_name)
         for part in path.split("."):
             function = getattr(function, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"rule {name!r}: expected a function in a module that can be imported here: "
             f"{_told(error)}"
@@ -265,8 +274,10 @@ def _calling(name: str) -> Rule:
         try:
             with limited_time(MAX_FUNCTION_SECONDS):
                 verdict = function(text, problem)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"rule {name!r}: {_told(error)}") from error
+        if isinstance(verdict, np.generic):
+            verdict = verdict.item()
         if not isinstance(verdict, bool | int | float):
             got = type(verdict).__name__
             raise InputError(f"rule {name!r}: expected true or false, or 0 to 1, got {got}")
@@ -275,7 +286,7 @@ def _calling(name: str) -> Rule:
     return Rule(name=name, find=_some, judge=judge, module=module_name)
 
 
-def _told(error: Exception) -> str:
+def _told(error: Exception | SystemExit) -> str:
     """Return an error of the user's code with its place, on one line."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     own = [frame for frame in frames if not _BETWEEN.search(frame.filename)]

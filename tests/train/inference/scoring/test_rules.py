@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from carryon.cache.errors import InputError
+from carryon.cache.time_limit import limited_time
 from carryon.train.inference.scoring import rules
 from carryon.train.inference.scoring.numbers import find_numbers, get_value
 from carryon.train.inference.scoring.problems import Problem
-from carryon.train.inference.scoring.rules import find_marked, parse_rule
+from carryon.train.inference.scoring.rules import find_last_number, find_marked, parse_rule
 
 
 def is_right(rule: str, text: str, right: str) -> bool:
@@ -61,6 +62,8 @@ def test_numbers_are_found_in_sentences() -> None:
         ("boxed", "so \\boxed{\\frac{1}{2}}", "0.5", True),
         ("boxed", "\\boxed{1} no, \\boxed{x_{2}}", "\\boxed{x_{2}}", True),
         ("boxed", "\\boxed{5} and \\boxed{6", "5", True),
+        ("boxed", "}{ \\boxed{a}} and {\\boxed {b}", "b", True),
+        ("boxed", "\\boxed{\\boxed{5} + 1}", "5", True),
         ("boxed", "5", "5", False),
         ("after:####", "40 + 80 = 120\n#### 120 legs", "work\n#### 120", True),
         ("after:####", "40 + 80 = 120\n#### 106", "120", False),
@@ -92,6 +95,7 @@ def test_rules_judge(rule: str, text: str, right: str, verdict: bool) -> None:
         ("1 + 1\nTherefore, the final answer is 2.", "2"),
         ("The answer is 3. No: the answer is **4**", "4"),
         ("<answer>5</answer> so", "5"),
+        ("<answer>4</answer> no, <Answer>\n5</ANSWER> so <answer>6", "5"),
         ("Answer: \\boxed{6}", "6"),
         ("work\n\nseven\n", None),
         ("", None),
@@ -132,12 +136,21 @@ def test_a_function_of_the_user_judges(tmp_path: Path, monkeypatch: pytest.Monke
         "def near(text, problem):\n    return abs(int(text) - int(problem.answer)) < 2\n"
         "def half(text, problem):\n    return 0.5\n"
         "def odd(text, problem):\n    return 'yes'\n"
+        "import numpy, sys\n"
+        "def close(text, problem):\n"
+        "    return numpy.isclose(float(text), float(problem.answer))\n"
+        "def ends(text, problem):\n"
+        "    sys.exit(0)\n"
     )
     assert is_right("my_rules_a:near", "41", "42")
     assert not is_right("my_rules_a:near", "40", "42")
     assert not is_right("my_rules_a:half", "40", "42")
     with pytest.raises(InputError, match=r"ValueError: invalid literal.* \(my_rules_a.py:2\)"):
         is_right("my_rules_a:near", "many", "42")
+    assert is_right("my_rules_a:close", "42", "42")
+    assert not is_right("my_rules_a:close", "41", "42")
+    with pytest.raises(InputError, match=r"SystemExit: 0 \(my_rules_a.py:11\)"):
+        is_right("my_rules_a:ends", "many", "42")
     with pytest.raises(InputError, match="expected true or false, or 0 to 1, got str"):
         is_right("my_rules_a:odd", "many", "42")
 
@@ -149,6 +162,9 @@ def test_a_faulty_module_is_named_with_the_place(
     (tmp_path / "my_rules_b.py").write_text("x = 1\ny = 1 / 0\n")
     with pytest.raises(InputError, match=r"ZeroDivisionError: .* \(my_rules_b.py:2\)"):
         parse_rule("my_rules_b:near")
+    (tmp_path / "my_rules_d.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(InputError, match=r"SystemExit: 0 \(my_rules_d.py:2\)"):
+        parse_rule("my_rules_d:near")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +183,13 @@ def test_a_pattern_without_an_end_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InputError, match="it takes more than 0.1 s on the answer 'aaa") as caught:
         is_right(r"regex:(a+)+$", "a" * 60 + "b", "42")
     assert "Fix: a simpler pattern" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["\\boxed{", "<answer>", "answer is ", "</answer>", "1,111"])
+def test_an_answer_that_repeats_itself_is_read_in_no_time(text: str) -> None:
+    with limited_time(5):  # a second or less; minutes where each start is read to the end
+        find_marked(text * 20_000)
+        find_last_number(text * 20_000)
 
 
 def test_a_verifier_without_an_end_accepts_nothing(
