@@ -220,5 +220,7 @@ def _check(given: dict[str, Any]) -> None:
         raise InputError("--unsolved: expected corpora in --known, got none. Fix: --known FILE")
     if given["keep_instruction"] and not given["instruction"].strip():
         raise InputError("--keep-instruction: expected an --instruction, got none")
+    if given["alpha"] is not None and not given["carryon"]:
+        raise InputError("--alpha: expected a carry-on, got none. Fix: --carryon FOLDER")
     if not given["base"] and not given["carryon"]:
         raise InputError("--base: expected a base or a carry-on, got neither. Fix: --base")

@@ -54,6 +54,22 @@ def test_a_corpus_of_verified_answers_is_extracted(
     assert Store.open(easy / "store").num_samples == len(records)
 
 
+def test_a_question_of_several_problems_has_no_more_records_than_of_one(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": f"q{at}", "question": "the " * (at % 3 + 1), "answer": "x"} for at in range(12)]
+    (easy / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--keep", "5", "--held-out-ratio", "0.4"]
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
+    records = read_lines(easy / "c.jsonl")
+    asked = [record["messages"][0]["content"] for record in records]
+    assert max(map(asked.count, asked)) == 5
+    halves = {(record["messages"][0]["content"], record.get("split")) for record in records}
+    assert len(halves) == 3  # no question is in both
+    facts = last_line(capsys)
+    assert facts["kept"] + facts["equal"] + facts["surplus"] == facts["right"]
+
+
 def test_the_instruction_is_stored_when_told(tiny_base_folder: Path, easy: Path) -> None:
     more = ["--instruction", "think", "--keep-instruction", "--num", "2"]
     assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
@@ -197,6 +213,7 @@ def test_test_problems_are_not_posed(
         (["--data", "none"], "--data: expected a file with problems"),
         (["--rule", "nothing"], "rule: expected"),
         (["--carryon", "none"], "none"),
+        (["--alpha", "0.5"], "--alpha: expected a carry-on, got none. Fix: --carryon"),
     ],
 )
 def test_wrong_input_is_one_line(

@@ -57,9 +57,15 @@ def make_record(
 
 
 def choose_held_out(problems: Iterable[Problem], *, ratio: float) -> set[str]:
-    """Return the ids of problems to hold out: the same ones in every corpus, never all."""
-    ids = {problem.id for problem in problems}
-    chosen = {each for each in ids if _share(each) < ratio}
+    """Return the ids of problems to hold out: the same ones in every corpus, never all.
+
+    A problem that is posed twice goes where its first one does.
+    """
+    first, chosen, ids = dict[str, str](), set[str](), set[str]()
+    for problem in problems:
+        ids.add(problem.id)
+        if _share(first.setdefault(problem.asked, problem.id)) < ratio:
+            chosen.add(problem.id)
     return chosen if chosen < ids else set()
 
 

@@ -151,7 +151,13 @@ def sample(
         judged = judge(kept_problems, [arm], file=file, samples=asking.samples)
         rows = {task: each[arm.name] for task, each in judged.items()}
         selections = {
-            task: select(each, known=known, keep=asking.keep, keep_cut=asking.keep_cut)
+            task: select(
+                each,
+                asked=[problem.asked for problem in kept_problems[task]],
+                known=known,
+                keep=asking.keep,
+                keep_cut=asking.keep_cut,
+            )
             for task, each in rows.items()
         }
         counts = add_counts([each.counts for each in selections.values()])

@@ -44,6 +44,7 @@ class Selection:
 def select(
     answers: Sequence[Sequence[Answer]],
     *,
+    asked: Sequence[str],
     known: Mapping[str, Iterable[str]],
     keep: int,
     keep_cut: bool,
@@ -52,14 +53,16 @@ def select(
 
     Args:
         answers: for each problem its answers.
+        asked: what each problem asks; equal ones count as one problem.
         known: question -> answers that earlier corpora hold: not kept again, and counted by `keep`.
         keep: most answers for a problem, the known ones included. 0: no limit.
         keep_cut: whether right answers that were cut at the limit of new tokens are kept.
     """
     kept, equal, surplus, right_cut = list[list[Answer]](), 0, 0, 0
-    for row in answers:
-        seen = {normalize(text) for each in row[:1] for text in known.get(each.question, ())}
-        room = keep - len(seen) if keep else len(row)
+    by_problem = dict[str, set[str]]()
+    for row, problem in zip(answers, asked, strict=True):
+        before = {normalize(text) for each in row[:1] for text in known.get(each.question, ())}
+        seen = by_problem.setdefault(problem, before)
         chosen = list[Answer]()
         for answer in row:
             if not answer.is_right:
@@ -69,7 +72,7 @@ def select(
                 right_cut += 1
             elif text in seen:
                 equal += 1
-            elif len(chosen) >= room:
+            elif keep and len(seen) >= keep:
                 surplus += 1
             else:
                 chosen.append(answer)

@@ -4,7 +4,7 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from carryon.cache.corpus.records import kind_of, marks_held_out
 from carryon.cache.corpus.rows import BadRow, Row
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError, MissingError
+from carryon.cache.files.documents import digest_of
 from carryon.cache.optional import require
 from carryon.cache.settings import DataSettings
 from carryon.train.inference.scoring.numbers import find_numbers, get_value
@@ -49,6 +50,13 @@ class Problem:
     verify: Callable[[str], float] | None = None
     """The task's own verifier: credit of an answer, 1 if it is right."""
 
+    @property
+    def asked(self) -> str:
+        """What is asked: the question, and a digest of any messages before it."""
+        if not self.before:
+            return self.question
+        return f"{digest_messages(self.before)} {self.question}"
+
     def is_right(self, text: str) -> bool:
         """Return whether an answer is right by the rule."""
         return self.rule.is_right(text, self)
@@ -73,7 +81,8 @@ def read_problems(
 
     Raises:
         InputError: no such task, setting or rule; a record without a question or answer; an
-            answer that the rule cannot compare; or for training, only records held out.
+            answer that the rule cannot compare; a rule that finds nothing in any worked answer; or
+            for training, only records held out.
         MissingError: the file is not there.
         MissingExtraError: reasoning-gym is not installed.
     """
@@ -94,7 +103,31 @@ def read_problems(
                 f"{problem.id}: the rule {problem.rule.name} expects {lacking}, got "
                 f"{problem.answer!a:.60}. Fix: another --rule"
             )
+    _check_found(problems, source)
     return problems
+
+
+def _check_found(problems: Sequence[Problem], source: str) -> None:
+    """Check that the rule finds the right answer in a worked one, of several lines.
+
+    Where it finds nothing the right answer is compared whole, which is meant for bare ones.
+
+    Raises:
+        InputError: it finds nothing in any.
+    """
+    unfound = [
+        problem.answer
+        for problem in problems
+        if (_MARKER in problem.answer or len(problem.answer.split("\n")) > 1)
+        and problem.rule.find(problem.answer) is None
+    ]
+    if not unfound:
+        return
+    line = f"{source}: rule: {problems[0].rule.name} finds nothing in"
+    such = f"such as {unfound[0]!a:.60}. Fix: another --rule, or right answers alone"
+    if len(unfound) == len(problems):
+        raise InputError(f"{line} any of the {len(problems):,} right answers, {such}")
+    logger.warning(f"{line} {len(unfound):,} of {len(problems):,} right answers, {such}")
 
 
 def read_examples(source: str, *, num: int, seed: int, posed: Sequence[Problem]) -> list[Problem]:
@@ -122,6 +155,11 @@ def read_examples(source: str, *, num: int, seed: int, posed: Sequence[Problem])
             f"got {len(fitting)}. Fix: --examples with other data, or a smaller --num"
         )
     return fitting[:num]
+
+
+def digest_messages(messages: Iterable[Mapping[str, Any]]) -> str:
+    """Return the SHA-256 of messages, as hex."""
+    return digest_of({"messages": [dict(message) for message in messages]})
 
 
 def is_data(source: str) -> bool:
@@ -203,6 +241,8 @@ def _read_rows(source: str) -> tuple[list[Row], list[Row]]:
 
 def _to_problem(row: Row, rule: Rule) -> Problem:
     before, question, answer = _read_row(row)
+    if not question.strip():
+        raise InputError(f"{row.where}: question: expected some text, got {question!a:.60}")
     given, metadata = row.fields.get("id"), row.fields.get("metadata")
     return Problem(
         id=row.made_id if given is None else str(given),

@@ -1,6 +1,7 @@
 """Which sampled answers are kept, and the records that they become."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def answer(text: str, *, is_right: bool = True, is_cut: bool = False, sample: in
 
 
 def problem(number: int = 0) -> Problem:
-    return Problem(id=f"p{number}", question="What?", answer="4", rule=parse_rule("end"))
+    return Problem(id=f"p{number}", question=f"What {number}?", answer="4", rule=parse_rule("end"))
 
 
 def test_right_answers_are_kept_once_each_up_to_the_limit() -> None:
@@ -48,7 +49,7 @@ def test_right_answers_are_kept_once_each_up_to_the_limit() -> None:
         answer("it is 4"),
         answer("4"),
     ]
-    selection = select([row, []], known={}, keep=2, keep_cut=False)
+    selection = select([row, []], asked=["a", "b"], known={}, keep=2, keep_cut=False)
     assert [[each.text for each in kept] for kept in selection.kept] == [["is 4", "it is 4"], []]
     assert selection.counts == Counts(
         problems=2, tried=6, right=5, cut=1, right_cut=1, equal=1, surplus=1, kept=2, unsolved=1
@@ -57,17 +58,38 @@ def test_right_answers_are_kept_once_each_up_to_the_limit() -> None:
 
 def test_known_answers_are_not_kept_again_and_count() -> None:
     row = [answer("is 4"), answer("it is 4"), answer("4")]
-    selection = select([row], known={"What?": ["is  4"]}, keep=2, keep_cut=False)
+    selection = select([row], asked=["a"], known={"What?": ["is  4"]}, keep=2, keep_cut=False)
     assert [each.text for each in selection.kept[0]] == ["it is 4"]
     assert (selection.counts.equal, selection.counts.surplus) == (1, 1)
-    free = select([row], known={}, keep=0, keep_cut=False)
+    free = select([row], asked=["a"], known={}, keep=0, keep_cut=False)
     assert free.counts.kept == 3
+
+
+def test_a_problem_that_is_posed_twice_is_one() -> None:
+    rows = [[answer("is 4"), answer("it is 4")], [answer("is 4"), answer("4")], [answer("is 4")]]
+    selection = select(rows, asked=["a", "a", "b"], known={}, keep=2, keep_cut=False)
+    assert [[each.text for each in kept] for kept in selection.kept] == [
+        ["is 4", "it is 4"],
+        [],
+        ["is 4"],
+    ]
+    assert (selection.counts.equal, selection.counts.surplus, selection.counts.kept) == (1, 1, 3)
+
+
+def test_a_problem_that_is_posed_twice_is_in_one_half() -> None:
+    many = [problem(number) for number in range(400)]
+    again = [replace(each, id=f"again-{each.id}") for each in many]
+    chosen = choose_held_out([*many, *again], ratio=0.1)
+    first = choose_held_out(many, ratio=0.1)
+    assert chosen == first | {f"again-{each}" for each in first}
+    told = [replace(each, before=({"role": "system", "content": each.id},)) for each in again]
+    assert choose_held_out([*many, *told], ratio=0.1) != chosen  # asked in another context
 
 
 def test_a_cut_answer_is_kept_only_when_told() -> None:
     row = [answer("so 4", is_cut=True)]
-    assert select([row], known={}, keep=1, keep_cut=False).counts.kept == 0
-    assert select([row], known={}, keep=1, keep_cut=True).counts.kept == 1
+    assert select([row], asked=["a"], known={}, keep=1, keep_cut=False).counts.kept == 0
+    assert select([row], asked=["a"], known={}, keep=1, keep_cut=True).counts.kept == 1
 
 
 @pytest.mark.parametrize("is_chat", [True, False])
@@ -79,7 +101,7 @@ def test_a_record_is_read_back_as_known(tmp_path: Path, is_chat: bool) -> None:
     assert record["id"].startswith("p0-")
     path = tmp_path / "c.jsonl"
     path.write_bytes(to_lines([record, record]))
-    [texts] = [read_known([str(path)])["What?"]]
+    [texts] = [read_known([str(path)])["What 0?"]]
     assert [text.strip() for text in texts] == ["is 4"] * 2
 
 

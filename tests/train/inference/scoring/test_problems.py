@@ -165,6 +165,12 @@ def test_a_rule_is_chosen_from_the_right_answers(
         ({"question": "why?"}, "auto", "expected messages, or answer"),
         ({"question": "why?", "answer": "blue"}, "last-number", "expects an answer with a number"),
         ({"question": "why?", "answer": " "}, "end", "expects an answer"),
+        ({"question": " \n", "answer": "1"}, "auto", "data.jsonl:1: question: expected some text"),
+        (
+            {"question": "why?", "answer": "3 + 4\n#### 7"},
+            "after:Answer:",
+            "rule: after:Answer: finds nothing in any of the 1 right answers, such as '3 \\+ 4",
+        ),
         ({"question": "why?", "answer": "1"}, "task", "expects a task of reasoning-gym"),
         ({"question": "why?", "answer": ["1"]}, "auto", "answer"),
         ({"messages": [{"role": "user", "content": "why?"}]}, "auto", "then an assistant's answer"),
@@ -177,6 +183,19 @@ def test_data_without_problems_are_refused(
     with pytest.raises(InputError, match=text) as caught:
         read(path, rule=rule)
     assert "\n" not in str(caught.value)
+
+
+def test_right_answers_in_which_a_rule_finds_nothing_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = ["3 + 4 = 7\n#### 7", "It is\n7", "7"]
+    records = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    path = write(tmp_path / "data.jsonl", *records)
+    assert read(path, rule="after:####")[2].is_right("#### 7")  # bare answers are compared whole
+    assert "after:#### finds nothing in 1 of 3 right answers, such as 'It is\\n7'" in caplog.text
+    caplog.clear()
+    read(path, rule="last-number")
+    assert not caplog.text
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
