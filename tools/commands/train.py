@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_UNSCORED = {
+    "--score-every": 0,
+    "--score-base": "",
+    "--score-tasks": [],
+    "--score-rule": "auto",
+    "--score-num": 40,
+    "--score-seed": 1_000_001,
+    "--score-new-tokens": 256,
+}
+"""The defaults: without --score-every other values would say nothing."""
+
 
 def train(
     *,
@@ -108,7 +119,7 @@ def _is_scored(given: dict[str, Any]) -> bool:
         if given[name] < least:
             raise InputError(f"{name}: expected {least} or more, got {given[name]}")
     if not given["--score-every"]:
-        if named := next((each for each in ("--score-base", "--score-tasks") if given[each]), ""):
+        if named := next((name for name in given if given[name] != _UNSCORED[name]), ""):
             raise InputError(f"{named}: expected with --score-every, got 0. Fix: --score-every 100")
         return False
     return is_main_process()

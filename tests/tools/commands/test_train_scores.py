@@ -145,6 +145,10 @@ Ways = Callable[[Path, Path, str], list[str]]
 WRONG: dict[str, tuple[Ways, str]] = {
     "no tasks": (lambda base, tmp, data: ["--score-every", "2"], "Fix: --score-tasks"),
     "no steps": (lambda base, tmp, data: ["--score-tasks", data], "Fix: --score-every 100"),
+    "no scores": (
+        lambda base, tmp, data: ["--score-rule", "end"],
+        "--score-rule: expected with --score-every, got 0. Fix: --score-every 100",
+    ),
     "negative": (lambda base, tmp, data: ["--score-every", "-1"], "--score-every: expected 0 or"),
     "none": (
         lambda base, tmp, data: [*score_ways(data, base), "--score-num", "0"],
