@@ -89,6 +89,10 @@ def score(
         raise InputError(
             f"--samples: expected 1 for greedy answers, got {samples}. Fix: --temperature 0.8"
         )
+    if html and Path(html).is_dir():
+        raise InputError(f"--html: expected a file for the page, got the folder {html}")
+    if drop_known and not store:
+        raise InputError("--drop-known: expected with --store, got none. Fix: --store FOLDER")
     problems = {
         task: read_problems(task, num=num, seed=task_seed, rule=rule)
         for task in dict.fromkeys(tasks)
@@ -129,6 +133,8 @@ def score(
         page = make_answer_page(measured.answers, title=title, table="\n\n".join(tables))
         write_file(Path(html), page.encode())
         logger.info(f"page: {html}")
+    for error in measured.unmeasured[1:]:
+        logger.warning(str(error))
     if measured.unmeasured:
         raise measured.unmeasured[0]
     return documents

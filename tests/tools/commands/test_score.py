@@ -174,6 +174,46 @@ def test_a_second_writer_is_refused_by_its_number(
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".lock")] == []
 
 
+def test_answers_to_a_prompt_that_has_changed_are_given_again(
+    tiny_base_folder: Path, odd_rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, examples, page = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "p.html"))
+
+    def score(system: str, right: str, example: str) -> str:
+        told, asked = {"role": "system", "content": system}, {"role": "user", "content": "the an"}
+        rows = [{"id": "1", "messages": [told, asked], "answer": right}]
+        rows += [{"id": str(at), "question": "on " * at, "answer": "on"} for at in (2, 3, 4)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        examples.write_text(json.dumps({"question": example, "answer": "on"}) + "\n")
+        argv = ["--base", str(tiny_base_folder), "--tasks", str(data), "--rule", odd_rule, *SHORT]
+        argv += ["--arms", "base", "few-shot:1", "--examples", str(examples), "--html", str(page)]
+        return run([*argv, "--out", str(tmp_path / "answers.jsonl")], capsys)[1]
+
+    assert "are there" not in score("in", "old", "thing")
+    err = score("in", "new", "thing")
+    assert "base: 4 of 4 answers are there" in err
+    assert "Right: new" in page.read_text()  # verdicts are those of the data as they are
+    assert "Right: old" not in page.read_text()
+    err = score("on", "new", "thing")
+    assert "base: 3 of 4 answers are there" in err
+    assert "few-shot:1: 3 of 4 answers are there" in err
+    err = score("on", "new", "another")
+    assert "base: 4 of 4 answers are there" in err
+    assert "few-shot:1:" not in err.split("warning")[0].replace("base: 4", "")
+
+
+def test_every_task_that_nothing_measures_is_named(
+    data: str, tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = str(tmp_path / "other.jsonl")
+    Path(other).write_text(Path(data).read_text())
+    argv = ["score", "--base", str(tiny_base_folder), "--tasks", data, other, "--rule", "boxed"]
+    assert main([*argv, *SHORT]) == 2
+    err = capsys.readouterr().err
+    assert f"{data}: rule: boxed finds nothing" in err
+    assert f"{other}: rule: boxed finds nothing" in err
+
+
 def test_a_killed_writer_leaves_no_lock(
     data: str, tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +300,9 @@ def test_a_task_has_a_line_with_every_number(
         (["--tasks", "no_such_task"], "expected a task of reasoning-gym"),
         (["--tasks", "no/such.jsonl"], "no/such.jsonl"),
         (["--tasks", "chain_sum", "--num", "0"], "--num: expected 1 or more, got 0"),
+        (["--tasks", "chain_sum", "--html", "/"], "--html: expected a file for the page, got the"),
+        (["--tasks", "chain_sum", "--drop-known"], "--drop-known: expected with --store, got none"),
+        (["--tasks", "chain_sum", "--examples", "x"], "--examples: expected a few-shot arm, got n"),
         (["--tasks", "chain_sum", "--samples", "2"], "Fix: --temperature 0.8"),
         (["--tasks", "chain_sum", "--rule", "best"], "rule: expected last-number"),
         (["--tasks", "chain_sum", "--arms", "bases"], "arms: expected base"),

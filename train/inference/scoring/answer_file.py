@@ -46,6 +46,8 @@ class Answer:
     """Whether the limit of new tokens ended it."""
     seconds: float
     """Share of its batch's time."""
+    prompt: str = ""
+    """Digest of the messages that posed the problem; empty in files of older versions."""
 
     @property
     def key(self) -> Key:
@@ -54,6 +56,8 @@ class Answer:
 
 
 _TYPES = {item.name: item.type for item in fields(Answer)}
+_MAX_COUNT = 1 << 40
+"""Of tokens and seconds: more is no measurement, and sums stay finite."""
 
 
 class AnswerFile:
@@ -77,6 +81,7 @@ class AnswerFile:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
                 if not line.endswith(b"\n"):
+                    self._check_cut(line, number)
                     break
                 self._take(line, number)
                 whole += len(line)
@@ -84,15 +89,22 @@ class AnswerFile:
             os.truncate(path, whole)
 
     def answers_to(
-        self, arm: str, posed: Iterable[tuple[str, Problem]]
+        self, arm: str, posed: Iterable[tuple[str, Problem]], digests: Iterable[str]
     ) -> set[tuple[str, str, int]]:
-        """Return task, problem and sample of the answers of an arm to problems of tasks."""
-        questions = {(task, problem.id): problem.question for task, problem in posed}
-        return {
-            (answer.task, answer.id, answer.sample)
-            for answer in self.answers.values()
-            if answer.arm == arm and questions.get((answer.task, answer.id)) == answer.question
+        """Return task, problem and sample of the answers of an arm to prompts as they are now.
+
+        `digests` are those of the prompts that pose the problems.
+        """
+        asked = {
+            (task, problem.id): (problem.question, ("", digest))
+            for (task, problem), digest in zip(posed, digests, strict=True)
         }
+        known = set[tuple[str, str, int]]()
+        for answer in self.answers.values():
+            question, prompts = asked.get((answer.task, answer.id), (None, ()))
+            if answer.arm == arm and answer.question == question and answer.prompt in prompts:
+                known.add((answer.task, answer.id, answer.sample))
+        return known
 
     def append(self, answers: Iterable[Answer]) -> None:
         """Write answers to the disk at once.
@@ -123,6 +135,16 @@ class AnswerFile:
     def _head(self) -> str:
         return json.dumps({"format": _FORMAT, "settings": self._settings}) + "\n"
 
+    def _check_cut(self, line: bytes, number: int) -> None:
+        """Refuse a line without an end that is no last line of this file, cut off.
+
+        Raises:
+            InputError: it is longer than any answer, or the file is of something else.
+        """
+        is_ours = number > 1 or self._head().encode().startswith(line)
+        if len(line) >= MAX_LINE_BYTES or not is_ours:
+            raise InputError(f"{self.path}:{number}: expected an answer. Fix: another --out")
+
     def _take(self, line: bytes, number: int) -> None:
         try:
             values = parse_json(line)
@@ -133,10 +155,8 @@ class AnswerFile:
         if number == 1:
             self._compare(values)
             return
-        kinds: dict[Any, Any] = {float: int | float}
-        if values.keys() != _TYPES.keys() or not all(
-            isinstance(values[name], kinds.get(kind, kind)) for name, kind in _TYPES.items()
-        ):
+        values = {"prompt": "", **values}
+        if values.keys() != _TYPES.keys() or not all(map(_is_sound, values.items())):
             raise InputError(f"{self.path}:{number}: expected an answer. Fix: another --out")
         answer = Answer(**values)
         self.answers[answer.key] = answer
@@ -153,3 +173,13 @@ class AnswerFile:
                     f"{self.path}: {name}: expected {new!a:.80}, got answers made with "
                     f"{old!a:.80}. Fix: another --out"
                 )
+
+
+def _is_sound(item: tuple[str, Any]) -> bool:
+    """Return whether a field of an answer has its type, and a number can be one of its kind."""
+    name, value = item
+    kind = _TYPES[name]
+    if kind in (int, float):
+        kinds = (int,) if kind is int else (int, float)
+        return type(value) in kinds and 0 <= value <= _MAX_COUNT
+    return type(value) is kind

@@ -68,7 +68,7 @@ def judge(
         for arm in arms:
             judged[task][arm.name] = [
                 [
-                    replace(answer, is_right=problem.is_right(answer.text))
+                    replace(answer, is_right=problem.is_right(answer.text), right=problem.answer)
                     for sample in range(samples)
                     for answer in [file.answers[task, arm.name, problem.id, sample]]
                 ]

@@ -108,6 +108,8 @@ def measure(
     parsed = parse_arms(arms, has_carryon=bool(carryon))
     check_arms(parsed, carryon=carryon, mix=mix, mix_device=mix_device)
     shots = max(arm.shots for arm in parsed)
+    if examples and not shots:
+        raise InputError("examples: expected a few-shot arm, got none. Fix: --arms few-shot:4")
     shown = {
         task: read_examples(examples or task, num=shots, seed=seed, posed=each) if shots else []
         for task, each in problems.items()

@@ -12,7 +12,7 @@ from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
 from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.models import Answerer
-from carryon.train.inference.scoring.problems import Problem
+from carryon.train.inference.scoring.problems import Problem, digest_messages
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ def answer_problems(
     rows = model.encode(prompts)
     check_rooms(arm, posed, rows, settings=settings, context_tokens=model.context_tokens)
     _refuse_other_model(arm, model, file)
-    known = file.answers_to(arm.name, posed)
+    digests = list(map(digest_messages, prompts))
+    known = file.answers_to(arm.name, posed, digests)
     order = sorted(range(len(posed)), key=lambda at: len(rows[at]))
     jobs = [(at, sample) for at in order for sample in range(samples)]
     is_missing = {(at, n): (posed[at][0], posed[at][1].id, n) not in known for at, n in jobs}
@@ -68,7 +69,15 @@ def answer_problems(
             answers = model.answer([rows[at] for at, _ in batch], seed, asked)
             share = (time.monotonic() - since) / len(batch)
             records = [
-                _record(arm, model, *posed[at], sample=sample, answer=answer, seconds=share)
+                _record(
+                    arm,
+                    model,
+                    *posed[at],
+                    digests[at],
+                    sample=sample,
+                    answer=answer,
+                    seconds=share,
+                )  # fmt: skip
                 for (at, sample), answer in zip(batch, answers, strict=True)
             ]
             file.append(records)  # before any rule of the user may fail
@@ -86,6 +95,7 @@ def _record(
     model: Answerer,
     task: str,
     problem: Problem,
+    prompt: str,
     *,
     sample: int,
     answer: Generation,
@@ -108,6 +118,7 @@ def _record(
         tokens=answer.num_tokens,
         is_cut=answer.is_cut,
         seconds=seconds,
+        prompt=prompt,
     )
 
 

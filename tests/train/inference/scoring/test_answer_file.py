@@ -1,11 +1,13 @@
 """Answers on disk: appended, cut off, damaged, or of other settings."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from carryon.cache.errors import InputError
+from carryon.train.inference.scoring import answer_file
 from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
 
 ANSWER = Answer(
@@ -61,6 +63,8 @@ def test_new_verdicts_replace_old_ones(tmp_path: Path) -> None:
     [
         (b'{"id": 1}\n', "expected answers of carryon score"),
         (b"[]\n", ":1: expected an answer"),
+        (b'{"my": "notes"}', ":1: expected an answer"),  # no end of line: json.dump writes none
+        (b"notes", ":1: expected an answer"),
         (b"\xff\n", ":1: expected an answer"),
         (b'{"format": 1, "settings": {"seed": 1, "max_new_tokens": 4}}\n', "seed: expected 0"),
         (b'{"format": 1, "settings": {"seed": 0, "max_new_tokens": 4}}\n{}\n', ":2: expected an"),
@@ -74,6 +78,41 @@ def test_another_file_is_refused_and_kept(content: bytes, text: str, tmp_path: P
         AnswerFile(path, SETTINGS)
     assert "Fix: another --out" in str(caught.value)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tokens", -5), ("tokens", 10**400), ("tokens", True), ("seconds", -1), ("sample", -1),
+     ("seconds", 1e300), ("text", None)],
+)  # fmt: skip
+def test_an_answer_with_impossible_values_is_refused(
+    name: str, value: object, tmp_path: Path
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    AnswerFile(path, SETTINGS).append([ANSWER])
+    head, line = path.read_text().splitlines()
+    path.write_text(f"{head}\n{json.dumps({**json.loads(line), name: value})}\n")
+    with pytest.raises(InputError, match=":2: expected an answer"):
+        AnswerFile(path, SETTINGS)
+
+
+def test_a_line_too_long_loses_none_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    AnswerFile(path, SETTINGS).append([replace(ANSWER, text="x" * 2000), OTHER])
+    content = path.read_bytes()
+    monkeypatch.setattr(answer_file, "MAX_LINE_BYTES", 1000)
+    with pytest.raises(InputError, match=":2: expected an answer"):
+        AnswerFile(path, SETTINGS)
+    assert path.read_bytes() == content
+
+
+def test_answers_of_older_files_have_no_digest_of_their_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    AnswerFile(path, SETTINGS).append([ANSWER])
+    path.write_text(path.read_text().replace(', "prompt": ""', ""))
+    assert AnswerFile(path, SETTINGS).answers == {ANSWER.key: ANSWER}
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
