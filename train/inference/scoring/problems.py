@@ -21,7 +21,7 @@ from carryon.cache.files.documents import digest_of
 from carryon.cache.optional import require
 from carryon.cache.settings import DataSettings
 from carryon.train.inference.scoring.numbers import find_numbers, get_value
-from carryon.train.inference.scoring.rules import Rule, parse_rule
+from carryon.train.inference.scoring.rules import Rule, find_marked, parse_rule
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +81,8 @@ def read_problems(
 
     Raises:
         InputError: no such task, setting or rule; a record without a question or answer; an
-            answer that the rule cannot compare; a rule that finds nothing in any worked answer; or
-            for training, only records held out.
+            answer that the rule cannot compare; a rule that finds nothing in right answers that
+            mark theirs; or for training, only records held out.
         MissingError: the file is not there.
         MissingExtraError: reasoning-gym is not installed.
     """
@@ -108,7 +108,7 @@ def read_problems(
 
 
 def _check_found(problems: Sequence[Problem], source: str) -> None:
-    """Check that the rule finds the right answer in a worked one, of several lines.
+    """Check that the rule finds the right answer in one that marks it, such as by `####`.
 
     Where it finds nothing the right answer is compared whole, which is meant for bare ones.
 
@@ -118,8 +118,7 @@ def _check_found(problems: Sequence[Problem], source: str) -> None:
     unfound = [
         problem.answer
         for problem in problems
-        if (_MARKER in problem.answer or len(problem.answer.split("\n")) > 1)
-        and problem.rule.find(problem.answer) is None
+        if find_marked(problem.answer) is not None and problem.rule.find(problem.answer) is None
     ]
     if not unfound:
         return

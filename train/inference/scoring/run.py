@@ -77,7 +77,7 @@ def answer_problems(
                     sample=sample,
                     answer=answer,
                     seconds=share,
-                )  # fmt: skip
+                )
                 for (at, sample), answer in zip(batch, answers, strict=True)
             ]
             file.append(records)  # before any rule of the user may fail

@@ -188,13 +188,16 @@ def test_data_without_problems_are_refused(
 def test_right_answers_in_which_a_rule_finds_nothing_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answers = ["3 + 4 = 7\n#### 7", "It is\n7", "7"]
+    answers = ["3 + 4 = 7\n#### 7", "So the answer is 7.", "a\nb"]
     records = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
     path = write(tmp_path / "data.jsonl", *records)
-    assert read(path, rule="after:####")[2].is_right("#### 7")  # bare answers are compared whole
-    assert "after:#### finds nothing in 1 of 3 right answers, such as 'It is\\n7'" in caplog.text
+    assert read(path, rule="after:####")[2].is_right("#### a b")  # bare answers are compared whole
+    assert (
+        "after:#### finds nothing in 1 of 3 right answers, such as 'So the answer is 7.'"
+        in caplog.text
+    )
     caplog.clear()
-    read(path, rule="last-number")
+    read(path, rule="end")
     assert not caplog.text
 
 
