@@ -57,7 +57,7 @@ class LLM:
         answers = []
         for prompt, each in zip(prompts, sampling, strict=True):
             tokens = prompt["prompt_token_ids"]
-            if tokens[0] == 13:
+            if tokens[0] == 13 or self.args["model"] == "not to compute":
                 os._exit(3)
             if tokens[0] == 14:
                 time.sleep(1000)

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 Engine = Literal["auto", "transformers", "vllm"]
 BATCH_ROWS = 256
 """Answers of a call; vLLM batches them itself."""
+_ANY_TOKEN = 0
 _MEMORY_RATIO = 0.9
 """Of the free memory."""
 
@@ -72,7 +73,7 @@ class VllmAnswers:
         context_tokens: int,
         dtype: str,
     ) -> None:
-        """Start it, and wait until it is ready.
+        """Start it, and wait until it has answered once: some bases load and cannot be computed.
 
         Args:
             source: folder of a checkpoint, or its id on the hub.
@@ -84,7 +85,7 @@ class VllmAnswers:
         Raises:
             InputError: CARRYON_VLLM_PYTHON names no program.
             MissingExtraError: vLLM is not installed.
-            EngineError: it does not start.
+            EngineError: it does not start, or does not answer.
         """
         self._settings, self._tokenizer = settings, tokenizer
         self._process = VllmProcess(_find_python(), driver="carryon_answers.py")
@@ -102,6 +103,7 @@ class VllmAnswers:
             engine["gpu_memory_utilization"] = _MEMORY_RATIO * free / total
         job = {"environment": vllm_environment(), "engine": engine}
         self._ask(job | {"temporary": str(self._process.temporary)}, "version", verb="start")
+        self._answer([[_ANY_TOKEN]], seed=0, max_new_tokens=1)
 
     def __call__(
         self, rows: Sequence[Sequence[int]], seed: int, prompts: Sequence[Prompt]
@@ -111,25 +113,29 @@ class VllmAnswers:
         Raises:
             EngineError: vLLM has ended, or does not take a prompt.
         """
-        settings = self._settings
-        request = {
-            "rows": [list(row) for row in rows],
-            "seeds": [seed + row for row in range(len(rows))],
-            "sampling": {
-                "max_tokens": settings.max_new_tokens,
-                "temperature": settings.temperature,
-                "top_p": settings.top_p,
-            },
-        }
-        answers = self._ask(request, "answers", verb="answer")
-        if len(answers) != len(rows):
-            self._fail(f"expected {len(rows)} answers, got {len(answers)}")
+        answers = self._answer(rows, seed=seed, max_new_tokens=self._settings.max_new_tokens)
         new = [[int(token) for token in tokens] for tokens, _ in answers]
         texts: list[str] = self._tokenizer.batch_decode(new, skip_special_tokens=True)
         return [
             Generation(text=text, num_tokens=len(tokens), is_cut=bool(is_cut))
             for text, tokens, (_, is_cut) in zip(texts, new, answers, strict=True)
         ]
+
+    def _answer(self, rows: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int) -> Any:  # noqa: ANN401
+        """Return the new tokens of each row, and whether they were cut."""
+        request = {
+            "rows": [list(row) for row in rows],
+            "seeds": [seed + row for row in range(len(rows))],
+            "sampling": {
+                "max_tokens": max_new_tokens,
+                "temperature": self._settings.temperature,
+                "top_p": self._settings.top_p,
+            },
+        }
+        answers = self._ask(request, "answers", verb="answer")
+        if len(answers) != len(rows):
+            self._fail(f"expected {len(rows)} answers, got {len(answers)}")
+        return answers
 
     def close(self) -> None:
         """End the process."""

@@ -93,6 +93,8 @@ def test_an_engine_that_does_not_start_is_named(
 ) -> None:
     with pytest.raises(EngineError, match="vLLM: did not start, .* RuntimeError: no such"):
         VllmAnswers("broken", **HOW)
+    with pytest.raises(EngineError, match="vLLM: did not answer, and ended with code 3"):
+        VllmAnswers("not to compute", **HOW)  # so that --engine auto takes transformers
     monkeypatch.setenv(PYTHON_VARIABLE, "/no/python")
     with pytest.raises(InputError, match="CARRYON_VLLM_PYTHON: expected the Python"):
         VllmAnswers("m", **HOW)
