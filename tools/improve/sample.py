@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.settings import ForwardSettings
 from carryon.tools.cli.output import print_result
+from carryon.tools.improve.plan import TEST_SEED
 from carryon.train.inference.generate_settings import GenerateSettings
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def sample(
     seed: int = 0,
     task_seed: int = 1,
     test_num: int = 0,
-    test_seed: int = 1_000_001,
+    test_seed: int = TEST_SEED,
     alpha: float | None = None,
     keep_cut: bool = False,
     known: list[str] = [],  # noqa: B006
@@ -222,5 +223,7 @@ def _check(given: dict[str, Any]) -> None:
         raise InputError("--keep-instruction: expected an --instruction, got none")
     if given["alpha"] is not None and not given["carryon"]:
         raise InputError("--alpha: expected a carry-on, got none. Fix: --carryon FOLDER")
+    if given["test_seed"] != TEST_SEED and not given["test_num"]:
+        raise InputError("--test-seed: expected a --test-num, got none. Fix: --test-num 200")
     if not given["base"] and not given["carryon"]:
         raise InputError("--base: expected a base or a carry-on, got neither. Fix: --base")

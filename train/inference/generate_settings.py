@@ -23,3 +23,12 @@ class GenerateSettings(Settings):
     chat: ChatChoice = "auto"
     """Whether the prompt goes into the chat template, as a user turn, or stands as it is. `auto`:
     as the carry-on's training texts did; if that is not known, where the base has a template."""
+
+    def problems(self) -> list[tuple[bool, str]]:
+        """Return what the settings may not be together."""
+        return [
+            (
+                self.top_p < 1 and not self.temperature,
+                f"top_p: expected 1 for greedy answers, got {self.top_p:g}. Fix: --temperature 0.8",
+            )
+        ]

@@ -213,6 +213,8 @@ def test_test_problems_are_not_posed(
         (["--data", "none"], "--data: expected a file with problems"),
         (["--rule", "nothing"], "rule: expected"),
         (["--carryon", "none"], "none"),
+        (["--top-p", "0.9", "--temperature", "0", "--samples", "1"], "--top-p: expected 1 for"),
+        (["--test-seed", "5"], "--test-seed: expected a --test-num, got none"),
         (["--alpha", "0.5"], "--alpha: expected a carry-on, got none. Fix: --carryon"),
     ],
 )

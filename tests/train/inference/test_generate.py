@@ -145,6 +145,8 @@ def test_bad_prompts_are_refused(model: CarryOnForCausalLM) -> None:
 def test_bad_settings_are_named_together() -> None:
     with pytest.raises(InputError, match=r"max_new_tokens: .*; temperature: .*; top_p: .*; seed"):
         GenerateSettings(max_new_tokens=0, temperature=-1.0, top_p=0.0, seed=-1)
+    with pytest.raises(InputError, match="top_p: expected 1 for greedy answers, got 0.9. Fix"):
+        GenerateSettings(top_p=0.9)
 
 
 def test_answers_of_a_batch_are_those_of_each_prompt_alone(model: CarryOnForCausalLM) -> None:
