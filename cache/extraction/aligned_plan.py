@@ -28,7 +28,7 @@ from carryon.cache.corpus.records import Record, read_record
 from carryon.cache.corpus.rows import BadRow, Data, Source
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError, SettingMismatchError
-from carryon.cache.format.alignment import UnitAlignment
+from carryon.cache.format.alignment import ALIGNMENT_RULES, UnitAlignment
 from carryon.cache.settings import CorpusSettings, DataSettings, StoreSettings
 from carryon.cache.store.reader import Store
 
@@ -272,6 +272,7 @@ def _arrange(
         "digest": digest.hexdigest(),
         "text_sha256": texts.hexdigest(),
         "missing_samples": missing,
+        "rules": ALIGNMENT_RULES,
         "unit_nodes": max(1, *(len(each.tokens) for each in units)),
     }
     return Alignment(units=units, num_nodes=num_nodes, facts=facts)
@@ -307,7 +308,7 @@ def refuse_other_alignment(old: Mapping[str, Any], new: Mapping[str, Any], *, na
         SettingMismatchError: names what differs.
     """
     for key in sorted({*old, *new}):
-        is_older = key == "text_sha256" and key not in old
+        is_older = key in ("text_sha256", "rules") and key not in old  # the digest decides
         if old.get(key) != new.get(key) and not is_older:
             raise SettingMismatchError(
                 f"{name}: alignment: {key}: expected {str(old.get(key, 'none'))[:12]}, which the "

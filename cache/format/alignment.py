@@ -18,6 +18,9 @@ from carryon.cache.format.arrays import encode_chunks, read_array
 from carryon.cache.format.manifest import Manifest
 from carryon.cache.format.zarr_metadata import ALIGNED_ARRAYS, TABLE_ROWS
 
+ALIGNMENT_RULES = 2
+"""Of which text is known at a row, as a manifest names them. 1, or no name: what the other base
+knows may tell how an answer goes on, or the first character of a text."""
 _UNUSED = -2
 """Parent of a place behind a unit's last node."""
 _NODES = ("tokens", "parents")

@@ -33,6 +33,7 @@ _MAX_BLOCK_BYTES = 64 << 30
 _MAX_LINES_BYTES = 1 << 30
 _MAX_UNITS = 1 << 22
 _MAX_SAMPLES = 1 << 32
+_MAX_RULES = 1 << 16
 _MAX_PARTS = 1 << 16
 _MAX_WIDTH = 1 << 17
 _MAX_VOCABULARY = 1 << 24
@@ -159,6 +160,8 @@ def _check_alignment(facts: Mapping[str, Any]) -> None:
     _whole(facts, "anchor_vocab_size", 1, _MAX_VOCABULARY)
     _whole(facts, "unit_nodes", 1, _MAX_UNIT_TOKENS * 16)
     _whole(facts, "missing_samples", 0, _MAX_SAMPLES)
+    if "rules" in facts:  # not in older stores
+        _whole(facts, "rules", 1, _MAX_RULES)
 
 
 def _check_head(head: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ LINEAR = 1.1
 FLAT = 0.3
 """The same of what opens, of which parts of a millisecond are noise."""
 _SHORT_TIMES = 7
+"""As many measurements of hundredths of a second for each one of an epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -128,7 +128,7 @@ def rank_rows(batch: NDArray[np.int64], *, rank: int, world_size: int) -> NDArra
 
 def _find_even_stops(ends: list[int], *, budget: int) -> list[int]:
     # A plain cut leaves a short last run. The smallest budget that needs no more runs than the
-    # full one spreads it over the others.
+    # full one spreads it over the others. It is no less than a run's share of all tokens.
     stops = _find_stops(ends, budget=budget)
     longest = max(map(sub, ends, [0, *ends]))
     low, high = min(budget, max(longest, -(-ends[-1] // len(stops)))), budget

@@ -31,7 +31,7 @@ from carryon.train.mixing.sources import (
     join_states,
     open_sources,
     order_sources,
-    warn_about_missing,
+    warn_about_sources,
 )
 from carryon.train.modules.card import CarryOnCard, check_base
 from carryon.train.modules.serialization import load_carryon, locate_carryon
@@ -209,7 +209,7 @@ def _open_sources(store: Store, mix: Sequence[str | Path], card: CarryOnCard) ->
     if not mix:
         return []
     sources = order_sources(open_sources(store, [str(path) for path in mix]), card.mixture)
-    warn_about_missing(store, sources)
+    warn_about_sources(store, sources)
     return sources
 
 

@@ -12,7 +12,7 @@ from carryon.cache.errors import (
     SettingMismatchError,
     UnfinishedStoreError,
 )
-from carryon.cache.format.alignment import read_num_nodes
+from carryon.cache.format.alignment import ALIGNMENT_RULES, read_num_nodes
 from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
 from carryon.train.data.joined_store import JoinedStore
@@ -123,9 +123,15 @@ def join_states(anchor: StoreLike, sources: Sequence[Source]) -> StoreLike:
     return JoinedStore(anchor, joined) if joined else anchor
 
 
-def warn_about_missing(anchor: StoreLike, sources: Sequence[Source]) -> None:
-    """Warn about samples that the store of a source lacks."""
+def warn_about_sources(anchor: StoreLike, sources: Sequence[Source]) -> None:
+    """Warn about samples that the store of a source lacks, and of text that it may know early."""
     for source in sources:
+        if source.store.manifest.alignment.get("rules", 1) < ALIGNMENT_RULES:
+            logger.warning(
+                f"{source.name}: its store was aligned by an earlier version: where its data are "
+                "conversations, or the anchor's tokenizer puts a blank before any text, it may "
+                f"know what follows. Fix: carryon extract --align-to {anchor.root} again"
+            )
         if source.missing_samples:
             logger.warning(
                 f"{source.name}: {source.missing_samples:,} of {anchor.num_samples:,} samples are "

@@ -40,7 +40,7 @@ from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import FrozenHead
 from carryon.train.losses.ways import way_of, ways_of
 from carryon.train.mixing.projected import ProjectedSources, project_sources
-from carryon.train.mixing.sources import Source, join_states, open_sources, warn_about_missing
+from carryon.train.mixing.sources import Source, join_states, open_sources, warn_about_sources
 from carryon.train.modules.carryon import num_parameters
 from carryon.train.modules.serialization import read_weights
 from carryon.train.modules.taps import resolve_taps, stream_taps
@@ -260,7 +260,7 @@ def _open_mixture(data: TrainData, settings: TrainSettings) -> tuple[TrainData, 
         return data, []
     taps = mixing.mix_taps if mixing.reads_states else ()
     sources = open_sources(data.store, mixing.mix, taps=taps)
-    warn_about_missing(data.store, sources)
+    warn_about_sources(data.store, sources)
     joined = join_states(data.store, sources)
     data = replace(
         data,

@@ -77,14 +77,21 @@ def test_letters_decide_nothing_before_those_that_they_may_belong_to(kind: str, 
     facts = []
     for more in ("b", "bc d", "B", "Bc", " ", "7", "\u306e", "'s", "s", "l", "lx", "e", "E"):
         text = known + more
-        made = tokenizer.tokenize(text, range(1, len(text) + 1), is_next=False)
-        for end in range(1, len(text) + 1):
-            prefix = made.at(end)
-            got = [*made.tokens[: prefix.num_shared].tolist(), *prefix.others]
-            assert got == encoder.encode(text[:end]).ids.tolist(), (text, end)
-        prefix = made.at(len(known))
-        facts.append((made.tokens[: prefix.num_stable].tolist(), prefix.stable_end))
+        facts.append(stable_within(text, len(known), tokenizer, encoder))
     assert all(fact == facts[0] for fact in facts), facts
+
+
+def stable_within(
+    text: str, end: int, tokenizer: PrefixTokenizer, encoder: Encoder
+) -> tuple[list[int], int]:
+    """Check every beginning of a text; return the stable tokens of one, and where they end."""
+    made = tokenizer.tokenize(text, range(1, len(text) + 1), is_next=False)
+    for each in range(1, len(text) + 1):
+        prefix = made.at(each)
+        got = [*made.tokens[: prefix.num_shared].tolist(), *prefix.others]
+        assert got == encoder.encode(text[:each]).ids.tolist(), (text, each)
+    prefix = made.at(end)
+    return made.tokens[: prefix.num_stable].tolist(), prefix.stable_end
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,13 +123,7 @@ def test_blanks_before_a_begun_added_token_are_one_piece_if_it_is_one(
         known = f"usage:{blanks}{name[:length]}"
         facts = []
         for text in (f"usage:{blanks}{name}'re", known + " y", known + "file>", known):
-            made = tokenizer.tokenize(text, range(1, len(text) + 1), is_next=False)
-            for end in range(1, len(text) + 1):
-                prefix = made.at(end)
-                got = [*made.tokens[: prefix.num_shared].tolist(), *prefix.others]
-                assert got == encoder.encode(text[:end]).ids.tolist(), (text, end)
-            prefix = made.at(len(known))
-            facts.append((made.tokens[: prefix.num_stable].tolist(), prefix.stable_end))
+            facts.append(stable_within(text, len(known), tokenizer, encoder))
         assert all(fact == facts[0] for fact in facts), (known, facts)
 
 

@@ -131,6 +131,8 @@ def assert_named(root: Path, base: Base) -> None:
         ("anchor_vocab_size", 1 << 40),
         ("unit_nodes", True),
         ("missing_samples", -1),
+        ("rules", "2"),
+        ("rules", 0),
         ("digest", {}),
     ],
 )

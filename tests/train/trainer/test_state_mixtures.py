@@ -25,7 +25,7 @@ from carryon.train.data.joined_store import JoinedStore
 from carryon.train.inference.evaluate import evaluate
 from carryon.train.mixing.mixture import load_mixture
 from carryon.train.mixing.source_inputs import source_inputs
-from carryon.train.mixing.sources import open_sources
+from carryon.train.mixing.sources import open_sources, warn_about_sources
 from carryon.train.modules.bottleneck import Bottleneck, build_bottleneck
 from carryon.train.modules.packed_attention import pack
 from carryon.train.modules.serialization import load_carryon, read_card
@@ -241,6 +241,21 @@ def test_the_table_of_a_run_by_state_has_no_shares(
     assert re.search(r"\nmixture +\d\.\d{4} +\d\.\d{4}", text)
     assert "gate share" not in text
     assert "1 of 12 samples are not in its store" in text
+
+
+def test_a_store_that_was_aligned_by_an_earlier_version_is_warned_of(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    anchor = Store.open(folder / "anchor")
+    sources = open_sources(anchor, [str(folder / "good")])
+    warn_about_sources(anchor, sources)
+    assert not caplog.records
+    manifest = sources[0].store.manifest
+    older = {name: fact for name, fact in manifest.alignment.items() if name != "rules"}
+    sources[0].store.manifest = replace(manifest, alignment=older)
+    warn_about_sources(anchor, sources)
+    assert "aligned by an earlier version" in caplog.text
+    assert f"--align-to {anchor.root} again" in caplog.text
 
 
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
