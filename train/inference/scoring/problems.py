@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,13 @@ def _make_task(task: str, *, num: int, seed: int, rule: Rule) -> Iterator[Proble
         made: Any = gym.create_dataset(name, size=num, seed=seed, **settings)
         items = [made[index] for index in range(num)]
     except (ValueError, TypeError, AssertionError, ImportError) as error:
-        known = "" if _is_task(name) else ", or a file that exists"
+        names = _task_names()
+        known = "" if name in names else ", or a file that exists"
+        near = [] if name in names else get_close_matches(name, names, n=1)
+        fix = f". Fix: {near[0]}" if near else ""
         raise InputError(
             f"task {task!r}: expected a task of reasoning-gym such as chain_sum, or with settings "
-            f"chain_sum:min_terms=2,max_terms=2{known}: {error}"
+            f"chain_sum:min_terms=2,max_terms=2{known}: {error}{fix}"
         ) from error
 
     def verifier(item: Mapping[str, Any]) -> Callable[[str], float]:
@@ -196,8 +200,8 @@ def _make_task(task: str, *, num: int, seed: int, rule: Rule) -> Iterator[Proble
         )
 
 
-def _is_task(name: str) -> bool:
-    return name in require("reasoning_gym.factory", extra="demo", purpose="a task").DATASETS
+def _task_names() -> list[str]:
+    return list(require("reasoning_gym.factory", extra="demo", purpose="a task").DATASETS)
 
 
 def _parse_setting(part: str) -> tuple[str, Any]:

@@ -50,6 +50,8 @@ def test_a_verifier_that_knows_many_answers_needs_no_right_one() -> None:
 def test_an_unknown_task_or_setting_is_refused(task: str) -> None:
     with pytest.raises(InputError, match="task .*: expected a task of reasoning-gym"):
         read(task, num=1)
+    with pytest.raises(InputError, match="Fix: leg_counting$"):
+        read("leg_countin", num=1)
 
 
 @pytest.mark.parametrize(
