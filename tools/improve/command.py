@@ -23,6 +23,8 @@ from carryon.tools.improve.steps import Step, run_step
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "improve.json"
+_OLDER = {"max_samples": 0}
+"""Settings of folders that were made before there were these."""
 
 
 def improve(
@@ -35,6 +37,7 @@ def improve(
     rounds: int = 3,
     num: int = 200,
     samples: int = 8,
+    max_samples: int = 32,
     keep: int = 4,
     instruction: str = "Think step by step.",
     instruct_unsolved: bool = True,
@@ -74,6 +77,8 @@ def improve(
         rounds: Number of rounds.
         num: Problems of each task in a round; of data at most this number.
         samples: Answers to each problem.
+        max_samples: Answers at most to a problem without a right one, so that hard ones are not
+            missing. Below --samples: no more than those.
         keep: Most right answers kept of a problem. 0: all.
         instruction: Text behind each question where the base answers; not stored. Empty: none.
         instruct_unsolved: From round 2 on, ask the instructed base what the carry-on cannot solve.
@@ -96,7 +101,13 @@ def improve(
     for name, value in (("--rounds", rounds), ("--test-num", test_num)):
         if value < 1:
             raise InputError(f"{name}: expected 1 or more, got {value}")
-    numbers = {"num": num, "samples": samples, "batch_rows": batch_rows, "keep": keep}
+    numbers = {
+        "num": num,
+        "samples": samples,
+        "max_samples": max_samples,
+        "batch_rows": batch_rows,
+        "keep": keep,
+    }
     check_numbers({**numbers, "temperature": temperature})
     if not tasks and not data:
         raise InputError("--tasks: expected a task, or data, got neither. Fix: --tasks or --data")
@@ -114,6 +125,7 @@ def improve(
         rule=rule,
         num=num,
         samples=samples,
+        max_samples=max_samples,
         keep=keep,
         instruction=instruction.strip(),
         instruct_unsolved=instruct_unsolved,
@@ -226,7 +238,7 @@ def _record_settings(plan: Plan) -> None:
         write_json(path, settings)
         return
     try:
-        before = dict(parse_json(read_bounded(path)))
+        before = _OLDER | dict(parse_json(read_bounded(path)))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: expected settings. Fix: give another --out") from error
     for name, value in parse_json(json_bytes(settings)).items():

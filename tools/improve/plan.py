@@ -30,6 +30,7 @@ class Plan:
     rule: str
     num: int
     samples: int
+    max_samples: int
     keep: int
     instruction: str
     instruct_unsolved: bool
@@ -120,6 +121,8 @@ class Plan:
         argv = ["sample", "--base", self.base, *self._sources("--tasks", "--data")]
         argv += ["--num", str(self.num), "--task-seed", str(seed), "--seed", str(number)]
         argv += ["--samples", str(self.samples), "--keep", str(self.keep), *asked]
+        if self.max_samples > self.samples:
+            argv += ["--max-samples", str(self.max_samples)]
         argv += ["--temperature", f"{self.temperature:g}", *["--keep-cut"] * self.keep_cut]
         argv += ["--max-new-tokens", str(self.max_new_tokens), "--drop-long"]
         argv += ["--test-num", str(self.test_num), "--test-seed", str(self.test_seed)]

@@ -26,6 +26,7 @@ def sample(
     rule: str = "auto",
     num: int = 200,
     samples: int = 8,
+    max_samples: int = 0,
     keep: int = 4,
     instruction: str = "",
     keep_instruction: bool = False,
@@ -70,6 +71,8 @@ def sample(
             the right answers.
         num: Problems of each task; of data at most this number, drawn with --task-seed.
         samples: Answers to each problem.
+        max_samples: Answers at most to a problem without a right one: twice as many, again and
+            again. Below --samples: no more than those.
         keep: Most right answers kept of a problem. 0: all.
         instruction: Text behind each question, such as "Think step by step."; it is not stored.
         keep_instruction: Store the instruction with the question.
@@ -107,6 +110,7 @@ def sample(
         alpha=alpha,
         asking=Asking(
             samples=samples,
+            max_samples=max_samples,
             instruction=instruction.strip(),
             keep_instruction=keep_instruction,
             keep=keep,
@@ -203,13 +207,15 @@ def check_numbers(given: dict[str, Any]) -> None:
     for name in ("num", "samples", "batch_rows"):
         if given[name] < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected 1 or more, got {given[name]}")
-    if given["keep"] < 0:
-        raise InputError(f"--keep: expected 0 or more, got {given['keep']}")
-    if given["samples"] > 1 and not given["temperature"]:
-        raise InputError(
-            f"--samples: expected 1 for greedy answers, got {given['samples']}. "
-            "Fix: --temperature 0.8"
-        )
+    for name in ("keep", "max_samples"):
+        if given[name] < 0:
+            raise InputError(f"--{name.replace('_', '-')}: expected 0 or more, got {given[name]}")
+    for name in ("samples", "max_samples"):
+        if given[name] > 1 and not given["temperature"]:
+            raise InputError(
+                f"--{name.replace('_', '-')}: expected 1 for greedy answers, got {given[name]}. "
+                "Fix: --temperature 0.8"
+            )
 
 
 def _check(given: dict[str, Any]) -> None:

@@ -77,6 +77,7 @@ def test_two_rounds_and_then_a_third(
     for command in ("carryon sample --base", "carryon extract --base", "carryon train --store"):
         assert f"$ {command}" in output.err
     assert "--append" in output.err
+    assert "--max-samples 32" in output.err
     assert output.err.rstrip().splitlines()[-1].startswith("2 ")
     assert len(output.out.splitlines()) == 1
     posed = {
@@ -169,6 +170,20 @@ def test_settings_are_kept_once_a_step_is_done(
         assert main(improve_argv(tiny_base_folder, "out", "--samples", samples)) == 2
         assert capsys.readouterr().err.endswith("score fails\n")
         assert json.loads((work / "out" / "improve.json").read_text())["samples"] == int(samples)
+
+
+def test_a_folder_of_before_max_samples_resumes_without(
+    tiny_base_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = improve_argv(tiny_base_folder, "out", "--rounds", "1")
+    assert main([*argv, "--max-samples", "0"]) == 0
+    settings = json.loads((work / "out" / "improve.json").read_text())
+    del settings["max_samples"]
+    (work / "out" / "improve.json").write_text(json.dumps(settings))
+    assert main([*argv, "--max-samples", "0"]) == 0
+    assert capsys.readouterr().err.count("done before") == 5
+    assert main(argv) == 2
+    assert "--max-samples: expected 0 as in out/improve.json, got 32" in capsys.readouterr().err
 
 
 def test_a_step_is_done_once_and_only_for_its_words_and_files(

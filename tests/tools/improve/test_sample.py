@@ -23,8 +23,12 @@ def read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def last_line_of(text: str) -> Any:  # noqa: ANN401
+    return json.loads(text.splitlines()[-1])
+
+
 def last_line(capsys: pytest.CaptureFixture[str]) -> Any:  # noqa: ANN401
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return last_line_of(capsys.readouterr().out)
 
 
 def test_a_corpus_of_verified_answers_is_extracted(
@@ -128,6 +132,39 @@ def test_more_samples_cost_only_those(tiny_base_folder: Path, easy: Path) -> Non
     assert read_lines(easy / "c.jsonl")
 
 
+def test_problems_without_a_right_answer_get_more(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (easy / "easy_rule.py").write_text(
+        "def accept(text, problem):\n    return sum(map(ord, text)) % 6 == 0\n"
+    )
+    argv = sample_argv(tiny_base_folder, "c.jsonl", "--samples", "1")
+    assert main(argv) == 0
+    once = last_line(capsys)
+    assert once["tried"] == 16
+    assert 4 < once["unsolved"] < 16
+
+    assert main([*argv, "--max-samples", "3"]) == 0  # 1, then 2, then 3
+    output = capsys.readouterr()
+    more = last_line_of(output.out)
+    twice, thrice = [
+        int(line.split()[0]) for line in output.err.splitlines() if "have no right answer" in line
+    ]
+    assert twice == once["unsolved"] > thrice
+    assert more["tried"] == 16 + twice + thrice
+    assert more["unsolved"] < thrice
+    assert len(read_lines(easy / "c.jsonl")) == more["kept"] > once["kept"]
+    assert (
+        main(sample_argv(tiny_base_folder, "d.jsonl", "--samples", "1", "--max-samples", "3")) == 0
+    )
+    assert last_line(capsys)["tried"] > 16
+
+    corpus = (easy / "c.jsonl").read_bytes()
+    assert main([*argv, "--max-samples", "3"]) == 0  # nothing is generated again
+    assert "16 of 16 answers are there" in capsys.readouterr().err
+    assert (easy / "c.jsonl").read_bytes() == corpus
+
+
 def test_another_setting_or_a_foreign_file_is_refused(
     tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +242,11 @@ def test_test_problems_are_not_posed(
     [
         (["--samples", "0"], "--samples: expected 1 or more"),
         (["--keep", "-1"], "--keep: expected 0 or more"),
+        (["--max-samples", "-1"], "--max-samples: expected 0 or more"),
+        (
+            ["--temperature", "0", "--samples", "1", "--max-samples", "2"],
+            "--max-samples: expected 1",
+        ),
         (["--temperature", "0"], "--samples: expected 1 for greedy"),
         (["--unsolved"], "--unsolved: expected corpora"),
         (["--keep-instruction"], "expected an --instruction"),

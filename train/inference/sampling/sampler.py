@@ -44,6 +44,8 @@ class Asking:
 
     samples: int = 8
     """Answers to each problem."""
+    max_samples: int = 0
+    """Answers at most to a problem without a right one; below `samples`: no more than those."""
     instruction: str = ""
     """Text behind the question."""
     keep_instruction: bool = False
@@ -139,17 +141,7 @@ def sample(
     facts = _facts(models, asking, settings, carryon=carryon, alpha=alpha)
     with held(out.with_name(f".{out.name}.lock"), of=out, kind="corpus"):
         file = AnswerFile(answers_path, {**facts, "chat": settings.chat, "model": model.digest})
-        answer_problems(
-            arm,
-            model,
-            kept_problems,
-            examples={task: [] for task in kept_problems},
-            file=file,
-            settings=settings,
-            samples=asking.samples,
-        )
-        judged = judge(kept_problems, [arm], file=file, samples=asking.samples)
-        rows = {task: each[arm.name] for task, each in judged.items()}
+        rows = _answer(kept_problems, arm, model, known, asking, file=file, settings=settings)
         selections = {
             task: select(
                 each,
@@ -175,6 +167,57 @@ def sample(
         new_tokens=sum(answer.tokens for answer in answers),
         seconds=sum(answer.seconds for answer in answers),
     )
+
+
+def _answer(
+    problems: Mapping[str, Sequence[Problem]],
+    arm: Arm,
+    model: Answerer,
+    known: Mapping[str, Sequence[str]],
+    asking: Asking,
+    *,
+    file: AnswerFile,
+    settings: GenerateSettings,
+) -> dict[str, list[list[Answer]]]:
+    """Return task -> for each problem its answers, judged; those that are missing are generated.
+
+    Problems without a right answer get twice as many, again and again, up to `max_samples`: else
+    hard ones are missing in the corpus (DART-Math, arXiv 2407.13690, section 3).
+    """
+    rows, left, samples = dict[tuple[str, str], list[Answer]](), dict(problems), asking.samples
+    while True:
+        no_examples: dict[str, list[Problem]] = {task: [] for task in left}
+        answer_problems(
+            arm,
+            model,
+            left,
+            examples=no_examples,
+            file=file,
+            settings=settings,
+            samples=samples,
+        )
+        for task, arms in judge(left, [arm], file=file, samples=samples).items():
+            for problem, row in zip(left[task], arms[arm.name], strict=True):
+                rows[task, problem.id] = row
+        left = {
+            task: [
+                problem
+                for problem in each
+                if problem.question not in known
+                and not any(
+                    answer.is_right and (asking.keep_cut or not answer.is_cut)
+                    for answer in rows[task, problem.id]
+                )
+            ]
+            for task, each in left.items()
+        }
+        num_left = sum(map(len, left.values()))
+        if samples >= asking.max_samples or not num_left:
+            break
+        samples = min(2 * samples, asking.max_samples)
+        logger.info(f"{num_left:,} problems have no right answer: {samples} answers to each")
+        left = {task: each for task, each in left.items() if each}
+    return {task: [rows[task, problem.id] for problem in each] for task, each in problems.items()}
 
 
 def add_counts(counts: Sequence[Counts]) -> Counts:
