@@ -17,13 +17,13 @@ from carryon.tools.cli.output import print_result
 from carryon.tools.improve.inputs import Files, digest_inputs
 from carryon.tools.improve.plan import TEST_SEED, Plan
 from carryon.tools.improve.report import Row, format_rows, plot_rounds, read_scores
-from carryon.tools.improve.sample import check_numbers
+from carryon.tools.improve.sample import check_form_ratio, check_numbers
 from carryon.tools.improve.steps import Step, run_step
 
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "improve.json"
-_OLDER = {"max_samples": 0}
+_OLDER = {"max_samples": 0, "form_ratio": 0}
 """Settings of folders that were made before there were these."""
 
 
@@ -40,10 +40,11 @@ def improve(
     max_samples: int = 32,
     keep: int = 4,
     instruction: str = "Think step by step.",
-    instruct_unsolved: bool = True,
+    instruct_unsolved: bool = False,
     temperature: float = 0.8,
     max_new_tokens: int = 256,
     keep_cut: bool = False,
+    form_ratio: float = 0.5,
     task_seed: int = 1,
     test_num: int = 200,
     test_seed: int = TEST_SEED,
@@ -85,6 +86,8 @@ def improve(
         temperature: Sampling temperature.
         max_new_tokens: Maximum length of an answer, in tokens.
         keep_cut: Keep right answers that were cut at --max-new-tokens too.
+        form_ratio: Leave out right answers of a form (the text without its numbers) that is right
+            less often than this times the best form. 0: keep any form.
         task_seed: Seed of the training problems.
         test_num: Test problems of each task or data.
         test_seed: Seed of the test problems.
@@ -109,6 +112,7 @@ def improve(
         "keep": keep,
     }
     check_numbers({**numbers, "temperature": temperature})
+    check_form_ratio(form_ratio)
     if not tasks and not data:
         raise InputError("--tasks: expected a task, or data, got neither. Fix: --tasks or --data")
     if tasks and task_seed < test_seed + test_num and test_seed < task_seed + rounds * num:
@@ -132,6 +136,7 @@ def improve(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         keep_cut=keep_cut,
+        form_ratio=form_ratio,
         task_seed=task_seed,
         test_num=test_num,
         test_seed=test_seed,

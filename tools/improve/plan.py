@@ -37,6 +37,7 @@ class Plan:
     temperature: float
     max_new_tokens: int
     keep_cut: bool
+    form_ratio: float
     task_seed: int
     test_num: int
     test_seed: int
@@ -123,6 +124,7 @@ class Plan:
         argv += ["--samples", str(self.samples), "--keep", str(self.keep), *asked]
         if self.max_samples > self.samples:
             argv += ["--max-samples", str(self.max_samples)]
+        argv += ["--form-ratio", f"{self.form_ratio:g}"] if self.form_ratio else []
         argv += ["--temperature", f"{self.temperature:g}", *["--keep-cut"] * self.keep_cut]
         argv += ["--max-new-tokens", str(self.max_new_tokens), "--drop-long"]
         argv += ["--test-num", str(self.test_num), "--test-seed", str(self.test_seed)]

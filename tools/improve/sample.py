@@ -39,6 +39,7 @@ def sample(
     test_seed: int = TEST_SEED,
     alpha: float | None = None,
     keep_cut: bool = False,
+    form_ratio: float = 0.0,
     known: list[str] = [],  # noqa: B006
     unsolved: bool = False,
     drop_long: bool = False,
@@ -87,6 +88,8 @@ def sample(
         test_seed: Seed of those, --task-seed of carryon score.
         alpha: Strength of the carry-on. Omitted: the alpha in its card.
         keep_cut: Keep right answers that were cut at --max-new-tokens too.
+        form_ratio: Leave out right answers of a form (the text without its numbers) that is right
+            less often than this times the best form. 0: keep any form.
         known: Corpora of earlier samplings; answers in them are not kept again.
         unsolved: Pose only the problems that --known has no answer to.
         drop_long: Leave out, and count, problems that are too long for the base.
@@ -115,6 +118,7 @@ def sample(
             keep_instruction=keep_instruction,
             keep=keep,
             keep_cut=keep_cut,
+            form_ratio=form_ratio,
             known=known,
             unsolved=unsolved,
             drop_long=drop_long,
@@ -137,7 +141,8 @@ def sample(
         document,
         f"{out}: {counts.kept:,} records; of {counts.tried:,} answers {counts.right:,} right "
         f"({counts.right / counts.tried:.0%}), {counts.cut:,} cut at the limit; left out: "
-        f"{counts.equal:,} equal ones, {counts.surplus:,} beyond --keep, {counts.right_cut:,} cut; "
+        f"{counts.equal:,} equal ones, {counts.surplus:,} beyond --keep, {counts.poor_form:,} of "
+        f"forms that are seldom right, {counts.right_cut:,} cut; "
         f"{counts.unsolved:,} of {counts.problems:,} problems without a right answer",
     )
 
@@ -218,8 +223,19 @@ def check_numbers(given: dict[str, Any]) -> None:
             )
 
 
+def check_form_ratio(value: float) -> None:
+    """Check a --form-ratio.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not 0 <= value <= 1:
+        raise InputError(f"--form-ratio: expected 0 to 1, got {value}")
+
+
 def _check(given: dict[str, Any]) -> None:
     check_numbers(given)
+    check_form_ratio(given["form_ratio"])
     if not 0 <= given["held_out_ratio"] < 1:
         got = given["held_out_ratio"]
         raise InputError(f"--held-out-ratio: expected 0 to below 1, got {got}")

@@ -54,6 +54,8 @@ class Asking:
     """Most records of a problem; 0: no limit."""
     keep_cut: bool = False
     """Keep right answers that were cut at the limit of new tokens."""
+    form_ratio: float = 0.0
+    """Leave out right answers of forms that are right less often than this times the best form."""
     known: Sequence[str] = ()
     """Corpora of earlier samplings, whose answers are not kept again."""
     unsolved: bool = False
@@ -149,6 +151,7 @@ def sample(
                 known=known,
                 keep=asking.keep,
                 keep_cut=asking.keep_cut,
+                form_ratio=asking.form_ratio,
             )
             for task, each in rows.items()
         }

@@ -4,7 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from carryon.train.inference.sampling.forms import rate_forms
 from carryon.train.inference.scoring.answer_file import Answer
+
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +26,8 @@ class Counts:
     """Right answers left out since an equal one is kept."""
     surplus: int = 0
     """Right answers left out since their problem has enough."""
+    poor_form: int = 0
+    """Right answers left out since answers of their form are seldom right."""
     kept: int = 0
     unsolved: int = 0
     """Problems without any right answer."""
@@ -48,6 +53,7 @@ def select(
     known: Mapping[str, Iterable[str]],
     keep: int,
     keep_cut: bool,
+    form_ratio: float = 0.0,
 ) -> Selection:
     """Return the answers to keep. Pure; earlier samples come before later ones.
 
@@ -57,19 +63,26 @@ def select(
         known: question -> answers that earlier corpora hold: not kept again, and counted by `keep`.
         keep: most answers for a problem, the known ones included. 0: no limit.
         keep_cut: whether right answers that were cut at the limit of new tokens are kept.
+        form_ratio: right answers are left out whose form has an advantage (forms.py) below 0, or
+            below this times that of the problem's best right answer. 0: none for its form.
     """
-    kept, equal, surplus, right_cut = list[list[Answer]](), 0, 0, 0
+    kept, equal, surplus, right_cut, poor_form = list[list[Answer]](), 0, 0, 0, 0
+    rates = rate_forms(answers) if form_ratio else [[0.0] * len(row) for row in answers]
     by_problem = dict[str, set[str]]()
-    for row, problem in zip(answers, asked, strict=True):
+    for row, own, problem in zip(answers, rates, asked, strict=True):
+        right = [rate for answer, rate in zip(row, own, strict=True) if answer.is_right]
+        least = max(form_ratio * max(right, default=0.0), 0.0) - _ROUNDING
         before = {normalize(text) for each in row[:1] for text in known.get(each.question, ())}
         seen = by_problem.setdefault(problem, before)
         chosen = list[Answer]()
-        for answer in row:
+        for answer, rate in zip(row, own, strict=True):
             if not answer.is_right:
                 continue
             text = normalize(answer.text)
             if answer.is_cut and not keep_cut:
                 right_cut += 1
+            elif rate < least:
+                poor_form += 1
             elif text in seen:
                 equal += 1
             elif keep and len(seen) >= keep:
@@ -86,6 +99,7 @@ def select(
         right_cut=right_cut,
         equal=equal,
         surplus=surplus,
+        poor_form=poor_form,
         kept=sum(map(len, kept)),
         unsolved=sum(not any(answer.is_right for answer in row) for row in answers),
     )
