@@ -58,8 +58,8 @@ def improve(
     """Train carry-ons on their own verified answers, round by round.
 
     Round 1 samples answers of the base with the instruction; later rounds sample answers of base
-    and last carry-on without it, and of the instructed base where those are all wrong. Right
-    answers are extracted and appended to one store, a carry-on is trained on all of it, and scored
+    and last carry-on without it. Problems without a right answer get more of them. Right answers,
+    less those of forms that are seldom right, are extracted and appended to one store, a carry-on is trained on all of it, and scored
     on test problems that no round has seen. Every step is a carryon command, logged as typed. The
     same command resumes, and more --rounds go further. OUT gets a folder a round, the store, and
     accuracy.png. The last line on stdout is a JSON line with the rounds.
@@ -82,7 +82,8 @@ def improve(
             missing. Below --samples: no more than those.
         keep: Most right answers kept of a problem. 0: all.
         instruction: Text behind each question where the base answers; not stored. Empty: none.
-        instruct_unsolved: From round 2 on, ask the instructed base what the carry-on cannot solve.
+        instruct_unsolved: From round 2 on, ask the instructed base what the carry-on cannot solve,
+            which finds little where --max-samples has asked the carry-on often.
         temperature: Sampling temperature.
         max_new_tokens: Maximum length of an answer, in tokens.
         keep_cut: Keep right answers that were cut at --max-new-tokens too.

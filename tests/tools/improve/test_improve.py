@@ -77,7 +77,7 @@ def test_two_rounds_and_then_a_third(
     for command in ("carryon sample --base", "carryon extract --base", "carryon train --store"):
         assert f"$ {command}" in output.err
     assert "--append" in output.err
-    assert "--max-samples 32" in output.err
+    assert "--max-samples 32 --form-ratio 0.5" in output.err
     assert output.err.rstrip().splitlines()[-1].startswith("2 ")
     assert len(output.out.splitlines()) == 1
     posed = {
@@ -100,7 +100,7 @@ def test_two_rounds_and_then_a_third(
     output = capsys.readouterr()
     more = last_line(output.out)["rounds"]
     assert more[:4] == rounds
-    assert output.err.count("done before") == 2 + 8
+    assert output.err.count("done before") == 1 + 2 * 4
     assert main(improve_argv(tiny_base_folder, "out", "--samples", "3")) == 2
     assert "--samples: expected 2 as in out/improve.json, got 3" in capsys.readouterr().err
 
@@ -172,13 +172,13 @@ def test_settings_are_kept_once_a_step_is_done(
         assert json.loads((work / "out" / "improve.json").read_text())["samples"] == int(samples)
 
 
-def test_a_folder_of_before_max_samples_resumes_without(
+def test_a_folder_of_before_max_samples_and_forms_resumes_without(
     tiny_base_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = improve_argv(tiny_base_folder, "out", "--rounds", "1")
+    argv = improve_argv(tiny_base_folder, "out", "--rounds", "1", "--form-ratio", "0")
     assert main([*argv, "--max-samples", "0"]) == 0
     settings = json.loads((work / "out" / "improve.json").read_text())
-    del settings["max_samples"]
+    del settings["max_samples"], settings["form_ratio"]
     (work / "out" / "improve.json").write_text(json.dumps(settings))
     assert main([*argv, "--max-samples", "0"]) == 0
     assert capsys.readouterr().err.count("done before") == 5
@@ -241,6 +241,7 @@ def test_a_round_without_new_answers_is_the_last(
         (["--rounds", "0"], "--rounds: expected 1 or more"),
         (["--temperature", "0"], "--samples: expected 1 for greedy answers, got 2"),
         (["--keep", "-1"], "--keep: expected 0 or more"),
+        (["--form-ratio", "1.5"], "--form-ratio: expected 0 to 1, got 1.5"),
         (["--rule", "no_such_module:f"], "rule 'no_such_module:f': expected a function"),
         (["--train-config", "typo.yaml"], "--config: expected a YAML file or one of"),
         (["--extract-config", "tiny.yaml"], "tiny.yaml"),

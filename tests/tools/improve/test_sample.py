@@ -242,6 +242,7 @@ def test_test_problems_are_not_posed(
     [
         (["--samples", "0"], "--samples: expected 1 or more"),
         (["--keep", "-1"], "--keep: expected 0 or more"),
+        (["--form-ratio", "-0.5"], "--form-ratio: expected 0 to 1, got -0.5"),
         (["--max-samples", "-1"], "--max-samples: expected 0 or more"),
         (
             ["--temperature", "0", "--samples", "1", "--max-samples", "2"],

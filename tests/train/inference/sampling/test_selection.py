@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.answers import make_answer
 
 from carryon.cache.errors import InputError, MissingError
 from carryon.train.inference.sampling.records import (
@@ -14,26 +15,8 @@ from carryon.train.inference.sampling.records import (
     to_lines,
 )
 from carryon.train.inference.sampling.selection import Counts, select
-from carryon.train.inference.scoring.answer_file import Answer
 from carryon.train.inference.scoring.problems import Problem
 from carryon.train.inference.scoring.rules import parse_rule
-
-
-def answer(text: str, *, is_right: bool = True, is_cut: bool = False, sample: int = 0) -> Answer:
-    return Answer(
-        task="t",
-        arm="base",
-        model="m",
-        id="p",
-        sample=sample,
-        question="What?",
-        right="4",
-        text=text,
-        is_right=is_right,
-        tokens=3,
-        is_cut=is_cut,
-        seconds=0.1,
-    )
 
 
 def problem(number: int = 0) -> Problem:
@@ -42,12 +25,12 @@ def problem(number: int = 0) -> Problem:
 
 def test_right_answers_are_kept_once_each_up_to_the_limit() -> None:
     row = [
-        answer("is 4"),
-        answer("is  4\n"),
-        answer("5", is_right=False),
-        answer("so 4", is_cut=True),
-        answer("it is 4"),
-        answer("4"),
+        make_answer("is 4"),
+        make_answer("is  4\n"),
+        make_answer("5", is_right=False),
+        make_answer("so 4", is_cut=True),
+        make_answer("it is 4"),
+        make_answer("4"),
     ]
     selection = select([row, []], asked=["a", "b"], known={}, keep=2, keep_cut=False)
     assert [[each.text for each in kept] for kept in selection.kept] == [["is 4", "it is 4"], []]
@@ -57,7 +40,7 @@ def test_right_answers_are_kept_once_each_up_to_the_limit() -> None:
 
 
 def test_known_answers_are_not_kept_again_and_count() -> None:
-    row = [answer("is 4"), answer("it is 4"), answer("4")]
+    row = [make_answer("is 4"), make_answer("it is 4"), make_answer("4")]
     selection = select([row], asked=["a"], known={"What?": ["is  4"]}, keep=2, keep_cut=False)
     assert [each.text for each in selection.kept[0]] == ["it is 4"]
     assert (selection.counts.equal, selection.counts.surplus) == (1, 1)
@@ -66,7 +49,11 @@ def test_known_answers_are_not_kept_again_and_count() -> None:
 
 
 def test_a_problem_that_is_posed_twice_is_one() -> None:
-    rows = [[answer("is 4"), answer("it is 4")], [answer("is 4"), answer("4")], [answer("is 4")]]
+    rows = [
+        [make_answer("is 4"), make_answer("it is 4")],
+        [make_answer("is 4"), make_answer("4")],
+        [make_answer("is 4")],
+    ]
     selection = select(rows, asked=["a", "a", "b"], known={}, keep=2, keep_cut=False)
     assert [[each.text for each in kept] for kept in selection.kept] == [
         ["is 4", "it is 4"],
@@ -87,7 +74,7 @@ def test_a_problem_that_is_posed_twice_is_in_one_half() -> None:
 
 
 def test_a_cut_answer_is_kept_only_when_told() -> None:
-    row = [answer("so 4", is_cut=True)]
+    row = [make_answer("so 4", is_cut=True)]
     assert select([row], asked=["a"], known={}, keep=1, keep_cut=False).counts.kept == 0
     assert select([row], asked=["a"], known={}, keep=1, keep_cut=True).counts.kept == 1
 
