@@ -59,10 +59,11 @@ def improve(
 
     Round 1 samples answers of the base with the instruction; later rounds sample answers of base
     and last carry-on without it. Problems without a right answer get more of them. Right answers,
-    less those of forms that are seldom right, are extracted and appended to one store, a carry-on is trained on all of it, and scored
-    on test problems that no round has seen. Every step is a carryon command, logged as typed. The
-    same command resumes, and more --rounds go further. OUT gets a folder a round, the store, and
-    accuracy.png. The last line on stdout is a JSON line with the rounds.
+    less those of forms that are seldom right, are extracted and appended to one store, a carry-on
+    is trained on all of it, and scored on test problems that no round has seen. Every step is a
+    carryon command, logged as typed. The same command resumes, and more --rounds go further. OUT
+    gets a folder a round, the store, and accuracy.png. The last line on stdout is a JSON line with
+    the rounds.
 
     Example:
         carryon improve --base HuggingFaceTB/SmolLM2-135M-Instruct --tasks chain_sum --out improved
