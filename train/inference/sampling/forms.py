@@ -6,7 +6,6 @@ apart.
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 from carryon.train.inference.scoring.answer_file import Answer
@@ -33,30 +32,42 @@ def rate_forms(answers: Sequence[Sequence[Answer]]) -> list[list[float]]:
     Args:
         answers: for each problem its answers.
     """
-    total, count = Counter[str](), Counter[str]()
-    own_totals, own_counts = list[Counter[str]](), list[Counter[str]]()
-    for row in answers:
-        mean = sum(answer.is_right for answer in row) / max(len(row), 1)
-        own_total, own_count = Counter[str](), Counter[str]()
-        for answer in row:
-            for group in _groups(answer):
-                own_total[group] += answer.is_right - mean  # type: ignore[assignment]
-                own_count[group] += 1
-        own_totals.append(own_total)
-        own_counts.append(own_count)
-        for group, gain in own_total.items():
-            total[group] += gain
-        count.update(own_count)
+    rows = [_sum_gains(row) for row in answers]
+    total = _Gains()
+    for row in rows:
+        for group, (gain, number) in row.items():
+            total.add(group, gain, number)
+    return [
+        [_advantage(answer, total, own) for answer in row]
+        for row, own in zip(answers, rows, strict=True)
+    ]
 
-    def rate(answer: Answer, row: int) -> float:
-        advantage = 0.0
+
+class _Gains(dict[str, tuple[float, int]]):
+    """Group of answers -> the sum of their gains, and their number."""
+
+    def add(self, group: str, gain: float, number: int) -> None:
+        before, others = self.get(group, (0.0, 0))
+        self[group] = (before + gain, others + number)
+
+
+def _sum_gains(row: Sequence[Answer]) -> _Gains:
+    """Return the gains of the answers to a problem."""
+    mean = sum(answer.is_right for answer in row) / max(len(row), 1)
+    gains = _Gains()
+    for answer in row:
         for group in _groups(answer):
-            others = total[group] - own_totals[row][group]
-            number = count[group] - own_counts[row][group]
-            advantage = (others + _PRIOR * advantage) / (number + _PRIOR)
-        return advantage
+            gains.add(group, answer.is_right - mean, 1)
+    return gains
 
-    return [[rate(answer, place) for answer in row] for place, row in enumerate(answers)]
+
+def _advantage(answer: Answer, total: _Gains, own: _Gains) -> float:
+    advantage = 0.0
+    for group in _groups(answer):
+        (gain, number), (own_gain, own_number) = total[group], own[group]
+        others = number - own_number
+        advantage = (gain - own_gain + _PRIOR * advantage) / (others + _PRIOR)
+    return advantage
 
 
 def _groups(answer: Answer) -> tuple[str, str]:
