@@ -82,3 +82,24 @@ def test_no_answers() -> None:
     assert rate_forms([]) == []
     assert rate_forms([[]]) == [[]]
     assert keep([[], []], 0.5) == []
+
+
+def test_luck_in_one_problem_does_not_count() -> None:
+    lucky = [make_answer("a lucky form"), *[make_answer("no", is_right=False)] * 7]
+    rates = rate_forms([lucky, *ask(10, {"{} = 4": 0.5})])
+    assert rates[0][0] == 0
+
+
+def test_forms_of_their_own_are_compared_by_their_first_words() -> None:
+    good, bad = "to solve it one step by {}", "let us guess what it is {}"
+    names = "abcdefghijklmnopqrstuvwxyz"
+    rows = [
+        [
+            replace(each, text=f"{each.text} {names[at % 26]}{names[n]}")
+            for n, each in enumerate(row)
+        ]
+        for at, row in enumerate(ask(26, {good: 0.8, bad: 0.3}))
+    ]
+    rates = [rate for own in rate_forms(rows) for rate in own]
+    texts = [answer.text for row in rows for answer in row]
+    assert all((rate > 0) == text.startswith("to") for rate, text in zip(rates, texts, strict=True))
