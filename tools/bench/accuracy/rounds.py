@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 RISE_TARGET = 0.05
 APART = 10_000
 """Between the training problems of two seeds, each of which draws --rounds times --num of them."""
-_ONE_DIGIT = "basic_arithmetic:min_terms=2,max_terms=2,min_digits=1,max_digits=1"
+_SUMS = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
 _SEEDS = (TEST_SEED - 1) // APART
 """Beyond stand the test problems."""
 
@@ -88,7 +88,7 @@ def experiment_improve(
         base: The base: hub id, folder or .gguf file.
         out: Folder of the experiment, with a folder for each seed.
         tasks: Tasks of reasoning-gym, each NAME or NAME:SETTING=VALUE,... Empty: what
-            --improve-config names; without that, basic_arithmetic with two numbers of one digit.
+            --improve-config names; without that, sums of two numbers of one or two digits.
         instruction: Text behind each question where the base answers; not stored. Empty: none.
         rounds: Number of rounds.
         seeds: Each has other training problems.
@@ -111,7 +111,7 @@ def experiment_improve(
             f"have the same problems, got {num}"
         )
     root = Path(out)
-    tasks = tasks or [_ONE_DIGIT] * (not improve_config)
+    tasks = tasks or [_SUMS] * (not improve_config)
     shared = ["--base", base, *(["--tasks", *tasks] if tasks else [])]
     shared += ["--instruction", instruction, "--rounds", str(rounds), "--num", str(num)]
     shared += ["--samples", str(samples), "--max-new-tokens", str(max_new_tokens)]
