@@ -115,7 +115,10 @@ def test_auto_computes_in_bfloat16_only_where_it_is_native(tiny_base_folder: Pat
     features = torch.cpu.get_capabilities()
     is_native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     base = load_base(str(tiny_base_folder), forward=ForwardSettings(device="cpu"))
-    assert base.compute_dtype == (torch.bfloat16 if is_native else torch.float32)
+    # Where it is native the faster one is taken: of a tiny block that may be either.
+    assert base.compute_dtype in (
+        (torch.bfloat16, torch.float32) if is_native else (torch.float32,)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

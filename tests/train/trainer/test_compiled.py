@@ -129,7 +129,8 @@ def test_kernels_are_compiled_where_there_is_a_compiler(
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     caplog.set_level(logging.INFO)
     opened = Store.open(store)
-    head = place_training_head(opened, LossSettings(), device=torch.device("cpu"))
+    settings = LossSettings(head_dtype="float32")  # the result has the type of the head
+    head = place_training_head(opened, settings, device=torch.device("cpu"))
     carryon = OneMatrix(opened.width)
     function = CompiledCarryOn(carryon, head, [SIZE], backend="inductor")
 
