@@ -10,6 +10,7 @@ import pytest
 from carryon.cache.errors import StoreBusyError
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import call_command, main
+from carryon.train.inference.sampling import selection
 from carryon.train.inference.scoring.answer_file import AnswerFile
 
 
@@ -163,6 +164,19 @@ def test_problems_without_a_right_answer_get_more(
     assert main([*argv, "--max-samples", "3"]) == 0  # nothing is generated again
     assert "16 of 16 answers are there" in capsys.readouterr().err
     assert (easy / "c.jsonl").read_bytes() == corpus
+
+
+def test_right_answers_that_are_all_of_poor_forms_are_told(
+    tiny_base_folder: Path,
+    easy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(selection, "rate_forms", lambda rows: [[-0.1] * len(row) for row in rows])
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", "--form-ratio", "0.5")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "right answers are of forms that are seldom right" in error
+    assert "Fix: a smaller --form-ratio, or 0" in error
 
 
 def test_another_setting_or_a_foreign_file_is_refused(

@@ -335,6 +335,11 @@ def _refuse_nothing(
             f"all {counts.right:,} right answers of {counts.tried:,} were cut at the limit of new "
             "tokens. Fix: raise --max-new-tokens, or --keep-cut"
         )
+    if counts.poor_form:
+        raise NothingRightError(
+            f"{counts.poor_form:,} of {counts.right:,} right answers are of forms that are seldom "
+            "right, and the others were cut or are known. Fix: a smaller --form-ratio, or 0"
+        )
     if counts.right:
         raise NothingRightError(
             f"all {counts.right:,} right answers of {counts.tried:,} are in --known, or their "
