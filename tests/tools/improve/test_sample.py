@@ -63,8 +63,9 @@ def test_a_question_of_several_problems_has_no_more_records_than_of_one(
     tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"id": f"q{at}", "question": "the " * (at % 3 + 1), "answer": "x"} for at in range(12)]
-    (easy / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ["--keep", "5", "--held-out-ratio", "0.4"]
+    (easy / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
+    (easy / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[7:]))
+    more = ["--data", "problems.jsonl", "others.jsonl", "--keep", "5", "--held-out-ratio", "0.4"]
     assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
     records = read_lines(easy / "c.jsonl")
     asked = [record["messages"][0]["content"] for record in records]

@@ -127,14 +127,14 @@ def _records(
     held_out: Collection[str],
     provenance: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return worked answers as records of a chat; `held_out` are ids of problems."""
+    """Return worked answers as records of a chat; `held_out` is what the held-out problems ask."""
     return [
         make_record(
             problem,
             problem.question,
             text,
             is_chat=True,
-            is_held_out=problem.id in held_out,
+            is_held_out=problem.asked in held_out,
             provenance=provenance,
         )
         for problem, text in answers

@@ -57,16 +57,14 @@ def make_record(
 
 
 def choose_held_out(problems: Iterable[Problem], *, ratio: float) -> set[str]:
-    """Return the ids of problems to hold out: the same ones in every corpus, never all.
+    """Return what the problems to hold out ask; never that of all.
 
-    A problem that is posed twice goes where its first one does.
+    Not their ids: what is asked again, in this corpus or in that of a later round, goes to the same
+    half.
     """
-    first, chosen, ids = dict[str, str](), set[str](), set[str]()
-    for problem in problems:
-        ids.add(problem.id)
-        if _share(first.setdefault(problem.asked, problem.id)) < ratio:
-            chosen.add(problem.id)
-    return chosen if chosen < ids else set()
+    asked = {problem.asked for problem in problems}
+    chosen = {each for each in asked if _share(each) < ratio}
+    return chosen if chosen < asked else set()
 
 
 def read_known(paths: Sequence[str]) -> dict[str, list[str]]:

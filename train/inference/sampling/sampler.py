@@ -122,7 +122,7 @@ def sample(
     answers_path = out.with_name(f".{out.name}.answers")
     _refuse_foreign(out, answers_path)
     known = read_known(asking.known)
-    posed = _pose(problems, known, asking)
+    unsolved = _pose(problems, known, asking)
     arm = Arm(
         name="carryon" if carryon else "base",
         model="carryon" if carryon else "base",
@@ -139,27 +139,26 @@ def sample(
         batch_rows=batch_rows,
     )
     model = models.open(arm)
-    kept_problems, dropped = _fit(posed, arm, model, asking, settings)
+    fitting, dropped = _fit(unsolved, arm, model, asking, settings)
     facts = _facts(models, asking, settings, carryon=carryon, alpha=alpha)
     with held(out.with_name(f".{out.name}.lock"), of=out, kind="corpus"):
         file = AnswerFile(answers_path, {**facts, "chat": settings.chat, "model": model.digest})
-        rows = _answer(kept_problems, arm, model, known, asking, file=file, settings=settings)
-        selections = {
-            task: select(
-                each,
-                asked=[problem.asked for problem in kept_problems[task]],
-                known=known,
-                keep=asking.keep,
-                keep_cut=asking.keep_cut,
-                form_ratio=asking.form_ratio,
-            )
-            for task, each in rows.items()
-        }
-        counts = add_counts([each.counts for each in selections.values()])
-        _refuse_nothing(rows, counts, kept_problems)
+        rows = _answer(fitting, arm, model, known, asking, file=file, settings=settings)
+        posed = [(task, problem) for task, each in fitting.items() for problem in each]
+        selection = select(
+            [row for each in rows.values() for row in each],
+            asked=[problem.asked for _, problem in posed],
+            known=known,
+            keep=asking.keep,
+            keep_cut=asking.keep_cut,
+            form_ratio=asking.form_ratio,
+            tasks=[task for task, _ in posed],
+        )
+        counts = selection.counts
+        _refuse_nothing(rows, counts, fitting)
         is_chat = uses_template(models.base.tokenizer, models.framing, settings.chat)
         facts = {**(origin or {}), **facts}
-        records = _records(kept_problems, selections, arm, asking, facts, is_chat=is_chat)
+        records = _records(posed, selection, arm, asking, facts, is_chat=is_chat)
         write_file(out, to_lines(records))
     answers = [answer for each in rows.values() for row in each for answer in row]
     return Sampled(
@@ -221,12 +220,6 @@ def _answer(
         logger.info(f"{num_left:,} problems have no right answer: {samples} answers to each")
         left = {task: each for task, each in left.items() if each}
     return {task: [rows[task, problem.id] for problem in each] for task, each in problems.items()}
-
-
-def add_counts(counts: Sequence[Counts]) -> Counts:
-    """Return the sums of counts."""
-    dicts = [each.to_dict() for each in counts]
-    return Counts(**{name: sum(each[name] for each in dicts) for name in Counts().to_dict()})
 
 
 def _refuse_foreign(out: Path, answers_path: Path) -> None:
@@ -359,19 +352,22 @@ def _refuse_nothing(
 
 
 def _records(
-    problems: Mapping[str, Sequence[Problem]],
-    selections: Mapping[str, Selection],
+    posed: Sequence[tuple[str, Problem]],
+    selection: Selection,
     arm: Arm,
     asking: Asking,
     facts: Mapping[str, Any],
     *,
     is_chat: bool,
 ) -> list[dict[str, Any]]:
-    """Return the records of the answers that are kept."""
+    """Return the records of the answers that are kept.
+
+    Args:
+        posed: task and problem of each row of the selection.
+    """
     pairs = [
         (task, problem, answer)
-        for task, each in problems.items()
-        for problem, row in zip(each, selections[task].kept, strict=True)
+        for (task, problem), row in zip(posed, selection.kept, strict=True)
         for answer in row
     ]
     held_out = choose_held_out((problem for _, problem, _ in pairs), ratio=asking.held_out_ratio)
@@ -383,7 +379,7 @@ def _records(
             else problem.question,
             answer.text,
             is_chat=is_chat,
-            is_held_out=problem.id in held_out,
+            is_held_out=problem.asked in held_out,
             provenance={
                 "task": task,
                 "rule": problem.rule.name,

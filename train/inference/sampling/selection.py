@@ -54,6 +54,7 @@ def select(
     keep: int,
     keep_cut: bool,
     form_ratio: float = 0.0,
+    tasks: Sequence[str] = (),
 ) -> Selection:
     """Return the answers to keep. Pure; earlier samples come before later ones.
 
@@ -65,9 +66,10 @@ def select(
         keep_cut: whether right answers that were cut at the limit of new tokens are kept.
         form_ratio: right answers are left out whose form has an advantage (forms.py) below 0, or
             below this times that of the problem's best right answer. 0: none for its form.
+        tasks: of each problem: forms are compared within one. Empty: all are of one.
     """
     kept, equal, surplus, right_cut, poor_form = list[list[Answer]](), 0, 0, 0, 0
-    rates = rate_forms(answers) if form_ratio else [[0.0] * len(row) for row in answers]
+    rates = _rate(answers, tasks) if form_ratio else [[0.0] * len(row) for row in answers]
     by_problem = dict[str, set[str]]()
     for row, own, problem in zip(answers, rates, asked, strict=True):
         right = [rate for answer, rate in zip(row, own, strict=True) if answer.is_right]
@@ -104,6 +106,18 @@ def select(
         unsolved=sum(not any(answer.is_right for answer in row) for row in answers),
     )
     return Selection(kept=kept, counts=counts)
+
+
+def _rate(answers: Sequence[Sequence[Answer]], tasks: Sequence[str]) -> list[list[float]]:
+    """Return the advantage of each answer's form among those of its task."""
+    rates = list[list[float]]([[]] * len(answers))
+    groups = dict[str, list[int]]()
+    for at, task in enumerate(tasks or [""] * len(answers)):
+        groups.setdefault(task, []).append(at)
+    for group in groups.values():
+        for at, own in zip(group, rate_forms([answers[at] for at in group]), strict=True):
+            rates[at] = own
+    return rates
 
 
 def normalize(text: str) -> str:
