@@ -43,8 +43,12 @@ class Recipe:
     """Behind the question: of the sampled base, and of the prompted arm."""
     answers: int = 4
     """Sampled answers to a problem, for `own`."""
+    max_answers: int = 16
+    """The same for a problem without a right one."""
     keep: int = 2
     """Most right ones among them that are kept."""
+    form_ratio: float = 0.5
+    """See `carryon sample`."""
     epochs: int = 6
     """Passes over the training texts. Written chains of one form gain from more of them; the base's
     own answers are soon learned by heart."""
