@@ -115,6 +115,14 @@ def test_a_corpus_has_no_question_of_the_test(tmp_path: Path) -> None:
     assert tested & {problem.question for problem in read_problems(task, num=150, seed=1)}
 
 
+def test_held_out_texts_are_marked_as_many_as_told(tmp_path: Path) -> None:
+    out = tmp_path / "c.jsonl"
+    facts = make_corpus(task=LEGS, out=str(out), samples=40, held_out_ratio=0.3)
+    records = read_lines(out)
+    assert 0 < facts["held_out"] < facts["kept"]
+    assert sum(record.get("split") == "held-out" for record in records) == facts["held_out"]
+
+
 def test_wrong_chains_are_left_out_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +222,8 @@ def test_every_step_of_every_recipe_is_a_command_that_parses(tmp_path: Path) -> 
         results = [each.result for each in own.steps()]
         assert len(set(results)) == len(results)
         check_steps(own.steps(), own=experiment.OWN_STEPS)
+        words = " ".join(own.corpus.argv)
+        assert ("--max-samples 16 --form-ratio 0.5" in words) == (recipe.source == "own")
         assert {"--with-blocks", "layer.22"} <= set(own.extract.argv)
 
 

@@ -65,13 +65,14 @@ def test_a_question_of_several_problems_has_no_more_records_than_of_one(
     rows = [{"id": f"q{at}", "question": "the " * (at % 3 + 1), "answer": "x"} for at in range(12)]
     (easy / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
     (easy / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[7:]))
-    more = ["--data", "problems.jsonl", "others.jsonl", "--keep", "5", "--held-out-ratio", "0.4"]
+    more = ["--data", "problems.jsonl", "others.jsonl", "--keep", "5", "--held-out-ratio", "0.6"]
     assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
     records = read_lines(easy / "c.jsonl")
     asked = [record["messages"][0]["content"] for record in records]
     assert max(map(asked.count, asked)) == 5
     halves = {(record["messages"][0]["content"], record.get("split")) for record in records}
     assert len(halves) == 3  # no question is in both
+    assert {half for _, half in halves} == {"held-out", None}
     facts = last_line(capsys)
     assert facts["kept"] + facts["equal"] + facts["surplus"] == facts["right"]
 
@@ -165,6 +166,23 @@ def test_problems_without_a_right_answer_get_more(
     assert main([*argv, "--max-samples", "3"]) == 0  # nothing is generated again
     assert "16 of 16 answers are there" in capsys.readouterr().err
     assert (easy / "c.jsonl").read_bytes() == corpus
+
+
+def test_forms_are_compared_within_each_source(
+    tiny_base_folder: Path, easy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (easy / "problems.jsonl").read_text().splitlines(keepends=True)
+    (easy / "others.jsonl").write_text("".join(rows[:5]))
+    compared = list[int]()
+
+    def rate(rows: list[list[Any]]) -> list[list[float]]:
+        compared.append(len(rows))
+        return [[0.0] * len(row) for row in rows]
+
+    monkeypatch.setattr(selection, "rate_forms", rate)
+    more = ["--data", "problems.jsonl", "others.jsonl", "--form-ratio", "0.5"]
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
+    assert compared == [len(rows), 5]
 
 
 def test_right_answers_that_are_all_of_poor_forms_are_told(

@@ -31,7 +31,7 @@ PROMPTED = ("instruct", "few-shot")
 """Arms of the base that are asked in another way."""
 _MOST_TOP_BLOCKS = 8
 _TOP_PASSES = 1 / 4
-"""Of a `top` for each of the others: one teaches it more, in four to six times the seconds."""
+"""Of a `top` for each of the others: one teaches it more, in six to fourteen times the seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

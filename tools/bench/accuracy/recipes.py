@@ -48,7 +48,7 @@ class Recipe:
     keep: int = 2
     """Most right ones among them that are kept."""
     form_ratio: float = 0.5
-    """See `carryon sample`."""
+    """Right answers of forms below it are left out, as in `carryon sample`. 0: none."""
     epochs: int = 6
     """Passes over the training texts. Written chains of one form gain from more of them; the base's
     own answers are soon learned by heart."""
