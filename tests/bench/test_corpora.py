@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from carryon.cache.errors import InputError
-from carryon.tools.bench.corpora import read_page, write_named_corpus
+from carryon.tools.bench.corpora import read_documentation, read_page, write_named_corpus
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -68,6 +69,16 @@ def test_documentation_mixes_prose_and_code(tmp_path: Path) -> None:
         assert any(mark in record["text"] for mark in ("```", "::\n\n", ">>> ")) or (
             record is records[-1]  # cut where the corpus is long enough
         )
+
+
+def test_a_page_whose_code_is_beyond_its_cut_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prose = "Words of a page.\n" * 1000
+    for name, text in {"early": f">>> 1\n{prose}", "late": f"{prose}>>> 1\n"}.items():
+        (tmp_path / f"{name}.md").write_text(text)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    assert [name for name, _ in read_documentation()] == ["early.md"]
 
 
 def test_a_page_is_read_whatever_its_code_is_warned_of(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def _render_page(path: Path) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()[:_PAGE_CHARACTERS]
 
 
-def _read_documentation() -> Iterator[tuple[str, str]]:
+def read_documentation() -> Iterator[tuple[str, str]]:
     """Yield documentation with code of installed packages, in a seeded random order.
 
     A page is a text file, or the docstrings of a module.
@@ -162,10 +162,10 @@ def _read_documentation() -> Iterator[tuple[str, str]]:
         place = paths[index].relative_to(root)
         if seen[place.parts[0]] == _PAGES_A_PACKAGE:
             continue
-        text = read_page(paths[index])
+        text = read_page(paths[index])[:_PAGE_CHARACTERS]  # code behind the cut does not count
         if len(text) >= _LEAST_CHARACTERS and any(mark in text for mark in _CODE):
             seen[place.parts[0]] += 1
-            yield place.as_posix(), text[:_PAGE_CHARACTERS]
+            yield place.as_posix(), text
 
 
 def read_page(path: Path) -> str:
@@ -190,5 +190,5 @@ _DOCUMENTS = {
     PYTHON: _read_standard_library,
     PYDOC: _read_reference,
     MANPAGES: _read_manual,
-    MIXED: _read_documentation,
+    MIXED: read_documentation,
 }
