@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Corpus", "Sample", "SampleTable", "read_corpus"]
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the cache: raised when the same data would give other samples."""
 _SUMMARY = "summary.json"
 _PARTIAL = ".partial-"

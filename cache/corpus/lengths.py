@@ -150,7 +150,7 @@ class Cutter:
             loss_mask=loss_mask,
             char_end=tokens.ends,
             is_held_out=record.is_held_out or record.id in self.held_out or name in self.held_out,
-            group=hash_id(record.id),
+            group=hash_id(record.half),
             role=role,
         )
 

@@ -2,8 +2,9 @@
 
 What a record holds is the matter of `contents`: of several kinds of fields in a row, the first in
 the order messages, preference pair, prompt and completion, text is read. Optional fields: `id` (a
-string or number) and `split` (`train`, the default; `held-out`, or usual names of test and
-validation data, are held out). A null field counts as absent; other fields are ignored.
+string or number), `split` (`train`, the default; `held-out`, or usual names of test and validation
+data, are held out) and `split_group` (a string or number: records of one are held out together). A
+null field counts as absent; other fields are ignored.
 """
 
 import hashlib
@@ -39,6 +40,7 @@ __all__ = [
     "check_id",
     "kind_of",
     "marks_held_out",
+    "read_group",
     "read_record",
     "refuse_shared_texts",
 ]
@@ -62,9 +64,17 @@ class Record:
     where: str
     """File and line or row, for error texts."""
     content: Content
+    group: str
+    """Given: of records that are held out together, such as those of one template or author; empty:
+    of none."""
     is_held_out: bool
     num_bytes: int
     """Size in the file, for progress; of a table's row the average."""
+
+    @property
+    def half(self) -> str:
+        """What decides whether it is held out, besides a mark: its group, or its id."""
+        return f"\0{self.group}" if self.group else self.id
 
 
 def read_record(row: Row) -> Record:
@@ -91,6 +101,7 @@ def read_record(row: Row) -> Record:
         id=_read_id(row),
         where=row.where,
         content=read_content(row, kind),
+        group=read_group(row),
         is_held_out=row.is_held_out or _is_held_out(row),
         num_bytes=row.num_bytes,
     )
@@ -116,19 +127,31 @@ def marks_held_out(row: Row) -> bool:
     return row.is_held_out or bool(is_meant)
 
 
+def read_group(row: Row) -> str:
+    """Return the group of a row, empty for none.
+
+    Raises:
+        InputError: it is no string or number.
+    """
+    return _read_name(row, "split_group") or ""
+
+
 def _read_id(row: Row) -> str:
-    value = row.fields.get("id")
+    value = _read_name(row, "id")
+    return row.made_id if value is None else check_id(value, where=f"{row.where}: id")
+
+
+def _read_name(row: Row, field: str) -> str | None:
+    value, name = row.fields.get(field), f"{row.where}: {field}"
     if value is None:
-        return row.made_id
-    name = f"{row.where}: id"
+        return None
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value) if abs(value) < _LARGE_ID else value
     elif isinstance(value, float) and isfinite(value):
         value = str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
     if not isinstance(value, str):
         raise InputError(f"{name}: expected a string or number, got {quote(value)}")
-    check_text(value, name)
-    return check_id(_shorten_id(value), where=name)
+    return _shorten_id(check_text(value, name))
 
 
 def _shorten_id(identifier: str) -> str:
@@ -160,7 +183,9 @@ def refuse_shared_texts(
 
 
 def _text_key(record: Mapping[str, Any]) -> str:
-    fields = {key: value for key, value in record.items() if key not in ("id", "split")}
+    fields = {
+        key: value for key, value in record.items() if key not in ("id", "split", "split_group")
+    }
     return json.dumps(fields, sort_keys=True)
 
 

@@ -4,6 +4,7 @@ Letters: S samples, T tokens of a sample.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,8 @@ from carryon.cache.exchange.state_file import FileFacts, StateFile
 from carryon.cache.progress import Progress
 
 _MISSING = "no file of states"
+_END = re.compile(r"(/chosen|/rejected|@\d+)?(#\d+)?$")
+"""Of a sample's id, behind that of its record: half of a pair, or turn; and piece."""
 
 
 class FileSamples:
@@ -245,6 +248,9 @@ def _report(table: SampleTable, missing: Sequence[tuple[str, int]], texts: Repor
     own = tally.report()
     if texts is None:
         return own
-    kept = len(np.unique(table.groups))  # a record may have given several samples
+    # A record may have given several samples, whose ids end in what they are of it, and records
+    # may be of one group.
+    stems = (_END.sub("", name) for names in table.iter_ids() for name in names)
+    kept = len(set(zip(table.groups.tolist(), stems, strict=True)))
     both = merge_reports([texts, own])
     return replace(both, records=texts.records, kept=kept, tokens=own.tokens)

@@ -156,16 +156,23 @@ def _read_records(data: Data) -> Iterator[Record]:
 
 
 def _split(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """Return the training and the held-out records; every eighth is held out if none is marked."""
-    held_out = {record.id for record in records if record.is_held_out}
-    held_out = held_out or {record.id for record in records[::_HELD_OUT_EVERY]}
-    train = [record for record in records if record.id not in held_out]
+    """Return the training and the held-out records; every eighth is held out if none is marked.
+
+    Records of one group are in one half, but where all are of one.
+    """
+    halves = [record.half for record in records]
+    if len(set(halves)) == 1:
+        halves = [record.id for record in records]
+    marked = {half for record, half in zip(records, halves, strict=True) if record.is_held_out}
+    held_out = marked or set(list(dict.fromkeys(halves))[::_HELD_OUT_EVERY])
+    pairs = list(zip(records, halves, strict=True))
+    train = [record for record, half in pairs if half not in held_out]
     if not train or not held_out:
         raise InputError(
             f"data: expected records to train on and to hold out, got {len(records)} records. "
             "Fix: give more data"
         )
-    return train, [record for record in records if record.id in held_out]
+    return train, [record for record, half in pairs if half in held_out]
 
 
 def _cut(records: Iterable[Record], tokenizer: Any, window_tokens: int) -> Iterator[Row]:  # noqa: ANN401

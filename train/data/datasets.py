@@ -20,10 +20,9 @@ from carryon.train.data.mixture import MixedStore, open_stores
 from carryon.train.data.sampler import Window, iter_epoch
 from carryon.train.data.split import (
     Split,
-    refuse_lost_marks,
     refuse_pairs,
     sample_units,
-    split_samples,
+    split_marked,
 )
 from carryon.train.modules.taps import check_taps, resolve_taps, stream_taps
 
@@ -141,14 +140,7 @@ def split_store(store: StoreLike, settings: StreamSettings) -> Split:
     share, seed = settings.held_out_ratio, settings.data_seed
     if isinstance(store, MixedStore):
         return store.split(share=share, seed=seed)
-    refuse_lost_marks(store)
-    return split_samples(
-        store.sample_held_out,
-        share=share,
-        seed=seed,
-        digest=store.samples_digest,
-        groups=store.sample_groups,
-    )
+    return split_marked(store, share=share, seed=seed)
 
 
 def plan_store_epoch(

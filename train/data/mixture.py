@@ -24,7 +24,7 @@ from carryon.cache.store.samples import StoredSample, Unit
 from carryon.cache.store.shard_reader import CopyRange
 from carryon.cache.store.top_blocks import Blocks
 from carryon.cache.store.view import StoreLike
-from carryon.train.data.split import Split, refuse_lost_marks, split_samples
+from carryon.train.data.split import Split, split_marked
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,14 +160,7 @@ class MixedStore(StoreLike):
         """Return the split of the mix: each store split by itself, its repeats for training."""
         train, held_out = [], []
         for place in self._places:
-            refuse_lost_marks(place.store)
-            own = split_samples(
-                place.store.sample_held_out,
-                share=share,
-                seed=seed,
-                digest=place.store.samples_digest,
-                groups=place.store.sample_groups,
-            )
+            own = split_marked(place.store, share=share, seed=seed)
             train.append(own.train + place.first_sample)
             if not place.is_repeat:
                 held_out.append(own.held_out + place.first_sample)

@@ -1,5 +1,6 @@
 """Split samples into a training and a held-out half: a pure function."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ from carryon.cache.corpus.report import LOST_HELD_OUT, Report
 from carryon.cache.errors import InputError
 from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +34,9 @@ def split_samples(
 ) -> Split:
     """Return the split that the store marks, or a seeded one if it marks none.
 
-    Samples of one group are of one record and share text, so they are in one half. Of a store
-    with a single group, such as one long text in pieces, each sample is a group.
+    Samples of one group are of one record and share text, or of records that their `split_group`
+    keeps together, so they are in one half. Of a store with a single group, such as one long text
+    in pieces, each sample is a group.
 
     Args:
         marked: [S] 1 where the store marks a sample as held out.
@@ -61,6 +65,27 @@ def split_samples(
             "expected at least one to train on and one to evaluate on"
         )
     return Split(train=np.flatnonzero(~is_held_out), held_out=np.flatnonzero(is_held_out))
+
+
+def split_marked(store: StoreLike, *, share: float, seed: int) -> Split:
+    """Return the split of one store, and say so where a mark holds out more than its sample.
+
+    Raises:
+        InputError: one of the halves would be empty, or the data marked held-out samples of
+            which none is left.
+    """
+    refuse_lost_marks(store)
+    marked = store.sample_held_out
+    split = split_samples(
+        marked, share=share, seed=seed, digest=store.samples_digest, groups=store.sample_groups
+    )
+    num_marked = int(marked.sum())
+    if num_marked and (num_more := len(split.held_out) - num_marked):
+        logger.info(
+            f"{store.name}: {num_marked:,} samples are marked as held out, {num_more:,} more "
+            "are held out with them: they are of the same records or split groups"
+        )
+    return split
 
 
 def _number_groups(

@@ -399,6 +399,20 @@ def test_held_out_records_make_held_out_samples(tmp_path: Path) -> None:
     assert [sample.is_held_out for sample in corpus.samples] == [False, True, True, True]
 
 
+def test_samples_of_one_split_group_are_of_one_group(tmp_path: Path) -> None:
+    rows = [{"text": text, "kind": kind} for text, kind in zip("abcd", "uvuv", strict=True)]
+    path = write_lines(tmp_path / "data.jsonl", *rows, {"text": "xyzxyz", "kind": "u"})
+    settings = CorpusSettings(long="split")
+    grouped = DataSettings(column=["split_group=kind"])
+    corpus = read([path], make_tokenizer(), settings, max_tokens=4, data_settings=grouped)
+    numbers = [sample.group for sample in corpus.samples]
+    assert len(numbers) == 7
+    assert [numbers.index(each) for each in numbers] == [0, 1, 0, 1, 0, 0, 0]
+    plain = read([path], make_tokenizer(), settings, max_tokens=4)
+    numbers = [sample.group for sample in plain.samples]
+    assert [numbers.index(each) for each in numbers] == [0, 1, 2, 3, 4, 4, 4]
+
+
 def test_the_fingerprint_is_that_of_the_samples_in_order(tmp_path: Path) -> None:
     first, second = {"text": "xa", "id": "1"}, {"text": "xb", "id": "2"}
     variants: list[list[dict[str, Any]]] = [

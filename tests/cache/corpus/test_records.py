@@ -272,6 +272,24 @@ def test_test_and_validation_splits_are_held_out() -> None:
     assert read_record(make_row({"text": "a", "split": "train"}, is_held_out=True)).is_held_out
 
 
+def test_a_group_is_a_string_or_number_and_no_id() -> None:
+    groups = {
+        value: read_record(make_row({"text": "a", "split_group": value})).half
+        for value in ("seven", 7, 7.0, "7")
+    }
+    assert len({groups["seven"], groups[7], "seven", "7"}) == 4
+    assert groups[7] == groups["7"]
+    plain = read_record(make_row({"text": "a", "id": "seven", "group": "other"}))
+    assert plain.half == plain.id == "seven"
+    assert read_record(make_row({"text": "a", "split_group": None})).half
+    expected = "split_group: expected a string or number, got"
+    for wrong in (["a"], True, float("nan")):
+        with pytest.raises(InputError, match=expected):
+            read_record(make_row({"text": "a", "split_group": wrong}))
+    with pytest.raises(InputError, match="split_group: expected valid Unicode"):
+        read_record(make_row({"text": "a", "split_group": "\ud800"}))
+
+
 @dataclass(frozen=True)
 class BadRow:
     id: str

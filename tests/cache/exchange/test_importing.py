@@ -365,6 +365,18 @@ def test_what_reading_the_corpus_lost_is_reported_beside_missing_files(
     assert ["corpus.jsonl:10" in skipped[0], "r4" in skipped[1]] == [True, True]
 
 
+def test_records_of_one_split_group_are_counted_one_by_one(
+    answered: Path, corpus: Path, tiny_base: Base, store_tmp: Path
+) -> None:
+    rows = [json.loads(line) | {"split_group": "all"} for line in corpus.read_text().splitlines()]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (answered / "request-4.safetensors").unlink()
+    import_files(answered, tiny_base, store_tmp / "store", data=[str(corpus)], drop_missing=True)
+    store = Store.open(store_tmp / "store")
+    assert len(set(store.sample_groups.tolist())) == 1
+    assert store.manifest.parts[0].report["kept"] == 8
+
+
 def test_a_file_without_a_sample_is_an_error(
     answered: Path, corpus: Path, tiny_base: Base, store_tmp: Path
 ) -> None:

@@ -94,6 +94,27 @@ def test_no_document_is_in_both_halves_and_repeated_text_is_not_trained_on(
     assert "d8" in halves[1]
 
 
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_records_of_a_split_group_are_in_one_half(
+    tmp_path: Path, tiny_base_folder: Path, is_marked: bool
+) -> None:
+    data = make_text(tmp_path / "text.jsonl")
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["split_group"] = number % 6
+    if is_marked:
+        rows[13]["split"] = "held-out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    material = prepare_material(
+        tiny_settings(), base=str(tiny_base_folder), out=tmp_path, data=[str(data)]
+    )
+    held_out = {sample.id.partition("/")[0] for sample in material.held_out}
+    trained = {sample.id.partition("/")[0] for sample in material.train}
+    assert held_out <= {f"d{number}" for number in range(is_marked, 24, 6)}
+    assert len(held_out) > 1
+    assert trained.isdisjoint({f"d{number}" for number in range(is_marked, 24, 6)})
+
+
 def test_a_short_answer_that_is_held_out_is_not_trained_on(
     tmp_path: Path, tiny_base_folder: Path
 ) -> None:

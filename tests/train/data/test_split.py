@@ -103,6 +103,36 @@ def test_a_mark_holds_out_the_whole_group() -> None:
     assert split.held_out.tolist() == [0, 1]
 
 
+def test_records_of_a_split_group_are_held_out_together_and_it_is_said(
+    tiny_base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        {"prompt": "the ", "completion": f"thing {i}", "split_group": i % 4, "id": f"{i % 4}-{i}"}
+        for i in range(24)
+    ]
+    for name, marks in (("plain", {}), ("marked", {"split": "held-out"})):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:-1], rows[-1] | marks]))
+        extract_tiny(tiny_base, data, tmp_path / name)
+    settings = TrainSettings.from_options(held_out_ratio=0.25, device="cpu")
+
+    def groups(*names: str) -> list[set[str]]:
+        with caplog.at_level("INFO"):
+            opened = open_data([str(tmp_path / name) for name in names], settings)
+        store, halves = opened.store, (opened.split.train, opened.split.held_out)
+        return [{store.sample_id(i).rpartition(":")[2][0] for i in half} for half in halves]
+
+    train, held_out = groups("plain")
+    assert (len(train), len(held_out), train & held_out) == (3, 1, set())
+    assert "held out with them" not in caplog.text
+    assert "3" in groups("marked")[1]
+    expected = "marked: 1 samples are marked as held out, 5 more are held out with them"
+    assert expected in caplog.text
+    caplog.clear()
+    assert "3" in groups("plain", "marked")[1]
+    assert expected in caplog.text
+
+
 def test_a_split_is_not_made_up_where_every_marked_record_was_lost(
     tiny_base: Base, tmp_path: Path
 ) -> None:
