@@ -18,10 +18,11 @@ from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.bench.__main__ import main
 from carryon.tools.bench.accuracy import chains, experiment, plan, recipes, rows
-from carryon.tools.bench.accuracy.corpus import is_unseen_template, make_corpus
+from carryon.tools.bench.accuracy.corpus import make_corpus
 from carryon.tools.bench.accuracy.lora import train_lora
 from carryon.tools.bench.accuracy.mlp import build_mlp, train_mlp
 from carryon.tools.bench.accuracy.report import write_report
+from carryon.tools.bench.accuracy.templates import is_unseen_template, make_problems
 from carryon.tools.bench.planned import check_steps
 from carryon.tools.improve import steps
 from carryon.train.config import CarryOnSettings, TrainSettings
@@ -139,25 +140,36 @@ def test_wrong_chains_are_left_out_and_counted(
         make_corpus(task="chain_sum", out=str(out), samples=20, test_num=1)
 
 
-def test_templates_of_the_test_are_in_no_training_text(tmp_path: Path) -> None:
-    corpus, test = tmp_path / "corpus.jsonl", tmp_path / "test.jsonl"
-    make_corpus(task="gsm_symbolic", out=str(corpus), samples=80, test_num=20, test_out=str(test))
-    trained = [each["sampled"]["problem"] for each in read_lines(corpus)]
-    tested = [each["id"] for each in read_lines(test)]
-    assert (len(trained), len(tested)) == (80, 20)
+def test_templates_are_for_training_for_its_held_out_half_or_for_the_test(tmp_path: Path) -> None:
+    problems, test, corpus = (tmp_path / f"{name}.jsonl" for name in ("problems", "test", "corpus"))
+    facts = make_problems(
+        task="gsm_symbolic", out=str(problems), test_out=str(test), samples=80, test_num=20
+    )
+    assert (facts["problems"], facts["test_problems"]) == (80, 20)
+    wording = "gsm_symbolic"
+    make_corpus(
+        task=str(problems), out=str(corpus), test_num=0, wording=wording, held_out_ratio=0.2
+    )
+    records = read_lines(corpus)
+    assert len(records) == 80
 
     def templates(ids: list[str], *, seed: int, size: int) -> set[int]:
         made = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed)
         return {made.task_indices[int(each.rpartition("-")[2])] for each in ids}
 
-    seen = templates(trained, seed=1, size=160)
-    unseen = templates(tested, seed=1_000_001, size=200)
-    assert seen.isdisjoint(unseen)
+    halves = {"train": list[str](), "held-out": list[str]()}
+    for record in records:
+        halves[record.get("split", "train")].append(record["sampled"]["problem"])
+    trained, held_out = (templates(ids, seed=1, size=160) for ids in halves.values())
+    unseen = templates([each["id"] for each in read_lines(test)], seed=1_000_001, size=200)
+    assert all((trained, held_out, unseen))
+    assert trained.isdisjoint(held_out)
+    assert unseen.isdisjoint(trained | held_out)
     assert all(map(is_unseen_template, unseen))
-    problems = read_problems(str(test), num=20, seed=0)
-    assert len(problems) == 20
-    with pytest.raises(InputError, match="--test-out: expected the task gsm_symbolic"):
-        make_corpus(task="chain_sum", out=str(corpus), test_out=str(test))
+    assert len({each["split_group"] for each in records}) == len(trained | held_out)
+    assert len(read_problems(str(test), num=20, seed=0)) == 20
+    with pytest.raises(InputError, match="--task: expected gsm_symbolic, got 'chain_sum'"):
+        make_problems(task="chain_sum", out=str(problems), test_out=str(test))
 
 
 # Steps

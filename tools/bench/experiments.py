@@ -49,6 +49,10 @@ EXPERIMENTS = {
         about="a step of experiment-mix: losses at straddled positions",
         needs="store",
     ),
+    "cot-templates": Benchmark(
+        place="accuracy.templates:make_problems",
+        about="a step of experiment-cot: problems for training and test of different templates",
+    ),
     "cot-corpus": Benchmark(
         place="accuracy.corpus:make_corpus", about="a step of experiment-cot: worked answers"
     ),

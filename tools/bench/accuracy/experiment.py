@@ -32,6 +32,7 @@ OWN_STEPS = Program(
     about="Steps of experiment-cot.",
     closing="",
     commands={
+        "cot-templates": "carryon.tools.bench.accuracy.templates:make_problems",
         "cot-corpus": "carryon.tools.bench.accuracy.corpus:make_corpus",
         "cot-mlp": "carryon.tools.bench.accuracy.mlp:train_mlp",
         "cot-lora": "carryon.tools.bench.accuracy.lora:train_lora",
@@ -81,9 +82,9 @@ def experiment_cot(
         base: The base: hub id, folder or .gguf file.
         out: Folder of the experiment.
         tasks: Recipes: leg_counting, leg_counting-steps (worded for a small base), chain_sum,
-            gsm_symbolic, gsm_symbolic-own, gsm_symbolic-templates (tested on unseen templates),
-            basic_arithmetic, letter_counting, simple_equations, chain_sum-chains; each also with
-            settings of its task, NAME:SETTING=VALUE,...
+            gsm_symbolic, gsm_symbolic-own, gsm_symbolic-templates and gsm_symbolic-own-templates
+            (both tested on unseen templates), basic_arithmetic, letter_counting, simple_equations,
+            chain_sum-chains; each also with settings of its task, NAME:SETTING=VALUE,...
         seeds: Seeds of weights and sample order.
         num: Test problems of each task.
         samples: Training problems of each task. 0: as its recipe says.

@@ -1,6 +1,7 @@
 """The steps of experiment-cot as data: commands, each with the file of its result. Pure.
 
-OUT/TASK/corpus.json            corpus.jsonl, and test.jsonl where templates are held out
+OUT/TASK/problems.json          problems.jsonl and test.jsonl, where templates are held out
+OUT/TASK/corpus.json            corpus.jsonl
 OUT/TASK/extract.json           store: of all kinds and seeds
 OUT/TASK/seed-S/KIND.json       KIND: a run
 OUT/TASK/seed-S/lora.json       lora: an adapter for PEFT, at the clock of the first kind
@@ -32,6 +33,10 @@ PROMPTED = ("instruct", "few-shot")
 _MOST_TOP_BLOCKS = 8
 _TOP_PASSES = 1 / 4
 """Of a `top` for each of the others: one teaches it more, in six to fourteen times the seconds."""
+
+
+_HELD_OUT_TEMPLATES = 0.1
+"""Of the templates of training: a twentieth, as of other problems, would be two or three."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +94,8 @@ class Experiment:
 class TaskPlan:
     """The steps of a task, in order."""
 
+    problems: Planned | None
+    """Of other templates than the test."""
     corpus: Planned
     extract: Planned
     models: dict[tuple[int, str], Planned]
@@ -101,7 +108,7 @@ class TaskPlan:
 
     def steps(self) -> list[Planned]:
         """Return the steps in the order in which they can run: seed by seed."""
-        steps = [self.corpus, self.extract]
+        steps = [*([self.problems] if self.problems else []), self.corpus, self.extract]
         for seed, score in self.scores.items():
             steps += [step for (own, _), step in self.models.items() if own == seed]
             steps.append(score)
@@ -122,6 +129,7 @@ def plan_task(experiment: Experiment, recipe: Recipe) -> TaskPlan:
     prompted += [f"few-shot:{experiment.shots}"] if experiment.shots else []
     names = [*experiment.kinds, *[LORA] * experiment.has_lora]
     return TaskPlan(
+        problems=_make_problems(experiment, recipe, folder) if recipe.is_by_template else None,
         corpus=_make_corpus(experiment, recipe, folder),
         extract=_extract(experiment, folder),
         models=models,
@@ -134,20 +142,37 @@ def plan_task(experiment: Experiment, recipe: Recipe) -> TaskPlan:
     )
 
 
+def _make_problems(experiment: Experiment, recipe: Recipe, folder: Path) -> Planned:
+    argv = ["cot-templates", "--task", recipe.task, *_seeds(experiment)]
+    argv += ["--samples", str(recipe.samples), "--out", str(folder / "problems.jsonl")]
+    argv += ["--test-out", str(folder / "test.jsonl")]
+    return Planned(result=folder / "problems.json", argv=argv)
+
+
 def _make_corpus(experiment: Experiment, recipe: Recipe, folder: Path) -> Planned:
-    test = ["--test-num", str(experiment.num), "--test-seed", str(TEST_SEED)]
-    out = ["--task-seed", str(TRAIN_SEED), *test, "--out", str(folder / "corpus.jsonl")]
+    argv, source, wording = list[str](), [recipe.task, *_seeds(experiment)], recipe.wording
+    if recipe.is_by_template:  # the problems of training and test are made
+        source = [str(folder / "problems.jsonl"), "--test-num", "0"]
+        source += ["--held-out-ratio", f"{_HELD_OUT_TEMPLATES:g}"]
+        wording = wording or recipe.task
+    source += ["--out", str(folder / "corpus.jsonl")]
     if recipe.source == "chains":
-        argv = ["cot-corpus", "--task", recipe.task, "--samples", str(recipe.samples), *out]
-        argv += ["--wording", recipe.wording] if recipe.wording else []
-        argv += ["--test-out", str(folder / "test.jsonl")] if recipe.is_by_template else []
+        argv += ["cot-corpus", "--task", source[0], "--samples", str(recipe.samples), *source[1:]]
+        argv += ["--wording", wording] if wording else []
         return Planned(result=folder / "corpus.json", argv=argv)
-    argv = ["sample", "--base", experiment.base, "--tasks", recipe.task, *out]
+    argv += ["sample", "--base", experiment.base]
+    argv += ["--data" if recipe.is_by_template else "--tasks", *source]
     argv += ["--num", str(recipe.samples), "--samples", str(recipe.answers)]
     argv += ["--max-samples", str(recipe.max_answers), "--form-ratio", f"{recipe.form_ratio:g}"]
     argv += ["--keep", str(recipe.keep), "--instruction", recipe.instruction]
     argv += ["--temperature", f"{experiment.temperature:g}", *_answering(experiment, recipe)]
     return Planned(result=folder / "corpus.json", argv=argv)
+
+
+def _seeds(experiment: Experiment) -> list[str]:
+    """Return the options that draw problems for training and for the test."""
+    test = ["--test-num", str(experiment.num), "--test-seed", str(TEST_SEED)]
+    return ["--task-seed", str(TRAIN_SEED), *test]
 
 
 def _extract(experiment: Experiment, folder: Path) -> Planned:

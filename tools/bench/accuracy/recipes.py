@@ -53,7 +53,7 @@ class Recipe:
     """Passes over the training texts. Written chains of one form gain from more of them; the base's
     own answers are soon learned by heart."""
     is_by_template: bool = False
-    """Test on templates of the generator that training has not seen."""
+    """Test on templates of the generator that training has not seen, and hold out by template."""
     goal: Goal | None = None
 
 
@@ -85,6 +85,10 @@ RECIPES = {
         ),
         Recipe(
             name="gsm_symbolic-templates", task="gsm_symbolic", source="chains", samples=1000,
+            max_new_tokens=320, is_by_template=True, goal=Goal(against="base", at_least=0.0),
+        ),
+        Recipe(
+            name="gsm_symbolic-own-templates", task="gsm_symbolic", source="own", samples=300,
             max_new_tokens=320, is_by_template=True, goal=Goal(against="base", at_least=0.0),
         ),
         Recipe(

@@ -50,6 +50,8 @@ def make_record(
     else:
         before = [str(message["content"]) for message in problem.before]
         record |= {"prompt": "\n\n".join([*before, question]), "completion": text}
+    if problem.group:
+        record["split_group"] = problem.group
     if is_held_out:
         record["split"] = "held-out"
     origin = {"problem": problem.id, "question": problem.question, "right": problem.answer}
@@ -57,14 +59,14 @@ def make_record(
 
 
 def choose_held_out(problems: Iterable[Problem], *, ratio: float) -> set[str]:
-    """Return what the problems to hold out ask; never that of all.
+    """Return `half` of the problems to hold out; never that of all.
 
     Not their ids: what is asked again, in this corpus or in that of a later round, goes to the same
-    half.
+    half, and so does a whole group.
     """
-    asked = {problem.asked for problem in problems}
-    chosen = {each for each in asked if _share(each) < ratio}
-    return chosen if chosen < asked else set()
+    halves = {problem.half for problem in problems}
+    chosen = {each for each in halves if _share(each) < ratio}
+    return chosen if chosen < halves else set()
 
 
 def read_known(paths: Sequence[str]) -> dict[str, list[str]]:

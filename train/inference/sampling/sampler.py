@@ -379,7 +379,7 @@ def _records(
             else problem.question,
             answer.text,
             is_chat=is_chat,
-            is_held_out=problem.asked in held_out,
+            is_held_out=problem.half in held_out,
             provenance={
                 "task": task,
                 "rule": problem.rule.name,

@@ -14,7 +14,7 @@ from carryon.cache.corpus.files import plan_shards, read_shard
 from carryon.cache.corpus.formats.contents import Chat, Completion, read_content
 from carryon.cache.corpus.formats.json_values import check_text
 from carryon.cache.corpus.reading.cache_folder import cache_folder
-from carryon.cache.corpus.records import kind_of, marks_held_out
+from carryon.cache.corpus.records import kind_of, marks_held_out, read_group
 from carryon.cache.corpus.rows import BadRow, Row
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError, MissingError
@@ -48,6 +48,8 @@ class Problem:
     before: tuple[Mapping[str, Any], ...] = ()
     """Messages before the question, such as a system message."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
+    """Of problems that are held out together, such as those of one template; empty: of none."""
     verify: Callable[[str], float] | None = None
     """The task's own verifier: credit of an answer, 1 if it is right."""
 
@@ -57,6 +59,11 @@ class Problem:
         if not self.before:
             return self.question
         return f"{digest_messages(self.before)} {self.question}"
+
+    @property
+    def half(self) -> str:
+        """What decides whether answers are held out: the group, or what is asked."""
+        return f"group {self.group}" if self.group else self.asked
 
     def is_right(self, text: str) -> bool:
         """Return whether an answer is right by the rule."""
@@ -254,6 +261,7 @@ def _to_problem(row: Row, rule: Rule) -> Problem:
         rule=rule,
         before=before,
         metadata=metadata if isinstance(metadata, Mapping) else {},
+        group=read_group(row),
     )
 
 

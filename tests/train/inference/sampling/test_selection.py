@@ -96,6 +96,19 @@ def test_what_is_asked_twice_is_in_one_half_also_in_a_corpus_of_another_round() 
     assert len(choose_held_out([*many, *told], ratio=0.1)) > len(chosen)  # in another context
 
 
+def test_a_group_of_problems_is_held_out_whole() -> None:
+    many = [replace(problem(number), group=f"g{number % 40}") for number in range(400)]
+    chosen = choose_held_out(many, ratio=0.2)
+    halves = [
+        {each.group for each in many if (each.half in chosen) is half} for half in (False, True)
+    ]
+    assert all(halves)
+    assert halves[0].isdisjoint(halves[1])
+    options = {"is_chat": True, "is_held_out": False, "provenance": {}}
+    assert make_record(many[1], "What?", "4", **options)["split_group"] == "g1"
+    assert "split_group" not in make_record(problem(1), "What?", "4", **options)
+
+
 def test_a_cut_answer_is_kept_only_when_told() -> None:
     row = [make_answer("so 4", is_cut=True)]
     assert select([row], asked=["a"], known={}, keep=1, keep_cut=False).counts.kept == 0
