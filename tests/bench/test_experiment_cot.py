@@ -235,7 +235,8 @@ def test_every_step_of_every_recipe_is_a_command_that_parses(tmp_path: Path) -> 
         assert len(set(results)) == len(results)
         check_steps(own.steps(), own=experiment.OWN_STEPS)
         words = " ".join(own.corpus.argv)
-        assert ("--max-samples 16 --form-ratio 0.5" in words) == (recipe.source == "own")
+        limits = f"--max-samples {recipe.max_answers} --form-ratio 0.5"
+        assert (limits in words) == (recipe.source == "own")
         assert {"--with-blocks", "layer.22"} <= set(own.extract.argv)
 
 

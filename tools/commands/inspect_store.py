@@ -146,6 +146,7 @@ def describe_store(store: "Store") -> dict[str, Any]:
         "finished_units": len(store.finished_units),
         "unit_tokens": manifest.unit_tokens,
         "samples": store.num_samples,
+        "sample_groups": len(set(store.sample_groups.tolist())),
         "held_out_samples": int(store.sample_held_out.sum()),
         "tokens": store.num_tokens,
         "supervised_tokens": manifest.num_supervised,
@@ -161,6 +162,12 @@ def describe_store(store: "Store") -> dict[str, Any]:
         "ratio_to_raw": ratios,
         "versions": manifest.versions,
     }
+
+
+def _shown_groups(num_groups: int, num_samples: int) -> dict[str, str]:
+    """Return a row where several samples are of one record or split group."""
+    shown = f"{num_groups:,}: samples of one record or split group, held out together"
+    return {"groups": shown} if num_groups < num_samples else {}
 
 
 def _report(manifest: "Manifest") -> dict[str, Any]:
@@ -193,6 +200,7 @@ def format_facts(facts: dict[str, Any]) -> str:
             "units": f"{facts['finished_units']} of {facts['units']} ({state})",
             "tokens of a unit": facts["unit_tokens"],
             "samples": f"{facts['samples']:,}, {facts['held_out_samples']:,} of them held out",
+            **_shown_groups(facts["sample_groups"], facts["samples"]),
             "tokens": f"{facts['tokens']:,}, {facts['supervised_tokens']:,} of them supervised",
             "order seed": facts["seed"],
         },

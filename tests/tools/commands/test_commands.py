@@ -1,6 +1,7 @@
 """The commands on a tiny base."""
 
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -84,6 +85,21 @@ def test_inspect_prints_text(work: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "after block 1, not normed" in text
     assert "corpus.jsonl" in text
     assert "transformers" in text
+
+
+def test_inspect_counts_groups_where_there_are_any(
+    work: Path, tiny_base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["inspect", str(work / "store")])
+    assert "groups" not in capsys.readouterr().out
+    rows = [{"text": f"thing {number}", "of": number % 3} for number in range(12)]
+    data, store = tmp_path / "data.jsonl", tmp_path / "store"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--base", str(tiny_base_folder), "--data", str(data), "--column", "split_group=of"]
+    assert main(["extract", *words, "--out", str(store), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(store)]) == 0
+    assert re.search(r"groups +3: samples of one record or split group", capsys.readouterr().out)
 
 
 def test_inspect_and_a_dry_run_show_what_was_read_and_lost(

@@ -89,7 +89,8 @@ RECIPES = {
         ),
         Recipe(
             name="gsm_symbolic-own-templates", task="gsm_symbolic", source="own", samples=300,
-            max_new_tokens=320, is_by_template=True, goal=Goal(against="base", at_least=0.0),
+            max_answers=8, max_new_tokens=320, is_by_template=True,
+            goal=Goal(against="base", at_least=0.0),
         ),
         Recipe(
             name="basic_arithmetic", task=_ARITHMETIC, source="chains", samples=760,
