@@ -170,16 +170,9 @@ def write_large_store(
 
 def plain_base_nll(store: Store) -> float:
     """Return the base's NLL of the held-out samples by the plain formula, in float32."""
-    from carryon.train.data.split import split_samples
+    from carryon.train.data.split import split_of
 
-    settings = StreamSettings()
-    split = split_samples(
-        store.sample_held_out,
-        share=settings.held_out_ratio,
-        seed=0,
-        digest=store.samples_digest,
-        groups=store.sample_groups,
-    )
+    split = split_of(store, share=StreamSettings().held_out_ratio, seed=0)
     weight = torch.from_numpy(store.head().weight).view(torch.bfloat16)
     losses = []
     for sample in split.held_out.tolist():

@@ -67,19 +67,31 @@ def split_samples(
     return Split(train=np.flatnonzero(~is_held_out), held_out=np.flatnonzero(is_held_out))
 
 
+def split_of(store: StoreLike, *, share: float, seed: int) -> Split:
+    """Return the split of one store: the same arguments give the same one, as in a card's `split`.
+
+    Raises:
+        InputError: one of the halves would be empty.
+    """
+    return split_samples(
+        store.sample_held_out,
+        share=share,
+        seed=seed,
+        digest=store.samples_digest,
+        groups=store.sample_groups,
+    )
+
+
 def split_marked(store: StoreLike, *, share: float, seed: int) -> Split:
-    """Return the split of one store, and say so where a mark holds out more than its sample.
+    """Return the split of a store to train on; say so where a mark holds out more than its sample.
 
     Raises:
         InputError: one of the halves would be empty, or the data marked held-out samples of
             which none is left.
     """
     refuse_lost_marks(store)
-    marked = store.sample_held_out
-    split = split_samples(
-        marked, share=share, seed=seed, digest=store.samples_digest, groups=store.sample_groups
-    )
-    num_marked = int(marked.sum())
+    split = split_of(store, share=share, seed=seed)
+    num_marked = int(store.sample_held_out.sum())
     if num_marked and (num_more := len(split.held_out) - num_marked):
         logger.info(
             f"{store.name}: {num_marked:,} samples are marked as held out, {num_more:,} more "

@@ -21,7 +21,7 @@ from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings, StreamSettings
 from carryon.train.data.datasets import open_decoded_cache
-from carryon.train.data.split import refuse_pairs, split_samples
+from carryon.train.data.split import refuse_pairs, split_of
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import place_head
 from carryon.train.mixing.mixture import load_mixture
@@ -231,13 +231,7 @@ def _pick_samples(
     """Return the samples to evaluate on, and which of the two choices they are."""
     trained_on = card.split.get("stores", [card.store_fingerprint])
     if store.fingerprint in trained_on and samples != "all":
-        split = split_samples(
-            store.sample_held_out,
-            share=card.split["held_out_ratio"],
-            seed=card.split["seed"],
-            digest=store.samples_digest,
-            groups=store.sample_groups,
-        )
+        split = split_of(store, share=card.split["held_out_ratio"], seed=card.split["seed"])
         return split.held_out, "held-out"
     name, numbers = str(store.root), range(1, len(store.manifest.parts) + 1)
     prints = {n: store.manifest.of_part(n, name=name).fingerprint for n in numbers}

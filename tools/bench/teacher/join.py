@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from carryon.cache.errors import InputError, SettingMismatchError
 from carryon.cache.store.reader import Store
-from carryon.train.data.split import split_samples
+from carryon.train.data.split import split_of
 from carryon.train.modules.card import CarryOnCard, check_base
 
 
@@ -103,13 +103,7 @@ def check_teacher_carryon(
             f"teacher_carryon: expected one that was trained on {teacher.name}, got one of another "
             f"store. {fix}"
         )
-    split = split_samples(
-        teacher.sample_held_out,
-        share=card.split["held_out_ratio"],
-        seed=card.split["seed"],
-        digest=teacher.samples_digest,
-        groups=teacher.sample_groups,
-    )
+    split = split_of(teacher, share=card.split["held_out_ratio"], seed=card.split["seed"])
     seen = np.setdiff1d(joined.samples[held_out], split.held_out)
     if len(seen):
         raise InputError(

@@ -10,7 +10,7 @@ from carryon.cache.base.identity import digest_tokenizer
 from carryon.cache.errors import SettingMismatchError
 from carryon.cache.store.reader import Store
 from carryon.cache.store.samples import Unit
-from carryon.train.data.split import split_samples
+from carryon.train.data.split import split_of
 from carryon.train.inference.scoring.problems import Problem
 from carryon.train.modules.card import CarryOnCard
 
@@ -63,13 +63,7 @@ def find_known(
 def _trained(store: Store, card: CarryOnCard | None) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     is_trained = store.sample_held_out == 0
     if card is not None and store.fingerprint in card.split.get("stores", [card.store_fingerprint]):
-        split = split_samples(
-            store.sample_held_out,
-            share=card.split["held_out_ratio"],
-            seed=card.split["seed"],
-            digest=store.samples_digest,
-            groups=store.sample_groups,
-        )
+        split = split_of(store, share=card.split["held_out_ratio"], seed=card.split["seed"])
         is_trained = np.ones(store.num_samples, dtype=np.bool_)
         is_trained[split.held_out] = False
     return is_trained  # type: ignore[no-any-return]
