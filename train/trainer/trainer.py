@@ -326,7 +326,8 @@ def warn_about_held_out(contamination: Contamination) -> None:
         logger.warning(
             f"{contamination.share:.0%} of the held-out targets, with the {NGRAM} tokens up to "
             "them, also occur in the training half: the held-out loss rewards memorizing. Fix: "
-            "split by document, or mark the held-out samples yourself"
+            "extract with --column split_group=NAME of what the samples are made from, such as "
+            "document or template; or mark the held-out samples yourself"
         )
 
 
