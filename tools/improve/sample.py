@@ -93,7 +93,8 @@ def sample(
         known: Corpora of earlier samplings; answers in them are not kept again.
         unsolved: Pose only the problems that --known has no answer to.
         drop_long: Leave out, and count, problems that are too long for the base.
-        held_out_ratio: Fraction of problems whose records are marked held out.
+        held_out_ratio: Fraction of problems, or of their groups (`split_group` of --data), whose
+            records are marked held out.
         engine: What generates. `auto`: vLLM, for the base alone, where CARRYON_VLLM_PYTHON names
             the Python of its environment.
         batch_rows: Answers that transformers generates at a time; fewer need less memory.
