@@ -147,9 +147,7 @@ def test_templates_are_for_training_for_its_held_out_half_or_for_the_test(tmp_pa
     )
     assert (facts["problems"], facts["test_problems"]) == (80, 20)
     wording = "gsm_symbolic"
-    make_corpus(
-        task=str(problems), out=str(corpus), test_num=0, wording=wording, held_out_ratio=0.2
-    )
+    make_corpus(task=str(problems), out=str(corpus), wording=wording, held_out_ratio=0.2)
     records = read_lines(corpus)
     assert len(records) == 80
 

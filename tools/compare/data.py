@@ -161,7 +161,8 @@ def _split(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     Records of one group are in one half, but where all are of one.
     """
     halves = [record.half for record in records]
-    if len(set(halves)) == 1:
+    if len(records) > 1 and len(set(halves)) == 1:
+        logger.info("all records are of one split group: they are split one by one")
         halves = [record.id for record in records]
     marked = {half for record, half in zip(records, halves, strict=True) if record.is_held_out}
     held_out = marked or set(list(dict.fromkeys(halves))[::_HELD_OUT_EVERY])

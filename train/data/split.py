@@ -1,4 +1,4 @@
-"""Split samples into a training and a held-out half: a pure function."""
+"""Split samples into a training and a held-out half; the same samples and seed give the same."""
 
 import logging
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ def split_of(store: StoreLike, *, share: float, seed: int) -> Split:
 
 
 def split_marked(store: StoreLike, *, share: float, seed: int) -> Split:
-    """Return the split of a store to train on; say so where a mark holds out more than its sample.
+    """Return the split of a store to train on; log where groups decide otherwise than expected.
 
     Raises:
         InputError: one of the halves would be empty, or the data marked held-out samples of
@@ -96,6 +96,10 @@ def split_marked(store: StoreLike, *, share: float, seed: int) -> Split:
         logger.info(
             f"{store.name}: {num_marked:,} samples are marked as held out, {num_more:,} more "
             "are held out with them: they are of the same records or split groups"
+        )
+    if store.num_samples > 1 and len(set(store.sample_groups.tolist())) == 1:
+        logger.info(
+            f"{store.name}: all samples are of one record or split group: they are split one by one"
         )
     return split
 

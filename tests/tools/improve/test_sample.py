@@ -135,6 +135,22 @@ def test_more_samples_cost_only_those(tiny_base_folder: Path, easy: Path) -> Non
     assert read_lines(easy / "c.jsonl")
 
 
+def test_answers_to_a_group_of_problems_are_held_out_together(
+    tiny_base_folder: Path, easy: Path
+) -> None:
+    rows = [json.loads(line) for line in (easy / "problems.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["split_group"] = number % 4
+    (easy / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--keep", "3", "--held-out-ratio", "0.5"]
+    assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
+    halves = {None: set[str](), "held-out": set[str]()}
+    for record in read_lines(easy / "c.jsonl"):
+        halves[record.get("split")].add(record["split_group"])
+    assert all(halves.values())
+    assert halves[None].isdisjoint(halves["held-out"])
+
+
 def test_problems_without_a_right_answer_get_more(
     tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,6 +133,19 @@ def test_records_of_a_split_group_are_held_out_together_and_it_is_said(
     assert expected in caplog.text
 
 
+def test_it_is_said_where_all_records_are_of_one_split_group(
+    tiny_base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "the ", "completion": f"thing {i}", "split_group": "all"} for i in range(8)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    extract_tiny(tiny_base, data, tmp_path / "store")
+    with caplog.at_level("INFO"):
+        opened = open_data([str(tmp_path / "store")], TrainSettings.from_options(device="cpu"))
+    assert (len(opened.split.train), len(opened.split.held_out)) == (7, 1)
+    assert "all samples are of one record or split group: they are split one by one" in caplog.text
+
+
 def test_a_split_is_not_made_up_where_every_marked_record_was_lost(
     tiny_base: Base, tmp_path: Path
 ) -> None:

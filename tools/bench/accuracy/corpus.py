@@ -11,7 +11,7 @@ from carryon.tools.bench.accuracy.chains import write_chain
 from carryon.tools.bench.accuracy.recipes import TEST_SEED, TRAIN_SEED
 from carryon.tools.cli.output import print_result
 from carryon.train.inference.sampling.records import choose_held_out, make_record, to_lines
-from carryon.train.inference.scoring.problems import Problem, read_problems
+from carryon.train.inference.scoring.problems import Problem, is_data, read_problems
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,15 @@ def make_corpus(
         out: File of the corpus, as JSON lines.
         samples: Training problems.
         task_seed: Seed of the training problems.
-        test_num: Problems of the task that carryon score will pose. 0: none of them.
+        test_num: Problems of the task that carryon score will pose; of a file none are posed.
         test_seed: Seed of those.
         held_out_ratio: Fraction of problems, or of their groups, whose records are marked held out.
         wording: Another wording of the task's chains. Empty: the task's own.
     """
     wording = wording or task.partition(":")[0]
     problems = read_problems(task, num=samples, seed=task_seed, is_training=True)
-    tests = read_problems(task, num=test_num, seed=test_seed) if test_num else []
+    is_posed = test_num and not is_data(task)
+    tests = read_problems(task, num=test_num, seed=test_seed) if is_posed else []
     kept, dropped = _drop_equal(problems, tests)
     pairs = [(each, write_chain(each, wording=wording)) for each in kept]
     right = [(problem, text) for problem, text in pairs if problem.is_right(text)]

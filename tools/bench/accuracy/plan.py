@@ -33,8 +33,6 @@ PROMPTED = ("instruct", "few-shot")
 _MOST_TOP_BLOCKS = 8
 _TOP_PASSES = 1 / 4
 """Of a `top` for each of the others: one teaches it more, in six to fourteen times the seconds."""
-
-
 _HELD_OUT_TEMPLATES = 0.1
 """Of the templates of training: a twentieth, as of other problems, would be two or three."""
 
