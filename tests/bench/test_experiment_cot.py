@@ -164,6 +164,7 @@ def test_templates_are_for_training_for_its_held_out_half_or_for_the_test(tmp_pa
     assert trained.isdisjoint(held_out)
     assert unseen.isdisjoint(trained | held_out)
     assert all(map(is_unseen_template, unseen))
+    assert sum(map(is_unseen_template, range(100))) == 20
     assert len({each["split_group"] for each in records}) == len(trained | held_out)
     assert len(read_problems(str(test), num=20, seed=0)) == 20
     with pytest.raises(InputError, match="--task: expected gsm_symbolic, got 'chain_sum'"):
@@ -212,6 +213,19 @@ def test_the_steps_of_a_task_in_order(tmp_path: Path) -> None:
     assert sample[sample.index("--task-seed") + 1] == "1"
     at = own.extract.argv.index("--taps")
     assert own.extract.argv[at + 1 : at + 4] == ["final", "layer.20", "layer.10"]
+
+
+@pytest.mark.parametrize("name", ["gsm_symbolic-templates", "gsm_symbolic-own-templates"])
+def test_templates_are_held_out_before_any_text_is_made(tmp_path: Path, name: str) -> None:
+    own = plan.plan_task(make_experiment(tmp_path), recipes.RECIPES[name])
+    folder = tmp_path / name
+    problems, corpus, *_ = own.steps()
+    assert problems.result == folder / "problems.json"
+    assert {str(folder / "problems.jsonl"), str(folder / "test.jsonl")} <= set(problems.argv)
+    assert str(folder / "problems.jsonl") in corpus.argv
+    assert corpus.argv[corpus.argv.index("--held-out-ratio") + 1] == "0.1"
+    for score in own.scores.values():
+        assert score.argv[score.argv.index("--tasks") + 1] == str(folder / "test.jsonl")
 
 
 def test_models_are_trained_with_the_seeds_of_their_folders(tmp_path: Path) -> None:
