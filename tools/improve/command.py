@@ -17,13 +17,13 @@ from carryon.tools.cli.output import print_result
 from carryon.tools.improve.inputs import Files, digest_inputs
 from carryon.tools.improve.plan import TEST_SEED, Plan
 from carryon.tools.improve.report import Row, format_rows, plot_rounds, read_scores
-from carryon.tools.improve.sample import check_form_ratio, check_numbers
+from carryon.tools.improve.sample import check_form_ratio, check_hint, check_numbers
 from carryon.tools.improve.steps import Step, run_step
 
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "improve.json"
-_OLDER = {"max_samples": 0, "form_ratio": 0}
+_OLDER = {"max_samples": 0, "form_ratio": 0, "hint": ""}
 """Settings of folders that were made before there were these."""
 
 
@@ -40,7 +40,7 @@ def improve(
     max_samples: int = 32,
     keep: int = 4,
     instruction: str = "Think step by step.",
-    instruct_unsolved: bool = False,
+    hint: str = "The answer is {answer}.",
     temperature: float = 0.8,
     max_new_tokens: int = 256,
     keep_cut: bool = False,
@@ -58,8 +58,9 @@ def improve(
     """Train carry-ons on their own verified answers, round by round.
 
     Round 1 samples answers of the base with the instruction; later rounds sample answers of base
-    and last carry-on without it. Problems without a right answer get more of them. Right answers,
-    less those of forms that are seldom right, are extracted and appended to one store, a carry-on
+    and last carry-on without it. Problems without a right answer get more of them; where there is
+    still none, later rounds tell it to the base, which writes an answer. Right answers, less those
+    of forms that are seldom right, are extracted and appended to one store, a carry-on
     is trained on all of it, and scored on test problems that no round has seen. Every step is a
     carryon command, logged as typed. The same command resumes, and more --rounds go further. OUT
     gets a folder a round, the store, and accuracy.png. The last line on stdout is a JSON line with
@@ -83,8 +84,9 @@ def improve(
             missing. Below --samples: no more than those.
         keep: Most right answers kept of a problem. 0: all.
         instruction: Text behind each question where the base answers; not stored. Empty: none.
-        instruct_unsolved: From round 2 on, ask the instructed base what the carry-on cannot solve,
-            which finds little where --max-samples has asked the carry-on often.
+        hint: From round 2 on, text that tells the base the right answer in place of {answer} where
+            no round has found it, behind the question and 8 solved ones of round 1; not stored.
+            Empty: such problems are left out.
         temperature: Sampling temperature.
         max_new_tokens: Maximum length of an answer, in tokens.
         keep_cut: Keep right answers that were cut at --max-new-tokens too.
@@ -115,6 +117,7 @@ def improve(
     }
     check_numbers({**numbers, "temperature": temperature})
     check_form_ratio(form_ratio)
+    check_hint(hint)
     if not tasks and not data:
         raise InputError("--tasks: expected a task, or data, got neither. Fix: --tasks or --data")
     if tasks and task_seed < test_seed + test_num and test_seed < task_seed + rounds * num:
@@ -134,7 +137,7 @@ def improve(
         max_samples=max_samples,
         keep=keep,
         instruction=instruction.strip(),
-        instruct_unsolved=instruct_unsolved,
+        hint=hint.strip(),
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         keep_cut=keep_cut,
@@ -209,10 +212,10 @@ def _run_round(
     if step.result:
         found.append(plan.corpus(number))
         records += step.result["kept"]
-    if number > 1 and plan.instruction and plan.instruct_unsolved:
-        step = run("instructed", plan.instructed_argv(number, [*corpora, *found]))
+    if number > 1 and plan.hint:
+        step = run("hinted", plan.hinted_argv(number, [*corpora, *found]))
         if step.result:
-            found.append(plan.instructed(number))
+            found.append(plan.hinted(number))
             records += step.result["kept"]
     if not found:
         return None

@@ -7,6 +7,8 @@ from typing import Any
 
 from carryon.cache.settings import ForwardSettings
 
+_SHOTS = 8
+"""Solved problems of round 1 that show the form of an answer where the base is told what it is."""
 TEST_SEED = 1_000_001
 """A million from the default seed of the training problems."""
 
@@ -33,7 +35,7 @@ class Plan:
     max_samples: int
     keep: int
     instruction: str
-    instruct_unsolved: bool
+    hint: str
     temperature: float
     max_new_tokens: int
     keep_cut: bool
@@ -65,9 +67,9 @@ class Plan:
         """Return the corpus of a round."""
         return self.folder(number) / "corpus.jsonl"
 
-    def instructed(self, number: int) -> Path:
-        """Return the corpus of a round's instructed base on unsolved problems."""
-        return self.folder(number) / "instructed.jsonl"
+    def hinted(self, number: int) -> Path:
+        """Return the corpus of a round's base that was told the answers nothing has found."""
+        return self.folder(number) / "hinted.jsonl"
 
     def carryon(self, number: int) -> Path:
         """Return the carry-on of a round."""
@@ -75,16 +77,30 @@ class Plan:
 
     def sample_argv(self, number: int, known: Sequence[Path]) -> list[str]:
         """Return the command that samples: from the instructed base, then from the carry-on."""
+        asked = ["--samples", str(self.samples), "--keep", str(self.keep)]
         if number == 1:
-            asked = ["--instruction", self.instruction] if self.instruction else []
+            asked += ["--instruction", self.instruction] if self.instruction else []
         else:
-            asked = ["--carryon", str(self.carryon(number - 1))]
-        return self._sample(number, self.corpus(number), [*asked, *_known(known)])
+            asked += ["--carryon", str(self.carryon(number - 1))]
+        asked += _known(known)
+        if self.max_samples > self.samples:
+            asked += ["--max-samples", str(self.max_samples)]
+        asked += ["--form-ratio", f"{self.form_ratio:g}"] if self.form_ratio else []
+        asked += ["--temperature", f"{self.temperature:g}"]
+        seed = self.task_seed + (number - 1) * self.num
+        return self._sample(number, self.corpus(number), asked, num=self.num, seed=seed)
 
-    def instructed_argv(self, number: int, known: Sequence[Path]) -> list[str]:
-        """Return the command that samples from the instructed base what no other has solved."""
-        asked = ["--instruction", self.instruction, "--unsolved"]
-        return self._sample(number, self.instructed(number), [*asked, *_known(known)])
+    def hinted_argv(self, number: int, known: Sequence[Path]) -> list[str]:
+        """Return the command that tells the base the right answers that no round has found.
+
+        Of tasks those of earlier rounds too; of data those of this round.
+        """
+        asked = ["--samples", "1", "--keep", "1", "--temperature", "0", "--unsolved"]
+        asked += ["--hint", self.hint, "--shots", str(_SHOTS)]
+        asked += ["--examples", str(self.corpus(1)), *_known(known)]
+        rounds = 1 if self.data else number
+        seed = self.task_seed + (number - rounds) * self.num
+        return self._sample(number, self.hinted(number), asked, num=rounds * self.num, seed=seed)
 
     def extract_argv(self, number: int, corpora: Sequence[Path]) -> list[str]:
         """Return the command that extracts a round's corpora, behind those of earlier rounds."""
@@ -116,16 +132,13 @@ class Plan:
         argv += ["--out", str(self.folder(number) / "answers.jsonl")]
         return argv + self._engine() + forward_argv(self.forward)
 
-    def _sample(self, number: int, out: Path, asked: Sequence[str]) -> list[str]:
+    def _sample(
+        self, number: int, out: Path, asked: Sequence[str], *, num: int, seed: int
+    ) -> list[str]:
         # Problem i of a task is drawn from seed + i: rounds have different problems.
-        seed = self.task_seed + (number - 1) * self.num
         argv = ["sample", "--base", self.base, *self._sources("--tasks", "--data")]
-        argv += ["--num", str(self.num), "--task-seed", str(seed), "--seed", str(number)]
-        argv += ["--samples", str(self.samples), "--keep", str(self.keep), *asked]
-        if self.max_samples > self.samples:
-            argv += ["--max-samples", str(self.max_samples)]
-        argv += ["--form-ratio", f"{self.form_ratio:g}"] if self.form_ratio else []
-        argv += ["--temperature", f"{self.temperature:g}", *["--keep-cut"] * self.keep_cut]
+        argv += ["--num", str(num), "--task-seed", str(seed), "--seed", str(number), *asked]
+        argv += ["--keep-cut"] * self.keep_cut
         argv += ["--max-new-tokens", str(self.max_new_tokens), "--drop-long"]
         argv += ["--test-num", str(self.test_num), "--test-seed", str(self.test_seed)]
         return [*argv, "--out", str(out), *self._engine(), *forward_argv(self.forward)]

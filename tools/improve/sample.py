@@ -30,6 +30,9 @@ def sample(
     keep: int = 4,
     instruction: str = "",
     keep_instruction: bool = False,
+    shots: int = 0,
+    examples: str = "",
+    hint: str = "",
     temperature: float = 0.8,
     top_p: float = 1.0,
     max_new_tokens: int = 256,
@@ -77,11 +80,18 @@ def sample(
         keep: Most right answers kept of a problem. 0: all.
         instruction: Text behind each question, such as "Think step by step."; it is not stored.
         keep_instruction: Store the instruction with the question.
+        shots: Solved problems shown before each question, as far as the base has room; they are
+            not stored.
+        examples: Task or data of those, such as a corpus of this command. Empty: other problems of
+            the task, with bare answers, or records of --data.
+        hint: Text behind each question, those shown too, that tells the right answer in place of
+            {answer}, such as "The answer is {answer}."; it is not stored. With --unsolved,
+            --temperature 0 and --examples it adds hard problems, in the form of the examples.
         temperature: Sampling temperature. 0: greedy, with --samples 1.
         top_p: Nucleus sampling: sample from the most probable tokens up to this sum of
             probabilities.
         max_new_tokens: Maximum length of an answer, in tokens.
-        seed: Seed of sampling.
+        seed: Seed of sampling, and of the draw of examples.
         task_seed: Seed of the problems.
         test_num: Problems of each task or data that carryon score will pose: questions equal to
             one of them are left out. 0: none.
@@ -117,6 +127,8 @@ def sample(
             max_samples=max_samples,
             instruction=instruction.strip(),
             keep_instruction=keep_instruction,
+            shots=shots,
+            hint=hint.strip(),
             keep=keep,
             keep_cut=keep_cut,
             form_ratio=form_ratio,
@@ -131,6 +143,7 @@ def sample(
         forward=forward,
         engine=engine,
         batch_rows=batch_rows,
+        examples=examples,
         origin={"task_seed": task_seed},
         out=Path(out),
     )
@@ -234,7 +247,24 @@ def check_form_ratio(value: float) -> None:
         raise InputError(f"--form-ratio: expected 0 to 1, got {value}")
 
 
+def check_hint(text: str) -> None:
+    """Check a --hint.
+
+    Raises:
+        InputError: it has no place for the right answer.
+    """
+    from carryon.train.inference.scoring.arms import RESULT
+
+    if text.strip() and RESULT not in text:
+        raise InputError(
+            f"--hint: expected a text with {RESULT}, got {text!a:.80}. "
+            f'Fix: --hint "The answer is {RESULT}."'
+        )
+
+
 def _check(given: dict[str, Any]) -> None:
+    from carryon.train.inference.scoring.arms import MAX_SHOTS
+
     check_numbers(given)
     check_form_ratio(given["form_ratio"])
     if not 0 <= given["held_out_ratio"] < 1:
@@ -244,6 +274,11 @@ def _check(given: dict[str, Any]) -> None:
         raise InputError("--unsolved: expected corpora in --known, got none. Fix: --known FILE")
     if given["keep_instruction"] and not given["instruction"].strip():
         raise InputError("--keep-instruction: expected an --instruction, got none")
+    if not 0 <= given["shots"] <= MAX_SHOTS:
+        raise InputError(f"--shots: expected 0 to {MAX_SHOTS}, got {given['shots']}")
+    if given["examples"] and not given["shots"]:
+        raise InputError("--examples: expected a number of --shots, got none. Fix: --shots 4")
+    check_hint(given["hint"])
     if given["alpha"] is not None and not given["carryon"]:
         raise InputError("--alpha: expected a carry-on, got none. Fix: --carryon FOLDER")
     if given["test_seed"] != TEST_SEED and not given["test_num"]:

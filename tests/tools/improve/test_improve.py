@@ -12,6 +12,7 @@ from carryon.cache.format.manifest import read_manifest
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import main
 from carryon.tools.improve import steps
+from carryon.tools.improve.plan import Plan
 from carryon.tools.improve.report import Row, format_rows, plot_rounds, read_scores
 from carryon.train.settings_file import check_settings
 
@@ -78,6 +79,7 @@ def test_two_rounds_and_then_a_third(
         assert f"$ {command}" in output.err
     assert "--append" in output.err
     assert "--max-samples 32 --form-ratio 0.5" in output.err
+    assert "warning: --unsolved: expected a problem without an answer in --known" in output.err
     assert output.err.rstrip().splitlines()[-1].startswith("2 ")
     assert len(output.out.splitlines()) == 1
     posed = {
@@ -100,7 +102,7 @@ def test_two_rounds_and_then_a_third(
     output = capsys.readouterr()
     more = last_line(output.out)["rounds"]
     assert more[:4] == rounds
-    assert output.err.count("done before") == 1 + 2 * 4
+    assert output.err.count("done before") == 1 + 4 + 5
     assert main(improve_argv(tiny_base_folder, "out", "--samples", "3")) == 2
     assert "--samples: expected 2 as in out/improve.json, got 3" in capsys.readouterr().err
 
@@ -115,6 +117,89 @@ def test_two_rounds_and_then_a_third(
     (work / "out").rename(work / "moved")
     assert main(improve_argv(tiny_base_folder, str(work / "moved"))) == 0
     assert last_line(capsys.readouterr().out)["rounds"] == rounds
+
+
+def test_from_round_two_on_the_base_is_told_what_no_round_has_found(
+    tiny_base_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hard = "def accept(text, problem):\n    return sum(map(ord, text)) % 3 == 0\n"
+    (work / "easy_rule.py").write_text(hard)
+    argv = improve_argv(tiny_base_folder, "out", "--max-samples", "0", "--rounds", "3")
+    argv += ["--samples", "1", "--temperature", "1.5"]
+    assert main(argv) == 0
+    output = capsys.readouterr()
+    [first, second, third] = last_line(output.out)["rounds"][2:]
+    assert not (work / "out" / "round-1" / "hinted.jsonl").exists()
+    lines = (work / "out" / "round-2" / "hinted.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    results = [
+        json.loads((work / "out" / f"round-{number}" / f"{name}.json").read_text())["result"]
+        for number, name in (
+            (1, "sample"),
+            (2, "sample"),
+            (2, "hinted"),
+            (3, "sample"),
+            (3, "hinted"),
+        )
+    ]
+    kept = [result["kept"] if result else 0 for result in results]
+    assert kept[2] == len(records) > 0
+    assert first["records"] == kept[0]
+    assert second["records"] == sum(kept[:3])
+    assert third["records"] == sum(kept)
+    assert Store.open(work / "out" / "store").num_samples == sum(kept)
+    told = records[0]["sampled"]
+    assert told["hint"] == "The answer is {answer}."
+    assert 1 <= told["shots"] <= 8
+    assert told["temperature"] == 0
+    assert not any("The answer is" in each["messages"][0]["content"] for each in records)
+    solved = {
+        json.loads(line)["sampled"]["question"]
+        for number in (1, 2)
+        for line in (work / "out" / f"round-{number}" / "corpus.jsonl").read_text().splitlines()
+    }
+    assert solved.isdisjoint({each["sampled"]["question"] for each in records})
+
+
+def test_of_tasks_the_base_is_told_what_earlier_rounds_left_too() -> None:
+    plan = make_plan(tasks=["chain_sum"], data=[])
+    asked = plan.hinted_argv(3, [plan.corpus(1), plan.hinted(2)])
+    text = " ".join(asked)
+    assert "--tasks chain_sum --num 30 --task-seed 5 --seed 3 --samples 1 --keep 1" in text
+    assert "--temperature 0 --unsolved --hint it is {answer} --shots 8" in text
+    assert "--examples out/round-1/corpus.jsonl" in text
+    assert "--known out/round-1/corpus.jsonl out/round-2/hinted.jsonl" in text
+    assert "--form-ratio" not in text
+    text = " ".join(make_plan(tasks=["chain_sum"], data=["q.jsonl"]).hinted_argv(3, []))
+    assert "--num 10 --task-seed 25" in text
+
+
+def make_plan(*, tasks: list[str], data: list[str]) -> Plan:
+    return Plan(
+        root=Path("out"),
+        base="base",
+        tasks=tasks,
+        data=data,
+        rule="auto",
+        num=10,
+        samples=4,
+        max_samples=8,
+        keep=2,
+        instruction="think",
+        hint="it is {answer}",
+        temperature=0.8,
+        max_new_tokens=9,
+        keep_cut=False,
+        form_ratio=0.5,
+        task_seed=5,
+        test_num=7,
+        test_seed=1000,
+        taps=[],
+        extract_config="",
+        train_config="",
+        engine="auto",
+        batch_rows=3,
+    )
 
 
 def test_a_run_stopped_behind_any_command_resumes(
@@ -176,9 +261,11 @@ def test_a_folder_of_before_max_samples_and_forms_resumes_without(
     tiny_base_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = improve_argv(tiny_base_folder, "out", "--rounds", "1", "--form-ratio", "0")
+    argv += ["--hint", ""]
     assert main([*argv, "--max-samples", "0"]) == 0
     settings = json.loads((work / "out" / "improve.json").read_text())
-    del settings["max_samples"], settings["form_ratio"]
+    del settings["max_samples"], settings["form_ratio"], settings["hint"]
+    settings["instruct_unsolved"] = False
     (work / "out" / "improve.json").write_text(json.dumps(settings))
     assert main([*argv, "--max-samples", "0"]) == 0
     assert capsys.readouterr().err.count("done before") == 5
@@ -241,6 +328,7 @@ def test_a_round_without_new_answers_is_the_last(
         (["--rounds", "0"], "--rounds: expected 1 or more"),
         (["--temperature", "0"], "--samples: expected 1 for greedy answers, got 2"),
         (["--keep", "-1"], "--keep: expected 0 or more"),
+        (["--hint", "tell"], "--hint: expected a text with {answer}, got 'tell'"),
         (["--form-ratio", "1.5"], "--form-ratio: expected 0 to 1, got 1.5"),
         (["--rule", "no_such_module:f"], "rule 'no_such_module:f': expected a function"),
         (["--train-config", "typo.yaml"], "--config: expected a YAML file or one of"),

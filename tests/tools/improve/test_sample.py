@@ -11,7 +11,9 @@ from carryon.cache.errors import StoreBusyError
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import call_command, main
 from carryon.train.inference.sampling import selection
+from carryon.train.inference.sampling.examples import draw_examples
 from carryon.train.inference.scoring.answer_file import AnswerFile
+from carryon.train.inference.scoring.problems import digest_messages, read_problems
 
 
 def sample_argv(base: Path, out: str = "c.jsonl", *more: str) -> list[str]:
@@ -82,6 +84,50 @@ def test_the_instruction_is_stored_when_told(tiny_base_folder: Path, easy: Path)
     assert main(sample_argv(tiny_base_folder, "c.jsonl", *more)) == 0
     records = read_lines(easy / "c.jsonl")
     assert all(each["messages"][0]["content"].endswith("\n\nthink") for each in records)
+
+
+def test_examples_and_hints_are_in_prompts_and_not_in_the_corpus(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solved = [{"question": f"q{at}", "answer": f"w{at}"} for at in range(6)]
+    (easy / "solved.jsonl").write_text("".join(json.dumps(each) + "\n" for each in solved))
+    more = ["--shots", "2", "--examples", "solved.jsonl", "--hint", "is {answer}"]
+    more += ["--instruction", "t", "--keep-instruction", "--samples", "1"]
+    argv = sample_argv(tiny_base_folder, "c.jsonl", *more, "--temperature", "0")
+    assert main(argv) == 0
+    assert last_line(capsys)["tried"] == 16
+    records = read_lines(easy / "c.jsonl")
+    assert records
+    for record in records:
+        [asked, _] = record["messages"]
+        assert asked["content"] == f"{record['sampled']['question']}\n\nt"
+    origin = records[0]["sampled"]
+    assert (origin["hint"], origin["shots"]) == ("is {answer}", 2)
+    assert len(origin["examples_sha256"]) == 64
+
+    [source] = draw_examples(
+        {"problems.jsonl": read_problems("problems.jsonl", num=99, seed=0)},
+        source="solved.jsonl",
+        shots=2,
+        seed=0,
+    ).values()
+    digests = {each["id"]: each["prompt"] for each in read_lines(easy / ".c.jsonl.answers")[1:]}
+    behind = "\n\nt\n\nis"
+    shown = [(f"{each.question}{behind} {each.answer}", each.answer) for each in source[:2]]
+    messages = [
+        {"role": role, "content": text}
+        for pair in shown
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    asked = {"role": "user", "content": f"the the 1{behind} x"}
+    assert digests["q1"] == digest_messages([*messages, asked])
+
+    assert main(argv) == 0  # nothing is generated again
+    assert "16 of 16 answers are there" in capsys.readouterr().err
+    for change in (["--hint", "{answer}!"], ["--shots", "1"], ["--examples", "problems.jsonl"]):
+        assert main([*argv, *change]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert ".c.jsonl.answers" in error
 
 
 def test_an_interrupted_sampling_resumes_with_the_same_corpus(
@@ -307,6 +353,13 @@ def test_test_problems_are_not_posed(
         (["--carryon", "none"], "none"),
         (["--top-p", "0.9", "--temperature", "0", "--samples", "1"], "--top-p: expected 1 for"),
         (["--test-seed", "5"], "--test-seed: expected a --test-num, got none"),
+        (["--shots", "65"], "--shots: expected 0 to 64, got 65"),
+        (["--examples", "problems.jsonl"], "--examples: expected a number of --shots, got none"),
+        (["--shots", "1", "--examples", "none.jsonl"], "none.jsonl"),
+        (
+            ["--hint", "tell it"],
+            "--hint: expected a text with {answer}, got 'tell it'. Fix: --hint",
+        ),
         (["--alpha", "0.5"], "--alpha: expected a carry-on, got none. Fix: --carryon"),
     ],
 )

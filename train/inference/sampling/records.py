@@ -12,10 +12,8 @@ from typing import Any
 from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.documents import parse_json, read_bounded
 from carryon.train.inference.sampling.selection import normalize
-from carryon.train.inference.scoring.problems import Problem
+from carryon.train.inference.scoring.problems import PROVENANCE, Problem
 
-PROVENANCE = "sampled"
-"""Field of a record; no kind of record has one of this name."""
 MAX_CORPUS_BYTES = 1 << 32
 _DIGITS = 12
 

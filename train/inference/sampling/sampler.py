@@ -7,7 +7,7 @@ answers that are missing.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,12 @@ from carryon.cache.files.locked import held
 from carryon.cache.settings import ForwardSettings
 from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.prompts import uses_template
+from carryon.train.inference.sampling.examples import (
+    Examples,
+    draw_examples,
+    drop_unhinted,
+    fit_shots,
+)
 from carryon.train.inference.sampling.records import (
     choose_held_out,
     make_record,
@@ -50,6 +56,10 @@ class Asking:
     """Text behind the question."""
     keep_instruction: bool = False
     """Store the question with the instruction."""
+    shots: int = 0
+    """Solved problems shown before the question, at most."""
+    hint: str = ""
+    """Text behind the question, with RESULT in place of the right answer."""
     keep: int = 4
     """Most records of a problem; 0: no limit."""
     keep_cut: bool = False
@@ -92,6 +102,7 @@ def sample(
     forward: ForwardSettings | None = None,
     engine: Engine = "auto",
     batch_rows: int = 16,
+    examples: str = "",
     origin: Mapping[str, Any] | None = None,
     out: Path,
 ) -> Sampled:
@@ -107,6 +118,7 @@ def sample(
         forward: of the base. None: the defaults.
         engine: see `uses_vllm`.
         batch_rows: answers that transformers generates at a time.
+        examples: task or data of the solved problems that prompts show; see `draw_examples`.
         origin: facts for the provenance of each record, such as the seed of the problems.
         out: the corpus, as JSON lines.
 
@@ -122,12 +134,15 @@ def sample(
     answers_path = out.with_name(f".{out.name}.answers")
     _refuse_foreign(out, answers_path)
     known = read_known(asking.known)
-    unsolved = _pose(problems, known, asking)
+    unsolved = drop_unhinted(_pose(problems, known, asking), asking.hint)
+    shown = draw_examples(unsolved, source=examples, shots=asking.shots, seed=settings.seed)
     arm = Arm(
         name="carryon" if carryon else "base",
         model="carryon" if carryon else "base",
         alpha=alpha if carryon else None,
         instruction=asking.instruction,
+        shots=asking.shots,
+        hint=asking.hint,
     )
     check_arms([arm], carryon=carryon, mix=(), mix_device=())
     models = Models(
@@ -139,11 +154,14 @@ def sample(
         batch_rows=batch_rows,
     )
     model = models.open(arm)
-    fitting, dropped = _fit(unsolved, arm, model, asking, settings)
+    room = model.context_tokens - settings.max_new_tokens
+    arm = fit_shots(arm, model, unsolved, shown, room=room) if arm.shots else arm
+    fitting, dropped = _fit(unsolved, arm, model, shown, asking, settings)
     facts = _facts(models, asking, settings, carryon=carryon, alpha=alpha)
+    facts |= _facts_of_prompt(arm, shown)
     with held(out.with_name(f".{out.name}.lock"), of=out, kind="corpus"):
         file = AnswerFile(answers_path, {**facts, "chat": settings.chat, "model": model.digest})
-        rows = _answer(fitting, arm, model, known, asking, file=file, settings=settings)
+        rows = _answer(fitting, arm, model, shown, known, asking, file=file, settings=settings)
         posed = [(task, problem) for task, each in fitting.items() for problem in each]
         selection = select(
             [row for each in rows.values() for row in each],
@@ -175,6 +193,7 @@ def _answer(
     problems: Mapping[str, Sequence[Problem]],
     arm: Arm,
     model: Answerer,
+    examples: Examples,
     known: Mapping[str, Sequence[str]],
     asking: Asking,
     *,
@@ -188,12 +207,11 @@ def _answer(
     """
     rows, left, samples = dict[tuple[str, str], list[Answer]](), dict(problems), asking.samples
     while True:
-        no_examples: dict[str, list[Problem]] = {task: [] for task in left}
         answer_problems(
             arm,
             model,
             left,
-            examples=no_examples,
+            examples=examples,
             file=file,
             settings=settings,
             samples=samples,
@@ -257,6 +275,7 @@ def _fit(
     problems: Mapping[str, Sequence[Problem]],
     arm: Arm,
     model: Answerer,
+    examples: Examples,
     asking: Asking,
     settings: GenerateSettings,
 ) -> tuple[dict[str, list[Problem]], int]:
@@ -268,7 +287,7 @@ def _fit(
     room = model.context_tokens - settings.max_new_tokens
     kept, long = dict[str, list[Problem]](), list[tuple[Problem, int]]()
     for task, each in problems.items():
-        rows = model.encode([arm.make_prompt(problem, ()) for problem in each])
+        rows = model.encode([arm.make_prompt(problem, examples[task]) for problem in each])
         sizes = [(problem, len(row)) for problem, row in zip(each, rows, strict=True)]
         long += [(problem, size) for problem, size in sizes if size > room]
         kept[task] = [problem for problem, size in sizes if size <= room]
@@ -309,6 +328,15 @@ def _facts(
         "max_new_tokens": settings.max_new_tokens,
         "sample_seed": settings.seed,
     }
+
+
+def _facts_of_prompt(arm: Arm, examples: Examples) -> dict[str, Any]:
+    """Return what the prompts show that is not stored; nothing where they show nothing."""
+    facts: dict[str, Any] = {"hint": arm.hint} if arm.hint else {}
+    if arm.shots:
+        shown = {task: [[e.question, e.answer] for e in each] for task, each in examples.items()}
+        facts |= {"shots": arm.shots, "examples_sha256": digest_of(shown)}
+    return facts
 
 
 def _refuse_nothing(
@@ -374,7 +402,7 @@ def _records(
     return [
         make_record(
             problem,
-            arm.make_prompt(problem, ())[-1]["content"]
+            replace(arm, hint="").make_prompt(problem, ())[-1]["content"]
             if asking.keep_instruction
             else problem.question,
             answer.text,

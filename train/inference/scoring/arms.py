@@ -27,6 +27,8 @@ FORMS = (
     "or lora=FOLDER"
 )
 MAX_SHOTS = 64
+RESULT = "{answer}"
+"""In a hint: the result of the problem."""
 MAX_ALPHA = 10.0
 _ASKING = re.compile(r"(?:^|\+)(instruct|few-shot):")
 _MODEL = re.compile(r"(base|carryon|merged|lora)(?:=(.+?))?(?:@([^@=]*))?", re.DOTALL)
@@ -48,6 +50,8 @@ class Arm:
     """Text behind the question."""
     shots: int = 0
     """Solved problems before the question."""
+    hint: str = ""
+    """Text behind the question that tells the result in place of RESULT."""
 
     @property
     def is_plain(self) -> bool:
@@ -55,22 +59,23 @@ class Arm:
         return self.model in ("base", "merged")
 
     def make_prompt(self, problem: Problem, examples: Sequence[Problem]) -> list[Message]:
-        """Return the messages that pose a problem."""
+        """Return the messages that pose a problem; it is none of the examples shown."""
         num_system = next(
             (at for at, message in enumerate(problem.before) if message["role"] != "system"),
             len(problem.before),
         )
         shown: list[Message] = []
-        for example in examples[: self.shots]:
+        others = [each for each in examples if each.question != problem.question]
+        for example in others[: self.shots]:
             shown.append({"role": "user", "content": self._ask(example)})
             shown.append({"role": "assistant", "content": example.answer})
         question = {"role": "user", "content": self._ask(problem)}
         return [*problem.before[:num_system], *shown, *problem.before[num_system:], question]
 
     def _ask(self, problem: Problem) -> str:
-        if not self.instruction:
-            return problem.question
-        return f"{problem.question.rstrip()}\n\n{self.instruction}"
+        hint = self.hint.replace(RESULT, problem.result)
+        behind = [text for text in (self.instruction, hint) if text]
+        return "\n\n".join([problem.question.rstrip(), *behind]) if behind else problem.question
 
 
 def parse_arms(texts: Sequence[str], *, has_carryon: bool) -> list[Arm]:

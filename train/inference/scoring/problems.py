@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 """`task` for a task; for data `last-number`, `boxed` or `end`, as the right answers are."""
+PROVENANCE = "sampled"
+"""Field of a record of `carryon sample`; no kind of record has one of this name."""
 QUESTION_KEYS = ("question", "prompt", "problem")
 ANSWER_KEYS = ("answer", "completion", "response", "solution")
 _MARKER = "####"
@@ -44,6 +46,8 @@ class Problem:
     """The last turn of the user."""
     answer: str
     """The right answer, or one of them; empty where only a verifier knows."""
+    result: str = ""
+    """The right answer without its working, for a hint; empty: not known."""
     rule: Rule
     before: tuple[Mapping[str, Any], ...] = ()
     """Messages before the question, such as a system message."""
@@ -103,6 +107,7 @@ def read_problems(
             chosen = _choose_rule([problem.answer for problem in problems])
             logger.info(f"{source}: answers are judged by the rule {chosen.name}")
             problems = [replace(problem, rule=chosen) for problem in problems]
+        problems = [replace(each, result=find_result(each.answer, each.rule)) for each in problems]
     else:
         problems = list(_make_task(source, num=num, seed=seed, rule=task_rule))
     for problem in problems:
@@ -140,11 +145,25 @@ def _check_found(problems: Sequence[Problem], source: str) -> None:
 def read_examples(source: str, *, num: int, seed: int, posed: Sequence[Problem]) -> list[Problem]:
     """Return problems that are none of those posed, to show with their answers in prompts.
 
-    Of a task they are drawn from a seed far from that of the problems; of data they are records
-    for training, or where none is marked as held out, records that are not posed.
-
     Raises:
         InputError: there are fewer than `num` with an answer.
+    """
+    questions = {problem.question for problem in posed}
+    solved = draw_solved(source, num=2 * num + 8, seed=seed)
+    fitting = [each for each in solved if each.question not in questions]
+    if len(fitting) < num:
+        raise InputError(
+            f"few-shot: expected {num} solved problems in {source} besides those that are posed, "
+            f"got {len(fitting)}. Fix: --examples with other data, or a smaller --num"
+        )
+    return fitting[:num]
+
+
+def draw_solved(source: str, *, num: int, seed: int) -> list[Problem]:
+    """Return problems with an answer in the order of a draw; pure but for reading.
+
+    Of a task they are `num`, drawn from a seed far from that of the problems; of data they are all
+    records for training, or where none is marked as held out, all.
     """
     rule = parse_rule("end")
     if is_data(source):
@@ -152,16 +171,16 @@ def read_examples(source: str, *, num: int, seed: int, posed: Sequence[Problem])
         problems = [_to_problem(row, rule) for row in trained]
         random.Random(seed).shuffle(problems)  # noqa: S311 -- no secret
     else:
-        start = seed + _EXAMPLE_SEEDS
-        problems = list(_make_task(source, num=2 * num + 8, seed=start, rule=rule))
-    questions = {problem.question for problem in posed}
-    fitting = [each for each in problems if each.answer and each.question not in questions]
-    if len(fitting) < num:
-        raise InputError(
-            f"few-shot: expected {num} solved problems in {source} besides those that are posed, "
-            f"got {len(fitting)}. Fix: --examples with other data, or a smaller --num"
-        )
-    return fitting[:num]
+        problems = list(_make_task(source, num=num, seed=seed + _EXAMPLE_SEEDS, rule=rule))
+    return [problem for problem in problems if problem.answer]
+
+
+def find_result(answer: str, rule: Rule) -> str:
+    """Return a right answer without its working, where the rule or a marker tells it."""
+    found = rule.find(answer)
+    if found is None or found.strip() == answer.strip():
+        found = find_marked(answer)
+    return (found or answer).strip()
 
 
 def digest_messages(messages: Iterable[Mapping[str, Any]]) -> str:
@@ -201,6 +220,7 @@ def _make_task(task: str, *, num: int, seed: int, rule: Rule) -> Iterator[Proble
             id=f"{name}-{seed}-{index}",
             question=str(item["question"]),
             answer="" if answer is None else str(answer),
+            result="" if answer is None else str(answer),
             rule=rule,
             metadata=item["metadata"],
             verify=verifier(item),
@@ -254,10 +274,13 @@ def _to_problem(row: Row, rule: Rule) -> Problem:
     if not question.strip():
         raise InputError(f"{row.where}: question: expected some text, got {question!a:.60}")
     given, metadata = row.fields.get("id"), row.fields.get("metadata")
+    origin = row.fields.get(PROVENANCE)
+    right = origin.get("right") if isinstance(origin, Mapping) else ""
     return Problem(
         id=row.made_id if given is None else str(given),
         question=question,
         answer=answer,
+        result=right if isinstance(right, str) else "",
         rule=rule,
         before=before,
         metadata=metadata if isinstance(metadata, Mapping) else {},
