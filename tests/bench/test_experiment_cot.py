@@ -200,17 +200,24 @@ def test_the_steps_of_a_task_in_order(tmp_path: Path) -> None:
     own = plan.plan_task(make_experiment(tmp_path), recipes.RECIPES["chain_sum"])
     names = [str(each.result.relative_to(tmp_path / "chain_sum")) for each in own.steps()]
     assert names == [
+        "examples.json",
         "corpus.json",
         "extract.json",
         *(f"seed-0/{name}.json" for name in ("bottleneck", "lora", "score-bottleneck-lora")),
         *(f"seed-1/{name}.json" for name in ("bottleneck", "lora", "score-bottleneck-lora")),
     ]
     assert own.labels == ["base", "instruct", "few-shot", "bottleneck", "lora"]
-    sample = own.corpus.argv
-    assert sample[0] == "sample"
-    assert "--keep-instruction" not in sample  # the instruction is not stored
-    assert sample[sample.index("--test-seed") + 1] == "1000001"
-    assert sample[sample.index("--task-seed") + 1] == "1"
+    assert own.examples
+    for sample in (own.examples.argv, own.corpus.argv):
+        assert sample[0] == "sample"
+        assert "--keep-instruction" not in sample  # the instruction is not stored
+        assert sample[sample.index("--test-seed") + 1] == "1000001"
+        assert sample[sample.index("--task-seed") + 1] == "1"
+    assert "--instruction Think step by step." in " ".join(own.examples.argv)
+    words = " ".join(own.corpus.argv)
+    examples = own.examples.argv[own.examples.argv.index("--out") + 1]
+    assert f"--shots 4 --examples {examples} --example-sets 4" in words
+    assert "--instruction" not in words
     at = own.extract.argv.index("--taps")
     assert own.extract.argv[at + 1 : at + 4] == ["final", "layer.20", "layer.10"]
 
@@ -247,8 +254,9 @@ def test_every_step_of_every_recipe_is_a_command_that_parses(tmp_path: Path) -> 
         assert len(set(results)) == len(results)
         check_steps(own.steps(), own=experiment.OWN_STEPS)
         words = " ".join(own.corpus.argv)
-        limits = f"--max-samples {recipe.max_answers} --form-ratio 0.5"
+        limits = f"--max-samples {recipe.max_answers} --form-ratio {recipe.form_ratio:g}"
         assert (limits in words) == (recipe.source == "own")
+        assert ("--instruction" in words) == (recipe.source == "own" and not recipe.shown)
         assert {"--with-blocks", "layer.22"} <= set(own.extract.argv)
 
 

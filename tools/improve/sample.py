@@ -32,6 +32,7 @@ def sample(
     keep_instruction: bool = False,
     shots: int = 0,
     examples: str = "",
+    example_sets: int = 1,
     hint: str = "",
     temperature: float = 0.8,
     top_p: float = 1.0,
@@ -84,6 +85,8 @@ def sample(
             not stored.
         examples: Task or data of those, such as a corpus of this command. Empty: other problems of
             the task, with bare answers, or records of --data.
+        example_sets: Sets of examples to try on the first 50 problems of a task; the one with most
+            right answers asks the rest.
         hint: Text behind each question, those shown too, that tells the right answer in place of
             {answer}, such as "The answer is {answer}."; it is not stored. With --unsolved,
             --temperature 0 and --examples it adds hard problems, in the form of the examples.
@@ -128,6 +131,7 @@ def sample(
             instruction=instruction.strip(),
             keep_instruction=keep_instruction,
             shots=shots,
+            example_sets=example_sets,
             hint=hint.strip(),
             keep=keep,
             keep_cut=keep_cut,
@@ -276,8 +280,12 @@ def _check(given: dict[str, Any]) -> None:
         raise InputError("--keep-instruction: expected an --instruction, got none")
     if not 0 <= given["shots"] <= MAX_SHOTS:
         raise InputError(f"--shots: expected 0 to {MAX_SHOTS}, got {given['shots']}")
-    if given["examples"] and not given["shots"]:
-        raise InputError("--examples: expected a number of --shots, got none. Fix: --shots 4")
+    if given["example_sets"] < 1:
+        raise InputError(f"--example-sets: expected 1 or more, got {given['example_sets']}")
+    for name, usual in (("examples", ""), ("example_sets", 1)):
+        if given[name] != usual and not given["shots"]:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: expected a number of --shots, got none. Fix: --shots 4")
     check_hint(given["hint"])
     if given["alpha"] is not None and not given["carryon"]:
         raise InputError("--alpha: expected a carry-on, got none. Fix: --carryon FOLDER")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from carryon.cache.errors import StoreBusyError
 from carryon.cache.store.reader import Store
 from carryon.tools.cli.main import call_command, main
-from carryon.train.inference.sampling import selection
+from carryon.train.inference.sampling import selection, trial
 from carryon.train.inference.sampling.examples import draw_examples
 from carryon.train.inference.scoring.answer_file import AnswerFile
 from carryon.train.inference.scoring.problems import digest_messages, read_problems
@@ -105,15 +106,18 @@ def test_examples_and_hints_are_in_prompts_and_not_in_the_corpus(
     assert (origin["hint"], origin["shots"]) == ("is {answer}", 2)
     assert len(origin["examples_sha256"]) == 64
 
-    [source] = draw_examples(
+    [drawn] = draw_examples(
         {"problems.jsonl": read_problems("problems.jsonl", num=99, seed=0)},
         source="solved.jsonl",
         shots=2,
         seed=0,
-    ).values()
+    )
     digests = {each["id"]: each["prompt"] for each in read_lines(easy / ".c.jsonl.answers")[1:]}
     behind = "\n\nt\n\nis"
-    shown = [(f"{each.question}{behind} {each.answer}", each.answer) for each in source[:2]]
+    shown = [
+        (f"{each.question}{behind} {each.answer}", each.answer)
+        for each in drawn["problems.jsonl"][:2]
+    ]
     messages = [
         {"role": role, "content": text}
         for pair in shown
@@ -128,6 +132,48 @@ def test_examples_and_hints_are_in_prompts_and_not_in_the_corpus(
         assert main([*argv, *change]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert ".c.jsonl.answers" in error
+
+
+def test_the_set_of_examples_with_most_right_answers_asks_the_rest(
+    tiny_base_folder: Path,
+    easy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(trial, "TRIED", 8)
+    (easy / "solved.jsonl").write_text(
+        "".join(f'{{"question": "q{at}", "answer": "w{at}"}}\n' for at in range(6))
+    )
+    argv = sample_argv(tiny_base_folder, "c.jsonl", "--samples", "2", "--temperature", "1.5")
+    argv += ["--shots", "1", "--examples", "solved.jsonl", "--example-sets", "3"]
+    argv += ["--batch-rows", "4"]
+    assert main(argv) == 0
+    output = capsys.readouterr()
+    facts = last_line_of(output.out)
+    [line] = [line for line in output.err.splitlines() if "sets of examples" in line]
+    counts = [int(each) for each in re.findall(r"\d+", line)]
+    rights, total, best = counts[:3], counts[3], counts[4] - 1
+    assert total == 8
+    assert rights[best] == max(rights)
+    answers = read_lines(easy / ".c.jsonl.answers")[1:]
+    by_arm = {
+        number: [each for each in answers if each["arm"] == f"base, examples {number + 1}"]
+        for number in range(3)
+    }
+    for number, own in by_arm.items():
+        first = [each for each in own if each["sample"] == 0 and int(each["id"][1:]) < 8]
+        assert sum(each["is_right"] and not each["is_cut"] for each in first) == rights[number]
+        assert len(own) == (32 if number == best else 8)
+    assert facts["tried"] == 32
+    assert facts["new_tokens"] == sum(each["tokens"] for each in answers)
+    assert facts["right"] == sum(each["is_right"] for each in by_arm[best])
+    kept = {each["messages"][-1]["content"] for each in read_lines(easy / "c.jsonl")}
+    assert kept <= {each["text"].strip() for each in by_arm[best]}
+
+    corpus, saved = (easy / "c.jsonl").read_bytes(), (easy / ".c.jsonl.answers").read_bytes()
+    assert main(argv) == 0  # nothing is generated again
+    assert (easy / ".c.jsonl.answers").read_bytes() == saved
+    assert (easy / "c.jsonl").read_bytes() == corpus
 
 
 def test_an_interrupted_sampling_resumes_with_the_same_corpus(
@@ -354,6 +400,8 @@ def test_test_problems_are_not_posed(
         (["--top-p", "0.9", "--temperature", "0", "--samples", "1"], "--top-p: expected 1 for"),
         (["--test-seed", "5"], "--test-seed: expected a --test-num, got none"),
         (["--shots", "65"], "--shots: expected 0 to 64, got 65"),
+        (["--shots", "1", "--example-sets", "0"], "--example-sets: expected 1 or more, got 0"),
+        (["--example-sets", "2"], "--example-sets: expected a number of --shots, got none"),
         (["--examples", "problems.jsonl"], "--examples: expected a number of --shots, got none"),
         (["--shots", "1", "--examples", "none.jsonl"], "none.jsonl"),
         (

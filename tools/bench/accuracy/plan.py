@@ -1,6 +1,7 @@
 """The steps of experiment-cot as data: commands, each with the file of its result. Pure.
 
 OUT/TASK/problems.json          problems.jsonl and test.jsonl, where templates are held out
+OUT/TASK/examples.json          examples.jsonl, where own answers are shown in prompts
 OUT/TASK/corpus.json            corpus.jsonl
 OUT/TASK/extract.json           store: of all kinds and seeds
 OUT/TASK/seed-S/KIND.json       KIND: a run
@@ -33,6 +34,10 @@ PROMPTED = ("instruct", "few-shot")
 _MOST_TOP_BLOCKS = 8
 _TOP_PASSES = 1 / 4
 """Of a `top` for each of the others: one teaches it more, in six to fourteen times the seconds."""
+_SHOTS, _EXAMPLE_SETS = 4, 4
+"""Own answers in a prompt, and sets of them to choose from: prompts differ by 20 points."""
+_ANSWERS_FOR_EXAMPLES = 4
+"""To each problem that is answered under the instruction to find them."""
 _HELD_OUT_TEMPLATES = 0.1
 """Of the templates of training: a twentieth, as of other problems, would be two or three."""
 
@@ -94,6 +99,8 @@ class TaskPlan:
 
     problems: Planned | None
     """Of other templates than the test."""
+    examples: Planned | None
+    """Own answers to show in prompts."""
     corpus: Planned
     extract: Planned
     models: dict[tuple[int, str], Planned]
@@ -106,7 +113,8 @@ class TaskPlan:
 
     def steps(self) -> list[Planned]:
         """Return the steps in the order in which they can run: seed by seed."""
-        steps = [*([self.problems] if self.problems else []), self.corpus, self.extract]
+        steps = [step for step in (self.problems, self.examples) if step]
+        steps += [self.corpus, self.extract]
         for seed, score in self.scores.items():
             steps += [step for (own, _), step in self.models.items() if own == seed]
             steps.append(score)
@@ -128,6 +136,7 @@ def plan_task(experiment: Experiment, recipe: Recipe) -> TaskPlan:
     names = [*experiment.kinds, *[LORA] * experiment.has_lora]
     return TaskPlan(
         problems=_make_problems(experiment, recipe, folder) if recipe.is_by_template else None,
+        examples=_sample_examples(experiment, recipe, folder) if recipe.shown else None,
         corpus=_make_corpus(experiment, recipe, folder),
         extract=_extract(experiment, folder),
         models=models,
@@ -148,23 +157,46 @@ def _make_problems(experiment: Experiment, recipe: Recipe, folder: Path) -> Plan
 
 
 def _make_corpus(experiment: Experiment, recipe: Recipe, folder: Path) -> Planned:
-    argv, source, wording = list[str](), [recipe.task, *_seeds(experiment)], recipe.wording
-    if recipe.is_by_template:  # the problems of training and test are made
-        source = [str(folder / "problems.jsonl"), "--test-num", "0"]
-        source += ["--held-out-ratio", f"{_HELD_OUT_TEMPLATES:g}"]
-        wording = wording or recipe.task
-    source += ["--out", str(folder / "corpus.jsonl")]
+    path, result = folder / "corpus.jsonl", folder / "corpus.json"
+    source, wording = _source(experiment, recipe, folder), recipe.wording
     if recipe.source == "chains":
-        argv += ["cot-corpus", "--task", source[0], "--samples", str(recipe.samples), *source[1:]]
-        argv += ["--wording", wording] if wording else []
-        return Planned(result=folder / "corpus.json", argv=argv)
-    argv += ["sample", "--base", experiment.base]
-    argv += ["--data" if recipe.is_by_template else "--tasks", *source]
-    argv += ["--num", str(recipe.samples), "--samples", str(recipe.answers)]
+        argv = ["cot-corpus", "--task", source[0], "--samples", str(recipe.samples), *source[1:]]
+        wording = wording or (recipe.task if recipe.is_by_template else "")
+        argv += ["--out", str(path), *(["--wording", wording] if wording else [])]
+        return Planned(result=result, argv=argv)
+    argv = ["--num", str(recipe.samples), "--samples", str(recipe.answers)]
     argv += ["--max-samples", str(recipe.max_answers), "--form-ratio", f"{recipe.form_ratio:g}"]
-    argv += ["--keep", str(recipe.keep), "--instruction", recipe.instruction]
+    argv += ["--keep", str(recipe.keep)]
+    if recipe.shown:
+        argv += ["--shots", str(_SHOTS), "--examples", str(folder / "examples.jsonl")]
+        argv += ["--example-sets", str(_EXAMPLE_SETS)]
+    else:
+        argv += ["--instruction", recipe.instruction]
+    return Planned(result=result, argv=_sample(experiment, recipe, folder, path, argv))
+
+
+def _sample_examples(experiment: Experiment, recipe: Recipe, folder: Path) -> Planned:
+    argv = ["--num", str(recipe.shown), "--samples", str(_ANSWERS_FOR_EXAMPLES), "--keep", "1"]
+    argv += ["--instruction", recipe.instruction]
+    argv = _sample(experiment, recipe, folder, folder / "examples.jsonl", argv)
+    return Planned(result=folder / "examples.json", argv=argv)
+
+
+def _sample(
+    experiment: Experiment, recipe: Recipe, folder: Path, out: Path, asked: Sequence[str]
+) -> list[str]:
+    argv = ["sample", "--base", experiment.base, "--data" if recipe.is_by_template else "--tasks"]
+    argv += [*_source(experiment, recipe, folder), "--out", str(out), *asked]
     argv += ["--temperature", f"{experiment.temperature:g}", *_answering(experiment, recipe)]
-    return Planned(result=folder / "corpus.json", argv=argv)
+    return argv
+
+
+def _source(experiment: Experiment, recipe: Recipe, folder: Path) -> list[str]:
+    """Return the task or file of the training problems, and options of how they are drawn."""
+    if not recipe.is_by_template:
+        return [recipe.task, *_seeds(experiment)]
+    source = [str(folder / "problems.jsonl"), "--test-num", "0"]
+    return [*source, "--held-out-ratio", f"{_HELD_OUT_TEMPLATES:g}"]
 
 
 def _seeds(experiment: Experiment) -> list[str]:

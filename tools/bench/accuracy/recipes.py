@@ -1,7 +1,8 @@
 """Recipes: how the training texts of a task are made, and what a carry-on is to reach on it.
 
 `chains` writes worked answers (chains.py). `own` samples the base's own answers under an
-instruction, which is left out of what is stored, and keeps those that are right.
+instruction, or behind some that were right, and keeps those that are right; what was in the prompt
+but the question is left out of what is stored.
 """
 
 from collections.abc import Sequence
@@ -45,6 +46,9 @@ class Recipe:
     """Sampled answers to a problem, for `own`."""
     max_answers: int = 16
     """The same for a problem without a right one."""
+    shown: int = 0
+    """Problems that are answered under the instruction first. Sets of their right answers are shown
+    before the question in place of the instruction, and the best set makes all texts. 0: none."""
     keep: int = 2
     """Most right ones among them that are kept."""
     form_ratio: float = 0.5
@@ -72,7 +76,8 @@ RECIPES = {
             max_new_tokens=192, wording="leg_counting-steps", epochs=12,
         ),
         Recipe(
-            name="chain_sum", task=_SUMS, source="own", samples=300, max_new_tokens=160,
+            name="chain_sum", task=_SUMS, source="own", samples=200, max_new_tokens=160,
+            answers=2, max_answers=4, shown=60, form_ratio=0.0,
             goal=Goal(against="prompt", at_least=-0.03),
         ),
         Recipe(

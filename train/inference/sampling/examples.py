@@ -19,31 +19,42 @@ Examples = Mapping[str, Sequence[Problem]]
 """Task -> solved problems."""
 
 
-def draw_examples(problems: Examples, *, source: str, shots: int, seed: int) -> Examples:
-    """Return solved problems for each task, with their results.
+def draw_examples(
+    problems: Examples, *, source: str, shots: int, sets: int = 1, seed: int
+) -> list[Examples]:
+    """Return sets of solved problems for each task, with their results.
 
-    They are one more than a prompt shows: a problem that is an example itself is not shown.
+    A set has one more than a prompt shows: a problem that is an example itself is not shown.
 
     Args:
         problems: that are posed.
         source: task or data of the examples. Empty: the task or data posed.
         shots: examples in a prompt. 0: none.
+        sets: most sets, which share no question; there is at least one.
         seed: of the draw.
 
     Raises:
         InputError: there is none.
     """
     if not shots:
-        return {task: [] for task in problems}
-    return {
-        task: _draw(source or task, each[0], shots=shots, seed=seed)
+        return [{task: [] for task in problems}]
+    drawn = {
+        task: _draw(source or task, each[0], shots=shots, num=sets * (shots + 1), seed=seed)
         for task, each in problems.items()
     }
+    num = max(min(len(each) // (shots + 1) for each in drawn.values()), 1)
+    if num < sets:
+        logger.info(f"--example-sets: the examples make {num} of {sets}: those")
+    return [
+        {task: each[at * (shots + 1) : (at + 1) * (shots + 1)] for task, each in drawn.items()}
+        for at in range(num)
+    ]
 
 
-def _draw(source: str, posed: Problem, *, shots: int, seed: int) -> list[Problem]:
+def _draw(source: str, posed: Problem, *, shots: int, num: int, seed: int) -> list[Problem]:
+    """Return at most `num` solved problems that ask different questions."""
     first = dict[str, Problem]()
-    for example in draw_solved(source, num=2 * shots + 8, seed=seed):
+    for example in draw_solved(source, num=2 * num + 8, seed=seed):
         first.setdefault(example.question, example)
     if not first:
         raise InputError(
@@ -53,7 +64,7 @@ def _draw(source: str, posed: Problem, *, shots: int, seed: int) -> list[Problem
         logger.info(f"{source}: {len(first):,} examples, not {shots}: those are shown")
     return [
         replace(each, result=find_result(each.result or each.answer, posed.rule))
-        for each in list(first.values())[: shots + 1]
+        for each in list(first.values())[:num]
     ]
 
 

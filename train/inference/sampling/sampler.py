@@ -31,6 +31,7 @@ from carryon.train.inference.sampling.records import (
     to_lines,
 )
 from carryon.train.inference.sampling.selection import Counts, Selection, select
+from carryon.train.inference.sampling.trial import choose_set
 from carryon.train.inference.scoring.answer_file import Answer, AnswerFile
 from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.counts import judge
@@ -58,6 +59,8 @@ class Asking:
     """Store the question with the instruction."""
     shots: int = 0
     """Solved problems shown before the question, at most."""
+    example_sets: int = 1
+    """Sets of them at most that are tried; the one with most right answers asks the rest."""
     hint: str = ""
     """Text behind the question, with RESULT in place of the right answer."""
     keep: int = 4
@@ -135,7 +138,13 @@ def sample(
     _refuse_foreign(out, answers_path)
     known = read_known(asking.known)
     unsolved = drop_unhinted(_pose(problems, known, asking), asking.hint)
-    shown = draw_examples(unsolved, source=examples, shots=asking.shots, seed=settings.seed)
+    sets = draw_examples(
+        unsolved,
+        source=examples,
+        shots=asking.shots,
+        sets=asking.example_sets,
+        seed=settings.seed,
+    )
     arm = Arm(
         name="carryon" if carryon else "base",
         model="carryon" if carryon else "base",
@@ -154,13 +163,19 @@ def sample(
         batch_rows=batch_rows,
     )
     model = models.open(arm)
-    room = model.context_tokens - settings.max_new_tokens
-    arm = fit_shots(arm, model, unsolved, shown, room=room) if arm.shots else arm
-    fitting, dropped = _fit(unsolved, arm, model, shown, asking, settings)
+    fitting: Examples = unsolved
+    dropped = 0
+    for shown in sets:
+        if arm.shots:
+            room = model.context_tokens - settings.max_new_tokens
+            arm = fit_shots(arm, model, unsolved, shown, room=room)
+        fitting, more = _fit(fitting, arm, model, shown, asking, settings)
+        dropped += more
     facts = _facts(models, asking, settings, carryon=carryon, alpha=alpha)
-    facts |= _facts_of_prompt(arm, shown)
+    facts |= _facts_of_prompt(arm, sets)
     with held(out.with_name(f".{out.name}.lock"), of=out, kind="corpus"):
         file = AnswerFile(answers_path, {**facts, "chat": settings.chat, "model": model.digest})
+        arm, shown = choose_set(arm, model, fitting, sets, file=file, settings=settings)
         rows = _answer(fitting, arm, model, shown, known, asking, file=file, settings=settings)
         posed = [(task, problem) for task, each in fitting.items() for problem in each]
         selection = select(
@@ -178,7 +193,8 @@ def sample(
         facts = {**(origin or {}), **facts}
         records = _records(posed, selection, arm, asking, facts, is_chat=is_chat)
         write_file(out, to_lines(records))
-    answers = [answer for each in rows.values() for row in each for answer in row]
+    asked = {problem.id for each in fitting.values() for problem in each}
+    answers = [answer for answer in file.answers.values() if answer.id in asked]
     return Sampled(
         path=out,
         answers_path=answers_path,
@@ -330,12 +346,15 @@ def _facts(
     }
 
 
-def _facts_of_prompt(arm: Arm, examples: Examples) -> dict[str, Any]:
+def _facts_of_prompt(arm: Arm, sets: Sequence[Examples]) -> dict[str, Any]:
     """Return what the prompts show that is not stored; nothing where they show nothing."""
     facts: dict[str, Any] = {"hint": arm.hint} if arm.hint else {}
     if arm.shots:
-        shown = {task: [[e.question, e.answer] for e in each] for task, each in examples.items()}
-        facts |= {"shots": arm.shots, "examples_sha256": digest_of(shown)}
+        shown = [
+            {task: [[one.question, one.answer] for one in each] for task, each in examples.items()}
+            for examples in sets
+        ]
+        facts |= {"shots": arm.shots, "examples_sha256": digest_of({"sets": shown})}
     return facts
 
 

@@ -62,7 +62,7 @@ def test_a_right_answer_is_told_without_its_working(tmp_path: Path) -> None:
     assert find_result("no box", boxed.rule) == "no box"
     sampled = {"right": r"long, so \boxed{8}", "question": "c"}
     path.write_text(json.dumps({"question": "c", "answer": "mine: 8", "sampled": sampled}) + "\n")
-    drawn = draw_examples({"t": [boxed]}, source=str(path), shots=1, seed=0)
+    [drawn] = draw_examples({"t": [boxed]}, source=str(path), shots=1, seed=0)
     assert [(each.answer, each.result) for each in drawn["t"]] == [("mine: 8", "8")]
 
 
@@ -70,8 +70,9 @@ def test_a_task_tells_its_answer_as_it_is() -> None:
     pytest.importorskip("reasoning_gym")
     [posed, *_] = read_problems("chain_sum", num=2, seed=1)
     assert posed.result == posed.answer
-    drawn = draw_examples({"chain_sum": [posed]}, source="", shots=3, seed=1)["chain_sum"]
-    assert len(drawn) == 4
+    sets = draw_examples({"chain_sum": [posed]}, source="", shots=3, sets=2, seed=1)
+    drawn = [each for one in sets for each in one["chain_sum"]]
+    assert len({each.question for each in drawn}) == 2 * 4
     assert all(each.result == each.answer for each in drawn)
 
 
@@ -84,21 +85,37 @@ def test_examples_ask_different_questions_one_more_than_are_shown(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     posed = {"t": [problem(0)], "u": [problem(1)]}
     for seed in range(8):
-        drawn = draw_examples(posed, source=str(path), shots=3, seed=seed)
+        [drawn] = draw_examples(posed, source=str(path), shots=3, seed=seed)
         assert drawn["t"] == drawn["u"]
         questions = [each.question for each in drawn["t"]]
         assert len(set(questions)) == len(questions) == 4
         assert "q9" not in questions
-    assert draw_examples(posed, source=str(path), shots=3, seed=1) != drawn
-    assert draw_examples(posed, source=str(path), shots=0, seed=1) == {"t": [], "u": []}
+    assert draw_examples(posed, source=str(path), shots=3, seed=1) != [drawn]
+    assert draw_examples(posed, source=str(path), shots=0, seed=1) == [{"t": [], "u": []}]
     assert not caplog.records
     with caplog.at_level("INFO"):
-        drawn = draw_examples(posed, source=str(path), shots=8, seed=1)
+        [drawn] = draw_examples(posed, source=str(path), shots=8, seed=1)
     assert len(drawn["t"]) == 5
     assert "5 examples, not 8" in caplog.text
     path.write_text(json.dumps({"question": "q", "answer": ""}) + "\n")
     with pytest.raises(InputError, match="--examples: expected solved problems, got none in"):
         draw_examples(posed, source=str(path), shots=1, seed=1)
+
+
+def test_sets_of_examples_share_no_question(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(f'{{"question": "q{at}", "answer": "{at}"}}\n' for at in range(10)))
+    posed = {"t": [problem(0)]}
+    with caplog.at_level("INFO"):
+        sets = draw_examples(posed, source=str(path), shots=2, sets=3, seed=1)
+        assert not caplog.records
+        assert [len(each["t"]) for each in sets] == [3, 3, 3]
+        assert len({each.question for one in sets for each in one["t"]}) == 9
+        assert draw_examples(posed, source=str(path), shots=2, sets=1, seed=1) == sets[:1]
+        assert draw_examples(posed, source=str(path), shots=2, sets=5, seed=1) == sets
+    assert "--example-sets: the examples make 3 of 5: those" in caplog.text
 
 
 def test_as_many_examples_as_leave_room(caplog: pytest.LogCaptureFixture) -> None:
