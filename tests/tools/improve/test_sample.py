@@ -442,3 +442,29 @@ def test_a_real_base_solves_some_sums(
     for record in read_lines(tmp_path / "c.jsonl"):
         assert record["sampled"]["right"] in record["messages"][1]["content"]
         assert "step by step" not in record["messages"][0]["content"]
+
+
+@pytest.mark.real
+def test_a_real_base_writes_what_it_is_told_in_the_form_of_the_examples(
+    real_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = "chain_sum:min_terms=2,max_terms=2,min_digits=2,max_digits=2"
+    examples = tmp_path / "examples.jsonl"
+    with examples.open("w") as file:
+        for problem in read_problems(task, num=8, seed=900):
+            formula = problem.metadata["expression"]
+            worked = {"question": problem.question, "answer": f"{formula} = {problem.answer}"}
+            file.write(json.dumps(worked) + "\n")
+    argv = ["sample", "--base", str(real_base), "--tasks", task, "--num", "16", "--samples", "1"]
+    argv += ["--temperature", "0", "--shots", "8", "--examples", str(examples)]
+    argv += ["--max-new-tokens", "24"]
+    assert main([*argv, "--out", str(tmp_path / "untold.jsonl")]) == 0
+    untold = last_line(capsys)["right"]
+    hint = ["--hint", "The answer is {answer}."]
+    assert main([*argv, *hint, "--out", str(tmp_path / "told.jsonl")]) == 0
+    told = last_line(capsys)["right"]
+    assert told >= 14 > untold
+    for record in read_lines(tmp_path / "told.jsonl"):
+        [asked, answer] = record["messages"]
+        assert "answer is" not in asked["content"]
+        assert re.search(r"\d+ [+-] \d+ = -?\d+", answer["content"])
