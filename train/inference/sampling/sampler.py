@@ -175,7 +175,9 @@ def sample(
     facts |= _facts_of_prompt(arm, sets)
     with held(out.with_name(f".{out.name}.lock"), of=out, kind="corpus"):
         file = AnswerFile(answers_path, {**facts, "chat": settings.chat, "model": model.digest})
-        arm, shown = choose_set(arm, model, fitting, sets, file=file, settings=settings)
+        arm, shown = choose_set(
+            arm, model, fitting, sets, keep_cut=asking.keep_cut, file=file, settings=settings
+        )
         rows = _answer(fitting, arm, model, shown, known, asking, file=file, settings=settings)
         posed = [(task, problem) for task, each in fitting.items() for problem in each]
         selection = select(

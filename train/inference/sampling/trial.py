@@ -25,6 +25,7 @@ def choose_set(
     problems: Mapping[str, Sequence[Problem]],
     sets: Sequence[Examples],
     *,
+    keep_cut: bool,
     file: AnswerFile,
     settings: GenerateSettings,
 ) -> tuple[Arm, Examples]:
@@ -37,6 +38,7 @@ def choose_set(
         model: of the arm.
         problems: of each task.
         sets: of examples; of equal ones the first is chosen.
+        keep_cut: whether right answers that were cut at the limit count.
         file: of answers.
         settings: of generation.
     """
@@ -49,7 +51,7 @@ def choose_set(
         answer_problems(own, model, few, examples=shown, file=file, settings=settings, samples=1)
         verdicts = judge(few, [own], file=file, samples=1)
         right = sum(
-            answer.is_right and not answer.is_cut
+            answer.is_right and (keep_cut or not answer.is_cut)
             for arms in verdicts.values()
             for [answer] in arms[own.name]
         )
