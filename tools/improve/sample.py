@@ -114,7 +114,7 @@ def sample(
         forward: How the base is run.
     """
     _check(locals())
-    from carryon.train.inference.sampling.sampler import Asking
+    from carryon.train.inference.sampling.asking import Asking
     from carryon.train.inference.sampling.sampler import sample as sample_answers
 
     problems = read_sources(tasks, data, num=num, seed=task_seed, rule=rule)

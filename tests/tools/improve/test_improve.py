@@ -124,6 +124,11 @@ def test_from_round_two_on_the_base_is_told_what_no_round_has_found(
 ) -> None:
     hard = "def accept(text, problem):\n    return sum(map(ord, text)) % 3 == 0\n"
     (work / "easy_rule.py").write_text(hard)
+    # Enough of them that on no core all or none of the told answers are right.
+    rows = [
+        {"id": f"q{at}", "question": f"{'the ' * (at % 4)}{at}", "answer": "x"} for at in range(60)
+    ]
+    (work / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = improve_argv(tiny_base_folder, "out", "--max-samples", "0", "--rounds", "3")
     argv += ["--samples", "1", "--temperature", "1.5"]
     assert main(argv) == 0

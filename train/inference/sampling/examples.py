@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from carryon.cache.errors import InputError, NothingRightError
+from carryon.cache.errors import InputError
 from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.models import Answerer
 from carryon.train.inference.scoring.problems import Problem, draw_solved, find_result
@@ -96,25 +96,3 @@ def fit_shots(
     if fewer.shots < arm.shots:
         logger.warning(f"--shots: {fewer.shots} of {arm.shots} leave room for an answer: those")
     return fewer
-
-
-def drop_unhinted(problems: Examples, hint: str) -> dict[str, Sequence[Problem]]:
-    """Return the problems whose right answer a hint can tell.
-
-    Raises:
-        NothingRightError: there are none.
-    """
-    if not hint:
-        return dict(problems)
-    left = {
-        task: [problem for problem in each if problem.result] for task, each in problems.items()
-    }
-    total, num_left = (sum(map(len, each.values())) for each in (problems, left))
-    if not num_left:
-        raise NothingRightError(
-            f"--hint: expected problems whose right answer is known, got none of {total:,}. Fix: "
-            "leave out --hint"
-        )
-    if num_left < total:
-        logger.warning(f"{total - num_left:,} of {total:,} problems have no known answer: left out")
-    return {task: each for task, each in left.items() if each}

@@ -18,12 +18,9 @@ from carryon.cache.files.locked import held
 from carryon.cache.settings import ForwardSettings
 from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.prompts import uses_template
-from carryon.train.inference.sampling.examples import (
-    Examples,
-    draw_examples,
-    drop_unhinted,
-    fit_shots,
-)
+from carryon.train.inference.sampling.asking import Asking
+from carryon.train.inference.sampling.examples import Examples, draw_examples, fit_shots
+from carryon.train.inference.sampling.posing import drop_unhinted, fit, pose
 from carryon.train.inference.sampling.records import (
     choose_held_out,
     make_record,
@@ -43,40 +40,6 @@ from carryon.train.inference.scoring.vllm_engine import Engine
 logger = logging.getLogger(__name__)
 
 _SHOWN, _SHOWN_CHARS = 3, 80
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asking:
-    """How problems are posed, and which answers become records."""
-
-    samples: int = 8
-    """Answers to each problem."""
-    max_samples: int = 0
-    """Answers at most to a problem without a right one; below `samples`: no more than those."""
-    instruction: str = ""
-    """Text behind the question."""
-    keep_instruction: bool = False
-    """Store the question with the instruction."""
-    shots: int = 0
-    """Solved problems shown before the question, at most."""
-    example_sets: int = 1
-    """Sets of them at most that are tried; the one with most right answers asks the rest."""
-    hint: str = ""
-    """Text behind the question, with RESULT in place of the right answer."""
-    keep: int = 4
-    """Most records of a problem; 0: no limit."""
-    keep_cut: bool = False
-    """Keep right answers that were cut at the limit of new tokens."""
-    form_ratio: float = 0.0
-    """Leave out right answers of forms that are right less often than this times the best form."""
-    known: Sequence[str] = ()
-    """Corpora of earlier samplings, whose answers are not kept again."""
-    unsolved: bool = False
-    """Pose only the problems without an answer in `known`."""
-    drop_long: bool = False
-    """Leave out problems whose prompt is too long for the base."""
-    held_out_ratio: float = 0.05
-    """Fraction of problems whose records are marked held out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +100,7 @@ def sample(
     answers_path = out.with_name(f".{out.name}.answers")
     _refuse_foreign(out, answers_path)
     known = read_known(asking.known)
-    unsolved = drop_unhinted(_pose(problems, known, asking), asking.hint)
+    unsolved = drop_unhinted(pose(problems, known, asking), asking.hint)
     sets = draw_examples(
         unsolved,
         source=examples,
@@ -169,7 +132,7 @@ def sample(
         if arm.shots:
             room = model.context_tokens - settings.max_new_tokens
             arm = fit_shots(arm, model, unsolved, shown, room=room)
-        fitting, more = _fit(fitting, arm, model, shown, asking, settings)
+        fitting, more = fit(fitting, arm, model, shown, asking, settings)
         dropped += more
     facts = _facts(models, asking, settings, carryon=carryon, alpha=alpha)
     facts |= _facts_of_prompt(arm, sets)
@@ -193,6 +156,7 @@ def sample(
         _refuse_nothing(rows, counts, fitting)
         is_chat = uses_template(models.base.tokenizer, models.framing, settings.chat)
         facts = {**(origin or {}), **facts}
+        facts |= {"example_set": sets.index(shown) + 1} if len(sets) > 1 else {}
         records = _records(posed, selection, arm, asking, facts, is_chat=is_chat)
         write_file(out, to_lines(records))
     asked = {problem.id for each in fitting.values() for problem in each}
@@ -266,62 +230,6 @@ def _refuse_foreign(out: Path, answers_path: Path) -> None:
             f"--out: expected a new file, or one that carryon sample has made, got {out}. "
             "Fix: another --out"
         )
-
-
-def _pose(
-    problems: Mapping[str, Sequence[Problem]], known: Mapping[str, Sequence[str]], asking: Asking
-) -> dict[str, Sequence[Problem]]:
-    """Return the problems to pose."""
-    if not asking.unsolved:
-        return dict(problems)
-    left = {
-        task: [problem for problem in each if problem.question not in known]
-        for task, each in problems.items()
-    }
-    total = sum(map(len, problems.values()))
-    num_left = sum(map(len, left.values()))
-    logger.info(f"{num_left:,} of {total:,} problems have no answer in --known: these")
-    if not num_left:
-        raise NothingRightError(
-            f"--unsolved: expected a problem without an answer in --known, got none of {total:,}. "
-            "Fix: leave out --unsolved, or raise --num"
-        )
-    return {task: each for task, each in left.items() if each}
-
-
-def _fit(
-    problems: Mapping[str, Sequence[Problem]],
-    arm: Arm,
-    model: Answerer,
-    examples: Examples,
-    asking: Asking,
-    settings: GenerateSettings,
-) -> tuple[dict[str, list[Problem]], int]:
-    """Return the problems whose prompt leaves room for an answer, and the number of others.
-
-    Raises:
-        InputError: some prompts are too long and may not be left out, or all are.
-    """
-    room = model.context_tokens - settings.max_new_tokens
-    kept, long = dict[str, list[Problem]](), list[tuple[Problem, int]]()
-    for task, each in problems.items():
-        rows = model.encode([arm.make_prompt(problem, examples[task]) for problem in each])
-        sizes = [(problem, len(row)) for problem, row in zip(each, rows, strict=True)]
-        long += [(problem, size) for problem, size in sizes if size > room]
-        kept[task] = [problem for problem, size in sizes if size <= room]
-    if not long:
-        return kept, 0
-    total = sum(map(len, problems.values()))
-    line = (
-        f"prompt: expected at most {room} tokens, so that {settings.max_new_tokens} new ones fit "
-        f"in the base's {model.context_tokens}; {len(long):,} of {total:,} are longer, the first "
-        f"is {long[0][0].id} with {long[0][1]}"
-    )
-    if not asking.drop_long or len(long) == total:
-        fix = "a smaller --max-new-tokens" + ", or --drop-long" * (len(long) < total)
-        raise InputError(f"{line}. Fix: {fix}")
-    logger.warning(f"{line}: left out")
-    return {task: each for task, each in kept.items() if each}, len(long)
 
 
 def _facts(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from carryon.cache.errors import InputError, NothingRightError
-from carryon.train.inference.sampling.examples import draw_examples, drop_unhinted, fit_shots
+from carryon.train.inference.sampling.examples import draw_examples, fit_shots
+from carryon.train.inference.sampling.posing import drop_unhinted
 from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.problems import Problem, find_result, read_problems
 from carryon.train.inference.scoring.rules import parse_rule
