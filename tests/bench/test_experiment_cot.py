@@ -12,10 +12,11 @@ import torch
 from support.tiny_bases import make_tiny_base
 
 from carryon.cache.base.model import load_base
-from carryon.cache.errors import DamagedFileError, InputError
+from carryon.cache.errors import DamagedFileError, InputError, NothingRightError
 from carryon.cache.extraction.pipeline import extract
 from carryon.cache.settings import ForwardSettings
 from carryon.cache.store.reader import Store
+from carryon.tools.bench import planned
 from carryon.tools.bench.__main__ import main
 from carryon.tools.bench.accuracy import chains, experiment, plan, recipes, rows
 from carryon.tools.bench.accuracy.corpus import make_corpus
@@ -24,6 +25,7 @@ from carryon.tools.bench.accuracy.mlp import build_mlp, train_mlp
 from carryon.tools.bench.accuracy.report import write_report
 from carryon.tools.bench.accuracy.templates import is_unseen_template, make_problems
 from carryon.tools.bench.planned import check_steps
+from carryon.tools.cli.program import Program
 from carryon.tools.improve import steps
 from carryon.train.config import CarryOnSettings, TrainSettings
 from carryon.train.inference.scoring.comparison import Paired
@@ -202,13 +204,15 @@ def test_the_steps_of_a_task_in_order(tmp_path: Path) -> None:
     assert names == [
         "examples.json",
         "corpus.json",
+        "hinted.json",
         "extract.json",
         *(f"seed-0/{name}.json" for name in ("bottleneck", "lora", "score-bottleneck-lora")),
         *(f"seed-1/{name}.json" for name in ("bottleneck", "lora", "score-bottleneck-lora")),
     ]
     assert own.labels == ["base", "instruct", "few-shot", "bottleneck", "lora"]
     assert own.examples
-    for sample in (own.examples.argv, own.corpus.argv):
+    assert own.hinted
+    for sample in (own.examples.argv, own.corpus.argv, own.hinted.argv):
         assert sample[0] == "sample"
         assert "--keep-instruction" not in sample  # the instruction is not stored
         assert sample[sample.index("--test-seed") + 1] == "1000001"
@@ -216,10 +220,80 @@ def test_the_steps_of_a_task_in_order(tmp_path: Path) -> None:
     assert "--instruction Think step by step." in " ".join(own.examples.argv)
     words = " ".join(own.corpus.argv)
     examples = own.examples.argv[own.examples.argv.index("--out") + 1]
-    assert f"--shots 4 --examples {examples} --example-sets 4" in words
+    shown, hinted = (str(tmp_path / f"chain_sum/{name}.jsonl") for name in ("shown", "hinted"))
+    assert f"--shots 4 --examples {examples} --example-sets 8 --examples-out {shown}" in words
     assert "--instruction" not in words
+    corpus = own.corpus.argv[own.corpus.argv.index("--out") + 1]
+    told = " ".join(own.hinted.argv)
+    assert f"--known {corpus} --unsolved --hint The answer is {{answer}}." in told
+    assert f"--shots 4 --examples {shown}" in told
+    assert "--temperature 0 " in told
+    assert str(own.hinted.may_lack) == hinted
+    assert f"--data {corpus} {hinted} --out" in " ".join(own.extract.argv)
+    for score in own.scores.values():  # the prompt that made the texts is the one to compare with
+        assert score.argv[score.argv.index("--examples") + 1] == shown
     at = own.extract.argv.index("--taps")
     assert own.extract.argv[at + 1 : at + 4] == ["final", "layer.20", "layer.10"]
+
+
+def test_more_shots_than_made_the_texts_are_drawn_from_these(tmp_path: Path) -> None:
+    given = make_experiment(tmp_path, shots=5)
+    for name, answers in (("chain_sum", "corpus"), ("gsm_symbolic-own-templates", "corpus")):
+        own = plan.plan_task(given, recipes.RECIPES[name])
+        path = str(tmp_path / name / f"{answers}.jsonl")
+        for score in own.scores.values():
+            assert score.argv[score.argv.index("--examples") + 1] == path
+    assert own.hinted
+    assert own.hinted.argv[own.hinted.argv.index("--examples") + 1] == path
+
+
+STEPS = '''
+from carryon.cache.errors import NothingRightError
+
+def find(*, kept: int) -> dict:
+    """Find answers.
+
+    Args:
+        kept: How many.
+    """
+    if not kept:
+        raise NothingRightError("none")
+    return {"kept": kept}
+
+def join(*, data: list[str], out: str) -> list[str]:
+    """Join data.
+
+    Args:
+        data: Files.
+        out: File.
+    """
+    return data
+'''
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_later_steps_go_without_the_file_of_a_sampling_that_found_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    (tmp_path / "made_steps.py").write_text(STEPS)
+    monkeypatch.syspath_prepend(tmp_path)
+    commands = {"find": "made_steps:find", "join": "made_steps:join"}
+    own = Program(prog="steps", about="", closing="", commands=commands)
+    found, lacking = tmp_path / "out" / "told.jsonl", tmp_path / "out" / "told.json"
+    finding = planned.Planned(result=lacking, argv=["find", "--kept", str(kept)], may_lack=found)
+    joining = planned.Planned(
+        result=tmp_path / "out" / "join.json",
+        argv=["join", "--data", "a", str(found), "--out", "b"],
+    )
+    found.parent.mkdir()
+    expected = ["a", str(found)][: 1 + kept]
+    for _ in range(2):  # run, then resumed
+        done = planned.run_steps([finding, joining], own=own)
+        assert done[joining.result].result == expected
+    if not kept:
+        must = replace(finding, result=tmp_path / "out" / "must.json", may_lack=None)
+        with pytest.raises(NothingRightError):
+            planned.run_steps([must], own=own)
 
 
 @pytest.mark.parametrize("name", ["gsm_symbolic-templates", "gsm_symbolic-own-templates"])
@@ -536,6 +610,32 @@ def test_a_task_is_taught_counted_and_resumed(
     assert main([*argv_of(base_folder, "--seeds", "0"), "--samples", "9"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "expected the result of this command, got that of one with '8' in place of '9'" in line
+
+
+@pytest.mark.slow
+def test_own_answers_behind_examples_and_told_ones_are_taught(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "easy_rule.py").write_text(RULE)
+    argv = argv_of(base_folder, "--seeds", "0")
+    argv[argv.index(LEGS)] = "chain_sum"
+    argv = argv[: argv.index("--kinds")]
+    argv += ["--max-new-tokens", "96"]  # most answers of a tiny base never end
+    argv += ["--samples", "24", "--rule", "easy_rule:accept", "--seeds", "0", "--batch-rows", "64"]
+    assert main(argv) == 0
+    folder = tmp_path / "out" / "chain_sum"
+    hinted = json.loads((folder / "hinted.json").read_text())["result"]
+    extracted = json.loads((folder / "extract.json").read_text())
+    data = extracted["argv"][
+        extracted["argv"].index("--data") + 1 : extracted["argv"].index("--out")
+    ]
+    assert data == ["chain_sum/corpus.jsonl", "chain_sum/hinted.jsonl"][: 1 + bool(hinted)]
+    assert bool(hinted) == (folder / "hinted.jsonl").exists()
+    assert Store.open(folder / "store").num_samples == sum(
+        len(read_lines(tmp_path / "out" / name)) for name in data
+    )
+    assert len(read_lines(folder / "shown.jsonl")) == 5
 
 
 def test_wrong_words_leave_no_folder(

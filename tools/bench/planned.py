@@ -16,6 +16,8 @@ class Planned:
     result: Path
     """File of its result."""
     argv: list[str]
+    may_lack: Path | None = None
+    """File that a sampling which finds nothing does not write; later steps go without it."""
 
 
 def check_steps(steps: Sequence[Planned], *, own: Program) -> None:
@@ -36,10 +38,18 @@ def run_steps(steps: Sequence[Planned], *, own: Program) -> dict[Path, Step]:
         steps: of an experiment.
         own: the experiment's commands, beside those of carryon.
     """
-    return {
-        step.result: run_step(step.result, step.argv, files={}, program=_program(step, own))
-        for step in steps
-    }
+    done, lacking = dict[Path, Step](), set[str]()
+    for step in steps:
+        done[step.result] = run_step(
+            step.result,
+            [word for word in step.argv if word not in lacking],
+            files={},
+            may_be_empty=step.may_lack is not None,
+            program=_program(step, own),
+        )
+        if step.may_lack and not done[step.result].result:
+            lacking.add(str(step.may_lack))
+    return done
 
 
 def _program(step: Planned, own: Program) -> Program:

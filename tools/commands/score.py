@@ -62,8 +62,9 @@ def score(
         num: Problems of each task; of data at most this number, drawn with --task-seed.
         task_seed: Seed of the problems; take one far from the seed of the training problems.
         samples: Answers to each problem, for pass@k. More than 1 needs --temperature.
-        examples: Task or data whose solved problems few-shot shows. Empty: other problems of the
-            task.
+        examples: Task or data whose solved problems few-shot shows, such as --examples-out of
+            carryon sample; few records in their order, of many a draw. Empty: other problems of
+            the task.
         store: Stores that models were trained on; problems whose question is in them are refused.
         drop_known: Leave out the problems found in --store.
         engine: What generates. `auto`: vLLM, for ordinary checkpoints, where CARRYON_VLLM_PYTHON

@@ -33,6 +33,7 @@ def sample(
     shots: int = 0,
     examples: str = "",
     example_sets: int = 1,
+    examples_out: str = "",
     hint: str = "",
     temperature: float = 0.8,
     top_p: float = 1.0,
@@ -85,8 +86,10 @@ def sample(
             not stored.
         examples: Task or data of those, such as a corpus of this command. Empty: other problems of
             the task, with bare answers, or records of --data.
-        example_sets: Sets of examples to try on the first 50 problems of a task; the one with most
-            right answers asks the rest.
+        example_sets: Sets of examples to try: each on the first 20 problems of a task, the better
+            half on 40, and so on; the last one left asks the rest.
+        examples_out: File for the examples that were shown and a spare one, as JSON lines, such as
+            for --examples of carryon score. Empty: none.
         hint: Text behind each question, those shown too, that tells the right answer in place of
             {answer}, such as "The answer is {answer}."; it is not stored. With --unsolved,
             --temperature 0 and --examples it adds hard problems, in the form of the examples.
@@ -118,6 +121,11 @@ def sample(
     from carryon.train.inference.sampling.sampler import sample as sample_answers
 
     problems = read_sources(tasks, data, num=num, seed=task_seed, rule=rule)
+    if examples_out and len(problems) > 1:
+        raise InputError(
+            f"--examples-out: expected one task or data, got {len(problems)}, which have examples "
+            "of their own. Fix: sample each by itself"
+        )
     if test_num:
         problems = drop_tested(problems, num=test_num, seed=test_seed, rule=rule)
     sampled = sample_answers(
@@ -148,6 +156,7 @@ def sample(
         engine=engine,
         batch_rows=batch_rows,
         examples=examples,
+        examples_out=Path(examples_out) if examples_out else None,
         origin={"task_seed": task_seed},
         out=Path(out),
     )
@@ -282,7 +291,7 @@ def _check(given: dict[str, Any]) -> None:
         raise InputError(f"--shots: expected 0 to {MAX_SHOTS}, got {given['shots']}")
     if given["example_sets"] < 1:
         raise InputError(f"--example-sets: expected 1 or more, got {given['example_sets']}")
-    for name, usual in (("examples", ""), ("example_sets", 1)):
+    for name, usual in (("examples", ""), ("example_sets", 1), ("examples_out", "")):
         if given[name] != usual and not given["shots"]:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag}: expected a number of --shots, got none. Fix: --shots 4")

@@ -134,47 +134,70 @@ def test_examples_and_hints_are_in_prompts_and_not_in_the_corpus(
         assert ".c.jsonl.answers" in error
 
 
-def test_the_set_of_examples_with_most_right_answers_asks_the_rest(
+def read_rounds(text: str) -> list[tuple[int, dict[int, int], list[int]]]:
+    """Return of each round of a trial its problems, set -> right answers, and the sets left."""
+    rounds = list[tuple[int, dict[int, int], list[int]]]()
+    for line in text.splitlines():
+        if match := re.search(r"right of (\d+): (.*); on: (.*)", line):
+            pairs = [pair.split(": ") for pair in match[2].split(", ")]
+            rights = {int(number): int(right) for number, right in pairs}
+            rounds.append((int(match[1]), rights, [int(each) for each in match[3].split(", ")]))
+    return rounds
+
+
+def test_of_sets_of_examples_the_better_half_is_tried_further_until_one_asks_the_rest(
     tiny_base_folder: Path,
     easy: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(trial, "TRIED", 8)
+    monkeypatch.setattr(trial, "TRIED", 4)
     (easy / "solved.jsonl").write_text(
-        "".join(f'{{"question": "q{at}", "answer": "w{at}"}}\n' for at in range(6))
+        "".join(f'{{"question": "q{at}", "answer": "w{at}"}}\n' for at in range(10))
     )
     for seed in range(16):  # another core may write other answers
         argv = sample_argv(tiny_base_folder, f"c{seed}.jsonl", "--samples", "2")
-        argv += ["--shots", "1", "--examples", "solved.jsonl", "--example-sets", "3"]
+        argv += ["--shots", "1", "--examples", "solved.jsonl", "--example-sets", "5"]
+        argv += ["--examples-out", f"best{seed}.jsonl"]
         argv += ["--batch-rows", "4", "--temperature", "1.5", "--seed", str(seed)]
         assert main(argv) == 0
         output = capsys.readouterr()
-        [line] = [line for line in output.err.splitlines() if "sets of examples" in line]
-        counts = [int(each) for each in re.findall(r"\d+", line)]
-        rights, total, best = counts[:3], counts[3], counts[4] - 1
-        if rights[0] < max(rights):  # not the first one is chosen
+        rounds = read_rounds(output.err)
+        if rounds[0][2] != [1, 2, 3]:  # not the first ones are left
             break
-    assert rights[0] < max(rights) == rights[best]
-    assert total == 8
-    facts = last_line_of(output.out)
+    assert [total for total, _, _ in rounds] == [4, 8, 16]
+    assert [len(rights) for _, rights, _ in rounds] == [5, 3, 2]
+    for (_, rights, left), after in zip(rounds, [*rounds[1:], None], strict=True):
+        ranked = sorted(rights, key=lambda number: (-rights[number], number))
+        assert left == sorted(ranked[: len(left)])
+        assert after is None or list(after[1]) == left
+    [best] = rounds[-1][2]
+    assert rounds[0][2] != [1, 2, 3]
+
     corpus_path, answers_path = easy / f"c{seed}.jsonl", easy / f".c{seed}.jsonl.answers"
     answers = read_lines(answers_path)[1:]
     by_arm = {
-        number: [each for each in answers if each["arm"] == f"base, examples {number + 1}"]
-        for number in range(3)
+        number: [each for each in answers if each["arm"] == f"base, examples {number}"]
+        for number in range(1, 6)
     }
     for number, own in by_arm.items():
-        first = [each for each in own if each["sample"] == 0 and int(each["id"][1:]) < 8]
-        assert sum(each["is_right"] for each in first) == rights[number]
-        assert len(own) == (32 if number == best else 8)
+        for total, rights, _ in rounds:
+            first = [each for each in own if not each["sample"] and int(each["id"][1:]) < total]
+            if number in rights:
+                assert sum(each["is_right"] for each in first) == rights[number]
+        most = max(total for total, rights, _ in rounds if number in rights)
+        assert len(own) == (32 if number == best else most)
+    facts = last_line_of(output.out)
     assert facts["tried"] == 32
     assert facts["new_tokens"] == sum(each["tokens"] for each in answers)
     assert facts["right"] == sum(each["is_right"] for each in by_arm[best])
     records = read_lines(corpus_path)
     kept = {each["messages"][-1]["content"] for each in records}
     assert kept <= {each["text"].strip() for each in by_arm[best]}
-    assert {each["sampled"]["example_set"] for each in records} == {best + 1}
+    assert {each["sampled"]["example_set"] for each in records} == {best}
+    shown = read_lines(easy / f"best{seed}.jsonl")
+    assert [each["question"] for each in shown] == [f"q{2 * best - 2}", f"q{2 * best - 1}"]
+    assert [each["answer"] for each in shown] == [f"w{2 * best - 2}", f"w{2 * best - 1}"]
 
     corpus, saved = corpus_path.read_bytes(), answers_path.read_bytes()
     assert main(argv) == 0  # nothing is generated again
@@ -183,8 +206,27 @@ def test_the_set_of_examples_with_most_right_answers_asks_the_rest(
     lines = saved.splitlines(keepends=True)
     answers_path.write_bytes(b"".join(lines[:7]))  # killed in the trial of the second set
     assert main(argv) == 0
-    again = read_lines(answers_path)[1:]
-    assert len(again) == len(answers)
+    assert len(read_lines(answers_path)[1:]) == len(answers)
+
+
+def test_examples_that_were_shown_are_shown_again_in_their_order(
+    tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"q{at}", "answer": f"w{at}"} for at in range(60)]
+    (easy / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--shots", "3", "--samples", "1", "--hint", "is {answer}"]
+    first = ["--examples", "solved.jsonl", "--examples-out", "shown.jsonl"]
+    assert main(sample_argv(tiny_base_folder, "a.jsonl", *more, *first)) == 0
+    assert len(read_lines(easy / "shown.jsonl")) == 4  # one may be the problem itself
+    again = ["--examples", "shown.jsonl", "--seed", "9"]
+    assert main(sample_argv(tiny_base_folder, "b.jsonl", *more, *again)) == 0
+    prompts = [
+        {each["id"]: each["prompt"] for each in read_lines(easy / f".{name}.jsonl.answers")[1:]}
+        for name in "ab"
+    ]
+    assert len(prompts[0]) == 16
+    assert prompts[0] == prompts[1]
+    assert last_line(capsys)["tried"] == 16
 
 
 def test_an_interrupted_sampling_resumes_with_the_same_corpus(
@@ -414,6 +456,11 @@ def test_test_problems_are_not_posed(
         (["--shots", "1", "--example-sets", "0"], "--example-sets: expected 1 or more, got 0"),
         (["--example-sets", "2"], "--example-sets: expected a number of --shots, got none"),
         (["--examples", "problems.jsonl"], "--examples: expected a number of --shots, got none"),
+        (["--examples-out", "x.jsonl"], "--examples-out: expected a number of --shots, got none"),
+        (
+            ["--shots", "1", "--examples-out", "x.jsonl", "--tasks", "chain_sum"],
+            "--examples-out: expected one task or data, got 2",
+        ),
         (["--shots", "1", "--examples", "none.jsonl"], "none.jsonl"),
         (
             ["--hint", "tell it"],

@@ -2,7 +2,8 @@
 
 OUT/TASK/problems.json          problems.jsonl and test.jsonl, where templates are held out
 OUT/TASK/examples.json          examples.jsonl, where own answers are shown in prompts
-OUT/TASK/corpus.json            corpus.jsonl
+OUT/TASK/corpus.json            corpus.jsonl, and shown.jsonl: the best set of examples
+OUT/TASK/hinted.json            hinted.jsonl, if there are answers after all, told what is right
 OUT/TASK/extract.json           store: of all kinds and seeds
 OUT/TASK/seed-S/KIND.json       KIND: a run
 OUT/TASK/seed-S/lora.json       lora: an adapter for PEFT, at the clock of the first kind
@@ -34,10 +35,11 @@ PROMPTED = ("instruct", "few-shot")
 _MOST_TOP_BLOCKS = 8
 _TOP_PASSES = 1 / 4
 """Of a `top` for each of the others: one teaches it more, in six to fourteen times the seconds."""
-_SHOTS, _EXAMPLE_SETS = 4, 4
+_SHOTS, _EXAMPLE_SETS = 4, 8
 """Own answers in a prompt, and sets of them to choose from: prompts differ by 20 points."""
 _ANSWERS_FOR_EXAMPLES = 4
 """To each problem that is answered under the instruction to find them."""
+_HINT = "The answer is {answer}."
 _HELD_OUT_TEMPLATES = 0.1
 """Of the templates of training: a twentieth, as of other problems, would be two or three."""
 
@@ -102,6 +104,8 @@ class TaskPlan:
     examples: Planned | None
     """Own answers to show in prompts."""
     corpus: Planned
+    hinted: Planned | None
+    """Answers to problems without a right one, which the base is told."""
     extract: Planned
     models: dict[tuple[int, str], Planned]
     """(seed, kind or `lora`) -> its training."""
@@ -114,7 +118,7 @@ class TaskPlan:
     def steps(self) -> list[Planned]:
         """Return the steps in the order in which they can run: seed by seed."""
         steps = [step for step in (self.problems, self.examples) if step]
-        steps += [self.corpus, self.extract]
+        steps += [step for step in (self.corpus, self.hinted, self.extract) if step]
         for seed, score in self.scores.items():
             steps += [step for (own, _), step in self.models.items() if own == seed]
             steps.append(score)
@@ -138,7 +142,8 @@ def plan_task(experiment: Experiment, recipe: Recipe) -> TaskPlan:
         problems=_make_problems(experiment, recipe, folder) if recipe.is_by_template else None,
         examples=_sample_examples(experiment, recipe, folder) if recipe.shown else None,
         corpus=_make_corpus(experiment, recipe, folder),
-        extract=_extract(experiment, folder),
+        hinted=_sample_hinted(experiment, recipe, folder) if recipe.is_hinted else None,
+        extract=_extract(experiment, recipe, folder),
         models=models,
         scores={
             seed: _score(experiment, recipe, folder, seed, ["base", *prompted])
@@ -169,7 +174,7 @@ def _make_corpus(experiment: Experiment, recipe: Recipe, folder: Path) -> Planne
     argv += ["--keep", str(recipe.keep)]
     if recipe.shown:
         argv += ["--shots", str(_SHOTS), "--examples", str(folder / "examples.jsonl")]
-        argv += ["--example-sets", str(_EXAMPLE_SETS)]
+        argv += ["--example-sets", str(_EXAMPLE_SETS), "--examples-out", str(_shown(folder))]
     else:
         argv += ["--instruction", recipe.instruction]
     return Planned(result=result, argv=_sample(experiment, recipe, folder, path, argv))
@@ -182,12 +187,33 @@ def _sample_examples(experiment: Experiment, recipe: Recipe, folder: Path) -> Pl
     return Planned(result=folder / "examples.json", argv=argv)
 
 
+def _sample_hinted(experiment: Experiment, recipe: Recipe, folder: Path) -> Planned:
+    corpus, out = folder / "corpus.jsonl", folder / "hinted.jsonl"
+    argv = ["--num", str(recipe.samples), "--samples", "1", "--keep", "1"]
+    argv += ["--known", str(corpus), "--unsolved", "--hint", _HINT, "--shots", str(_SHOTS)]
+    argv += ["--examples", str(_shown(folder) if recipe.shown else corpus)]
+    argv = _sample(experiment, recipe, folder, out, argv, temperature=0.0)
+    return Planned(result=folder / "hinted.json", argv=argv, may_lack=out)
+
+
+def _shown(folder: Path) -> Path:
+    """Return the file of the examples that made the texts."""
+    return folder / "shown.jsonl"
+
+
 def _sample(
-    experiment: Experiment, recipe: Recipe, folder: Path, out: Path, asked: Sequence[str]
+    experiment: Experiment,
+    recipe: Recipe,
+    folder: Path,
+    out: Path,
+    asked: Sequence[str],
+    *,
+    temperature: float | None = None,
 ) -> list[str]:
+    temperature = experiment.temperature if temperature is None else temperature
     argv = ["sample", "--base", experiment.base, "--data" if recipe.is_by_template else "--tasks"]
     argv += [*_source(experiment, recipe, folder), "--out", str(out), *asked]
-    argv += ["--temperature", f"{experiment.temperature:g}", *_answering(experiment, recipe)]
+    argv += ["--temperature", f"{temperature:g}", *_answering(experiment, recipe)]
     return argv
 
 
@@ -205,8 +231,9 @@ def _seeds(experiment: Experiment) -> list[str]:
     return ["--task-seed", str(TRAIN_SEED), *test]
 
 
-def _extract(experiment: Experiment, folder: Path) -> Planned:
+def _extract(experiment: Experiment, recipe: Recipe, folder: Path) -> Planned:
     argv = ["extract", "--base", experiment.base, "--data", str(folder / "corpus.jsonl")]
+    argv += [str(folder / "hinted.jsonl")] * recipe.is_hinted
     argv += ["--out", str(folder / "store"), "--taps"]
     if "top" not in experiment.kinds:
         argv += experiment.taps
@@ -258,7 +285,9 @@ def _score(
     argv = ["score", "--base", experiment.base, "--tasks", source]
     argv += ["--arms", *asked, *trained.values(), "--num", str(experiment.num)]
     argv += ["--task-seed", str(TEST_SEED)]
-    argv += ["--examples", str(folder / "corpus.jsonl")] if experiment.shots else []
+    if experiment.shots:
+        has_set = recipe.shown and experiment.shots <= _SHOTS
+        argv += ["--examples", str(_shown(folder) if has_set else folder / "corpus.jsonl")]
     argv += ["--store", str(folder / "store"), "--out", str(folder / "answers.jsonl")]
     argv += _answering(experiment, recipe)
     return Planned(result=own / f"score-{'-'.join(trained)}.json", argv=argv)

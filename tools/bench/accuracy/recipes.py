@@ -49,6 +49,8 @@ class Recipe:
     shown: int = 0
     """Problems that are answered under the instruction first. Sets of their right answers are shown
     before the question in place of the instruction, and the best set makes all texts. 0: none."""
+    is_hinted: bool = False
+    """Tell the base the right answer where it has found none, in the form of those it has found."""
     keep: int = 2
     """Most right ones among them that are kept."""
     form_ratio: float = 0.5
@@ -77,7 +79,7 @@ RECIPES = {
         ),
         Recipe(
             name="chain_sum", task=_SUMS, source="own", samples=200, max_new_tokens=160,
-            answers=2, max_answers=4, shown=60, form_ratio=0.0,
+            answers=2, max_answers=4, shown=100, form_ratio=0.0, is_hinted=True,
             goal=Goal(against="prompt", at_least=-0.03),
         ),
         Recipe(
@@ -94,7 +96,7 @@ RECIPES = {
         ),
         Recipe(
             name="gsm_symbolic-own-templates", task="gsm_symbolic", source="own", samples=300,
-            max_answers=8, max_new_tokens=320, is_by_template=True,
+            max_answers=8, max_new_tokens=320, is_by_template=True, is_hinted=True,
             goal=Goal(against="base", at_least=0.0),
         ),
         Recipe(

@@ -7,11 +7,17 @@ the corpus, in the form of the examples: rationalization in STaR (arXiv 2203.144
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from carryon.cache.errors import InputError
 from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.models import Answerer
-from carryon.train.inference.scoring.problems import Problem, draw_solved, find_result
+from carryon.train.inference.scoring.problems import (
+    PROVENANCE,
+    Problem,
+    draw_solved,
+    find_result,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +71,15 @@ def _draw(source: str, posed: Problem, *, shots: int, num: int, seed: int) -> li
     return [
         replace(each, result=find_result(each.result or each.answer, posed.rule))
         for each in list(first.values())[:num]
+    ]
+
+
+def make_examples(examples: Examples) -> list[dict[str, Any]]:
+    """Return solved problems as records that `draw_solved` reads again, in their order; pure."""
+    return [
+        {"question": each.question, "answer": each.answer, PROVENANCE: {"right": each.result}}
+        for task in examples.values()
+        for each in task
     ]
 
 

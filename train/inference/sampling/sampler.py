@@ -19,7 +19,12 @@ from carryon.cache.settings import ForwardSettings
 from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.prompts import uses_template
 from carryon.train.inference.sampling.asking import Asking
-from carryon.train.inference.sampling.examples import Examples, draw_examples, fit_shots
+from carryon.train.inference.sampling.examples import (
+    Examples,
+    draw_examples,
+    fit_shots,
+    make_examples,
+)
 from carryon.train.inference.sampling.posing import drop_unhinted, fit, pose
 from carryon.train.inference.sampling.records import (
     choose_held_out,
@@ -69,6 +74,7 @@ def sample(
     engine: Engine = "auto",
     batch_rows: int = 16,
     examples: str = "",
+    examples_out: Path | None = None,
     origin: Mapping[str, Any] | None = None,
     out: Path,
 ) -> Sampled:
@@ -85,6 +91,7 @@ def sample(
         engine: see `uses_vllm`.
         batch_rows: answers that transformers generates at a time.
         examples: task or data of the solved problems that prompts show; see `draw_examples`.
+        examples_out: file for those that were shown, as data. None: none is written.
         origin: facts for the provenance of each record, such as the seed of the problems.
         out: the corpus, as JSON lines.
 
@@ -141,6 +148,8 @@ def sample(
         arm, shown = choose_set(
             arm, model, fitting, sets, keep_cut=asking.keep_cut, file=file, settings=settings
         )
+        if examples_out:
+            write_file(examples_out, to_lines(make_examples(shown)))
         rows = _answer(fitting, arm, model, shown, known, asking, file=file, settings=settings)
         posed = [(task, problem) for task, each in fitting.items() for problem in each]
         selection = select(

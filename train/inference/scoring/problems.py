@@ -160,16 +160,18 @@ def read_examples(source: str, *, num: int, seed: int, posed: Sequence[Problem])
 
 
 def draw_solved(source: str, *, num: int, seed: int) -> list[Problem]:
-    """Return problems with an answer in the order of a draw; pure but for reading.
+    """Return problems with an answer, to show in prompts; pure but for reading.
 
-    Of a task they are `num`, drawn from a seed far from that of the problems; of data they are all
-    records for training, or where none is marked as held out, all.
+    Of a task they are `num`, drawn from a seed far from that of the problems. Of data they are all
+    records for training, or where none is marked as held out, all; in the order of a draw, unless
+    there are at most `num`: whoever wrote or chose so few has put them in order.
     """
     rule = parse_rule("end")
     if is_data(source):
         trained, _ = _read_rows(source)
         problems = [_to_problem(row, rule) for row in trained]
-        random.Random(seed).shuffle(problems)  # noqa: S311 -- no secret
+        if len(problems) > num:
+            random.Random(seed).shuffle(problems)  # noqa: S311 -- no secret
     else:
         problems = list(_make_task(source, num=num, seed=seed + _EXAMPLE_SEEDS, rule=rule))
     return [problem for problem in problems if problem.answer]

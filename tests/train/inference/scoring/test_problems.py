@@ -127,6 +127,17 @@ def test_data_that_are_all_held_out_are_not_trained_on(tmp_path: Path) -> None:
         read_problems(path, num=9, seed=0, is_training=True)
 
 
+def test_more_examples_than_are_needed_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    records = [{"question": f"{i}?", "answer": f"{i}"} for i in range(40)]
+    path = write(tmp_path / "data.jsonl", *records)
+    [one, again, other] = (
+        [each.answer for each in read_examples(path, num=3, seed=seed, posed=[])]
+        for seed in (0, 0, 1)
+    )
+    assert one == again != other
+    assert ["0", "1", "2"] not in (one, other)
+
+
 def test_examples_are_records_for_training(tmp_path: Path) -> None:
     records = [
         {"question": f"{i}?", "answer": f"{i}", "split": "train" if i < 3 else "test"}
@@ -134,7 +145,7 @@ def test_examples_are_records_for_training(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "data.jsonl", *records)
     shown = read_examples(path, num=3, seed=0, posed=read(path))
-    assert sorted(problem.answer for problem in shown) == ["0", "1", "2"]
+    assert [problem.answer for problem in shown] == ["0", "1", "2"]  # few: in their order
     with pytest.raises(InputError, match="expected 4 solved problems"):
         read_examples(path, num=4, seed=0, posed=read(path))
     bare = write(tmp_path / "bare.jsonl", *records[:3])
