@@ -1,7 +1,9 @@
 """Generation speed of customized models: against the base, and of many carry-ons against one."""
 
+import copy
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,9 +16,11 @@ from carryon.tools.bench.random_carryons import MAX_BYTES, make_carryons, make_p
 from carryon.tools.compare.figure import Figure
 from carryon.train.inference.adapters import DEFAULT
 from carryon.train.inference.modeling import CarryOnForCausalLM
+from carryon.train.inference.single_queries import packed_heads
 
 BASE_TARGET = 0.93
 MIXED_TARGET = 0.6
+EQUAL_ROWS_TARGET = 1.0
 
 
 def measure_generation(
@@ -62,6 +66,30 @@ def measure_mixed_rows(
     details = {"dtype": str(base.compute_dtype), "new_tokens": new_tokens}
     name = f"mixed.rows-{rows}"
     job.add(compare_speeds(name, ways, details, target=MIXED_TARGET, rounds=rounds))
+
+
+@torch.no_grad()
+def measure_equal_rows(
+    job: Job, *, rows: int = 64, prompt_tokens: int = 500, new_tokens: int = 4, rounds: int = 5
+) -> None:
+    """Report steps/s of prompts of equal length, which need no mask, against those without it."""
+    base = job.load_base()
+    prompt = make_prompts(base, job.work, num=1, num_tokens=prompt_tokens).to(base.device)
+    first: Any = base.model(prompt, use_cache=True, logits_to_keep=1)
+    token = first.logits[:, -1:].argmax(-1).expand(rows, 1)
+
+    def speed(block: AbstractContextManager[None]) -> float:
+        cache = copy.deepcopy(first.past_key_values)
+        cache.batch_repeat_interleave(rows)
+        with block:
+            started_at = time.perf_counter()
+            for _ in range(new_tokens):
+                base.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return rows * new_tokens / (time.perf_counter() - started_at)
+
+    ways = {"packed": lambda: speed(packed_heads()), "transformers": lambda: speed(nullcontext())}
+    details = {"dtype": str(base.compute_dtype), "rows": rows, "prompt_tokens": prompt_tokens}
+    job.add(compare_speeds("equal_rows", ways, details, target=EQUAL_ROWS_TARGET, rounds=rounds))
 
 
 def _load(base: Base, tokens: Tensor, *, num: int, max_bytes: int) -> CarryOnForCausalLM:

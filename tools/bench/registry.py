@@ -255,6 +255,12 @@ BENCHMARKS = {
         needs="base",
         quick={**_TEXT, "rows": 4},
     ),
+    "compose.equal_rows": Benchmark(
+        place="generate:measure_equal_rows",
+        about="generation speed behind prompts of equal length against that of transformers",
+        needs="base",
+        quick={"rows": 4, "prompt_tokens": 64, "new_tokens": 2, "rounds": 1},
+    ),
     "compose.load": Benchmark(
         place="load:measure_loading",
         about="memory and time to load many carry-ons",

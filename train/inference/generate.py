@@ -18,6 +18,7 @@ from carryon.train.inference.draw import sampling_processors
 from carryon.train.inference.generate_settings import ChatChoice, GenerateSettings
 from carryon.train.inference.prefill import arrange, prefill
 from carryon.train.inference.prompts import encode_prompts
+from carryon.train.inference.single_queries import packed_heads
 
 if TYPE_CHECKING:
     from carryon.train.inference.modeling import CarryOnForCausalLM
@@ -121,7 +122,7 @@ def generate_rows(
     processors: Any = None
     if settings.temperature > 0:
         processors = sampling_processors(temperature=settings.temperature, top_p=settings.top_p)
-    with torch.random.fork_rng(), _no_defaults(model):
+    with torch.random.fork_rng(), _no_defaults(model), packed_heads():
         torch.manual_seed(settings.seed)
         new = _generate(model, rows, config=config, processors=processors, generation=generation)
     texts: list[str] = model.tokenizer.batch_decode(new, skip_special_tokens=True)
