@@ -218,6 +218,18 @@ def test_examples_that_were_shown_are_shown_again_in_their_order(
     first = ["--examples", "solved.jsonl", "--examples-out", "shown.jsonl"]
     assert main(sample_argv(tiny_base_folder, "a.jsonl", *more, *first)) == 0
     assert len(read_lines(easy / "shown.jsonl")) == 4  # one may be the problem itself
+    saved = (easy / "shown.jsonl").read_bytes()
+    assert main(sample_argv(tiny_base_folder, "a.jsonl", *more, *first)) == 0  # resumed
+    (easy / "shown.jsonl").write_text("mine\n")
+    capsys.readouterr()
+    for out in ("a.jsonl", "new.jsonl"):
+        assert main(sample_argv(tiny_base_folder, out, *more, *first)) == 2
+        assert "Fix: another --examples-out" in capsys.readouterr().err.splitlines()[-1]
+        assert (easy / "shown.jsonl").read_text() == "mine\n"
+    same = [*first[:3], "b.jsonl"]
+    assert main(sample_argv(tiny_base_folder, "b.jsonl", *more, *same)) == 2
+    assert "expected another file than --out" in capsys.readouterr().err
+    (easy / "shown.jsonl").write_bytes(saved)
     again = ["--examples", "shown.jsonl", "--seed", "9"]
     assert main(sample_argv(tiny_base_folder, "b.jsonl", *more, *again)) == 0
     prompts = [

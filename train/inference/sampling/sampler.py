@@ -105,7 +105,11 @@ def sample(
     asking = asking or Asking()
     settings, forward = settings or GenerateSettings(), forward or ForwardSettings()
     answers_path = out.with_name(f".{out.name}.answers")
-    _refuse_foreign(out, answers_path)
+    _refuse_foreign(out, answers_path, name="--out")
+    if examples_out:
+        _refuse_foreign(examples_out, answers_path, name="--examples-out")
+        if examples_out.resolve() == out.resolve():
+            raise InputError(f"--examples-out: expected another file than --out, got {out} twice")
     known = read_known(asking.known)
     unsolved = drop_unhinted(pose(problems, known, asking), asking.hint)
     sets = draw_examples(
@@ -149,7 +153,7 @@ def sample(
             arm, model, fitting, sets, keep_cut=asking.keep_cut, file=file, settings=settings
         )
         if examples_out:
-            write_file(examples_out, to_lines(make_examples(shown)))
+            _write_examples(examples_out, shown)
         rows = _answer(fitting, arm, model, shown, known, asking, file=file, settings=settings)
         posed = [(task, problem) for task, each in fitting.items() for problem in each]
         selection = select(
@@ -231,14 +235,24 @@ def _answer(
     return {task: [rows[task, problem.id] for problem in each] for task, each in problems.items()}
 
 
-def _refuse_foreign(out: Path, answers_path: Path) -> None:
-    if out.is_dir():
-        raise InputError(f"--out: expected a file for the corpus, got the folder {out}")
-    if out.exists() and not answers_path.exists():
+def _refuse_foreign(path: Path, answers_path: Path, *, name: str) -> None:
+    if path.is_dir():
+        raise InputError(f"{name}: expected a file, got the folder {path}")
+    if path.exists() and not answers_path.exists():
         raise InputError(
-            f"--out: expected a new file, or one that carryon sample has made, got {out}. "
-            "Fix: another --out"
+            f"{name}: expected a new file, or one that this sampling has made, got {path}. "
+            f"Fix: another {name}"
         )
+
+
+def _write_examples(path: Path, examples: Examples) -> None:
+    content = to_lines(make_examples(examples))
+    if path.exists() and path.read_bytes() != content:
+        raise InputError(
+            f"--examples-out: expected the examples of this sampling, got others in {path}. "
+            "Fix: another --examples-out"
+        )
+    write_file(path, content)
 
 
 def _facts(
