@@ -145,7 +145,9 @@ def read_rounds(text: str) -> list[tuple[int, dict[int, int], list[int]]]:
     return rounds
 
 
+@pytest.mark.parametrize("keeps_cut", [True, False])
 def test_of_sets_of_examples_the_better_half_is_tried_further_until_one_asks_the_rest(
+    keeps_cut: bool,  # noqa: FBT001
     tiny_base_folder: Path,
     easy: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,6 +161,9 @@ def test_of_sets_of_examples_the_better_half_is_tried_further_until_one_asks_the
         argv = sample_argv(tiny_base_folder, f"c{seed}.jsonl", "--samples", "2")
         argv += ["--shots", "1", "--examples", "solved.jsonl", "--example-sets", "5"]
         argv += ["--examples-out", f"best{seed}.jsonl"]
+        if not keeps_cut:  # most answers of a tiny base never end
+            argv.remove("--keep-cut")
+            argv += ["--max-new-tokens", "24"]
         argv += ["--batch-rows", "4", "--temperature", "1.5", "--seed", str(seed)]
         assert main(argv) == 0
         output = capsys.readouterr()
@@ -184,7 +189,8 @@ def test_of_sets_of_examples_the_better_half_is_tried_further_until_one_asks_the
         for total, rights, _ in rounds:
             first = [each for each in own if not each["sample"] and int(each["id"][1:]) < total]
             if number in rights:
-                assert sum(each["is_right"] for each in first) == rights[number]
+                counted = [each for each in first if keeps_cut or not each["is_cut"]]
+                assert sum(each["is_right"] for each in counted) == rights[number]
         most = max(total for total, rights, _ in rounds if number in rights)
         assert len(own) == (32 if number == best else most)
     facts = last_line_of(output.out)
@@ -212,7 +218,10 @@ def test_of_sets_of_examples_the_better_half_is_tried_further_until_one_asks_the
 def test_examples_that_were_shown_are_shown_again_in_their_order(
     tiny_base_folder: Path, easy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"question": f"q{at}", "answer": f"w{at}"} for at in range(60)]
+    rows = [
+        {"question": f"q{at}", "answer": f"w{at}", "sampled": {"right": f"r{at}"}}
+        for at in range(60)
+    ]
     (easy / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["--shots", "3", "--samples", "1", "--hint", "is {answer}"]
     first = ["--examples", "solved.jsonl", "--examples-out", "shown.jsonl"]
@@ -229,6 +238,7 @@ def test_examples_that_were_shown_are_shown_again_in_their_order(
     same = [*first[:3], "b.jsonl"]
     assert main(sample_argv(tiny_base_folder, "b.jsonl", *more, *same)) == 2
     assert "expected another file than --out" in capsys.readouterr().err
+    assert not (easy / ".new.jsonl.answers").exists()  # told before any answer
     (easy / "shown.jsonl").write_bytes(saved)
     again = ["--examples", "shown.jsonl", "--seed", "9"]
     assert main(sample_argv(tiny_base_folder, "b.jsonl", *more, *again)) == 0
