@@ -231,8 +231,9 @@ def test_examples_that_were_shown_are_shown_again_in_their_order(
     assert main(sample_argv(tiny_base_folder, "a.jsonl", *more, *first)) == 0  # resumed
     (easy / "shown.jsonl").write_text("mine\n")
     capsys.readouterr()
-    for out in ("a.jsonl", "new.jsonl"):
-        assert main(sample_argv(tiny_base_folder, out, *more, *first)) == 2
+    for out, sets in (("a.jsonl", "1"), ("new.jsonl", "2")):
+        argv = sample_argv(tiny_base_folder, out, *more, *first, "--example-sets", sets)
+        assert main(argv) == 2
         assert "Fix: another --examples-out" in capsys.readouterr().err.splitlines()[-1]
         assert (easy / "shown.jsonl").read_text() == "mine\n"
     same = [*first[:3], "b.jsonl"]
