@@ -17,13 +17,13 @@ from carryon.tools.cli.output import print_result
 from carryon.tools.improve.inputs import Files, digest_inputs
 from carryon.tools.improve.plan import TEST_SEED, Plan
 from carryon.tools.improve.report import Row, format_rows, plot_rounds, read_scores
-from carryon.tools.improve.sample import check_form_ratio, check_hint, check_numbers
+from carryon.tools.improve.sample import check_form_ratio, check_hint, check_numbers, check_shots
 from carryon.tools.improve.steps import Step, run_step
 
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "improve.json"
-_OLDER = {"max_samples": 0, "form_ratio": 0, "hint": ""}
+_OLDER = {"max_samples": 0, "form_ratio": 0, "hint": "", "shots": 0}
 """Settings of folders that were made before there were these."""
 
 
@@ -40,6 +40,7 @@ def improve(
     max_samples: int = 32,
     keep: int = 4,
     instruction: str = "Think step by step.",
+    shots: int = 0,
     hint: str = "The answer is {answer}.",
     temperature: float = 0.8,
     max_new_tokens: int = 256,
@@ -84,9 +85,11 @@ def improve(
             missing. Below --samples: no more than those.
         keep: Most right answers kept of a problem. 0: all.
         instruction: Text behind each question where the base answers; not stored. Empty: none.
+        shots: Own solved problems shown before each question of round 1 in place of the
+            instruction, under which they are found first; not stored. 0: none.
         hint: From round 2 on, text that tells the base the right answer in place of {answer} where
-            no round has found it, behind the question and 8 solved ones of round 1; not stored.
-            Empty: such problems are left out.
+            no round has found it, behind the question and those --shots, or 8 solved ones of round
+            1; not stored. Empty: such problems are left out.
         temperature: Sampling temperature.
         max_new_tokens: Maximum length of an answer, in tokens.
         keep_cut: Keep right answers that were cut at --max-new-tokens too.
@@ -118,6 +121,12 @@ def improve(
     check_numbers({**numbers, "temperature": temperature})
     check_form_ratio(form_ratio)
     check_hint(hint)
+    check_shots(shots)
+    if shots and len(tasks) + len(data) > 1:
+        raise InputError(
+            f"--shots: expected one task or data, got {len(tasks) + len(data)}, which have "
+            "examples of their own. Fix: improve each by itself"
+        )
     if not tasks and not data:
         raise InputError("--tasks: expected a task, or data, got neither. Fix: --tasks or --data")
     if tasks and task_seed < test_seed + test_num and test_seed < task_seed + rounds * num:
@@ -137,6 +146,7 @@ def improve(
         max_samples=max_samples,
         keep=keep,
         instruction=instruction.strip(),
+        shots=shots,
         hint=hint.strip(),
         temperature=temperature,
         max_new_tokens=max_new_tokens,
@@ -208,6 +218,8 @@ def _run_round(
         return step
 
     found, records = list[Path](), before
+    if number == 1 and plan.shots:
+        run("examples", plan.examples_argv())
     step = run("sample", plan.sample_argv(number, corpora))
     if step.result:
         found.append(plan.corpus(number))

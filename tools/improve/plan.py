@@ -7,8 +7,10 @@ from typing import Any
 
 from carryon.cache.settings import ForwardSettings
 
-_SHOTS = 8
+_TOLD_SHOTS = 8
 """Solved problems of round 1 that show the form of an answer where the base is told what it is."""
+_POSED_FOR_EXAMPLES, _ANSWERS_FOR_EXAMPLES, _EXAMPLE_SETS = 100, 4, 8
+"""Problems answered under the instruction to find examples, answers to each, and sets to try."""
 TEST_SEED = 1_000_001
 """A million from the default seed of the training problems."""
 
@@ -35,6 +37,7 @@ class Plan:
     max_samples: int
     keep: int
     instruction: str
+    shots: int
     hint: str
     temperature: float
     max_new_tokens: int
@@ -67,6 +70,16 @@ class Plan:
         """Return the corpus of a round."""
         return self.folder(number) / "corpus.jsonl"
 
+    @property
+    def examples(self) -> Path:
+        """Own right answers, of which round 1 shows some before each question."""
+        return self.folder(1) / "examples.jsonl"
+
+    @property
+    def shown(self) -> Path:
+        """The set of them that was shown."""
+        return self.folder(1) / "shown.jsonl"
+
     def hinted(self, number: int) -> Path:
         """Return the corpus of a round's base that was told the answers nothing has found."""
         return self.folder(number) / "hinted.jsonl"
@@ -75,10 +88,22 @@ class Plan:
         """Return the carry-on of a round."""
         return self.folder(number) / "run" / "carryon"
 
+    def examples_argv(self) -> list[str]:
+        """Return the command that samples from the instructed base what round 1 shows."""
+        asked = ["--samples", str(min(_ANSWERS_FOR_EXAMPLES, self.samples)), "--keep", "1"]
+        asked += ["--instruction", self.instruction] if self.instruction else []
+        asked += ["--form-ratio", f"{self.form_ratio:g}"] if self.form_ratio else []
+        asked += ["--temperature", f"{self.temperature:g}"]
+        num = min(_POSED_FOR_EXAMPLES, self.num)
+        return self._sample(1, self.examples, asked, num=num, seed=self.task_seed)
+
     def sample_argv(self, number: int, known: Sequence[Path]) -> list[str]:
         """Return the command that samples: from the instructed base, then from the carry-on."""
         asked = ["--samples", str(self.samples), "--keep", str(self.keep)]
-        if number == 1:
+        if number == 1 and self.shots:
+            asked += ["--shots", str(self.shots), "--examples", str(self.examples)]
+            asked += ["--example-sets", str(_EXAMPLE_SETS), "--examples-out", str(self.shown)]
+        elif number == 1:
             asked += ["--instruction", self.instruction] if self.instruction else []
         else:
             asked += ["--carryon", str(self.carryon(number - 1))]
@@ -96,8 +121,8 @@ class Plan:
         Of tasks those of earlier rounds too; of data those of this round.
         """
         asked = ["--samples", "1", "--keep", "1", "--temperature", "0", "--unsolved"]
-        asked += ["--hint", self.hint, "--shots", str(_SHOTS)]
-        asked += ["--examples", str(self.corpus(1)), *_known(known)]
+        asked += ["--hint", self.hint, "--shots", str(self.shots or _TOLD_SHOTS)]
+        asked += ["--examples", str(self.shown if self.shots else self.corpus(1)), *_known(known)]
         rounds = 1 if self.data else number
         seed = self.task_seed + (number - rounds) * self.num
         return self._sample(number, self.hinted(number), asked, num=rounds * self.num, seed=seed)

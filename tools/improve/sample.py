@@ -275,9 +275,19 @@ def check_hint(text: str) -> None:
         )
 
 
-def _check(given: dict[str, Any]) -> None:
+def check_shots(number: int) -> None:
+    """Check a number of --shots.
+
+    Raises:
+        InputError: it is out of range.
+    """
     from carryon.train.inference.scoring.arms import MAX_SHOTS
 
+    if not 0 <= number <= MAX_SHOTS:
+        raise InputError(f"--shots: expected 0 to {MAX_SHOTS}, got {number}")
+
+
+def _check(given: dict[str, Any]) -> None:
     check_numbers(given)
     check_form_ratio(given["form_ratio"])
     if not 0 <= given["held_out_ratio"] < 1:
@@ -287,8 +297,7 @@ def _check(given: dict[str, Any]) -> None:
         raise InputError("--unsolved: expected corpora in --known, got none. Fix: --known FILE")
     if given["keep_instruction"] and not given["instruction"].strip():
         raise InputError("--keep-instruction: expected an --instruction, got none")
-    if not 0 <= given["shots"] <= MAX_SHOTS:
-        raise InputError(f"--shots: expected 0 to {MAX_SHOTS}, got {given['shots']}")
+    check_shots(given["shots"])
     if given["example_sets"] < 1:
         raise InputError(f"--example-sets: expected 1 or more, got {given['example_sets']}")
     for name, usual in (("examples", ""), ("example_sets", 1), ("examples_out", "")):

@@ -179,7 +179,58 @@ def test_of_tasks_the_base_is_told_what_earlier_rounds_left_too() -> None:
     assert "--num 10 --task-seed 25" in text
 
 
-def make_plan(*, tasks: list[str], data: list[str]) -> Plan:
+def test_round_one_shows_what_the_instructed_base_has_solved() -> None:
+    plan = make_plan(tasks=["chain_sum"], data=[], shots=3)
+    asked = plan.examples_argv()
+    assert asked[asked.index("--out") + 1] == str(plan.examples) == "out/round-1/examples.jsonl"
+    text = " ".join(asked)
+    assert "--num 10 --task-seed 5 --seed 1 --samples 4 --keep 1 --instruction think" in text
+    assert "--test-num 7 --test-seed 1000" in text
+    assert "--form-ratio 0.5" in text  # no lucky guess is an example
+    text = " ".join(plan.sample_argv(1, []))
+    assert f"--shots 3 --examples {plan.examples} --example-sets 8" in text
+    assert f"--examples-out {plan.shown}" in text
+    assert "--instruction" not in text
+    text = " ".join(plan.sample_argv(2, []))
+    assert "--shots" not in text
+    assert f"--carryon {plan.carryon(1)}" in text
+    text = " ".join(plan.hinted_argv(2, []))
+    assert f"--shots 3 --examples {plan.shown}" in text
+    for shots in (0, 3):
+        plan = make_plan(tasks=["chain_sum"], data=[], shots=shots)
+        assert ("--instruction think" in " ".join(plan.sample_argv(1, []))) == (not shots)
+
+
+def test_rounds_behind_own_examples(
+    tiny_base_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = improve_argv(tiny_base_folder, "out", "--shots", "1", "--rounds", "2")
+    assert main(argv) == 0
+    output = capsys.readouterr()
+    rounds = last_line(output.out)["rounds"]
+    examples, shown, corpus = (
+        [json.loads(line) for line in (work / "out" / "round-1" / name).read_text().splitlines()]
+        for name in ("examples.jsonl", "shown.jsonl", "corpus.jsonl")
+    )
+    solved = [
+        (each["messages"][-2]["content"], each["messages"][-1]["content"]) for each in examples
+    ]
+    assert len(shown) == 2
+    assert {(each["question"], each["answer"]) for each in shown} <= set(solved)
+    assert all(each["sampled"]["shots"] == 1 for each in corpus)
+    assert not any(each["sampled"]["instruction"] for each in corpus)
+    assert "think" not in {each["sampled"]["instruction"] for each in corpus}
+    assert rounds[-1]["round"] == 2
+    assert output.err.count("$ carryon sample") == 4  # examples; round 1; round 2, and told ones
+    assert main(argv) == 0  # nothing runs again
+    again = capsys.readouterr()
+    assert last_line(again.out)["rounds"] == rounds
+    assert again.err.count("done before") == output.err.count("$ carryon")
+    assert main([*argv, "--shots", "2"]) == 2
+    assert "--shots: expected 1 as in" in capsys.readouterr().err
+
+
+def make_plan(*, tasks: list[str], data: list[str], shots: int = 0) -> Plan:
     return Plan(
         root=Path("out"),
         base="base",
@@ -191,6 +242,7 @@ def make_plan(*, tasks: list[str], data: list[str]) -> Plan:
         max_samples=8,
         keep=2,
         instruction="think",
+        shots=shots,
         hint="it is {answer}",
         temperature=0.8,
         max_new_tokens=9,
@@ -266,10 +318,10 @@ def test_a_folder_of_before_max_samples_and_forms_resumes_without(
     tiny_base_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = improve_argv(tiny_base_folder, "out", "--rounds", "1", "--form-ratio", "0")
-    argv += ["--hint", ""]
+    argv += ["--hint", ""]  # and without --shots
     assert main([*argv, "--max-samples", "0"]) == 0
     settings = json.loads((work / "out" / "improve.json").read_text())
-    del settings["max_samples"], settings["form_ratio"], settings["hint"]
+    del settings["max_samples"], settings["form_ratio"], settings["hint"], settings["shots"]
     settings["instruct_unsolved"] = False
     (work / "out" / "improve.json").write_text(json.dumps(settings))
     assert main([*argv, "--max-samples", "0"]) == 0
@@ -334,6 +386,8 @@ def test_a_round_without_new_answers_is_the_last(
         (["--temperature", "0"], "--samples: expected 1 for greedy answers, got 2"),
         (["--keep", "-1"], "--keep: expected 0 or more"),
         (["--hint", "tell"], "--hint: expected a text with {answer}, got 'tell'"),
+        (["--shots", "65"], "--shots: expected 0 to 64, got 65"),
+        (["--shots", "1", "--tasks", "chain_sum"], "--shots: expected one task or data, got 2"),
         (["--form-ratio", "1.5"], "--form-ratio: expected 0 to 1, got 1.5"),
         (["--rule", "no_such_module:f"], "rule 'no_such_module:f': expected a function"),
         (["--train-config", "typo.yaml"], "--config: expected a YAML file or one of"),
