@@ -83,8 +83,9 @@ def experiment_cot(
         out: Folder of the experiment.
         tasks: Recipes: leg_counting, leg_counting-steps (worded for a small base), chain_sum,
             gsm_symbolic, gsm_symbolic-own, gsm_symbolic-templates and gsm_symbolic-own-templates
-            (both tested on unseen templates), basic_arithmetic, letter_counting, simple_equations,
-            chain_sum-chains; each also with settings of its task, NAME:SETTING=VALUE,...
+            (both tested on unseen templates), basic_arithmetic, basic_arithmetic-own,
+            letter_counting, simple_equations, chain_sum-chains; each also with settings of its
+            task, NAME:SETTING=VALUE,...
         seeds: Seeds of weights and sample order.
         num: Test problems of each task.
         samples: Training problems of each task. 0: as its recipe says.

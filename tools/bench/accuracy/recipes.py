@@ -104,6 +104,11 @@ RECIPES = {
             max_new_tokens=160,
         ),
         Recipe(
+            name="basic_arithmetic-own", task=_ARITHMETIC, source="own", samples=200,
+            max_new_tokens=160, answers=2, max_answers=4, shown=100, form_ratio=0.0,
+            is_hinted=True, goal=Goal(against="prompt", at_least=-0.03),
+        ),
+        Recipe(
             name="letter_counting", task="letter_counting", source="own", samples=300,
             max_new_tokens=192,
         ),
