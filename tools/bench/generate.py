@@ -72,7 +72,7 @@ def measure_mixed_rows(
 def measure_equal_rows(
     job: Job, *, rows: int = 64, prompt_tokens: int = 500, new_tokens: int = 4, rounds: int = 5
 ) -> None:
-    """Report steps/s of prompts of equal length, which need no mask, against those without it."""
+    """Report tokens/s of decoding rows of equal length by `packed_heads` against transformers."""
     base = job.load_base()
     prompt = make_prompts(base, job.work, num=1, num_tokens=prompt_tokens).to(base.device)
     first: Any = base.model(prompt, use_cache=True, logits_to_keep=1)

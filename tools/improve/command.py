@@ -15,7 +15,7 @@ from carryon.cache.settings import ForwardSettings
 from carryon.tools.cli.main import check_command
 from carryon.tools.cli.output import print_result
 from carryon.tools.improve.inputs import Files, digest_inputs
-from carryon.tools.improve.plan import TEST_SEED, Plan
+from carryon.tools.improve.plan import HINT, TEST_SEED, Plan
 from carryon.tools.improve.report import Row, format_rows, plot_rounds, read_scores
 from carryon.tools.improve.sample import check_form_ratio, check_hint, check_numbers, check_shots
 from carryon.tools.improve.steps import Step, run_step
@@ -41,7 +41,7 @@ def improve(
     keep: int = 4,
     instruction: str = "Think step by step.",
     shots: int = 0,
-    hint: str = "The answer is {answer}.",
+    hint: str = HINT,
     temperature: float = 0.8,
     max_new_tokens: int = 256,
     keep_cut: bool = False,

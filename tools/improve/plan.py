@@ -9,7 +9,9 @@ from carryon.cache.settings import ForwardSettings
 
 _TOLD_SHOTS = 8
 """Solved problems of round 1 that show the form of an answer where the base is told what it is."""
-_POSED_FOR_EXAMPLES, _ANSWERS_FOR_EXAMPLES, _EXAMPLE_SETS = 100, 4, 8
+HINT = "The answer is {answer}."
+"""Tells the base what is right."""
+POSED_FOR_EXAMPLES, ANSWERS_FOR_EXAMPLES, EXAMPLE_SETS = 100, 4, 8
 """Problems answered under the instruction to find examples, answers to each, and sets to try."""
 TEST_SEED = 1_000_001
 """A million from the default seed of the training problems."""
@@ -90,11 +92,11 @@ class Plan:
 
     def examples_argv(self) -> list[str]:
         """Return the command that samples from the instructed base what round 1 shows."""
-        asked = ["--samples", str(min(_ANSWERS_FOR_EXAMPLES, self.samples)), "--keep", "1"]
+        asked = ["--samples", str(min(ANSWERS_FOR_EXAMPLES, self.samples)), "--keep", "1"]
         asked += ["--instruction", self.instruction] if self.instruction else []
         asked += ["--form-ratio", f"{self.form_ratio:g}"] if self.form_ratio else []
         asked += ["--temperature", f"{self.temperature:g}"]
-        num = min(_POSED_FOR_EXAMPLES, self.num)
+        num = min(POSED_FOR_EXAMPLES, self.num)
         return self._sample(1, self.examples, asked, num=num, seed=self.task_seed)
 
     def sample_argv(self, number: int, known: Sequence[Path]) -> list[str]:
@@ -102,7 +104,7 @@ class Plan:
         asked = ["--samples", str(self.samples), "--keep", str(self.keep)]
         if number == 1 and self.shots:
             asked += ["--shots", str(self.shots), "--examples", str(self.examples)]
-            asked += ["--example-sets", str(_EXAMPLE_SETS), "--examples-out", str(self.shown)]
+            asked += ["--example-sets", str(EXAMPLE_SETS), "--examples-out", str(self.shown)]
         elif number == 1:
             asked += ["--instruction", self.instruction] if self.instruction else []
         else:

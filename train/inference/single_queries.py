@@ -18,7 +18,6 @@ _SDPA = "sdpa"
 @contextmanager
 def packed_heads() -> Iterator[None]:
     """Let each query that attends alone, on a CPU, do so under a mask, within the block."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attend(
@@ -33,9 +32,10 @@ def packed_heads() -> Iterator[None]:
         is_shared = query.shape[1] != key.shape[1]
         if attention_mask is None and query.shape[2] == 1 and is_shared and is_slow:
             attention_mask = torch.ones((1, 1, 1, key.shape[2]), dtype=torch.bool)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return attend_before(module, query, key, value, attention_mask, **options)
 
     functions: Any = ALL_ATTENTION_FUNCTIONS
+    attend_before = functions[_SDPA]  # which somebody may have registered
     functions[_SDPA] = attend
     try:
         yield

@@ -138,7 +138,7 @@ def read_rounds(text: str) -> list[tuple[int, dict[int, int], list[int]]]:
     """Return of each round of a trial its problems, set -> right answers, and the sets left."""
     rounds = list[tuple[int, dict[int, int], list[int]]]()
     for line in text.splitlines():
-        if match := re.search(r"right of (\d+): (.*); on: (.*)", line):
+        if match := re.search(r"right answers of (\d+): (.*); left: (.*)", line):
             pairs = [pair.split(": ") for pair in match[2].split(", ")]
             rights = {int(number): int(right) for number, right in pairs}
             rounds.append((int(match[1]), rights, [int(each) for each in match[3].split(", ")]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny_bases import make_tiny_base
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from carryon.cache.base.model import Base, load_base
 from carryon.cache.settings import ForwardSettings
@@ -77,6 +77,21 @@ def test_the_next_token_has_the_same_logits(base: Base, rows: list[list[int]]) -
         made = next_logits()
     torch.testing.assert_close(made, expected, rtol=2e-2, atol=2e-2)  # of bfloat16
     assert made.abs().max() > 0.5
+
+
+def test_attention_that_somebody_has_registered_is_kept(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], list[int]()
+
+    def attend(module: Any, query: Tensor, *given: Any, **options: Any) -> Any:  # noqa: ANN401
+        calls.append(query.shape[2])
+        return own(module, query, *given, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", attend)
+    generate.generate_rows(CarryOnForCausalLM.from_base(base), ROWS, settings=SETTINGS)
+    assert calls.count(1) >= SETTINGS.max_new_tokens - 1
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
 
 
 def test_attention_of_others_is_as_before_behind_the_block(base: Base) -> None:

@@ -20,7 +20,12 @@ from carryon.cache.settings import ForwardSettings
 from carryon.tools.bench.accuracy.recipes import TEST_SEED, TRAIN_SEED, Recipe
 from carryon.tools.bench.planned import Planned
 from carryon.tools.compare.settings import LORA_RANK
-from carryon.tools.improve.plan import forward_argv
+from carryon.tools.improve.plan import (
+    ANSWERS_FOR_EXAMPLES,
+    EXAMPLE_SETS,
+    HINT,
+    forward_argv,
+)
 from carryon.train.modules.taps import middle_taps
 
 MLP = "mlp"
@@ -35,11 +40,8 @@ PROMPTED = ("instruct", "few-shot")
 _MOST_TOP_BLOCKS = 8
 _TOP_PASSES = 1 / 4
 """Of a `top` for each of the others: one teaches it more, in six to fourteen times the seconds."""
-_SHOTS, _EXAMPLE_SETS = 4, 8
-"""Own answers in a prompt, and sets of them to choose from: prompts differ by 20 points."""
-_ANSWERS_FOR_EXAMPLES = 4
-"""To each problem that is answered under the instruction to find them."""
-_HINT = "The answer is {answer}."
+_SHOTS = 4
+"""Own answers in a prompt."""
 _HELD_OUT_TEMPLATES = 0.1
 """Of the templates of training: a twentieth, as of other problems, would be two or three."""
 
@@ -174,14 +176,14 @@ def _make_corpus(experiment: Experiment, recipe: Recipe, folder: Path) -> Planne
     argv += ["--keep", str(recipe.keep)]
     if recipe.shown:
         argv += ["--shots", str(_SHOTS), "--examples", str(folder / "examples.jsonl")]
-        argv += ["--example-sets", str(_EXAMPLE_SETS), "--examples-out", str(_shown(folder))]
+        argv += ["--example-sets", str(EXAMPLE_SETS), "--examples-out", str(_shown(folder))]
     else:
         argv += ["--instruction", recipe.instruction]
     return Planned(result=result, argv=_sample(experiment, recipe, folder, path, argv))
 
 
 def _sample_examples(experiment: Experiment, recipe: Recipe, folder: Path) -> Planned:
-    argv = ["--num", str(recipe.shown), "--samples", str(_ANSWERS_FOR_EXAMPLES), "--keep", "1"]
+    argv = ["--num", str(recipe.shown), "--samples", str(ANSWERS_FOR_EXAMPLES), "--keep", "1"]
     argv += ["--instruction", recipe.instruction]
     argv = _sample(experiment, recipe, folder, folder / "examples.jsonl", argv)
     return Planned(result=folder / "examples.json", argv=argv)
@@ -190,7 +192,7 @@ def _sample_examples(experiment: Experiment, recipe: Recipe, folder: Path) -> Pl
 def _sample_hinted(experiment: Experiment, recipe: Recipe, folder: Path) -> Planned:
     corpus, out = folder / "corpus.jsonl", folder / "hinted.jsonl"
     argv = ["--num", str(recipe.samples), "--samples", "1", "--keep", "1"]
-    argv += ["--known", str(corpus), "--unsolved", "--hint", _HINT, "--shots", str(_SHOTS)]
+    argv += ["--known", str(corpus), "--unsolved", "--hint", HINT, "--shots", str(_SHOTS)]
     argv += ["--examples", str(_shown(folder) if recipe.shown else corpus)]
     argv = _sample(experiment, recipe, folder, out, argv, temperature=0.0)
     return Planned(result=folder / "hinted.json", argv=argv, may_lack=out)

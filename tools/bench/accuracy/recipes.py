@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from carryon.cache.errors import InputError
+from carryon.tools.improve.plan import POSED_FOR_EXAMPLES
 
 TRAIN_SEED, TEST_SEED = 1, 1_000_001
 """Problem i of reasoning-gym is drawn from seed + i: the two never meet."""
@@ -79,7 +80,7 @@ RECIPES = {
         ),
         Recipe(
             name="chain_sum", task=_SUMS, source="own", samples=200, max_new_tokens=160,
-            answers=2, max_answers=4, shown=100, form_ratio=0.0, is_hinted=True,
+            answers=2, max_answers=4, shown=POSED_FOR_EXAMPLES, form_ratio=0.0, is_hinted=True,
             goal=Goal(against="prompt", at_least=-0.03),
         ),
         Recipe(
@@ -105,7 +106,7 @@ RECIPES = {
         ),
         Recipe(
             name="basic_arithmetic-own", task=_ARITHMETIC, source="own", samples=200,
-            max_new_tokens=160, answers=2, max_answers=4, shown=100, form_ratio=0.0,
+            max_new_tokens=160, answers=2, max_answers=4, shown=POSED_FOR_EXAMPLES, form_ratio=0.0,
             is_hinted=True, goal=Goal(against="prompt", at_least=-0.03),
         ),
         Recipe(

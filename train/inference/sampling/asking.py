@@ -19,7 +19,7 @@ class Asking:
     shots: int = 0
     """Solved problems shown before the question, at most."""
     example_sets: int = 1
-    """Sets of them at most that are tried; the one with most right answers asks the rest."""
+    """Sets of them at most that are tried in rounds; the last one left asks the rest."""
     hint: str = ""
     """Text behind the question, with RESULT in place of the right answer."""
     keep: int = 4

@@ -65,7 +65,7 @@ def choose_set(
         counts = ", ".join(f"{number + 1}: {rights[number]}" for number in left)
         left = sorted(sorted(left, key=lambda number: (-rights[number], number))[:kept])
         logger.info(
-            f"sets of examples: right of {sum(map(len, few.values()))}: {counts}; on: "
+            f"sets of examples, right answers of {sum(map(len, few.values()))}: {counts}; left: "
             f"{', '.join(str(number + 1) for number in left)}"
         )
         num *= 2
