@@ -4,6 +4,7 @@ import ast
 import configparser
 import importlib.metadata
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,17 @@ NOT_INSTALLED = {
     "carryon.tools.bench.trust",
 }
 """Run from a checkout."""
+TOP_FILES = {
+    ".gitignore",
+    ".ruff.toml",
+    "CHANGELOG.md",
+    "LICENSE",
+    "README.md",
+    "SECURITY.md",
+    "constraints.txt",
+    "pyproject.toml",
+    "setup.cfg",
+}
 COMES_WITH_ANOTHER = {"huggingface_hub", "jinja2", "tokenizers"}
 """Imported, but not listed: transformers and torch bring them."""
 OTHER_NAMES = {"yaml": "pyyaml"}
@@ -92,6 +104,14 @@ def test_no_host_or_index_is_named() -> None:
     for name in ("constraints.txt", "setup.cfg", "pyproject.toml", ".ci/run"):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert not re.search(r"https?://|--(extra-)?index-url|--find-links", text), name
+
+
+def test_no_other_file_is_kept_at_the_top() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    files = {name for name in listed.stdout.splitlines() if "/" not in name}
+    assert files == TOP_FILES
 
 
 def test_the_installed_command_is_carryon() -> None:
