@@ -27,6 +27,7 @@ NOTES = {
     "turn left out, its prompt longer than a sample": "",
     "turn whose prompt is not the beginning of the finished turn": "",
     "turn that the chat template does not mark, not learned": "",
+    "turn with reasoning that the chat template cuts out, learned as generation has it": "",
     "empty assistant text, not learned": "",
     "assistant speaks first, turn not learned": "",
     "control tokens within the text of a message": "",

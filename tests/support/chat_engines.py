@@ -74,6 +74,12 @@ def engine_turns(
             continue
         prompt = render(messages[:index], is_prompt=True)
         finished = render(messages[: index + 1])
+        if _loses_reasoning(finished, message):  # what the engine returned is the turn
+            opened = prompt.rstrip().endswith("<think>")
+            said = message["content"].removeprefix("<think>") if opened else message["content"]
+            said = said.lstrip() if prompt[-1].isspace() else said
+            turns.append(_tokenize(tokenizer, index, prompt, said + stops[0], stops))
+            continue
         kept = _common(prompt, finished, tokenizer)
         reply = finished[len(kept) :]
         history = render(messages[:index])
@@ -90,6 +96,12 @@ def engine_turns(
             end = len(reply)
         turns.append(_tokenize(tokenizer, index, kept, reply[:end], stops))
     return turns[-1:] if only_last else turns
+
+
+def _loses_reasoning(finished: str, message: Message) -> bool:
+    content = message.get("content") or ""
+    before = content.partition("</think>")[0].split()
+    return "</think>" in content and before[-1] not in finished.split("</think>")[0].split()
 
 
 def _plain(message: Message, *, is_parsed: bool) -> dict[str, Any]:

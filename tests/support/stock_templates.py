@@ -345,7 +345,7 @@ STOCK = [
         special=HEADERS,
         cells={
             "tools": [f"<TOOLCALL>{FUNCTIONS}</TOOLCALL>$", f"{ANSWER}$"],
-            "think": NO_THOUGHT,
+            "think": [f"{THOUGHT}$", "See you.$"],
         },
     ),
     # Mistral
@@ -441,7 +441,10 @@ STOCK = [
         bos=DEEPSEEK_BOS,
         special=DEEPSEEK,
         added="<think> </think>",
-        cells={"tools": [DEEPSEEK_CALL, f"{ANSWER}$"], "think": NO_THOUGHT},
+        cells={
+            "tools": [DEEPSEEK_CALL, f"{ANSWER}$"],
+            "think": ["hm\n</think>\n\nHello.$", "See you.$"],
+        },
     ),
     StockTemplate(
         name="deepseek_v3_1",
@@ -476,7 +479,7 @@ STOCK = [
                 "<\uff5ctool\u2581calls\u2581end\uff5c>$",
                 f"{ANSWER}$",
             ],
-            "think": NO_THOUGHT,
+            "think": ["\nhm\n</think>\n\nHello.$", "</think>See you.$"],
         },
     ),
     # others

@@ -41,6 +41,11 @@ def refuse_lost_texts(
             position = max(position, place)
 
 
+def has_text(text: str, part: str) -> bool:
+    """Tell whether a part stands in a text, white space aside, or in JSON's spelling."""
+    return part in text or _find(_squeeze(text), part, 0) >= 0
+
+
 def refuse_lost_tools(text: str, tools: Sequence[Mapping[str, Any]], *, template: str) -> None:
     """Check that the names of all tools stand in a rendering.
 

@@ -1,12 +1,21 @@
 """Messages as chat templates take them: what they say, and the forms in which some want them."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from carryon.cache.corpus.chat.fidelity import has_text
 
 Message = Mapping[str, Any]
 TEXT_FIELDS = ("reasoning_content", "content")
 """Fields of a message that hold text."""
+OPENED_CHARS = 32
+"""Of a turn that its prompt may have opened."""
+_OPENING = re.compile(r"<([\w:-]+)>\s*\Z")
+_CLOSED = re.compile(r"</[\w:-]+>\s*\Z")
+_CLOSING = re.compile(r"</([\w:-]+)>")
+"""Of reasoning: the end of a prompt that opens it, of one that closes it, and in a content."""
 
 
 def says_nothing(message: Message) -> bool:
@@ -26,6 +35,35 @@ def end_of_text(message: Message, closed: str, start: int) -> int:
     own = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
     places = [(closed.rfind(text, start), len(text)) for text in own]
     return max([start, *(place + length for place, length in places if place >= 0)])
+
+
+def continuation(message: Message, prompt: str, closed: str, start: int) -> str:
+    """Return the text that continues a prompt whose finished turn lost it; empty for others.
+
+    Of reasoning models the prompt may open the reasoning, which the content then closes, with or
+    without opening it again; and the template may cut it out of a finished turn.
+
+    Args:
+        message: of the assistant.
+        prompt: the messages before it, with the generation prompt.
+        closed: all through the turn.
+        start: length of their common beginning.
+    """
+    content = message.get("content")
+    if not isinstance(content, str) or message.get("tool_calls") or _CLOSED.search(prompt):
+        return ""
+    text, opening = content.strip(), _OPENING.search(prompt)
+    if message.get("reasoning_content") or not _CLOSING.search(text):
+        return ""
+    name = opening.group(1) if opening else ""
+    is_opened = bool(name) and f"</{name}>" in text
+    is_unlike = is_opened and start < len(prompt)
+    if not is_unlike and has_text(closed[max(0, start - OPENED_CHARS) :], text):
+        return ""
+    if is_opened and text.startswith(f"<{name}>"):
+        text = text.removeprefix(f"<{name}>")
+        text = text.lstrip() if prompt[-1].isspace() else text
+    return text
 
 
 def other_forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:

@@ -36,3 +36,5 @@ class Turn:
     """Whether `closed` begins with the whole prompt."""
     moved: int
     """Characters by which the turn stands further on in `closed` than the template wrote it."""
+    is_continued: bool
+    """Whether `closed` is the prompt and the message's own text, which the template cuts."""

@@ -5,6 +5,9 @@ all through the turn. What the second has behind their common beginning, through
 the target. Where the rendering of the whole conversation holds every turn like this, the
 conversation is one sample; where the template rewrites earlier turns, each turn is one.
 
+A template may open the reasoning in its generation prompt, and cut it out of the finished turn: the
+turn is then its prompt, its content and what the template writes behind a content.
+
     stop token                              example
     special token behind the text           ChatML's <|im_end|>; a newline behind it is no target
     first token of what follows the turn    GLM's <|user|>; appended where nothing follows
@@ -25,8 +28,10 @@ from carryon.cache.corpus.chat.fidelity import (
     structure_of,
 )
 from carryon.cache.corpus.chat.message_forms import (
+    OPENED_CHARS,
     TEXT_FIELDS,
     Message,
+    continuation,
     end_of_text,
     is_answer,
     other_forms,
@@ -41,10 +46,11 @@ _MOST_EXACT = 32
 """Messages of a conversation of which each turn is rendered from the beginning; a longer one is
 rendered in windows, so that time stays linear."""
 _WINDOW_TURNS = 8
-_OPENED_CHARS = 32
 _LEAST_ENDING = 8
 """Characters at the end of a prompt by which it is found in a finished turn."""
 _PROBES = ({"role": "tool", "content": "x"}, {"role": "user", "content": "x"})
+_OTHER = "\1"
+"""A text in place of what a message says."""
 _FAR = 64
 """Messages behind the beginning of a window at which any user message begins the next."""
 
@@ -97,6 +103,7 @@ class Conversation:
                 length=0,
                 is_prompt_kept=True,
                 moved=0,
+                is_continued=False,
             )
             for i in range(len(self._messages))
             if is_answer(self._messages[i])
@@ -237,6 +244,19 @@ class Conversation:
         is_whole = messages is self._messages and index == len(messages) - 1
         closed = self.whole if is_whole else self._render(messages[: index + 1])
         start = _common_length(prompt, closed)
+        text = continuation(messages[index], prompt, closed, start)
+        if text and (ending := self._ending(messages, index)) is not None:
+            closed = prompt + text + ending
+            return Turn(
+                index=index,
+                closed=closed,
+                start=len(prompt),
+                stop=len(closed),
+                length=len(closed),
+                is_prompt_kept=True,
+                moved=0,
+                is_continued=True,
+            )
         moved = 0
         if start < len(prompt):
             if start < _common_length(prompt, self._render(messages[:index])):
@@ -256,7 +276,19 @@ class Conversation:
             length=len(closed),
             is_prompt_kept=start == len(prompt),
             moved=moved,
+            is_continued=False,
         )
+
+    def _ending(self, messages: Sequence[Message], index: int) -> str | None:
+        """Return what the template writes behind the content of a turn; None: it writes none."""
+        asked = list(messages)
+        asked[index] = {**messages[index], "content": _OTHER}
+        written = self._render(asked[: index + 1])
+        if _OTHER not in written:
+            return None
+        place = written.rfind(_OTHER) + len(_OTHER)
+        stop, appended = self._find_stop(written, place, asked, index)
+        return (written + appended)[place:stop]
 
     def _own_place(self, messages: Sequence[Message], index: int, prompt: str, closed: str) -> int:
         """Return where a turn's own text begins in `closed`: behind the end of its prompt.
@@ -265,7 +297,7 @@ class Conversation:
         first text. The last place in it that ends as the prompt does is the beginning.
         """
         message = messages[index]
-        other = {field: "\1" for field in TEXT_FIELDS if message.get(field)}
+        other = {field: _OTHER for field in TEXT_FIELDS if message.get(field)}
         changed = self._render([*messages[:index], {**message, **other}])
         head = closed[: _common_length(closed, changed)]
         length, most = 0, len(prompt)
@@ -316,7 +348,7 @@ class Conversation:
         self, turn: Turn, marks: Sequence[tuple[int, int]] | None, text: str
     ) -> list[tuple[int, int]]:
         """Return the targets of a turn in `text`: what the template marks, with the stop token."""
-        if marks is None:
+        if marks is None or turn.is_continued:
             return [(turn.start, turn.stop)]
         spans = [
             (max(start + turn.moved, turn.start), min(stop + turn.moved, turn.stop))
@@ -339,7 +371,7 @@ class Conversation:
         refuse_lost_texts(text, messages, said, template=name)
         for turn in turns:
             # the prompt may have opened the turn with its first few characters
-            reply = text[max(0, turn.start - _OPENED_CHARS) : turn.stop]
+            reply = text[max(0, turn.start - OPENED_CHARS) : turn.stop]
             refuse_lost_texts(reply, messages, [turn.index], template=name)
         if self._chat.tools:
             refuse_lost_tools(text, self._chat.tools, template=name)
@@ -365,7 +397,9 @@ class Conversation:
 def _notes(turns: Sequence[Turn], targets: Sequence[Sequence[tuple[int, int]]]) -> list[str]:
     opened = "turn whose prompt is not the beginning of the finished turn"
     unmarked = "turn that the chat template does not mark, not learned"
+    continued = "turn with reasoning that the chat template cuts out, learned as generation has it"
     return [
+        *[continued for turn in turns if turn.is_continued],
         *[opened for turn in turns if not turn.is_prompt_kept],
         *[unmarked for spans in targets if not spans],
     ]

@@ -162,7 +162,7 @@ def test_a_prompt_that_the_finished_turn_does_not_begin_with_is_counted(name: st
         ("drops_tool_calls", "tools"),
         ("kimi_k2", "tools"),
         ("smollm2", "reasoning"),
-        ("deepseek_r1", "think"),
+        ("deepseek_v3_1", "think"),
     ],
 )
 def test_a_chat_that_a_template_drops_or_refuses_can_be_left_out_and_is_counted(
