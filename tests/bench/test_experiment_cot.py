@@ -194,6 +194,7 @@ def make_experiment(root: Path, **changes: Any) -> plan.Experiment:  # noqa: ANN
         temperature=0.8,
         engine="auto",
         batch_rows=16,
+        chat_template_kwargs=[],
     )
     return replace(given, **changes)
 

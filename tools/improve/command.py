@@ -23,7 +23,7 @@ from carryon.tools.improve.steps import Step, run_step
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "improve.json"
-_OLDER = {"max_samples": 0, "form_ratio": 0, "hint": "", "shots": 0}
+_OLDER = {"max_samples": 0, "form_ratio": 0, "hint": "", "shots": 0, "chat_template_kwargs": []}
 """Settings of folders that were made before there were these."""
 
 
@@ -44,6 +44,7 @@ def improve(
     hint: str = HINT,
     temperature: float = 0.8,
     max_new_tokens: int = 256,
+    chat_template_kwargs: list[str] = [],  # noqa: B006
     keep_cut: bool = False,
     form_ratio: float = 0.5,
     task_seed: int = 1,
@@ -92,6 +93,8 @@ def improve(
             1; not stored. Empty: such problems are left out.
         temperature: Sampling temperature.
         max_new_tokens: Maximum length of an answer, in tokens.
+        chat_template_kwargs: Variables for the chat template, each NAME=VALUE, such as
+            enable_thinking=false for a base that thinks at length.
         keep_cut: Keep right answers that were cut at --max-new-tokens too.
         form_ratio: Leave out right answers of a form (the text without its numbers) that is right
             less often than this times the best form. 0: keep any form.
@@ -150,6 +153,7 @@ def improve(
         hint=hint.strip(),
         temperature=temperature,
         max_new_tokens=max_new_tokens,
+        chat_template_kwargs=chat_template_kwargs,
         keep_cut=keep_cut,
         form_ratio=form_ratio,
         task_seed=task_seed,

@@ -43,6 +43,7 @@ class Plan:
     hint: str
     temperature: float
     max_new_tokens: int
+    chat_template_kwargs: Sequence[str]
     keep_cut: bool
     form_ratio: float
     task_seed: int
@@ -135,7 +136,7 @@ class Plan:
         argv += ["--out", str(self.store), *["--append"] * (number > 1)]
         argv += ["--taps", *self.taps] if self.taps else []
         argv += ["--config", self.extract_config] if self.extract_config else []
-        return argv + forward_argv(self.forward)
+        return argv + self._template() + forward_argv(self.forward)
 
     def train_argv(self, number: int) -> list[str]:
         """Return the command that trains on the whole store."""
@@ -157,7 +158,7 @@ class Plan:
         argv += ["--task-seed", str(self.test_seed)]
         argv += ["--max-new-tokens", str(self.max_new_tokens)]
         argv += ["--out", str(self.folder(number) / "answers.jsonl")]
-        return argv + self._engine() + forward_argv(self.forward)
+        return argv + self._template() + self._engine() + forward_argv(self.forward)
 
     def _sample(
         self, number: int, out: Path, asked: Sequence[str], *, num: int, seed: int
@@ -168,12 +169,17 @@ class Plan:
         argv += ["--keep-cut"] * self.keep_cut
         argv += ["--max-new-tokens", str(self.max_new_tokens), "--drop-long"]
         argv += ["--test-num", str(self.test_num), "--test-seed", str(self.test_seed)]
-        return [*argv, "--out", str(out), *self._engine(), *forward_argv(self.forward)]
+        argv += ["--out", str(out), *self._template(), *self._engine()]
+        return argv + forward_argv(self.forward)
 
     def _sources(self, tasks: str, data: str) -> list[str]:
         argv = [tasks, *self.tasks] if self.tasks else []
         argv += [data, *self.data] if self.data else []
         return argv + (["--rule", self.rule] if self.rule != "auto" else [])
+
+    def _template(self) -> list[str]:
+        given = self.chat_template_kwargs
+        return ["--chat-template-kwargs", *given] if given else []
 
     def _engine(self) -> list[str]:
         engine = ["--engine", self.engine] if self.engine != "auto" else []

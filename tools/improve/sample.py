@@ -1,6 +1,7 @@
 """`carryon sample`: verified answers of base or carry-on as a corpus."""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +40,7 @@ def sample(
     top_p: float = 1.0,
     max_new_tokens: int = 256,
     seed: int = 0,
+    chat_template_kwargs: list[str] = [],  # noqa: B006
     task_seed: int = 1,
     test_num: int = 0,
     test_seed: int = TEST_SEED,
@@ -98,6 +100,9 @@ def sample(
             probabilities.
         max_new_tokens: Maximum length of an answer, in tokens.
         seed: Seed of sampling, and of the draw of examples.
+        chat_template_kwargs: Variables for the chat template, each NAME=VALUE, such as
+            enable_thinking=false; carryon extract wants them too. Empty: those of --carryon, or
+            none.
         task_seed: Seed of the problems.
         test_num: Problems of each task or data that carryon score will pose: questions equal to
             one of them are left out. 0: none.
@@ -150,7 +155,11 @@ def sample(
             held_out_ratio=held_out_ratio,
         ),
         settings=GenerateSettings(
-            temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            chat_template_kwargs=chat_template_kwargs,
         ),
         forward=forward,
         engine=engine,
@@ -160,6 +169,9 @@ def sample(
         origin={"task_seed": task_seed},
         out=Path(out),
     )
+    if chat_template_kwargs:
+        words = shlex.join(chat_template_kwargs)
+        logger.info(f"extract {out} with --chat-template-kwargs {words}, as it was sampled")
     counts = sampled.counts
     document = {"out": out, "answers": str(sampled.answers_path), **counts.to_dict()}
     document |= {"dropped": sampled.dropped, "new_tokens": sampled.new_tokens}

@@ -15,9 +15,9 @@ from transformers import Cache, GenerationConfig
 from carryon.cache.base.facts import check_token_id, end_ids
 from carryon.cache.errors import InputError
 from carryon.train.inference.draw import sampling_processors
-from carryon.train.inference.generate_settings import ChatChoice, GenerateSettings
+from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.prefill import arrange, prefill
-from carryon.train.inference.prompts import encode_prompts
+from carryon.train.inference.prompts import encode_prompts, with_variables
 from carryon.train.inference.single_queries import packed_heads
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def answer_batch(
     Raises:
         InputError: an empty prompt, or one too long for the base.
     """
-    rows = _encode(model, prompts, chat=settings.chat, carryons=generation.get("carryons"))
+    rows = _encode(model, prompts, settings=settings, carryons=generation.get("carryons"))
     check_room(rows, settings=settings, context_tokens=model.identity.context_tokens)
     generation |= model.read_prompts(prompts, chat=settings.chat)
     return [each.text for each in generate_rows(model, rows, settings=settings, **generation)]
@@ -265,7 +265,7 @@ def _encode(
     model: "CarryOnForCausalLM",
     prompts: Sequence[str],
     *,
-    chat: ChatChoice,
+    settings: GenerateSettings,
     carryons: Sequence[str | None] | None,
 ) -> list[list[int]]:
     """Return the token ids of prompts, each framed as the texts of its carry-on were."""
@@ -274,6 +274,7 @@ def _encode(
     for framing in {id(each): each for each in framings}.values():
         indices = [index for index, each in enumerate(framings) if each is framing]
         texts = [prompts[index] for index in indices]
-        encoded = encode_prompts(model.tokenizer, texts, framing=framing, chat=chat)
+        asked = with_variables(framing, settings)
+        encoded = encode_prompts(model.tokenizer, texts, framing=asked, chat=settings.chat)
         rows |= zip(indices, encoded, strict=True)
     return [rows[index] for index in range(len(prompts))]

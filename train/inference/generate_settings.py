@@ -23,6 +23,15 @@ class GenerateSettings(Settings):
     chat: ChatChoice = "auto"
     """Whether the prompt goes into the chat template, as a user turn, or stands as it is. `auto`:
     as the carry-on's training texts did; if that is not known, where the base has a template."""
+    chat_template_kwargs: list[str] = bounded([])
+    """Variables for the chat template, each NAME=VALUE, such as enable_thinking=false. Empty: those
+    of the carry-on's training texts, or none."""
+
+    @property
+    def template_facts(self) -> dict[str, list[str]]:
+        """What a file of answers keeps of the chat template; older files have nothing."""
+        given = self.chat_template_kwargs
+        return {"chat_template_kwargs": given} if given else {}
 
     def problems(self) -> list[tuple[bool, str]]:
         """Return what the settings may not be together."""

@@ -266,7 +266,7 @@ class CarryOnForCausalLM(ModelHubMixin, PreTrainedModel, GenerationMixin):  # ty
         [settings] = apply_options(options, settings or GenerateSettings())
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         framings = self.framings(carryons, num_rows=len(texts))
-        lines = (framing_warnings(self.tokenizer, each, settings.chat) for each in framings)
+        lines = (framing_warnings(self.tokenizer, each, settings) for each in framings)
         for line in set(chain.from_iterable(lines)) - self._warnings:
             logger.warning(line)
             self._warnings.add(line)

@@ -2,16 +2,18 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.base.identity import digest_chat_template
 from carryon.cache.corpus.chat.chat_template import ChatTemplate
+from carryon.cache.corpus.chat.template_settings import unread_variables
 from carryon.cache.corpus.conversion import parse_variables
 from carryon.cache.corpus.records import Chat
 from carryon.cache.errors import InputError
 from carryon.cache.format.framing import Framing
-from carryon.train.inference.generate_settings import ChatChoice
+from carryon.train.inference.generate_settings import ChatChoice, GenerateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,31 +41,56 @@ def uses_template(
     return has_template and framing.is_chat is not False
 
 
+def with_variables(framing: Framing, settings: GenerateSettings) -> Framing:
+    """Return how prompts stand: as in training, but for variables of the chat template if given."""
+    given = settings.chat_template_kwargs
+    return replace(framing, chat_template_kwargs=tuple(given)) if given else framing
+
+
 def framing_warnings(
-    tokenizer: "PreTrainedTokenizerBase",
-    framing: Framing,
-    chat: ChatChoice,
+    tokenizer: "PreTrainedTokenizerBase", framing: Framing, settings: GenerateSettings
 ) -> list[str]:
-    """Return in which respects prompts will stand otherwise than texts did in training."""
-    is_chat = uses_template(tokenizer, framing, chat)
+    """Return in which respects prompts will stand otherwise than texts did in training.
+
+    Args:
+        tokenizer: of the base.
+        framing: of the carry-on's training texts.
+        settings: how prompts are answered.
+
+    Raises:
+        InputError: a variable of the chat template is not of the form NAME=VALUE.
+    """
+    asked = with_variables(framing, settings)
+    before, after = (parse_variables(each.chat_template_kwargs) for each in (framing, asked))
+    is_chat = uses_template(tokenizer, framing, settings.chat)
     if framing.is_chat is not None and is_chat != framing.is_chat:
         trained = "conversations, through a chat template" if framing.is_chat else "plain text"
         given = "the chat template" if is_chat else "plain text"
         return [
             f"the carry-on was trained on {trained}, and now gets {given}. Fix: leave out --chat"
         ]
+    if not is_chat:
+        return []
+    template = framing.chat_template or str(tokenizer.chat_template or "")
+    lines = unread_variables(template, settings.chat_template_kwargs)
+    if framing.is_chat and after != before:
+        named = " ".join(framing.chat_template_kwargs) or "none"
+        lines.append(
+            f"the carry-on was trained with other variables of the chat template ({named}), and "
+            f"now gets {' '.join(asked.chat_template_kwargs)}. Fix: leave out "
+            "--chat-template-kwargs"
+        )
     is_other = (
-        is_chat
-        and framing.is_chat
+        framing.is_chat
         and not framing.chat_template
         and digest_chat_template(tokenizer) != framing.chat_template_sha256
     )
     if is_other:
-        return [
+        lines.append(
             "the base's chat template is another than the one that the carry-on was trained with. "
             "Fix: give the base as it was at extraction"
-        ]
-    return []
+        )
+    return lines
 
 
 def encode_prompts(

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -47,7 +48,20 @@ def resolve_settings(
     elif prints_date(tokenizer):
         day = date.today().isoformat()
         logger.info(f"the chat template prints the date: {day}, which the store keeps")
+    template = str(tokenizer.chat_template or "")
+    for line in unread_variables(template, settings.chat_template_kwargs):
+        logger.warning(line)
     return replace(settings, template_date=day), tokenizer
+
+
+def unread_variables(template: str, options: Sequence[str]) -> list[str]:
+    """Return a line for each NAME=VALUE whose name does not stand in a chat template."""
+    names = [option.partition("=")[0] for option in options]
+    return [
+        f"chat_template_kwargs: the chat template reads no {name!a:.80}: without any effect"
+        for name in names
+        if name not in template
+    ]
 
 
 def _read_template(value: str) -> str:

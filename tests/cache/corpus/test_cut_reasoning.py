@@ -83,6 +83,21 @@ def test_a_template_that_writes_no_content_is_refused_still() -> None:
         read_rows(template, [record_of("2 + 2?", RETURNED)], tokenizer)
 
 
+def test_marks_of_what_is_generated_do_not_shorten_a_continued_turn() -> None:
+    template = stock("deepseek_r1")
+    tokenizer = tokenizer_of(template, "bytes")
+    cut = "{{- '<\uff5cAssistant\uff5c>' + message.content.split('</think>')[-1] + eos_token }}"
+    marked = (
+        "{{- '<\uff5cAssistant\uff5c>' }}{% generation %}"
+        "{{- message.content.split('</think>')[-1] + eos_token }}{% endgeneration %}"
+    )
+    text = tokenizer.chat_template.replace("\\uff5c", "\uff5c")
+    assert cut in text
+    tokenizer.chat_template = text.replace(cut, marked)
+    corpus = read_rows(template, [record_of("2 + 2?", RETURNED)], tokenizer)
+    assert targets_of(tokenizer, corpus.samples) == [RETURNED + template.stop]
+
+
 def test_a_tag_that_is_written_is_no_reasoning() -> None:
     template = stock("deepseek_r1")
     tokenizer = tokenizer_of(template, "bytes")

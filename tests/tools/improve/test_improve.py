@@ -246,6 +246,7 @@ def make_plan(*, tasks: list[str], data: list[str], shots: int = 0) -> Plan:
         hint="it is {answer}",
         temperature=0.8,
         max_new_tokens=9,
+        chat_template_kwargs=[],
         keep_cut=False,
         form_ratio=0.5,
         task_seed=5,
@@ -322,6 +323,7 @@ def test_a_folder_of_before_max_samples_and_forms_resumes_without(
     assert main([*argv, "--max-samples", "0"]) == 0
     settings = json.loads((work / "out" / "improve.json").read_text())
     del settings["max_samples"], settings["form_ratio"], settings["hint"], settings["shots"]
+    del settings["chat_template_kwargs"]
     settings["instruct_unsolved"] = False
     (work / "out" / "improve.json").write_text(json.dumps(settings))
     assert main([*argv, "--max-samples", "0"]) == 0

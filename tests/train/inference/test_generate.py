@@ -75,6 +75,22 @@ def test_a_carryon_of_conversations_gets_the_template_of_its_training(
     assert chat.answer(["the an"] * 2, settings=SHORT, carryons=[None, "default"])[1] == text
 
 
+def test_variables_of_the_template_may_be_given(
+    model: CarryOnForCausalLM, tiny_base: Base, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = {
+        "chat_template": "{{ messages[0].content }} {{ a }}",
+        "chat_template_kwargs": ["a=on"],
+    }
+    chat = _framed(model, tiny_base, kinds={"messages": 3}, **template)
+    told = chat.answer("the an", settings=SHORT, chat_template_kwargs=["a=in"])
+    assert told == _continue(model, "the an in", alpha=1.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the carry-on was trained with other variables of the chat template (a=on), and now gets "
+        "a=in. Fix: leave out --chat-template-kwargs"
+    ]
+
+
 def test_another_framing_than_in_training_is_a_warning(
     model: CarryOnForCausalLM, tiny_base: Base, caplog: pytest.LogCaptureFixture
 ) -> None:

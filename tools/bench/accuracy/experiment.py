@@ -62,6 +62,7 @@ def experiment_cot(
     temperature: float = 0.8,
     engine: Literal["auto", "transformers", "vllm"] = "auto",
     batch_rows: int = 64,
+    chat_template_kwargs: list[str] = [],  # noqa: B006
     forward: ForwardSettings,
 ) -> list[dict[str, Any]]:
     """Teach a base chains of thought with carry-ons, and count right answers beside other ways.
@@ -104,6 +105,8 @@ def experiment_cot(
         temperature: Of the base's own answers that are sampled for training.
         engine: What generates the base's answers. `auto`: vLLM where it is installed.
         batch_rows: Answers that transformers generates at a time; fewer need less memory.
+        chat_template_kwargs: Variables for the chat template, each NAME=VALUE, such as
+            enable_thinking=false for a base that thinks at length.
         forward: How the base is run.
     """
     least = {"--num": (num, 1), "--samples": (samples, 0), "--shots": (shots, 0)}
@@ -130,6 +133,7 @@ def experiment_cot(
         temperature=temperature,
         engine=engine,
         batch_rows=batch_rows,
+        chat_template_kwargs=chat_template_kwargs,
         forward=forward,
     )
     plans = [(recipe, plan_task(experiment, recipe)) for recipe in recipes]

@@ -70,6 +70,7 @@ class Experiment:
     """Of sampled training answers."""
     engine: str
     batch_rows: int
+    chat_template_kwargs: Sequence[str]
     forward: ForwardSettings = field(default_factory=ForwardSettings)
 
     def __post_init__(self) -> None:
@@ -243,7 +244,7 @@ def _extract(experiment: Experiment, recipe: Recipe, folder: Path) -> Planned:
         blocks = experiment.top_blocks
         below = f"layer.{experiment.num_layers - blocks}"
         argv += [*dict.fromkeys([*experiment.taps, below]), "--with-blocks", str(blocks)]
-    argv += forward_argv(experiment.forward)
+    argv += _template(experiment) + forward_argv(experiment.forward)
     return Planned(result=folder / "extract.json", argv=argv)
 
 
@@ -301,4 +302,9 @@ def _answering(experiment: Experiment, recipe: Recipe) -> list[str]:
     argv += ["--rule", experiment.rule] if experiment.rule != "auto" else []
     argv += ["--engine", experiment.engine] if experiment.engine != "auto" else []
     argv += ["--batch-rows", str(experiment.batch_rows)]
-    return argv + forward_argv(experiment.forward)
+    return argv + _template(experiment) + forward_argv(experiment.forward)
+
+
+def _template(experiment: Experiment) -> list[str]:
+    given = experiment.chat_template_kwargs
+    return ["--chat-template-kwargs", *given] if given else []

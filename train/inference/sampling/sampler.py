@@ -276,6 +276,7 @@ def _facts(
         "top_p": settings.top_p,
         "max_new_tokens": settings.max_new_tokens,
         "sample_seed": settings.seed,
+        **settings.template_facts,
     }
 
 

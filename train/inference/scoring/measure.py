@@ -123,6 +123,7 @@ def measure(
         batch_rows=batch_rows,
         mix=mix,
         mix_device=mix_device,
+        arms=parsed,
     )
     kept = _refuse_known(problems, models, stores, drop_known=drop_known)
     deciding = {
@@ -133,6 +134,7 @@ def measure(
         "chat": settings.chat,
         "compute_dtype": str(models.base.compute_dtype).removeprefix("torch."),
         "examples": [[examples, seed]] if shots else [],
+        **settings.template_facts,
     }
     places = [base or models.base.source, carryon, *(arm.place for arm in parsed), *mix]
     path = out or _default_path([deciding, list(arms), list(kept), *map(_fingerprint, places)])
@@ -178,7 +180,7 @@ def _check_prompts(
     for arm in arms:
         if arm.model != "merged":
             prompts = [arm.make_prompt(problem, examples[task]) for task, problem in posed]
-            rows, room = models.encode(prompts), models.base.identity.context_tokens
+            rows, room = models.encode(arm, prompts), models.base.identity.context_tokens
             check_rooms(arm, posed, rows, settings=settings, context_tokens=room)
 
 

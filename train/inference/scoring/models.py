@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,12 @@ from carryon.train.inference.mixing.modeling import (
     log_costs,
 )
 from carryon.train.inference.modeling import CarryOnForCausalLM
-from carryon.train.inference.prompts import Prompt, encode_prompts
+from carryon.train.inference.prompts import (
+    Prompt,
+    encode_prompts,
+    framing_warnings,
+    with_variables,
+)
 from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.vllm_engine import (
     BATCH_ROWS,
@@ -123,13 +129,16 @@ class Models:
         batch_rows: int,
         mix: Sequence[str] = (),
         mix_device: Sequence[str] = (),
+        arms: Sequence[Arm] = (),
     ) -> None:
         """Load the base, and the carry-on if there is one.
 
+        Prompts of all arms stand as the training texts of that carry-on; without one, as those of
+        the first that `arms` name. Another carry-on that they name is asked as it was trained.
         `mix` and `mix_device` are places and devices of the other bases, if it is a mixture.
 
         Raises:
-            InputError: neither of them is given.
+            InputError: neither of them is given, or a variable of the chat template is wrong.
             MissingError: one of them is not found.
             SettingMismatchError: the carry-on was trained on another base.
         """
@@ -150,22 +159,39 @@ class Models:
         self._main = CarryOnForCausalLM.from_base(self.base)
         self._carryon = carryon or ""
         self._base_digest = digest_of(self.base.identity.to_dict())
+        named = [arm for arm in arms if _names_carryon(arm)]
+        self._trained = Framing()
+        if self.card:
+            self._trained = Framing.from_dict(self.card.framing)
+        elif named:
+            self._trained = _framing_of(named[0])
+        framings = [self._trained, *map(_framing_of, named)]
+        found = [framing_warnings(self.base.tokenizer, each, settings) for each in framings]
+        for line in dict.fromkeys(chain.from_iterable(found)):
+            logger.warning(line)
 
     @property
     def framing(self) -> Framing:
-        """How prompts of all arms stand before the model: as in training of the carry-on."""
-        return Framing.from_dict(self.card.framing) if self.card else Framing()
+        """How prompts stand before the base, but for the variables that the settings have."""
+        return self._trained
 
     @property
     def alpha(self) -> float | None:
         """Alpha in the card of the carry-on; None without one."""
         return self.card.alpha if self.card else None
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the token ids of prompts for every arm but merged ones."""
-        return encode_prompts(
-            self.base.tokenizer, prompts, framing=self.framing, chat=self._settings.chat
-        )
+    def encode(self, arm: Arm, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the token ids of prompts for an arm that is not merged."""
+        return self._encode(self.base.tokenizer, prompts, arm)
+
+    def _encode(self, tokenizer: Tokenizer, prompts: Sequence[Prompt], arm: Arm) -> list[list[int]]:
+        chat = self._settings.chat
+        return encode_prompts(tokenizer, prompts, framing=self._asked(arm), chat=chat)
+
+    def _asked(self, arm: Arm) -> Framing:
+        """Return how the prompts of an arm stand before its model."""
+        framing = _framing_of(arm) if _names_carryon(arm) else self._trained
+        return with_variables(framing, self._settings)
 
     def open(self, arm: Arm) -> Answerer:
         """Return the model of an arm.
@@ -190,11 +216,11 @@ class Models:
         if arm.model == "merged":
             other = load_base(arm.place, forward=self._forward)
             model = CarryOnForCausalLM.from_base(other)
-            opened = self._answerer(model, digest_of(other.identity.to_dict()))
+            opened = self._answerer(arm, model, digest_of(other.identity.to_dict()))
             return self._with_vllm(opened, source, other.tokenizer) if is_vllm else opened
         if arm.model == "lora":
             return self._open_lora(arm)
-        opened = self._answerer(self._main, self._base_digest)
+        opened = self._answerer(arm, self._main, self._base_digest)
         return self._with_vllm(opened, source, self.base.tokenizer) if is_vllm else opened
 
     def _with_vllm(self, opened: Answerer, source: str, tokenizer: Tokenizer) -> Answerer:
@@ -229,14 +255,14 @@ class Models:
         card = read_card(place, allow_mixture=True)
         digest = digest_of({"base": self._base_digest, "card": card.to_dict(), "alpha": arm.alpha})
         if card.mixture:
-            return self._answerer(self._mixture(folder), digest, name=DEFAULT, alpha=arm.alpha)
+            return self._answerer(arm, self._mixture(folder), digest, name=DEFAULT, alpha=arm.alpha)
         if _merges(card):
             model = CarryOnForCausalLM.from_pretrained(folder, base=self.base)
-            return self._answerer(model, digest)
+            return self._answerer(arm, model, digest)
         name = arm.place or DEFAULT
         if name not in self._main.carryons.names:
             self._main.add_carryon(name, folder)
-        return self._answerer(self._main, digest, name=name, alpha=arm.alpha)
+        return self._answerer(arm, self._main, digest, name=name, alpha=arm.alpha)
 
     def _mixture(self, folder: str) -> MixedForCausalLM:
         if folder not in self._mixtures:
@@ -278,17 +304,21 @@ class Models:
         merged.requires_grad_(False)
         adapted = replace(self.base, model=merged, architecture=get_architecture(merged))
         digest = digest_of({"base": self._base_digest, "adapter": digest_file(weights)})
-        return self._answerer(CarryOnForCausalLM.from_base(adapted), digest)
+        return self._answerer(arm, CarryOnForCausalLM.from_base(adapted), digest)
 
     def _answerer(
         self,
+        arm: Arm,
         model: CarryOnForCausalLM,
         digest: str,
         *,
         name: str | None = None,
         alpha: float | None = None,
     ) -> Answerer:
-        tokenizer, framing = model.tokenizer, self.framing
+        tokenizer = model.tokenizer
+        variables = list(self._asked(arm).chat_template_kwargs)
+        if variables:  # other prompts than the messages alone, of which answers keep a digest
+            digest = digest_of({"model": digest, "chat_template_kwargs": variables})
 
         def answer(
             rows: Sequence[Sequence[int]], seed: int, prompts: Sequence[Prompt]
@@ -303,12 +333,19 @@ class Models:
         return Answerer(
             digest=digest[:32],
             context_tokens=model.identity.context_tokens,
-            encode=lambda prompts: encode_prompts(
-                tokenizer, prompts, framing=framing, chat=self._settings.chat
-            ),
+            encode=lambda prompts: self._encode(tokenizer, prompts, arm),
             answer=answer,
             batch_rows=self._batch_rows,
         )
+
+
+def _names_carryon(arm: Arm) -> bool:
+    return arm.model == "carryon" and bool(arm.place)
+
+
+def _framing_of(arm: Arm) -> Framing:
+    """Return how the training texts of an arm's own carry-on were framed."""
+    return Framing.from_dict(read_card(locate_carryon(arm.place), allow_mixture=True).framing)
 
 
 def _merges(card: CarryOnCard) -> bool:

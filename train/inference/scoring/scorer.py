@@ -25,7 +25,7 @@ from carryon.train.inference.generate import generate_rows
 from carryon.train.inference.generate_settings import GenerateSettings
 from carryon.train.inference.merge import load_own_base
 from carryon.train.inference.modeling import CarryOnForCausalLM
-from carryon.train.inference.prompts import encode_prompts
+from carryon.train.inference.prompts import encode_prompts, with_variables
 from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.comparison import wilson_interval
 from carryon.train.inference.scoring.known import find_known
@@ -152,7 +152,7 @@ def open_scorer(
         rows = encode_prompts(
             loaded.tokenizer,
             [_ARM.make_prompt(problem, []) for problem in problems],
-            framing=store.framing,
+            framing=with_variables(store.framing, settings),
             chat=settings.chat,
         )
         context = loaded.identity.context_tokens
