@@ -21,7 +21,7 @@ from carryon.cache.errors import InputError, MissingError
 from carryon.cache.files.documents import digest_of
 from carryon.cache.optional import require
 from carryon.cache.settings import DataSettings
-from carryon.train.inference.scoring.numbers import find_numbers, get_value
+from carryon.train.inference.scoring.numbers import find_numbers, get_quantity
 from carryon.train.inference.scoring.rules import Rule, find_marked, parse_rule
 
 logger = logging.getLogger(__name__)
@@ -352,8 +352,10 @@ def _draw(problems: list[Problem], *, num: int, seed: int) -> list[Problem]:
 
 
 def _choose_rule(answers: list[str]) -> Rule:
-    if all(get_value(answer) is not None for answer in answers):
-        return parse_rule("last-number")
+    quantities = [get_quantity(answer) for answer in answers]
+    if all(quantities):
+        units = {quantity[1] for quantity in quantities if quantity} - {""}
+        return parse_rule("last-number" if len(units) < 2 else "end")
     if all("\\boxed" in answer for answer in answers):
         return parse_rule("boxed")
     is_worked = all(_MARKER in each or len(each.split()) > 8 for each in answers)

@@ -29,11 +29,15 @@ import numpy as np
 from carryon.cache.errors import InputError
 from carryon.cache.time_limit import TimeLimitError, limited_time
 from carryon.train.inference.scoring.numbers import (
+    MEASURES,
     ends_with,
     find_numbers,
-    get_value,
+    find_stated,
+    get_quantity,
+    is_as_reduced,
     is_same,
     parse_number,
+    unit_behind_last,
 )
 
 if TYPE_CHECKING:
@@ -143,16 +147,15 @@ def find_marked(text: str) -> str | None:
 def _is_same(found: str, right: str) -> bool:
     """Return whether a found part is the right answer.
 
-    Where that is a number, the part may be a sentence: what follows its last `=`, the number that
-    it begins with, or else its last one.
+    Where that is a number, the part may be a sentence that states it, as of `find_stated`.
     """
     if is_same(found, right):
         return True
-    value, part = get_value(right), found.rpartition("=")[2].strip(" \t\r\n*_`\"'")
-    numbers = find_numbers(part)
-    if value is None or not numbers:
+    quantity = get_quantity(right)
+    if quantity is None or get_quantity(found) is not None:
         return False
-    return parse_number(numbers[0 if part.startswith(numbers[0]) else -1]) == value
+    stated = find_stated(found)
+    return stated is not None and parse_number(stated) == quantity[0]
 
 
 def _extracting(name: str, find: Callable[[str], str | None]) -> Rule:
@@ -189,11 +192,14 @@ def _judge_number(found: str, problem: "Problem") -> bool:
 
 
 def _judge_end(found: str, problem: "Problem") -> bool:
-    value = get_value(problem.answer)
-    if value is None:
+    quantity = get_quantity(problem.answer)
+    if quantity is None:
         return ends_with(found, problem.answer)
-    last = find_last_number(found)
-    return last is not None and parse_number(last) == value
+    last, (value, unit) = find_last_number(found), quantity
+    if last is None or parse_number(last) != value:
+        return False
+    told = unit_behind_last(found)  # 7 am is not 7 pm
+    return unit == told or not ({unit, told} <= MEASURES)
 
 
 def _judge_task(found: str, problem: "Problem") -> bool:
@@ -201,9 +207,17 @@ def _judge_task(found: str, problem: "Problem") -> bool:
     final = found.splitlines()[-1].strip() if marked is None else marked
     if any(_credit(problem, each) >= FULL_CREDIT for each in {found, final} if each):
         return True
-    if get_value(problem.answer) is None:
+    quantity = get_quantity(problem.answer)
+    if quantity is None:
         return False
-    return _judge_end(found, problem) if marked is None else _is_same(marked, problem.answer)
+    # the question's own fraction or formula is no answer
+    if marked is None:
+        stated = find_stated(found, begins=False)
+        is_right = stated is not None and parse_number(stated) == quantity[0]
+    else:
+        stated = marked if get_quantity(marked) else find_stated(marked)
+        is_right = _is_same(marked, problem.answer)
+    return is_right and is_as_reduced(stated or "", problem.answer)
 
 
 def _credit(problem: "Problem", text: str) -> float:

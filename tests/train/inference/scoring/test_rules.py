@@ -8,7 +8,7 @@ import pytest
 from carryon.cache.errors import InputError
 from carryon.cache.time_limit import limited_time
 from carryon.train.inference.scoring import rules
-from carryon.train.inference.scoring.numbers import find_numbers, get_value
+from carryon.train.inference.scoring.numbers import find_numbers, find_stated, get_value
 from carryon.train.inference.scoring.problems import Problem
 from carryon.train.inference.scoring.rules import find_last_number, find_marked, parse_rule
 
@@ -35,6 +35,12 @@ def is_right(rule: str, text: str, right: str) -> bool:
         ("34 legs", 34),
         ("12\\text{ kg}", 12),
         ("1e-2", Fraction(1, 100)),
+        ("\\(16\\)", 16),
+        ("2.5 million", 2_500_000),
+        ("12kg", 12),
+        ("34b", None),
+        ("3x", None),
+        ("1\\frac{1}{2}", None),
         ("3/0", None),
         ("3-4", None),
         ("1 and 2", None),
@@ -49,6 +55,10 @@ def test_a_number_has_its_value_in_any_writing(text: str, value: Fraction | int 
 def test_numbers_are_found_in_sentences() -> None:
     assert find_numbers("12-5 = 7, of 1,000 or -3.") == ["12", "5", "7", "1,000", "-3"]
     assert find_numbers("1,2,3 in v1.2") == ["1", "2", "3"]
+    assert find_numbers("It is 3/4.") == ["3/4"]
+    assert find_numbers("on 1/20/2024, 3/4.5") == ["1", "20/2024", "3", "4.5"]
+    assert find_numbers("\\frac{3}{4} of 5 million") == ["3/4", "5 million"]
+    assert find_numbers("x = - 3, 5 - 3, is - 2\n- 4") == ["-3", "5", "3", "-2", "4"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +93,36 @@ def test_numbers_are_found_in_sentences() -> None:
         ("end", "it is unblue", "blue", False),
         ("end", "so -7", "-7", True),
         ("end", "", "blue", False),
+        ("last-number", "The answer is 3/4.", "3/4", True),
+        ("last-number", "The answer is 3/4.", "4", False),
+        ("last-number", "So x = - 3", "-3", True),
+        ("last-number", "The answer is 4", "\\frac{3}{4}", False),
+        ("last-number", "The answer is 3/4", "\\frac{3}{4}", True),
+        ("last-number", "about 5 million", "5", False),
+        ("end", "The probability is 1/2.", "2", False),
+        ("end", "It leaves at 7 AM.", "7 PM", False),
+        ("end", "It leaves at 7 pm, I think", "7 PM", True),
+        ("end", "The number of legs is 34 in all.", "34 legs", True),
+        ("boxed", "\\boxed{\\frac{3}{4}}", "4", False),
+        ("boxed", "\\boxed{x^2}", "2", False),
+        ("boxed", "\\boxed{\\sqrt{2}}", "2", False),
+        ("boxed", "\\boxed{2\\sqrt{3}}", "2", False),
+        ("boxed", "\\boxed{10^6}", "10", False),
+        ("boxed", "\\boxed{12 - 5}", "12", False),
+        ("boxed", "\\boxed{16, 25}", "16", False),
+        ("boxed", "\\boxed{(3, 4)}", "4", False),
+        ("boxed", "\\boxed{16:30}", "16", False),
+        ("boxed", "\\boxed{5 m}", "5 km", False),
+        ("boxed", "\\boxed{5}", "5 km", True),
+        ("boxed", "\\boxed{3y}", "3x", False),
+        ("boxed", "\\boxed{5 million}", "5", False),
+        ("boxed", "\\boxed{16 \\text{ legs}}", "16", True),
+        ("boxed", "\\boxed{\\text{Total: } 16 \\text{ legs}}", "16", True),
+        ("after:####", "#### 10^6", "10", False),
+        ("after:####", "#### **16** legs - 3 dogs", "16", True),
+        ("after:####", "#### x - 5", "5", False),
+        ("after:####", "#### the total (16)", "16", True),
+        ("after:####", "#### 2(3)", "3", False),
     ],
 )
 def test_rules_judge(rule: str, text: str, right: str, verdict: bool) -> None:
@@ -127,6 +167,28 @@ def test_a_task_takes_a_number_in_a_sentence(text: str, verdict: bool) -> None:
 
     rule = parse_rule("task")
     problem = Problem(id="1", question="?", answer="16", rule=rule, verify=verify)
+    assert problem.is_right(text) is verdict
+
+
+@pytest.mark.parametrize(
+    ("right", "text", "verdict"),
+    [
+        ("34a", "34b", False),
+        ("34a", "The answer is 34.", False),
+        ("$244/607$", "$17080/42490$", False),
+        ("$244/607$", "The answer is $17080 / 42490$", False),
+        ("$244/607$", "The answer is $\\frac{244}{607}$.", True),
+        ("$244/607$", "So it is 244 / 607.", True),
+        ("1", "73 / 73", False),
+        ("1", "The answer is 73 / 73.", False),
+        ("1", "73 / 73 = 1", True),
+        ("16", "It is 2^16", False),
+        ("16", "The final answer is \\(16\\).", True),
+    ],
+)
+def test_a_task_takes_no_part_of_the_question(right: str, text: str, verdict: bool) -> None:
+    rule = parse_rule("task")
+    problem = Problem(id="1", question="?", answer=right, rule=rule, verify=lambda _: 0.1)
     assert problem.is_right(text) is verdict
 
 
@@ -185,11 +247,15 @@ def test_a_pattern_without_an_end_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     assert "Fix: a simpler pattern" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["\\boxed{", "<answer>", "answer is ", "</answer>", "1,111"])
+@pytest.mark.parametrize(
+    "text", ["\\boxed{", "<answer>", "answer is ", "</answer>", "1,111", "1, ", "** "]
+)
 def test_an_answer_that_repeats_itself_is_read_in_no_time(text: str) -> None:
     with limited_time(5):  # a second or less; minutes where each start is read to the end
         find_marked(text * 20_000)
         find_last_number(text * 20_000)
+        find_stated(text * 20_000)
+        find_stated(f"({text * 20_000}")
 
 
 def test_a_verifier_without_an_end_accepts_nothing(
