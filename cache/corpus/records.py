@@ -98,7 +98,7 @@ def read_record(row: Row) -> Record:
             "Fix: one kind of record a file"
         )
     return Record(
-        id=_read_id(row),
+        id=read_id(row),
         where=row.where,
         content=read_content(row, kind),
         group=read_group(row),
@@ -136,7 +136,12 @@ def read_group(row: Row) -> str:
     return _read_name(row, "split_group") or ""
 
 
-def _read_id(row: Row) -> str:
+def read_id(row: Row) -> str:
+    """Return the id of a row, or the one that is made of its content.
+
+    Raises:
+        InputError: it is neither a string nor a number, too long, or no Unicode.
+    """
     value = _read_name(row, "id")
     return row.made_id if value is None else check_id(value, where=f"{row.where}: id")
 

@@ -1,6 +1,5 @@
 """`carryon gates`: which base of a mixture each token of a sample leaned on, as a page."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import CarryOnError, InputError
@@ -40,22 +39,21 @@ def gates(
         out: File for the page.
         device: `auto` (an accelerator if there is one), `cpu`, `cuda`, `cuda:1`, ...
     """
-    from carryon.cache.files.atomic import write_file
     from carryon.cache.store.reader import Store
     from carryon.tools.commands.pages.gates import make_gate_page
+    from carryon.tools.commands.pages.page_file import check_page, write_page
     from carryon.tools.commands.pages.shown_samples import index_of
     from carryon.train.inference.token_shares import measure_token_shares
 
     if not mix:
         raise InputError("--mix: expected the stores of the other bases, got none")
-    if not out or Path(out).is_dir():
-        raise InputError(f"--out: expected a file for the page, got {out or 'nothing'}")
+    check_page(out, name="--out")
     opened = Store.open(store)
     index = index_of(opened, sample)
     shares = measure_token_shares(opened, index, carryon=carryon, mix=mix, device=device)
     title = f"Sample {shares.id} of {opened.name}: {' and '.join(shares.names)}"
     page = make_gate_page(shares, names=_special_names(opened, shares), title=title)
-    write_file(Path(out), page.encode())
+    write_page(out, page, name="--out")
     means = {
         kind: {name: float(value) for name, value in zip(shares.names, values, strict=True)}
         for kind, values in (

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from carryon.cache.corpus.report import Report, format_report, merge_reports
 from carryon.cache.errors import InputError, SettingMismatchError
-from carryon.cache.files.atomic import write_file
 from carryon.tools.cli.output import visible
 from carryon.tools.cli.table import format_table
 
@@ -67,9 +66,12 @@ def _show_sample(
     from carryon.cache.base.identity import digest_tokenizer
     from carryon.cache.base.recorded import recorded_source, tokenizer_of
     from carryon.cache.corpus.samples import Sample
+    from carryon.tools.commands.pages.page_file import check_page, write_page
     from carryon.tools.commands.pages.samples import make_sample_page
     from carryon.tools.commands.pages.shown_samples import index_of, print_samples, show_sample
 
+    if html:
+        check_page(html, name="--html")
     if alignment := store.manifest.alignment:
         raise InputError(
             f"--sample: expected a store of its own, got {store.name}, which holds the tokens of "
@@ -104,7 +106,8 @@ def _show_sample(
         end_tokens=facts.end_tokens,
     )
     if html:
-        write_file(Path(html), make_sample_page([shown], title=f"Sample of {store.root}").encode())
+        page = make_sample_page([shown], title=f"Sample of {store.root}")
+        write_page(html, page, name="--html")
     if is_json:
         print(json_format.dumps(shown.to_dict()))
     else:

@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carryon.cache.errors import InputError
@@ -61,8 +60,10 @@ def preview(
     from carryon.cache.corpus.chat.template_settings import resolve_settings
     from carryon.cache.corpus.first_rows import read_first
     from carryon.cache.corpus.report import format_report, warnings
-    from carryon.cache.files.atomic import write_file
+    from carryon.tools.commands.pages.page_file import check_page, write_page
 
+    if html:
+        check_page(html, name="--html")
     code_sha256 = None
     try:
         code_sha256 = digest_code(locate_base(base))
@@ -103,7 +104,7 @@ def preview(
         logger.warning(line)
     if html:
         page = make_sample_page(shown, title=f"First samples of {' '.join(data)}", table=table)
-        write_file(Path(html), page.encode())
+        write_page(html, page, name="--html")
     kinds = Counter(record.kind for record in records)
     return print_result(
         {

@@ -78,8 +78,8 @@ def score(
         settings: How text is generated.
         forward: How the base is run.
     """
-    from carryon.cache.files.atomic import write_file
     from carryon.tools.commands.pages.answers import make_answer_page
+    from carryon.tools.commands.pages.page_file import check_page, write_page
     from carryon.train.inference.scoring.measure import measure
     from carryon.train.inference.scoring.problems import read_problems
 
@@ -90,8 +90,8 @@ def score(
         raise InputError(
             f"--samples: expected 1 for greedy answers, got {samples}. Fix: --temperature 0.8"
         )
-    if html and Path(html).is_dir():
-        raise InputError(f"--html: expected a file for the page, got the folder {html}")
+    if html:
+        check_page(html, name="--html")
     if drop_known and not store:
         raise InputError("--drop-known: expected with --store, got none. Fix: --store FOLDER")
     problems = {
@@ -132,7 +132,7 @@ def score(
     if html:
         title = f"Answers of {', '.join(measured.arms)}"
         page = make_answer_page(measured.answers, title=title, table="\n\n".join(tables))
-        write_file(Path(html), page.encode())
+        write_page(html, page, name="--html")
         logger.info(f"page: {html}")
     for error in measured.unmeasured[1:]:
         logger.warning(str(error))

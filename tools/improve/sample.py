@@ -219,12 +219,12 @@ def drop_tested(
     from carryon.train.inference.scoring.problems import read_problems
 
     tested = {
-        _fold(problem.question)
+        problem.folded
         for source in problems
         for problem in read_problems(source, num=num, seed=seed, rule=rule)
     }
     left = {
-        source: [problem for problem in each if _fold(problem.question) not in tested]
+        source: [problem for problem in each if problem.folded not in tested]
         for source, each in problems.items()
     }
     before, after = (sum(map(len, each.values())) for each in (problems, left))
@@ -236,10 +236,6 @@ def drop_tested(
     if after < before:
         logger.info(f"{before - after:,} of {before:,} problems are in the test set: left out")
     return {source: each for source, each in left.items() if each}
-
-
-def _fold(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def check_numbers(given: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -55,7 +55,8 @@ def run_step(
     """
     logger.info(f"\n$ {program.prog} {shlex.join(argv)}")
     if path.exists():
-        step = _read(path, words=_relative(argv, path.parents[1]), files=files)
+        words = _relative(argv, path.parents[1])
+        step = _read(path, words=words, files=files, may_be_empty=may_be_empty)
         logger.info(f"done before, in {step.seconds:,.0f} s")
         return step
     started_at = time.perf_counter()
@@ -76,6 +77,29 @@ def run_step(
     return Step(name=argv[0], seconds=seconds, result=result)
 
 
+def _is_sampling(result: Any) -> bool:  # noqa: ANN401
+    return isinstance(result, Mapping) and type(result["kept"]) is int and result["kept"] >= 0
+
+
+def _is_score(result: Any) -> bool:  # noqa: ANN401
+    """Return whether a result of `carryon score` has counts that can be."""
+    return bool(result) and all(
+        bool(document["arms"])
+        and all(
+            isinstance(arm["arm"], str)
+            and type(arm["problems"]) is int
+            and isinstance(arm["right"], int | float)
+            and 0 <= arm["right"] <= arm["problems"] > 0
+            for arm in document["arms"]
+        )
+        for document in result
+    )
+
+
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {"sample": _is_sampling, "score": _is_score}
+"""Of the results that later steps read."""
+
+
 def _plain(result: Any) -> Any:  # noqa: ANN401
     return json.loads(json.dumps(result, default=str))
 
@@ -85,15 +109,19 @@ def _relative(argv: Sequence[str], root: Path) -> list[str]:
     return [word.replace(f"{root}/", "") for word in argv]  # also in KEY=PATH
 
 
-def _read(path: Path, *, words: Sequence[str], files: Files) -> Step:
+def _read(path: Path, *, words: Sequence[str], files: Files, may_be_empty: bool) -> Step:
     try:
         document = parse_json(read_bounded(path))
         if "files" in document:  # not in older ones
             _compare(path, document["argv"], words, document["files"], files)
+        name, result = document["argv"][0], document["result"]
+        check, is_empty = _CHECKS.get(name), result is None and may_be_empty
+        if check and not is_empty and not check(result):
+            raise ValueError("another result")
         return Step(
-            name=document["argv"][0],
+            name=name,
             seconds=float(document["seconds"]),
-            result=document["result"],
+            result=result,
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):

@@ -252,8 +252,13 @@ def test_merged_models_and_adapters_are_arms(
         peft.get_peft_model(base, config).save_pretrained(tmp_path / "lora")
     arms = ["base", f"merged={tiny_base_folder}", f"lora={tmp_path / 'lora'}"]
     argv = ["--base", str(tiny_base_folder), "--tasks", data, "--rule", "exact", "--arms", *arms]
-    document, _ = run([*argv, *SHORT], capsys)
+    kept = ["--out", str(tmp_path / "answers.jsonl")]
+    document, _ = run([*argv, *SHORT, *kept], capsys)
     assert [arm["right"] for arm in document["arms"]] == [3, 3, 3]  # a new LoRA changes nothing
+    adapter = tmp_path / "lora" / "adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"lora_alpha": 400}))
+    assert main(["score", *argv, *SHORT, *kept]) == 2
+    assert "lora: expected answers of this model by this engine" in capsys.readouterr().err
     assert main(["score", *argv[:-1], f"lora={tiny_base_folder}", *SHORT]) == 2
     assert "expected a folder with adapter_model.safetensors" in capsys.readouterr().err
 
@@ -329,6 +334,7 @@ def test_wrong_options_and_nothing_to_measure_are_one_line(
         (["--arms", "base", "merged=./no/where"], "./no/where"),
         (["--arms", "base", "lora=no/where"], "expected a folder with adapter_model.safetensors"),
         (["--arms", "base", "--mix", "x"], "--mix: expected an arm that answers with --carryon"),
+        (["--html", "FILE/page.html"], "--html: expected a place for a file, got"),
         (["--mix-device", "cpu"], "expected a mixture of several bases with --mix"),
         (["--arms", "carryon=MERGED@0.5"], "expected no alpha for a carry-on of the kind native"),
     ],
@@ -337,7 +343,8 @@ def test_a_model_that_cannot_answer_is_refused_before_anything_is_loaded(
     options: list[str], text: str, carryon: str, merged_carryon: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    options = [each.replace("MERGED", merged_carryon) for each in options]
+    file = f"{merged_carryon}/carryon.json"
+    options = [each.replace("MERGED", merged_carryon).replace("FILE", file) for each in options]
     argv = ["score", "--carryon", carryon, "--base", "./nothing", "--tasks", "chain_sum", *options]
     assert main(argv) == 2
     assert text in capsys.readouterr().err.splitlines()[-1]

@@ -115,6 +115,20 @@ def test_answers_of_a_base_that_was_asked_otherwise_are_not_taken(
     assert "base: expected answers of this model" in capsys.readouterr().err
 
 
+def test_answers_in_the_template_are_not_taken_beside_a_carryon_of_plain_text(
+    base: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, argv = tmp_path / "a.jsonl", ["--base", str(base), "--tasks", data]
+    answers_of(out, capsys, *argv)
+    loaded = load_base(str(base), forward=ForwardSettings(device="cpu"))
+    made, card = make_tiny_carryon(loaded)
+    framing = {"kinds": {"prompt and completion": 3}}
+    save_carryon(tmp_path / "c", made, replace(card, framing=framing), dtype=torch.float32)
+    argv += ["--carryon", str(tmp_path / "c")]
+    assert main(["score", "--rule", ACCEPTS, "--out", str(out), *argv, *SHORT]) == 2
+    assert "base: expected answers of this model" in capsys.readouterr().err
+
+
 def test_answers_of_other_variables_are_not_taken(
     base: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

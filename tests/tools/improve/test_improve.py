@@ -291,6 +291,26 @@ def test_a_run_stopped_behind_any_command_resumes(
     assert stopped == whole
 
 
+@pytest.mark.parametrize(
+    ("command", "result"),
+    [
+        *(("score", each) for each in (None, 5, [], [{}], [{"arms": []}], {"arms": 1})),
+        ("score", [{"arms": [{"arm": "base", "problems": 0, "right": 0}]}]),
+        ("score", [{"arms": [{"arm": "base", "problems": 4, "right": 9}]}]),
+        *(("sample", each) for each in (None, 5, [], {}, {"kept": "x"}, {"kept": -1})),
+    ],
+)
+def test_a_result_that_no_step_has_is_one_line(command: str, result: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    path = tmp_path / "out" / "round-1" / "a.json"
+    path.parent.mkdir(parents=True)
+    document = {"argv": [command], "files": {}, "seconds": 1.0, "result": result}
+    path.write_text(json.dumps(document))
+    with pytest.raises(DamagedFileError, match="expected the result of a step. Fix: remove it"):
+        steps.run_step(path, [command], files={})
+    if command == "sample" and result is None:
+        assert steps.run_step(path, [command], files={}, may_be_empty=True).result is None
+
+
 def test_nothing_right_at_all_is_one_line(
     tiny_base_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

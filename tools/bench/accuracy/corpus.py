@@ -73,11 +73,11 @@ def make_corpus(
 
 def _drop_equal(problems: Sequence[Problem], tests: Sequence[Problem]) -> tuple[list[Problem], int]:
     """Return the problems with each question once and none of a test, and how many others."""
-    seen = {problem.question for problem in tests}
+    seen = {problem.folded for problem in tests}
     kept = list[Problem]()
     for problem in problems:
-        if problem.question not in seen:
-            seen.add(problem.question)
+        if problem.folded not in seen:
+            seen.add(problem.folded)
             kept.append(problem)
     return kept, len(problems) - len(kept)
 

@@ -61,7 +61,7 @@ def _draw(source: str, posed: Problem, *, shots: int, num: int, seed: int) -> li
     """Return at most `num` solved problems that ask different questions."""
     first = dict[str, Problem]()
     for example in draw_solved(source, num=2 * num + 8, seed=seed):
-        first.setdefault(example.question, example)
+        first.setdefault(example.folded, example)
     if not first:
         raise InputError(
             f"--examples: expected solved problems, got none in {source}. Fix: other data"

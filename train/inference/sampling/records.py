@@ -56,15 +56,22 @@ def make_record(
     return {**record, PROVENANCE: {**origin, **provenance}}
 
 
-def choose_held_out(problems: Iterable[Problem], *, ratio: float) -> set[str]:
-    """Return `half` of the problems to hold out; never that of all.
+def choose_held_out(
+    problems: Iterable[Problem], *, ratio: float, is_first: bool = True
+) -> set[str]:
+    """Return `half` of the problems to hold out.
 
     Not their ids: what is asked again, in this corpus or in that of a later round, goes to the same
     half, and so does a whole group.
+
+    Args:
+        problems: of a corpus.
+        ratio: fraction to hold out.
+        is_first: whether there is no earlier corpus to train on: all are never held out then.
     """
     halves = {problem.half for problem in problems}
     chosen = {each for each in halves if _share(each) < ratio}
-    return chosen if chosen < halves else set()
+    return chosen if chosen < halves or not is_first else set()
 
 
 def read_known(paths: Sequence[str]) -> dict[str, list[str]]:

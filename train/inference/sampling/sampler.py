@@ -351,7 +351,11 @@ def _records(
         for (task, problem), row in zip(posed, selection.kept, strict=True)
         for answer in row
     ]
-    held_out = choose_held_out((problem for _, problem, _ in pairs), ratio=asking.held_out_ratio)
+    held_out = choose_held_out(
+        (problem for _, problem, _ in pairs),
+        ratio=asking.held_out_ratio,
+        is_first=not asking.known,
+    )
     return [
         make_record(
             problem,

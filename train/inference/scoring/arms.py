@@ -65,7 +65,7 @@ class Arm:
             len(problem.before),
         )
         shown: list[Message] = []
-        others = [each for each in examples if each.question != problem.question]
+        others = [each for each in examples if each.folded != problem.folded]
         for example in others[: self.shots]:
             shown.append({"role": "user", "content": self._ask(example)})
             shown.append({"role": "assistant", "content": example.answer})

@@ -39,6 +39,7 @@ from carryon.train.inference.prompts import (
     Prompt,
     encode_prompts,
     framing_warnings,
+    uses_template,
     with_variables,
 )
 from carryon.train.inference.scoring.arms import Arm
@@ -55,7 +56,7 @@ from carryon.train.modules.serialization import locate_carryon, read_card
 logger = logging.getLogger(__name__)
 
 Answer = Callable[[Sequence[Sequence[int]], int, Sequence[Prompt]], list[Generation]]
-_ADAPTER = "adapter_model.safetensors"
+_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,6 +189,23 @@ class Models:
         chat = self._settings.chat
         return encode_prompts(tokenizer, prompts, framing=self._asked(arm), chat=chat)
 
+    def _framing_facts(self, tokenizer: Tokenizer, arm: Arm) -> dict[str, Any]:
+        """Return in what an arm's prompts differ from the base's own; answers keep only messages.
+
+        Nothing where they do not, so that older files of answers stay of use.
+        """
+        asked, chat = self._asked(arm), self._settings.chat
+        is_chat = uses_template(tokenizer, asked, chat)
+        if not is_chat:
+            own = uses_template(tokenizer, Framing(), chat)
+            return {"chat": False} if own else {}
+        facts = {
+            "chat_template": asked.chat_template,
+            "chat_template_kwargs": list(asked.chat_template_kwargs),
+            "template_date": asked.template_date,
+        }
+        return {name: value for name, value in facts.items() if value}
+
     def _asked(self, arm: Arm) -> Framing:
         """Return how the prompts of an arm stand before its model."""
         framing = _framing_of(arm) if _names_carryon(arm) else self._trained
@@ -303,7 +321,8 @@ class Models:
             ) from error
         merged.requires_grad_(False)
         adapted = replace(self.base, model=merged, architecture=get_architecture(merged))
-        digest = digest_of({"base": self._base_digest, "adapter": digest_file(weights)})
+        files = [digest_file(weights), digest_file(weights.with_name(_ADAPTER_CONFIG))]
+        digest = digest_of({"base": self._base_digest, "adapter": files})
         return self._answerer(arm, CarryOnForCausalLM.from_base(adapted), digest)
 
     def _answerer(
@@ -316,9 +335,8 @@ class Models:
         alpha: float | None = None,
     ) -> Answerer:
         tokenizer = model.tokenizer
-        variables = list(self._asked(arm).chat_template_kwargs)
-        if variables:  # other prompts than the messages alone, of which answers keep a digest
-            digest = digest_of({"model": digest, "chat_template_kwargs": variables})
+        if facts := self._framing_facts(tokenizer, arm):
+            digest = digest_of({"model": digest, **facts})
 
         def answer(
             rows: Sequence[Sequence[int]], seed: int, prompts: Sequence[Prompt]

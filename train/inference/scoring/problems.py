@@ -14,7 +14,7 @@ from carryon.cache.corpus.files import plan_shards, read_shard
 from carryon.cache.corpus.formats.contents import Chat, Completion, read_content
 from carryon.cache.corpus.formats.json_values import check_text
 from carryon.cache.corpus.reading.cache_folder import cache_folder
-from carryon.cache.corpus.records import kind_of, marks_held_out, read_group
+from carryon.cache.corpus.records import kind_of, marks_held_out, read_group, read_id
 from carryon.cache.corpus.rows import BadRow, Row
 from carryon.cache.corpus.sources import open_sources
 from carryon.cache.errors import InputError, MissingError
@@ -65,6 +65,11 @@ class Problem:
         return f"{digest_messages(self.before)} {self.question}"
 
     @property
+    def folded(self) -> str:
+        """The question without case and white space, by which equal ones are told."""
+        return " ".join(self.question.casefold().split())
+
+    @property
     def half(self) -> str:
         """What decides whether answers are held out: the group, or what is asked."""
         return f"group {self.group}" if self.group else self.asked
@@ -98,6 +103,8 @@ def read_problems(
         MissingError: the file is not there.
         MissingExtraError: reasoning-gym is not installed.
     """
+    if not source.strip():
+        raise InputError("tasks: expected a task, or a file of problems, got an empty text")
     parsed = None if rule == AUTO else parse_rule(rule)
     task_rule = parsed or parse_rule("task")
     if is_data(source):
@@ -148,9 +155,9 @@ def read_examples(source: str, *, num: int, seed: int, posed: Sequence[Problem])
     Raises:
         InputError: there are fewer than `num` with an answer.
     """
-    questions = {problem.question for problem in posed}
+    questions = {problem.folded for problem in posed}
     solved = draw_solved(source, num=2 * num + 8, seed=seed)
-    fitting = [each for each in solved if each.question not in questions]
+    fitting = [each for each in solved if each.folded not in questions]
     if len(fitting) < num:
         raise InputError(
             f"few-shot: expected {num} solved problems in {source} besides those that are posed, "
@@ -203,7 +210,7 @@ def _make_task(task: str, *, num: int, seed: int, rule: Rule) -> Iterator[Proble
         settings = dict(_parse_setting(part) for part in text.split(",") if part)
         made: Any = gym.create_dataset(name, size=num, seed=seed, **settings)
         items = [made[index] for index in range(num)]
-    except (ValueError, TypeError, AssertionError, ImportError) as error:
+    except Exception as error:  # generators raise anything on settings that they do not expect
         names = _task_names()
         known = "" if name in names else ", or a file that exists"
         near = [] if name in names else get_close_matches(name, names, n=1)
@@ -275,11 +282,10 @@ def _to_problem(row: Row, rule: Rule) -> Problem:
     before, question, answer = _read_row(row)
     if not question.strip():
         raise InputError(f"{row.where}: question: expected some text, got {question!a:.60}")
-    given, metadata = row.fields.get("id"), row.fields.get("metadata")
-    origin = row.fields.get(PROVENANCE)
+    metadata, origin = row.fields.get("metadata"), row.fields.get(PROVENANCE)
     right = origin.get("right") if isinstance(origin, Mapping) else ""
     return Problem(
-        id=row.made_id if given is None else str(given),
+        id=read_id(row),
         question=question,
         answer=answer,
         result=right if isinstance(right, str) else "",
@@ -298,7 +304,9 @@ def _read_row(row: Row) -> tuple[tuple[Mapping[str, Any], ...], str, str]:
     if kind_of(row.fields) in ("messages", "prompt and completion"):
         content = read_content(row, kind_of(row.fields))
         if isinstance(content, Completion):
-            return (), content.prompt, content.completion
+            has_own = row.fields.get("answer") is not None
+            answer = _read_field(row, ("answer",)) if has_own else content.completion
+            return (), content.prompt, answer
         assert isinstance(content, Chat)
         return _split_chat(content.messages, row)
     return (), _read_field(row, QUESTION_KEYS), _read_field(row, ANSWER_KEYS)

@@ -96,6 +96,14 @@ def test_what_is_asked_twice_is_in_one_half_also_in_a_corpus_of_another_round() 
     assert len(choose_held_out([*many, *told], ratio=0.1)) > len(chosen)  # in another context
 
 
+def test_all_of_a_later_corpus_may_be_held_out() -> None:
+    many = [problem(number) for number in range(400)]
+    chosen = choose_held_out(many, ratio=0.1)
+    held_out = [each for each in many if each.half in chosen]
+    assert choose_held_out(held_out, ratio=0.1) == set()
+    assert choose_held_out(held_out, ratio=0.1, is_first=False) == chosen
+
+
 def test_a_group_of_problems_is_held_out_whole() -> None:
     many = [replace(problem(number), group=f"g{number % 40}") for number in range(400)]
     chosen = choose_held_out(many, ratio=0.2)

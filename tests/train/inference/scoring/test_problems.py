@@ -1,12 +1,14 @@
 """Problems of tasks and of data."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from carryon.cache.errors import CarryOnError, InputError
+from carryon.train.inference.scoring.arms import Arm
 from carryon.train.inference.scoring.problems import Problem, read_examples, read_problems
 
 LEGS = "leg_counting:min_animals=2,max_animals=4"
@@ -46,7 +48,16 @@ def test_a_verifier_that_knows_many_answers_needs_no_right_one() -> None:
         read("graph_color", num=1, rule="exact")
 
 
-@pytest.mark.parametrize("task", ["no_such_task", "chain_sum:terms=2", "chain_sum:min_terms"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "no_such_task",
+        "chain_sum:terms=2",
+        "chain_sum:min_terms",
+        "caesar_cipher:min_words=9999,max_words=9999",
+        "calendar_arithmetic:tasks=[]",
+    ],
+)
 def test_an_unknown_task_or_setting_is_refused(task: str) -> None:
     with pytest.raises(InputError, match="task .*: expected a task of reasoning-gym"):
         read(task, num=1)
@@ -136,6 +147,50 @@ def test_more_examples_than_are_needed_are_drawn_by_the_seed(tmp_path: Path) -> 
     )
     assert one == again != other
     assert ["0", "1", "2"] not in (one, other)
+
+
+def test_a_question_is_no_example_for_itself_in_other_spaces_or_case(tmp_path: Path) -> None:
+    posed = {"question": "What is 2+2?", "answer": "4", "split": "held-out"}
+    others = [{"question": text, "answer": "4"} for text in ("What is  2+2? ", "what is 2+2?")]
+    path = write(tmp_path / "a.jsonl", posed, *others, {"question": "And 3+3?", "answer": "6"})
+    shown = read_examples(path, num=1, seed=0, posed=read(path))
+    assert [each.question for each in shown] == ["And 3+3?"]
+    [problem] = read(path)
+    copies = [replace(problem, question=each["question"]) for each in others]
+    arm = Arm(name="few-shot:2", model="base", shots=2)
+    assert len(arm.make_prompt(problem, [*copies, *shown])) == 3
+
+
+def test_an_answer_beside_a_completion_is_what_is_right(tmp_path: Path) -> None:
+    worked = {
+        "prompt": "2 + 2?",
+        "completion": "I add 2 and 2, which is 4, and so on.",
+        "answer": "4",
+    }
+    [problem] = read(write(tmp_path / "a.jsonl", worked))
+    assert (problem.answer, problem.rule.name) == ("4", "last-number")
+
+
+def test_answers_in_several_units_are_compared_with_them(tmp_path: Path) -> None:
+    rows = [{"question": f"{at}?", "answer": text} for at, text in enumerate(["7 am", "7 pm"])]
+    morning, evening = read(write(tmp_path / "a.jsonl", *rows))
+    assert morning.rule.name == "end"
+    assert morning.is_right("It leaves at 7 AM.")
+    assert not evening.is_right("It leaves at 7 AM.")
+    rows = [{"question": f"{at}?", "answer": f"{at} legs"} for at in range(2)]
+    assert read(write(tmp_path / "b.jsonl", *rows))[0].rule.name == "last-number"
+
+
+@pytest.mark.parametrize("given", ["\ud800", ["a"], True])
+def test_an_id_that_no_file_can_keep_is_refused(given: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    path = write(tmp_path / "a.jsonl", {"id": given, "question": "2 + 2?", "answer": "4"})
+    with pytest.raises(InputError, match="id"):
+        read(path)
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    with pytest.raises(InputError, match="expected a task, or a file of problems, got an empty"):
+        read("")
 
 
 def test_examples_are_records_for_training(tmp_path: Path) -> None:
