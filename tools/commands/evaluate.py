@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from carryon.cache.errors import InputError
 from carryon.tools.cli.output import print_result
+from carryon.tools.cli.places import check_page
 from carryon.tools.cli.table import format_table
 from carryon.train.config import LossSettings
 
@@ -61,6 +62,8 @@ def evaluate(
     alphas = parse_alphas(alpha)
     if plot and len(alphas) < 2:
         raise InputError("--plot: expected several strengths, such as --alpha 0:1.5:0.1, got one")
+    if plot:
+        check_page(plot, name="--plot")
     if write_alpha and not Path(carryon).is_dir():
         raise InputError(f"--write-alpha: expected a folder as --carryon, got {carryon}")
     report = evaluate_carryon(

@@ -40,8 +40,8 @@ def gates(
         device: `auto` (an accelerator if there is one), `cpu`, `cuda`, `cuda:1`, ...
     """
     from carryon.cache.store.reader import Store
+    from carryon.tools.cli.places import check_page, write_page
     from carryon.tools.commands.pages.gates import make_gate_page
-    from carryon.tools.commands.pages.page_file import check_page, write_page
     from carryon.tools.commands.pages.shown_samples import index_of
     from carryon.train.inference.token_shares import measure_token_shares
 

@@ -66,7 +66,7 @@ def _show_sample(
     from carryon.cache.base.identity import digest_tokenizer
     from carryon.cache.base.recorded import recorded_source, tokenizer_of
     from carryon.cache.corpus.samples import Sample
-    from carryon.tools.commands.pages.page_file import check_page, write_page
+    from carryon.tools.cli.places import check_page, write_page
     from carryon.tools.commands.pages.samples import make_sample_page
     from carryon.tools.commands.pages.shown_samples import index_of, print_samples, show_sample
 

@@ -60,7 +60,7 @@ def preview(
     from carryon.cache.corpus.chat.template_settings import resolve_settings
     from carryon.cache.corpus.first_rows import read_first
     from carryon.cache.corpus.report import format_report, warnings
-    from carryon.tools.commands.pages.page_file import check_page, write_page
+    from carryon.tools.cli.places import check_page, write_page
 
     if html:
         check_page(html, name="--html")

@@ -78,8 +78,8 @@ def score(
         settings: How text is generated.
         forward: How the base is run.
     """
+    from carryon.tools.cli.places import check_page, write_page
     from carryon.tools.commands.pages.answers import make_answer_page
-    from carryon.tools.commands.pages.page_file import check_page, write_page
     from carryon.train.inference.scoring.measure import measure
     from carryon.train.inference.scoring.problems import read_problems
 

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 from carryon.cache.errors import InputError
 from carryon.cache.files.documents import read_object, write_json
 from carryon.cache.settings import ForwardSettings
+from carryon.tools.cli.places import check_folder
 from carryon.tools.compare.figure import Figure, print_json
-from carryon.tools.compare.settings import CompareSettings, get_methods, list_rows
+from carryon.tools.compare.settings import CompareSettings, Method, Row, get_methods, list_rows
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def run_comparison(
     from carryon.tools.compare.report import report
     from carryon.tools.compare.row import best_rate
 
+    check_folder(out, name="--out")
     folder = Path(out)
     facts = read_base_facts(
         base, folder, forward=ForwardSettings(allow_pickle=settings.allow_pickle)
@@ -64,6 +67,7 @@ def run_comparison(
     prepare_material(settings, base=base, out=folder, data=data)
     (folder / "rows").mkdir(exist_ok=True)
     rows = list_rows(settings, methods)
+    refuse_other_rates(folder, rows, methods)
     todo = [row for row in rows if not (folder / "rows" / f"{row.name}.json").exists()]
     minutes = sum(row.seconds for row in todo) / 60
     logger.info(
@@ -95,6 +99,25 @@ def run_comparison(
             f"{result['tokens_per_second']:,.0f} tokens/s"
         )
     return report(folder, read_rows(folder))
+
+
+def refuse_other_rates(folder: Path, rows: Sequence[Row], methods: Mapping[str, Method]) -> None:
+    """Refuse a folder whose finished runs had learning rates that are not asked for now.
+
+    Raises:
+        InputError: the first of them.
+    """
+    for row in rows:
+        path = folder / "rows" / f"{row.name}.json"
+        rates = methods[row.method].rates
+        if row.run == "sweep" or not path.exists():
+            continue
+        if (rate := read_object(path)["learning_rate"]) not in rates:
+            given = " ".join(f"{each:g}" for each in rates)
+            raise InputError(
+                f"{path}: expected a run of {row.method} at a learning rate of {given}, got one at "
+                f"{rate:g}. Fix: another --out, or --learning-rates {row.method}={rate:g}"
+            )
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -76,9 +76,9 @@ def _advice(groups: Groups) -> Iterator[str]:
                 runs[run][method] = rows
         best, *others = sorted(runs["first"], key=lambda name: _nll(runs["first"][name])) or [""]
         reached = _nll(runs["first"][best]) if best else base
-        if reached >= base:
+        if best and reached >= base:
             yield f"In {seconds:g} s from text, no method improves on the base: give more time."
-        else:
+        elif best:
             yield f"In {seconds:g} s from text take {best}: {reached:.4f}" + (
                 _versus(best, others[0], runs["first"]) if others else "."
             )
@@ -114,7 +114,7 @@ def _table(groups: Groups) -> list[tuple[str, ...]]:
             f"{fmean(row['extraction']['seconds'] for row in rows):,.0f}" if has_store else "",
             f"{fmean(row['tokens'] for row in rows):,.0f}",
             f"{fmean(row['tokens_per_second'] for row in rows):,.0f}",
-            f"{rows[0]['learning_rate']:g}",
+            ", ".join(f"{rate:g}" for rate in dict.fromkeys(row["learning_rate"] for row in rows)),
             f"{fmean(row['peak_bytes'] for row in rows) / 1e6:,.0f}",
             " ".join(str(row["seed"]) for row in rows),
         )

@@ -16,6 +16,7 @@ from typing import Any
 from carryon.cache.errors import InputError
 from carryon.tools.cli.main import call_command
 from carryon.tools.cli.output import print_result, visible
+from carryon.tools.cli.places import check_folder
 from carryon.tools.cli.table import format_table, side_by_side
 from carryon.tools.demo.corpus import SCORED_SEED, TASK
 
@@ -52,6 +53,7 @@ def demo(*, out: str = "carryon-demo", samples: int = 520, num: int = 120) -> di
     for name, value in (("--samples", samples), ("--num", num)):
         if value < 8:
             raise InputError(f"{name}: expected 8 or more problems, got {value}")
+    check_folder(out, name="--out")
     root = Path(out)
     refuse_foreign_folder(root)
     corpus, base = root / "corpus.jsonl", root / "base"

@@ -1,10 +1,12 @@
 """Contamination: the fraction of held-out targets that also occur in the training half.
 
-A held-out target counts if the 32 tokens up to it, itself included, occur in a training sample:
-the held-out loss then rewards memorizing. Text that is never a target, such as a system prompt,
+A held-out target counts if the 32 tokens up to it, itself included, occur in a training sample,
+and all those of a shorter sample that is one of the training half too: the held-out loss then
+rewards memorizing. Text that is never a target, such as a system prompt,
 does not count. Only tokens are read, no hidden states.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,9 +30,10 @@ class Contamination:
     """Overlap of the two halves of a store."""
 
     ngrams: int
-    """Held-out targets with 32 tokens up to them within their sample."""
+    """Held-out targets that are compared: with 32 tokens up to them within their sample, and all of
+    shorter samples."""
     shared: int
-    """Those whose 32 tokens also occur in the training half."""
+    """Those whose 32 tokens, or whose short sample, also occur in the training half."""
     train_targets: int
     """Targets of the training half."""
     held_out_targets: int
@@ -38,7 +41,7 @@ class Contamination:
 
     @property
     def share(self) -> float:
-        """shared / ngrams; 0 if no sample is long enough."""
+        """shared / ngrams; 0 if none is compared."""
         return self.shared / self.ngrams if self.ngrams else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,9 +110,24 @@ def _ngrams(unit: Unit, samples: NDArray[np.int64], *, is_targets_only: bool) ->
         is_taken[start + NGRAM - 1 : start + length] = True  # empty if it is shorter
     if is_targets_only:
         is_taken &= unit.loss_mask == 1
+    short = _short_samples(unit, places, is_targets_only=is_targets_only)
     if len(unit.tokens) < NGRAM:
-        return np.empty(0, dtype=np.uint64)
-    return hash_ngrams(unit.tokens)[is_taken[NGRAM - 1 :]]
+        return short
+    return np.concatenate([hash_ngrams(unit.tokens)[is_taken[NGRAM - 1 :]], short])
+
+
+def _short_samples(
+    unit: Unit, places: NDArray[np.int64], *, is_targets_only: bool
+) -> NDArray[np.uint64]:
+    """Return the hashes of whole samples of less than 32 tokens, each for each of its targets."""
+    hashes = list[int]()
+    for place in places[unit.lengths[places] < NGRAM].tolist():
+        start, stop = unit.starts[place], unit.starts[place] + unit.lengths[place]
+        content = unit.tokens[start:stop].tobytes()
+        found = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        times = int((unit.loss_mask[start + 1 : stop] == 1).sum()) if is_targets_only else 1
+        hashes += [found] * times
+    return np.array(hashes, dtype=np.uint64)
 
 
 def _num_targets(unit: Unit, samples: NDArray[np.int64]) -> int:

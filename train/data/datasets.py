@@ -56,8 +56,12 @@ class TrainData:
     @property
     def fingerprints(self) -> list[str]:
         """Fingerprint of each store."""
-        stores = self.store.stores if isinstance(self.store, MixedStore) else [self.store]
-        return [store.fingerprint for store in stores]
+        return [store.fingerprint for store in self.stores]
+
+    @property
+    def stores(self) -> Sequence[StoreLike]:
+        """The store, or each of several."""
+        return self.store.stores if isinstance(self.store, MixedStore) else [self.store]
 
     def resolve(self, settings: TrainSettings) -> TrainSettings:
         """Return settings with the tap and the learning rate of the carry-on's kind on this base.

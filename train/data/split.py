@@ -82,6 +82,15 @@ def split_of(store: StoreLike, *, share: float, seed: int) -> Split:
     )
 
 
+def part_digests(store: StoreLike) -> list[str]:
+    """Return the digest of the samples of each part of one store, wherever the part stands."""
+    if not isinstance(store, Store):
+        return []
+    manifest, name = store.manifest, store.name
+    numbers = range(1, len(manifest.parts) + 1)
+    return [manifest.of_part(number, name=name).samples_digest for number in numbers]
+
+
 def split_marked(store: StoreLike, *, share: float, seed: int) -> Split:
     """Return the split of a store to train on; log where groups decide otherwise than expected.
 

@@ -5,7 +5,6 @@ a minimum over alphas on the same samples would be too low. Cross-fitting would 
 the report, but average over two alphas, of which neither need be the one that is kept.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from carryon.cache.store.reader import Store
 from carryon.cache.store.view import StoreLike
 from carryon.train.config import LossSettings, StreamSettings
 from carryon.train.data.datasets import open_decoded_cache
-from carryon.train.data.split import refuse_pairs, split_of
+from carryon.train.data.split import part_digests, refuse_pairs, split_of
 from carryon.train.losses.base_states import get_base_states
 from carryon.train.losses.frozen_head import place_head
 from carryon.train.mixing.mixture import load_mixture
@@ -38,7 +37,12 @@ from carryon.train.modules.serialization import load_carryon, locate_carryon
 from carryon.train.modules.taps import check_alpha, check_taps, stream_taps
 from carryon.train.plots import NLL_LABEL, Line, draw, lines
 from carryon.train.trainer.held_out.job import EvalJob
-from carryon.train.trainer.held_out.nll import measure_nlls, null_if_nan, warn_if_few
+from carryon.train.trainer.held_out.nll import (
+    measure_nlls,
+    null_if_nan,
+    perplexity_of,
+    warn_if_few,
+)
 
 Samples = Literal["auto", "held-out", "all"]
 
@@ -173,8 +177,8 @@ def evaluate(
         carryon_nll=nll.carryon,
         carryon_nll_se=null_if_nan(nll.carryon_se),
         nll_difference_se=null_if_nan(nll.difference_se),
-        base_perplexity=math.exp(nll.base),
-        carryon_perplexity=math.exp(nll.carryon),
+        base_perplexity=perplexity_of(nll.base),
+        carryon_perplexity=perplexity_of(nll.carryon),
         choice=choice,
         mixture=nll.mixture.to_dict() if nll.mixture else {},
     )
@@ -229,22 +233,24 @@ def _pick_samples(
     store: Store, card: CarryOnCard, samples: Samples
 ) -> tuple[NDArray[np.int64], Literal["held-out", "all"]]:
     """Return the samples to evaluate on, and which of the two choices they are."""
-    trained_on = card.split.get("stores", [card.store_fingerprint])
-    if store.fingerprint in trained_on and samples != "all":
+    if card.is_trained_on(store.fingerprint, store.samples_digest) and samples != "all":
         split = split_of(store, share=card.split["held_out_ratio"], seed=card.split["seed"])
         return split.held_out, "held-out"
-    name, numbers = str(store.root), range(1, len(store.manifest.parts) + 1)
-    prints = {n: store.manifest.of_part(n, name=name).fingerprint for n in numbers}
-    parts = [number for number in numbers if prints[number] in trained_on]
+    name, seen = str(store.root), card.split.get("parts", ())
+    alone, parts = list[int](), list[int]()  # alone: a part that was a whole store in training
+    for number, digest in enumerate(part_digests(store), 1):
+        part = store.manifest.of_part(number, name=name)
+        alone += [number] if card.is_trained_on(part.fingerprint, digest) else []
+        parts += [number] if number in alone or digest in seen else []
     if samples == "all" or (samples == "auto" and not parts):
         return np.arange(store.num_samples, dtype=np.int64), "all"
     if store.sample_held_out.any():
         return np.flatnonzero(store.sample_held_out), "held-out"
     if parts:
+        fix = f"{name}#{alone[-1]} or another part alone" if alone else "the store as it was then"
         raise InputError(
             f"{name}: the carry-on was trained on {', '.join(f'#{part}' for part in parts)} of it, "
-            f"which mark no sample as held out. Fix: evaluate on {name}#{parts[-1]} or another "
-            "part alone, or on all samples"
+            f"which mark no sample as held out. Fix: evaluate on {fix}, or on all samples"
         )
     raise InputError(
         f"{name}: marks no sample as held out, and the carry-on was trained on another store. Fix: "

@@ -28,7 +28,8 @@ class CarryOnCard:
     store_fingerprint: str
     """Of the store it was trained on."""
     split: dict[str, Any]
-    """held_out_ratio and seed: which samples of that store it never saw."""
+    """held_out_ratio and seed: which samples of that store it never saw. `stores` it was trained
+    on by fingerprint, `samples` and `parts` by what samples they and each of their parts hold."""
     alpha: float
     """Default strength of the correction."""
     figures: dict[str, Any]
@@ -41,6 +42,12 @@ class CarryOnCard:
     """Other bases that are mixed in: `by`, and the facts of each of its `sources`. Empty: it is of
     one base."""
     format_version: int = FORMAT_VERSION
+
+    def is_trained_on(self, fingerprint: str, samples_digest: str) -> bool:
+        """Return whether a store is one that it was trained on, or has the samples of one."""
+        return fingerprint in self.split.get(
+            "stores", [self.store_fingerprint]
+        ) or samples_digest in self.split.get("samples", ())
 
     @property
     def has_gate(self) -> bool:

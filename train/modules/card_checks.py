@@ -81,22 +81,22 @@ def check_values(values: Mapping[str, Any]) -> None:
         raise InputError(f"taps: expected final, prenorm or layer.K, got {wrong[0]!a:.80}")
 
 
+_STORE_KEYS = ("stores", "samples", "parts")
+
+
 def _check_split(split: Mapping[str, Any]) -> None:
-    if unknown := set(split) - {"held_out_ratio", "seed", "stores"}:
+    if unknown := set(split) - {"held_out_ratio", "seed", *_STORE_KEYS}:
         raise InputError(f"split: unknown key {min(map(str, unknown))!a:.80}")
-    ratio, seed, stores = (
-        split.get("held_out_ratio", 0.5),
-        split.get("seed", 0),
-        split.get("stores"),
-    )
+    ratio, seed = split.get("held_out_ratio", 0.5), split.get("seed", 0)
     _check("split: held_out_ratio", ratio, (int, float))
     _check("split: seed", seed, (int,))
     if not 0 < ratio < 1 or seed < 0:
         raise InputError(f"split: expected a ratio in 0 to 1 and a seed >= 0, got {ratio}, {seed}")
-    if stores is not None:
-        _check("split: stores", stores, (list,))
-        for store in stores:
-            _check("split: stores", store, (str,))
+    for key in _STORE_KEYS:
+        if (stores := split.get(key)) is not None:
+            _check(f"split: {key}", stores, (list,))
+            for store in stores:
+                _check(f"split: {key}", store, (str,))
 
 
 def _check_states(source: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Finish runs: round the weights as saved, evaluate, and write carry-on, card, plot and report."""
 
 import logging
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 from carryon.cache.errors import CarryOnError, DamagedFileError, InputError
 from carryon.cache.files.documents import FILES, read_sealed, sealed, write_json
 from carryon.cache.files.tensor_files import digest_tensors
+from carryon.train.data.split import part_digests
 from carryon.train.mixing.mixture import MixedCarryOn, inner_carryon
 from carryon.train.mixing.mixture_nll import leak_warning
 from carryon.train.modules.card import CarryOnCard
@@ -27,7 +27,13 @@ from carryon.train.trainer.checkpoint import (
     newest_checkpoint,
 )
 from carryon.train.trainer.distributed import Processes, wait_for_all
-from carryon.train.trainer.held_out.nll import Nll, measure_nlls, null_if_nan, shown_nll
+from carryon.train.trainer.held_out.nll import (
+    Nll,
+    measure_nlls,
+    null_if_nan,
+    perplexity_of,
+    shown_nll,
+)
 from carryon.train.trainer.metrics import read_metrics
 from carryon.train.trainer.run import Run
 from carryon.train.trainer.run_dir import RunFolder, finished_files, library_versions
@@ -278,6 +284,8 @@ def _card(run: Run, nll: Nll, report: TrainReport) -> CarryOnCard:
             "held_out_ratio": run.settings.stream.held_out_ratio,
             "seed": run.settings.stream.data_seed,
             "stores": [*(run.segment.seen if run.segment else ()), *run.data.fingerprints],
+            "samples": [store.samples_digest for store in run.data.stores],
+            "parts": [each for store in run.data.stores for each in part_digests(store)],
         },
         alpha=1.0,
         figures=figures,
@@ -344,8 +352,8 @@ def _report(
         held_out_targets=nll.targets,
         base_nll=nll.base,
         carryon_nll=nll.carryon,
-        base_perplexity=math.exp(nll.base),
-        carryon_perplexity=math.exp(nll.carryon),
+        base_perplexity=perplexity_of(nll.base),
+        carryon_perplexity=perplexity_of(nll.carryon),
         held_out_contamination=round(run.contamination.share, 4),
         finished_with_step=finished_with_step,
         base_nll_se=null_if_nan(nll.base_se),

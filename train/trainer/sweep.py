@@ -24,6 +24,7 @@ from carryon.train.trainer.trainer import train_jointly
 
 SUMMARY = "sweep.json"
 CURVES = "curves.png"
+_MAX_NAME_BYTES = 200
 LIST_SEPARATOR = "+"
 """Between the items of one value of a list setting: taps=final,final+layer.15."""
 Runs = Mapping[str, Changes] | str | Path | None
@@ -135,7 +136,14 @@ def grid(vary: Mapping[str, Sequence[Any]] | Sequence[str]) -> dict[str, Changes
         parse_changes(dict(zip(names, values, strict=True)))
         for values in itertools.product(*(values for _, values in pairs))
     )
-    return {name_of(changes): changes for changes in runs}
+    named: dict[str, Changes] = {}
+    for changes in runs:
+        name = name_of(changes)
+        _check_name(name)
+        if name in named:
+            raise InputError(f"vary: expected runs that differ, got two of the name {name!a:.80}")
+        named[name] = changes
+    return named
 
 
 def read_runs(path: str | Path) -> dict[str, Changes]:
@@ -149,6 +157,10 @@ def read_runs(path: str | Path) -> dict[str, Changes]:
         listed = read_yaml(Path(path))
     except FileNotFoundError as error:
         raise MissingError(f"{path}: expected a YAML list of runs, got no file") from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a YAML list of runs, got what cannot be read: {error.strerror}"
+        ) from error
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise InputError(f"{path}: expected a list of runs, each `setting: value` lines")
     runs: dict[str, Changes] = {}
@@ -159,6 +171,7 @@ def read_runs(path: str | Path) -> dict[str, Changes]:
         name = str(name or name_of(changes))
         if name in runs or re.search(r"[/\\]|^\.", name):
             raise InputError(f"{path}: expected a new name for each run, got {name!r}")
+        _check_name(name)
         runs[name] = changes
     return runs
 
@@ -166,6 +179,15 @@ def read_runs(path: str | Path) -> dict[str, Changes]:
 def name_of(changes: Changes) -> str:
     """Return the name of a run: its changed settings."""
     return ",".join(f"{key}={_shown(value)}" for key, value in changes.items()) or "unchanged"
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that no folder can have."""
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        raise InputError(
+            f"run {name!a:.60}: expected a name of at most {_MAX_NAME_BYTES} bytes, got "
+            f"{len(name.encode())}. Fix: list the runs in a file for --runs, each with a name"
+        )
 
 
 def _values_of(text: str) -> tuple[str, list[Any]]:

@@ -324,8 +324,9 @@ def warn_about_held_out(contamination: Contamination) -> None:
     warn_if_few(contamination.held_out_targets)
     if contamination.share > WARN_ABOVE:
         logger.warning(
-            f"{contamination.share:.0%} of the held-out targets, with the {NGRAM} tokens up to "
-            "them, also occur in the training half: the held-out loss rewards memorizing. Fix: "
+            f"{contamination.share:.0%} of the {contamination.ngrams:,} held-out targets that can "
+            f"be compared, with the {NGRAM} tokens up to them, also occur in the training half: "
+            "the held-out loss rewards memorizing. Fix: "
             "extract with --column split_group=NAME of what the samples are made from, such as "
             "document or template; or mark the held-out samples yourself"
         )

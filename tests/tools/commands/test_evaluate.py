@@ -81,6 +81,10 @@ def test_without_options_nothing_is_written(
         (["--alpha", "11"], "alpha: expected 0 to 10, got 11"),
         (["--carryon", "anna/none", "--write-alpha"], "--write-alpha: expected a folder"),
         (["--plot", "alpha.png"], "--plot: expected several strengths"),
+        (
+            ["--alpha", "0:1:0.5", "--plot", "."],
+            "--plot: expected a file for the page, got the fold",
+        ),
     ],
 )
 def test_wrong_options_are_one_line(

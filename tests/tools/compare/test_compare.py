@@ -14,10 +14,11 @@ from support.tiny_bases import CHAT_TEMPLATE
 
 from carryon.cache.errors import InputError
 from carryon.cache.extraction.pipeline import extract
+from carryon.cache.files.documents import write_json
 from carryon.cache.settings import ForwardSettings, StoreSettings
 from carryon.cache.store.reader import Store
 from carryon.tools.compare import report as report_module
-from carryon.tools.compare.command import compare
+from carryon.tools.compare.command import compare, refuse_other_rates
 from carryon.tools.compare.data import (
     Material,
     corpus_settings,
@@ -35,7 +36,7 @@ from carryon.tools.compare.row import (
     main,
     plan_passes,
 )
-from carryon.tools.compare.settings import CompareSettings, Row, get_methods, list_rows
+from carryon.tools.compare.settings import CompareSettings, Method, Row, get_methods, list_rows
 
 LAYERS = {"num_layers": 2, "width": 16}  # of the tiny base
 METHODS = ["lora", "full", "bottleneck", "native-1", "top-1", "top-lora-1", "linear", "mlp"]
@@ -458,6 +459,21 @@ def test_the_report_says_when_seeds_differ_as_much_as_methods(tmp_path: Path) ->
 def test_the_report_says_when_nothing_improves_on_the_base(tmp_path: Path) -> None:
     lines = read_report(tmp_path, [make_row("lora", "first", 0, 3.1, 0.0)])
     assert lines[1] == "In 300 s from text, no method improves on the base: give more time."
+
+
+def test_a_report_of_second_runs_alone_says_nothing_of_first_ones(tmp_path: Path) -> None:
+    lines = read_report(tmp_path, [make_row("top", "second", 0, 2.3, 90.0)])
+    assert lines[1].startswith("In 300 s with a finished store take top: 2.3000")
+
+
+def test_other_rates_than_those_of_finished_runs_are_refused(tmp_path: Path) -> None:
+    methods = {"lora": Method(name="lora", rates=(4e-3,))}
+    rows = [Row(method="lora", run="first", seconds=300.0, seed=seed) for seed in (0, 1)]
+    (tmp_path / "rows").mkdir()
+    write_json(tmp_path / "rows" / f"{rows[0].name}.json", make_row("lora", "first", 0, 2.0, 0.0))
+    with pytest.raises(InputError, match=r"learning rate of 0.004, got one at 0.001. Fix: another"):
+        refuse_other_rates(tmp_path, rows, methods)
+    refuse_other_rates(tmp_path, rows, {"lora": replace(methods["lora"], rates=(1e-3, 4e-3))})
 
 
 def test_the_table_has_the_best_method_of_each_budget_first(tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
 """Which samples are evaluated, and that the losses are right."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.tiny_runs import train_tiny
+from support.tiny_stores import extract_tiny
 from support.tiny_train_stores import make_tiny_store
 from torch import nn
 
 from carryon.cache.base.lm_head import widen
+from carryon.cache.base.model import Base
 from carryon.cache.errors import InputError, SettingMismatchError
+from carryon.cache.exchange.recoding import recode
 from carryon.cache.store.reader import Store
 from carryon.train.config import CarryOnSettings, LossSettings, StreamSettings
 from carryon.train.inference import evaluate as evaluate_module
@@ -131,6 +136,44 @@ def test_a_store_without_marks_is_split_as_it_was_in_training(tmp_path: Path) ->
     assert (report.samples, report.num_samples) == ("held-out", 6)  # a quarter of 24
 
 
+def _texts(path: Path, start: int, *, marks: bool) -> str:
+    """Write 20 texts, every fifth of them marked as held out."""
+    rows = [
+        {"id": f"t{at}", "text": f"{at} the an on in {at * 7} thing"}
+        | ({"split": "held-out"} if marks and at % 5 == 0 else {})
+        for at in range(start, start + 20)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_no_part_copy_or_later_state_of_a_store_is_taken_for_another(
+    marks: bool, tiny_base: Base, tmp_path: Path
+) -> None:
+    root = tmp_path / "store"
+    extract_tiny(tiny_base, _texts(tmp_path / "a.jsonl", 0, marks=marks), root)
+    extract_tiny(tiny_base, _texts(tmp_path / "b.jsonl", 20, marks=marks), root, append=True)
+    carryon = train_tiny(root, tmp_path / "run", held_out_ratio=0.2).carryon
+
+    recode(root, out=tmp_path / "raw", profile="raw")
+    own, copy = (evaluate(each, carryon=carryon, device="cpu") for each in (root, tmp_path / "raw"))
+    assert (own.samples, own.num_samples) == (copy.samples, copy.num_samples) == ("held-out", 8)
+    assert copy.carryon_nll == pytest.approx(own.carryon_nll, rel=1e-3)
+
+    extract_tiny(tiny_base, _texts(tmp_path / "c.jsonl", 40, marks=marks), root, append=True)
+    for place, number in ((f"{root}#1", 4), (root, 12)):
+        if marks:
+            report = evaluate(place, carryon=carryon, device="cpu")
+            assert (report.samples, report.num_samples) == ("held-out", number)
+        else:
+            with pytest.raises(InputError, match=r"trained on #1.*, which mark no sample as held"):
+                evaluate(place, carryon=carryon, device="cpu")
+            assert evaluate(place, carryon=carryon, samples="all", device="cpu").num_samples >= 20
+    report = evaluate(f"{root}#3", carryon=carryon, device="cpu")
+    assert (report.samples, report.num_samples) == ("all", 20)
+
+
 def test_held_out_samples_of_an_unmarked_foreign_store_are_refused(
     store: Path, tmp_path: Path
 ) -> None:
@@ -241,3 +284,9 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
     )
     assert plot_alphas(choice, tmp_path / "new" / "alpha.png")
     assert (tmp_path / "new" / "alpha.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_perplexity_of_a_diverged_run_is_a_number() -> None:
+    assert nll.perplexity_of(2.0) == pytest.approx(np.exp(2.0))
+    assert nll.perplexity_of(1e6) == np.finfo(np.float64).max
+    assert np.isnan(nll.perplexity_of(float("nan")))

@@ -184,6 +184,20 @@ def test_a_wrong_axis_is_refused(vary: str, text: str) -> None:
         grid([vary])
 
 
+def test_runs_of_one_name_or_of_a_name_too_long_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected runs that differ, got two of the name"):
+        grid(["learning_rate=0.0012345671,0.0012345672"])
+    taps = "+".join(f"layer.{at}" for at in range(40))
+    with pytest.raises(InputError, match="expected a name of at most 200 bytes"):
+        grid([f"taps={taps}"])
+    path = tmp_path / "runs.yaml"
+    path.write_text(f"- name: {'x' * 300}\n  width: 64\n")
+    with pytest.raises(InputError, match="expected a name of at most 200 bytes, got 300"):
+        read_runs(path)
+    with pytest.raises(InputError, match="got what cannot be read: Is a directory"):
+        read_runs(tmp_path)
+
+
 def test_runs_can_be_listed_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "runs.yaml"
     path.write_text("- name: slow\n  learning-rate: 1e-4\n- width: 64\n  recompute: yes\n")

@@ -98,7 +98,7 @@ def check_teacher_carryon(
     """
     check_base(card, teacher.manifest.base, where=teacher.name)
     fix = "Fix: carryon train --store TEACHER"
-    if teacher.fingerprint not in card.split.get("stores", [card.store_fingerprint]):
+    if not card.is_trained_on(teacher.fingerprint, teacher.samples_digest):
         raise InputError(
             f"teacher_carryon: expected one that was trained on {teacher.name}, got one of another "
             f"store. {fix}"

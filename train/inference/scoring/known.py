@@ -62,7 +62,7 @@ def find_known(
 
 def _trained(store: Store, card: CarryOnCard | None) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     is_trained = store.sample_held_out == 0
-    if card is not None and store.fingerprint in card.split.get("stores", [card.store_fingerprint]):
+    if card is not None and card.is_trained_on(store.fingerprint, store.samples_digest):
         split = split_of(store, share=card.split["held_out_ratio"], seed=card.split["seed"])
         is_trained = np.ones(store.num_samples, dtype=np.bool_)
         is_trained[split.held_out] = False

@@ -29,16 +29,17 @@ import numpy as np
 from carryon.cache.errors import InputError
 from carryon.cache.time_limit import TimeLimitError, limited_time
 from carryon.train.inference.scoring.numbers import (
-    MEASURES,
     ends_with,
     find_numbers,
     find_stated,
     get_quantity,
     is_as_reduced,
+    is_other_unit,
     is_same,
     parse_number,
     unit_behind_last,
 )
+from carryon.train.inference.scoring.plain_text import to_plain
 
 if TYPE_CHECKING:
     from carryon.train.inference.scoring.problems import Problem
@@ -130,16 +131,23 @@ def find_after(text: str, marker: str) -> str | None:
     return rest.splitlines()[0].strip() if rest else None
 
 
-def find_marked(text: str) -> str | None:
-    """Return the answer that a text marks as final: tagged, boxed, or behind `answer is`, ..."""
+def find_marked(text: str, *, is_number: bool = False) -> str | None:
+    """Return the answer that a text marks as final: tagged, boxed, or behind `answer is`, ...
+
+    Args:
+        text: an answer.
+        is_number: behind `answer is`, ... only a part with a digit counts: this answer is helpful.
+    """
     ends = [match.end() for match in _TAG_END.finditer(text)]
     if tagged := _TAGGED.findall(text[: ends[-1]] if ends else ""):
         return str(tagged[-1]).strip()
     if (boxed := find_boxed(text)) is not None:
         return boxed
-    for start in reversed([match.end() for match in _MARKER.finditer(text)]):
-        end = text.find("\n", start)
-        if marked := text[start : end if end >= 0 else None].strip(" \t.*_"):
+    for marker in reversed(list(_MARKER.finditer(text))):
+        end = text.find("\n", marker.end())
+        marked = text[marker.end() : end if end >= 0 else None].strip(" \t.*_")
+        marked = marked.removeprefix("- ") if "\n" in marker[0] else marked  # an item of a list
+        if marked and (not is_number or re.search(r"\d", marked)):
             return marked
     return None
 
@@ -198,18 +206,16 @@ def _judge_end(found: str, problem: "Problem") -> bool:
     last, (value, unit) = find_last_number(found), quantity
     if last is None or parse_number(last) != value:
         return False
-    told = unit_behind_last(found)  # 7 am is not 7 pm
-    return unit == told or not ({unit, told} <= MEASURES)
+    return not is_other_unit(unit, unit_behind_last(found))  # 7 am is not 7 pm
 
 
 def _judge_task(found: str, problem: "Problem") -> bool:
-    marked = find_marked(found)
-    final = found.splitlines()[-1].strip() if marked is None else marked
-    if any(_credit(problem, each) >= FULL_CREDIT for each in {found, final} if each):
+    if any(_credit(problem, each) >= FULL_CREDIT for each in _finals(found)):
         return True
     quantity = get_quantity(problem.answer)
     if quantity is None:
         return False
+    marked = find_marked(found, is_number=True)
     # the question's own fraction or formula is no answer
     if marked is None:
         stated = find_stated(found, begins=False)
@@ -218,6 +224,16 @@ def _judge_task(found: str, problem: "Problem") -> bool:
         stated = marked if get_quantity(marked) else find_stated(marked)
         is_right = _is_same(marked, problem.answer)
     return is_right and is_as_reduced(stated or "", problem.answer)
+
+
+def _finals(found: str) -> list[str]:
+    """Return what a verifier may take for the answer: all, and what is marked or comes last."""
+    marked = find_marked(found)
+    final = found.splitlines()[-1].strip() if marked is None else marked
+    ends = [match.end() for match in _MARKER.finditer(found)]
+    tail = found[ends[-1] :].strip(" \t\r\n`") if ends else ""
+    line = tail.partition("\n")[0].strip()
+    return [each for each in dict.fromkeys([found, final, to_plain(final), tail, line]) if each]
 
 
 def _credit(problem: "Problem", text: str) -> float:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ BATCH_TOKENS = 4096
 BATCH_BYTES = 20 << 20
 """Maximum bytes of a batch's states at one tap: evaluating a wide base then needs no more memory
 than training."""
+_MAX_EXP = math.log(sys.float_info.max)
 FEW_TARGETS = 2000
 """Held-out targets below which a loss draws a warning."""
 
@@ -83,6 +85,11 @@ class Nll:
 def shown_nll(nll: float, se: float | None) -> str:
     """Return a loss with its standard error, for people."""
     return f"{nll:.4f}" if se is None or math.isnan(se) else f"{nll:.4f} +- {se:.4f}"
+
+
+def perplexity_of(nll: float) -> float:
+    """Return e to the power of a loss; of one that is too large the largest number."""
+    return math.exp(nll) if not nll > _MAX_EXP else sys.float_info.max
 
 
 def null_if_nan(value: float) -> float | None:

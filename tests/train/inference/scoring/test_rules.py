@@ -40,7 +40,15 @@ def is_right(rule: str, text: str, right: str) -> bool:
         ("12kg", 12),
         ("34b", None),
         ("3x", None),
-        ("1\\frac{1}{2}", None),
+        ("- 3", -3),
+        ("-1 1/2", Fraction(-3, 2)),
+        ("1{,}000", 1000),
+        ("1.5 \\times 10^3", 1500),
+        ("148^\\circ", 148),
+        ("16\\,\\text{legs}", 16),
+        ("\\text{\\$16}", 16),
+        ("\\left(16\\right)", None),
+        ("1\\frac{1}{2}", Fraction(3, 2)),
         ("3/0", None),
         ("3-4", None),
         ("1 and 2", None),
@@ -117,6 +125,18 @@ def test_numbers_are_found_in_sentences() -> None:
         ("boxed", "\\boxed{3y}", "3x", False),
         ("boxed", "\\boxed{5 million}", "5", False),
         ("boxed", "\\boxed{16 \\text{ legs}}", "16", True),
+        ("boxed", "\\boxed{16\\,\\text{m}^2}", "16", True),
+        ("boxed", "\\boxed{\\approx 16}", "16", True),
+        ("boxed", "\\boxed{\\left(16\\right)}", "16", True),
+        ("boxed", "\\boxed{5 \\text{ kilometers}}", "5 km", True),
+        ("boxed", "\\boxed{1.5 \\times 10^3}", "1500", True),
+        ("boxed", "\\boxed{2\\pi}", "2", False),
+        ("boxed", "\\boxed{\\pm 4}", "4", False),
+        ("boxed", "\\boxed{x > 16}", "16", False),
+        ("boxed", "\\boxed{- 3}", "-3", True),
+        ("boxed", "\\boxed{1 1/2}", "1", False),
+        ("end", "It weighs 5 lbs.", "5 lb", True),
+        ("last-number", "It takes $1\\frac{1}{2}$ cups", "1.5", True),
         ("boxed", "\\boxed{\\text{Total: } 16 \\text{ legs}}", "16", True),
         ("after:####", "#### 10^6", "10", False),
         ("after:####", "#### **16** legs - 3 dogs", "16", True),
@@ -184,12 +204,38 @@ def test_a_task_takes_a_number_in_a_sentence(text: str, verdict: bool) -> None:
         ("1", "73 / 73 = 1", True),
         ("16", "It is 2^16", False),
         ("16", "The final answer is \\(16\\).", True),
+        ("148", "The remaining angle is $148^\\circ$.", True),
+        ("392", "The answer is $392_5$", True),
+        ("16", "<answer>\\boxed{16}</answer>", True),
+        ("16", "She makes $16/day.", True),
+        ("16", "Total legs = 16\n\n*Note: dogs have four.*", True),
+        ("16", "The result is *16*.", True),
+        ("16", "### Final Answer\n\n- 16", True),
+        ("16", "12 + 4 -> 16", True),
+        ("16", "print(16)", True),
+        ("16", "Final Answer: 16\n\nI hope this answer is helpful!", True),
+        ("16", "The answer is 16, because 3 * 4 = 12 and 2 * 2 = 4.", True),
+        ("4", "The answer is 16, because 3 * 4 = 12 and 2 * 2 = 4.", False),
+        ("16", "The area is $16 \\text{ cm}^2$.", True),
+        ("2", "The area is $16 \\text{ cm}^2$.", False),
+        ("1000", "So it is $1{,}000$.", True),
+        ("-16", "The answer is\n- 16 legs", False),
     ],
 )
 def test_a_task_takes_no_part_of_the_question(right: str, text: str, verdict: bool) -> None:
     rule = parse_rule("task")
     problem = Problem(id="1", question="?", answer=right, rule=rule, verify=lambda _: 0.1)
     assert problem.is_right(text) is verdict
+
+
+@pytest.mark.parametrize("text", ["Answer:\n```\n1 2\n3 4\n```", "The answer is: 1 2\n3 4"])
+def test_a_verifier_sees_all_that_is_marked(text: str) -> None:
+    rule, right = parse_rule("task"), "1 2\n3 4"
+    problem = Problem(
+        id="1", question="?", answer=right, rule=rule, verify=lambda text: float(text == right)
+    )
+    assert problem.is_right(text)
+    assert not problem.is_right(text.replace("4", "5"))
 
 
 def test_a_function_of_the_user_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

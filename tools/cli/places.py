@@ -1,9 +1,20 @@
-"""The file of a page: its place is checked before the work that fills it."""
+"""Places that a command writes to, checked before the work that fills them."""
 
 from pathlib import Path
 
 from carryon.cache.errors import CarryOnError, InputError
 from carryon.cache.files.atomic import write_file
+
+
+def check_folder(path: str, *, name: str) -> None:
+    """Check that a folder is at `path` or can be made there; nothing is made.
+
+    Raises:
+        InputError: a file is in its way; `name` is the option.
+    """
+    there = next(each for each in (Path(path), *Path(path).absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise InputError(f"{name}: expected a folder, got the file {there}. Fix: another {name}")
 
 
 def check_page(path: str, *, name: str) -> None:
