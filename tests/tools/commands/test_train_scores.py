@@ -141,6 +141,45 @@ def test_an_error_of_a_score_ends_the_run_with_a_checkpoint(
     ]
 
 
+def test_a_run_whose_last_score_fails_is_not_finished_and_ends_with_the_same_command(
+    store: Path,
+    data: str,
+    tiny_base_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rule = (
+        "from pathlib import Path\n"
+        "def counts(text, problem):\n"
+        "    seen = len(Path('seen').read_text()) + 1 if Path('seen').exists() else 1\n"
+        "    Path('seen').write_text('x' * seen)\n"
+        "    return 1 / (seen != int(Path('fails').read_text()))\n"
+    )
+    (tmp_path / "rules_of_last_scores.py").write_text(rule)
+    argv = ["--store", str(store), *argv_of(WAYS), *score_ways(data, tiny_base_folder)]
+    argv += ["--score-rule", "rules_of_last_scores:counts"]
+    (tmp_path / "fails").write_text("0")
+    assert main(["train", *argv, "--out", str(tmp_path / "whole")]) == 0
+    seen = len((tmp_path / "seen").read_text())
+    (tmp_path / "seen").unlink()
+    (tmp_path / "fails").write_text(str(seen))
+    argv += ["--out", str(tmp_path / "run")]
+    assert main(["train", *argv]) == 2
+    assert "rules_of_last_scores:counts" in capsys.readouterr().err
+    assert not (tmp_path / "run/result.json").exists()
+    (tmp_path / "fails").write_text("0")
+    assert main(["train", *argv]) == 0
+    whole, again = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "run")
+    )
+    assert again["accuracy"] == whole["accuracy"] is not None
+    assert again["carryon_nll"] == whole["carryon_nll"]
+    results = [line for line in scores_of(tmp_path / "run") if line.get("is_result")]
+    assert len(results) == 1
+
+
 Ways = Callable[[Path, Path, str], list[str]]
 WRONG: dict[str, tuple[Ways, str]] = {
     "no tasks": (lambda base, tmp, data: ["--score-every", "2"], "Fix: --score-tasks"),
