@@ -178,7 +178,7 @@ def test_a_teacher_that_has_seen_held_out_samples_is_refused(folder: Path) -> No
     assert refusal(marked) == ""
     first = student.sample_id(0)
     assert f"trained on 1 of them, such as '{first}'" in refusal(np.array([0]))
-    other = card.split | {"stores": ["0" * 64]}
+    other = card.split | {"stores": ["0" * 64], "samples": ["0" * 64]}
     assert "got one of another store" in refusal(marked, split=other)
     assert "expected the weights of" in refusal(marked, base=student.manifest.base)
 
