@@ -150,7 +150,7 @@ def points(
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     """Draw the losses and the learning rate of a run against its steps."""
-    during, after = _evaluations(metrics)
+    during, after = _evaluations([_at_its_step(line) for line in metrics])
     losses = [
         _line(metrics, "step", "loss", label="training loss", is_faint=True),
         _line(during, "step", "held_out_nll", label="held-out NLL", color="C1", has_errors=True),
@@ -160,7 +160,8 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
         losses.append(
             _line(after, "step", "held_out_nll", label=label, color="C2", has_errors=True)
         )
-    levels = {"base, held out": during[0]["held_out_nll"]} if during else {}
+    has_base = bool(during) and during[0].get("step") == 0
+    levels = {"base, held out": during[0]["held_out_nll"]} if has_base else {}
     rate = _line(metrics, "step", "learning_rate", color="gray", is_faint=True)
 
     def panel(axes: Axes) -> None:
@@ -170,8 +171,15 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     panels = [panel]
     if shares := _gate_shares(during):
         panels.append(lambda axes: lines(axes, shares, x_label="step", y_label="gate share"))
-    scores = _line(metrics, "step", "accuracy", label="right answers")
-    if not scores.xs:
+    scores = _line(
+        [line for line in metrics if "of_step" not in line],
+        "step",
+        "accuracy",
+        label="right answers",
+    )
+    of_best = [_at_its_step(line) for line in metrics if "of_step" in line]
+    best = _line(of_best, "step", "accuracy", label="of the best step", color="C2")
+    if not scores.xs and not best.xs:
         return draw(path, *panels)
     ends = [
         _line(metrics, "step", f"accuracy_{end}", color="gray", is_dashed=True, label=label)
@@ -179,7 +187,12 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     ]
 
     def score_panel(axes: Axes) -> None:
-        lines(axes, [scores, *ends], x_label="step", y_label="fraction of problems")
+        lines(
+            axes,
+            [scores, *([best] if best.xs else []), *ends],
+            x_label="step",
+            y_label="fraction of problems",
+        )
         axes.set(ylim=(0, 1))
 
     return draw(path, *panels, score_panel)
@@ -239,8 +252,15 @@ def _evaluations(
     """
     lines = [line for line in metrics if _is_drawn(line.get("held_out_nll"))]
     first = lines[0].get("held_out_targets") if lines else None
-    same = [line for line in lines if line.get("held_out_targets") == first]
-    return same, [line for line in lines if line.get("held_out_targets") != first]
+    same = [
+        line for line in lines if line.get("held_out_targets") == first and "of_step" not in line
+    ]
+    return same, [line for line in lines if line not in same]
+
+
+def _at_its_step(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the line of a result at the step whose weights it is of: a point of its own."""
+    return {**line, "step": line["of_step"]} if _is_drawn(line.get("of_step")) else line
 
 
 def _line(

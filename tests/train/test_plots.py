@@ -119,3 +119,20 @@ def test_losses_on_other_samples_are_not_joined_and_have_error_bars(
     assert (list(during.ys), list(during.errors)) == ([2.0, 1.2], [0.25, 0.25])
     assert (list(after.ys), list(after.errors)) == ([1.5], [0.0])
     assert [list(line.ys) for line in scores] == [[0.25], [0.1], [0.4]]
+
+    seen.clear()
+    metrics += [{"step": 40, "held_out_nll": 1.8, **few}]
+    end = {"step": 40, "is_result": True, "of_step": 20}
+    metrics += [{**end, "held_out_nll": 1.2, **few}, {**end, "accuracy": 0.5}]
+    assert plot_curves(metrics, tmp_path / "best.png")
+    (_, during, after), _, scores = seen
+    assert (list(during.xs), list(during.ys)) == ([0, 20, 40], [2.0, 1.2, 1.8])
+    assert (list(after.xs), list(after.ys)) == ([20, 20], [1.5, 1.2])
+    assert [list(line.xs) for line in scores[:2]] == [[0], [20]]
+
+    watched_levels: list[Any] = []
+    monkeypatch.setattr(
+        plots, "lines", lambda axes, series, **style: watched_levels.append(style.get("levels"))
+    )
+    plot_curves(metrics[2:], tmp_path / "cut.png")
+    assert watched_levels[0] == {}, "the loss of the base is not there"

@@ -209,7 +209,7 @@ def finish_runs(states: Sequence[RunState], processes: Processes) -> list[TrainR
     last_s = (time.perf_counter() - started_at) / len(states)
     reports = []
     for state, nll, step in zip(states, nlls, steps, strict=True):
-        score = state.record_result(nll)
+        score = state.record_result(nll, of_step=step)
         report = _report(state, nll, finished_with_step=step, last_evaluate_s=last_s)
         if score:
             report = replace(

@@ -28,6 +28,8 @@ Callback = Callable[[dict[str, Any]], object]
 ScoreWeights = Callable[[CarryOnSettings, Mapping[str, Tensor]], Mapping[str, float]]
 """Returns figures of a carry-on, `accuracy` among them, for a line of metrics.jsonl: from its
 settings and a copy of its weights as they would be saved. It may not change any random state."""
+OF_STEP = "of_step"
+"""In a line of the result: step whose weights the carry-on ends with, if it is not the last."""
 RESULT = "is_result"
 """Marks the line with the loss of the finished carry-on."""
 

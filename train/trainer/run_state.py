@@ -27,6 +27,7 @@ from carryon.train.trainer.checkpoint import (
 from carryon.train.trainer.distributed import Processes
 from carryon.train.trainer.held_out.nll import Nll, shown_nll
 from carryon.train.trainer.metrics import (
+    OF_STEP,
     RESULT,
     Meter,
     MetricsLog,
@@ -163,7 +164,7 @@ class RunState:
         self._write({"step": 0, "epoch": 0, **nll.to_line(of_base=True)})
         self._show("the base", nll.base, nll.base_se, nll)
         if self.run.scoring is not None:
-            self._write_score()
+            self._write_score({})
         self.is_new = False
 
     def record_evaluation(self, nll: Nll, *, seconds: float) -> None:
@@ -175,11 +176,18 @@ class RunState:
         self.progress = with_evaluation(self.progress, nll.carryon)
         self.save()
 
-    def record_result(self, nll: Nll) -> Mapping[str, float]:
-        """Record loss and score of the finished carry-on, and close the log; returns the score."""
+    def record_result(self, nll: Nll, *, of_step: int) -> Mapping[str, float]:
+        """Record loss and score of the finished carry-on, and close the log; returns the score.
+
+        Args:
+            nll: the loss.
+            of_step: step whose weights the carry-on has, of an earlier one if that was the best.
+        """
         progress = self.progress
-        self._write({"step": progress.step, "epoch": progress.epoch, **nll.to_line(), RESULT: True})
-        score = self._try_score(result=True)
+        end: dict[str, Any] = {RESULT: True}
+        end |= {OF_STEP: of_step} if of_step != progress.step else {}
+        self._write({"step": progress.step, "epoch": progress.epoch, **nll.to_line(), **end})
+        score = self._try_score(end)
         if self._log is not None:
             self._log.close()
         return score
@@ -241,17 +249,17 @@ class RunState:
         is_logged = self.progress.step % self.run.settings.run.log_every == 0
         return is_logged or self._is_saved() or self._is_evaluated()
 
-    def _try_score(self, *, result: bool = False) -> Mapping[str, float]:
+    def _try_score(self, end: Mapping[str, Any] | None = None) -> Mapping[str, float]:
         """Record a score, if there is to be one; an error is kept, as that of a callback."""
         if self._log is None or self._log.error is not None:
             return {}
         try:
-            return self._write_score(result=result)
+            return self._write_score(end or {})
         except Exception as error:
             self._log.error = error
             return {}
 
-    def _write_score(self, *, result: bool = False) -> Mapping[str, float]:
+    def _write_score(self, end: Mapping[str, Any]) -> Mapping[str, float]:
         run, progress = self.run, self.progress
         if run.scoring is None or self._log is None:
             return {}
@@ -262,7 +270,6 @@ class RunState:
             for name, weight in run.carryon.state_dict().items()
         }
         score = run.scoring.score(run.settings.carryon, weights)
-        end = {RESULT: True} if result else {}
         self._write({"step": progress.step, "epoch": progress.epoch, **score, **end})
         logger.info(
             f"{run.folder.root}: step {progress.step:,}: {score['accuracy']:.1%} right "

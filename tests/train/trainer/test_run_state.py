@@ -103,6 +103,7 @@ def test_a_run_that_gets_no_better_ends_early_with_its_best_weights(
     assert evaluations.index(best) == len(evaluations) - 3  # two more, neither better
     assert report.num_steps == evaluations[-1]["step"] < 20 * 5
     assert report.finished_with_step == best["step"]
+    assert _evaluations(tmp_path / "run")[-1]["of_step"] == best["step"]
     assert report.carryon_nll == best["held_out_nll"]
     kept = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
     assert kept["folder"] == f"step-{best['step']:08d}"
