@@ -220,7 +220,7 @@ def finish_runs(states: Sequence[RunState], processes: Processes) -> list[TrainR
                 scored=int(score["scored"]),
             )
         reports.append(report)
-        if processes.is_first and state.error is None:  # else the same command ends it again
+        if processes.is_first and not state.lacks_score:  # else the same command ends it again
             _warn_about_leak(state.run, nll)
             _write(state.run, nll, reports[-1])
     wait_for_all()

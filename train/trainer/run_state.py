@@ -73,6 +73,8 @@ class RunState:
             self.progress = progress_at(run.segment.first, run.epochs)
             if run.segment.start is not None:
                 load_state(run.segment.start, carryon=run.carryon, optimizer=run.optimizer)
+        self.lacks_score = False
+        """Whether a score has failed."""
         self.is_new = saved is None
         """Whether the base has not been measured yet."""
         self._meter = Meter(self.progress)
@@ -256,7 +258,7 @@ class RunState:
         try:
             return self._write_score(end or {})
         except Exception as error:
-            self._log.error = error
+            self._log.error, self.lacks_score = error, True
             return {}
 
     def _write_score(self, end: Mapping[str, Any]) -> Mapping[str, float]:
