@@ -70,7 +70,9 @@ def framing_warnings(
             f"the carry-on was trained on {trained}, and now gets {given}. Fix: leave out --chat"
         ]
     if not is_chat:
-        return []
+        given = " ".join(settings.chat_template_kwargs)
+        line = f"chat_template_kwargs: prompts go through no chat template: {given} has no effect"
+        return [line] if given else []
     template = framing.chat_template or str(tokenizer.chat_template or "")
     lines = unread_variables(template, settings.chat_template_kwargs)
     if framing.is_chat and after != before:

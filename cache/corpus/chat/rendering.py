@@ -38,3 +38,29 @@ class Turn:
     """Characters by which the turn stands further on in `closed` than the template wrote it."""
     is_continued: bool
     """Whether `closed` is the prompt and the message's own text, which the template cuts."""
+
+
+def notes_of(turns: Sequence[Turn], targets: Sequence[Sequence[tuple[int, int]]]) -> list[str]:
+    """Return the reasons to be counted of turns and their targets, as in report.NOTES."""
+    opened = "turn whose prompt is not the beginning of the finished turn"
+    unmarked = "turn that the chat template does not mark, not learned"
+    continued = "turn with reasoning that the chat template cuts out, learned as generation has it"
+    return [
+        *[continued for turn in turns if turn.is_continued],
+        *[opened for turn in turns if not turn.is_prompt_kept],
+        *[unmarked for spans in targets if not spans],
+    ]
+
+
+def common_length(first: str, second: str) -> int:
+    """Return the length of the common beginning of two texts."""
+    if second.startswith(first):
+        return len(first)
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[:middle] == second[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

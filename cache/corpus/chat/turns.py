@@ -38,7 +38,7 @@ from carryon.cache.corpus.chat.message_forms import (
     says_nothing,
     shows_python,
 )
-from carryon.cache.corpus.chat.rendering import Rendering, Turn
+from carryon.cache.corpus.chat.rendering import Rendering, Turn, common_length, notes_of
 from carryon.cache.corpus.records import Chat
 
 _HEAD_ROLES = ("system", "developer")
@@ -131,7 +131,7 @@ class Conversation:
             targets=[span for spans in targets for span in spans],
             prompts=[turn.start for turn in turns],
             turn=None,
-            notes=_notes(turns, targets),
+            notes=notes_of(turns, targets),
         )
 
     def render_turns(self) -> Iterator[Rendering]:
@@ -150,7 +150,7 @@ class Conversation:
                 targets=targets,
                 prompts=[turn.start],
                 turn=index,
-                notes=_notes([turn], [targets]),
+                notes=notes_of([turn], [targets]),
             )
 
     def _readable(self, messages: Sequence[Message]) -> Sequence[Message]:
@@ -243,7 +243,7 @@ class Conversation:
         prompt = self._render(messages[:index], add_generation_prompt=True)
         is_whole = messages is self._messages and index == len(messages) - 1
         closed = self.whole if is_whole else self._render(messages[: index + 1])
-        start = _common_length(prompt, closed)
+        start = common_length(prompt, closed)
         text = continuation(messages[index], prompt, closed, start)
         if text and (ending := self._ending(messages, index)) is not None:
             closed = prompt + text + ending
@@ -259,7 +259,7 @@ class Conversation:
             )
         moved = 0
         if start < len(prompt):
-            if start < _common_length(prompt, self._render(messages[:index])):
+            if start < common_length(prompt, self._render(messages[:index])):
                 # the finished turn changes what stands before it: only its own text is of use
                 own = self._own_place(messages, index, prompt, closed)
                 closed, start, moved = prompt + closed[own:], len(prompt), len(prompt) - own
@@ -299,7 +299,7 @@ class Conversation:
         message = messages[index]
         other = {field: _OTHER for field in TEXT_FIELDS if message.get(field)}
         changed = self._render([*messages[:index], {**message, **other}])
-        head = closed[: _common_length(closed, changed)]
+        head = closed[: common_length(closed, changed)]
         length, most = 0, len(prompt)
         while length < most:  # an ending that stands in it has all shorter ones in it
             middle = (length + most + 1) // 2
@@ -392,28 +392,3 @@ class Conversation:
         return self._template.render(
             self._chat, messages, add_generation_prompt=add_generation_prompt
         )
-
-
-def _notes(turns: Sequence[Turn], targets: Sequence[Sequence[tuple[int, int]]]) -> list[str]:
-    opened = "turn whose prompt is not the beginning of the finished turn"
-    unmarked = "turn that the chat template does not mark, not learned"
-    continued = "turn with reasoning that the chat template cuts out, learned as generation has it"
-    return [
-        *[continued for turn in turns if turn.is_continued],
-        *[opened for turn in turns if not turn.is_prompt_kept],
-        *[unmarked for spans in targets if not spans],
-    ]
-
-
-def _common_length(first: str, second: str) -> int:
-    """Return the length of the common beginning of two texts."""
-    if second.startswith(first):
-        return len(first)
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[:middle] == second[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -146,6 +146,9 @@ def test_a_variable_that_nothing_reads_is_named_and_a_wrong_one_refused(
     argv = ["--base", str(base), "--tasks", data]
     _, err = answers_of(tmp_path / "a.jsonl", capsys, *argv, "--chat-template-kwargs", "tinks=1")
     assert "the chat template reads no 'tinks': without any effect" in err
+    argv += ["--chat", "false"]
+    _, err = answers_of(tmp_path / "b.jsonl", capsys, *argv, *SHORTLY)
+    assert "prompts go through no chat template: thinks=false has no effect" in err
     assert main(["score", *argv, "--chat-template-kwargs", "thinks"]) == 2
     assert "chat-template-kwargs: expected NAME=VALUE, got 'thinks'" in capsys.readouterr().err
 
